@@ -6,13 +6,13 @@
 __all__ = ['cifar_stems', 'with_cifar_stem', 'create', 'check_size', 'weights_file', 'read_weights', 'head_names', 'load_weights',
            'TwoHeads', 'combine', 'Student', 'student_size', 'create_student', 'pretrained_constants', 'save_model']
 
-# %% ../nbs/02_models.ipynb #7b080177
+# %% ../nbs/02_models.ipynb #d965c35e
 import difflib, json, typing
 from pathlib import Path
 import safetensors.torch, timm, torch
 from timm.models import load_pretrained, register_model, save_for_hf
 from torch import nn
-from .config import Config, VitdistillError, nearest, write_atomic
+from .config import Config, VitdistillError, from_root, nearest, write_atomic
 
 # %% ../nbs/02_models.ipynb #8fee561b
 def with_cifar_stem(model:nn.Module)->nn.Module:
@@ -159,12 +159,12 @@ def student_size(config:Config, image_size:int)->int:
     "Side of the student's input in px."
     return config.student_size or image_size
 
-# %% ../nbs/02_models.ipynb #e31abff4
+# %% ../nbs/02_models.ipynb #e2dcb59d
 def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
     torch.manual_seed(config.seed)
     model = create(config.student, classes, student_size(config, image_size), config.stem, config.student_pretrained, **config.student_kwargs)
-    if config.student_weights: load_weights(model, config.student_weights, new_head=True)
+    if config.student_weights: load_weights(model, from_root(config.student_weights), new_head=True)
     return Student(model)
 
 # %% ../nbs/02_models.ipynb #be6a5369
