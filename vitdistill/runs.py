@@ -18,7 +18,7 @@ columns = ('epoch', 'lr', 'train_loss', 'train_top1', 'val_top1', 'val_top5', 't
            'images_per_second', # of training alone
            'teacher_seconds', 'memo_hit_rate')
 
-# %% ../nbs/05_runs.ipynb #c574021b
+# %% ../nbs/05_runs.ipynb #3f07d6c3
 class Run:
     "A run folder, read and written; it knows nothing of training."
     def __init__(self, folder:str|Path):
@@ -55,9 +55,9 @@ class Run:
     @property
     def status(self)->str: # 'done', 'running', 'interrupted', 'new', or 'unreadable' (no config of this layout)
         if not (self.folder/'config.yaml').is_file(): return 'new'
-        try: done = self.result
+        try: self.config
         except VitdistillError: return 'unreadable'
-        return 'done' if done else 'running' if self._locked() else 'interrupted'
+        return 'done' if self.result else 'running' if self._locked() else 'interrupted'
 
     def _locked(self)->bool: # by a living process
         try: file = open(self.folder/'lock')

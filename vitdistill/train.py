@@ -381,11 +381,11 @@ def share_statistics(student:Student, ranks:Ranks)->None:
     if ranks.world > 1:
         for buffer in student.model.buffers(): dist.broadcast(buffer, 0)
 
-# %% ../nbs/06_train.ipynb #a3f79e20
+# %% ../nbs/06_train.ipynb #11ba7713
 def announce(study:Study, run:Run, done:int, progress:Progress)->None:
     "Say, on rank 0, what is about to happen and what differs from what was asked."
-    c, ranks = study.config, study.ranks
-    say = progress.say
+    if study.ranks.rank: return
+    c, ranks, say = study.config, study.ranks, progress.say
     say(f'{run.name}: {len(study.train_rows):,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on {ranks.device.split(":")[0]}, {c.precision}')
     if done: say(f'resumes after epoch {done}')
     if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images'

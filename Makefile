@@ -1,0 +1,69 @@
+# vitdistill: every command sets itself up in .venv and writes inside this folder only. `make help` lists them.
+PYTHON ?= python3
+PRESET ?= quick
+DEVICE ?= auto
+ARGS ?=
+BIN := .venv/bin
+EXPERIMENTS := nbs/experiments
+ANALYSIS := nbs/analysis
+
+# Jupyter's, IPython's and matplotlib's own files stay in the clone too; one thread a process when several run side by side.
+export IPYTHONDIR := $(CURDIR)/out/home/ipython
+export JUPYTER_RUNTIME_DIR := $(CURDIR)/out/home/runtime
+export MPLCONFIGDIR := $(CURDIR)/out/home/matplotlib
+PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar --log-level WARNING --cwd .
+QUIET := PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1
+
+.PHONY: help venv demo test test-all study figures bench lab clean
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: .venv/installed ## .venv with the pinned versions and this package, editable
+.venv/installed: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --no-cache-dir uv
+	UV_CACHE_DIR=.venv/cache $(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]' || $(BIN)/python -m pip install --no-cache-dir -e '.[dev]'
+	rm -rf .venv/cache
+	touch $@
+
+demo: venv ## the paper's experiment in minutes: digits, teacher, two ResNet-50, figures -> out/demo/index.html
+	@mkdir -p out/demo out/home/runtime
+	@echo "[1/4] a teacher: a small vision transformer on the digits"
+	@$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/e00_teacher.ipynb out/demo/e00_teacher.ipynb -p preset demo
+	@echo "[2/4] ResNet-50 on labels alone"
+	@$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/e01_baseline_resnet50.ipynb out/demo/e01_baseline_resnet50.ipynb -p preset demo
+	@echo "[3/4] ResNet-50 taught by the vision transformer"
+	@$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/e02_distilled_resnet50.ipynb out/demo/e02_distilled_resnet50.ipynb -p preset demo
+	@echo "[4/4] figures and tables"
+	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a01_paper.ipynb out/demo/a01_paper.ipynb -p reports out/demo/runs -p out out/demo
+	@echo "wrote:"; ls -d out/demo/*.ipynb out/demo/figures/* out/demo/tables/* out/demo/index.html | sed 's/^/  /'
+
+test: venv ## export drift, notebooks and tests, on two cores in minutes
+	@mkdir -p out/home/runtime
+	$(BIN)/python -m pytest -q tests/test_repository.py
+	OMP_NUM_THREADS=1 timeout 600 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 timeout 900 $(BIN)/python -m pytest -q -n 2 -m "not slow" tests
+
+test-all: test ## also what takes longer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
+
+study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, ARGS="-p data_root DIR"
+	@mkdir -p out/study out/home/runtime
+	@for notebook in e00_teacher e01_baseline_resnet50 e02_distilled_resnet50; do \
+		$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/$$notebook.ipynb out/study/$(PRESET)-$$notebook.ipynb -p preset $(PRESET) $(ARGS) || exit 1; done
+	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a01_paper.ipynb out/study/a01_paper.ipynb -p out out/study -p dataset cifar100
+
+figures: venv ## rebuild reports/figures and reports/tables from reports/runs (the only command that changes tracked files)
+	@mkdir -p out/figures out/home/runtime
+	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a00_data.ipynb out/figures/a00_data.ipynb -p out reports
+	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a01_paper.ipynb out/figures/a01_paper.ipynb -p reports reports/runs -p out reports
+
+bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU
+	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
+
+lab: venv ## JupyterLab on this repository
+	$(BIN)/jupyter lab --notebook-dir .
+
+clean: ## remove what commands wrote here: out/ and caches (not .venv, not reports/)
+	rm -rf out .pytest_cache .hypothesis *.egg-info

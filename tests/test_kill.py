@@ -1,0 +1,79 @@
+"""Processes that are really killed: nothing keeps running, nothing is lost, the rerun ends where it would have ended."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+
+from conftest import ROOT, elsewhere, environment, processes_mentioning, run_of, train_command, wait_until
+from vitdistill.config import save
+
+TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
+
+
+def start(config, file, ranks=1):
+    return subprocess.Popen(train_command(save(config, file), ranks), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_run_ends_as_one_left_alone(tiny, tmp_path):
+    """SIGKILL in mid-epoch, twice; started again, it leaves the same metrics, weights and predictions, bit for bit."""
+    config = replace(tiny, epochs=8, student_kwargs={**tiny.student_kwargs, "drop_path_rate": 0.1}, batch_size=16)
+    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    assert start(alone, tmp_path / "alone.yaml").wait(120) == 0
+    for epochs in (2, 4):
+        process = start(cut, tmp_path / "cut.yaml")
+        assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= epochs, 90)
+        time.sleep(np.random.default_rng(epochs).uniform(0, 0.2))
+        process.kill(), process.wait()
+        assert run_of(cut).status == "interrupted"
+    assert start(cut, tmp_path / "cut.yaml").wait(120) == 0
+    one, two = run_of(alone), run_of(cut)
+    assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8
+    assert (one.model / "model.safetensors").read_bytes() == (two.model / "model.safetensors").read_bytes()
+    assert all(np.array_equal(a, b) for a, b in zip(np.load(one.folder / "predictions.npz").values(), np.load(two.folder / "predictions.npz").values()))
+
+
+def test_second_writer_is_refused(tiny, tmp_path):
+    config = replace(tiny, epochs=500)
+    first = start(config, tmp_path / "c.yaml")
+    try:
+        assert wait_until(lambda: run_of(config).status == "running", 60)
+        second = start(config, tmp_path / "c.yaml")
+        said = second.communicate(timeout=90)[0]
+        assert second.returncode == 2 and "is being written by another process" in said
+    finally:
+        first.kill(), first.wait()
+    assert run_of(config).status == "interrupted"  # and the lock left nothing stale
+
+
+def test_killed_rank_ends_the_others(tiny, tmp_path):
+    """One of two ranks dies: torchrun ends the rest within 30 s."""
+    process = start(replace(tiny, epochs=500), tmp_path / "ranks.yaml", ranks=2)
+    try:
+        ranks = lambda: [p for p in psutil.Process(process.pid).children(recursive=True) if "vitdistill.train" in " ".join(p.cmdline())]
+        assert wait_until(lambda: run_of(replace(tiny, epochs=500)).epochs_done >= 1, 120)
+        ranks()[-1].kill()
+        assert wait_until(lambda: process.poll() is not None, 30)
+        assert not processes_mentioning(str(tmp_path / "ranks.yaml"))
+    finally:
+        process.kill(), process.communicate()
+
+
+def test_killed_papermill_leaves_no_process(tmp_path):
+    """SIGKILL of papermill: within 10 s neither its kernel nor torchrun nor a rank is left."""
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/experiments/e01_baseline_resnet50.ipynb"), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
+               "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"), "-p", "work_dir", str(tmp_path / "work")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: list((tmp_path / "runs").glob("*/metrics.csv")), 150)
+        kernels = [p.pid for p in psutil.Process(process.pid).children()]
+        assert kernels and processes_mentioning(str(tmp_path / "work"))
+    finally:
+        process.kill(), process.wait()
+    alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if psutil.pid_exists(k) and psutil.Process(k).status() != psutil.STATUS_ZOMBIE]
+    assert wait_until(lambda: not alive(), 10), alive()

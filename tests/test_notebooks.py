@@ -1,0 +1,74 @@
+"""Every experiment notebook runs under plain papermill; analysis notebooks run on its runs, and on none."""
+import json
+import subprocess
+import sys
+
+import papermill
+import pytest
+
+from conftest import ROOT, environment
+from vitdistill.runs import find_runs
+
+EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
+SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
+
+
+def execute(notebook, output, cwd=ROOT, **parameters):
+    papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
+    folder = tmp_path_factory.mktemp("study")
+    where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
+    execute(EXPERIMENTS / "e00_teacher.ipynb", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=12, **where)
+    teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
+    short = dict(epochs=2, student="resnet18", stem="cifar", **where)
+    execute(EXPERIMENTS / "e01_baseline_resnet50.ipynb", folder / "e01.ipynb", cwd=EXPERIMENTS, **short)  # as JupyterLab: in the notebook's folder
+    execute(EXPERIMENTS / "e02_distilled_resnet50.ipynb", folder / "e02.ipynb", teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT, **short)
+    return folder
+
+
+def test_study_runs_by_papermill(study):
+    runs = {run.config.experiment: run for run in find_runs(study / "runs")}
+    assert {name: run.status for name, run in runs.items()} == dict(teacher="done", baseline="done", distilled="done")
+    assert runs["distilled"].result["teacher_top1"] == pytest.approx(runs["teacher"].result["held_out_top1"], abs=1e-4)
+    text = (study / "e02.ipynb").read_text()
+    assert "epoch 1/2" in text and "epoch 2/2" in text  # a line an epoch in the executed notebook
+
+
+def test_paper_analysis_draws_the_runs(study):
+    execute(ANALYSIS / "a01_paper.ipynb", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
+    for name in ("figure1", "figure2", "figure3", "figure4"):
+        assert (study / "out/figures" / f"{name}.png").stat().st_size > 10_000 and (study / "out/figures" / f"{name}.svg").is_file()
+    table = (study / "out/tables/timing.csv").read_text()
+    assert "102.6" in table and "456" in table  # published, beside ours
+    assert "figure4" in (study / "out/index.html").read_text()
+
+
+def test_paper_analysis_without_runs_says_so(tmp_path):
+    notebook = execute(ANALYSIS / "a01_paper.ipynb", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path / "out"))
+    assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
+
+
+def test_deit_notebook(tmp_path):
+    """A convnet teaches a ViT with a distillation token; both heads and both ways of joining them are reported."""
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
+    execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", experiment="deit_teacher", student="resnet18", epochs=3, **where)
+    weights = str(next((tmp_path / "work").glob("teacher-*/model")) if list((tmp_path / "work").glob("teacher-*/model")) else next((tmp_path / "work").glob("deit_teacher-*/model")))
+    execute(EXPERIMENTS / "e03_deit_from_regnet.ipynb", tmp_path / "e03.ipynb", teacher="resnet18", teacher_weights=weights,
+            student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)
+    run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
+    assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
+    assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # inference adds the softmaxes
+
+
+def test_unknown_parameter_is_refused(tmp_path):
+    """Plain papermill only warns of a name the notebook doesn't have; the notebook itself stops, before anything is written."""
+    command = [sys.executable, "-m", "papermill", str(EXPERIMENTS / "e01_baseline_resnet50.ipynb"), str(tmp_path / "o.ipynb"), "--cwd", str(ROOT),
+               "-p", "epohcs", "2", "-p", "runs_dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "unknown parameter 'epohcs': did you mean 'epochs'?" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,44 @@
+"""The full path on real CIFAR-100 with a real ViT-Tiny: a few steps, and the numbers that can be checked."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import run_of
+from vitdistill.config import Config
+from vitdistill.data import cifar100_constants, load_data
+from vitdistill.launch import launch
+from vitdistill.teachers import adopt
+
+HELD_OUT = "44000:50000"  # what the weights file was not trained on: see the data's README
+
+
+@pytest.fixture(scope="module")
+def cifar(real_data):
+    return load_data(Config(dataset="cifar100", data_root=str(real_data)))
+
+
+def test_numbers_of_cifar100(cifar):
+    assert cifar.train_images.shape == (50_000, 32, 32, 3) and cifar.test_images.shape == (10_000, 32, 32, 3)
+    assert (torch.bincount(cifar.train_labels) == 500).all() and (torch.bincount(cifar.test_labels) == 100).all()
+    mean, std = replace(cifar, constants=None).mean_std
+    assert np.round(mean, 4).tolist() == list(cifar100_constants[0])
+    assert np.abs(np.array(std) - cifar100_constants[1]).max() < 0.011  # the paper's are those of another estimate
+    assert len(set(cifar.classes)) == 100 and cifar.classes[0] == "apple"
+
+
+def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
+    """The fine-tuned ViT-Tiny gets a card of its own, passes the health check, and teaches a ResNet-18 for a few steps."""
+    teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=224, val_rows=HELD_OUT)
+    card = adopt(teacher, real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors", tmp_path / "teacher", cifar, precision="bf16", most=300)
+    assert card["top1_held_out"] > 0.75 and card["n_held_out"] == 6000 and card["n_train"] == 44_000
+    student = replace(teacher, experiment="distilled", student="resnet18", student_size=0, teacher="vit_tiny_patch16_224", distillation="hard",
+                      teacher_weights=str(tmp_path / "teacher"), data_fraction=0.005, epochs=2, batch_size=32, lr=0.02, device="cpu",
+                      runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    run = launch(student)
+    metrics = run.metrics()
+    assert run.result["teacher_top1"] > 0.75
+    assert metrics.train_loss.iloc[0] == pytest.approx(np.log(100), abs=1.5) and metrics.train_loss.iloc[1] < metrics.train_loss.iloc[0]
+    predictions = np.load(run.folder / "predictions.npz")
+    assert len(predictions["test_label"]) == 10_000 and len(predictions["val_label"]) == 6000 and len(predictions["train_label"]) == 200
