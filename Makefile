@@ -11,8 +11,11 @@ ANALYSIS := nbs/analysis
 export IPYTHONDIR := $(CURDIR)/out/home/ipython
 export JUPYTER_RUNTIME_DIR := $(CURDIR)/out/home/runtime
 export MPLCONFIGDIR := $(CURDIR)/out/home/matplotlib
-PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar --log-level WARNING --cwd .
-QUIET := PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+# $(call notebook,TEMPLATE,OUTPUT,PARAMETERS): execute one by papermill, from the root, showing what it prints
+notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermill --log-output --no-progress-bar --log-level WARNING --cwd . \
+	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vF '[IPKernelApp]' || true; }
 
 .PHONY: help venv demo test test-all study figures bench lab clean
 help: ## list the commands
@@ -29,13 +32,13 @@ venv: .venv/installed ## .venv with the pinned versions and this package, editab
 demo: venv ## the paper's experiment in minutes: digits, teacher, two ResNet-50, figures -> out/demo/index.html
 	@mkdir -p out/demo out/home/runtime
 	@echo "[1/4] a teacher: a small vision transformer on the digits"
-	@$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/e00_teacher.ipynb out/demo/e00_teacher.ipynb -p preset demo
+	@$(call notebook,$(EXPERIMENTS)/e00_teacher,out/demo/e00_teacher,-p preset demo)
 	@echo "[2/4] ResNet-50 on labels alone"
-	@$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/e01_baseline_resnet50.ipynb out/demo/e01_baseline_resnet50.ipynb -p preset demo
+	@$(call notebook,$(EXPERIMENTS)/e01_baseline_resnet50,out/demo/e01_baseline_resnet50,-p preset demo)
 	@echo "[3/4] ResNet-50 taught by the vision transformer"
-	@$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/e02_distilled_resnet50.ipynb out/demo/e02_distilled_resnet50.ipynb -p preset demo
+	@$(call notebook,$(EXPERIMENTS)/e02_distilled_resnet50,out/demo/e02_distilled_resnet50,-p preset demo)
 	@echo "[4/4] figures and tables"
-	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a01_paper.ipynb out/demo/a01_paper.ipynb -p reports out/demo/runs -p out out/demo
+	@$(call notebook,$(ANALYSIS)/a01_paper,out/demo/a01_paper,-p reports out/demo/runs -p out out/demo)
 	@echo "wrote:"; ls -d out/demo/*.ipynb out/demo/figures/* out/demo/tables/* out/demo/index.html | sed 's/^/  /'
 
 test: venv ## export drift, notebooks and tests, on two cores in minutes
@@ -51,13 +54,13 @@ test-all: test ## also what takes longer
 study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, ARGS="-p data_root DIR"
 	@mkdir -p out/study out/home/runtime
 	@for notebook in e00_teacher e01_baseline_resnet50 e02_distilled_resnet50; do \
-		$(QUIET) $(PAPERMILL) $(EXPERIMENTS)/$$notebook.ipynb out/study/$(PRESET)-$$notebook.ipynb -p preset $(PRESET) $(ARGS) || exit 1; done
-	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a01_paper.ipynb out/study/a01_paper.ipynb -p out out/study -p dataset cifar100
+		$(call notebook,$(EXPERIMENTS)/$$notebook,out/study/$(PRESET)-$$notebook,-p preset $(PRESET) $(ARGS)) || exit 1; done
+	@$(call notebook,$(ANALYSIS)/a01_paper,out/study/a01_paper,-p out out/study -p dataset cifar100)
 
 figures: venv ## rebuild reports/figures and reports/tables from reports/runs (the only command that changes tracked files)
 	@mkdir -p out/figures out/home/runtime
-	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a00_data.ipynb out/figures/a00_data.ipynb -p out reports
-	@$(QUIET) $(PAPERMILL) $(ANALYSIS)/a01_paper.ipynb out/figures/a01_paper.ipynb -p reports reports/runs -p out reports
+	@$(call notebook,$(ANALYSIS)/a00_data,out/figures/a00_data,-p out reports)
+	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports)
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)

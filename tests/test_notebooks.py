@@ -56,8 +56,8 @@ def test_paper_analysis_without_runs_says_so(tmp_path):
 def test_deit_notebook(tmp_path):
     """A convnet teaches a ViT with a distillation token; both heads and both ways of joining them are reported."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
-    execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", experiment="deit_teacher", student="resnet18", epochs=3, **where)
-    weights = str(next((tmp_path / "work").glob("teacher-*/model")) if list((tmp_path / "work").glob("teacher-*/model")) else next((tmp_path / "work").glob("deit_teacher-*/model")))
+    execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", role="deit_teacher", student="resnet18", epochs=3, **where)
+    weights = str(next((tmp_path / "work").glob("deit_teacher-*/model")))
     execute(EXPERIMENTS / "e03_deit_from_regnet.ipynb", tmp_path / "e03.ipynb", teacher="resnet18", teacher_weights=weights,
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
