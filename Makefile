@@ -14,8 +14,8 @@ export MPLCONFIGDIR := $(CURDIR)/out/home/matplotlib
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 # $(call notebook,TEMPLATE,OUTPUT,PARAMETERS): execute one by papermill, from the root, showing what it prints
-notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermill --log-output --no-progress-bar --log-level WARNING --cwd . \
-	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vF '[IPKernelApp]' || true; }
+notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermill --log-output --no-progress-bar --cwd . \
+	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|$$)' || true; }
 
 .PHONY: help venv demo test test-all study figures bench lab clean
 help: ## list the commands
