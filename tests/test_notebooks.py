@@ -25,7 +25,7 @@ def study(tmp_path_factory):
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
     execute(EXPERIMENTS / "e00_teacher.ipynb", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=12, **where)
     teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
-    short = dict(epochs=2, student="resnet18", stem="cifar", **where)
+    short = dict(epochs=2, student="resnet18", **where)
     execute(EXPERIMENTS / "e01_baseline_resnet50.ipynb", folder / "e01.ipynb", cwd=EXPERIMENTS, **short)  # as JupyterLab: in the notebook's folder
     execute(EXPERIMENTS / "e02_distilled_resnet50.ipynb", folder / "e02.ipynb", teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT, **short)
     return folder
@@ -56,7 +56,7 @@ def test_paper_analysis_without_runs_says_so(tmp_path):
 def test_deit_notebook(tmp_path):
     """A convnet teaches a ViT with a distillation token; both heads and both ways of joining them are reported."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
-    execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", role="deit_teacher", student="resnet18", epochs=3, **where)
+    execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", role="deit_teacher", student="resnet18", epochs=8, **where)
     weights = str(next((tmp_path / "work").glob("deit_teacher-*/model")))
     execute(EXPERIMENTS / "e03_deit_from_regnet.ipynb", tmp_path / "e03.ipynb", teacher="resnet18", teacher_weights=weights,
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)

@@ -29,11 +29,11 @@ def test_numbers_of_cifar100(cifar):
 
 
 def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
-    """The fine-tuned ViT-Tiny gets a card of its own, passes the health check, and teaches a ResNet-18 for a few steps."""
+    """The fine-tuned ViT-Tiny gets a card of its own, passes the health check, and teaches a small ResNet for a few steps."""
     teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=224, val_rows=HELD_OUT)
     card = adopt(teacher, real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors", tmp_path / "teacher", cifar, precision="bf16", most=300)
     assert card["top1_held_out"] > 0.75 and card["n_held_out"] == 6000 and card["n_train"] == 44_000
-    student = replace(teacher, experiment="distilled", student="resnet18", student_size=0, teacher="vit_tiny_patch16_224", distillation="hard",
+    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, teacher="vit_tiny_patch16_224", distillation="hard",
                       teacher_weights=str(tmp_path / "teacher"), data_fraction=0.005, epochs=2, batch_size=32, lr=0.02, device="cpu",
                       runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     run = launch(student)

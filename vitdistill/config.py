@@ -68,7 +68,7 @@ def write_atomic(
 def _machine(default, **kw): # a field that says where or how a run is carried out: not part of what it IS
     return field(default=default, metadata={'hashed': False}, **kw)
 
-# %% ../nbs/00_config.ipynb #4b525cf7
+# %% ../nbs/00_config.ipynb #a9afb555
 @dataclass(frozen=True)
 class Config:
     "Everything that defines a run; `Config.preset` and `Config.load` make one, `replace` varies it."
@@ -105,6 +105,7 @@ class Config:
     alpha:float=.5                      # weight of the teacher's term, in [0, 1] (lambda for 'soft')
     beta:float=.5                       # weight of the soft part within 'hard+soft', in [0, 1]
     temperature:float=3.                # tau of soft distillation, > 0
+    soft_top_k:int=0                    # soft targets kept in the memo: so many logits and the mass of the rest; 0: all logits, asked online
     kl_reduction:str='batchmean'        # 'batchmean' (paper) or 'public' (the DeiT code: over batch x classes)
     label_smoothing:float=0.            # of the true labels, in [0, 1)
     # The optimization
@@ -141,7 +142,7 @@ class Config:
 
     def __post_init__(self): check(self)
 
-# %% ../nbs/00_config.ipynb #a0b07c73
+# %% ../nbs/00_config.ipynb #28765a20
 _choices = dict(stem=('imagenet', 'cifar'), dataset=('cifar100', 'cifar10', 'digits', 'imagefolder'),
     student_normalization=('data', 'own'), teacher_normalization=('data', 'own'),
     distillation=('none', 'hard', 'soft', 'hard+soft'), kl_reduction=('batchmean', 'public'),
@@ -149,7 +150,7 @@ _choices = dict(stem=('imagenet', 'cifar'), dataset=('cifar100', 'cifar10', 'dig
     device=('auto', 'cuda', 'mps', 'cpu'), precision=('auto', 'fp32', 'bf16'), teacher_precision=('auto', 'fp32', 'bf16'))
 _ranges = dict(data_fraction='(0, 1]', val_fraction='[0, 1)', alpha='[0, 1]', beta='[0, 1]', temperature='(0, inf)',
     label_smoothing='[0, 1)', epochs='[1, inf)', batch_size='[1, inf)', lr='(0, inf)', momentum='[0, 1)',
-    weight_decay='[0, inf)', layer_decay='(0, 1]', t_max='[0, inf)', warmup_epochs='[0, inf)', min_lr='[0, inf)',
+    soft_top_k='[0, inf)', weight_decay='[0, inf)', layer_decay='(0, 1]', t_max='[0, inf)', warmup_epochs='[0, inf)', min_lr='[0, inf)',
     padding='[0, inf)', student_size='[0, inf)', teacher_size='[1, inf)', image_size='[1, inf)',
     checkpoint_every='[1, inf)', nnodes='[1, inf)', seed='[0, inf)', split_seed='[0, inf)')
 

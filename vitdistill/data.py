@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cifar100_constants', 'Data', 'read_pickle', 'load_cifar', 'download_cifar', 'load_digits', 'load_imagefolder',
-           'data_root', 'load_data', 'fingerprint', 'stratified', 'split_rows', 'n_views', 'centre_view', 'view_parts',
-           'Views', 'normalize', 'generator', 'Plan', 'epoch_plan']
+           'data_root', 'load_data', 'fingerprint', 'stratified', 'split_rows', 'n_views', 'centre_view',
+           'expected_views', 'view_parts', 'Views', 'normalize', 'generator', 'Plan', 'epoch_plan']
 
 # %% ../nbs/01_data.ipynb #1bf2fbc5
 import hashlib, io, os, pickle, typing
@@ -217,6 +217,11 @@ def n_views(padding:int, flip:bool)->int:
 def centre_view(padding:int)->int:
     "The number of the view that is the image itself."
     return ((2*padding + 1)**2)//2
+
+# %% ../nbs/01_data.ipynb #1097fc43
+def expected_views(n_views:int, epochs:int)->float:
+    "How many different views of an image `epochs` draws are expected to show."
+    return n_views*(1 - (1 - 1/n_views)**epochs)
 
 # %% ../nbs/01_data.ipynb #74e18b4d
 def view_parts(view:torch.Tensor, padding:int)->tuple:

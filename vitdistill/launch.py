@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['shared_with_teacher', 'parameters', 'configure', 'rank_count', 'torchrun_command', 'stop', 'failure', 'launch',
-           'follow', 'in_jupyterlab', 'LiveCurve', 'with_teacher', 'grid_cells', 'run_batch', 'main']
+           'launch_fill', 'torchrun', 'follow', 'in_jupyterlab', 'LiveCurve', 'with_teacher', 'grid_cells', 'run_batch',
+           'main']
 
-# %% ../nbs/07_launch.ipynb #bc20502c
+# %% ../nbs/07_launch.ipynb #503104a7
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, typing
 from dataclasses import fields, replace
 from pathlib import Path
 import torch, yaml
 from .config import Config, VitdistillError, from_root, nearest, preset, repo_root, save
 from .runs import Run
-from .train import auto_device, resolve
+from .train import resolve, threads_per_rank
 
 # %% ../nbs/07_launch.ipynb #337a8206
 def _assigned(source:str, annotated:bool)->list: # names that a cell assigns at its top level, with or without a type
@@ -63,13 +64,13 @@ def rank_count(
     kind = 'GPU' if device == 'cuda' else f'rank on {device}'
     return ranks, '' if ranks == wish else f'{wish} ranks were asked for; {ranks} {kind}{"s" if ranks > 1 else ""} here. The global batch stays as it is.'
 
-# %% ../nbs/07_launch.ipynb #bea74286
-def torchrun_command(config:Config, file:Path, ranks:int)->list:
+# %% ../nbs/07_launch.ipynb #c26fa138
+def torchrun_command(config:Config, file:Path, ranks:int, *extra:str)->list:
     "The command that starts the ranks of this node; several nodes meet at `rdzv_endpoint`."
     where = ['--standalone'] if config.nnodes == 1 else ['--nnodes', str(config.nnodes), '--rdzv-backend', 'c10d', '--rdzv-id', file.parent.name,
                                                          '--rdzv-endpoint', config.rdzv_endpoint]
     if config.nnodes > 1 and not config.rdzv_endpoint: raise VitdistillError(f"nnodes = {config.nnodes} needs rdzv_endpoint: give 'host:port' of one of the nodes.")
-    return [sys.executable, '-m', 'torch.distributed.run', *where, '--nproc-per-node', str(ranks), '-m', 'vitdistill.train', '--config', str(file)]
+    return [sys.executable, '-m', 'torch.distributed.run', *where, '--nproc-per-node', str(ranks), '-m', 'vitdistill.train', '--config', str(file), *extra]
 
 # %% ../nbs/07_launch.ipynb #a223e464
 def _end_with_parent()->None: # in the child, before it becomes torchrun: SIGTERM when this process dies
@@ -93,7 +94,7 @@ def failure(lines:typing.Iterable[str])->str:
     said = [m[2] for m in ranks if m[1] == ranks[0][1]]
     return said[0] if len(said) == 1 else f'rank {ranks[0][1]} failed:\n' + '\n'.join(said[-12:])
 
-# %% ../nbs/07_launch.ipynb #ecc202f1
+# %% ../nbs/07_launch.ipynb #87e8bd95
 def launch(
     config:Config,
     nproc:int=None,   # ranks on this node; None: the config's wish, limited to the visible GPUs
@@ -105,17 +106,32 @@ def launch(
     if run.status == 'done':
         if show: print(f'{run.name} is done already')
         return run
+    tail = torchrun(config, run, nproc, show)
+    if Run(run.folder).status != 'done': raise VitdistillError(failure(tail))
+    return Run(run.folder)
+
+# %% ../nbs/07_launch.ipynb #5f1e22a7
+def launch_fill(
+    config:Config,  # of a distilled student
+    nproc:int=None, # as in `launch`
+    show:bool=True
+)->None:
+    "Ask the config's teacher every view ahead, under torchrun; interrupted, the next call goes on where it was."
+    config = resolve(config)
+    tail = torchrun(config, Run.of(config), nproc, show, '--fill')
+    if not any(line.startswith('done: ') for line in tail): raise VitdistillError(failure(tail))
+
+# %% ../nbs/07_launch.ipynb #cf3d94fe
+def torchrun(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->collections.deque:
+    "Start the ranks of a resolved config, follow them to their end, leave none behind; returns their last lines."
     ranks, note = rank_count(config.nproc, nproc, config.device, torch.cuda.device_count())
     if note and show: print(note)
     work = from_root(config.work_dir)/run.name
-    command = torchrun_command(config, save(config, work/'launch.yaml'), ranks)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    env = os.environ | {'VITDISTILL_LAUNCHER': str(os.getpid()), 'OMP_NUM_THREADS': str(max(1, cores//ranks)), 'PYTHONUNBUFFERED': '1'}
+    command = torchrun_command(config, save(config, work/'launch.yaml'), ranks, *extra)
+    env = os.environ | {'VITDISTILL_LAUNCHER': str(os.getpid()), 'OMP_NUM_THREADS': str(threads_per_rank(config, ranks)), 'PYTHONUNBUFFERED': '1'}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=env, preexec_fn=_end_with_parent)
-    try: tail = follow(process, run, work/'log.txt', show)
+    try: return follow(process, run, work/'log.txt', show)
     finally: stop(process)
-    if Run(run.folder).status != 'done': raise VitdistillError(failure(tail))
-    return Run(run.folder)
 
 # %% ../nbs/07_launch.ipynb #a6396a28
 def follow(process:subprocess.Popen, run:Run, log:Path, show:bool)->collections.deque:
@@ -157,7 +173,7 @@ class LiveCurve:
 # %% ../nbs/07_launch.ipynb #c7490b2a
 shared_with_teacher = ('dataset', 'data_root', 'data_fraction', 'split_seed', 'image_size', 'padding', 'flip', 'device', 'precision', 'runs_dir', 'work_dir')
 
-# %% ../nbs/07_launch.ipynb #624036a2
+# %% ../nbs/07_launch.ipynb #f6f5a1f7
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
@@ -165,7 +181,7 @@ def with_teacher(
 )->Config:
     "The config with its teacher's weights; trains the preset's teacher where none is named."
     if config.teacher_weights or config.allow_untrained: return config
-    values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher')}
+    values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher'), 'student_kwargs': given.get('teacher_kwargs')}
     return replace(config, teacher_weights=str(launch(preset(given['preset'], experiment, **values)).model))
 
 # %% ../nbs/07_launch.ipynb #1154e14e

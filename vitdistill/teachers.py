@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['split_fields', 'Teacher', 'make_card', 'some', 'view_count', 'top1', 'read_card', 'refuse_seen', 'load_teacher',
-           'check_health', 'memo_key', 'Memo', 'Answers', 'adopt']
+           'check_health', 'memo_key', 'record', 'Memo', 'decision', 'Answers', 'fill', 'break_even', 'adopt']
 
-# %% ../nbs/04_teachers.ipynb #5198c9f7
-import hashlib, json, os, shutil, typing
+# %% ../nbs/04_teachers.ipynb #f3b220a6
+import hashlib, json, os, shutil, time, typing
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
+from tqdm import tqdm
 from .config import Config, VitdistillError, from_dict, from_root, write_atomic
-from .data import Data, Plan, Views, centre_view, epoch_plan, n_views, normalize, split_rows
+from .data import Data, Plan, Views, epoch_plan, expected_views, n_views, normalize, split_rows
+from .losses import memo_temperatures
 from .models import create, load_weights, pretrained_constants, save_model
 
 # %% ../nbs/04_teachers.ipynb #d95b2107
@@ -141,58 +143,83 @@ def check_health(
                               'untrained: fine-tune it with e00_teacher and name its folder as teacher_weights, or set allow_untrained=True to teach with it anyway.')
     return accuracy
 
-# %% ../nbs/04_teachers.ipynb #c04cc2d5
+# %% ../nbs/04_teachers.ipynb #c81a3c89
 def memo_key(teacher:Teacher, config:Config, data:Data)->dict:
-    "Everything that a hard label depends on."
-    return dict(architecture=config.teacher, weights=teacher.weights_hash(), train_images=data.train_hash, classes=len(data.classes),
-                padding=config.padding, views=view_count(config, data), image_size=data.train_images.shape[1], teacher_size=teacher.size,
-                resize='bilinear', constants=[list(c) for c in teacher.constants], dtype=teacher.precision)
+    "Everything that an answer depends on."
+    key = dict(architecture=config.teacher, weights=teacher.weights_hash(), train_images=data.train_hash, classes=len(data.classes),
+               padding=config.padding, views=view_count(config, data), image_size=data.train_images.shape[1], teacher_size=teacher.size,
+               resize='bilinear', constants=[list(c) for c in teacher.constants], dtype=teacher.precision)
+    soft = config.distillation in ('soft', 'hard+soft')
+    return key | (dict(top_k=min(config.soft_top_k, len(data.classes)), temperatures=list(memo_temperatures)) if soft else {})
 
-# %% ../nbs/04_teachers.ipynb #a999e2c8
+# %% ../nbs/04_teachers.ipynb #3217f450
+def record(key:dict)->np.dtype:
+    "One answer on the disk."
+    label = np.uint8 if key['classes'] <= 254 else np.uint16
+    if 'top_k' not in key: return np.dtype([('label', label)])
+    return np.dtype([('label', label, (key['top_k'],)), ('number', np.float16, (key['top_k'] + len(key['temperatures']),))])
+
+# %% ../nbs/04_teachers.ipynb #f77596e5
 class Memo:
-    "Hard labels of a frozen teacher for (image, view): asked once, kept beside the teacher."
+    "A frozen teacher's answers for (image, view): asked once, kept beside the teacher."
     def __init__(self,
         parent:str|Path, # folder that holds memos, one folder each
-        key:dict,        # everything the answers depend on; has `classes` and `views`
+        key:dict,        # everything the answers depend on; has `classes` and `views`, and `top_k` for soft answers
         n_images:int):
         text = json.dumps({**key, 'n_images': n_images}, sort_keys=True, indent=1)
         self.folder = Path(parent)/f'memo-{hashlib.sha256(text.encode()).hexdigest()[:12]}'
-        dtype = np.uint8 if key['classes'] <= 254 else np.uint16
-        self.classes, self.unknown, self.shape = key['classes'], np.iinfo(dtype).max, (n_images, key['views'])
-        self.bytes = n_images*key['views']*np.dtype(dtype).itemsize
-        if not self._whole(text): self._create(text, dtype)
-        self.labels = np.memmap(self.folder/'labels.bin', dtype, 'r+', shape=self.shape)
+        self.dtype, self.classes, self.shape, self.soft = record(key), key['classes'], (n_images, key['views']), 'top_k' in key
+        self.bytes = n_images*key['views']*self.dtype.itemsize
+        if not self._whole(text): self._create(text)
+        self.answers = np.memmap(self.folder/'answers.bin', self.dtype, 'r+', shape=self.shape)
+        self.labels = self.answers['label'][..., 0] if self.soft else self.answers['label'] # (n_images, views)
 
     def _whole(self, text)->bool: # is the file on disk ours, and all of it there?
-        key, labels = self.folder/'key.json', self.folder/'labels.bin'
-        return key.is_file() and labels.is_file() and labels.stat().st_size == self.bytes and key.read_text() == text
+        key, answers = self.folder/'key.json', self.folder/'answers.bin'
+        return key.is_file() and answers.is_file() and answers.stat().st_size == self.bytes and key.read_text() == text
 
-    def _create(self, text, dtype):
+    def _create(self, text):
         if (free := shutil.disk_usage(next(p for p in self.folder.parents if p.exists())).free) < self.bytes + 2**20:
             raise VitdistillError(f'the memo of {self.bytes/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on the disk.')
         print(f'memo: {self.bytes/1e6:.1f} MB for {self.shape[0]} images x {self.shape[1]} views in {self.folder}', flush=True)
-        write_atomic(self.folder/'labels.bin', lambda p: np.full(self.shape, self.unknown, dtype).tofile(p))
+        def write(path): # every byte 255 is a label that no class has
+            with open(path, 'wb') as file:
+                for start in range(0, self.bytes, 2**26): file.write(b'\xff'*min(2**26, self.bytes - start))
+        write_atomic(self.folder/'answers.bin', write)
         write_atomic(self.folder/'key.json', lambda p: p.write_text(text))
 
-    def get(self, image:torch.Tensor, view:torch.Tensor)->torch.Tensor: # (B,) int64; -1 where it isn't known
-        found = torch.from_numpy(self.labels[image.numpy(), view.numpy()].astype(np.int64))
-        return torch.where(found < self.classes, found, -1)
+    def get(self, image:torch.Tensor, view:torch.Tensor)->tuple: # (B,) int64 each -> answers as `put` takes them, (B,) bool: known?
+        found = self.answers[image.numpy(), view.numpy()]
+        label = torch.from_numpy(found['label'].astype(np.int64))
+        known = (label[:, 0] if self.soft else label) < self.classes
+        return (torch.cat([label.float(), torch.from_numpy(found['number'].astype(np.float32))], 1) if self.soft else label), known
 
-    def put(self, image:torch.Tensor, view:torch.Tensor, label:torch.Tensor)->None:
-        self.labels[image.numpy(), view.numpy()] = label.numpy().astype(self.labels.dtype)
+    def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor)->None: # (B,) labels or (B, 2k + T) of `top_k_answer`
+        where = image.numpy(), view.numpy()
+        if not self.soft: self.labels[where] = answer.numpy().astype(self.labels.dtype)
+        else:
+            k = self.dtype['label'].shape[0]
+            for j in range(k, answer.shape[1]): self.answers['number'][..., j - k][where] = answer[:, j].half().numpy()
+            for j in reversed(range(k)): self.answers['label'][..., j][where] = answer[:, j].numpy().astype(self.labels.dtype)
 
     def known(self)->float: # share of all answers
-        return float((self.labels != self.unknown).mean())
+        return float((self.labels < self.classes).mean())
 
-# %% ../nbs/04_teachers.ipynb #7799b24a
+# %% ../nbs/04_teachers.ipynb #f8a1f015
+def decision(logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B,)
+    "The hard label of logits."
+    return logits.argmax(-1)
+
+# %% ../nbs/04_teachers.ipynb #a8d78fff
 class Answers:
     "The teacher's answers for stretches of a plan: from the memo, else from the teacher."
     def __init__(self,
         teacher:Teacher,
         views:Views,          # of the training images, on the teacher's device
         memo:Memo|None=None,  # rank 0 holds it; None there: every answer is computed (online)
-        logits:bool=False):   # answer with (C,) logits instead of a decision
-        self.teacher, self.views, self.memo, self.logits = teacher, views, None if logits else memo, logits
+        form:typing.Callable=decision): # what of the logits (B, C) is the answer
+        self.teacher, self.views, self.memo, self.form = teacher, views, memo, form
+        self.blank = form(torch.zeros(1, teacher.model.num_classes))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.asked = self.hits = 0
 
@@ -207,32 +234,60 @@ class Answers:
         return tensor.cpu()
 
     def _ask(self, image, view): # each rank answers its part; all get all
-        answers = self._blank(len(image))
+        answers = self.blank.new_zeros(len(image), *self.blank.shape[1:])
         mine = torch.arange(len(image)).tensor_split(self.world)[self.rank]
-        if len(mine):
-            logits = self.teacher.logits(self.views(*(t[mine].to(self.teacher.device) for t in (image, view)))).cpu()
-            answers[mine] = logits if self.logits else logits.argmax(-1)
+        if len(mine): answers[mine] = self.form(self.teacher.logits(self.views(*(t[mine].to(self.teacher.device) for t in (image, view))))).cpu()
         return self._share(answers)
 
-    def _blank(self, n): # room for n answers
-        return torch.zeros(n, self.teacher.model.num_classes) if self.logits else torch.zeros(n, dtype=torch.int64)
+    def _remembered(self, plan): # (answers, known) as rank 0's memo has them
+        if self.memo: answers, known = self.memo.get(plan.image, plan.view)
+        else: answers, known = self.blank.new_zeros(len(plan.image), *self.blank.shape[1:]), torch.zeros(len(plan.image), dtype=torch.bool)
+        return self._share(answers, 0), self._share(known.to(torch.uint8), 0).bool()
 
     def __call__(self,
         plan:Plan,  # rows in order
         progress:typing.Callable[[int, int], None]=lambda done, total: None # called as the teacher works
-    )->torch.Tensor: # (n,) int64 decisions or (n, C) float32 logits, on the CPU
-        known = self.memo.get(plan.image, plan.view) if self.memo else torch.full((len(plan.image),), -1)
-        known = self._share(known, 0)
-        todo = torch.nonzero(known < 0).flatten()
+    )->torch.Tensor: # (n, ...) on the CPU, as `form` makes them
+        answers, known = self._remembered(plan)
+        todo, size = torch.nonzero(~known).flatten(), 16*self.teacher.chunk*self.world
         self.asked, self.hits = self.asked + len(known), self.hits + len(known) - len(todo)
-        answers = self._blank(len(known)) if self.logits else known
-        size = 16*self.teacher.chunk*self.world
         for start in range(0, len(todo), size):
             block = todo[start:start + size]
             answers[block] = self._ask(plan.image[block], plan.view[block])
             if self.memo: self.memo.put(plan.image[block], plan.view[block], answers[block])
             progress(start + len(block), len(todo))
         return answers
+
+# %% ../nbs/04_teachers.ipynb #0d62c787
+def fill(
+    answers:Answers,
+    rows:torch.Tensor, # (n,) rows of the dataset
+    views:int,         # views of an image
+    block:int=2048     # questions between two yields
+)->typing.Iterator[int]:
+    "Ask the teacher every view of `rows` that its memo doesn't know, on all ranks; yields how many answers are there more."
+    for view in range(views):
+        for part in rows.split(block):
+            answers(Plan(part, torch.zeros_like(part), torch.full_like(part, view)))
+            yield len(part)
+
+# %% ../nbs/04_teachers.ipynb #945320cb
+def break_even(
+    teacher:Teacher, views:Views,
+    images:int, n_views:int, epochs:int,
+    world:int=1, # ranks that share the work
+    known:float=0. # share of the answers that the memo has already
+)->str:
+    "One sentence on what the memo saves in `epochs` passes over `images`."
+    rows = torch.zeros(teacher.chunk, dtype=torch.int64, device=teacher.device)
+    for _ in range(2): # the first warms up
+        begun = time.perf_counter()
+        teacher.logits(views(rows)).argmax(-1).cpu()
+        rate = world*teacher.chunk/(time.perf_counter() - begun)
+    online, asked = images*epochs, images*expected_views(n_views, epochs)*(1 - known)
+    hours = lambda n: tqdm.format_interval(n/rate)
+    return (f'{epochs} epochs show {expected_views(n_views, epochs):.1f} of {n_views} views of an image: about {asked:,.0f} questions to the teacher with the memo, '
+            f'{online:,} without ({hours(asked)} against {hours(online)} at {rate:,.0f} images/s here)')
 
 # %% ../nbs/04_teachers.ipynb #e15091a8
 def adopt(

@@ -6,10 +6,10 @@
 __all__ = ['auto_device', 'auto_precision', 'resolve', 'Ranks', 'start_ranks', 'end_with_parent', 'threads_per_rank',
            'batch_bounds', 'local_rows', 'create_optimizer', 'create_schedule', 'Study', 'prepare', 'open_memo',
            'predict', 'evaluate', 'predictions', 'train_epoch', 'has_batch_norm', 'answer_window', 'seed_step',
-           'refuse_nan', 'Progress', 'train', 'fit', 'restore', 'parallel', 'share_statistics', 'announce', 'finish',
-           'head_accuracies', 'model_card', 'push', 'main']
+           'refuse_nan', 'Progress', 'train', 'fit', 'restore', 'parallel', 'share_statistics', 'announce', 'fill_memo',
+           'finish', 'head_accuracies', 'model_card', 'push', 'main']
 
-# %% ../nbs/06_train.ipynb #5f5ea4aa
+# %% ../nbs/06_train.ipynb #ade04421
 import argparse, math, os, sys, threading, time, traceback, typing
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from .data import Data, Views, epoch_plan, fingerprint, generator, load_data, no
 from .losses import Batch, Objective, criterion
 from .models import Student, combine, create_student, pretrained_constants, save_model, student_size, weights_file
 from .runs import Run
-from .teachers import Answers, Memo, Teacher, check_health, load_teacher, make_card, memo_key, view_count
+from .teachers import Answers, Memo, Teacher, break_even, check_health, fill, load_teacher, make_card, memo_key, read_card, view_count
 
 # %% ../nbs/06_train.ipynb #f0417754
 def auto_device()->str:
@@ -164,7 +164,7 @@ class Study:
         device = self.ranks.device.split(':')[0]
         return torch.autocast(device, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
 
-# %% ../nbs/06_train.ipynb #f680866f
+# %% ../nbs/06_train.ipynb #ea9f4237
 def prepare(config:Config, ranks:Ranks)->Study:
     "Load data, student and teacher, and check all that can be wrong before anything is written."
     data = load_data(config)
@@ -175,13 +175,14 @@ def prepare(config:Config, ranks:Ranks)->Study:
     if config.distillation != 'none':
         teacher, card = load_teacher(config, data, ranks.device)
         if ranks.rank == 0: accuracy = check_health(teacher, card, config, data, views)
-        answers = Answers(teacher, views, open_memo(config, data, teacher, ranks), criterion(config).needs_logits)
+        answers = Answers(teacher, views, open_memo(config, data, teacher, ranks), criterion(config).form)
     return Study(config, ranks, data, student, views, Views(data.test_images, 0, ranks.device), train, val, answers, accuracy)
 
-# %% ../nbs/06_train.ipynb #d53215e1
+# %% ../nbs/06_train.ipynb #baad05c1
 def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks)->Memo|None:
     "The memo beside the teacher (rank 0 holds it); None where it is off, of no use, or doesn't fit: then the teacher runs online."
-    if not config.memo or ranks.rank or criterion(config).needs_logits: return None
+    wanted = config.distillation == 'hard' or config.soft_top_k
+    if not config.memo or ranks.rank or not wanted: return None
     weights = from_root(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
     try: return Memo(weights if weights.is_dir() or not config.teacher_weights else weights.parent, memo_key(teacher, config, data), len(data.train_images))
     except (VitdistillError, OSError) as e:
@@ -267,11 +268,10 @@ def has_batch_norm(model:nn.Module)->bool:
     "Does the model compute statistics over the batch?"
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
-# %% ../nbs/06_train.ipynb #6d2eda4a
+# %% ../nbs/06_train.ipynb #48ecc1b7
 def answer_window(study:Study, steps:int)->int:
-    "Steps whose answers are asked ahead: a whole epoch of decisions, or what 64 MB of logits hold."
-    if study.answers is None or not study.answers.logits: return steps
-    return max(1, min(steps, 2**24//(len(study.data.classes)*study.config.batch_size)))
+    "Steps whose answers are asked ahead: a whole epoch, or what 64 MB hold."
+    return steps if study.answers is None else max(1, min(steps, 2**24//(study.answers.blank.numel()*study.config.batch_size)))
 
 # %% ../nbs/06_train.ipynb #273e0372
 def seed_step(seed:int, epoch:int, step:int, rank:int)->None:
@@ -381,19 +381,36 @@ def share_statistics(student:Student, ranks:Ranks)->None:
     if ranks.world > 1:
         for buffer in student.model.buffers(): dist.broadcast(buffer, 0)
 
-# %% ../nbs/06_train.ipynb #11ba7713
+# %% ../nbs/06_train.ipynb #bd3cdbbc
 def announce(study:Study, run:Run, done:int, progress:Progress)->None:
     "Say, on rank 0, what is about to happen and what differs from what was asked."
     if study.ranks.rank: return
     c, ranks, say = study.config, study.ranks, progress.say
     say(f'{run.name}: {len(study.train_rows):,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on {ranks.device.split(":")[0]}, {c.precision}')
     if done: say(f'resumes after epoch {done}')
-    if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images'
-                          + ('' if study.answers.memo is None else f', {study.answers.memo.known():.1%} of its answers known'))
+    if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images')
+    if study.answers and study.answers.memo:
+        known = study.answers.memo.known()
+        say(f'memo: {known:.1%} of its answers known; ' + break_even(study.answers.teacher, study.views, len(study.train_rows), view_count(c, study.data), c.epochs, ranks.world, known))
     if has_batch_norm(study.student):
         if ranks.world > 1 and ranks.device == 'cpu': say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
         left = len(study.train_rows) - batch_bounds(len(study.train_rows), c.batch_size, ranks.world, True)[-1][1]
         if left: say(f'the last batch of {left} image(s) of each epoch is dropped: batch norm needs 2 on every rank')
+
+# %% ../nbs/06_train.ipynb #469da0ef
+def fill_memo(config:Config, ranks:Ranks|None=None)->float:
+    "Ask the config's teacher every view of its training images; returns the share of all answers that the memo then knows (0 on other ranks)."
+    config, ranks = resolve(config), ranks or Ranks(device=auto_device() if config.device == 'auto' else config.device)
+    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
+    study = prepare(config, ranks)
+    if ranks.rank == 0 and not (study.answers and study.answers.memo):
+        raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}: fill one for hard labels, or for soft ones with soft_top_k above 0.')
+    views = view_count(config, study.data)
+    with tqdm(total=views*len(study.train_rows), unit=' answers', unit_scale=True, desc='memo', mininterval=10 if not sys.stderr.isatty() else .1,
+              disable=ranks.rank > 0, file=sys.stdout, ascii=True) as bar:
+        for n in fill(study.answers, study.train_rows, views): bar.update(n)
+    ranks.barrier()
+    return study.answers.memo.known() if ranks.rank == 0 else 0.
 
 # %% ../nbs/06_train.ipynb #6499f3ab
 def finish(study:Study, run:Run)->None:
@@ -410,9 +427,8 @@ def finish(study:Study, run:Run)->None:
     run.finish(result)
     if config.hub_repo: push(study.student.model, config, run)
 
-# %% ../nbs/06_train.ipynb #97f568a2
+# %% ../nbs/06_train.ipynb #c0eac504
 def _brief(config:Config)->dict|None: # what of the teacher's card a result repeats
-    from vitdistill.teachers import read_card
     card = read_card(config.teacher_weights)
     return card and {k: card.get(k) for k in ('architecture', 'weights_hash', 'top1_held_out', 'top1_train_views')}
 
@@ -439,19 +455,21 @@ def push(model:nn.Module, config:Config, run:Run)->None:
     from timm.models import push_to_hf_hub
     push_to_hf_hub(model, config.hub_repo, model_args=config.student_kwargs or None, model_card={'description': (run.model/'README.md').read_text()})
 
-# %% ../nbs/06_train.ipynb #8dd368b7
+# %% ../nbs/06_train.ipynb #178a0f70
 def main(arguments:list=None)->int:
     "The command line; returns the exit status."
     parser = argparse.ArgumentParser(prog='python -m vitdistill.train', description='Train one run; start it by torchrun for several ranks.')
     parser.add_argument('--config', required=True, help="a flat YAML file, such as a run folder's config.yaml")
-    path = parser.parse_args(arguments).config
+    parser.add_argument('--fill', action='store_true', help="ask the teacher every view ahead instead, so that no student's run waits for it")
+    path, ahead = (args := parser.parse_args(arguments)).config, args.fill
     end_with_parent()
     rank = os.environ.get('RANK', '0')
     try:
         config = load(path)
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
-        run = train(config, ranks, command=f"{'torchrun --nproc-per-node ' + str(ranks.local_world) + ' ' if ranks.world > 1 else 'python '}-m vitdistill.train --config {path}")
-        if ranks.rank == 0: print(f'done: {run.folder}', flush=True)
+        if ahead: fill_memo(config, ranks)
+        else: run = train(config, ranks, command=f"{'torchrun --nproc-per-node ' + str(ranks.local_world) + ' ' if ranks.world > 1 else 'python '}-m vitdistill.train --config {path}")
+        if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
     except VitdistillError as e: return _fail(rank, str(e))
     except OSError as e: return _fail(rank, f'no space left on the device ({e.filename or e}): free some and run the same command again.' if e.errno == 28 else traceback.format_exc())
     except Exception: return _fail(rank, traceback.format_exc())
