@@ -38,6 +38,24 @@ def test_killed_run_ends_as_one_left_alone(tiny, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(np.load(one.folder / "predictions.npz").values(), np.load(two.folder / "predictions.npz").values()))
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments(tiny, tmp_path):
+    """SIGKILL at 20 random moments, in the loop, in a checkpoint, in a memo write: in the end the bytes of a run left alone."""
+    config = replace(tiny, epochs=60, batch_size=16)
+    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    assert start(alone, tmp_path / "alone.yaml").wait(300) == 0
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        before = run_of(cut).epochs_done if run_of(cut).folder.exists() else 0
+        process = start(cut, tmp_path / "cut.yaml")
+        wait_until(lambda: process.poll() is not None or (run_of(cut).folder.exists() and run_of(cut).epochs_done > before), 90)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill(), process.wait()
+    assert start(cut, tmp_path / "cut.yaml").wait(300) == 0
+    assert run_of(alone).metrics().drop(columns=TIMED).equals(run_of(cut).metrics().drop(columns=TIMED))
+    assert (run_of(alone).model / "model.safetensors").read_bytes() == (run_of(cut).model / "model.safetensors").read_bytes()
+
+
 def test_second_writer_is_refused(tiny, tmp_path):
     config = replace(tiny, epochs=500)
     first = start(config, tmp_path / "c.yaml")
@@ -64,8 +82,9 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
         process.kill(), process.communicate()
 
 
-def test_killed_papermill_leaves_no_process(tmp_path):
-    """SIGKILL of papermill: within 10 s neither its kernel nor torchrun nor a rank is left."""
+@pytest.mark.parametrize("end", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))])
+def test_killed_papermill_leaves_no_process(tmp_path, end):
+    """Papermill is killed or interrupted: within 10 s neither its kernel nor torchrun nor a rank is left."""
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/experiments/e01_baseline_resnet50.ipynb"), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
                "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"), "-p", "work_dir", str(tmp_path / "work")]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -74,6 +93,33 @@ def test_killed_papermill_leaves_no_process(tmp_path):
         kernels = [p.pid for p in psutil.Process(process.pid).children()]
         assert kernels and processes_mentioning(str(tmp_path / "work"))
     finally:
-        process.kill(), process.wait()
+        process.send_signal(end)
     alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if psutil.pid_exists(k) and psutil.Process(k).status() != psutil.STATUS_ZOMBIE]
     assert wait_until(lambda: not alive(), 10), alive()
+    process.kill(), process.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
+def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
+    """The disk fills up while a checkpoint is written: one sentence, the previous checkpoint whole, and the rerun ends as it would have."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        config = replace(tiny, work_dir=str(disk), epochs=6)
+        process = start(config, tmp_path / "c.yaml")
+        assert wait_until(lambda: run_of(config).folder.exists() and run_of(config).epochs_done >= 1, 90)
+        ballast = open(disk / "ballast", "wb", buffering=0)
+        try:
+            while True:
+                ballast.write(b"0" * 4096)
+        except OSError:
+            pass  # full
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and "no space left on the device" in said and "Traceback" not in said
+        assert run_of(config).checkpoint()["epochs"] >= 1
+        ballast.close(), (disk / "ballast").unlink()
+        assert start(config, tmp_path / "c.yaml").wait(90) == 0 and len(run_of(config).metrics()) == 6
+    finally:
+        subprocess.run(["umount", "-l", str(disk)])

@@ -1,12 +1,13 @@
 """The result does not depend on the number of ranks."""
+import socket
 import subprocess
 from dataclasses import replace
 
-import pytest
 import safetensors.torch
 
-from conftest import elsewhere, environment, run_of, train_command
+from conftest import elsewhere, environment, run_of, train_command, wait_until
 from vitdistill.config import save
+from vitdistill.launch import torchrun_command
 
 
 def test_ranks_give_the_same_losses(tiny, tmp_path):
@@ -35,3 +36,29 @@ def test_uneven_last_batch_is_weighted(tiny, tmp_path):
         subprocess.run(train_command(save(here, tmp_path / f"{ranks}.yaml"), ranks), env=environment(), check=True, capture_output=True, timeout=240)
         losses.append(run_of(here).metrics().train_loss)
     assert (losses[0] - losses[1]).abs().max() < 1e-5
+
+
+def test_resume_on_other_ranks_says_so(tiny, tmp_path):
+    """A run begun by one process goes on with two."""
+    file, config = tmp_path / "c.yaml", replace(tiny, epochs=40)
+    one = subprocess.Popen(train_command(save(config, file)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_until(lambda: run_of(config).epochs_done >= 2, 90)
+    one.kill(), one.wait()
+    done = subprocess.run(train_command(file, 2), env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "which 1 rank(s) reached: low bits may differ" in done.stdout
+    assert list(run_of(config).metrics().epoch) == list(range(40))
+
+
+def test_two_nodes_meet(tiny, tmp_path):
+    """Two torchruns on this machine meet by the c10d rendezvous and give the losses of one process."""
+    alone, together = elsewhere(tiny, tmp_path / "alone"), elsewhere(tiny, tmp_path / "together")
+    subprocess.run(train_command(save(alone, tmp_path / "alone.yaml")), env=environment(), check=True, capture_output=True, timeout=120)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    file = save(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), tmp_path / "together.yaml")
+    command = torchrun_command(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), file, 1)
+    nodes = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:]
+    assert (run_of(together).metrics().train_loss - run_of(alone).metrics().train_loss).abs().max() < 1e-5

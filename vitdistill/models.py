@@ -6,13 +6,13 @@
 __all__ = ['cifar_stems', 'with_cifar_stem', 'create', 'check_size', 'weights_file', 'read_weights', 'head_names', 'load_weights',
            'TwoHeads', 'combine', 'Student', 'student_size', 'create_student', 'pretrained_constants', 'save_model']
 
-# %% ../nbs/02_models.ipynb #d965c35e
-import difflib, json, typing
+# %% ../nbs/02_models.ipynb #12739c65
+import json, tempfile
 from pathlib import Path
 import safetensors.torch, timm, torch
 from timm.models import load_pretrained, register_model, save_for_hf
 from torch import nn
-from .config import Config, VitdistillError, from_root, nearest, write_atomic
+from .config import Config, VitdistillError, from_root, nearest, no_space, write_atomic
 
 # %% ../nbs/02_models.ipynb #8fee561b
 def with_cifar_stem(model:nn.Module)->nn.Module:
@@ -172,26 +172,25 @@ def pretrained_constants(model:nn.Module)->tuple:
     "(mean, std) per channel that the model's pretrained weights expect."
     return tuple(model.pretrained_cfg['mean']), tuple(model.pretrained_cfg['std'])
 
-# %% ../nbs/02_models.ipynb #bc20f1e2
+# %% ../nbs/02_models.ipynb #f4a2cd1e
 def save_model(
     model:nn.Module, # the timm model
     folder:str|Path,
     kwargs:dict,     # what timm.create_model was given beside the name and classes
-    card:dict,       # written as card.json
+    card:dict,       # written as card.json, last
     readme:str,      # the model card's text
     mean_std:tuple,  # per channel: how its input was normalized
     size:int         # side of its input in px
 )->Path:
-    "Write model.safetensors, config.json, card.json and README.md into a folder that appears whole."
+    "Write model.safetensors, config.json, README.md and card.json into a folder, each file whole or not at all."
+    mean, std = map(list, mean_std)
+    cfg = dict(input_size=[3, size, size], interpolation='bilinear', crop_pct=1., mean=mean, std=std, num_classes=model.num_classes)
     folder = Path(folder)
-    draft = folder.with_name(f'.{folder.name}.tmp')
-    (mean, std), extra = mean_std, dict(input_size=[3, size, size], interpolation='bilinear', crop_pct=1.)
-    save_for_hf(model, draft, model_config={'pretrained_cfg': {**extra, 'mean': list(mean), 'std': list(std), 'num_classes': model.num_classes}},
-                model_args=kwargs or None, safe_serialization=True)
-    (draft/'card.json').write_text(json.dumps(card, indent=1))
-    (draft/'README.md').write_text(readme)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(draft.iterdir(), key=lambda f: f.name == 'card.json'): write_atomic(folder/file.name, lambda p: p.write_bytes(file.read_bytes()))
-    for file in draft.iterdir(): file.unlink()
-    draft.rmdir()
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
+        try: save_for_hf(model, draft, model_config={'pretrained_cfg': cfg}, model_args=kwargs or None, safe_serialization=True)
+        except Exception as e: raise no_space(e, draft) or e
+        for file in Path(draft).iterdir(): write_atomic(folder/file.name, lambda p: p.write_bytes(file.read_bytes()))
+    write_atomic(folder/'README.md', lambda p: p.write_text(readme))
+    write_atomic(folder/'card.json', lambda p: p.write_text(json.dumps(card, indent=1)))
     return folder

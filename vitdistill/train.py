@@ -9,7 +9,7 @@ __all__ = ['auto_device', 'auto_precision', 'resolve', 'Ranks', 'start_ranks', '
            'refuse_nan', 'Progress', 'train', 'fit', 'restore', 'parallel', 'share_statistics', 'announce', 'fill_memo',
            'finish', 'head_accuracies', 'model_card', 'push', 'main']
 
-# %% ../nbs/06_train.ipynb #ade04421
+# %% ../nbs/06_train.ipynb #0e2f9196
 import argparse, math, os, sys, threading, time, traceback, typing
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from .config import Config, VitdistillError, from_root, load, save
+from .config import Config, VitdistillError, from_root, load, no_space
 from .data import Data, Views, epoch_plan, fingerprint, generator, load_data, normalize, split_rows
 from .losses import Batch, Objective, criterion
 from .models import Student, combine, create_student, pretrained_constants, save_model, student_size, weights_file
@@ -331,15 +331,15 @@ def train(
     ranks.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #2aea29f7
+# %% ../nbs/06_train.ipynb #68ffb5bf
 def fit(study:Study, run:Run)->None:
     "The epochs that are left, each ending in a row of metrics and, every `checkpoint_every`, a checkpoint."
     config, ranks = study.config, study.ranks
     optimizer = create_optimizer(config, study.student.model)
-    schedule, done = create_schedule(config, optimizer), restore(study, run, optimizer)
+    schedule, (done, world) = create_schedule(config, optimizer), restore(study, run, optimizer)
     objective = Objective(parallel(study.student, ranks), criterion(config))
     progress = Progress(config, len(study.train_rows), done, shown=ranks.rank == 0)
-    announce(study, run, done, progress)
+    announce(study, run, done, world, progress)
     for epoch in range(done, config.epochs):
         begun = time.perf_counter()
         schedule.step(epoch)
@@ -352,20 +352,19 @@ def fit(study:Study, run:Run)->None:
         if ranks.rank == 0:
             run.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs:
-                run.save_checkpoint(dict(epochs=epoch + 1, model=study.student.model.state_dict(), optimizer=optimizer.state_dict()))
+                run.save_checkpoint(dict(epochs=epoch + 1, world=ranks.world, model=study.student.model.state_dict(), optimizer=optimizer.state_dict()))
         progress.epoch(row)
     progress.bar.close()
 
-# %% ../nbs/06_train.ipynb #defdb896
-def restore(study:Study, run:Run, optimizer)->int:
-    "Load the checkpoint, if there is one, on every rank; returns the epochs it has behind it."
-    state = run.checkpoint()
-    done = state['epochs'] if state else 0
-    if state:
+# %% ../nbs/06_train.ipynb #30f7b7cb
+def restore(study:Study, run:Run, optimizer)->tuple:
+    "Load the checkpoint, if there is one, on every rank; returns (the epochs it has behind it, the ranks that made it)."
+    state = run.checkpoint() or dict(epochs=0, world=study.ranks.world)
+    if state['epochs']:
         study.student.model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
-    if study.ranks.rank == 0: run.keep_epochs(done)
-    return done
+    if study.ranks.rank == 0: run.keep_epochs(state['epochs'])
+    return state['epochs'], state['world']
 
 # %% ../nbs/06_train.ipynb #1cf86038
 def parallel(student:Student, ranks:Ranks)->nn.Module:
@@ -381,13 +380,13 @@ def share_statistics(student:Student, ranks:Ranks)->None:
     if ranks.world > 1:
         for buffer in student.model.buffers(): dist.broadcast(buffer, 0)
 
-# %% ../nbs/06_train.ipynb #bd3cdbbc
-def announce(study:Study, run:Run, done:int, progress:Progress)->None:
+# %% ../nbs/06_train.ipynb #0535f7d5
+def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None:
     "Say, on rank 0, what is about to happen and what differs from what was asked."
     if study.ranks.rank: return
     c, ranks, say = study.config, study.ranks, progress.say
     say(f'{run.name}: {len(study.train_rows):,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on {ranks.device.split(":")[0]}, {c.precision}')
-    if done: say(f'resumes after epoch {done}')
+    if done: say(f'resumes after epoch {done}' + ('' if world == ranks.world else f', which {world} rank(s) reached: low bits may differ from a run on as many ranks throughout'))
     if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images')
     if study.answers and study.answers.memo:
         known = study.answers.memo.known()
@@ -455,7 +454,7 @@ def push(model:nn.Module, config:Config, run:Run)->None:
     from timm.models import push_to_hf_hub
     push_to_hf_hub(model, config.hub_repo, model_args=config.student_kwargs or None, model_card={'description': (run.model/'README.md').read_text()})
 
-# %% ../nbs/06_train.ipynb #178a0f70
+# %% ../nbs/06_train.ipynb #bd3c7a6b
 def main(arguments:list=None)->int:
     "The command line; returns the exit status."
     parser = argparse.ArgumentParser(prog='python -m vitdistill.train', description='Train one run; start it by torchrun for several ranks.')
@@ -464,15 +463,17 @@ def main(arguments:list=None)->int:
     path, ahead = (args := parser.parse_args(arguments)).config, args.fill
     end_with_parent()
     rank = os.environ.get('RANK', '0')
+    try: config = load(path)
+    except VitdistillError as e: return _fail(rank, str(e))
     try:
-        config = load(path)
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
         if ahead: fill_memo(config, ranks)
         else: run = train(config, ranks, command=f"{'torchrun --nproc-per-node ' + str(ranks.local_world) + ' ' if ranks.world > 1 else 'python '}-m vitdistill.train --config {path}")
         if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
     except VitdistillError as e: return _fail(rank, str(e))
-    except OSError as e: return _fail(rank, f'no space left on the device ({e.filename or e}): free some and run the same command again.' if e.errno == 28 else traceback.format_exc())
-    except Exception: return _fail(rank, traceback.format_exc())
+    except Exception as e:
+        full = no_space(e, from_root(config.runs_dir), from_root(config.work_dir))
+        return _fail(rank, str(full) if full else traceback.format_exc())
     if dist.is_initialized(): dist.destroy_process_group()
     return 0
 
