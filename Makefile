@@ -3,6 +3,7 @@ PYTHON ?= python3
 PRESET ?= quick
 DEVICE ?= auto
 ARGS ?=
+TEACHER ?=
 BIN := .venv/bin
 EXPERIMENTS := nbs/experiments
 ANALYSIS := nbs/analysis
@@ -51,10 +52,11 @@ test-all: test ## also what takes longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
 
-study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, ARGS="-p data_root DIR"
+study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, TEACHER=FILE to fine-tune from, ARGS="-p data_root DIR"
 	@mkdir -p out/study out/home/runtime
-	@for notebook in e00_teacher e01_baseline_resnet50 e02_distilled_resnet50; do \
-		$(call notebook,$(EXPERIMENTS)/$$notebook,out/study/$(PRESET)-$$notebook,-p preset $(PRESET) $(ARGS)) || exit 1; done
+	@$(call notebook,$(EXPERIMENTS)/e00_teacher,out/study/$(PRESET)-e00_teacher,-p preset $(PRESET) $(ARGS) $(if $(TEACHER),-p student_pretrained False -p student_weights $(TEACHER)))
+	@$(call notebook,$(EXPERIMENTS)/e01_baseline_resnet50,out/study/$(PRESET)-e01_baseline_resnet50,-p preset $(PRESET) $(ARGS))
+	@$(call notebook,$(EXPERIMENTS)/e02_distilled_resnet50,out/study/$(PRESET)-e02_distilled_resnet50,-p preset $(PRESET) $(ARGS))
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/study/a01_paper,-p out out/study -p dataset cifar100)
 
 figures: venv ## rebuild reports/figures and reports/tables from reports/runs (the only command that changes tracked files)
