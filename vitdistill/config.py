@@ -56,14 +56,15 @@ def no_space(
         full = full or shutil.disk_usage(place).free < 2**16
     return VitdistillError(f"no space left on the device ({', '.join(map(str, places)) or error}): free some and run the same command again.") if full else None
 
-# %% ../nbs/00_config.ipynb #b5f83419
+# %% ../nbs/00_config.ipynb #1948dea1
 def write_atomic(
     path:str|Path,                      # the final name
     write:typing.Callable[[Path], None] # writes the temporary file that it is handed
 )->Path:
     "Write a file under a temporary name, flush it to the disk and rename it; a full disk leaves the old file whole."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise VitdistillError(f'{path.parent} can not be made ({e.strerror}): name another folder.') from None
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         write(temporary)

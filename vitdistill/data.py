@@ -86,12 +86,13 @@ def load_cifar(name:str, root:Path)->Data:
     return Data(name, *_cifar_part(folder, train, labels, len(classes)), *_cifar_part(folder, test, labels, len(classes)),
                 classes, flip=True, constants=cifar100_constants if name == 'cifar100' else None)
 
-# %% ../nbs/01_data.ipynb #c65ad0d2
+# %% ../nbs/01_data.ipynb #5f724f71
 def download_cifar(name:str, root:Path)->None:
     "Fetch and verify by torchvision; without a network the error says what to put where."
     from torchvision import datasets
     try: getattr(datasets, name.upper())(root, download=True)
     except Exception as e: # urllib's, the socket's, or torchvision's own for a wrong sum
+        if root.is_dir() and not any(root.iterdir()): root.rmdir()
         raise VitdistillError(f'{name} could not be downloaded to {root} ({e}): put the official {_cifar[name][0]}/ there, '
                               'or name the folder that holds it as data_root or in VITDISTILL_DATA.') from None
 

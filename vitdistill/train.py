@@ -9,7 +9,7 @@ __all__ = ['auto_device', 'auto_precision', 'resolve', 'Ranks', 'start_ranks', '
            'refuse_nan', 'Progress', 'train', 'fit', 'restore', 'parallel', 'share_statistics', 'announce', 'fill_memo',
            'finish', 'head_accuracies', 'model_card', 'push', 'main']
 
-# %% ../nbs/06_train.ipynb #0e2f9196
+# %% ../nbs/06_train.ipynb #ca410b45
 import argparse, math, os, sys, threading, time, traceback, typing
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .config import Config, VitdistillError, from_root, load, no_space
 from .data import Data, Views, epoch_plan, fingerprint, generator, load_data, normalize, split_rows
 from .losses import Batch, Objective, criterion
-from .models import Student, combine, create_student, pretrained_constants, save_model, student_size, weights_file
+from .models import Student, check_name, combine, create_student, pretrained_constants, save_model, student_size, weights_file
 from .runs import Run
 from .teachers import Answers, Memo, Teacher, break_even, check_health, fill, load_teacher, make_card, memo_key, read_card, view_count
 
@@ -42,9 +42,10 @@ def _file_hash(path:str)->str:
     import hashlib
     with open(weights_file(from_root(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
-# %% ../nbs/06_train.ipynb #04391890
+# %% ../nbs/06_train.ipynb #0d03636c
 def resolve(config:Config)->Config:
     "Fill `auto` values and file hashes; a run that was begun keeps what it began with. Missing files are `VitdistillError`."
+    for name in filter(None, (config.student, config.teacher)): check_name(name)
     device = auto_device() if config.device == 'auto' else config.device
     if device == 'cuda' and not torch.cuda.is_available(): raise VitdistillError("device = 'cuda' but torch sees no GPU here: set device to auto or cpu.")
     values = dict(device=device, precision=auto_precision(device), teacher_precision=auto_precision(device))
@@ -98,11 +99,12 @@ def end_with_parent(poll:float=1.)->None: # seconds between looks
             if os.getppid() != parent: os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/06_train.ipynb #4b4f8eb3
+# %% ../nbs/06_train.ipynb #c54eb9ef
 def threads_per_rank(config:Config, local_world:int)->int:
-    "CPU threads of a rank: the cores shared out, so that ranks side by side never use more threads than cores."
+    "CPU threads of a rank: the cores shared out, or fewer where OMP_NUM_THREADS says so; more threads than cores would be many times slower."
+    if config.threads != 'auto': return config.threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, cores//local_world) if config.threads == 'auto' else config.threads
+    return max(1, min(cores//local_world, int(os.environ.get('OMP_NUM_THREADS', cores))))
 
 # %% ../nbs/06_train.ipynb #e49ea45a
 def batch_bounds(
@@ -285,11 +287,12 @@ def refuse_nan(bad_step:int, steps:int, epoch:int, optimizer)->None:
         raise VitdistillError(f"the loss is not finite from epoch {epoch}, step {bad_step} on (learning rate {optimizer.param_groups[0]['lr']:.3g}): "
                               'lower lr or add warmup_epochs; the last checkpoint is kept.')
 
-# %% ../nbs/06_train.ipynb #9e41977f
+# %% ../nbs/06_train.ipynb #72d73f68
 class Progress:
     "What rank 0 shows: a bar in a terminal, lines elsewhere."
     def __init__(self, config:Config, images:int, done_epochs:int, shown:bool):
         self.config, self.shown, self.since, self.begun, self.first = config, shown, time.monotonic(), time.monotonic(), done_epochs
+        self.start = done_epochs
         self.bar = tqdm(total=config.epochs*images, initial=done_epochs*images, unit=' images', unit_scale=True, desc=config.experiment,
                         dynamic_ncols=True, disable=not (shown and sys.stderr.isatty()), smoothing=.1)
     def step(self, n:int): self.bar.update(n)
@@ -303,6 +306,7 @@ class Progress:
         if not self.shown or not self.bar.disable: return
         done = row['epoch'] + 1
         left = (time.monotonic() - self.begun)/(done - self.first)*(self.config.epochs - done)
+        if self.first == self.start: self.begun, self.first = time.monotonic(), done # the first epoch also warms up
         teacher = f"  teacher {row['teacher_seconds']:.1f} s" if row.get('teacher_seconds') is not None else ''
         self._line(f"epoch {done}/{self.config.epochs}  {text}  {row['images_per_second']:.0f} images/s{teacher}  ETA {tqdm.format_interval(left)}")
     def _line(self, text:str):
