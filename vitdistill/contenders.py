@@ -7,7 +7,7 @@ __all__ = ['bench_config', 'random_data', 'Watch', 'loop', 'bare', 'autocast', '
            'timm_way', 'bench_study', 'vitdistill', 'fill', 'flops', 'teacher_alone', 'clock', 'matmul', 'Contender',
            'contenders', 'rank_counts']
 
-# %% ../nbs/09_contenders.ipynb #f90429ba
+# %% ../nbs/09_contenders.ipynb #1264b168
 import functools, itertools, math, tempfile, time, typing
 from dataclasses import replace
 import torch, torch.nn.functional as F
@@ -21,8 +21,9 @@ from .config import Config, from_dict
 from .data import Data, Views, cifar100_constants, epoch_plan, normalize
 from .losses import Batch, Objective, criterion
 from .models import create, create_student, student_size
+from .runs import cores
 from .teachers import Answers, Memo, load_teacher, memo_key, view_count
-from .train import Progress, Ranks, Study, auto_precision, create_optimizer, parallel, threads_per_rank, train_epoch
+from .train import Progress, Ranks, Study, auto_precision, create_optimizer, parallel, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #6dbbb7dc
 def bench_config(device:str, **given)->Config:
@@ -127,7 +128,7 @@ def naive(config:Config, ranks:Ranks, data:Data, watch:Watch):
         seen[:] = [loss.item()]
     return loop(step)
 
-# %% ../nbs/09_contenders.ipynb #cda47848
+# %% ../nbs/09_contenders.ipynb #8673a493
 def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
     "timm's loader, optimizer and `LogitDistillationTask`."
     from timm.task import LogitDistillationTask # of newer versions
@@ -138,7 +139,7 @@ def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
     teacher = frozen_teacher(config, data, ranks.device, watch, size)
     task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), task_loss_weight=1 - config.alpha, device=device, verbose=False).train()
     optimizer = create_optimizer_v2(student, 'sgd', lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
-    batches = endless(create_loader(PilImages(data), (3, size, size), config.batch_size, is_training=True, num_workers=min(4, threads_per_rank(config, 1)),
+    batches = endless(create_loader(PilImages(data), (3, size, size), config.batch_size, is_training=True, num_workers=min(4, cores()),
         mean=data.mean_std[0], std=data.mean_std[1], device=device, pin_memory=watch.cuda, **(dict(color_jitter=None) if two_sizes else {})))
     def step():
         pixels, labels = next(batches)
@@ -243,10 +244,10 @@ def contenders(config:Config)->dict:
     several = {f'vitdistill plain, {n} ranks': Contender(vitdistill, plain, 'train_epoch under torchrun, the same global batch', n) for n in rank_counts(config)[0]}
     return known | several
 
-# %% ../nbs/09_contenders.ipynb #59eadd32
+# %% ../nbs/09_contenders.ipynb #94e018e3
 def rank_counts(config:Config, wished:tuple=(2, 8))->tuple:
     "(numbers of ranks that this machine has GPUs or cores for, a sentence on those left out)."
-    available = torch.cuda.device_count() if config.device == 'cuda' else threads_per_rank(Config(), 1)
+    available = torch.cuda.device_count() if config.device == 'cuda' else cores()
     out = [str(ranks) for ranks in wished if ranks > available]
     kind = 'GPU' if config.device == 'cuda' else 'core'
     sentence = f"{' and '.join(out)} ranks are left out: {available} {kind}{'s' if available != 1 else ''} here." if out else ''

@@ -193,8 +193,8 @@ def live_figure(metrics, text:str):
         plt.close(figure)
     return figure
 
-# %% ../nbs/07_launch.ipynb #c7490b2a
-shared_with_teacher = ('dataset', 'data_root', 'data_fraction', 'split_seed', 'image_size', 'padding', 'flip', 'device', 'precision', 'runs_dir', 'work_dir')
+# %% ../nbs/07_launch.ipynb #61bdf91e
+shared_with_teacher = ('dataset', 'data_root', 'data_fraction', 'split_seed', 'image_size', 'padding', 'flip', 'device', 'precision', 'nnodes', 'rdzv_endpoint', 'runs_dir', 'work_dir')
 
 # %% ../nbs/07_launch.ipynb #f6f5a1f7
 def with_teacher(

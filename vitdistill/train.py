@@ -9,7 +9,7 @@ __all__ = ['auto_device', 'auto_precision', 'resolve', 'Ranks', 'start_ranks', '
            'refuse_nan', 'Progress', 'train', 'fit', 'restore', 'parallel', 'share_statistics', 'announce', 'fill_memo',
            'finish', 'head_accuracies', 'model_card', 'push', 'main']
 
-# %% ../nbs/06_train.ipynb #ca410b45
+# %% ../nbs/06_train.ipynb #18eebd98
 import argparse, math, os, sys, threading, time, traceback, typing
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,7 @@ from .config import Config, VitdistillError, from_root, load, no_space
 from .data import Data, Views, epoch_plan, fingerprint, generator, load_data, normalize, split_rows
 from .losses import Batch, Objective, criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, save_model, student_size, weights_file
-from .runs import Run
+from .runs import Run, cores
 from .teachers import Answers, Memo, Teacher, break_even, check_health, fill, load_teacher, make_card, memo_key, read_card, view_count
 
 # %% ../nbs/06_train.ipynb #f0417754
@@ -99,12 +99,11 @@ def end_with_parent(poll:float=1.)->None: # seconds between looks
             if os.getppid() != parent: os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/06_train.ipynb #c54eb9ef
+# %% ../nbs/06_train.ipynb #8a918630
 def threads_per_rank(config:Config, local_world:int)->int:
     "CPU threads of a rank: the cores shared out, or fewer where OMP_NUM_THREADS says so; more threads than cores would be many times slower."
     if config.threads != 'auto': return config.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(cores//local_world, int(os.environ.get('OMP_NUM_THREADS', cores))))
+    return max(1, min(cores()//local_world, int(os.environ.get('OMP_NUM_THREADS', cores()))))
 
 # %% ../nbs/06_train.ipynb #e49ea45a
 def batch_bounds(
