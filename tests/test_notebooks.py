@@ -34,7 +34,6 @@ def study(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("study")  # one worker makes the study, once
 def test_study_runs_by_papermill(study):
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     assert {name: run.status for name, run in runs.items()} == dict(teacher="done", baseline="done", distilled="done")
@@ -43,7 +42,6 @@ def test_study_runs_by_papermill(study):
     assert "epoch 1/2" in text and "epoch 2/2" in text  # a line an epoch in the executed notebook
 
 
-@pytest.mark.xdist_group("study")
 def test_paper_analysis_draws_the_runs(study):
     execute(ANALYSIS / "a01_paper.ipynb", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
     for name in ("figure1", "figure2", "figure3", "figure4"):

@@ -3,6 +3,7 @@ import socket
 import subprocess
 from dataclasses import replace
 
+import pytest
 import safetensors.torch
 
 from conftest import elsewhere, environment, run_of, train_command, wait_until
@@ -38,6 +39,7 @@ def test_uneven_last_batch_is_weighted(tiny, tmp_path):
     assert (losses[0] - losses[1]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_resume_on_other_ranks_says_so(tiny, tmp_path):
     """A run begun by one process goes on with two."""
     file, config = tmp_path / "c.yaml", replace(tiny, epochs=40)
@@ -49,6 +51,7 @@ def test_resume_on_other_ranks_says_so(tiny, tmp_path):
     assert list(run_of(config).metrics().epoch) == list(range(40))
 
 
+@pytest.mark.slow
 def test_two_nodes_meet(tiny, tmp_path):
     """Two torchruns on this machine meet by the c10d rendezvous and give the losses of one process."""
     alone, together = elsewhere(tiny, tmp_path / "alone"), elsewhere(tiny, tmp_path / "together")
