@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['notebook_parameters', 'shared_with_teacher', 'parameters', 'configure', 'check_ranks', 'rank_count',
            'torchrun_command', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow', 'in_jupyterlab',
-           'LiveCurve', 'live_figure', 'with_teacher', 'grid_cells', 'run_batch', 'main']
+           'LiveCurve', 'live_figure', 'finished_teacher', 'with_teacher', 'grid_cells', 'run_batch', 'main']
 
-# %% ../nbs/07_launch.ipynb #503104a7
+# %% ../nbs/07_launch.ipynb #275f983a
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, typing
 from dataclasses import fields, replace
 from pathlib import Path
 import torch, yaml
 from .config import Config, VitdistillError, from_root, nearest, preset, repo_root, save
-from .runs import Run
+from .runs import Run, find_runs
 from .train import resolve, threads_per_rank
 
 # %% ../nbs/07_launch.ipynb #6e301978
@@ -196,16 +196,26 @@ def live_figure(metrics, text:str):
 # %% ../nbs/07_launch.ipynb #61bdf91e
 shared_with_teacher = ('dataset', 'data_root', 'data_fraction', 'split_seed', 'image_size', 'padding', 'flip', 'device', 'precision', 'nnodes', 'rdzv_endpoint', 'runs_dir', 'work_dir')
 
-# %% ../nbs/07_launch.ipynb #f6f5a1f7
+# %% ../nbs/07_launch.ipynb #f8206b78
+def finished_teacher(wanted:Config)->Run|None:
+    "The newest finished run of the same model on the same data and split, however it was trained; None where there is none."
+    same = 'experiment', 'student', 'student_kwargs', 'student_size', 'dataset', 'data_fraction', 'val_fraction', 'val_rows', 'split_seed'
+    runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and all(getattr(run.config, f) == getattr(wanted, f) for f in same)]
+    return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
+
+# %% ../nbs/07_launch.ipynb #bb28cc32
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
-    "The config with its teacher's weights; trains the preset's teacher where none is named."
+    "The config with its teacher's weights: those named, else of the newest finished teacher that fits, else of one trained now."
     if config.teacher_weights or config.allow_untrained: return config
     values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher'), 'student_kwargs': given.get('teacher_kwargs')}
-    return replace(config, teacher_weights=str(launch(preset(given['preset'], experiment, **values)).model))
+    wanted = preset(given['preset'], experiment, **values)
+    if run := finished_teacher(wanted): print(f'teacher: {run.name}')
+    else: run = launch(wanted)
+    return replace(config, teacher_weights=str(run.model))
 
 # %% ../nbs/07_launch.ipynb #1154e14e
 def grid_cells(path:str|Path)->list:
