@@ -1,7 +1,5 @@
 """What several tests share: tiny runs, subprocesses, the real data where it lies."""
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,7 +9,7 @@ import pytest
 
 from vitdistill.config import Config, repo_root
 from vitdistill.runs import Run
-from vitdistill.train import resolve
+from vitdistill.study import resolve
 
 ROOT = repo_root(Path(__file__).parent)
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)

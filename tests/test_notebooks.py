@@ -53,6 +53,8 @@ def test_paper_analysis_draws_the_runs(study):
 
 def test_paper_analysis_without_runs_says_so(tmp_path):
     notebook = execute(ANALYSIS / "a01_paper.ipynb", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path / "out"))
+    said = "".join(str(output) for cell in notebook["cells"] for output in cell.get("outputs", []))
+    assert f"No runs in {tmp_path / 'none'}: only what was published is shown" in said
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
 
 

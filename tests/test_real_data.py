@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import run_of
 from vitdistill.config import Config
 from vitdistill.data import cifar100_constants, load_data
 from vitdistill.launch import launch

@@ -7,7 +7,7 @@ __all__ = ['TEACHING', 'LOOKS', 'readable', 'curves', 'summary', 'settings', 're
            'LogTrend', 'fit_log', 'crossover', 'published', 'published_value', 'style', 'look', 'plot_curves',
            'plot_trend', 'save_figure', 'format_cell', 'save_table', 'write_index']
 
-# %% ../nbs/08_analysis.ipynb #5dd83de9
+# %% ../nbs/08_analysis.ipynb #c5e09300
 import base64, html, json, math, re, string
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import linregress
 from .config import Config, VitdistillError, nearest, repo_root, write_atomic
-from .runs import Run, find_runs
+from .runs import Run
 
 # %% ../nbs/08_analysis.ipynb #50dede41
 def readable(run:Run)->bool:

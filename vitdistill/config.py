@@ -6,9 +6,9 @@
 __all__ = ['VitdistillError', 'nearest', 'repo_root', 'from_root', 'no_space', 'write_atomic', 'Config', 'check', 'from_dict',
            'load', 'preset', 'save', 'config_hash', 'run_name']
 
-# %% ../nbs/00_config.ipynb #42fdfd64
+# %% ../nbs/00_config.ipynb #ab9ea91f
 import dataclasses, difflib, errno, hashlib, json, os, shutil, typing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
 

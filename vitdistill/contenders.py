@@ -7,7 +7,7 @@ __all__ = ['bench_config', 'random_data', 'Watch', 'loop', 'bare', 'autocast', '
            'timm_way', 'bench_study', 'vitdistill', 'fill', 'flops', 'teacher_alone', 'clock', 'matmul', 'Contender',
            'contenders', 'rank_counts']
 
-# %% ../nbs/09_contenders.ipynb #1264b168
+# %% ../nbs/09_contenders.ipynb #2bc99553
 import functools, itertools, math, tempfile, time, typing
 from dataclasses import replace
 import torch, torch.nn.functional as F
@@ -21,9 +21,11 @@ from .config import Config, from_dict
 from .data import Data, Views, cifar100_constants, epoch_plan, normalize
 from .losses import Batch, Objective, criterion
 from .models import create, create_student, student_size
+from .ranks import Ranks, parallel
 from .runs import cores
+from .study import Study, auto_precision
 from .teachers import Answers, Memo, load_teacher, memo_key, view_count
-from .train import Progress, Ranks, Study, auto_precision, create_optimizer, parallel, train_epoch
+from .train import Progress, create_optimizer, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #6dbbb7dc
 def bench_config(device:str, **given)->Config:

@@ -7,14 +7,15 @@ __all__ = ['notebook_parameters', 'shared_with_teacher', 'parameters', 'configur
            'torchrun_command', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow', 'in_jupyterlab',
            'LiveCurve', 'live_figure', 'finished_teacher', 'with_teacher', 'grid_cells', 'run_batch', 'main']
 
-# %% ../nbs/07_launch.ipynb #275f983a
-import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, typing
+# %% ../nbs/07_launch.ipynb #5320ce7b
+import ast, collections, ctypes, itertools, os, re, signal, subprocess, sys, typing
 from dataclasses import fields, replace
 from pathlib import Path
 import torch, yaml
 from .config import Config, VitdistillError, from_root, nearest, preset, repo_root, save
+from .ranks import threads_per_rank
 from .runs import Run, find_runs
-from .train import resolve, threads_per_rank
+from .study import resolve
 
 # %% ../nbs/07_launch.ipynb #6e301978
 def _assigned(source:str)->list: # names that a cell assigns at its top level

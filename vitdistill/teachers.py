@@ -6,8 +6,8 @@
 __all__ = ['split_fields', 'Teacher', 'make_card', 'some', 'view_count', 'top1', 'read_card', 'refuse_seen', 'load_teacher',
            'check_health', 'memo_key', 'record', 'Memo', 'decision', 'Answers', 'fill', 'break_even', 'adopt']
 
-# %% ../nbs/04_teachers.ipynb #f3b220a6
-import hashlib, json, os, shutil, time, typing
+# %% ../nbs/04_teachers.ipynb #b919f060
+import hashlib, json, shutil, time, typing
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from tqdm import tqdm
