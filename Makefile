@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 # $(call notebook,TEMPLATE,OUTPUT,PARAMETERS): execute one by papermill, from the root, showing what it prints
 notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermill --log-output --no-progress-bar --cwd . \
-	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|<Figure|$$)' || true; }
+	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|<(Figure|pandas)|$$)' || true; }
 
 .PHONY: help venv demo test test-all study figures bench lab clean
 help: ## list the commands

@@ -12,6 +12,7 @@ import pytest
 
 from conftest import ROOT, elsewhere, environment, processes_mentioning, run_of, train_command, wait_until
 from vitdistill.config import save
+from vitdistill.launch import failure
 
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
@@ -70,16 +71,24 @@ def test_second_writer_is_refused(tiny, tmp_path):
 
 
 def test_killed_rank_ends_the_others(tiny, tmp_path):
-    """One of two ranks dies: torchrun ends the rest within 30 s."""
-    process = start(replace(tiny, epochs=500), tmp_path / "ranks.yaml", ranks=2)
+    """One of four ranks dies: torchrun ends the rest within 30 s and says which it was; the rerun resumes."""
+    config = replace(tiny, epochs=500)
+    process = start(config, tmp_path / "ranks.yaml", ranks=4)
     try:
         ranks = lambda: [p for p in psutil.Process(process.pid).children(recursive=True) if "vitdistill.train" in " ".join(p.cmdline())]
-        assert wait_until(lambda: run_of(replace(tiny, epochs=500)).epochs_done >= 1, 120)
-        ranks()[-1].kill()
+        assert wait_until(lambda: run_of(config).epochs_done >= 1, 120)
+        victim = next(p for p in ranks() if p.environ()["RANK"] == "2")
+        victim.kill()
         assert wait_until(lambda: process.poll() is not None, 30)
         assert not processes_mentioning(str(tmp_path / "ranks.yaml"))
+        said = process.communicate()[0]
+        assert failure(said.splitlines()).startswith("rank 2 was killed by signal 9")
+        done = run_of(config).epochs_done
+        process = start(config, tmp_path / "ranks.yaml")  # on one rank, which may be: low bits differ
+        assert wait_until(lambda: run_of(config).epochs_done > done, 60)
     finally:
-        process.kill(), process.communicate()
+        process.kill()
+    assert "resumes after epoch" in process.communicate()[0]
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))])
@@ -87,7 +96,8 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
     """Papermill is killed or interrupted: within 10 s neither its kernel nor torchrun nor a rank is left."""
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/experiments/e01_baseline_resnet50.ipynb"), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
                "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"), "-p", "work_dir", str(tmp_path / "work")]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and its children inherit that
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
     try:
         assert wait_until(lambda: list((tmp_path / "runs").glob("*/metrics.csv")), 150)
         kernels = [p.pid for p in psutil.Process(process.pid).children()]

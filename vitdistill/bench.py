@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['orders', 'peak_memory', 'serve', 'Worker', 'start', 'measure', 'plan_hours', 'result', 'ratios', 'verdict',
            'break_even', 'other_work', 'busy_gpus', 'noise_sentence', 'machine_name', 'headline', 'draw', 'record',
-           'main', 'bench']
+           'record_tries', 'profile', 'record_profile', 'main', 'bench']
 
-# %% ../nbs/10_bench.ipynb #6e8bde09
+# %% ../nbs/10_bench.ipynb #2203a745
 import argparse, contextlib, functools, itertools, json, math, os, re, resource, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
 from .config import Config, VitdistillError, from_root, load, save, write_atomic
-from .contenders import Contender, Watch, bench_config, clock, contenders, random_data, rank_counts
+from .contenders import Contender, Watch, bare, bench_config, clock, contenders, random_data, rank_counts, tries, vitdistill
 from .data import expected_views, n_views
 from .models import student_size
 from .ranks import Ranks, end_with_parent, start_ranks, threads_per_rank
@@ -36,19 +36,19 @@ def peak_memory(device:str)->float:
     kilobytes = re.search(r'VmHWM:\s+(\d+)', status.read_text() if status.is_file() else '')
     return int(kilobytes[1])*1024/1e6 if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e6/1024)
 
-# %% ../nbs/10_bench.ipynb #887fa5f4
+# %% ../nbs/10_bench.ipynb #992f2113
 def serve(name:str, config:Config, images:int)->None:
     "A worker: a contender's turns, as many steps as are asked for."
     out, sys.stdout = sys.stdout, sys.stderr
     end_with_parent()
-    entry, ranks = contenders(config)[name], start_ranks(config.device)
-    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
+    entry, ranks = (contenders(config) | tries(config))[name], start_ranks(config.device)
+    torch.set_num_threads(threads_per_rank(entry.config, ranks.local_world))
     watch = Watch(ranks.device)
     ready = entry.build(entry.config, ranks, random_data(images), watch)
     for steps in orders(ranks):
         seconds = clock(watch, ready(steps))
         row = dict(images=steps*entry.config.batch_size, seconds=seconds, teacher_seconds=watch.take(), memory_mb=peak_memory(ranks.device),
-                   tflops=steps*watch.flop_per_step/seconds/1e12)
+                   tflops=steps*watch.flop_per_step/seconds/1e12, resident_mb=watch.resident_mb)
         if ranks.rank == 0: print(json.dumps(row), file=out, flush=True)
     if dist.is_initialized(): dist.destroy_process_group()
 
@@ -89,29 +89,33 @@ def start(name:str, entry:Contender, file:Path, images:int, seconds:float)->tupl
         raise
     return worker, max(1, min(most, int(seconds/pace))), started
 
-# %% ../nbs/10_bench.ipynb #d5d358ba
+# %% ../nbs/10_bench.ipynb #834ad4ea
 def measure(
     config:Config,
     names:list=None,    # of contenders; default: all
     images:int=50_000,  # in the data, and the most of a turn
     repeats:int=3,      # rounds
     seconds:float=5.,   # wished for a turn, which has at least one step
-    say:typing.Callable=print
+    say:typing.Callable=print,
+    close_rounds:int=0  # rounds more of the contenders whose ratios are wanted to a few percent
 )->tuple: # (a row per turn, sentences on what was left out)
     "All contenders, one round after the other."
-    entries, turns, left_out = contenders(config), [], []
+    entries, turns, left_out = contenders(config) | tries(config), [], []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         file, workers = save(config, Path(folder)/'config.yaml'), {}
-        for name in names or entries:
+        for name in names or contenders(config):
             try: workers[name] = start(name, entries[name], file, images, seconds)
             except VitdistillError as e:
                 left_out.append(f'{e}'), say(left_out[-1])
                 continue
             stack.callback(workers[name][0].close)
             say(f'{name}: first step after {workers[name][2]:.1f} s, {workers[name][1]} steps a turn')
-        for repeat, (name, (worker, steps, started)) in itertools.product(range(repeats), workers.items()):
+        close = [name for name in ('bare', 'vitdistill plain', 'vitdistill full memo') if name in workers]
+        rounds = [list(workers)]*repeats + [close, close[::-1]]*(close_rounds//2) # there and back, so that a drifting clock favours nobody
+        for repeat, name in ((repeat, name) for repeat, names in enumerate(rounds) for name in names):
+            worker, steps, started = workers[name]
             turns.append(dict(contender=name, repeat=repeat, **worker.ask(steps), start_seconds=started))
-            say(f"{repeat + 1}/{repeats} {name}: {turns[-1]['images']/turns[-1]['seconds']:.1f} images/s")
+            say(f"{repeat + 1}/{len(rounds)} {name}: {turns[-1]['images']/turns[-1]['seconds']:.1f} images/s")
     return pd.DataFrame(turns), left_out
 
 # %% ../nbs/10_bench.ipynb #c8359c2c
@@ -147,14 +151,15 @@ def result(
         'plan_hours', 'start_seconds', 'images_a_turn', 'turns', 'what']
     return table[table.turns > 0][order].rename_axis('contender').reset_index()
 
-# %% ../nbs/10_bench.ipynb #049498a5
+# %% ../nbs/10_bench.ipynb #77d5fbcb
 def ratios(
     turns:pd.DataFrame, # of `measure`
     config:Config
 )->pd.DataFrame: # a row per ratio: median, lowest and highest over the rounds; NaN where a side was left out
     "The ratios that the study promises, beside their goals."
     turns, names = turns.assign(rate=turns.images/turns.seconds), list(contenders(config))
-    rate, tflops = (turns.pivot(index='repeat', columns='contender', values=column).reindex(columns=names) for column in ('rate', 'tflops'))
+    rate, tflops, resident, started = (turns.pivot(index='repeat', columns='contender', values=column).reindex(columns=names)
+                                       for column in ('rate', 'tflops', 'resident_mb', 'start_seconds'))
     cuda, ours = config.device == 'cuda', {name: rate[f'vitdistill {name}'] for name in ('plain', 'empty memo', 'full memo')}
     ideal = 1 + rate['bare']/rate['teacher alone']
     rows = [('plain, of the bare step', ours['plain']/rate['bare'], '>=', .97),
@@ -163,6 +168,8 @@ def ratios(
         ('full memo / timm two sizes, of (student + teacher)/student', ours['full memo']/rate['timm two sizes']/ideal, '>=', .9),
         ('empty memo / naive distilled', ours['empty memo']/rate['naive distilled'], '>=', 1.),
         ('plain / naive plain', ours['plain']/rate['naive plain'], '>=', 5. if cuda else 1.),
+        ('MB of images and memo', resident['vitdistill full memo'], '<=', 200.),
+        ('seconds to the first plain step', started['vitdistill plain'], '<=', math.nan if cuda else 10.),
         ('teacher, of the matmul peak', tflops['teacher alone']/tflops['matmul'], '>=', .45 if cuda else math.nan),
         *((f'plain on {n} ranks / 1 rank', rate[f'vitdistill plain, {n} ranks']/ours['plain'], '>=', math.nan) for n in rank_counts(config)[0])]
     return pd.DataFrame([dict(ratio=name, median=values.median(), lowest=values.min(), highest=values.max(),
@@ -245,12 +252,15 @@ def draw(turns:pd.DataFrame, name:str): # a machine's slug
     ax.set(xscale='log', xlabel='images/s (log scale)', ylabel='', title=name), ax.margins(x=.15), plt.close(fig)
     return fig
 
-# %% ../nbs/10_bench.ipynb #0e30c2b3
+# %% ../nbs/10_bench.ipynb #7c6c7e0a
+def _show(frame:pd.DataFrame)->str: # a table for a terminal
+    return frame.to_string(index=False, na_rep='–', float_format=lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.3g}')
+
+# %% ../nbs/10_bench.ipynb #cee2ad9d
 def record(turns:pd.DataFrame, config:Config, out, about:dict, noise:str='', left_out:list=())->str: # folder; `runs.environment()`
     "Write table, ratios, text and picture of a bench; returns the text."
     out, name, table, goals = Path(out), machine_name(about, config.device), result(turns, config), ratios(turns, config)
-    show = lambda frame: frame.to_string(index=False, na_rep='–', float_format=lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.3g}')
-    parts = [headline(config, about, noise), show(table.drop(columns='what')), show(table[['contender', 'what']]), show(goals),
+    parts = [headline(config, about, noise), _show(table.drop(columns='what')), _show(table[['contender', 'what']]), _show(goals),
              break_even(table, n_views(config.padding, config.flip is not False)), *left_out, rank_counts(config)[1]]
     text = '\n\n'.join(filter(None, parts)) + '\n'
     for file, content in ((f'{name}.csv', table.to_csv(index=False)), (f'{name}-ratios.csv', goals.to_csv(index=False)), (f'{name}.txt', text)):
@@ -259,7 +269,45 @@ def record(turns:pd.DataFrame, config:Config, out, about:dict, noise:str='', lef
     save_figure(draw(turns, name), out, name, caption=headline(config, about, noise))
     return text
 
-# %% ../nbs/10_bench.ipynb #ae4c0745
+# %% ../nbs/10_bench.ipynb #3e9ef4ec
+def record_tries(turns:pd.DataFrame, config:Config, out, about:dict, noise:str='')->str: # of `measure` with `tries`
+    "Write and return the table of what was tried: images/s, and their ratio to the bare step of the same round."
+    rate = turns.assign(rate=turns.images/turns.seconds).pivot(index='repeat', columns='contender', values='rate')
+    share = rate.div(rate['bare'], axis=0)
+    frame = pd.DataFrame({'images_per_second': rate.median(), 'of_bare': share.median(), 'lowest': share.min(), 'highest': share.max()})
+    frame['what'] = [entry.what for name in frame.index for entry in [tries(config)[name]]]
+    return _write(frame.sort_values('of_bare', ascending=False).rename_axis('bare step with').reset_index(), 'tries', config, out, about, noise)
+
+# %% ../nbs/10_bench.ipynb #196da578
+def _write(frame:pd.DataFrame, kind:str, config:Config, out, about:dict, noise:str)->str:
+    text, file = headline(config, about, noise) + '\n\n' + _show(frame) + '\n', Path(out)/f'{machine_name(about, config.device)}-{kind}'
+    for ending, content in (('.csv', frame.to_csv(index=False)), ('.txt', text)):
+        write_atomic(file.with_suffix(ending), lambda path: path.write_text(content, encoding='utf-8'))
+    return text
+
+# %% ../nbs/10_bench.ipynb #14cd1991
+def profile(config:Config, images:int=50_000, steps:int=8, top:int=12)->pd.DataFrame: # steps that are profiled, operations that are named
+    "Milliseconds a step by operation, of the bare step and of the plain epoch, most different first, in one process."
+    from torch.profiler import profile as profiled
+    plain, ranks, data, spent = contenders(config)['vitdistill plain'].config, Ranks(device=config.device), random_data(images), {}
+    torch.set_num_threads(threads_per_rank(config, 1))
+    for name, build in (('bare', bare), ('plain', vitdistill)):
+        ready = build(plain, ranks, data, Watch(config.device))
+        ready(3)() # warm
+        turn = ready(steps)
+        with profiled() as found: turn()
+        column = 'self_device_time_total' if config.device == 'cuda' else 'self_cpu_time_total'
+        spent[name] = pd.Series({event.key: getattr(event, column)/1000/steps for event in found.key_averages()}, dtype=float)
+    frame = pd.DataFrame(spent).fillna(0.).assign(more=lambda f: f.plain - f.bare)
+    total = frame.sum().rename('all')
+    return pd.concat([total.to_frame().T, frame.loc[frame.more.abs().sort_values(ascending=False).index[:top]]]).rename_axis('operation, ms a step').reset_index()
+
+# %% ../nbs/10_bench.ipynb #886709f6
+def record_profile(frame:pd.DataFrame, config:Config, out, about:dict, noise:str='')->str:
+    "Write and return what `profile` found."
+    return _write(frame, 'profile', config, out, about, noise)
+
+# %% ../nbs/10_bench.ipynb #c8e17e34
 def main(arguments:list=None)->int:
     "The command line; returns the exit status."
     parser = argparse.ArgumentParser(prog='python -m vitdistill.bench', description='Time vitdistill beside the usual ways to train a distilled student.')
@@ -270,6 +318,9 @@ def main(arguments:list=None)->int:
     add('--seconds', type=float, help='wished for a turn, which has at least a step (default: 5 on a CPU, 30 on a GPU)')
     add('--out', default='reports/bench', help='folder of the tables and figures')
     add('--config', help='a flat YAML file with another pair, such as {student: resnet18, stem: cifar}')
+    add('--close-rounds', type=int, default=8, help='rounds more of the bare step, the plain epoch and the full memo')
+    add('--tries', action='store_true', help='time the bare step with one thing changed at a time instead')
+    add('--profile', action='store_true', help='say instead which operations the plain epoch spends more on than the bare step')
     add('--anyway', action='store_true', help='run although other processes compute, and say so in the record')
     add('--serve', help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -278,7 +329,7 @@ def main(arguments:list=None)->int:
     except VitdistillError as e: sys.exit(f'{e}')
     return 0
 
-# %% ../nbs/10_bench.ipynb #1af65f5d
+# %% ../nbs/10_bench.ipynb #eb8f47f2
 def bench(args:argparse.Namespace)->str: # of `main`
     "The bench of the command line; returns its text."
     device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -288,8 +339,11 @@ def bench(args:argparse.Namespace)->str: # of `main`
     if args.images < config.batch_size: raise VitdistillError(f'images = {args.images} is less than a batch: give {config.batch_size} or more.')
     noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
     if noise and not args.anyway: raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
-    turns, left_out = measure(config, None, args.images, args.repeats, args.seconds or (30. if device == 'cuda' else 5.), functools.partial(print, flush=True))
-    return record(turns, config, from_root(args.out), environment(), noise, left_out)
+    seconds, say, about, out = args.seconds or (30. if device == 'cuda' else 5.), functools.partial(print, flush=True), environment(), from_root(args.out)
+    if args.tries: return record_tries(measure(config, list(tries(config)), args.images, args.repeats, seconds, say)[0], config, out, about, noise)
+    if args.profile: return record_profile(profile(config, args.images), config, out, about, noise)
+    turns, left_out = measure(config, None, args.images, args.repeats, seconds, say, args.close_rounds)
+    return record(turns, config, out, about, noise, left_out)
 
 # %% ../nbs/10_bench.ipynb #23a2fcf4
 #| eval: false

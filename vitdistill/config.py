@@ -78,7 +78,7 @@ def write_atomic(
 def _machine(default, **kw): # a field that says where or how a run is carried out: not part of what it IS
     return field(default=default, metadata={'hashed': False}, **kw)
 
-# %% ../nbs/00_config.ipynb #a9afb555
+# %% ../nbs/00_config.ipynb #1a503ab6
 @dataclass(frozen=True)
 class Config:
     "Everything that defines a run; `Config.preset` and `Config.load` make one, `replace` varies it."
@@ -134,6 +134,8 @@ class Config:
     # The machine
     device:str=_machine('auto')         # 'cuda', 'mps', 'cpu' or 'auto'
     precision:str='auto'                # 'fp32', 'bf16' (autocast) or 'auto'
+    compile:str=_machine('auto')        # 'none' (eager), a mode of torch.compile ('default', 'reduce-overhead' with CUDA graphs, 'max-autotune') or 'auto'
+    data_on:str=_machine('auto')        # where the images stay: 'device', 'host' (memory), 'disk' (imagefolder) or 'auto' (the first that holds them)
     threads:int|str=_machine('auto')    # per rank, on the CPU
     nproc:int|str=_machine('auto')      # ranks on this node; 'auto': the visible GPUs, or 1
     nnodes:int=_machine(1)              # nodes, for torchrun
@@ -152,12 +154,13 @@ class Config:
 
     def __post_init__(self): check(self)
 
-# %% ../nbs/00_config.ipynb #28765a20
+# %% ../nbs/00_config.ipynb #193b4b9e
 _choices = dict(stem=('imagenet', 'cifar'), dataset=('cifar100', 'cifar10', 'digits', 'imagefolder'),
     student_normalization=('data', 'own'), teacher_normalization=('data', 'own'),
     distillation=('none', 'hard', 'soft', 'hard+soft'), kl_reduction=('batchmean', 'public'),
     optimizer=('sgd', 'nesterov', 'adamw'), scheduler=('cosine', 'constant'),
-    device=('auto', 'cuda', 'mps', 'cpu'), precision=('auto', 'fp32', 'bf16'), teacher_precision=('auto', 'fp32', 'bf16'))
+    device=('auto', 'cuda', 'mps', 'cpu'), precision=('auto', 'fp32', 'bf16'), teacher_precision=('auto', 'fp32', 'bf16'),
+    compile=('auto', 'none', 'default', 'reduce-overhead', 'max-autotune'), data_on=('auto', 'device', 'host', 'disk'))
 _ranges = dict(data_fraction='(0, 1]', val_fraction='[0, 1)', alpha='[0, 1]', beta='[0, 1]', temperature='(0, inf)',
     label_smoothing='[0, 1)', epochs='[1, inf)', batch_size='[1, inf)', lr='(0, inf)', momentum='[0, 1)',
     soft_top_k='[0, inf)', weight_decay='[0, inf)', layer_decay='(0, 1]', t_max='[0, inf)', warmup_epochs='[0, inf)', min_lr='[0, inf)',

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['bench_config', 'random_data', 'Watch', 'loop', 'bare', 'autocast', 'PilImages', 'frozen_teacher', 'endless', 'naive',
            'timm_way', 'bench_study', 'vitdistill', 'fill', 'flops', 'teacher_alone', 'clock', 'matmul', 'Contender',
-           'contenders', 'rank_counts']
+           'contenders', 'tries', 'rank_counts']
 
-# %% ../nbs/09_contenders.ipynb #2bc99553
+# %% ../nbs/09_contenders.ipynb #05c38cf8
 import functools, itertools, math, tempfile, time, typing
 from dataclasses import replace
 import torch, torch.nn.functional as F
@@ -23,29 +23,31 @@ from .losses import Batch, Objective, criterion
 from .models import create, create_student, student_size
 from .ranks import Ranks, parallel
 from .runs import cores
-from .study import Study, auto_precision
+from .study import Study, auto_compile, auto_precision
 from .teachers import Answers, Memo, load_teacher, memo_key, view_count
-from .train import Progress, create_optimizer, train_epoch
+from .train import Progress, compiled, create_optimizer, train_epoch
 
-# %% ../nbs/09_contenders.ipynb #6dbbb7dc
+# %% ../nbs/09_contenders.ipynb #a0af9b2a
 def bench_config(device:str, **given)->Config:
     "The pair that is timed: the paper's student with a teacher of the machine's size."
     teacher = 'deit_base_patch16_224' if device == 'cuda' else 'vit_tiny_patch16_224'
     values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard', device=device,
-                  precision=auto_precision(device), teacher_precision=auto_precision(device))
+                  precision=auto_precision(device), teacher_precision=auto_precision(device), compile=auto_compile(device))
     return from_dict(values | given)
 
-# %% ../nbs/09_contenders.ipynb #8400ef2c
+# %% ../nbs/09_contenders.ipynb #610c5517
 def random_data(n:int=50_000)->Data: # training images
     "Noise of CIFAR-100's shape, always the same."
     g = torch.Generator().manual_seed(0)
     images, labels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=g), torch.randint(100, (n,), generator=g)
-    return Data('cifar100', images, labels, images[:16], labels[:16], [str(c) for c in range(100)], flip=True, constants=cifar100_constants)
+    return Data('cifar100', images, labels, images[:n//5], labels[:n//5], [str(c) for c in range(100)], flip=True, constants=cifar100_constants)
 
-# %% ../nbs/09_contenders.ipynb #3930833a
+# %% ../nbs/09_contenders.ipynb #ed88b96e
 class Watch:
     "Adds up the seconds inside a module's forward passes; knows the work of a step where that is asked for."
-    def __init__(self, device:str): self.cuda, self.spans, self.known, self.flop_per_step = device.startswith('cuda'), [], 0., math.nan
+    def __init__(self, device:str):
+        self.cuda, self.spans, self.known = device.startswith('cuda'), [], 0.
+        self.flop_per_step = self.resident_mb = math.nan # of a step; of images and memo
 
     def wait(self): # until the device has done what it was given
         if self.cuda: torch.cuda.synchronize()
@@ -75,13 +77,13 @@ def loop(step:typing.Callable)->typing.Callable:
         return turn
     return ready
 
-# %% ../nbs/09_contenders.ipynb #56832827
-def bare(config:Config, ranks:Ranks, data:Data, watch:Watch):
-    "The student's step on a ready batch, nothing else."
-    student = create_student(config, len(data.classes), 32).to(ranks.device, memory_format=torch.channels_last).train()
-    optimizer, objective = create_optimizer(config, student.model), Objective(student, criterion(config))
+# %% ../nbs/09_contenders.ipynb #00bc5cae
+def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channels_last, **kernels):
+    "The student's step on a ready batch, nothing else; `kernels` are the optimizer's, such as `fused=True`."
+    student = create_student(config, len(data.classes), 32).to(ranks.device, memory_format=memory).train()
+    optimizer, objective = create_optimizer(config, student.model, **kernels), Objective(compiled(student, config.compile), criterion(config))
     size, rows = student_size(config, 32), torch.arange(config.batch_size, device=ranks.device)
-    batch = Batch(normalize(Views(data.train_images[:len(rows)], 0, ranks.device)(rows), *data.mean_std, size), data.train_labels[:len(rows)].to(ranks.device))
+    batch = Batch(normalize(Views(data.train_images[:len(rows)], 0, ranks.device)(rows), *data.mean_std, size).contiguous(memory_format=memory), data.train_labels[:len(rows)].to(ranks.device))
     def step():
         with autocast(config): loss = objective(batch)['loss']
         loss.backward()
@@ -157,11 +159,11 @@ def bench_study(config:Config, ranks:Ranks, data:Data)->Study:
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
     return Study(config, ranks, data, student, views, Views(data.test_images, 0, ranks.device), rows, rows[:0], answers, None)
 
-# %% ../nbs/09_contenders.ipynb #c4e2e341
+# %% ../nbs/09_contenders.ipynb #07f65c8b
 def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False):
     "The package's own epoch; distilled from an empty memo, or from a `full` one."
     study, folder, numbers = bench_study(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
-    objective, optimizer = Objective(parallel(study.student, ranks), criterion(config)), create_optimizer(config, study.student.model)
+    objective, optimizer = Objective(compiled(parallel(study.student, ranks), config.compile), criterion(config)), create_optimizer(config, study.student.model)
     progress, teacher = Progress(config, len(data.train_labels), 0, shown=False), study.answers and study.answers.teacher
     key = memo_key(teacher, config, data) if teacher else None
     def ready(steps:int):
@@ -171,6 +173,7 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
             memo = Memo(folder.name, key | {'turn': epoch}, len(data.train_labels))
             if full: fill(memo)
             study.answers = Answers(teacher, study.views, memo)
+            watch.resident_mb = (study.views.images.nbytes + study.test_views.images.nbytes + memo.bytes)/1e6
         def turn(): watch.known += train_epoch(study, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
         return turn
     return ready
@@ -245,6 +248,18 @@ def contenders(config:Config)->dict:
         'matmul': Contender(matmul, config, f'one large matrix product, {config.teacher_precision}')}
     several = {f'vitdistill plain, {n} ranks': Contender(vitdistill, plain, 'train_epoch under torchrun, the same global batch', n) for n in rank_counts(config)[0]}
     return known | several
+
+# %% ../nbs/09_contenders.ipynb #c7b710f1
+def tries(config:Config)->dict:
+    "Name -> `Contender`: the bare step with one thing changed."
+    plain = replace(config, distillation='none')
+    one = lambda what, kernels={}, **changes: Contender(functools.partial(bare, **kernels), replace(plain, **changes), what)
+    found = {'bare': one('as the study runs it'), 'fp32': one('no autocast', precision='fp32'), 'bf16': one('autocast', precision='bf16'),
+        'contiguous': one('not channels_last', dict(memory=torch.contiguous_format)), 'foreach SGD': one('one kernel per operation', dict(foreach=True)),
+        'fused SGD': one('one kernel for all parameters', dict(fused=True)), 'loop SGD': one('one kernel per parameter and operation', dict(foreach=False)),
+        'eager': one('not compiled', compile='none'), 'inductor': one("torch.compile(mode='default')", compile='default')}
+    if config.device == 'cuda': return found | {'CUDA graphs': one("torch.compile(mode='reduce-overhead')", compile='reduce-overhead')}
+    return found | {'1 thread': one('of the CPU', threads=1)}
 
 # %% ../nbs/09_contenders.ipynb #94e018e3
 def rank_counts(config:Config, wished:tuple=(2, 8))->tuple:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'shared_with_teacher', 'parameters', 'configure', 'check_ranks', 'rank_count',
-           'torchrun_command', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow', 'in_jupyterlab',
-           'LiveCurve', 'live_figure', 'finished_teacher', 'with_teacher', 'grid_cells', 'run_batch', 'main']
+           'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow',
+           'in_jupyterlab', 'LiveCurve', 'live_figure', 'finished_teacher', 'with_teacher']
 
-# %% ../nbs/07_launch.ipynb #5320ce7b
-import ast, collections, ctypes, itertools, os, re, signal, subprocess, sys, typing
+# %% ../nbs/07_launch.ipynb #0785a8e6
+import ast, collections, ctypes, os, re, signal, subprocess, sys, typing
 from dataclasses import fields, replace
 from pathlib import Path
-import torch, yaml
+import torch
 from .config import Config, VitdistillError, from_root, nearest, preset, repo_root, save
 from .ranks import threads_per_rank
 from .runs import Run, find_runs
@@ -82,8 +82,9 @@ def torchrun_command(config:Config, file:Path, ranks:int, *extra:str)->list:
     if config.nnodes > 1 and not config.rdzv_endpoint: raise VitdistillError(f"nnodes = {config.nnodes} needs rdzv_endpoint: give 'host:port' of one of the nodes.")
     return [sys.executable, '-m', 'torch.distributed.run', *where, '--nproc-per-node', str(ranks), '-m', 'vitdistill.train', '--config', str(file), *extra]
 
-# %% ../nbs/07_launch.ipynb #a223e464
-def _end_with_parent()->None: # in the child, before it becomes torchrun: SIGTERM when this process dies
+# %% ../nbs/07_launch.ipynb #3d71952b
+def bind_to_parent()->None:
+    "As `preexec_fn` of a child: SIGTERM when this process dies (Linux; elsewhere ranks watch their launcher)."
     if sys.platform == 'linux': _libc.prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
 _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
@@ -95,10 +96,12 @@ def stop(process:subprocess.Popen, patience:float=10)->None: # seconds before SI
     try: process.wait(patience)
     except subprocess.TimeoutExpired: process.kill(), process.wait()
 
-# %% ../nbs/07_launch.ipynb #52114005
+# %% ../nbs/07_launch.ipynb #d1e686a8
 def failure(lines:typing.Iterable[str])->str:
     "What a failed launch says: the last lines of the first rank that failed, or the end of the log."
     lines = list(lines)
+    killed = next(filter(None, (re.search(r'failed \(exitcode: -(\d+)\) local_rank: (\d+)', line) for line in lines)), None)
+    if killed: return f'rank {killed[2]} was killed by signal {killed[1]}{" (often for lack of memory)"*(killed[1] == "9")}: start again, the run goes on from its last checkpoint.'
     ranks = [match for line in lines if (match := re.match(r'\[rank (\d+)\] (.*)', line))]
     if not ranks: return 'the ranks ended without a result; the log ends:\n' + '\n'.join(lines[-12:])
     said = [m[2] for m in ranks if m[1] == ranks[0][1]]
@@ -136,7 +139,7 @@ def launch_fill(
     tail = torchrun(config, Run.of(config), nproc, show, '--fill')
     if not any(line.startswith('done: ') for line in tail): raise VitdistillError(failure(tail))
 
-# %% ../nbs/07_launch.ipynb #cf3d94fe
+# %% ../nbs/07_launch.ipynb #7624ad8d
 def torchrun(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->collections.deque:
     "Start the ranks of a resolved config, follow them to their end, leave none behind; returns their last lines."
     ranks, note = rank_count(config.nproc, nproc, config.device, torch.cuda.device_count())
@@ -144,7 +147,7 @@ def torchrun(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->col
     work = from_root(config.work_dir)/run.name
     command = torchrun_command(config, save(config, work/'launch.yaml'), ranks, *extra)
     env = os.environ | {'VITDISTILL_LAUNCHER': str(os.getpid()), 'OMP_NUM_THREADS': str(threads_per_rank(config, ranks)), 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=env, preexec_fn=_end_with_parent)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=env, preexec_fn=bind_to_parent)
     try: return follow(process, run, work/'log.txt', show)
     finally: stop(process)
 
@@ -217,55 +220,3 @@ def with_teacher(
     if run := finished_teacher(wanted): print(f'teacher: {run.name}')
     else: run = launch(wanted)
     return replace(config, teacher_weights=str(run.model))
-
-# %% ../nbs/07_launch.ipynb #1154e14e
-def grid_cells(path:str|Path)->list:
-    "(notebook, parameters) of every combination in a grid file; unknown parameter names are `VitdistillError`."
-    import papermill
-    grids, cells = yaml.safe_load(Path(path).read_text()), []
-    for grid in grids if isinstance(grids, list) else [grids]:
-        notebook = repo_root()/'nbs'/'experiments'/f"{grid['notebook']}.ipynb"
-        if not notebook.is_file(): raise VitdistillError(f"unknown notebook {grid['notebook']!r}: {nearest(grid['notebook'], [p.stem for p in notebook.parent.glob('*.ipynb')])}")
-        vary, known = grid.get('vary') or {}, papermill.inspect_notebook(str(notebook))
-        for values in itertools.product(*vary.values()):
-            chosen = {**(grid.get('parameters') or {}), **dict(zip(vary, values))}
-            for name in chosen:
-                if name not in known: raise VitdistillError(f"unknown parameter {name!r} of {grid['notebook']}: {nearest(name, known)}")
-            cells.append((notebook, chosen))
-    return cells
-
-# %% ../nbs/07_launch.ipynb #78a49518
-def run_batch(
-    path:str|Path, # a grid file
-    out:str|Path='out/batches', # executed notebooks go to out/<grid>/
-    dry:bool=False # only list the combinations
-)->list:
-    "Execute a grid by papermill, one cell after another; returns (parameters, 'done' or the error) per cell."
-    import papermill
-    cells, folder, states = grid_cells(path), from_root(out)/Path(path).stem, []
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (notebook, chosen) in enumerate(cells):
-        print(f"[{i + 1}/{len(cells)}] {notebook.stem} {' '.join(f'{k}={v}' for k, v in chosen.items())}", flush=True)
-        state = 'not run'
-        try:
-            if not dry: state = papermill.execute_notebook(str(notebook), str(folder/f'{i:03d}-{notebook.stem}.ipynb'), chosen, log_output=True, progress_bar=False, cwd=str(repo_root())) and 'done'
-        except papermill.PapermillExecutionError as e: state = f'{e.ename}: {e.evalue}'
-        states.append((chosen, state))
-    for chosen, state in states: print(f"{state.splitlines()[0][:100]:12}  {' '.join(f'{k}={v}' for k, v in chosen.items())}")
-    return states
-
-# %% ../nbs/07_launch.ipynb #64befaf7
-def main(arguments:list=None)->int:
-    "`python -m vitdistill.launch GRID`: execute a grid; the exit status counts the failures."
-    import argparse
-    parser = argparse.ArgumentParser(prog='python -m vitdistill.launch', description='Execute a grid of experiment notebooks by papermill.')
-    parser.add_argument('grid', help='a YAML file, such as nbs/experiments/grids/*.yaml')
-    parser.add_argument('--dry-run', action='store_true', help='list the combinations and stop')
-    args = parser.parse_args(arguments)
-    try: states = run_batch(args.grid, dry=args.dry_run)
-    except VitdistillError as e: sys.exit(f'{e}')
-    return sum(state not in ('done', 'not run') for _, state in states)
-
-# %% ../nbs/07_launch.ipynb #23a2fcf4
-#| eval: false
-if __name__ == '__main__': sys.exit(main())

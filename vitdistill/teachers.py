@@ -16,7 +16,7 @@ from .data import Data, Plan, Views, epoch_plan, expected_views, n_views, normal
 from .losses import memo_temperatures
 from .models import create, load_weights, pretrained_constants, save_model
 
-# %% ../nbs/04_teachers.ipynb #d95b2107
+# %% ../nbs/04_teachers.ipynb #758f9ae4
 class Teacher:
     "A frozen model in eval mode: uint8 views in, logits out; nothing of it is trained."
     def __init__(self,
@@ -25,19 +25,21 @@ class Teacher:
         size:int,              # side of its input, px
         precision:str='fp32',  # or 'bf16' (autocast)
         device='cpu',
-        chunk:int=0):          # images a forward pass; 0: 512 on a GPU, 32 elsewhere
+        chunk:int=0,           # images a forward pass; 0: 512 on a GPU, 32 elsewhere
+        compile:bool=False):   # by torch.compile, without CUDA graphs: its batches are large
         self.device, self.constants, self.size, self.precision = torch.device(device), constants, size, precision
         self.chunk = chunk or (512 if self.device.type == 'cuda' else 32)
         self.model = model.eval().requires_grad_(False).to(self.device)
+        self.compile, self.forward = compile, torch.compile(self.model, dynamic=False) if compile else self.model
 
     @torch.inference_mode()
     def logits(self, pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W) uint8 -> (B, C) float32
         n, answers = len(pixels), []
         for start in range(0, n, self.chunk):
-            part = pixels[start:start + self.chunk]
+            part = pixels[start:start + self.chunk].to(self.device, non_blocking=True)
             if len(part) < self.chunk: part = torch.cat([part, part[:1].expand(self.chunk - len(part), -1, -1, -1)])
             x = normalize(part.contiguous(memory_format=torch.channels_last), *self.constants, self.size)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16'): answers.append(self.model(x).float())
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16'): answers.append(self.forward(x).float())
         return torch.cat(answers)[:n]
 
     def weights_hash(self)->str: # sixteen hexadecimal digits over every tensor
@@ -113,7 +115,7 @@ def refuse_seen(config:Config, data:Data, card:dict|None)->None:
         raise VitdistillError(f"{len(seen)} of the run's {len(val)} validation images were in the teacher's training set: "
                               f"give the run the teacher's split ({', '.join(f'{k}={v}' for k, v in card['split'].items() if k in ('val_fraction', 'val_rows', 'split_seed'))}).")
 
-# %% ../nbs/04_teachers.ipynb #da0b681a
+# %% ../nbs/04_teachers.ipynb #87ba8b24
 def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     "(Teacher, card or None) of a config; classes, split and weights that don't fit are `VitdistillError`."
     torch.manual_seed(config.seed) # of an untrained head
@@ -125,7 +127,7 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     model = create(config.teacher, len(data.classes), config.teacher_size, pretrained=config.teacher_pretrained, **config.teacher_kwargs)
     if config.teacher_weights: load_weights(model, from_root(config.teacher_weights))
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
-    return Teacher(model, constants, config.teacher_size, config.teacher_precision, device), card
+    return Teacher(model, constants, config.teacher_size, config.teacher_precision, device, compile=config.compile not in ('none', 'auto')), card
 
 # %% ../nbs/04_teachers.ipynb #dfe2b525
 def check_health(
@@ -143,12 +145,12 @@ def check_health(
                               'untrained: fine-tune it with e00_teacher and name its folder as teacher_weights, or set allow_untrained=True to teach with it anyway.')
     return accuracy
 
-# %% ../nbs/04_teachers.ipynb #c81a3c89
+# %% ../nbs/04_teachers.ipynb #1d5fcd18
 def memo_key(teacher:Teacher, config:Config, data:Data)->dict:
     "Everything that an answer depends on."
     key = dict(architecture=config.teacher, weights=teacher.weights_hash(), train_images=data.train_hash, classes=len(data.classes),
                padding=config.padding, views=view_count(config, data), image_size=data.train_images.shape[1], teacher_size=teacher.size,
-               resize='bilinear', constants=[list(c) for c in teacher.constants], dtype=teacher.precision)
+               resize='bilinear', constants=[list(c) for c in teacher.constants], dtype=teacher.precision + ' compiled'*teacher.compile)
     soft = config.distillation in ('soft', 'hard+soft')
     return key | (dict(top_k=min(config.soft_top_k, len(data.classes)), temperatures=list(memo_temperatures)) if soft else {})
 
