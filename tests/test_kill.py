@@ -105,8 +105,10 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
     finally:
         process.send_signal(end)
     alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if psutil.pid_exists(k) and psutil.Process(k).status() != psutil.STATUS_ZOMBIE]
-    assert wait_until(lambda: not alive(), 10), alive()
-    process.kill(), process.wait()
+    try:
+        assert wait_until(lambda: not alive(), 10), alive()
+    finally:
+        process.kill(), process.wait()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")

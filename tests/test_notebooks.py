@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, environment
-from vitdistill.config import VitdistillError
-from vitdistill.batches import run_batch
+from vitdistill.batches import grid_cells, run_batch
 from vitdistill.runs import find_runs
 
 EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
@@ -68,6 +67,22 @@ def test_deit_notebook(tmp_path):
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
     assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
     assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # inference adds the softmaxes
+
+
+def test_weights_at_hand_are_adopted(study, tmp_path):
+    """A teacher's own weights give the accuracies it was recorded with; with a new head it answers by chance; the memo is filled for its student."""
+    teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
+    where = dict(preset="demo", weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT, work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+    execute(EXPERIMENTS / "e04_adopted_teacher.ipynb", tmp_path / "own.ipynb", adopted="own", **where)
+    execute(EXPERIMENTS / "e04_adopted_teacher.ipynb", tmp_path / "new.ipynb", adopted="new", new_head=True, fill_memo=True, padding=0, **where)
+    own, new = (json.loads((tmp_path / name / "model/card.json").read_text()) for name in ("own", "new"))
+    assert own["top1_held_out"] == pytest.approx(teacher.result["held_out_top1"], abs=0.01) and new["top1_held_out"] < 0.4
+    assert list((tmp_path / "new/model").glob("memo-*/answers.bin"))
+
+
+@pytest.mark.parametrize("grid", sorted((EXPERIMENTS / "grids").glob("*.yaml")), ids=lambda p: p.stem)
+def test_grid_names_what_is_there(grid):
+    assert grid_cells(grid)
 
 
 def test_unknown_parameter_is_refused(tmp_path):

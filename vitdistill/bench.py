@@ -7,8 +7,8 @@ __all__ = ['orders', 'peak_memory', 'serve', 'Worker', 'start', 'measure', 'plan
            'break_even', 'other_work', 'busy_gpus', 'noise_sentence', 'machine_name', 'headline', 'draw', 'record',
            'record_tries', 'profile', 'record_profile', 'main', 'bench']
 
-# %% ../nbs/10_bench.ipynb #2203a745
-import argparse, contextlib, functools, itertools, json, math, os, re, resource, subprocess, sys, tempfile, time, typing
+# %% ../nbs/10_bench.ipynb #79f67ae8
+import argparse, contextlib, functools, json, math, os, re, resource, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
 from .config import Config, VitdistillError, from_root, load, save, write_atomic

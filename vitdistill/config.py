@@ -78,7 +78,7 @@ def write_atomic(
 def _machine(default, **kw): # a field that says where or how a run is carried out: not part of what it IS
     return field(default=default, metadata={'hashed': False}, **kw)
 
-# %% ../nbs/00_config.ipynb #1a503ab6
+# %% ../nbs/00_config.ipynb #0354078a
 @dataclass(frozen=True)
 class Config:
     "Everything that defines a run; `Config.preset` and `Config.load` make one, `replace` varies it."
@@ -145,6 +145,7 @@ class Config:
     runs_dir:str=_machine('reports/runs') # run folders: small records
     work_dir:str=_machine('out/work')   # checkpoints, models, memos
     checkpoint_every:int=_machine(1)    # epochs between checkpoints
+    evaluate_every:int=_machine(1)      # epochs between evaluations on validation and test images; the last epoch always has one
     hub_repo:str=_machine('')           # push the finished student to this hub repository; '': don't
     # Filled by `resolve`
     data_hash:str=''                    # fingerprint of the dataset's files
@@ -154,7 +155,7 @@ class Config:
 
     def __post_init__(self): check(self)
 
-# %% ../nbs/00_config.ipynb #193b4b9e
+# %% ../nbs/00_config.ipynb #d25b1722
 _choices = dict(stem=('imagenet', 'cifar'), dataset=('cifar100', 'cifar10', 'digits', 'imagefolder'),
     student_normalization=('data', 'own'), teacher_normalization=('data', 'own'),
     distillation=('none', 'hard', 'soft', 'hard+soft'), kl_reduction=('batchmean', 'public'),
@@ -165,7 +166,7 @@ _ranges = dict(data_fraction='(0, 1]', val_fraction='[0, 1)', alpha='[0, 1]', be
     label_smoothing='[0, 1)', epochs='[1, inf)', batch_size='[1, inf)', lr='(0, inf)', momentum='[0, 1)',
     soft_top_k='[0, inf)', weight_decay='[0, inf)', layer_decay='(0, 1]', t_max='[0, inf)', warmup_epochs='[0, inf)', min_lr='[0, inf)',
     padding='[0, inf)', student_size='[0, inf)', teacher_size='[1, inf)', image_size='[1, inf)',
-    checkpoint_every='[1, inf)', nnodes='[1, inf)', seed='[0, inf)', split_seed='[0, inf)')
+    checkpoint_every='[1, inf)', evaluate_every='[1, inf)', nnodes='[1, inf)', seed='[0, inf)', split_seed='[0, inf)')
 
 # %% ../nbs/00_config.ipynb #150e4e28
 def _typed(f, value): # `value` as the type of field `f`

@@ -7,12 +7,12 @@ __all__ = ['notebook_parameters', 'shared_with_teacher', 'parameters', 'configur
            'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow',
            'in_jupyterlab', 'LiveCurve', 'live_figure', 'finished_teacher', 'with_teacher']
 
-# %% ../nbs/07_launch.ipynb #0785a8e6
+# %% ../nbs/07_launch.ipynb #2b58f0d9
 import ast, collections, ctypes, os, re, signal, subprocess, sys, typing
 from dataclasses import fields, replace
 from pathlib import Path
 import torch
-from .config import Config, VitdistillError, from_root, nearest, preset, repo_root, save
+from .config import Config, VitdistillError, from_root, nearest, preset, save
 from .ranks import threads_per_rank
 from .runs import Run, find_runs
 from .study import resolve
@@ -24,8 +24,8 @@ def _assigned(source:str)->list: # names that a cell assigns at its top level
     targets = [t for n in body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/07_launch.ipynb #4cea1324
-notebook_parameters = {'preset', 'role', 'fill_memo'} | {f.name for f in fields(Config)}
+# %% ../nbs/07_launch.ipynb #f0d5632e
+notebook_parameters = {'preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head'} | {f.name for f in fields(Config)}
 
 # %% ../nbs/07_launch.ipynb #40ef22e8
 def parameters(

@@ -77,13 +77,13 @@ def create(
     check_size(model, name, size)
     return model
 
-# %% ../nbs/02_models.ipynb #84176a28
+# %% ../nbs/02_models.ipynb #8066de93
 def check_size(model:nn.Module, name:str, size:int)->None:
     "Raise `VitdistillError` where images of `size` px don't fit the model's patches."
     if (sides := _patch_sides(model)) is None: return
     built, patch = sides
     if size % patch: raise VitdistillError(f'{name} at {size} px: its patch of {patch} px does not divide the image; choose a multiple of {patch}.')
-    if built != size: raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: set img_size to {size}.')
+    if built != size and not getattr(model, 'dynamic_img_size', False): raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: set img_size to {size}.')
 
 # %% ../nbs/02_models.ipynb #e98cbd6b
 def weights_file(path:str|Path)->Path:

@@ -291,20 +291,23 @@ def break_even(
     return (f'{epochs} epochs show {expected_views(n_views, epochs):.1f} of {n_views} views of an image: about {asked:,.0f} questions to the teacher with the memo, '
             f'{online:,} without ({hours(asked)} against {hours(online)} at {rate:,.0f} images/s here)')
 
-# %% ../nbs/04_teachers.ipynb #e15091a8
+# %% ../nbs/04_teachers.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
     weights:str|Path,   # its weights, with a head for the dataset's classes
     folder:str|Path,    # the model folder to write
     data:Data,
     device:str='cpu', precision:str='fp32',
+    new_head:bool=False, # leave the weights' own head out: an untrained teacher, for the ablation
     most:int=5000       # images each accuracy is measured on, at most
 )->dict:
     "Write model, config.json and a card with measured accuracies; returns the card."
     size = config.student_size or data.train_images.shape[1]
-    model = load_weights(create(config.student, len(data.classes), size, config.stem, **config.student_kwargs), weights)
+    torch.manual_seed(config.seed) # of a new head
+    model = load_weights(create(config.student, len(data.classes), size, config.stem, **config.student_kwargs), from_root(weights), new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most)
-    save_model(model.cpu(), folder, config.student_kwargs, card, f"# {config.student} on {config.dataset}\n\nAdopted from {Path(weights).name}.\n", constants, size)
+    origin = f"Adopted from {Path(weights).name}{', with a new head that was never trained' if new_head else ''}."
+    save_model(model.cpu(), folder, config.student_kwargs, card, f'# {config.student} on {config.dataset}\n\n{origin}\n', constants, size)
     return card

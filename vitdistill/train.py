@@ -150,7 +150,7 @@ def train(
     ranks.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #05243412
+# %% ../nbs/06_train.ipynb #27acc58b
 def fit(study:Study, run:RunWriter)->None:
     "The epochs that are left, each ending in a row of metrics and, every `checkpoint_every`, a checkpoint."
     config, ranks = study.config, study.ranks
@@ -165,8 +165,9 @@ def fit(study:Study, run:RunWriter)->None:
         row = dict(epoch=epoch, lr=optimizer.param_groups[0]['lr']/optimizer.param_groups[0].get('lr_scale', 1))
         row |= train_epoch(study, objective, optimizer, epoch, progress)
         share_statistics(study.student, ranks)
-        row['val_top1'], row['val_top5'] = evaluate(study, study.views, study.data.train_labels, study.val_rows)
-        row['test_top1'], row['test_top5'] = evaluate(study, study.test_views, study.data.test_labels, torch.arange(len(study.data.test_labels)))
+        if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
+            row['val_top1'], row['val_top5'] = evaluate(study, study.views, study.data.train_labels, study.val_rows)
+            row['test_top1'], row['test_top5'] = evaluate(study, study.test_views, study.data.test_labels, torch.arange(len(study.data.test_labels)))
         row['seconds'] = time.perf_counter() - begun
         if ranks.rank == 0:
             run.append(row)
