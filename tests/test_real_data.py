@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from vitdistill.agreement import class_names
 from vitdistill.config import Config
-from vitdistill.data import cifar100_constants, load_data
+from vitdistill.data import cifar100_constants, load_data, read_pickle
 from vitdistill.launch import launch
 from vitdistill.teachers import adopt
 
@@ -25,6 +26,15 @@ def test_numbers_of_cifar100(cifar):
     assert np.round(mean, 4).tolist() == list(cifar100_constants[0])
     assert np.abs(np.array(std) - cifar100_constants[1]).max() < 0.011  # the paper's are those of another estimate
     assert len(set(cifar.classes)) == 100 and cifar.classes[0] == "apple"
+
+
+def test_superclasses_are_those_of_the_data(real_data):
+    """reports/reference/cifar100_superclasses.csv says what the official files say."""
+    meta, train = (read_pickle(real_data / "cifar-100-python" / name) for name in ("meta", "train"))
+    table = class_names("cifar100", 100)
+    assert table["class"].tolist() == list(meta["fine_label_names"])
+    pairs = {(fine, meta["coarse_label_names"][coarse]) for fine, coarse in zip(train["fine_labels"], train["coarse_labels"], strict=True)}
+    assert pairs == set(table["superclass"].items())
 
 
 def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
