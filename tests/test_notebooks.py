@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -55,6 +56,15 @@ def test_paper_analysis_without_runs_says_so(tmp_path):
     said = "".join(str(output) for cell in notebook["cells"] for output in cell.get("outputs", []))
     assert f"No runs in {tmp_path / 'none'}: only what was published is shown" in said
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
+
+
+def test_complexity_analysis(tmp_path):
+    """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
+    execute(ANALYSIS / "a04_complexity.ipynb", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)
+    assert {path.stem for path in (tmp_path / "out/figures").iterdir()} == {f"complexity_{name}" for name in ("alexnet_vgg", "attention", "differences", "models")}
+    table = pd.read_csv(tmp_path / "out/tables/complexity_differences.csv")
+    assert set(table.network[table["variant agrees"] == "no"]) == {"GoogLeNet, to 28 px", "ResNet-50"}  # the two that nothing explains
+    assert not list(tmp_path.glob("out/*/complexity_seconds*"))
 
 
 def test_deit_notebook(tmp_path):
