@@ -62,6 +62,7 @@ study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, TEACHER=FILE t
 figures: venv ## rebuild reports/figures and reports/tables from reports/runs (the only command that changes tracked files)
 	@mkdir -p out/figures out/home/runtime
 	@$(call notebook,$(ANALYSIS)/a00_data,out/figures/a00_data,-p out reports)
+	@$(call notebook,$(ANALYSIS)/a03_trends,out/figures/a03_trends,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports)
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU
