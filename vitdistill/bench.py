@@ -89,7 +89,7 @@ def start(name:str, entry:Contender, file:Path, images:int, seconds:float)->tupl
         raise
     return worker, max(1, min(most, int(seconds/pace))), started
 
-# %% ../nbs/10_bench.ipynb #834ad4ea
+# %% ../nbs/10_bench.ipynb #1fd36e4f
 def measure(
     config:Config,
     names:list=None,    # of contenders; default: all
@@ -111,7 +111,8 @@ def measure(
             stack.callback(workers[name][0].close)
             say(f'{name}: first step after {workers[name][2]:.1f} s, {workers[name][1]} steps a turn')
         close = [name for name in ('bare', 'vitdistill plain', 'vitdistill full memo') if name in workers]
-        rounds = [list(workers)]*repeats + [close, close[::-1]]*(close_rounds//2) # there and back, so that a drifting clock favours nobody
+        there_and_back = lambda names, times: [names[::-1] if i % 2 else names for i in range(times)] # so that neither a drifting clock nor a neighbour favours one
+        rounds = there_and_back(list(workers), repeats) + there_and_back(close, close_rounds)
         for repeat, name in ((repeat, name) for repeat, names in enumerate(rounds) for name in names):
             worker, steps, started = workers[name]
             turns.append(dict(contender=name, repeat=repeat, **worker.ask(steps), start_seconds=started))
@@ -307,7 +308,7 @@ def record_profile(frame:pd.DataFrame, config:Config, out, about:dict, noise:str
     "Write and return what `profile` found."
     return _write(frame, 'profile', config, out, about, noise)
 
-# %% ../nbs/10_bench.ipynb #c8e17e34
+# %% ../nbs/10_bench.ipynb #e632df7b
 def main(arguments:list=None)->int:
     "The command line; returns the exit status."
     parser = argparse.ArgumentParser(prog='python -m vitdistill.bench', description='Time vitdistill beside the usual ways to train a distilled student.')
@@ -315,10 +316,10 @@ def main(arguments:list=None)->int:
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     add('--images', type=int, default=50_000, help='in the data, and the most of a turn')
     add('--repeats', type=int, default=3, help='interleaved rounds')
-    add('--seconds', type=float, help='wished for a turn, which has at least a step (default: 5 on a CPU, 30 on a GPU)')
+    add('--seconds', type=float, help='wished for a turn, which has at least a step (default: 4 on a CPU, 30 on a GPU)')
     add('--out', default='reports/bench', help='folder of the tables and figures')
     add('--config', help='a flat YAML file with another pair, such as {student: resnet18, stem: cifar}')
-    add('--close-rounds', type=int, default=8, help='rounds more of the bare step, the plain epoch and the full memo')
+    add('--close-rounds', type=int, default=6, help='rounds more of the bare step, the plain epoch and the full memo')
     add('--tries', action='store_true', help='time the bare step with one thing changed at a time instead')
     add('--profile', action='store_true', help='say instead which operations the plain epoch spends more on than the bare step')
     add('--anyway', action='store_true', help='run although other processes compute, and say so in the record')
@@ -329,7 +330,7 @@ def main(arguments:list=None)->int:
     except VitdistillError as e: sys.exit(f'{e}')
     return 0
 
-# %% ../nbs/10_bench.ipynb #eb8f47f2
+# %% ../nbs/10_bench.ipynb #4989a4b1
 def bench(args:argparse.Namespace)->str: # of `main`
     "The bench of the command line; returns its text."
     device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -339,7 +340,7 @@ def bench(args:argparse.Namespace)->str: # of `main`
     if args.images < config.batch_size: raise VitdistillError(f'images = {args.images} is less than a batch: give {config.batch_size} or more.')
     noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
     if noise and not args.anyway: raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
-    seconds, say, about, out = args.seconds or (30. if device == 'cuda' else 5.), functools.partial(print, flush=True), environment(), from_root(args.out)
+    seconds, say, about, out = args.seconds or (30. if device == 'cuda' else 4.), functools.partial(print, flush=True), environment(), from_root(args.out)
     if args.tries: return record_tries(measure(config, list(tries(config)), args.images, args.repeats, seconds, say)[0], config, out, about, noise)
     if args.profile: return record_profile(profile(config, args.images), config, out, about, noise)
     turns, left_out = measure(config, None, args.images, args.repeats, seconds, say, args.close_rounds)

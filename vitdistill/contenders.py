@@ -249,15 +249,17 @@ def contenders(config:Config)->dict:
     several = {f'vitdistill plain, {n} ranks': Contender(vitdistill, plain, 'train_epoch under torchrun, the same global batch', n) for n in rank_counts(config)[0]}
     return known | several
 
-# %% ../nbs/09_contenders.ipynb #c7b710f1
+# %% ../nbs/09_contenders.ipynb #8ac827fe
 def tries(config:Config)->dict:
     "Name -> `Contender`: the bare step with one thing changed."
     plain = replace(config, distillation='none')
     one = lambda what, kernels={}, **changes: Contender(functools.partial(bare, **kernels), replace(plain, **changes), what)
-    found = {'bare': one('as the study runs it'), 'fp32': one('no autocast', precision='fp32'), 'bf16': one('autocast', precision='bf16'),
+    found = {'bare': one('as the study runs it'), 'bare again': one('the same: how far two of a kind differ'), 'fp32': one('no autocast', precision='fp32'), 'bf16': one('autocast', precision='bf16'),
         'contiguous': one('not channels_last', dict(memory=torch.contiguous_format)), 'foreach SGD': one('one kernel per operation', dict(foreach=True)),
         'fused SGD': one('one kernel for all parameters', dict(fused=True)), 'loop SGD': one('one kernel per parameter and operation', dict(foreach=False)),
         'eager': one('not compiled', compile='none'), 'inductor': one("torch.compile(mode='default')", compile='default')}
+    known = found['bare']
+    found = {name: entry for name, entry in found.items() if name.startswith('bare') or entry.build.keywords or entry.config != known.config}
     if config.device == 'cuda': return found | {'CUDA graphs': one("torch.compile(mode='reduce-overhead')", compile='reduce-overhead')}
     return found | {'1 thread': one('of the CPU', threads=1)}
 
