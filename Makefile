@@ -18,7 +18,7 @@ SHELL := /bin/bash
 notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermill --log-output --no-progress-bar --cwd . \
 	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|<(Figure|pandas)|$$)' || true; }
 
-.PHONY: help venv demo test test-all study figures bench lab clean
+.PHONY: help venv demo test test-all study figures report bench lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -62,8 +62,14 @@ study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, TEACHER=FILE t
 figures: venv ## rebuild reports/figures and reports/tables from reports/runs (the only command that changes tracked files)
 	@mkdir -p out/figures out/home/runtime
 	@$(call notebook,$(ANALYSIS)/a00_data,out/figures/a00_data,-p out reports)
+	@$(call notebook,$(ANALYSIS)/a02_study,out/figures/a02_study,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a03_trends,out/figures/a03_trends,-p reports reports/runs -p out reports)
+	@$(call notebook,$(ANALYSIS)/a04_complexity,out/figures/a04_complexity,-p out reports -p measure False)
+	@$(call notebook,$(ANALYSIS)/a05_agreement,out/figures/a05_agreement,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports)
+
+report: venv ## all of reports/ on one self-contained page, as make figures and make bench left it -> out/report/index.html
+	$(BIN)/python -m vitdistill.report $(ARGS)
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)

@@ -171,29 +171,30 @@ def in_jupyterlab()->bool:
     "Is this the kernel of a notebook that somebody looks at?"
     return 'JPY_SESSION_NAME' in os.environ
 
-# %% ../nbs/07_launch.ipynb #aee57633
+# %% ../nbs/07_launch.ipynb #abaff5b7
 class LiveCurve:
-    "Accuracy and loss by epoch, redrawn in place."
+    "Accuracy and loss by epoch, redrawn in place; before the first epoch, only the text."
     def __init__(self, run:Run):
         from IPython.display import Markdown, display
-        self.run, self.handle = run, display(Markdown(''), display_id=True)
+        self.run, self.text, self.handle = run, Markdown, display(Markdown(''), display_id=True)
         if run.epochs_done: self.update(f'{run.epochs_done} epochs so far')
     def update(self, text:str):
-        try: self.handle.update(live_figure(self.run.metrics(), text))
+        try: self.handle.update(live_figure(metrics, text) if len(metrics := self.run.metrics()) else self.text(text))
         except Exception as e: print(text, f'(the curve could not be drawn: {e})') # a picture must not end a training
 
-# %% ../nbs/07_launch.ipynb #0eceb089
+# %% ../nbs/07_launch.ipynb #5627b42e
 def live_figure(metrics, text:str):
     "Top-1 and loss of a run's metrics so far, under a line of text."
     import matplotlib as mpl, matplotlib.pyplot as plt
     with plt.rc_context(mpl.rcParamsDefault | {'backend': mpl.rcParams['backend']}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
         for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-')):
-            if metrics[name].notna().any(): left.plot(metrics.epoch + 1, metrics[name], look, marker='.', label=name[:-5])
+            if name in metrics and metrics[name].notna().any(): left.plot(metrics.epoch + 1, metrics[name], look, marker='.', label=name[:-5])
         right.plot(metrics.epoch + 1, metrics.train_loss, color='0.3', marker='.')
         left.set(xlabel='epoch', ylabel='top-1', ylim=(0, 1)), right.set(xlabel='epoch', ylabel='training loss')
         for axis in (left, right): axis.xaxis.get_major_locator().set_params(integer=True)
-        left.legend(frameon=False), figure.suptitle(text, fontsize='small')
+        if left.lines: left.legend(frameon=False)
+        figure.suptitle(text, fontsize='small')
         plt.close(figure)
     return figure
 
