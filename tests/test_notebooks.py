@@ -63,6 +63,21 @@ def test_paper_analysis_without_runs_says_so(tmp_path):
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
 
 
+def test_study_page_says_what_the_runs_say(study, tmp_path):
+    """Each arm's accuracy and the paired difference stand on the page, with the runs they come from; one seed resolves nothing."""
+    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
+    page, runs = (tmp_path / "study.md").read_text(), {run.config.experiment: run for run in find_runs(study / "runs")}
+    plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
+    assert f"{taught:.1%} against {plain:.1%}, {100 * (taught - plain):+.1f} points (1 seed, no interval)" in page and "is not resolved from" in page
+    assert all(runs[arm].name in page for arm in ("baseline", "distilled"))
+    assert "data:image/svg+xml" in (tmp_path / "study.html").read_text() and len(list((tmp_path / "figures").glob("study_*.png"))) == 2
+
+
+def test_study_page_without_runs_says_so(tmp_path):
+    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path))
+    assert f"No finished runs on cifar100 in {tmp_path / 'none'}" in (tmp_path / "study.md").read_text()
+
+
 def test_complexity_analysis(tmp_path):
     """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
     execute(ANALYSIS / "a04_complexity.ipynb", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'write_page', 'write_index', 'Section', 'write_report', 'main']
 
-# %% ../nbs/08d_report.ipynb #bff6d303
+# %% ../nbs/08d_report.ipynb #dde0d6f6
 import argparse, base64, html, os, re, string, sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pandas as pd
 from .analysis import format_cell
 from .config import VitdistillError, from_root, write_atomic
-from .runs import Run, find_runs
+from .runs import find_runs
 from .watch import progress
 
 # %% ../nbs/08d_report.ipynb #44400b0a

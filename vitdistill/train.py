@@ -26,11 +26,11 @@ from .runs import Run, RunWriter
 from .study import Study, auto_device, evaluate, predictions, prepare, resolve
 from .teachers import Teacher, break_even, fill, make_card, read_card, view_count
 
-# %% ../nbs/06_train.ipynb #a970b183
+# %% ../nbs/06_train.ipynb #1d245d82
 def create_optimizer(config:Config, model:nn.Module, **kernels)->torch.optim.Optimizer: # kernels: such as fused=True
-    "timm's optimizer of a config; one fused kernel for all parameters on a GPU, one per operation elsewhere."
+    "timm's optimizer of a config; one fused kernel on a GPU, one parameter after the other on a CPU, where it is in the cache then."
     name = {'sgd': 'momentum', 'nesterov': 'nesterov', 'adamw': 'adamw'}[config.optimizer]
-    return create_optimizer_v2(model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **kernels or {'fused' if next(model.parameters()).is_cuda else 'foreach': True},
+    return create_optimizer_v2(model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **kernels or ({'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}),
         filter_bias_and_bn=name == 'adamw', layer_decay=config.layer_decay if config.layer_decay < 1 else None)
 
 # %% ../nbs/06_train.ipynb #5d0eec5c
