@@ -7,16 +7,15 @@ __all__ = ['cifar100_constants', 'Data', 'read_pickle', 'load_cifar', 'download_
            'load_imagefolder', 'data_root', 'load_data', 'fingerprint', 'stratified', 'split_rows', 'n_views',
            'centre_view', 'expected_views', 'view_parts', 'Views', 'normalize', 'generator', 'Plan', 'epoch_plan']
 
-# %% ../nbs/01_data.ipynb #1bf2fbc5
-import hashlib, io, os, pickle, typing
+# %% ../nbs/01_data.ipynb #86df81f7
+import functools, hashlib, io, os, pickle, typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from .config import Config, VitdistillError, from_root
 
-# %% ../nbs/01_data.ipynb #cc774685
+# %% ../nbs/01_data.ipynb #64a896ae
 @dataclass(frozen=True)
 class Data:
     "Train and test images as (N, H, W, 3) uint8, labels as (N,) int64, and what a model needs to know of them."
@@ -29,7 +28,7 @@ class Data:
     flip:bool       # may a horizontal flip be drawn without changing the label?
     constants:tuple=None # ((mean), (std)) per channel in [0, 1], where they are published
 
-    @cached_property
+    @functools.cached_property
     def mean_std(self)->tuple: # per channel, of the training pixels in [0, 1]
         if self.constants: return self.constants
         images = self.train_images
@@ -39,7 +38,7 @@ class Data:
         mean = (counts*value).sum(1)/counts.sum(1)
         return tuple(mean.tolist()), tuple((((counts*value**2).sum(1)/counts.sum(1) - mean**2)**.5).tolist())
 
-    @cached_property
+    @functools.cached_property
     def train_hash(self)->str: # of the training images and labels, for the memo and the teacher's card
         on_disk = isinstance(self.train_images, DiskImages) # then by the files' names and sizes
         digest = hashlib.sha256(self.train_images.numpy().tobytes() if not on_disk else self.train_images.listing().encode())
@@ -271,14 +270,19 @@ class Views:
         padded, batch = F.pad(images, (0, 0, p, p, p, p)), torch.arange(len(rows), device=self.device)
         return padded[batch[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
-# %% ../nbs/01_data.ipynb #cac90d61
+# %% ../nbs/01_data.ipynb #c2d218f6
+@functools.cache
+def _constants(values:tuple, device)->torch.Tensor: # (3, 1, 1) in the units of bytes; copied to the device once, not at each step
+    return torch.tensor(values, device=device)[:, None, None]*255
+
+# %% ../nbs/01_data.ipynb #469f7074
 def normalize(
     pixels:torch.Tensor, # (B, 3, H, W) uint8
     mean:tuple, std:tuple, # per channel, of pixels in [0, 1]
     size:int=0           # side in px to resize to, bilinear; 0: as it is
 )->torch.Tensor: # (B, 3, size, size) float32
     "Pixels as a model takes them; the memory format is kept."
-    mean, std = (torch.tensor(c, device=pixels.device)[:, None, None]*255 for c in (mean, std))
+    mean, std = (_constants(tuple(c), pixels.device) for c in (mean, std))
     x = (pixels - mean)/std
     return F.interpolate(x, size=(size, size), mode='bilinear') if size and x.shape[-1] != size else x
 

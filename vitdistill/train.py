@@ -56,7 +56,7 @@ def cut_views(study:Study, plan:Plan, parts:list)->typing.Iterator[torch.Tensor]
             yield ahead.pop(0).result()
         yield ahead.pop().result()
 
-# %% ../nbs/06_train.ipynb #256a813d
+# %% ../nbs/06_train.ipynb #6c0fc6bf
 def train_epoch(study:Study, objective:Objective, optimizer, epoch:int, progress:'Progress')->dict:
     "One pass: mean loss and top-1 on the training views, seconds of the teacher and of training, memo hits."
     config, ranks, device = study.config, study.ranks, study.ranks.device
@@ -81,7 +81,7 @@ def train_epoch(study:Study, objective:Objective, optimizer, epoch:int, progress
         (out['loss']*weight).backward()
         optimizer.step(), optimizer.zero_grad(set_to_none=True)
         loss = out['loss'].detach()
-        sums += torch.stack([loss*len(labels), (out['logits'][0].argmax(-1) == labels).sum(), loss.new_tensor(len(labels))])*(weight > 0)
+        sums += torch.stack([loss*len(labels), (out['logits'][0].argmax(-1) == labels).sum(), loss.new_full((), len(labels))])*(weight > 0)
         bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=step))
         progress.step(stop - start)
     loss, right, n = ranks.sum(sums).tolist()
