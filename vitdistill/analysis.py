@@ -80,18 +80,19 @@ def repeats(
         groups.setdefault((run.config.experiment, settings(run.config)), []).append(run)
     return list(groups.values())
 
-# %% ../nbs/08_analysis.ipynb #3ff3b1c7
+# %% ../nbs/08_analysis.ipynb #45891c4a
 def comparable_pair(
     runs:list[Run],           # any mixture
     one:str='baseline',       # experiment of the first group
     other:str='distilled',    # experiment of the second
 )->tuple[list[Run], list[Run]]:
-    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one with the most epochs; [] for a missing side."
+    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one with the most epochs, then a teacher in health; [] for a missing side."
     groups = repeats(runs)
     first, second = ([g for g in groups if g[0].config.experiment == name] for name in (one, other))
     plan = lambda group: settings(group[0].config, TEACHING)
     epochs = {run.name: len(run.metrics()) for group in first + second for run in group}
-    size = lambda pair: sorted(sum(epochs[run.name] for run in group) for group in pair)
+    healthy = lambda pair: not any(run.config.allow_untrained for group in pair for run in group)
+    size = lambda pair: (sorted(sum(epochs[run.name] for run in group) for group in pair), healthy(pair))
     pairs = [(a, b) for a in first for b in second if plan(a) == plan(b)]
     return max(pairs or [(a, []) for a in first] + [([], b) for b in second], key=size, default=([], []))
 
