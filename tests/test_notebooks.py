@@ -70,7 +70,7 @@ def test_study_page_says_what_the_runs_say(study, tmp_path):
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
     assert f"{taught:.1%} against {plain:.1%}, {100 * (taught - plain):+.1f} points (1 seed, no interval)" in page and "is not resolved from" in page
     assert all(runs[arm].name in page for arm in ("baseline", "distilled"))
-    assert "data:image/svg+xml" in (tmp_path / "study.html").read_text() and len(list((tmp_path / "figures").glob("study_*.png"))) == 2
+    assert "data:image/svg+xml" in (tmp_path / "study.html").read_text() and (tmp_path / "figures/study_budgets.png").is_file()
 
 
 def test_study_page_without_runs_says_so(tmp_path):
