@@ -24,7 +24,9 @@ def execute(notebook, output, cwd=ROOT, **parameters):
 
 
 def said(notebook):
-    return "".join(str(output) for cell in notebook["cells"] for output in cell.get("outputs", []))
+    """What its cells printed, in one line: notebooks wrap their sentences."""
+    printed = [line for cell in notebook["cells"] for output in cell.get("outputs", []) for line in output.get("text", [])]
+    return " ".join("".join(printed).split())
 
 
 @pytest.fixture(scope="module")
