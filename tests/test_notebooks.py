@@ -3,15 +3,12 @@ import json
 import subprocess
 import sys
 
-import numpy as np
-import pandas as pd
 import papermill
 import pytest
 import yaml
 
 from conftest import ROOT, environment
 from vitdistill.batches import grid_cells, run_batch
-from vitdistill.config import Config, config_hash, run_name, save
 from vitdistill.runs import find_runs
 
 EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
@@ -59,12 +56,6 @@ def test_paper_analysis_draws_the_runs(study):
     assert "figure4" in (study / "out/index.html").read_text()
 
 
-def test_paper_analysis_without_runs_says_so(tmp_path):
-    notebook = execute(ANALYSIS / "a01_paper.ipynb", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path / "out"))
-    assert f"No runs in {tmp_path / 'none'}: only what was published is shown" in said(notebook)
-    assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
-
-
 def test_study_page_says_what_the_runs_say(study, tmp_path):
     """Each arm's accuracy and the paired difference stand on the page, with the runs they come from; one seed resolves nothing."""
     execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
@@ -73,58 +64,6 @@ def test_study_page_says_what_the_runs_say(study, tmp_path):
     assert f"{taught:.1%} against {plain:.1%}, {100 * (taught - plain):+.1f} points (1 seed, no interval)" in page and "is not resolved from" in page
     assert all(runs[arm].name in page for arm in ("baseline", "distilled"))
     assert "data:image/svg+xml" in (tmp_path / "study.html").read_text() and (tmp_path / "figures/study_budgets.png").is_file()
-
-
-def test_study_page_without_runs_says_so(tmp_path):
-    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path))
-    assert f"No finished runs on cifar100 in {tmp_path / 'none'}" in (tmp_path / "study.md").read_text()
-
-
-def test_complexity_analysis(tmp_path):
-    """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
-    execute(ANALYSIS / "a04_complexity.ipynb", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)
-    assert {path.stem for path in (tmp_path / "out/figures").iterdir()} == {f"complexity_{name}" for name in ("alexnet_vgg", "attention", "differences", "models")}
-    table = pd.read_csv(tmp_path / "out/tables/complexity_differences.csv")
-    assert set(table.network[table["variant agrees"] == "no"]) == {"GoogLeNet, to 28 px", "ResNet-50"}  # the two that nothing explains
-    assert not list(tmp_path.glob("out/*/complexity_seconds*"))
-
-
-def curve_run(root, accuracy, seed=1, done=60, **over):
-    """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a point."""
-    c, epoch = Config(dataset="digits", epochs=60, seed=seed, **over), np.arange(1, done + 1)
-    save(c, root / run_name(c) / "config.yaml")
-    noise = np.random.default_rng(seed).normal(0, 0.01, done)
-    pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise)).to_csv(root / run_name(c) / "metrics.csv", index=False)
-    if done == 60:
-        (root / run_name(c) / "result.json").write_text(json.dumps({"hash": config_hash(c)}))
-    return root / run_name(c)
-
-
-def test_trends_analysis_says_what_is_cut_short(tmp_path):
-    """Two seeds a side, one run cut short in its last line, one of another layout: drawn, and said."""
-    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
-    for seed in (1, 2):
-        curve_run(tmp_path / "runs", lambda e: 0.7 - 0.6 * np.exp(-e / 5), seed)
-        last = curve_run(tmp_path / "runs", lambda e: 0.9 - 0.85 * np.exp(-e / 15), seed, done=60 - 10 * (seed == 2), **taught)
-    with (last / "metrics.csv").open("a") as file:
-        file.write("50,0.")
-    (curve_run(tmp_path / "runs", np.sqrt, seed=3) / "config.yaml").write_text("learning_rat: 1")
-    text = said(execute(ANALYSIS / "a03_trends.ipynb", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out")))
-    assert f"Cut short: {last.name} is interrupted, 50 of 60" in text and "Left out: the config of baseline" in text
-    for name in ("published", "plateau", "laws", "backtest", "crossover"):
-        assert (tmp_path / f"out/figures/trends_{name}.png").stat().st_size > 10_000
-    fits = pd.read_csv(tmp_path / "out/tables/trends_fits.csv")
-    assert set(fits.loc[fits["AICc above the best"] == 0, "law"]) == {"exponential"}
-    crossings = pd.read_csv(tmp_path / "out/tables/trends_crossovers.csv")
-    row = crossings[(crossings.law == "exponential") & (crossings["fitted to epochs"] == "1 to 50")].iloc[0]
-    truth = next(e for e in np.arange(5, 60, 0.1) if 0.9 - 0.85 * np.exp(-e / 15) > 0.7 - 0.6 * np.exp(-e / 5))
-    assert abs(float(row["forecast crossover"]) - truth) < 2 and abs(float(row.measured) - truth) < 4
-
-
-def test_trends_analysis_without_runs_says_so(tmp_path):
-    text = said(execute(ANALYSIS / "a03_trends.ipynb", tmp_path / "a03.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path / "out")))
-    assert "only what was published is shown" in text and "epoch 397.7" in text and "epoch 2,981" in text
-    assert sorted(p.name for p in (tmp_path / "out/figures").glob("*.png")) == ["trends_plateau.png", "trends_published.png"]
 
 
 def test_deit_notebook(tmp_path):
@@ -175,4 +114,3 @@ def test_batch_survives_a_failing_cell(tmp_path, capsys):
         assert "1 done, 1 failed, 0 running, 0 left" in capsys.readouterr().out
     assert len(find_runs(tmp_path / "runs")) == 1
     assert "is done already" in (tmp_path / "out/grid/001-e01_baseline_resnet50.ipynb").read_text()
-
