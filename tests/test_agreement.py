@@ -80,6 +80,7 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)
 
 
+@pytest.mark.slow
 def test_without_runs_says_so(tmp_path):
     said, out = analyse(tmp_path, reports=str(tmp_path / "none"))
     assert f"No run with predictions in {tmp_path / 'none'}: nothing is drawn." in said and not out.exists()

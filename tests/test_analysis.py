@@ -3,11 +3,13 @@ import json
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from test_notebooks import ANALYSIS, execute, said
 from vitdistill.config import Config, config_hash, run_name, save
 
 
+@pytest.mark.slow
 def test_paper_analysis_without_runs_says_so(tmp_path):
     notebook = execute(ANALYSIS / "a01_paper.ipynb", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path / "out"))
     assert f"No runs in {tmp_path / 'none'}: only what was published is shown" in said(notebook)

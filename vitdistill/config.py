@@ -78,7 +78,7 @@ def write_atomic(
 def _machine(default, **kw): # a field that says where or how a run is carried out: not part of what it IS
     return field(default=default, metadata={'hashed': False}, **kw)
 
-# %% ../nbs/00_config.ipynb #0354078a
+# %% ../nbs/00_config.ipynb #de604553
 @dataclass(frozen=True)
 class Config:
     "Everything that defines a run; `Config.preset` and `Config.load` make one, `replace` varies it."
@@ -96,6 +96,7 @@ class Config:
     data_fraction:float=1.              # class-balanced part of the training images, in (0, 1]
     val_fraction:float=.1               # held out of train, stratified, in [0, 1)
     val_rows:str=''                     # 'start:stop' rows of train held out instead of a drawn split
+    fold:str=''                         # 'k/n': hold the k-th of n class-balanced parts of the training images out too (for out-of-fold teachers)
     split_seed:int=0                    # draws the held-out split and the part, whatever `seed` is
     image_size:int=32                   # side of imagefolder's images in px (the other datasets are 32 px)
     padding:int=4                       # random crop padding in px, >= 0
@@ -104,6 +105,7 @@ class Config:
     teacher:str=''                      # timm architecture
     teacher_kwargs:dict=field(default_factory=dict) # passed to timm.create_model
     teacher_weights:str=_machine('')    # its weights: a model folder (with its card) or a file; '': untrained head
+    fold_weights:str=_machine('')       # of a second teacher trained on other images: each image is answered by the one that has not seen it
     teacher_pretrained:bool=False       # timm's hub weights under a new, untrained head (only with allow_untrained)
     teacher_size:int=224                # its input side in px, bilinear
     teacher_normalization:str='data'    # 'data' (as in the paper) or 'own' (the pretrained model's)
@@ -150,7 +152,7 @@ class Config:
     # Filled by `resolve`
     data_hash:str=''                    # fingerprint of the dataset's files
     weights_hash:str=''                 # of student_weights
-    teacher_hash:str=''                 # of teacher_weights
+    teacher_hash:str=''                 # of teacher_weights, and of fold_weights
     auto:list=_machine(None, kw_only=True) # names of the fields that were 'auto' before this machine resolved them
 
     def __post_init__(self): check(self)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['cifar100_constants', 'Data', 'read_pickle', 'load_cifar', 'download_cifar', 'load_digits', 'DiskImages',
-           'load_imagefolder', 'data_root', 'load_data', 'fingerprint', 'stratified', 'split_rows', 'n_views',
-           'centre_view', 'expected_views', 'view_parts', 'Views', 'normalize', 'generator', 'Plan', 'epoch_plan']
+           'load_imagefolder', 'data_root', 'load_data', 'fingerprint', 'stratified', 'fold_rows', 'split_rows',
+           'n_views', 'centre_view', 'expected_views', 'view_parts', 'Views', 'normalize', 'generator', 'Plan',
+           'epoch_plan']
 
 # %% ../nbs/01_data.ipynb #86df81f7
 import functools, hashlib, io, os, pickle, typing
@@ -211,12 +212,25 @@ def _row_range(text:str, n:int)->torch.Tensor: # '44000:50000' -> rows
         raise VitdistillError(f"val_rows = {text!r}: give 'start:stop' with start < stop <= {n}, the number of training images.")
     return torch.arange(int(start), int(stop))
 
-# %% ../nbs/01_data.ipynb #94963737
+# %% ../nbs/01_data.ipynb #f90e131b
+def fold_rows(
+    labels:torch.Tensor, # (n,) of the images that are divided
+    fold:str,            # 'k/n', 1 <= k <= n
+    seed:int
+)->torch.Tensor: # (n,) bool
+    "Which images are in the k-th of n class-balanced parts."
+    k, _, n = fold.partition('/')
+    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n) and int(n) > 1):
+        raise VitdistillError(f"fold = {fold!r}: give 'k/n' with 1 <= k <= n and n >= 2, such as '1/2'.")
+    upto = [torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, stratified(labels, j/int(n), seed)[1], True) for j in (int(k) - 1, int(k))]
+    return upto[1] & ~upto[0]
+
+# %% ../nbs/01_data.ipynb #5006e288
 def split_rows(
     labels:torch.Tensor, # (N,) of the training images
     config:Config
 )->tuple:
-    "(train, val): rows that the run trains on, and rows of train held out for choosing."
+    "(train, val): rows that the run trains on, and rows of train held out for choosing (with a `fold`, that part too)."
     if config.val_rows:
         val = _row_range(config.val_rows, len(labels))
         train = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val.numpy()))
@@ -224,6 +238,9 @@ def split_rows(
     if config.data_fraction < 1:
         _, part = stratified(labels[train], config.data_fraction, config.split_seed)
         train = train[part]
+    if config.fold:
+        part = fold_rows(labels[train], config.fold, config.split_seed)
+        train, val = train[~part], torch.cat([val, train[part]]).sort().values
     if len(train) == 0: raise VitdistillError(f'data_fraction = {config.data_fraction} leaves no image to train on: give a larger one.')
     return train, val
 

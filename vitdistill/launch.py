@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['notebook_parameters', 'shared_with_teacher', 'parameters', 'configure', 'check_ranks', 'rank_count',
            'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow',
-           'in_jupyterlab', 'LiveCurve', 'live_figure', 'finished_teacher', 'with_teacher']
+           'finished_teacher', 'with_teacher']
 
-# %% ../nbs/07_launch.ipynb #2b58f0d9
+# %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, os, re, signal, subprocess, sys, typing
 from dataclasses import fields, replace
 from pathlib import Path
 import torch
 from .config import Config, VitdistillError, from_root, nearest, preset, save
+from .live import LiveCurve, in_jupyterlab
 from .ranks import threads_per_rank
 from .runs import Run, find_runs
 from .study import resolve
@@ -96,12 +97,12 @@ def stop(process:subprocess.Popen, patience:float=10)->None: # seconds before SI
     try: process.wait(patience)
     except subprocess.TimeoutExpired: process.kill(), process.wait()
 
-# %% ../nbs/07_launch.ipynb #d1e686a8
+# %% ../nbs/07_launch.ipynb #8a5884ae
 def failure(lines:typing.Iterable[str])->str:
     "What a failed launch says: the last lines of the first rank that failed, or the end of the log."
     lines = list(lines)
-    killed = next(filter(None, (re.search(r'failed \(exitcode: -(\d+)\) local_rank: (\d+)', line) for line in lines)), None)
-    if killed: return f'rank {killed[2]} was killed by signal {killed[1]}{" (often for lack of memory)"*(killed[1] == "9")}: start again, the run goes on from its last checkpoint.'
+    killed = re.search(r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)', '\n'.join(lines)) # in torchrun's table, beside peers that failed for want of it or that torchrun ended (15)
+    if killed: return f'rank {killed[1]} was killed by signal {killed[2]}{" (often for lack of memory)"*(killed[2] == "9")}: start again, the run goes on from its last checkpoint.'
     ranks = [match for line in lines if (match := re.match(r'\[rank (\d+)\] (.*)', line))]
     if not ranks: return 'the ranks ended without a result; the log ends:\n' + '\n'.join(lines[-12:])
     said = [m[2] for m in ranks if m[1] == ranks[0][1]]
@@ -166,45 +167,13 @@ def follow(process:subprocess.Popen, run:Run, log:Path, show:bool)->collections.
     process.wait()
     return tail
 
-# %% ../nbs/07_launch.ipynb #4d156f14
-def in_jupyterlab()->bool:
-    "Is this the kernel of a notebook that somebody looks at?"
-    return 'JPY_SESSION_NAME' in os.environ
-
-# %% ../nbs/07_launch.ipynb #abaff5b7
-class LiveCurve:
-    "Accuracy and loss by epoch, redrawn in place; before the first epoch, only the text."
-    def __init__(self, run:Run):
-        from IPython.display import Markdown, display
-        self.run, self.text, self.handle = run, Markdown, display(Markdown(''), display_id=True)
-        if run.epochs_done: self.update(f'{run.epochs_done} epochs so far')
-    def update(self, text:str):
-        try: self.handle.update(live_figure(metrics, text) if len(metrics := self.run.metrics()) else self.text(text))
-        except Exception as e: print(text, f'(the curve could not be drawn: {e})') # a picture must not end a training
-
-# %% ../nbs/07_launch.ipynb #5627b42e
-def live_figure(metrics, text:str):
-    "Top-1 and loss of a run's metrics so far, under a line of text."
-    import matplotlib as mpl, matplotlib.pyplot as plt
-    with plt.rc_context(mpl.rcParamsDefault | {'backend': mpl.rcParams['backend']}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
-        for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-')):
-            if name in metrics and metrics[name].notna().any(): left.plot(metrics.epoch + 1, metrics[name], look, marker='.', label=name[:-5])
-        right.plot(metrics.epoch + 1, metrics.train_loss, color='0.3', marker='.')
-        left.set(xlabel='epoch', ylabel='top-1', ylim=(0, 1)), right.set(xlabel='epoch', ylabel='training loss')
-        for axis in (left, right): axis.xaxis.get_major_locator().set_params(integer=True)
-        if left.lines: left.legend(frameon=False)
-        figure.suptitle(text, fontsize='small')
-        plt.close(figure)
-    return figure
-
 # %% ../nbs/07_launch.ipynb #61bdf91e
 shared_with_teacher = ('dataset', 'data_root', 'data_fraction', 'split_seed', 'image_size', 'padding', 'flip', 'device', 'precision', 'nnodes', 'rdzv_endpoint', 'runs_dir', 'work_dir')
 
-# %% ../nbs/07_launch.ipynb #f8206b78
+# %% ../nbs/07_launch.ipynb #6303ad4e
 def finished_teacher(wanted:Config)->Run|None:
     "The newest finished run of the same model on the same data and split, however it was trained; None where there is none."
-    same = 'experiment', 'student', 'student_kwargs', 'student_size', 'dataset', 'data_fraction', 'val_fraction', 'val_rows', 'split_seed'
+    same = 'experiment', 'student', 'student_kwargs', 'student_size', 'dataset', 'data_fraction', 'val_fraction', 'val_rows', 'fold', 'split_seed'
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and all(getattr(run.config, f) == getattr(wanted, f) for f in same)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'Run', 'RunWriter', 'find_runs', 'all_metrics', 'cores', 'environment']
 
-# %% ../nbs/05_runs.ipynb #9c38c38d
+# %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, fcntl, io, json, os, platform, subprocess
 from functools import cached_property
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from .config import Config, VitdistillError, config_hash, from_root, load, run_name, save, write_atomic
 
 # %% ../nbs/05_runs.ipynb #d236811c
@@ -28,7 +28,7 @@ def is_locked(file:Path)->bool:
         except BlockingIOError: return True
     return False
 
-# %% ../nbs/05_runs.ipynb #fee558a6
+# %% ../nbs/05_runs.ipynb #56e80e0e
 class Run:
     "A run folder, read; it knows nothing of training."
     def __init__(self, folder:str|Path):
@@ -83,9 +83,10 @@ class Run:
 
     def checkpoint(self)->dict|None:
         file = self.work/'checkpoint.pt'
+        import torch # here, so that the analysis of runs starts without it
         return torch.load(file, map_location='cpu', weights_only=True) if file.is_file() else None
 
-# %% ../nbs/05_runs.ipynb #64d675b0
+# %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "A run folder, written by the one process that holds its lock."
     @contextlib.contextmanager
@@ -115,7 +116,9 @@ class RunWriter(Run):
         lines = (self.folder/'metrics.csv').read_text().splitlines(keepends=True)[:n + 1] if len(rows) else []
         if lines: write_atomic(self.folder/'metrics.csv', lambda p: p.write_text(''.join(lines)))
 
-    def save_checkpoint(self, state:dict)->None: write_atomic(self.work/'checkpoint.pt', lambda p: torch.save(state, p))
+    def save_checkpoint(self, state:dict)->None:
+        import torch
+        write_atomic(self.work/'checkpoint.pt', lambda p: torch.save(state, p))
 
     def save_predictions(self, **arrays)->None: # for test, validation and the centre view of train, per head
         def write(path):
@@ -152,10 +155,10 @@ def cores()->int:
     "The processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-# %% ../nbs/05_runs.ipynb #6b7d8f72
+# %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
     "Versions, hardware and commit of this process."
-    import timm, torchvision
+    import timm, torch, torchvision
     git = lambda *a: subprocess.run(['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path('.')), *a], capture_output=True, text=True).stdout.strip()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__,

@@ -48,8 +48,8 @@ class Teacher:
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-# %% ../nbs/04_teachers.ipynb #6715c861
-split_fields = 'dataset', 'val_fraction', 'val_rows', 'split_seed', 'data_fraction'
+# %% ../nbs/04_teachers.ipynb #b6976f88
+split_fields = 'dataset', 'val_fraction', 'val_rows', 'fold', 'split_seed', 'data_fraction'
 
 # %% ../nbs/04_teachers.ipynb #2ac0be18
 def make_card(
@@ -212,7 +212,7 @@ def decision(logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B,)
     "The hard label of logits."
     return logits.argmax(-1)
 
-# %% ../nbs/04_teachers.ipynb #a8d78fff
+# %% ../nbs/04_teachers.ipynb #6555e066
 class Answers:
     "The teacher's answers for stretches of a plan: from the memo, else from the teacher."
     def __init__(self,
@@ -241,16 +241,19 @@ class Answers:
         if len(mine): answers[mine] = self.form(self.teacher.logits(self.views(*(t[mine].to(self.teacher.device) for t in (image, view))))).cpu()
         return self._share(answers)
 
-    def _remembered(self, plan): # (answers, known) as rank 0's memo has them
-        if self.memo: answers, known = self.memo.get(plan.image, plan.view)
-        else: answers, known = self.blank.new_zeros(len(plan.image), *self.blank.shape[1:]), torch.zeros(len(plan.image), dtype=torch.bool)
-        return self._share(answers, 0), self._share(known.to(torch.uint8), 0).bool()
+    def known(self)->float: # share of all answers that the memo has; 0 without one
+        return self.memo.known() if self.memo else 0.
+
+    def remembered(self, plan:Plan)->tuple: # (answers, (n,) bool: known?) of this rank's memo
+        if self.memo: return self.memo.get(plan.image, plan.view)
+        return self.blank.new_zeros(len(plan.image), *self.blank.shape[1:]), torch.zeros(len(plan.image), dtype=torch.bool)
 
     def __call__(self,
         plan:Plan,  # rows in order
         progress:typing.Callable[[int, int], None]=lambda done, total: None # called as the teacher works
     )->torch.Tensor: # (n, ...) on the CPU, as `form` makes them
-        answers, known = self._remembered(plan)
+        answers, known = self.remembered(plan)
+        answers, known = self._share(answers, 0), self._share(known.to(torch.uint8), 0).bool()
         todo, size = torch.nonzero(~known).flatten(), 16*self.teacher.chunk*self.world
         self.asked, self.hits = self.asked + len(known), self.hits + len(known) - len(todo)
         for start in range(0, len(todo), size):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['create_optimizer', 'create_schedule', 'cut_views', 'train_epoch', 'answer_window', 'refuse_nan', 'Progress', 'train',
-           'fit', 'compiled', 'restore', 'announce', 'fill_memo', 'finish', 'head_accuracies', 'model_card', 'push',
-           'main']
+           'fit', 'compiled', 'restore', 'announce', 'fill_memo', 'finish', 'true_answers', 'head_accuracies',
+           'model_card', 'push', 'main']
 
 # %% ../nbs/06_train.ipynb #fbe76252
 import argparse, os, sys, time, traceback, typing
@@ -191,7 +191,7 @@ def restore(study:Study, run:RunWriter, optimizer)->tuple:
     if study.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']
 
-# %% ../nbs/06_train.ipynb #0535f7d5
+# %% ../nbs/06_train.ipynb #b9dc9892
 def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None:
     "Say, on rank 0, what is about to happen and what differs from what was asked."
     if study.ranks.rank: return
@@ -200,14 +200,14 @@ def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None
     if done: say(f'resumes after epoch {done}' + ('' if world == ranks.world else f', which {world} rank(s) reached: low bits may differ from a run on as many ranks throughout'))
     if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images')
     if study.answers and study.answers.memo:
-        known = study.answers.memo.known()
+        known = study.answers.known()
         say(f'memo: {known:.1%} of its answers known; ' + break_even(study.answers.teacher, study.views, len(study.train_rows), view_count(c, study.data), c.epochs, ranks.world, known))
     if has_batch_norm(study.student):
         if ranks.world > 1 and ranks.device == 'cpu': say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
         left = len(study.train_rows) - batch_bounds(len(study.train_rows), c.batch_size, ranks.world, True)[-1][1]
         if left: say(f'the last batch of {left} image(s) of each epoch is dropped: batch norm needs 2 on every rank')
 
-# %% ../nbs/06_train.ipynb #469da0ef
+# %% ../nbs/06_train.ipynb #3debe44b
 def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     "Ask the config's teacher every view of its training images; returns the share of all answers that the memo then knows (0 on other ranks)."
     config, ranks = resolve(config), ranks or Ranks(device=auto_device() if config.device == 'auto' else config.device)
@@ -220,9 +220,9 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
               disable=ranks.rank > 0, file=sys.stdout, ascii=True) as bar:
         for n in fill(study.answers, study.train_rows, views): bar.update(n)
     ranks.barrier()
-    return study.answers.memo.known() if ranks.rank == 0 else 0.
+    return study.answers.known() if ranks.rank == 0 else 0.
 
-# %% ../nbs/06_train.ipynb #b664d5cc
+# %% ../nbs/06_train.ipynb #e7874e4a
 def finish(study:Study, run:RunWriter)->None:
     "Predictions, the model as timm shares models, its card, and last of all the result."
     config, data, metrics = study.config, study.data, run.metrics()
@@ -232,10 +232,18 @@ def finish(study:Study, run:RunWriter)->None:
     card = make_card(teacher, config, data, study.views)
     last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
     result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2), train_views_top1=card['top1_train_views'],
-                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, teacher_card=_brief(config), heads=head_accuracies(arrays))
+                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, true_answers=true_answers(study), teacher_card=_brief(config), heads=head_accuracies(arrays))
     save_model(study.student.model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs, {**card, 'result': result}, model_card(run, card, result), study.constants, size)
     run.finish(result)
     if config.hub_repo: push(study.student.model, config, run)
+
+# %% ../nbs/06_train.ipynb #21848aa7
+def true_answers(study:Study)->float|None:
+    "Of the hard labels that the teacher gave in the last epoch, the share that are the true ones; None where no memo kept them."
+    if not study.answers: return None
+    plan = epoch_plan(study.train_rows, len(study.data.train_labels), view_count(study.config, study.data), study.config.seed, study.config.epochs - 1)
+    answers, known = study.answers.remembered(plan)
+    return round((answers == study.data.train_labels[plan.image])[known].double().mean().item(), 5) if answers.ndim == 1 and known.any() else None
 
 # %% ../nbs/06_train.ipynb #c0eac504
 def _brief(config:Config)->dict|None: # what of the teacher's card a result repeats

@@ -6,7 +6,7 @@
 __all__ = ['frame_columns', 'last_rows', 'seconds_left', 'progress', 'runs', 'find_run', 'describe', 'watch', 'differences',
            'compare']
 
-# %% ../nbs/08c_watch.ipynb #dc6dbd78
+# %% ../nbs/08c_watch.ipynb #0f721d50
 import json, math, os, statistics, textwrap, time
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tqdm import tqdm
 from .analysis import TEACHING, readable, settings, style
 from .config import Config, VitdistillError, from_root, nearest
-from .launch import LiveCurve, in_jupyterlab
+from .live import LiveCurve, in_jupyterlab
 from .runs import Run, columns, find_runs
 
 # %% ../nbs/08c_watch.ipynb #c454b30b
