@@ -22,16 +22,15 @@ def start(config, file, ranks=1):
 
 
 def test_killed_run_ends_as_one_left_alone(tiny, tmp_path):
-    """SIGKILL in mid-epoch, twice; started again, it leaves the same metrics, weights and predictions, bit for bit."""
+    """SIGKILL in mid-epoch; started again, it leaves the same metrics, weights and predictions, bit for bit."""
     config = replace(tiny, epochs=8, student_kwargs={**tiny.student_kwargs, "drop_path_rate": 0.1}, batch_size=16)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml").wait(120) == 0
-    for epochs in (2, 4):
-        process = start(cut, tmp_path / "cut.yaml")
-        assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= epochs, 90)
-        time.sleep(np.random.default_rng(epochs).uniform(0, 0.2))
-        process.kill(), process.wait()
-        assert run_of(cut).status == "interrupted"
+    process = start(cut, tmp_path / "cut.yaml")
+    assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 90)
+    time.sleep(np.random.default_rng(0).uniform(0, 0.2))
+    process.kill(), process.wait()
+    assert run_of(cut).status == "interrupted"
     assert start(cut, tmp_path / "cut.yaml").wait(120) == 0
     one, two = run_of(alone), run_of(cut)
     assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8

@@ -39,6 +39,7 @@ def study(tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("study")
 def test_study_runs_by_papermill(study):
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     assert {name: run.status for name, run in runs.items()} == dict(teacher="done", baseline="done", distilled="done")
@@ -47,6 +48,7 @@ def test_study_runs_by_papermill(study):
     assert "epoch 1/2" in text and "epoch 2/2" in text  # a line an epoch in the executed notebook
 
 
+@pytest.mark.xdist_group("study")
 def test_paper_analysis_draws_the_runs(study):
     execute(ANALYSIS / "a01_paper.ipynb", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
     for name in ("figure1", "figure2", "figure3", "figure4"):
@@ -56,6 +58,7 @@ def test_paper_analysis_draws_the_runs(study):
     assert "figure4" in (study / "out/index.html").read_text()
 
 
+@pytest.mark.xdist_group("study")
 def test_study_page_says_what_the_runs_say(study, tmp_path):
     """Each arm's accuracy and the paired difference stand on the page, with the runs they come from; one seed resolves nothing."""
     execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
@@ -87,6 +90,7 @@ def test_deit_notebook_with_its_own_teacher(tmp_path):
     assert teacher.status == student.status == "done" and student.result["teacher_top1"] > 0.3
 
 
+@pytest.mark.xdist_group("study")
 def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
