@@ -90,6 +90,20 @@ def test_deit_notebook_with_its_own_teacher(tmp_path):
     assert teacher.status == student.status == "done" and student.result["teacher_top1"] > 0.3
 
 
+@pytest.mark.slow
+def test_out_of_fold_notebook(tmp_path):
+    """Without weights, e02 trains a teacher on each half; nearly every image is labelled as its unseen teacher would, and the record says how often truly."""
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    for fold in ("1/2", "2/2"):
+        execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", fold=fold, student_kwargs=SMALL_VIT, epochs=12, val_fraction=0.0, **where)
+    execute(EXPERIMENTS / "e02_distilled_resnet50.ipynb", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT, student="resnet18", epochs=1, **where)
+    runs = find_runs(tmp_path / "runs")
+    assert sorted(run.config.fold for run in runs) == ["", "1/2", "2/2"]
+    held_out = [run.result["held_out_top1"] for run in runs if run.config.fold]
+    student = next(run for run in runs if not run.config.fold)
+    assert student.config.teacher_hash.count("+") == 1 and abs(student.result["true_answers"] - sum(held_out) / 2) < 0.15
+
+
 @pytest.mark.xdist_group("study")
 def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""

@@ -25,8 +25,8 @@ def _assigned(source:str)->list: # names that a cell assigns at its top level
     targets = [t for n in body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/07_launch.ipynb #f0d5632e
-notebook_parameters = {'preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head'} | {f.name for f in fields(Config)}
+# %% ../nbs/07_launch.ipynb #44b5e4c3
+notebook_parameters = {'preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'out_of_fold'} | {f.name for f in fields(Config)}
 
 # %% ../nbs/07_launch.ipynb #40ef22e8
 def parameters(
@@ -177,16 +177,18 @@ def finished_teacher(wanted:Config)->Run|None:
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and all(getattr(run.config, f) == getattr(wanted, f) for f in same)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 
-# %% ../nbs/07_launch.ipynb #bb28cc32
+# %% ../nbs/07_launch.ipynb #646b444a
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
-    "The config with its teacher's weights: those named, else of the newest finished teacher that fits, else of one trained now."
+    "The config with its teacher's weights: those named, else of the newest finished teacher that fits, else of one trained now; with `out_of_fold`, of two."
     if config.teacher_weights or config.allow_untrained: return config
     values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher'), 'student_kwargs': given.get('teacher_kwargs')}
     wanted = preset(given['preset'], experiment, **values)
-    if run := finished_teacher(wanted): print(f'teacher: {run.name}')
-    else: run = launch(wanted)
-    return replace(config, teacher_weights=str(run.model))
+    def trained(wanted):
+        if run := finished_teacher(wanted): print(f'teacher: {run.name}')
+        return str((run or launch(wanted)).model)
+    if given.get('out_of_fold'): return replace(config, teacher_weights=trained(replace(wanted, fold='1/2')), fold_weights=trained(replace(wanted, fold='2/2')))
+    return replace(config, teacher_weights=trained(wanted))
