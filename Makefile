@@ -66,6 +66,7 @@ figures: venv ## rebuild reports/figures and reports/tables from reports/runs (t
 	@$(call notebook,$(ANALYSIS)/a03_trends,out/figures/a03_trends,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a04_complexity,out/figures/a04_complexity,-p out reports -p measure False)
 	@$(call notebook,$(ANALYSIS)/a05_agreement,out/figures/a05_agreement,-p reports reports/runs -p out reports)
+	@$(call notebook,$(ANALYSIS)/a06_deit,out/figures/a06_deit,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports)
 
 report: venv ## all of reports/ on one self-contained page, as make figures and make bench left it -> out/report/index.html

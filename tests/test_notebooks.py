@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -77,6 +78,10 @@ def test_deit_notebook(tmp_path):
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
     assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
     assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # inference adds the softmaxes
+    execute(ANALYSIS / "a06_deit.ipynb", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    heads = pd.read_csv(tmp_path / "out/tables/deit_heads.csv").set_index("answer").top1
+    assert heads["class head"] == run.result["heads"]["class"] and heads["softmaxes added"] == run.result["heads"]["softmax"]
+    assert "| DeiT-B hard distillation | DeiT | 83.0 |" in (tmp_path / "out/tables/deit_published.md").read_text()
 
 
 @pytest.mark.slow

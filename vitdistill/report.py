@@ -127,13 +127,13 @@ class Section:
         paths = [path for files in self.files for path in reports.glob(files)]
         return sorted((path for path in paths if _place(path, self.patterns)[0] < len(self.patterns)), key=lambda path: _place(path, self.patterns))
 
-# %% ../nbs/08d_report.ipynb #d6a75fd2
+# %% ../nbs/08d_report.ipynb #d2651ffc
 SECTIONS = (
     Section('The study', 'A ResNet-50 on labels alone, and one that a vision transformer teaches: the paper beside our runs.',
             ('figure4', 'headline', 'crossovers', 'trendlines', 'table1', 'timing', 'results', 'figure*'), 'a01_paper',
             needs='make study', without_runs=('figure1', 'figure2', 'figure3')),
     Section('Our runs, question by question', 'Taught against plain, paired by seed, with intervals: the page study.html.', ('study_*',), 'a02_study', needs='grids of nbs/experiments/grids'),
-    Section("DeiT's tables", 'The system that the paper reverses: a convnet teaches a vision transformer through a distillation token.', ('deit_*',), needs='runs of nbs/experiments/e03_deit_from_regnet'),
+    Section("DeiT's tables", 'The system that the paper reverses: a convnet teaches a vision transformer through a distillation token.', ('deit_heads', 'deit_*'), 'a06_deit', needs='runs of nbs/experiments/e03_deit_from_regnet', without_runs=('deit_published',)),
     Section('Trendlines', 'How far a law that is fitted to the first epochs can be trusted beyond them.', ('trends_*',), 'a03_trends'),
     Section('Agreement', 'Where teacher, student and label agree, and what a difference between two classifiers is worth.', ('agreement_*',), 'a05_agreement'),
     Section('Complexity', 'What an architecture costs: parameters, multiply-adds, memory; published, and measured on the models.', ('complexity_*',), 'a04_complexity', without_runs=('*',)),
