@@ -60,7 +60,7 @@ def test_on_committed_runs(tmp_path):
     said, out = analyse(tmp_path, reports="reports/runs")
     drawn = {path.stem for path in (out / "figures").glob("*.png")}
     assert {"agreement_disagreement", "agreement_noise", "agreement_reliability"} <= drawn <= set(FIGURES)
-    assert drawn == {path.stem for path in (out / "figures").glob("*.svg")} and "over baseline" in said
+    assert drawn == {path.stem for path in (out / "figures").glob("*.svg")} and "over labels alone" in said
 
 
 def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
@@ -73,7 +73,7 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     table = {name: pd.read_csv(out / "tables" / f"agreement_{name}.csv") for name in ("teacher", "superclasses", "classes", "image_noise", "seed_noise", "disagreement")}
     assert len(table["superclasses"]) == 20 and len(table["classes"]) == 100 and "aquatic mammals" in set(table["classes"].superclass)
     sides = table["teacher"].set_index(["student", "part"])["there with the teacher (%)"]
-    assert sides["distilled", "test"] == pytest.approx(28 * 0.3, abs=1.5) and sides["baseline", "test"] < 1  # 28% wrong, 30% of them the teacher's
+    assert sides["taught", "test"] == pytest.approx(28 * 0.3, abs=1.5) and sides["labels alone", "test"] < 1  # 28% wrong, 30% of them the teacher's
     noise = table["seed_noise"].iloc[0]
     assert noise["pairs of seeds"] == 3 and noise["mean difference (points)"] == pytest.approx(table["image_noise"]["difference (points)"].mean())
     assert table["disagreement"].iloc[1, 1] == pytest.approx(16 * 0.99, abs=1.2)  # the teacher's error; one wrong draw in 100 is the label
