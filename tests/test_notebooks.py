@@ -100,7 +100,7 @@ def test_out_of_fold_notebook(tmp_path):
     """Without weights, e02 trains a teacher on each half; nearly every image is labelled as its unseen teacher would, and the record says how often truly."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     for fold in ("1/2", "2/2"):
-        execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", fold=fold, student_kwargs=SMALL_VIT, epochs=12, val_fraction=0.0, **where)
+        execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", fold=fold, student_kwargs=SMALL_VIT, epochs=24, **where)
     execute(EXPERIMENTS / "e02_distilled_resnet50.ipynb", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT, student="resnet18", epochs=1, **where)
     runs = find_runs(tmp_path / "runs")
     assert sorted(run.config.fold for run in runs) == ["", "1/2", "2/2"]

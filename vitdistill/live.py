@@ -25,7 +25,7 @@ class LiveCurve:
         try: self.handle.update(live_figure(metrics, text) if len(metrics := self.run.metrics()) else self.text(text))
         except Exception as e: print(text, f'(the curve could not be drawn: {e})') # a picture must not end a training
 
-# %% ../nbs/05c_live.ipynb #5627b42e
+# %% ../nbs/05c_live.ipynb #8b4a4977
 def live_figure(metrics, text:str):
     "Top-1 and loss of a run's metrics so far, under a line of text."
     import matplotlib as mpl, matplotlib.pyplot as plt
@@ -35,7 +35,7 @@ def live_figure(metrics, text:str):
             if name in metrics and metrics[name].notna().any(): left.plot(metrics.epoch + 1, metrics[name], look, marker='.', label=name[:-5])
         right.plot(metrics.epoch + 1, metrics.train_loss, color='0.3', marker='.')
         left.set(xlabel='epoch', ylabel='top-1', ylim=(0, 1)), right.set(xlabel='epoch', ylabel='training loss')
-        for axis in (left, right): axis.xaxis.get_major_locator().set_params(integer=True)
+        for axis in (left, right): axis.set_xlim(0, len(metrics) + 1), axis.xaxis.get_major_locator().set_params(integer=True)
         if left.lines: left.legend(frameon=False)
         figure.suptitle(text, fontsize='small')
         plt.close(figure)

@@ -154,11 +154,11 @@ def _word(name, value):
     if name == 'experiment': return value
     return name.replace('_', ' ') + ' ' + (' '.join(f'{key}={part}' for key, part in value.items()) if isinstance(value, dict) else str(value))
 
-# %% ../nbs/08c_watch.ipynb #794d08b2
+# %% ../nbs/08c_watch.ipynb #db6473be
 def compare(
     runs:str|list|pd.DataFrame='',  # part of their names ('': all), or runs, folders and names, or a frame of `runs`
-    column:str='test_top1',         # of metrics.csv
     folder:str|Path='reports/runs', # where names are looked for
+    column:str='test_top1',         # of metrics.csv
 )->plt.Figure:
     "Overlay a curve of several runs; what can't be drawn is said, the rest is drawn."
     if column not in columns: raise VitdistillError(f'no column {column!r} in metrics.csv: {nearest(column, columns)}')
