@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TEACHING', 'LOOKS', 'readable', 'curves', 'summary', 'settings', 'teaching', 'repeats', 'comparable_pair',
            'mean_curve', 'published', 'published_value', 'style', 'look', 'plot_curves', 'plot_trend', 'save_figure',
-           'format_cell', 'save_table']
+           'format_cell', 'save_table', 'Showing']
 
-# %% ../nbs/08_analysis.ipynb #d3d5cad7
-import json, math
+# %% ../nbs/08_analysis.ipynb #baa3866f
+import json, math, textwrap
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -230,3 +230,18 @@ def save_table(
     folder = Path(out)/'tables'
     return [write_atomic(folder/f'{name}.csv', lambda path: path.write_text(frame.to_csv(index=False), encoding='utf-8')),
             write_atomic(folder/f'{name}.md', lambda path: path.write_text(text, encoding='utf-8'))]
+
+# %% ../nbs/08_analysis.ipynb #1289b3e5
+class Showing:
+    "Saves a notebook's figures and tables below one folder, and shows each as it was saved."
+    def __init__(self, out): # folder
+        self.out = Path(out)
+
+    def figure(self, fig, name:str, caption:str='', runs:list[Run]=())->None: # as `save_figure` takes them
+        from IPython.display import Image, display
+        save_figure(fig, self.out, name, caption, runs), plt.close(fig)
+        display(Image(self.out/'figures'/f'{name}.png', width=900)), print(textwrap.fill(caption, 120))
+
+    def table(self, rows, name:str, caption:str='', most:int=50): # rows: a frame, or dicts; most: rows shown (all are saved)
+        save_table(frame := pd.DataFrame(rows), self.out, name, caption)
+        return frame.head(most).style.hide().format(format_cell)
