@@ -7,8 +7,8 @@ __all__ = ['cifar_stems', 'with_cifar_stem', 'check_name', 'create', 'check_size
            'load_weights', 'TwoHeads', 'combine', 'Student', 'student_size', 'create_student', 'pretrained_constants',
            'save_model']
 
-# %% ../nbs/02_models.ipynb #12739c65
-import json, tempfile
+# %% ../nbs/02_models.ipynb #360b0889
+import importlib, json, tempfile
 from pathlib import Path
 import safetensors.torch, timm, torch
 from timm.models import load_pretrained, register_model, save_for_hf
@@ -200,3 +200,8 @@ def save_model(
     write_atomic(folder/'README.md', lambda p: p.write_text(readme))
     write_atomic(folder/'card.json', lambda p: p.write_text(json.dumps(card, indent=1)))
     return folder
+
+# %% ../nbs/02_models.ipynb #5039406c
+def __getattr__(name:str):
+    if name == 'complexity': return importlib.import_module('vitdistill.complexity').complexity
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
