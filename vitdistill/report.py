@@ -57,11 +57,12 @@ def _figure_html(path, here, note=''): # an SVG file, on a page in the folder `h
     return (f'<figure id="figure-{path.stem}"><div class="scroll"><img alt="{caption}" src="data:image/svg+xml;base64,{picture}"></div>'
             f'<figcaption>{caption} <span class="made">{note}<span class="files">{_links(here, path.with_suffix(".png"), path)}</span></span></figcaption></figure>')
 
-# %% ../nbs/08d_report.ipynb #3e8c8d11
-def _table_html(path, here, note=''): # a table of `save_table` (its Markdown), or a CSV file
+# %% ../nbs/08d_report.ipynb #726d9d4f
+def _table_html(path, here, note='', most=60): # a table of `save_table` (its Markdown), or a CSV file; most: rows that are shown
     read = _csv_rows if path.suffix == '.csv' else _markdown_rows
     try: caption, rows = read(path)
     except ValueError as e: caption, rows = f'{path.name} can not be read ({str(e).splitlines()[0]}): write it anew.', []
+    if (left := len(rows) - 1 - most) > 0: caption, rows = f'{caption} The first {most} rows; {left} more are in the file.', rows[:1 + most]
     row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells) + '</tr>'
     body = f'<div class="scroll"><table><thead>{row(rows[0], "th")}</thead><tbody>{"".join(row(cells, "td") for cells in rows[1:])}</tbody></table></div>' if rows else ''
     files = _links(here, path.with_suffix('.csv'), **{'Markdown': path} if path.suffix == '.md' else {'as printed': path.with_suffix('.txt')})
