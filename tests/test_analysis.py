@@ -30,6 +30,14 @@ def test_committed_study_page_is_what_its_runs_say(tmp_path):
     assert lines(tmp_path / "study.md") == lines(ROOT / "reports/study.md") and len(lines(tmp_path / "study.md")) > 20
 
 
+def test_data_analysis(tmp_path):
+    """Every picture of the data is of the digits, and the counted views are those of the formula."""
+    execute(ANALYSIS / "a00_data.ipynb", tmp_path / "a00.ipynb", out=str(tmp_path / "out"))
+    assert {path.stem for path in (tmp_path / "out/figures").iterdir()} == {f"data_{name}" for name in ("digits", "memo", "plan", "two_sizes", "views")}
+    counts = pd.read_csv(tmp_path / "out/tables/data_view_counts.csv")
+    assert {81, 162} <= set(counts.select_dtypes("number").to_numpy().ravel())
+
+
 def test_complexity_analysis(tmp_path):
     """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
     execute(ANALYSIS / "a04_complexity.ipynb", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)
