@@ -70,12 +70,12 @@ def settings(
               if f.metadata.get('hashed', True) and f.name != 'seed' and f.name not in but}
     return json.dumps(values, sort_keys=True)
 
-# %% ../nbs/08_analysis.ipynb #7e373c2b
+# %% ../nbs/08_analysis.ipynb #d59ae34b
 def teaching(config:Config)->str:
     "How a student was taught, in words: 'labels alone', or 'taught' and what differs from the paper's way (hard labels of one teacher, alpha 1/2)."
     if config.distillation == 'none': return 'labels alone'
     ways = [(config.distillation != 'hard', f'{config.distillation} targets at tau {config.temperature:g}'), (config.alpha != .5, f'alpha {config.alpha:g}'),
-            ('+' in config.teacher_hash, 'out of fold'), (config.allow_untrained, 'head never trained'), (config.teacher_normalization != 'data', 'pixels normalized otherwise')]
+            (config.fold_weights, 'out of fold'), (config.allow_untrained, 'head never trained'), (config.teacher_normalization != 'data', 'pixels normalized otherwise')]
     return ', '.join(['taught', *(words for differs, words in ways if differs)])
 
 # %% ../nbs/08_analysis.ipynb #24a63e97

@@ -177,14 +177,16 @@ def finished_teacher(wanted:Config)->Run|None:
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and all(getattr(run.config, f) == getattr(wanted, f) for f in same)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 
-# %% ../nbs/07_launch.ipynb #646b444a
+# %% ../nbs/07_launch.ipynb #ac704569
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
     "The config with its teacher's weights: those named, else of the newest finished teacher that fits, else of one trained now; with `out_of_fold`, of two."
-    if config.teacher_weights or config.allow_untrained: return config
+    if config.teacher_weights or config.allow_untrained:
+        if given.get('out_of_fold'): raise VitdistillError('out_of_fold = True takes two teachers that its preset trains on one half each: leave teacher_weights and allow_untrained out.')
+        return config
     values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher'), 'student_kwargs': given.get('teacher_kwargs')}
     wanted = preset(given['preset'], experiment, **values)
     def trained(wanted):
