@@ -30,6 +30,19 @@ def test_committed_study_page_is_what_its_runs_say(tmp_path):
     assert lines(tmp_path / "study.md") == lines(ROOT / "reports/study.md") and len(lines(tmp_path / "study.md")) > 20
 
 
+def test_study_chooses_by_held_out_images(tmp_path):
+    """Of two learning rates the one with the better held-out accuracy is chosen, whatever the test images say, and neither is an arm."""
+    for lr, held_out, test in (0.01, 0.4, 0.1), (0.1, 0.3, 0.9):
+        folder = curve_run(tmp_path / "runs", lambda e: 0.5, lr=lr)
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | dict(val_top1=held_out, test_top1=test, train_top1=0.5)))
+    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path), dataset="digits")
+    choices = pd.read_csv(tmp_path / "tables/study_choices.csv").set_index("lr")
+    assert choices.chosen.to_dict() == {0.01: "yes", 0.1: "no"} and not len(pd.read_csv(tmp_path / "tables/study_arms.csv"))
+    page = (tmp_path / "study.md").read_text()
+    assert "by held-out images: 0.01, 0.0005 and 128 (40.0%) of 2 tried" in page and "90.0%" not in page
+
+
 def test_data_analysis(tmp_path):
     """Every picture of the data is of the digits, and the counted views are those of the formula."""
     execute(ANALYSIS / "a00_data.ipynb", tmp_path / "a00.ipynb", out=str(tmp_path / "out"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['notebook_parameters', 'shared_with_teacher', 'parameters', 'configure', 'check_ranks', 'rank_count',
            'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'launch', 'launch_fill', 'torchrun', 'follow',
-           'finished_teacher', 'with_teacher']
+           'finished_teacher', 'teacher_of_preset', 'with_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, os, re, signal, subprocess, sys, typing
@@ -25,8 +25,8 @@ def _assigned(source:str)->list: # names that a cell assigns at its top level
     targets = [t for n in body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-# %% ../nbs/07_launch.ipynb #44b5e4c3
-notebook_parameters = {'preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'out_of_fold'} | {f.name for f in fields(Config)}
+# %% ../nbs/07_launch.ipynb #bd45b26d
+notebook_parameters = {'preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'out_of_fold', 'teacher_data_fraction'} | {f.name for f in fields(Config)}
 
 # %% ../nbs/07_launch.ipynb #40ef22e8
 def parameters(
@@ -177,7 +177,17 @@ def finished_teacher(wanted:Config)->Run|None:
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and all(getattr(run.config, f) == getattr(wanted, f) for f in same)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 
-# %% ../nbs/07_launch.ipynb #ac704569
+# %% ../nbs/07_launch.ipynb #bb83ccb8
+def teacher_of_preset(
+    given:dict,              # a student notebook's parameters
+    experiment:str='teacher' # the part of the preset that trains it
+)->Config:
+    "The teacher that a student's preset trains, on the student's images or, with `teacher_data_fraction`, on that part of all."
+    values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher'), 'student_kwargs': given.get('teacher_kwargs')}
+    if given.get('teacher_data_fraction'): values['data_fraction'] = given['teacher_data_fraction']
+    return preset(given['preset'], experiment, **values)
+
+# %% ../nbs/07_launch.ipynb #89eba505
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
@@ -185,10 +195,10 @@ def with_teacher(
 )->Config:
     "The config with its teacher's weights: those named, else of the newest finished teacher that fits, else of one trained now; with `out_of_fold`, of two."
     if config.teacher_weights or config.allow_untrained:
-        if given.get('out_of_fold'): raise VitdistillError('out_of_fold = True takes two teachers that its preset trains on one half each: leave teacher_weights and allow_untrained out.')
+        if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
+            raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: leave teacher_weights and allow_untrained out.')
         return config
-    values = {k: given.get(k) for k in shared_with_teacher} | {'student': given.get('teacher'), 'student_kwargs': given.get('teacher_kwargs')}
-    wanted = preset(given['preset'], experiment, **values)
+    wanted = teacher_of_preset(given, experiment)
     def trained(wanted):
         if run := finished_teacher(wanted): print(f'teacher: {run.name}')
         return str((run or launch(wanted)).model)

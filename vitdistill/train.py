@@ -245,10 +245,10 @@ def true_answers(study:Study)->float|None:
     answers, known = study.answers.remembered(plan)
     return round((answers == study.data.train_labels[plan.image])[known].double().mean().item(), 5) if answers.ndim == 1 and known.any() else None
 
-# %% ../nbs/06_train.ipynb #c0eac504
+# %% ../nbs/06_train.ipynb #e2adfc2f
 def _brief(config:Config)->dict|None: # what of the teacher's card a result repeats
     card = read_card(config.teacher_weights)
-    return card and {k: card.get(k) for k in ('architecture', 'weights_hash', 'top1_held_out', 'top1_train_views')}
+    return card and {k: card.get(k) for k in ('architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views')}
 
 # %% ../nbs/06_train.ipynb #51441e8d
 def head_accuracies(arrays:dict)->dict:
