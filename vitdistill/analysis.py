@@ -88,19 +88,21 @@ def repeats(
         groups.setdefault((run.config.experiment, settings(run.config)), []).append(run)
     return list(groups.values())
 
-# %% ../nbs/08_analysis.ipynb #45891c4a
+# %% ../nbs/08_analysis.ipynb #65884022
 def comparable_pair(
     runs:list[Run],           # any mixture
     one:str='baseline',       # experiment of the first group
     other:str='distilled',    # experiment of the second
 )->tuple[list[Run], list[Run]]:
-    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one with the most epochs, then a teacher in health; [] for a missing side."
+    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one of the most images, then planned epochs, then epochs run, then a teacher in health; [] for a missing side."
     groups = repeats(runs)
     first, second = ([g for g in groups if g[0].config.experiment == name] for name in (one, other))
     plan = lambda group: settings(group[0].config, TEACHING)
     epochs = {run.name: len(run.metrics()) for group in first + second for run in group}
     healthy = lambda pair: not any(run.config.allow_untrained for group in pair for run in group)
-    size = lambda pair: (sorted(sum(epochs[run.name] for run in group) for group in pair), healthy(pair))
+    def size(pair):
+        config = (pair[0] or pair[1])[0].config
+        return config.data_fraction, config.t_max or config.epochs, sorted(sum(epochs[run.name] for run in group) for group in pair), healthy(pair)
     pairs = [(a, b) for a in first for b in second if plan(a) == plan(b)]
     return max(pairs or [(a, []) for a in first] + [([], b) for b in second], key=size, default=([], []))
 

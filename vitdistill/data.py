@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['cifar100_constants', 'Data', 'read_pickle', 'load_cifar', 'download_cifar', 'load_digits', 'DiskImages',
-           'load_imagefolder', 'data_root', 'load_data', 'fingerprint', 'stratified', 'fold_rows', 'split_rows',
-           'n_views', 'centre_view', 'expected_views', 'view_parts', 'Views', 'normalize', 'generator', 'Plan',
-           'epoch_plan']
+           'load_imagefolder', 'data_root', 'load_data', 'fingerprint', 'stratified', 'held_out', 'fold_rows',
+           'split_rows', 'n_views', 'centre_view', 'expected_views', 'view_parts', 'Views', 'normalize', 'generator',
+           'Plan', 'epoch_plan']
 
 # %% ../nbs/01_data.ipynb #86df81f7
 import functools, hashlib, io, os, pickle, typing
@@ -191,19 +191,31 @@ def fingerprint(config:Config)->str:
             for path, label in part.samples: digest.update(f'{Path(path).relative_to(root)} {Path(path).stat().st_size} {label}\n'.encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/01_data.ipynb #3fd7a044
+# %% ../nbs/01_data.ipynb #42a513f9
 def stratified(
     labels:torch.Tensor, # (N,) int
     fraction:float,      # of each class that goes into the second part, in [0, 1]
     seed:int
 )->tuple:
     "Rows of two parts of the data, each sorted; every class gives the second part the same share, to one image."
+    return _divide(labels, seed, lambda n: np.arange(n) < round(fraction*n))
+
+def _divide(labels, seed, chosen): # `chosen(n)` says which of the n rows of a class, in the order drawn by `seed`, are of the second part
     first, second = [], []
     for c in np.unique(labels.numpy()):
         rows = np.random.default_rng([seed, int(c)]).permutation(np.flatnonzero(labels.numpy() == c))
-        k = round(fraction*len(rows))
-        second.append(rows[:k]), first.append(rows[k:])
+        mask = chosen(len(rows))
+        first.append(rows[~mask]), second.append(rows[mask])
     return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (first, second))
+
+# %% ../nbs/01_data.ipynb #047cf683
+def held_out(
+    labels:torch.Tensor, # (N,) int
+    fraction:float,      # of each class that is held out, in [0, 1)
+    seed:int
+)->tuple:
+    "(train, val) rows, as `stratified`, but evenly spread over the order that it takes parts from: of every part the same share is held out."
+    return _divide(labels, seed, lambda n: np.diff(np.floor(np.arange(n + 1)*fraction + .5 + 1e-9)) > 0)
 
 # %% ../nbs/01_data.ipynb #c3ab7b1b
 def _row_range(text:str, n:int)->torch.Tensor: # '44000:50000' -> rows
@@ -225,19 +237,20 @@ def fold_rows(
     upto = [torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, stratified(labels, j/int(n), seed)[1], True) for j in (int(k) - 1, int(k))]
     return upto[1] & ~upto[0]
 
-# %% ../nbs/01_data.ipynb #5006e288
+# %% ../nbs/01_data.ipynb #819d9ef5
 def split_rows(
     labels:torch.Tensor, # (N,) of the training images
     config:Config
 )->tuple:
-    "(train, val): rows that the run trains on, and rows of train held out for choosing (with a `fold`, that part too)."
+    "(train, val): rows that the run trains on, and rows of train held out for choosing, the same whatever `data_fraction` (with a `fold`, that part too)."
     if config.val_rows:
         val = _row_range(config.val_rows, len(labels))
         train = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val.numpy()))
-    else: train, val = stratified(labels, config.val_fraction, config.split_seed)
-    if config.data_fraction < 1:
-        _, part = stratified(labels[train], config.data_fraction, config.split_seed)
-        train = train[part]
+        part = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
+    else:
+        train, val = held_out(labels, config.val_fraction, config.split_seed)
+        part = stratified(labels, config.data_fraction, config.split_seed)[1]
+    train = torch.from_numpy(np.intersect1d(train.numpy(), part.numpy()))
     if config.fold:
         part = fold_rows(labels[train], config.fold, config.split_seed)
         train, val = train[~part], torch.cat([val, train[part]]).sort().values

@@ -7,7 +7,7 @@ __all__ = ['create_optimizer', 'create_schedule', 'cut_views', 'train_epoch', 'a
            'fit', 'compiled', 'restore', 'announce', 'fill_memo', 'finish', 'true_answers', 'head_accuracies',
            'model_card', 'push', 'main']
 
-# %% ../nbs/06_train.ipynb #fbe76252
+# %% ../nbs/06_train.ipynb #73b7b303
 import argparse, os, sys, time, traceback, typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,7 +18,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import tqdm
 from .config import Config, VitdistillError, from_root, load, no_space
-from .data import Plan, epoch_plan
+from .data import Data, Plan, epoch_plan
+from .folds import seen_by
 from .losses import Batch, Objective, criterion
 from .models import save_model, student_size
 from .ranks import Ranks, batch_bounds, end_with_parent, has_batch_norm, local_rows, parallel, seed_step, share_statistics, start_ranks, threads_per_rank
@@ -222,7 +223,7 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     ranks.barrier()
     return study.answers.known() if ranks.rank == 0 else 0.
 
-# %% ../nbs/06_train.ipynb #e7874e4a
+# %% ../nbs/06_train.ipynb #b1ce454a
 def finish(study:Study, run:RunWriter)->None:
     "Predictions, the model as timm shares models, its card, and last of all the result."
     config, data, metrics = study.config, study.data, run.metrics()
@@ -232,7 +233,7 @@ def finish(study:Study, run:RunWriter)->None:
     card = make_card(teacher, config, data, study.views)
     last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
     result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2), train_views_top1=card['top1_train_views'],
-                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, true_answers=true_answers(study), teacher_card=_brief(config), heads=head_accuracies(arrays))
+                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, true_answers=true_answers(study), teacher_card=_brief(config, data, study.train_rows), heads=head_accuracies(arrays))
     save_model(study.student.model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs, {**card, 'result': result}, model_card(run, card, result), study.constants, size)
     run.finish(result)
     if config.hub_repo: push(study.student.model, config, run)
@@ -245,10 +246,11 @@ def true_answers(study:Study)->float|None:
     answers, known = study.answers.remembered(plan)
     return round((answers == study.data.train_labels[plan.image])[known].double().mean().item(), 5) if answers.ndim == 1 and known.any() else None
 
-# %% ../nbs/06_train.ipynb #e2adfc2f
-def _brief(config:Config)->dict|None: # what of the teacher's card a result repeats
-    card = read_card(config.teacher_weights)
-    return card and {k: card.get(k) for k in ('architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views')}
+# %% ../nbs/06_train.ipynb #33558fb0
+def _brief(config:Config, data:Data, rows:torch.Tensor)->dict|None: # what of the teacher's card a result repeats, and how many of the student's images it learned
+    if not (card := read_card(config.teacher_weights)): return None
+    shared = int(seen_by(card, data)[rows].sum()) if card['train_hash'] == data.train_hash else 0
+    return {k: card.get(k) for k in ('architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views')} | dict(n_shared=shared)
 
 # %% ../nbs/06_train.ipynb #51441e8d
 def head_accuracies(arrays:dict)->dict:
