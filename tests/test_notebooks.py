@@ -32,7 +32,7 @@ def study(tmp_path_factory):
     """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
-    execute(EXPERIMENTS / "e00_teacher.ipynb", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=20, **where)
+    execute(EXPERIMENTS / "e00_teacher.ipynb", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=32, **where)
     teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
     short = dict(epochs=2, student="resnet18", **where)
     execute(EXPERIMENTS / "e01_baseline_resnet50.ipynb", folder / "e01.ipynb", cwd=EXPERIMENTS, **short)  # as JupyterLab: in the notebook's folder
