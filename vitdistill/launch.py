@@ -108,7 +108,7 @@ def failure(lines:typing.Iterable[str])->str:
     said = [m[2] for m in ranks if m[1] == ranks[0][1]]
     return said[0] if len(said) == 1 else f'rank {ranks[0][1]} failed:\n' + '\n'.join(said[-12:])
 
-# %% ../nbs/07_launch.ipynb #8be6ab75
+# %% ../nbs/07_launch.ipynb #94680760
 def launch(
     config:Config,
     nproc:int=None,   # ranks on this node; None: the config's wish, limited to the visible GPUs
@@ -116,6 +116,8 @@ def launch(
 )->Run:
     "Train a config under torchrun and wait for it; a run that is done is not repeated. Failures are `VitdistillError`."
     check_ranks(nproc)
+    if config.experiment in ('teacher', 'deit_teacher') and not (config.val_fraction or config.val_rows or config.fold):
+        raise VitdistillError('val_fraction = 0 leaves nothing to measure a teacher by that it has not seen: hold images out by val_fraction, val_rows or fold.')
     config = resolve(config)
     run = Run.of(config)
     if run.status == 'done':
