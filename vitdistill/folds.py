@@ -20,7 +20,7 @@ def seen_by(
         raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: train both with e00_teacher, fold = \'1/2\' and \'2/2\'.')
     return torch.zeros(len(data.train_labels), dtype=torch.bool).index_fill_(0, split_rows(data.train_labels, from_dict(card['split']))[0], True)
 
-# %% ../nbs/04a_folds.ipynb #5caf4934
+# %% ../nbs/04a_folds.ipynb #1711ad54
 class OutOfFold:
     "Several teachers as one: each image is answered by the first that was not trained on it. Used as `Answers` is."
     def __init__(self,
@@ -38,8 +38,9 @@ class OutOfFold:
         for i, part in enumerate(self.parts):
             if len(where := torch.nonzero(self.which[plan.image] == i).flatten()): yield part, where, Plan(*(t[where] for t in plan))
 
-    def known(self)->float:
-        return sum(part.known() for part in self.parts)
+    def known(self, rows:torch.Tensor)->float: # share of the answers about these images that the memos have
+        mine = [rows[self.which[rows] == i] for i in range(len(self.parts))]
+        return sum(part.known(its)*len(its) for part, its in zip(self.parts, mine) if len(its))/len(rows)
 
     def take_hit_rate(self)->float:
         asked = [part.asked for part in self.parts]

@@ -161,7 +161,7 @@ def record(key:dict)->np.dtype:
     if 'top_k' not in key: return np.dtype([('label', label)])
     return np.dtype([('label', label, (key['top_k'],)), ('number', np.float16, (key['top_k'] + len(key['temperatures']),))])
 
-# %% ../nbs/04_teachers.ipynb #f77596e5
+# %% ../nbs/04_teachers.ipynb #16494b9d
 class Memo:
     "A frozen teacher's answers for (image, view): asked once, kept beside the teacher."
     def __init__(self,
@@ -204,15 +204,15 @@ class Memo:
             for j in range(k, answer.shape[1]): self.answers['number'][..., j - k][where] = answer[:, j].half().numpy()
             for j in reversed(range(k)): self.answers['label'][..., j][where] = answer[:, j].numpy().astype(self.labels.dtype)
 
-    def known(self)->float: # share of all answers
-        return float((self.labels < self.classes).mean())
+    def known(self, rows:torch.Tensor=slice(None))->float: # share of the answers about these images
+        return float((self.labels[rows] < self.classes).mean())
 
 # %% ../nbs/04_teachers.ipynb #f8a1f015
 def decision(logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B,)
     "The hard label of logits."
     return logits.argmax(-1)
 
-# %% ../nbs/04_teachers.ipynb #6555e066
+# %% ../nbs/04_teachers.ipynb #fe427288
 class Answers:
     "The teacher's answers for stretches of a plan: from the memo, else from the teacher."
     def __init__(self,
@@ -241,8 +241,8 @@ class Answers:
         if len(mine): answers[mine] = self.form(self.teacher.logits(self.views(*(t[mine].to(self.teacher.device) for t in (image, view))))).cpu()
         return self._share(answers)
 
-    def known(self)->float: # share of all answers that the memo has; 0 without one
-        return self.memo.known() if self.memo else 0.
+    def known(self, rows:torch.Tensor=slice(None))->float: # share of the answers about these images that the memo has; 0 without one
+        return self.memo.known(rows) if self.memo else 0.
 
     def remembered(self, plan:Plan)->tuple: # (answers, (n,) bool: known?) of this rank's memo
         if self.memo: return self.memo.get(plan.image, plan.view)

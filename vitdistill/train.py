@@ -192,7 +192,7 @@ def restore(study:Study, run:RunWriter, optimizer)->tuple:
     if study.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']
 
-# %% ../nbs/06_train.ipynb #b9dc9892
+# %% ../nbs/06_train.ipynb #e50dcd49
 def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None:
     "Say, on rank 0, what is about to happen and what differs from what was asked."
     if study.ranks.rank: return
@@ -201,16 +201,16 @@ def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None
     if done: say(f'resumes after epoch {done}' + ('' if world == ranks.world else f', which {world} rank(s) reached: low bits may differ from a run on as many ranks throughout'))
     if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images')
     if study.answers and study.answers.memo:
-        known = study.answers.known()
+        known = study.answers.known(study.train_rows)
         say(f'memo: {known:.1%} of its answers known; ' + break_even(study.answers.teacher, study.views, len(study.train_rows), view_count(c, study.data), c.epochs, ranks.world, known))
     if has_batch_norm(study.student):
         if ranks.world > 1 and ranks.device == 'cpu': say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
         left = len(study.train_rows) - batch_bounds(len(study.train_rows), c.batch_size, ranks.world, True)[-1][1]
         if left: say(f'the last batch of {left} image(s) of each epoch is dropped: batch norm needs 2 on every rank')
 
-# %% ../nbs/06_train.ipynb #3debe44b
+# %% ../nbs/06_train.ipynb #4700ce71
 def fill_memo(config:Config, ranks:Ranks|None=None)->float:
-    "Ask the config's teacher every view of its training images; returns the share of all answers that the memo then knows (0 on other ranks)."
+    "Ask the config's teacher every view of its training images; returns the share of their answers that the memo then knows (0 on other ranks)."
     config, ranks = resolve(config), ranks or Ranks(device=auto_device() if config.device == 'auto' else config.device)
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     study = prepare(config, ranks)
@@ -221,7 +221,7 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
               disable=ranks.rank > 0, file=sys.stdout, ascii=True) as bar:
         for n in fill(study.answers, study.train_rows, views): bar.update(n)
     ranks.barrier()
-    return study.answers.known() if ranks.rank == 0 else 0.
+    return study.answers.known(study.train_rows) if ranks.rank == 0 else 0.
 
 # %% ../nbs/06_train.ipynb #b1ce454a
 def finish(study:Study, run:RunWriter)->None:
