@@ -26,7 +26,7 @@ venv: .venv/installed ## .venv with the pinned versions and this package, editab
 .venv/installed: settings.ini setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-cache-dir uv
-	UV_CACHE_DIR=.venv/cache $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[dev]' || { \
+	UV_CACHE_DIR=.venv/cache $(BIN)/uv pip install -q --system-certs --compile-bytecode --python $(BIN)/python -e '.[dev]' || { \
 		echo 'uv could not install (its message is above): trying pip'; rm -rf .venv/cache; $(BIN)/python -m pip install -q --no-cache-dir -e '.[dev]'; }
 	rm -rf .venv/cache
 	touch $@
