@@ -16,7 +16,7 @@ from .data import Data, Views, fingerprint, load_data, normalize, split_rows
 from .folds import OutOfFold, seen_by
 from .losses import criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size, weights_file
-from .ranks import Ranks
+from .ranks import Ranks, check_device
 from .runs import Run
 from .teachers import Answers, Memo, Teacher, check_health, load_teacher, memo_key
 
@@ -45,7 +45,7 @@ def resolve(config:Config)->Config:
     "Fill `auto` values and file hashes; a run that was begun keeps what it began with. Missing files are `VitdistillError`."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
     device = auto_device() if config.device == 'auto' else config.device
-    if device == 'cuda' and not torch.cuda.is_available(): raise VitdistillError("device = 'cuda' but torch sees no GPU here: set device to auto or cpu.")
+    check_device(device)
     values = dict(device=device, precision=auto_precision(device), teacher_precision=auto_precision(device), compile=auto_compile(device))
     if config.compile not in ('auto', 'none') and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
         raise VitdistillError(f"compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: install g++, or set compile to 'none'.")
@@ -56,7 +56,7 @@ def resolve(config:Config)->Config:
     config = replace(config, **found, **{name: values[name] for name in auto}, auto=sorted({*auto, *(config.auto or ())}))
     begun = Run.of(config)
     if (begun.folder/'config.yaml').is_file() and begun.status != 'unreadable':
-        config = replace(config, **{name: getattr(begun.config, name) for name in auto if name != 'device'})
+        config = replace(config, **{name: getattr(begun.config, name) for name in auto if name not in ('device', 'compile')}) # how to compile is for this device and these ranks
     return config
 
 # %% ../nbs/05b_study.ipynb #7569cf3e
@@ -72,7 +72,8 @@ class Study:
     train_rows:torch.Tensor
     val_rows:torch.Tensor
     answers:Answers|None   # the teacher's; None without one
-    teacher_top1:float|None # on its held-out split, where there is a teacher
+    teacher_top1:float|None # where there is a teacher, on rank 0
+    teacher_measured_on:str # images that it held out, or training images
 
     def input(self, pixels:torch.Tensor)->torch.Tensor: # uint8 views, anywhere -> as the student takes them
         size, side = student_size(self.config, pixels.shape[-1]), pixels.shape[-1]
@@ -104,20 +105,20 @@ def prepare(config:Config, ranks:Ranks)->Study:
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
     student = create_student(config, len(data.classes), data.train_images.shape[1]).to(ranks.device, memory_format=torch.channels_last)
-    answers = accuracy = None
+    answers, health = None, (None, '')
     if config.distillation != 'none':
-        answers, accuracy, card = question(config, data, views, ranks)
+        answers, health, card = question(config, data, views, ranks)
         if config.fold_weights:
             other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks)
             answers = OutOfFold([answers, other], [seen_by(c, data) for c in (card, other_card)], train)
-    return Study(config, ranks, data, student, views, Views(data.test_images, 0, place), train, val, answers, accuracy)
+    return Study(config, ranks, data, student, views, Views(data.test_images, 0, place), train, val, answers, *health)
 
 # %% ../nbs/05b_study.ipynb #ad9e39fe
 def question(config:Config, data:Data, views:Views, ranks:Ranks)->tuple:
-    "(Answers, held-out top-1 on rank 0, card) of the config's teacher."
+    "(Answers, (top-1, of which images) on rank 0, card) of the config's teacher."
     teacher, card = load_teacher(config, data, ranks.device)
-    accuracy = check_health(teacher, card, config, data, views) if ranks.rank == 0 else None
-    return Answers(teacher, views, open_memo(config, data, teacher, ranks), criterion(config).form), accuracy, card
+    health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
+    return Answers(teacher, views, open_memo(config, data, teacher, ranks), criterion(config).form), health, card
 
 # %% ../nbs/05b_study.ipynb #baad05c1
 def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks)->Memo|None:

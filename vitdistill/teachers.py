@@ -134,16 +134,16 @@ def check_health(
     teacher:Teacher, card:dict|None,
     config:Config, data:Data,
     views:Views # of the training images, on the teacher's device
-)->float:
-    "Accuracy on (at most 1,000 of) the held-out rows; one that looks untrained is a `VitdistillError` unless allowed."
+)->tuple:
+    "(accuracy on at most 1,000 of the rows it held out, or else on training images; which of them); one that looks untrained is a `VitdistillError` unless allowed."
     here = dict(zip(split_fields, (getattr(config, f) for f in split_fields)))
     train, val = split_rows(data.train_labels, from_dict(card['split'] if card and card['train_hash'] == data.train_hash else here))
-    rows, which = (val, 'its held-out split') if len(val) else (train, 'training images')
+    rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     accuracy, chance = top1(teacher, views, data.train_labels, some(rows, 1000)), 1/len(data.classes)
     if accuracy < (least := chance + (1 - chance)/4) and not config.allow_untrained:
         raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right (chance {chance:.1%}, least {least:.1%}), so its head seems '
                               'untrained: fine-tune it with e00_teacher and name its folder as teacher_weights, or set allow_untrained=True to teach with it anyway.')
-    return accuracy
+    return accuracy, which
 
 # %% ../nbs/04_teachers.ipynb #1d5fcd18
 def memo_key(teacher:Teacher, config:Config, data:Data)->dict:
@@ -151,7 +151,7 @@ def memo_key(teacher:Teacher, config:Config, data:Data)->dict:
     key = dict(architecture=config.teacher, weights=teacher.weights_hash(), train_images=data.train_hash, classes=len(data.classes),
                padding=config.padding, views=view_count(config, data), image_size=data.train_images.shape[1], teacher_size=teacher.size,
                resize='bilinear', constants=[list(c) for c in teacher.constants], dtype=teacher.precision + ' compiled'*teacher.compile)
-    soft = config.distillation in ('soft', 'hard+soft')
+    soft = config.distillation == 'soft' or config.distillation == 'hard+soft' and config.beta
     return key | (dict(top_k=min(config.soft_top_k, len(data.classes)), temperatures=list(memo_temperatures)) if soft else {})
 
 # %% ../nbs/04_teachers.ipynb #3217f450
@@ -305,11 +305,20 @@ def adopt(
     most:int=5000       # images each accuracy is measured on, at most
 )->dict:
     "Write model, config.json and a card with measured accuracies; returns the card."
+    if not weights: raise VitdistillError('weights = None: name the safetensors or pth file that is to be the teacher.')
+    if not len(split_rows(data.train_labels, config)[1]):
+        raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold which images the weights were not trained on.')
     size = config.student_size or data.train_images.shape[1]
     torch.manual_seed(config.seed) # of a new head
     model = load_weights(create(config.student, len(data.classes), size, config.stem, **config.student_kwargs), from_root(weights), new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)
+    if card := read_card(folder):
+        asked = dict(architecture=config.student, weights_hash=teacher.weights_hash(), input_size=size, constants=[list(c) for c in constants], train_hash=data.train_hash,
+                     split={f: getattr(config, f) for f in split_fields})
+        if other := [name for name, value in asked.items() if card[name] != value]:
+            raise VitdistillError(f"{folder} holds another teacher (its {', '.join(other)} differ): adopt this one under another name, or remove that folder first.")
+        return card
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most)
     origin = f"Adopted from {Path(weights).name}{', with a new head that was never trained' if new_head else ''}."
     save_model(model.cpu(), folder, config.student_kwargs, card, f'# {config.student} on {config.dataset}\n\n{origin}\n', constants, size)

@@ -100,7 +100,7 @@ def answer_window(study:Study, steps:int)->int:
 def refuse_nan(bad_step:int, steps:int, epoch:int, optimizer)->None:
     "Raise `VitdistillError` where some step's loss was not finite."
     if bad_step < steps:
-        raise VitdistillError(f"the loss is not finite from epoch {epoch}, step {bad_step} on (learning rate {optimizer.param_groups[0]['lr']:.3g}): "
+        raise VitdistillError(f"the loss is not finite from epoch {epoch}, step {bad_step} on (learning rate {optimizer.param_groups[0]['lr']/optimizer.param_groups[0].get('lr_scale', 1):.3g}): "
                               'lower lr or add warmup_epochs; the last checkpoint is kept.')
 
 # %% ../nbs/06_train.ipynb #72d73f68
@@ -185,7 +185,8 @@ def compiled(model:nn.Module, mode:str)->nn.Module: # of `Config.compile`
 # %% ../nbs/06_train.ipynb #9661612e
 def restore(study:Study, run:RunWriter, optimizer)->tuple:
     "Load the checkpoint, if there is one, on every rank; returns (the epochs it has behind it, the ranks that made it)."
-    state = run.checkpoint() or dict(epochs=0, world=study.ranks.world)
+    state = run.checkpoint()
+    if not state or run.epochs_done < state['epochs']: state = dict(epochs=0, world=study.ranks.world) # without its record a checkpoint would leave gaps
     if state['epochs']:
         study.student.model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
@@ -199,7 +200,7 @@ def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None
     c, ranks, say = study.config, study.ranks, progress.say
     say(f'{run.name}: {len(study.train_rows):,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on {ranks.device.split(":")[0]}, {c.precision}')
     if done: say(f'resumes after epoch {done}' + ('' if world == ranks.world else f', which {world} rank(s) reached: low bits may differ from a run on as many ranks throughout'))
-    if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on held-out images')
+    if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on {study.teacher_measured_on}')
     if study.answers and study.answers.memo:
         known = study.answers.known(study.train_rows)
         say(f'memo: {known:.1%} of its answers known; ' + break_even(study.answers.teacher, study.views, len(study.train_rows), view_count(c, study.data), c.epochs, ranks.world, known))
@@ -233,10 +234,10 @@ def finish(study:Study, run:RunWriter)->None:
     card = make_card(teacher, config, data, study.views)
     last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
     result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2), train_views_top1=card['top1_train_views'],
-                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, true_answers=true_answers(study), teacher_card=_brief(config, data, study.train_rows), heads=head_accuracies(arrays))
+                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, teacher_measured_on=study.teacher_measured_on or None, true_answers=true_answers(study), teacher_card=_brief(config, data, study.train_rows), heads=head_accuracies(arrays))
     save_model(study.student.model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs, {**card, 'result': result}, model_card(run, card, result), study.constants, size)
+    if config.hub_repo: push(config.hub_repo, run)
     run.finish(result)
-    if config.hub_repo: push(study.student.model, config, run)
 
 # %% ../nbs/06_train.ipynb #21848aa7
 def true_answers(study:Study)->float|None:
@@ -270,10 +271,14 @@ def model_card(run:Run, card:dict, result:dict)->str:
             f'Test accuracy is that of the last epoch; nothing was chosen on it.\n\n## Recipe (fields that differ from the defaults)\n\n```yaml\n{recipe}```\n')
 
 # %% ../nbs/06_train.ipynb #62a6c38d
-def push(model:nn.Module, config:Config, run:Run)->None:
-    "Push a finished student to the hub repository that the config names; opt-in."
-    from timm.models import push_to_hf_hub
-    push_to_hf_hub(model, config.hub_repo, model_args=config.student_kwargs or None, model_card={'description': (run.model/'README.md').read_text()})
+def push(repository:str, run:Run)->None:
+    "Upload a saved student's folder to a hub repository; opt-in. A failure is a `VitdistillError` and the run is not done: started again, it uploads again."
+    import huggingface_hub
+    try:
+        huggingface_hub.create_repo(repository, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=run.model, commit_message=run.name)
+    except Exception as e: # the network's, the hub's and the login's own
+        raise VitdistillError(f"{run.model} could not be pushed to hub_repo = {repository!r} ({str(e).splitlines()[0]}): log in or mend the name and start again, or set hub_repo to ''.") from None
 
 # %% ../nbs/06_train.ipynb #bd3c7a6b
 def main(arguments:list=None)->int:
