@@ -59,6 +59,7 @@ def test_notebook_says_what_it_is(notebook):
 
 
 def test_modules_depend_downwards_only():
+    assert set(LAYERS) == {p.stem for p in (ROOT / "vitdistill").glob("*.py")} - {"__init__", "_modidx"}
     for i, name in enumerate(LAYERS):
         source = (ROOT / "vitdistill" / f"{name}.py").read_text()
         used = set(re.findall(r"^\s*from (?:vitdistill)?\.(\w+) import", source, re.M))
@@ -73,7 +74,7 @@ def test_training_needs_no_notebook_tools():
 
 
 def test_nothing_large_or_foreign_is_committed():
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n"):
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"):
         if name and (ROOT / name).is_file():
             assert (ROOT / name).stat().st_size < 3e6 and Path(name).suffix not in (".safetensors", ".pt", ".pth", ".webp"), name
 

@@ -30,11 +30,14 @@ class Cell:
 def grid_cells(path:str|Path)->list[Cell]:
     "Every combination in a grid file; unknown notebooks and parameter names are `VitdistillError`."
     import papermill
+    if not Path(path).is_file(): raise VitdistillError(f'no grid at {path}: name a YAML file such as those of nbs/experiments/grids.')
     grids, cells = yaml.safe_load(Path(path).read_text()), []
     for grid in grids if isinstance(grids, list) else [grids]:
         notebook = repo_root()/'nbs'/'experiments'/f"{grid['notebook']}.ipynb"
         if not notebook.is_file(): raise VitdistillError(f"unknown notebook {grid['notebook']!r}: {nearest(grid['notebook'], [p.stem for p in notebook.parent.glob('*.ipynb')])}")
         vary, known = grid.get('vary') or {}, papermill.inspect_notebook(str(notebook))
+        for name, values in vary.items():
+            if not isinstance(values, list): raise VitdistillError(f'vary: {name} = {values!r} of {grid["notebook"]} is no list: give one, such as [{values}].')
         for values in itertools.product(*vary.values()):
             chosen = {**(grid.get('parameters') or {}), **dict(zip(vary, values))}
             for name in chosen:
@@ -97,7 +100,7 @@ def run_batch(
 
 # %% ../nbs/07a_batches.ipynb #e6940ae2
 def main(arguments:list=None)->int:
-    "`python -m vitdistill.batches GRID`: execute a grid; the exit status counts the failures."
+    "`python -m vitdistill.batches GRID`: execute a grid; the exit status counts the failures, to 100."
     parser = argparse.ArgumentParser(prog='python -m vitdistill.batches', description='Execute a grid of experiment notebooks by papermill.')
     parser.add_argument('grid', help='a YAML file, such as nbs/experiments/grids/*.yaml')
     parser.add_argument('--at-once', type=int, help='cells side by side (default: one a GPU, or one a core)')
@@ -105,7 +108,7 @@ def main(arguments:list=None)->int:
     args = parser.parse_args(arguments)
     try: cells = run_batch(args.grid, at_once=args.at_once, dry=args.dry_run)
     except VitdistillError as e: sys.exit(f'{e}')
-    return sum(cell.state not in ('done', 'left') for cell in cells)
+    return min(100, sum(cell.state not in ('done', 'left') for cell in cells)) # 256 would read as 0
 
 # %% ../nbs/07a_batches.ipynb #23a2fcf4
 #| eval: false

@@ -126,7 +126,7 @@ class Config:
     optimizer:str='sgd'                 # 'sgd' (momentum), 'nesterov' or 'adamw'
     lr:float=.01                        # peak learning rate
     momentum:float=.9                   # of sgd and nesterov
-    weight_decay:float=5e-4             # of all parameters for sgd, of matrices only for adamw
+    weight_decay:float=5e-4             # of all parameters for sgd, of matrices only for adamw and with layer_decay
     layer_decay:float=1.                # learning rate factor per layer below the head (timm's layer_decay)
     scheduler:str='cosine'              # 'cosine' or 'constant', stepped by the epoch
     t_max:int=0                         # epochs of the cosine; 0: `epochs`
@@ -217,7 +217,7 @@ _safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the same in C, ei
 
 def _read_yaml(path:Path)->dict:
     try: values = yaml.load(path.read_text(encoding='utf-8'), _safe_loader)
-    except FileNotFoundError: raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
+    except (FileNotFoundError, IsADirectoryError): raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise VitdistillError(f'{path} is not YAML ({str(e).splitlines()[0]}): mend that line.') from None
     if not isinstance(values, dict): raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values

@@ -34,7 +34,7 @@ class Data:
         if self.constants: return self.constants
         images = self.train_images
         if isinstance(images, DiskImages): images = images[torch.randperm(len(images), generator=generator(0))[:5000]] # enough for three digits
-        histogram = [torch.bincount(images[..., c].flatten().int(), minlength=256).double() for c in range(3)]
+        histogram = [sum(torch.bincount(part.flatten(), minlength=256) for part in images[..., c].split(1000)).double() for c in range(3)] # in parts: bincount copies to int64
         value, counts = torch.arange(256).double()/255, torch.stack(histogram)
         mean = (counts*value).sum(1)/counts.sum(1)
         return tuple(mean.tolist()), tuple((((counts*value**2).sum(1)/counts.sum(1) - mean**2)**.5).tolist())
@@ -42,7 +42,7 @@ class Data:
     @functools.cached_property
     def train_hash(self)->str: # of the training images and labels, for the memo and the teacher's card
         on_disk = isinstance(self.train_images, DiskImages) # then by the files' names and sizes
-        digest = hashlib.sha256(self.train_images.numpy().tobytes() if not on_disk else self.train_images.listing().encode())
+        digest = hashlib.sha256(self.train_images.numpy() if not on_disk else self.train_images.listing().encode())
         digest.update(self.train_labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -132,8 +132,13 @@ class DiskImages:
     def __getitem__(self, rows:torch.Tensor)->torch.Tensor: # (B,) int64, or a slice -> (B, size, size, 3)
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         return torch.from_numpy(np.stack(list(self.pool.map(self._decode, rows))))
+    def resident(self)->torch.Tensor: # all of them, decoded part by part into the one tensor that they take
+        images = torch.empty(self.shape, dtype=torch.uint8)
+        for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
+        return images
     def listing(self)->str: # what the files are, without decoding them
-        return '\n'.join(f'{path} {Path(path).stat().st_size}' for path, _ in self.reader.samples)
+        root = os.path.commonpath([path for path, _ in self.reader.samples]) # wherever the folder lies
+        return '\n'.join(f'{os.path.relpath(path, root)} {os.path.getsize(path)}' for path, _ in self.reader.samples)
     def _decode(self, row)->np.ndarray:
         from PIL import Image
         from torchvision.transforms.v2 import functional as T
@@ -154,7 +159,7 @@ def load_imagefolder(
     bytes = sum(map(len, readers.values()))*size*size*3
     if resident is None: resident = bytes < os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2
     if not resident: print(f'{root}: {bytes/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.', flush=True)
-    def part(reader): return DiskImages(reader, size)[:] if resident else DiskImages(reader, size), torch.tensor([label for _, label in reader.samples])
+    def part(reader): return DiskImages(reader, size).resident() if resident else DiskImages(reader, size), torch.tensor([label for _, label in reader.samples])
     return Data('imagefolder', *part(readers['train']), *part(readers['test']), list(readers['train'].class_to_idx), flip=True)
 
 # %% ../nbs/01_data.ipynb #2d1bd6f4
@@ -246,6 +251,7 @@ def split_rows(
     if config.val_rows:
         val = _row_range(config.val_rows, len(labels))
         train = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val.numpy()))
+        if not len(train): raise VitdistillError(f'val_rows = {config.val_rows!r} holds out every training image: leave some to train on.')
         part = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
     else:
         train, val = held_out(labels, config.val_fraction, config.split_seed)

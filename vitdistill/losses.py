@@ -96,7 +96,8 @@ class SwitchedDistillationLoss(nn.Module):
         labels:torch.Tensor, # (B,) int64
         answer:torch.Tensor=None # the teacher's, as `form` makes it: (B,) int64 decisions, (B, C) logits, or (B, 2k + T)
     )->tuple:
-        parts = {'label': F.cross_entropy(heads[0].float(), labels, label_smoothing=self.label_smoothing)}
+        learners = heads if self.kind == 'none' else heads[:1] # without a teacher both heads learn the labels
+        parts = {'label': sum(F.cross_entropy(z.float(), labels, label_smoothing=self.label_smoothing) for z in learners)/len(learners)}
         if self.kind == 'none': return parts['label'], parts
         if self.soft_share < 1: parts['hard'] = F.cross_entropy(heads[-1].float(), self._decision(answer))
         if self.soft_share > 0: parts['soft'] = self._soft(heads[-1], answer)

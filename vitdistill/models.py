@@ -11,6 +11,7 @@ __all__ = ['cifar_stems', 'with_cifar_stem', 'check_name', 'create', 'check_size
 import importlib, json, tempfile
 from pathlib import Path
 import safetensors.torch, timm, torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models import load_pretrained, register_model, save_for_hf
 from torch import nn
 from .config import Config, VitdistillError, from_root, nearest, no_space, write_atomic
@@ -154,8 +155,9 @@ class Student(nn.Module):
     def __init__(self, model:nn.Module):
         super().__init__()
         self.model = model
-        self.net = TwoHeads(model) if hasattr(model, 'head_dist') else model
-        self.heads = ('class', 'distillation') if hasattr(model, 'head_dist') else ('class',)
+        two = isinstance(model, VisionTransformerDistilled) # other models with a second head, such as EfficientFormer, average them themselves
+        self.net = TwoHeads(model) if two else model
+        self.heads = ('class', 'distillation') if two else ('class',)
     def forward(self, x):
         out = self.net(x)
         return out if isinstance(out, tuple) else (out,)

@@ -6,7 +6,7 @@
 __all__ = ['columns', 'is_locked', 'Run', 'RunWriter', 'find_runs', 'all_metrics', 'cores', 'environment']
 
 # %% ../nbs/05_runs.ipynb #31615abd
-import contextlib, fcntl, io, json, os, platform, subprocess
+import contextlib, fcntl, io, json, os, platform, shutil, subprocess, time
 from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -93,9 +93,12 @@ class RunWriter(Run):
     def lock(self): # held while writing; the kernel frees it when its holder dies
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder/'lock', 'a') as file:
-            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise VitdistillError(f'{self.folder} is being written by another process: wait for it, or stop it first.') from None
+            for patience in range(10, -1, -1): # somebody's look at the status holds it for a moment
+                try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not patience: raise VitdistillError(f'{self.folder} is being written by another process: wait for it, or stop it first.') from None
+                    time.sleep(.05)
+                else: break
             yield self
 
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
@@ -112,9 +115,8 @@ class RunWriter(Run):
             f.write(text), f.flush(), os.fsync(f.fileno())
 
     def keep_epochs(self, n:int)->None: # drop what was written after a checkpoint that is resumed from
-        rows = self.metrics()
-        lines = (self.folder/'metrics.csv').read_text().splitlines(keepends=True)[:n + 1] if len(rows) else []
-        if lines: write_atomic(self.folder/'metrics.csv', lambda p: p.write_text(''.join(lines)))
+        if lines := self._lines()[:n + 1]: write_atomic(self.folder/'metrics.csv', lambda p: p.write_text(''.join(lines)))
+        else: (self.folder/'metrics.csv').unlink(missing_ok=True) # torn within its header
 
     def save_checkpoint(self, state:dict)->None:
         import torch
@@ -159,7 +161,7 @@ def cores()->int:
 def environment()->dict:
     "Versions, hardware and commit of this process."
     import timm, torch, torchvision
-    git = lambda *a: subprocess.run(['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path('.')), *a], capture_output=True, text=True).stdout.strip()
+    git = lambda *a: '' if not shutil.which('git') else subprocess.run(['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path('.')), *a], capture_output=True, text=True).stdout.strip()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__,
                 platform=platform.platform(), processor=_processor(), cores=cores(),
