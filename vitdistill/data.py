@@ -28,6 +28,7 @@ class Data:
     classes:list
     flip:bool       # may a horizontal flip be drawn without changing the label?
     constants:tuple=None # ((mean), (std)) per channel in [0, 1], where they are published
+    listing:str=''       # of the training images' files, where they are files
 
     @functools.cached_property
     def mean_std(self)->tuple: # per channel, of the training pixels in [0, 1]
@@ -41,8 +42,7 @@ class Data:
 
     @functools.cached_property
     def train_hash(self)->str: # of the training images and labels, for the memo and the teacher's card
-        on_disk = isinstance(self.train_images, DiskImages) # then by the files' names and sizes
-        digest = hashlib.sha256(self.train_images.numpy() if not on_disk else self.train_images.listing().encode())
+        digest = hashlib.sha256(self.listing.encode() or self.train_images.numpy()) # files by their names and sizes, in memory or not
         digest.update(self.train_labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -136,9 +136,9 @@ class DiskImages:
         images = torch.empty(self.shape, dtype=torch.uint8)
         for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
         return images
-    def listing(self)->str: # what the files are, without decoding them
+    def listing(self)->str: # what the files are, and their size here, without decoding them
         root = os.path.commonpath([path for path, _ in self.reader.samples]) # wherever the folder lies
-        return '\n'.join(f'{os.path.relpath(path, root)} {os.path.getsize(path)}' for path, _ in self.reader.samples)
+        return '\n'.join([f'{self.shape[1]} px', *(f'{os.path.relpath(path, root)} {os.path.getsize(path)}' for path, _ in self.reader.samples)])
     def _decode(self, row)->np.ndarray:
         from PIL import Image
         from torchvision.transforms.v2 import functional as T
@@ -152,15 +152,15 @@ class DiskImages:
 def load_imagefolder(
     root:Path, # holds train/ and val/ or test/, each with a folder per class
     size:int,  # side of the images, px
-    resident:bool|None=None # hold them in memory; None: where they take less than half of it
+    resident:bool|None=None # hold them in memory; None: where they take less than half of it on all ranks of this node
 )->Data:
     "Any folder-per-class dataset; errors name the file or the missing folder."
     readers = _readers(root)
     bytes = sum(map(len, readers.values()))*size*size*3
-    if resident is None: resident = bytes < os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2
+    if resident is None: resident = bytes*int(os.environ.get('LOCAL_WORLD_SIZE', 1)) < os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2
     if not resident: print(f'{root}: {bytes/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.', flush=True)
     def part(reader): return DiskImages(reader, size).resident() if resident else DiskImages(reader, size), torch.tensor([label for _, label in reader.samples])
-    return Data('imagefolder', *part(readers['train']), *part(readers['test']), list(readers['train'].class_to_idx), flip=True)
+    return Data('imagefolder', *part(readers['train']), *part(readers['test']), list(readers['train'].class_to_idx), flip=True, listing=DiskImages(readers['train'], size).listing())
 
 # %% ../nbs/01_data.ipynb #2d1bd6f4
 def data_root(config:Config)->tuple:
