@@ -109,7 +109,9 @@ def _least_squares(law, epoch, accuracy, start): # linear parameters and logarit
     try:
         with warnings.catch_warnings(), np.errstate(all='ignore'):
             warnings.simplefilter('error', OptimizeWarning)
-            return curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start)
+            free, covariance = curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start)
+        starts = np.log(law.shapes(epoch)) # a shape that runs far beyond them runs for ever: to another law, such as a power law to the logarithm
+        if (np.abs(free[law.linear:] - np.clip(free[law.linear:], starts.min(0), starts.max(0))) < np.log(10)).all(): return free, covariance
     except (RuntimeError, OptimizeWarning): pass
     raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: read another law, or train longer.')
 
