@@ -73,7 +73,7 @@ class Study:
     val_rows:torch.Tensor
     answers:Answers|None   # the teacher's; None without one
     teacher_top1:float|None # where there is a teacher, on rank 0
-    teacher_measured_on:str # images that it held out, or training images
+    teacher_measured_on:str='' # images that it held out, or training images
 
     def input(self, pixels:torch.Tensor)->torch.Tensor: # uint8 views, anywhere -> as the student takes them
         size, side = student_size(self.config, pixels.shape[-1]), pixels.shape[-1]
