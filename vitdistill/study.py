@@ -16,7 +16,7 @@ from .data import Data, Views, fingerprint, load_data, normalize, split_rows
 from .folds import OutOfFold, seen_by
 from .losses import criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size, weights_file
-from .ranks import Ranks, check_device
+from .ranks import Ranks, batch_bounds, check_device, has_batch_norm
 from .runs import Run
 from .teachers import Answers, Memo, Teacher, check_health, load_teacher, memo_key
 
@@ -105,6 +105,7 @@ def prepare(config:Config, ranks:Ranks)->Study:
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
     student = create_student(config, len(data.classes), data.train_images.shape[1]).to(ranks.device, memory_format=torch.channels_last)
+    batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here, before anything is written
     answers, health = None, (None, '')
     if config.distillation != 'none':
         answers, health, card = question(config, data, views, ranks)
