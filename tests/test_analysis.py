@@ -43,6 +43,21 @@ def test_study_chooses_by_held_out_images(tmp_path):
     assert "learning rate 0.01 of 0.01, 0.1 (40.0% of them right; seeds: 1); not varied: weight decay 0.0005, batch 128" in page and "90.0%" not in page
 
 
+def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
+    """Smoothed labels are an arm of their own, not the plain one, and a taught arm that ends above *labels alone* is held against them too."""
+    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+    for top1, spread, way in (0.5, 0, {}), (0.6, 0.001, dict(label_smoothing=0.1)), (0.8, 0.003, taught):
+        for seed in 1, 2, 3:
+            folder = curve_run(tmp_path / "runs", lambda e: top1 + 0 * e, seed, t_max=0, **way)
+            result = json.loads((folder / "result.json").read_text())
+            (folder / "result.json").write_text(json.dumps(result | dict(test_top1=top1 + seed * spread, train_top1=0.9)))
+    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path), dataset="digits")
+    page, pairs = (tmp_path / "study.md").read_text(), pd.read_csv(tmp_path / "tables/study_pairs.csv")
+    assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
+    for said in "less *labels alone*: +10.2 points", "above *labels alone*, less *labels alone, labels smoothed by 0.1*: +20.4 points", "Without a teacher, labels smoothed by 0.1":
+        assert said in page
+
+
 def test_data_analysis(tmp_path):
     """Every picture of the data is of the digits, and the counted views are those of the formula."""
     execute(ANALYSIS / "a00_data.ipynb", tmp_path / "a00.ipynb", out=str(tmp_path / "out"))
