@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from conftest import ROOT
@@ -84,3 +85,10 @@ def test_readme_names_commands_that_exist():
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M))
     assert {"demo", "test"} <= named <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_differences_are_those_of_the_study():
+    """Each `+x.x (low to high` of the README, in points, is a row of the study's table of all differences."""
+    told = re.findall(r"([+-]\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)", " ".join((ROOT / "README.md").read_text().split()))
+    known = pd.read_csv(ROOT / "reports/tables/study_together.csv")[["difference", "low", "high"]].map(lambda x: float(f"{100 * x:.1f}"))
+    assert len(told) >= 3 and {tuple(map(float, numbers)) for numbers in told} <= set(known.itertuples(index=False, name=None))

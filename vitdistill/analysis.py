@@ -94,7 +94,7 @@ def comparable_pair(
     one:str='baseline',       # experiment of the first group
     other:str='distilled',    # experiment of the second
 )->tuple[list[Run], list[Run]]:
-    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one of the most planned epochs, then images, then epochs run, then a teacher in health; [] for a missing side."
+    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one of the most planned epochs, then images, then epochs run, then a teacher in health, then the larger learning rate; [] for a missing side."
     groups = repeats(runs)
     first, second = ([g for g in groups if g[0].config.experiment == name] for name in (one, other))
     plan = lambda group: settings(group[0].config, TEACHING)
@@ -102,7 +102,7 @@ def comparable_pair(
     healthy = lambda pair: not any(run.config.allow_untrained for group in pair for run in group)
     def size(pair):
         config = (pair[0] or pair[1])[0].config
-        return config.t_max or config.epochs, config.data_fraction, sorted(sum(epochs[run.name] for run in group) for group in pair), healthy(pair)
+        return config.t_max or config.epochs, config.data_fraction, sorted(sum(epochs[run.name] for run in group) for group in pair), healthy(pair), config.lr
     pairs = [(a, b) for a in first for b in second if plan(a) == plan(b)]
     return max(pairs or [(a, []) for a in first] + [([], b) for b in second], key=size, default=([], []))
 
