@@ -54,8 +54,8 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
     execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path), dataset="digits")
     page, pairs = (tmp_path / "study.md").read_text(), pd.read_csv(tmp_path / "tables/study_pairs.csv")
     assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
-    for said in "less *labels alone*: +10.2 points", "above *labels alone*, less *labels alone, labels smoothed by 0.1*: +20.4 points", "Without a teacher, labels smoothed by 0.1":
-        assert said in page
+    for finding in "less *labels alone*: +10.2 points", "above *labels alone*, less *labels alone, labels smoothed by 0.1*: +20.4 points", "Without a teacher, labels smoothed by 0.1":
+        assert finding in page
 
 
 def test_data_analysis(tmp_path):
