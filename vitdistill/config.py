@@ -147,6 +147,7 @@ class Config:
     runs_dir:str=_machine('reports/runs') # run folders: small records
     work_dir:str=_machine('out/work')   # checkpoints, models, memos
     checkpoint_every:int=_machine(1)    # epochs between checkpoints
+    keep_checkpoints:list=field(default_factory=list, metadata={'hashed': False}) # numbers of epochs whose checkpoints are kept beside the last
     evaluate_every:int=_machine(1)      # epochs between evaluations on validation and test images; the last epoch always has one
     hub_repo:str=_machine('')           # push the finished student to this hub repository; '': don't
     # Filled by `resolve`

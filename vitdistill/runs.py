@@ -118,9 +118,10 @@ class RunWriter(Run):
         if lines := self._lines()[:n + 1]: write_atomic(self.folder/'metrics.csv', lambda p: p.write_text(''.join(lines)))
         else: (self.folder/'metrics.csv').unlink(missing_ok=True) # torn within its header
 
-    def save_checkpoint(self, state:dict)->None:
+    def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also under a name of its own
         import torch
         write_atomic(self.work/'checkpoint.pt', lambda p: torch.save(state, p))
+        if keep: write_atomic(self.work/f"checkpoint-{state['epochs']:04d}.pt", lambda p: shutil.copyfile(self.work/'checkpoint.pt', p))
 
     def save_predictions(self, **arrays)->None: # for test, validation and the centre view of train, per head
         def write(path):

@@ -173,7 +173,8 @@ def fit(study:Study, run:RunWriter)->None:
         if ranks.rank == 0:
             run.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs:
-                run.save_checkpoint(dict(epochs=epoch + 1, world=ranks.world, model=study.student.model.state_dict(), optimizer=optimizer.state_dict()))
+                run.save_checkpoint(dict(epochs=epoch + 1, world=ranks.world, model=study.student.model.state_dict(), optimizer=optimizer.state_dict()),
+                                    epoch + 1 in config.keep_checkpoints)
         progress.epoch(row)
     progress.bar.close()
 
