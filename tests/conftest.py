@@ -9,7 +9,7 @@ import pytest
 
 from vitdistill.config import Config, repo_root
 from vitdistill.runs import Run
-from vitdistill.study import resolve
+from vitdistill.setup import resolve
 
 ROOT = repo_root(Path(__file__).parent)
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)

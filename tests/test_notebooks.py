@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, environment
-from vitdistill.batches import grid_cells, run_batch
+from vitdistill.grids import grid_cells, run_batch
 from vitdistill.runs import find_runs
 
 EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"

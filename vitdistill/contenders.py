@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bench_config', 'random_data', 'Watch', 'loop', 'bare', 'autocast', 'PilImages', 'frozen_teacher', 'endless', 'naive',
-           'timm_way', 'bench_study', 'vitdistill', 'fill', 'flops', 'teacher_alone', 'clock', 'matmul', 'Contender',
+           'timm_way', 'bench_setup', 'vitdistill', 'fill', 'flops', 'teacher_alone', 'clock', 'matmul', 'Contender',
            'contenders', 'tries', 'rank_counts']
 
 # %% ../nbs/09_contenders.ipynb #05c38cf8
@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from .config import Config, from_dict
-from .data import Data, Views, cifar100_constants, epoch_plan, normalize
+from .data import Data, cifar100_constants
+from .views import Views, epoch_plan, normalize
 from .losses import Batch, Objective, criterion
 from .models import create, create_student, student_size
 from .ranks import Ranks, parallel
 from .runs import cores
-from .study import Study, auto_compile, auto_precision
+from .setup import Setup, auto_compile, auto_precision
 from .teachers import Answers, Memo, load_teacher, memo_key, view_count
 from .train import Progress, compiled, create_optimizer, train_epoch
 
@@ -91,7 +92,7 @@ def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channe
     return loop(step)
 
 # %% ../nbs/09_contenders.ipynb #da5a1b41
-def autocast(config:Config): # for the student, as in a `Study`
+def autocast(config:Config): # for the student, as in a `Setup`
     return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == 'bf16')
 
 # %% ../nbs/09_contenders.ipynb #1747d5d0
@@ -152,29 +153,29 @@ def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
     return loop(step)
 
 # %% ../nbs/09_contenders.ipynb #40edc69a
-def bench_study(config:Config, ranks:Ranks, data:Data)->Study:
+def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "What `prepare` makes of a config, for data in memory and a teacher whose health is no matter."
     student = create_student(config, len(data.classes), 32).to(ranks.device, memory_format=torch.channels_last)
     views, rows = Views(data.train_images, config.padding, ranks.device), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
-    return Study(config, ranks, data, student, views, Views(data.test_images, 0, ranks.device), rows, rows[:0], answers, None)
+    return Setup(config, ranks, data, student, views, Views(data.test_images, 0, ranks.device), rows, rows[:0], answers, None)
 
 # %% ../nbs/09_contenders.ipynb #07f65c8b
 def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False):
     "The package's own epoch; distilled from an empty memo, or from a `full` one."
-    study, folder, numbers = bench_study(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
-    objective, optimizer = Objective(compiled(parallel(study.student, ranks), config.compile), criterion(config)), create_optimizer(config, study.student.model)
-    progress, teacher = Progress(config, len(data.train_labels), 0, shown=False), study.answers and study.answers.teacher
+    setup, folder, numbers = bench_setup(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
+    objective, optimizer = Objective(compiled(parallel(setup.student, ranks), config.compile), criterion(config)), create_optimizer(config, setup.student.model)
+    progress, teacher = Progress(config, len(data.train_labels), 0, shown=False), setup.answers and setup.answers.teacher
     key = memo_key(teacher, config, data) if teacher else None
     def ready(steps:int):
         epoch = next(numbers)
-        study.train_rows = torch.arange(steps*config.batch_size)
+        setup.train_rows = torch.arange(steps*config.batch_size)
         if teacher and not (full and epoch):
             memo = Memo(folder.name, key | {'turn': epoch}, len(data.train_labels))
             if full: fill(memo)
-            study.answers = Answers(teacher, study.views, memo)
-            watch.resident_mb = (study.views.images.nbytes + study.test_views.images.nbytes + memo.bytes)/1e6
-        def turn(): watch.known += train_epoch(study, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
+            setup.answers = Answers(teacher, setup.views, memo)
+            watch.resident_mb = (setup.views.images.nbytes + setup.test_views.images.nbytes + memo.bytes)/1e6
+        def turn(): watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
         return turn
     return ready
 
@@ -197,12 +198,12 @@ def flops(model:nn.Module, size:int)->int:
 # %% ../nbs/09_contenders.ipynb #20429914
 def teacher_alone(config:Config, ranks:Ranks, data:Data, watch:Watch):
     "Decisions for an epoch's views, no student."
-    study, numbers = bench_study(config, ranks, data), itertools.count()
-    watch.flop_per_step = flops(study.answers.teacher.model, config.teacher_size)*config.batch_size
+    setup, numbers = bench_setup(config, ranks, data), itertools.count()
+    watch.flop_per_step = flops(setup.answers.teacher.model, config.teacher_size)*config.batch_size
     def ready(steps:int):
         rows = torch.arange(steps*config.batch_size)
         plan = epoch_plan(rows, len(data.train_labels), view_count(config, data), config.seed, next(numbers))
-        def turn(): watch.known += clock(watch, lambda: study.answers(plan))
+        def turn(): watch.known += clock(watch, lambda: setup.answers(plan))
         return turn
     return ready
 

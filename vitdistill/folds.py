@@ -8,7 +8,8 @@ __all__ = ['seen_by', 'OutOfFold']
 # %% ../nbs/04a_folds.ipynb #bd37da4a
 import torch
 from .config import VitdistillError, from_dict
-from .data import Data, Plan, split_rows
+from .data import Data, split_rows
+from .views import Plan
 
 # %% ../nbs/04a_folds.ipynb #8d1c7025
 def seen_by(

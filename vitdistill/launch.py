@@ -17,7 +17,7 @@ from .data import fingerprint
 from .live import LiveCurve, in_jupyterlab
 from .ranks import threads_per_rank
 from .runs import Run, find_runs
-from .study import resolve
+from .setup import resolve
 
 # %% ../nbs/07_launch.ipynb #6e301978
 def _assigned(source:str)->list: # names that a cell assigns at its top level

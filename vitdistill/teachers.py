@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from tqdm import tqdm
 from .config import Config, VitdistillError, from_dict, from_root, write_atomic
-from .data import Data, Plan, Views, epoch_plan, expected_views, n_views, normalize, split_rows
+from .data import Data, split_rows
+from .views import Plan, Views, epoch_plan, expected_views, n_views, normalize
 from .losses import memo_temperatures
 from .models import create, load_weights, pretrained_constants, save_model
 

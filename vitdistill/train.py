@@ -18,13 +18,14 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import tqdm
 from .config import Config, VitdistillError, from_root, load, no_space
-from .data import Data, Plan, epoch_plan
+from .data import Data
+from .views import Plan, epoch_plan
 from .folds import seen_by
 from .losses import Batch, Objective, criterion
 from .models import save_model, student_size
 from .ranks import Ranks, batch_bounds, end_with_parent, has_batch_norm, local_rows, parallel, seed_step, share_statistics, start_ranks, threads_per_rank
 from .runs import Run, RunWriter
-from .study import Study, auto_device, evaluate, predictions, prepare, resolve
+from .setup import Setup, auto_device, evaluate, predictions, prepare, resolve
 from .teachers import Teacher, break_even, fill, make_card, read_card, view_count
 
 # %% ../nbs/06_train.ipynb #1d245d82
@@ -42,9 +43,9 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     return create_scheduler_v2(optimizer, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs, warmup_lr=config.lr/100, **kind)[0]
 
 # %% ../nbs/06_train.ipynb #271625df
-def cut_views(study:Study, plan:Plan, parts:list)->typing.Iterator[torch.Tensor]: # parts: slices of the plan
+def cut_views(setup:Setup, plan:Plan, parts:list)->typing.Iterator[torch.Tensor]: # parts: slices of the plan
     "The uint8 views of each part; where the images are not on the device, the next part is cut, and pinned, while a step runs."
-    views, device = study.views, torch.device(study.ranks.device)
+    views, device = setup.views, torch.device(setup.ranks.device)
     image, view = plan.image.to(views.device), plan.view.to(views.device)
     def cut(rows):
         pixels = views(image[rows], view[rows])
@@ -58,27 +59,27 @@ def cut_views(study:Study, plan:Plan, parts:list)->typing.Iterator[torch.Tensor]
         yield ahead.pop().result()
 
 # %% ../nbs/06_train.ipynb #6c0fc6bf
-def train_epoch(study:Study, objective:Objective, optimizer, epoch:int, progress:'Progress')->dict:
+def train_epoch(setup:Setup, objective:Objective, optimizer, epoch:int, progress:'Progress')->dict:
     "One pass: mean loss and top-1 on the training views, seconds of the teacher and of training, memo hits."
-    config, ranks, device = study.config, study.ranks, study.ranks.device
-    plan = epoch_plan(study.train_rows, len(study.data.train_labels), view_count(config, study.data), config.seed, epoch)
-    bounds = batch_bounds(len(plan.image), config.batch_size, ranks.world, has_batch_norm(study.student))
-    sums, window, answers, first = torch.zeros(3, device=device), answer_window(study, len(bounds)), None, 0
+    config, ranks, device = setup.config, setup.ranks, setup.ranks.device
+    plan = epoch_plan(setup.train_rows, len(setup.data.train_labels), view_count(config, setup.data), config.seed, epoch)
+    bounds = batch_bounds(len(plan.image), config.batch_size, ranks.world, has_batch_norm(setup.student))
+    sums, window, answers, first = torch.zeros(3, device=device), answer_window(setup, len(bounds)), None, 0
     bad_step, teacher_seconds, begun = torch.full((), len(bounds), device=device), 0., time.perf_counter()
-    epoch_labels = study.data.train_labels[plan.image].to(device)
+    epoch_labels = setup.data.train_labels[plan.image].to(device)
     mine = [local_rows(*part, ranks.rank, ranks.world) for part in bounds]
     parts = [slice(int(rows[0]), int(rows[-1]) + 1) for rows, _ in mine]
     objective.student.train()
-    for step, ((start, stop), rows, (_, weight), pixels) in enumerate(zip(bounds, parts, mine, cut_views(study, plan, parts))):
-        if study.answers and step % window == 0:
+    for step, ((start, stop), rows, (_, weight), pixels) in enumerate(zip(bounds, parts, mine, cut_views(setup, plan, parts))):
+        if setup.answers and step % window == 0:
             asked = time.perf_counter()
             first, last = start, bounds[min(step + window, len(bounds)) - 1][1]
-            answers = study.answers(type(plan)(*(t[first:last] for t in plan)), progress.teacher).to(device)
+            answers = setup.answers(type(plan)(*(t[first:last] for t in plan)), progress.teacher).to(device)
             teacher_seconds += time.perf_counter() - asked
         labels = epoch_labels[rows]
         seed_step(config.seed, epoch, step, ranks.rank)
-        with study.autocast():
-            out = objective(Batch(study.input(pixels), labels, None if answers is None else answers[rows.start - first:rows.stop - first]))
+        with setup.autocast():
+            out = objective(Batch(setup.input(pixels), labels, None if answers is None else answers[rows.start - first:rows.stop - first]))
         (out['loss']*weight).backward()
         optimizer.step(), optimizer.zero_grad(set_to_none=True)
         loss = out['loss'].detach()
@@ -89,12 +90,12 @@ def train_epoch(study:Study, objective:Objective, optimizer, epoch:int, progress
     refuse_nan(int(bad_step), len(bounds), epoch, optimizer)
     seconds = time.perf_counter() - begun - teacher_seconds
     return dict(train_loss=loss/n, train_top1=right/n, images_per_second=n/seconds,
-                teacher_seconds=teacher_seconds if study.answers else None, memo_hit_rate=study.answers.take_hit_rate() if study.answers else None)
+                teacher_seconds=teacher_seconds if setup.answers else None, memo_hit_rate=setup.answers.take_hit_rate() if setup.answers else None)
 
 # %% ../nbs/06_train.ipynb #48ecc1b7
-def answer_window(study:Study, steps:int)->int:
+def answer_window(setup:Setup, steps:int)->int:
     "Steps whose answers are asked ahead: a whole epoch, or what 64 MB hold."
-    return steps if study.answers is None else max(1, min(steps, 2**24//(study.answers.blank.numel()*study.config.batch_size)))
+    return steps if setup.answers is None else max(1, min(steps, 2**24//(setup.answers.blank.numel()*setup.config.batch_size)))
 
 # %% ../nbs/06_train.ipynb #a3636673
 def refuse_nan(bad_step:int, steps:int, epoch:int, optimizer)->None:
@@ -142,38 +143,38 @@ def train(
     run = RunWriter.of(config)
     if run.status == 'done': return run
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
-    study = prepare(config, ranks)
+    setup = prepare(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0: run.begin(config, command)
         ranks.barrier()
-        fit(study, run)
-        if ranks.rank == 0: finish(study, run)
+        fit(setup, run)
+        if ranks.rank == 0: finish(setup, run)
     ranks.barrier()
     return run
 
 # %% ../nbs/06_train.ipynb #27acc58b
-def fit(study:Study, run:RunWriter)->None:
+def fit(setup:Setup, run:RunWriter)->None:
     "The epochs that are left, each ending in a row of metrics and, every `checkpoint_every`, a checkpoint."
-    config, ranks = study.config, study.ranks
-    optimizer = create_optimizer(config, study.student.model)
-    schedule, (done, world) = create_schedule(config, optimizer), restore(study, run, optimizer)
-    objective = Objective(compiled(parallel(study.student, ranks), config.compile), criterion(config))
-    progress = Progress(config, len(study.train_rows), done, shown=ranks.rank == 0)
-    announce(study, run, done, world, progress)
+    config, ranks = setup.config, setup.ranks
+    optimizer = create_optimizer(config, setup.student.model)
+    schedule, (done, world) = create_schedule(config, optimizer), restore(setup, run, optimizer)
+    objective = Objective(compiled(parallel(setup.student, ranks), config.compile), criterion(config))
+    progress = Progress(config, len(setup.train_rows), done, shown=ranks.rank == 0)
+    announce(setup, run, done, world, progress)
     for epoch in range(done, config.epochs):
         begun = time.perf_counter()
         schedule.step(epoch)
         row = dict(epoch=epoch, lr=optimizer.param_groups[0]['lr']/optimizer.param_groups[0].get('lr_scale', 1))
-        row |= train_epoch(study, objective, optimizer, epoch, progress)
-        share_statistics(study.student, ranks)
+        row |= train_epoch(setup, objective, optimizer, epoch, progress)
+        share_statistics(setup.student, ranks)
         if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
-            row['val_top1'], row['val_top5'] = evaluate(study, study.views, study.data.train_labels, study.val_rows)
-            row['test_top1'], row['test_top5'] = evaluate(study, study.test_views, study.data.test_labels, torch.arange(len(study.data.test_labels)))
+            row['val_top1'], row['val_top5'] = evaluate(setup, setup.views, setup.data.train_labels, setup.val_rows)
+            row['test_top1'], row['test_top5'] = evaluate(setup, setup.test_views, setup.data.test_labels, torch.arange(len(setup.data.test_labels)))
         row['seconds'] = time.perf_counter() - begun
         if ranks.rank == 0:
             run.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs:
-                run.save_checkpoint(dict(epochs=epoch + 1, world=ranks.world, model=study.student.model.state_dict(), optimizer=optimizer.state_dict()),
+                run.save_checkpoint(dict(epochs=epoch + 1, world=ranks.world, model=setup.student.model.state_dict(), optimizer=optimizer.state_dict()),
                                     epoch + 1 in config.keep_checkpoints)
         progress.epoch(row)
     progress.bar.close()
@@ -184,30 +185,30 @@ def compiled(model:nn.Module, mode:str)->nn.Module: # of `Config.compile`
     return model if mode == 'none' else torch.compile(model, mode=mode, dynamic=False)
 
 # %% ../nbs/06_train.ipynb #9661612e
-def restore(study:Study, run:RunWriter, optimizer)->tuple:
+def restore(setup:Setup, run:RunWriter, optimizer)->tuple:
     "Load the checkpoint, if there is one, on every rank; returns (the epochs it has behind it, the ranks that made it)."
     state = run.checkpoint()
-    if not state or run.epochs_done < state['epochs']: state = dict(epochs=0, world=study.ranks.world) # without its record a checkpoint would leave gaps
+    if not state or run.epochs_done < state['epochs']: state = dict(epochs=0, world=setup.ranks.world) # without its record a checkpoint would leave gaps
     if state['epochs']:
-        study.student.model.load_state_dict(state['model'])
+        setup.student.model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
-    if study.ranks.rank == 0: run.keep_epochs(state['epochs'])
+    if setup.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']
 
 # %% ../nbs/06_train.ipynb #e50dcd49
-def announce(study:Study, run:Run, done:int, world:int, progress:Progress)->None:
+def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None:
     "Say, on rank 0, what is about to happen and what differs from what was asked."
-    if study.ranks.rank: return
-    c, ranks, say = study.config, study.ranks, progress.say
-    say(f'{run.name}: {len(study.train_rows):,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on {ranks.device.split(":")[0]}, {c.precision}')
+    if setup.ranks.rank: return
+    c, ranks, say = setup.config, setup.ranks, progress.say
+    say(f'{run.name}: {len(setup.train_rows):,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on {ranks.device.split(":")[0]}, {c.precision}')
     if done: say(f'resumes after epoch {done}' + ('' if world == ranks.world else f', which {world} rank(s) reached: low bits may differ from a run on as many ranks throughout'))
-    if study.answers: say(f'teacher {c.teacher}: {study.teacher_top1:.1%} top-1 on {study.teacher_measured_on}')
-    if study.answers and study.answers.memo:
-        known = study.answers.known(study.train_rows)
-        say(f'memo: {known:.1%} of its answers known; ' + break_even(study.answers.teacher, study.views, len(study.train_rows), view_count(c, study.data), c.epochs, ranks.world, known))
-    if has_batch_norm(study.student):
+    if setup.answers: say(f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}')
+    if setup.answers and setup.answers.memo:
+        known = setup.answers.known(setup.train_rows)
+        say(f'memo: {known:.1%} of its answers known; ' + break_even(setup.answers.teacher, setup.views, len(setup.train_rows), view_count(c, setup.data), c.epochs, ranks.world, known))
+    if has_batch_norm(setup.student):
         if ranks.world > 1 and ranks.device == 'cpu': say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
-        left = len(study.train_rows) - batch_bounds(len(study.train_rows), c.batch_size, ranks.world, True)[-1][1]
+        left = len(setup.train_rows) - batch_bounds(len(setup.train_rows), c.batch_size, ranks.world, True)[-1][1]
         if left: say(f'the last batch of {left} image(s) of each epoch is dropped: batch norm needs 2 on every rank')
 
 # %% ../nbs/06_train.ipynb #4700ce71
@@ -215,38 +216,38 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     "Ask the config's teacher every view of its training images; returns the share of their answers that the memo then knows (0 on other ranks)."
     config, ranks = resolve(config), ranks or Ranks(device=auto_device() if config.device == 'auto' else config.device)
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
-    study = prepare(config, ranks)
-    if ranks.rank == 0 and not (study.answers and study.answers.memo):
+    setup = prepare(config, ranks)
+    if ranks.rank == 0 and not (setup.answers and setup.answers.memo):
         raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}: fill one for hard labels, or for soft ones with soft_top_k above 0.')
-    views = view_count(config, study.data)
-    with tqdm(total=views*len(study.train_rows), unit=' answers', unit_scale=True, desc='memo', mininterval=10 if not sys.stderr.isatty() else .1,
+    views = view_count(config, setup.data)
+    with tqdm(total=views*len(setup.train_rows), unit=' answers', unit_scale=True, desc='memo', mininterval=10 if not sys.stderr.isatty() else .1,
               disable=ranks.rank > 0, file=sys.stdout, ascii=True) as bar:
-        for n in fill(study.answers, study.train_rows, views): bar.update(n)
+        for n in fill(setup.answers, setup.train_rows, views): bar.update(n)
     ranks.barrier()
-    return study.answers.known(study.train_rows) if ranks.rank == 0 else 0.
+    return setup.answers.known(setup.train_rows) if ranks.rank == 0 else 0.
 
 # %% ../nbs/06_train.ipynb #b1ce454a
-def finish(study:Study, run:RunWriter)->None:
+def finish(setup:Setup, run:RunWriter)->None:
     "Predictions, the model as timm shares models, its card, and last of all the result."
-    config, data, metrics = study.config, study.data, run.metrics()
-    run.save_predictions(**(arrays := predictions(study)))
+    config, data, metrics = setup.config, setup.data, run.metrics()
+    run.save_predictions(**(arrays := predictions(setup)))
     size = student_size(config, data.train_images.shape[1])
-    teacher = Teacher(study.student.model, study.constants, size, config.precision, study.ranks.device)
-    card = make_card(teacher, config, data, study.views)
+    teacher = Teacher(setup.student.model, setup.constants, size, config.precision, setup.ranks.device)
+    card = make_card(teacher, config, data, setup.views)
     last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
     result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2), train_views_top1=card['top1_train_views'],
-                  held_out_top1=card.get('top1_held_out'), teacher_top1=study.teacher_top1, teacher_measured_on=study.teacher_measured_on or None, true_answers=true_answers(study), teacher_card=_brief(config, data, study.train_rows), heads=head_accuracies(arrays))
-    save_model(study.student.model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs, {**card, 'result': result}, model_card(run, card, result), study.constants, size)
+                  held_out_top1=card.get('top1_held_out'), teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None, true_answers=true_answers(setup), teacher_card=_brief(config, data, setup.train_rows), heads=head_accuracies(arrays))
+    save_model(setup.student.model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs, {**card, 'result': result}, model_card(run, card, result), setup.constants, size)
     if config.hub_repo: push(config.hub_repo, run)
     run.finish(result)
 
 # %% ../nbs/06_train.ipynb #21848aa7
-def true_answers(study:Study)->float|None:
+def true_answers(setup:Setup)->float|None:
     "Of the hard labels that the teacher gave in the last epoch, the share that are the true ones; None where no memo kept them."
-    if not study.answers: return None
-    plan = epoch_plan(study.train_rows, len(study.data.train_labels), view_count(study.config, study.data), study.config.seed, study.config.epochs - 1)
-    answers, known = study.answers.remembered(plan)
-    return round((answers == study.data.train_labels[plan.image])[known].double().mean().item(), 5) if answers.ndim == 1 and known.any() else None
+    if not setup.answers: return None
+    plan = epoch_plan(setup.train_rows, len(setup.data.train_labels), view_count(setup.config, setup.data), setup.config.seed, setup.config.epochs - 1)
+    answers, known = setup.answers.remembered(plan)
+    return round((answers == setup.data.train_labels[plan.image])[known].double().mean().item(), 5) if answers.ndim == 1 and known.any() else None
 
 # %% ../nbs/06_train.ipynb #33558fb0
 def _brief(config:Config, data:Data, rows:torch.Tensor)->dict|None: # what of the teacher's card a result repeats, and how many of the student's images it learned
