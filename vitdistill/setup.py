@@ -29,7 +29,8 @@ def auto_device()->str:
 # %% ../nbs/05b_setup.ipynb #03e2dc43
 def auto_precision(device:str)->str:
     "bf16 where the device computes in it (on a CPU: AVX-512 BF16 or AMX), else fp32."
-    fast = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: fast = device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bf16' if fast else 'fp32'
 
 # %% ../nbs/05b_setup.ipynb #ed55d97c
