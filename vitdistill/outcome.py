@@ -15,12 +15,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from .config import Config, VitdistillError, from_root, repo_root, write_atomic
 from .data import Data
 from .views import epoch_plan
-from .folds import seen_by
 from .models import combine, save_model, student_size
 from .ranks import start_ranks, threads_per_rank
 from .runs import Run, RunWriter
 from .setup import Setup, predict, prepare
-from .teachers import Teacher, make_card, read_card, view_count
+from .teachers import Teacher, make_card, read_card, seen_by, view_count
 
 # %% ../nbs/06a_outcome.ipynb #33a84427
 def predictions(
