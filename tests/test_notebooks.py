@@ -2,13 +2,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import papermill
 import pytest
 import yaml
 
-from conftest import ROOT, environment
+from conftest import ROOT, environment, run_of, train_command
+from vitdistill.config import save
 from vitdistill.grids import grid_cells, run_batch
 from vitdistill.runs import find_runs
 
@@ -16,14 +18,16 @@ EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
 
 
-def execute(notebook, output, cwd=ROOT, **parameters):
+def execute(name, output, cwd=ROOT, **parameters):
+    notebook = (EXPERIMENTS if name.startswith("e") else ANALYSIS) / f"{name}.ipynb"
     papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
     return json.loads(output.read_text())
 
 
 def said(notebook):
     """What its cells printed, in one line: notebooks wrap their sentences."""
-    printed = [line for cell in notebook["cells"] for output in cell.get("outputs", []) for line in output.get("text", [])]
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    printed = [line for output in outputs for line in output.get("text", [])]
     return " ".join("".join(printed).split())
 
 
@@ -32,11 +36,12 @@ def study(tmp_path_factory):
     """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
-    execute(EXPERIMENTS / "e00_teacher.ipynb", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=32, **where)
+    execute("e00_teacher", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=32, **where)
     teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
     short = dict(epochs=2, student="resnet18", **where)
-    execute(EXPERIMENTS / "e01_baseline_resnet50.ipynb", folder / "e01.ipynb", cwd=EXPERIMENTS, **short)  # as JupyterLab: in the notebook's folder
-    execute(EXPERIMENTS / "e02_distilled_resnet50.ipynb", folder / "e02.ipynb", teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT, **short)
+    execute("e01_baseline_resnet50", folder / "e01.ipynb", cwd=EXPERIMENTS, **short)  # as JupyterLab does
+    taught = dict(teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT)
+    execute("e02_distilled_resnet50", folder / "e02.ipynb", **taught, **short)
     return folder
 
 
@@ -47,13 +52,17 @@ def test_study_runs_by_papermill(study):
     assert runs["distilled"].result["teacher_top1"] == pytest.approx(runs["teacher"].result["held_out_top1"], abs=1e-4)
     text = (study / "e02.ipynb").read_text()
     assert "epoch 1/2" in text and "epoch 2/2" in text  # a line an epoch in the executed notebook
+    for name, file in (("teacher", "e00"), ("baseline", "e01"), ("distilled", "e02")):
+        notebook = json.loads((study / f"{file}.ipynb").read_text())
+        assert f"its record: {runs[name].folder}" in said(notebook)  # where to look
 
 
 @pytest.mark.xdist_group("study")
 def test_paper_analysis_draws_the_runs(study):
-    execute(ANALYSIS / "a01_paper.ipynb", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
+    execute("a01_paper", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
     for name in ("figure1", "figure2", "figure3", "figure4"):
-        assert (study / "out/figures" / f"{name}.png").stat().st_size > 10_000 and (study / "out/figures" / f"{name}.svg").is_file()
+        assert (study / "out/figures" / f"{name}.png").stat().st_size > 10_000
+        assert (study / "out/figures" / f"{name}.svg").is_file()
     table = (study / "out/tables/timing.csv").read_text()
     assert "102.6" in table and "456" in table  # published, beside ours
     assert "figure4" in (study / "out/index.html").read_text()
@@ -61,26 +70,29 @@ def test_paper_analysis_draws_the_runs(study):
 
 @pytest.mark.xdist_group("study")
 def test_study_page_says_what_the_runs_say(study, tmp_path):
-    """Each arm's accuracy and the paired difference stand on the page, with the runs they come from; one seed resolves nothing."""
-    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
+    """Each arm's accuracy and the paired difference stand on the page, with their runs; one seed resolves nothing."""
+    execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
     page, runs = (tmp_path / "study.md").read_text(), {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
-    assert f"{taught:.1%} against {plain:.1%}, {100 * (taught - plain):+.1f} points (no interval; seeds: 1)" in page and "is not resolved from" in page
+    pair = f"{taught:.1%} against {plain:.1%}, {100 * (taught - plain):+.1f} points (no interval; seeds: 1)"
+    assert pair in page and "is not resolved from" in page
     assert all(runs[arm].name in page for arm in ("baseline", "distilled"))
-    assert "data:image/svg+xml" in (tmp_path / "study.html").read_text() and (tmp_path / "figures/study_budgets.png").is_file()
+    assert "data:image/svg+xml" in (tmp_path / "study.html").read_text()
+    assert (tmp_path / "figures/study_budgets.png").is_file()
 
 
 def test_deit_notebook(tmp_path):
-    """A convnet, here an untrained one, teaches a ViT with a distillation token; both heads and both ways of joining them are reported."""
+    """An untrained convnet teaches a ViT with a distillation token; both heads, joined in both ways, are reported."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
-    execute(EXPERIMENTS / "e03_deit_from_regnet.ipynb", tmp_path / "e03.ipynb", teacher="resnet18", teacher_size=32, allow_untrained=True,
+    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18", teacher_size=32, allow_untrained=True,
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
     assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
-    assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # inference adds the softmaxes
-    execute(ANALYSIS / "a06_deit.ipynb", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # added
+    execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     heads = pd.read_csv(tmp_path / "out/tables/deit_heads.csv").set_index("answer").top1
-    assert heads["class head"] == run.result["heads"]["class"] and heads["softmaxes added"] == run.result["heads"]["softmax"]
+    for name, head in {"class head": "class", "softmaxes added": "softmax"}.items():
+        assert heads[name] == run.result["heads"][head]
     assert "| DeiT-B hard distillation | DeiT | 83.0 |" in (tmp_path / "out/tables/deit_published.md").read_text()
 
 
@@ -88,35 +100,41 @@ def test_deit_notebook(tmp_path):
 def test_deit_notebook_with_its_own_teacher(tmp_path):
     """Without weights, e03 first trains the convnet that its preset names, and that teacher passes the health check."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), epochs=2, data_fraction=0.5)
-    execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", role="deit_teacher", student="resnet18", **where | dict(epochs=8))
-    execute(EXPERIMENTS / "e03_deit_from_regnet.ipynb", tmp_path / "e03.ipynb", teacher="resnet18",
+    execute("e00_teacher", tmp_path / "e00.ipynb", role="deit_teacher", student="resnet18", **where | dict(epochs=8))
+    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18",
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), **where)
-    teacher, student = (next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == name) for name in ("deit_teacher", "deit"))
+    runs = {run.config.experiment: run for run in find_runs(tmp_path / "runs")}
+    teacher, student = runs["deit_teacher"], runs["deit"]
     assert teacher.status == student.status == "done" and student.result["teacher_top1"] > 0.3
 
 
 @pytest.mark.slow
 def test_out_of_fold_notebook(tmp_path):
-    """Without weights, e02 trains a teacher on each half; nearly every image is labelled as its unseen teacher would, and the record says how often truly."""
+    """Without weights, e02 trains a teacher on each half; the record says how often the unseen one's label is true."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     for fold in ("1/2", "2/2"):
-        execute(EXPERIMENTS / "e00_teacher.ipynb", tmp_path / "e00.ipynb", fold=fold, student_kwargs=SMALL_VIT, epochs=24, **where)
-    execute(EXPERIMENTS / "e02_distilled_resnet50.ipynb", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT, student="resnet18", epochs=1, **where)
+        execute("e00_teacher", tmp_path / "e00.ipynb", fold=fold, student_kwargs=SMALL_VIT, epochs=24, **where)
+    execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT,
+            student="resnet18", epochs=1, **where)
     runs = find_runs(tmp_path / "runs")
     assert sorted(run.config.fold for run in runs) == ["", "1/2", "2/2"]
     held_out = [run.result["held_out_top1"] for run in runs if run.config.fold]
     student = next(run for run in runs if not run.config.fold)
-    assert student.config.teacher_hash.count("+") == 1 and abs(student.result["true_answers"] - sum(held_out) / 2) < 0.15
+    assert student.config.teacher_hash.count("+") == 1
+    assert abs(student.result["true_answers"] - sum(held_out) / 2) < 0.15
 
 
 @pytest.mark.xdist_group("study")
 def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
-    execute(EXPERIMENTS / "e04_adopted_teacher.ipynb", tmp_path / "e04.ipynb", adopted="new", new_head=True, seed=7, fill_memo=True, padding=0,  # seed 1 is the head that it began with
-            preset="demo", weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT, work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+    execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="new", new_head=True,
+            seed=7, fill_memo=True, padding=0,  # seed 1 is the head that it began with
+            weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT,
+            work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
     card = json.loads((tmp_path / "new/model/card.json").read_text())
-    assert card["top1_held_out"] < 0.4 < teacher.result["held_out_top1"] and list((tmp_path / "new/model").glob("memo-*/answers.bin"))
+    assert card["top1_held_out"] < 0.4 < teacher.result["held_out_top1"]
+    assert list((tmp_path / "new/model").glob("memo-*/answers.bin"))
 
 
 @pytest.mark.parametrize("grid", sorted((EXPERIMENTS / "grids").glob("*.yaml")), ids=lambda p: p.stem)
@@ -124,10 +142,35 @@ def test_grid_names_what_is_there(grid):
     assert grid_cells(grid)
 
 
+def papermill_command(notebook, output, **parameters):
+    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    notebook = EXPERIMENTS / f"{notebook}.ipynb"
+    return [sys.executable, "-m", "papermill", str(notebook), str(output), "--cwd", str(ROOT), *given]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_notebook_on_several_ranks(tmp_path, ranks):
+    """papermill runs e02 with `-p nproc 2` (gloo) on the digits: one rank's metrics, without batch norm."""
+    place = dict(runs_dir=tmp_path / "runs", work_dir=tmp_path / "work", data_fraction=0.3)
+    vit = dict(student="vit_tiny_patch16_224", epochs=3, optimizer="adamw", lr=0.002, batch_size=64)
+    fixed = dict(allow_untrained=True, device="cpu", precision="fp32", teacher_precision="fp32")
+    command = papermill_command("e02_distilled_resnet50", tmp_path / "e02.ipynb", nproc=ranks, **place, **vit, **fixed)
+    command += ["-y", json.dumps(dict(student_kwargs=SMALL_VIT, teacher_kwargs=SMALL_VIT))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    several, = find_runs(tmp_path / "runs")
+    assert f"nproc-per-node {ranks} " in several.environment["command"]
+    alone = replace(several.config, runs_dir=str(tmp_path / "alone/runs"), work_dir=str(tmp_path / "alone/work"))
+    subprocess.run(train_command(save(alone, tmp_path / "alone.yaml")), env=environment(), check=True, timeout=300)
+    one, many = run_of(alone).metrics(), several.metrics()
+    assert len(one) == 3 and one.train_loss.iloc[-1] < one.train_loss.iloc[0] - 0.05  # it learned
+    names = ["lr", "train_loss", *(name for name in one if "top" in name), "memo_hit_rate"]
+    pd.testing.assert_frame_equal(one[names], many[names], rtol=0, atol=1e-5)
+
+
 def test_unknown_parameter_is_refused(tmp_path):
-    """Plain papermill only warns of a name the notebook doesn't have; the notebook itself stops, before anything is written."""
-    command = [sys.executable, "-m", "papermill", str(EXPERIMENTS / "e01_baseline_resnet50.ipynb"), str(tmp_path / "o.ipynb"), "--cwd", str(ROOT),
-               "-p", "epohcs", "2", "-p", "runs_dir", str(tmp_path / "runs")]
+    """Papermill only warns of an unknown name; the notebook itself stops, before anything is written."""
+    command = papermill_command("e01_baseline_resnet50", tmp_path / "o.ipynb", epohcs=2, runs_dir=tmp_path / "runs")
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "unknown parameter 'epohcs': did you mean 'epochs'?" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -135,12 +178,18 @@ def test_unknown_parameter_is_refused(tmp_path):
 
 def test_batch_survives_a_failing_cell(tmp_path, capsys):
     """A grid of two: one that can't be, one that is done; the part that is done is not repeated."""
-    fixed = dict(student_kwargs=SMALL_VIT, data_fraction=0.1, epochs=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
-    grid = lambda *students: (tmp_path / "grid.yaml").write_text(yaml.safe_dump([dict(notebook="e01_baseline_resnet50", parameters=fixed, vary=dict(student=list(students)))]))
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    fixed = dict(student_kwargs=SMALL_VIT, data_fraction=0.1, epochs=1, **where)
+
+    def grid(*students):
+        cells = dict(notebook="e01_baseline_resnet50", parameters=fixed, vary=dict(student=list(students)))
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump([cells]))
+
     grid("resnet5", "vit_tiny_patch16_224")
     failed, done = run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")
     assert "unknown model 'resnet5'" in failed.state and done.state == "done"
     assert "1 done, 1 failed, 0 running, 0 left" in capsys.readouterr().out
     grid("vit_tiny_patch16_224")
-    assert run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")[0].state == "done" and len(find_runs(tmp_path / "runs")) == 1
+    assert run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")[0].state == "done"
+    assert len(find_runs(tmp_path / "runs")) == 1
     assert "is done already" in (tmp_path / "out/grid/000-e01_baseline_resnet50.ipynb").read_text()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Step', 'epoch_steps', 'cut_ahead', 'batches', 'answer_window', 'Meter', 'train_epoch', 'peak_lr', 'Progress', 'train',
-           'train_epochs', 'accuracies', 'compiled', 'restore', 'announce', 'fill_memo', 'main']
+           'train_epochs', 'accuracies', 'compiled', 'restore', 'announce', 'fill_memo', 'rank_main', 'main']
 
 # %% ../nbs/06_train.ipynb #73b7b303
 import argparse, os, sys, time, traceback, typing
@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch, torch.distributed as dist
 from timm.utils import distribute_bn
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 from .answers import break_even, fill
 from .augment import drawn_mix, mixed, mixed_targets
@@ -21,7 +22,7 @@ from .losses import Batch, Objective, Output
 from .outcome import finish
 from .ranks import Ranks, batch_bounds, end_with_parent, has_batch_norm, local_rows
 from .ranks import parallel, seed_step, start_ranks, threads_per_rank
-from .runs import Run, RunWriter
+from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, create_optimizer, create_schedule, evaluate
 from .setup import prepare, resolve, weight_average
 from .teachers import view_count
@@ -45,8 +46,8 @@ def epoch_steps(setup:Setup, rows:int)->list: # rows: of the plan
 def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
     "`cut` of each step; where the images are not on the device, the next one is cut, and pinned, while a step runs."
     views, device = setup.views, torch.device(setup.ranks.device)
-    def pinned(step):
-        return [part.pin_memory() if device.type == 'cuda' and part.device.type == 'cpu' else part for part in cut(step)]
+    on_host = device.type == 'cuda' and views.device.type == 'cpu'
+    def pinned(step): return [part.pin_memory() if on_host else part for part in cut(step)]
     if views.device.type == device.type and views.resident: return (yield from map(cut, steps))
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(pinned, steps[0])
@@ -113,7 +114,8 @@ class Meter:
                                   'lower lr or add warmup_epochs; the last checkpoint is kept.')
         asked, hit_rate = setup.answers.take() if setup.answers else (None, None)
         rate = n/(time.perf_counter() - self.begun - (asked or 0.))
-        return dict(train_loss=loss/n, train_top1=right/n, images_per_second=rate, teacher_seconds=asked, memo_hit_rate=hit_rate)
+        return dict(train_loss=loss/n, train_top1=right/n, images_per_second=rate, teacher_seconds=asked,
+                    memo_hit_rate=hit_rate)
 
 # %% ../nbs/06_train.ipynb #a3636673
 def train_epoch(setup:Setup, objective:Objective, optimizer:torch.optim.Optimizer, epoch:int, progress)->dict:
@@ -141,8 +143,9 @@ class Progress:
         self.start = self.first = done_epochs
         self.begun = self.asked_since = time.monotonic()
         self.told = 1. # share of the teacher's present work that a line has told of
-        self.bar = tqdm(total=config.epochs*images, initial=done_epochs*images, unit=' images', unit_scale=True, smoothing=.1,
-                        desc=config.experiment, dynamic_ncols=True, disable=not (shown and sys.stderr.isatty()))
+        hidden = not (shown and sys.stderr.isatty())
+        self.bar = tqdm(total=config.epochs*images, initial=done_epochs*images, unit=' images', unit_scale=True,
+                        smoothing=.1, desc=config.experiment, dynamic_ncols=True, disable=hidden)
 
     def step(self, n:int)->None: self.bar.update(min(n, self.bar.total - self.bar.n))
 
@@ -212,8 +215,9 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
         if ranks.rank == 0:
             run.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or last:
-                state = {name: part.state_dict() for name, part in kept.items()}
-                run.save_checkpoint(dict(epochs=epoch + 1, world=ranks.world, **state), epoch + 1 in config.keep_checkpoints)
+                states = {name: part.state_dict() for name, part in kept.items()}
+                state = dict(epochs=epoch + 1, world=ranks.world, **states)
+                run.save_checkpoint(state, epoch + 1 in config.keep_checkpoints)
         progress.epoch(row)
     progress.bar.close()
 
@@ -222,7 +226,8 @@ def accuracies(setup:Setup, average:nn.Module|None=None)->dict:
     "Validation and test top-1 and top-5 as columns of metrics; of a weight average too, where there is one."
     data, row = setup.data, {}
     everything = torch.arange(len(data.test_labels))
-    parts = dict(val=(setup.views, data.train_labels, setup.val_rows), test=(setup.test_views, data.test_labels, everything))
+    parts = dict(val=(setup.views, data.train_labels, setup.val_rows),
+                 test=(setup.test_views, data.test_labels, everything))
     for part, where in parts.items():
         row[f'{part}_top1'], row[f'{part}_top5'] = evaluate(setup, *where)
         if average: row[f'ema_{part}_top1'], _ = evaluate(setup, *where, average.module)
@@ -270,8 +275,8 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     setup = prepare(config, ranks)
     if not (setup.answers and setup.answers.by_view):
-        raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}, memo = {config.memo}: '
-                              'fill one for a teacher whose answers are kept by view.')
+        raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}, memo = '
+                              f'{config.memo}: fill one for a teacher whose answers are kept by view.')
     views = view_count(config, setup.data)
     with tqdm(total=views*len(setup.train_rows), unit=' answers', unit_scale=True, desc='memo', disable=ranks.rank > 0,
               mininterval=10 if not sys.stderr.isatty() else .1, file=sys.stdout, ascii=True) as bar:
@@ -279,33 +284,37 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     ranks.barrier()
     return setup.answers.known(setup.train_rows) if ranks.rank == 0 else 0.
 
+# %% ../nbs/06_train.ipynb #5a2f8c0d
+@record
+def rank_main(path:str, ahead:bool)->None: # path: of the config; ahead: fill the memo only
+    "What one rank does; torch elastic writes its error down for the launcher, a full disk's in our words."
+    config = load(path)
+    try:
+        ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
+        started = f'torchrun --nproc-per-node {ranks.local_world}' if ranks.world > 1 else 'python'
+        if ahead: fill_memo(config, ranks)
+        else: run = train(config, ranks, f'{started} -m vitdistill.train --config {told(path)}')
+        if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
+    except VitdistillError: raise
+    except Exception as e: raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or e
+
 # %% ../nbs/06_train.ipynb #bd3c7a6b
 def main(arguments:list=None)->int:
     "The command line; returns the exit status."
     about = 'Train one run; start it by torchrun for several ranks.'
     parser = argparse.ArgumentParser(prog='python -m vitdistill.train', description=about)
     parser.add_argument('--config', required=True, help="a flat YAML file, such as a run folder's config.yaml")
-    parser.add_argument('--fill', action='store_true', help='ask the teacher every view ahead instead, for all its students')
-    path, ahead = (args := parser.parse_args(arguments)).config, args.fill
+    parser.add_argument('--fill', action='store_true', help='ask the teacher every view ahead instead')
+    args = parser.parse_args(arguments)
     end_with_parent()
-    rank = os.environ.get('RANK', '0')
-    try: config = load(path)
-    except VitdistillError as e: return _fail(rank, str(e))
-    try:
-        ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
-        launcher = f'torchrun --nproc-per-node {ranks.local_world} ' if ranks.world > 1 else 'python '
-        if ahead: fill_memo(config, ranks)
-        else: run = train(config, ranks, command=f'{launcher}-m vitdistill.train --config {path}')
-        if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
-    except VitdistillError as e: return _fail(rank, str(e))
-    except Exception as e:
-        full = no_space(e, from_root(config.runs_dir), from_root(config.work_dir))
-        return _fail(rank, str(full) if full else traceback.format_exc())
+    try: rank_main(args.config, args.fill)
+    except VitdistillError as e: return _fail(str(e))
+    except Exception: return _fail(traceback.format_exc())
     if dist.is_initialized(): dist.destroy_process_group()
     return 0
 
-# %% ../nbs/06_train.ipynb #ddecd771
-def _fail(rank:str, text:str)->int:
+def _fail(text:str)->int:
+    rank = os.environ.get('RANK', '0')
     print('\n'.join(f'[rank {rank}] {line}' for line in text.rstrip().splitlines()), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2) # peers may hang in a collective: torchrun ends them
