@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
+from .answers import Answers, Memo, memo_key
 from .config import Config, from_dict
 from .data import Data, cifar100_constants
 from .views import Views, epoch_plan, normalize
@@ -24,9 +25,9 @@ from .losses import Batch, Objective, criterion
 from .models import create, create_student, student_size
 from .ranks import Ranks, parallel
 from .runs import cores
-from .setup import Setup, auto_compile, auto_precision
-from .teachers import Answers, Memo, load_teacher, memo_key, view_count
-from .train import Progress, compiled, create_optimizer, train_epoch
+from .setup import Setup, auto_compile, auto_precision, create_optimizer
+from .teachers import load_teacher, view_count
+from .train import Progress, compiled, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #a0af9b2a
 def bench_config(device:str, **given)->Config:
@@ -104,7 +105,7 @@ def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channe
     pixels = normalize(Views(data.train_images[:len(rows)], 0, ranks.device)(rows), *data.mean_std, size)
     batch = Batch(pixels.contiguous(memory_format=memory), data.train_labels[:len(rows)].to(ranks.device))
     def step():
-        with autocast(config): loss = objective(batch)['loss']
+        with autocast(config): loss = objective(batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -187,22 +188,23 @@ def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     views, rows = Views(data.train_images, config.padding, ranks.device), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
     test_views = Views(data.test_images, 0, ranks.device)
-    return Setup(config, ranks, data, student, views, test_views, rows, rows[:0], answers, None)
+    return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=test_views,
+                 train_rows=rows, val_rows=rows[:0], criterion=criterion(config).to(ranks.device), answers=answers)
 
 # %% ../nbs/09_contenders.ipynb #34de6c24
 def fill_randomly(memo:Memo)->None:
     "Random answers for all views of all images."
-    views = torch.arange(memo.shape[1])
-    for rows in torch.arange(memo.shape[0]).split(1000): # by image, so that a page of the file is written once
+    images, views = (torch.arange(n) for n in memo.shape[:2])
+    for rows in images.split(1000): # by image, so that a page of the file is written once
         image, view = (t.flatten() for t in torch.meshgrid(rows, views, indexing='ij'))
-        memo.put(image, view, torch.randint(memo.classes, image.shape))
+        memo.put(image, view, torch.randint(memo.key['classes'], image.shape))
 
 # %% ../nbs/09_contenders.ipynb #07f65c8b
 def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False):
     "The package's own epoch; distilled from an empty memo, or from a `full` one."
     setup, folder, numbers = bench_setup(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
-    objective = Objective(compiled(parallel(setup.student, ranks), config.compile), criterion(config))
-    optimizer = create_optimizer(config, setup.student.model)
+    objective = Objective(compiled(parallel(setup.student, ranks), config.compile), parallel(setup.criterion, ranks))
+    optimizer = create_optimizer(config, setup.student.model, setup.criterion)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
     teacher = setup.answers and setup.answers.teacher
     key = memo_key(teacher, config, data) if teacher else None
@@ -210,9 +212,9 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
         epoch = next(numbers)
         setup.train_rows = torch.arange(steps*config.batch_size)
         if teacher and not (full and epoch):
-            memo = Memo(folder.name, key | {'turn': epoch}, len(data.train_labels))
+            memo = Memo(folder.name, key | {'turn': epoch})
             if full: fill_randomly(memo)
-            setup.answers = Answers(teacher, setup.views, memo)
+            setup.answers = Answers(teacher, setup.views, memo=memo)
             watch.resident_mb = (setup.views.images.nbytes + setup.test_views.images.nbytes + memo.bytes)/1e6
         def turn(): watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
         return turn
