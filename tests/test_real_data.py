@@ -33,21 +33,24 @@ def test_superclasses_are_those_of_the_data(real_data):
     meta, train = (read_pickle(real_data / "cifar-100-python" / name) for name in ("meta", "train"))
     table = class_names("cifar100", 100)
     assert table["class"].tolist() == list(meta["fine_label_names"])
-    pairs = {(fine, meta["coarse_label_names"][coarse]) for fine, coarse in zip(train["fine_labels"], train["coarse_labels"], strict=True)}
-    assert pairs == set(table["superclass"].items())
+    labels = zip(train["fine_labels"], train["coarse_labels"], strict=True)
+    assert {(fine, meta["coarse_label_names"][coarse]) for fine, coarse in labels} == set(table["superclass"].items())
 
 
 def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
-    """The fine-tuned ViT-Tiny gets a card of its own, passes the health check, and teaches a small ResNet for a few steps."""
-    teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=224, val_rows=HELD_OUT)
-    card = adopt(teacher, real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors", tmp_path / "teacher", cifar, precision="bf16", most=300)
+    """The fine-tuned ViT-Tiny gets a card, passes the health check, and teaches a small ResNet for a few steps."""
+    teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=224,
+                     val_rows=HELD_OUT)
+    weights = real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors"
+    card = adopt(teacher, weights, tmp_path / "teacher", cifar, precision="bf16", most=300)
     assert card["top1_held_out"] > 0.75 and card["n_held_out"] == 6000 and card["n_train"] == 44_000
-    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, teacher="vit_tiny_patch16_224", distillation="hard",
-                      teacher_weights=str(tmp_path / "teacher"), data_fraction=0.005, epochs=2, batch_size=32, lr=0.02, device="cpu",
-                      runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, epochs=2, batch_size=32,
+                      teacher="vit_tiny_patch16_224", teacher_weights=str(tmp_path / "teacher"), distillation="hard",
+                      data_fraction=0.005, lr=0.02, device="cpu", runs_dir=str(tmp_path / "runs"),
+                      work_dir=str(tmp_path / "work"))
     run = launch(student)
-    metrics = run.metrics()
+    loss = run.metrics().train_loss
     assert run.result["teacher_top1"] > 0.75
-    assert metrics.train_loss.iloc[0] == pytest.approx(np.log(100), abs=1.5) and metrics.train_loss.iloc[1] < metrics.train_loss.iloc[0]
+    assert loss.iloc[0] == pytest.approx(np.log(100), abs=1.5) and loss.iloc[1] < loss.iloc[0]
     predictions = np.load(run.folder / "predictions.npz")
-    assert len(predictions["test_label"]) == 10_000 and len(predictions["val_label"]) == 6000 and len(predictions["train_label"]) == 200
+    assert [len(predictions[f"{part}_label"]) for part in ("test", "val", "train")] == [10_000, 6000, 200]

@@ -60,11 +60,38 @@ def test_notebook_says_what_it_is(notebook):
     assert re.match(r"# .+\n+> .+", first)
 
 
+def imported(source):
+    """Our modules that a source imports: at its head, in a function, or through importlib ('' where that isn't told)."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = f"vitdistill.{node.module or ''}".rstrip(".") if node.level else node.module
+            found += [f"{origin}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            told = node.args and isinstance(node.args[0], ast.Constant)
+            found += [re.sub(r"^\.", "vitdistill.", node.args[0].value) if told else "vitdistill."]
+    return {name.split(".")[1] for name in found if name.startswith("vitdistill.")}
+
+
+@pytest.mark.parametrize("source, modules", [
+    ("from .data import Data, fingerprint\nimport torch, timm.data", {"data"}),
+    ("from vitdistill.data import Data\nfrom vitdistill import runs, grids", {"data", "runs", "grids"}),
+    ("def f():\n    if 1: from . import train\n    import vitdistill.watch as w", {"train", "watch"}),
+    ("def f(): return importlib.import_module('vitdistill.complexity').complexity", {"complexity"}),
+    ("def f(): return import_module('.bench', __package__), import_module('timm.data'), __import__('vitdistill.live')",
+     {"bench", "live"}),
+    ("def f(name): return importlib.import_module(f'vitdistill.{name}')", {""}),
+])
+def test_imports_are_seen_wherever_they_hide(source, modules):
+    assert imported(source) == modules
+
+
 def test_modules_depend_downwards_only():
     assert set(LAYERS) == {p.stem for p in (ROOT / "vitdistill").glob("*.py")} - {"__init__", "_modidx"}
     for i, name in enumerate(LAYERS):
-        source = (ROOT / "vitdistill" / f"{name}.py").read_text()
-        used = set(re.findall(r"^\s*from (?:vitdistill)?\.(\w+) import", source, re.M))
+        used = imported((ROOT / "vitdistill" / f"{name}.py").read_text())
         assert used <= set(LAYERS[:i]), f"{name} imports {used - set(LAYERS[:i])}"
 
 

@@ -27,13 +27,13 @@ def expected_views(n_views:int, epochs:int)->float:
 
 # %% ../nbs/01a_views.ipynb #74e18b4d
 def view_parts(view:torch.Tensor, padding:int)->tuple:
-    "(dx, dy, flip) of view numbers: offsets of the crop in the padded image, in [0, 2 padding], and whether it is mirrored."
+    "(dx, dy, flip) of view numbers: offsets of the crop in the padded image, in [0, 2 padding], and whether mirrored."
     side = 2*padding + 1
     return view % side, view//side % side, view//side**2
 
 # %% ../nbs/01a_views.ipynb #45f36b8a
 class Views:
-    "Cuts views out of a dataset: gather, zero padding before normalization as torchvision's RandomCrop does, crop, flip; no loop over images."
+    "Cuts views out of a dataset, a batch at once: zero padding before normalization as torchvision does, crop, flip."
     def __init__(self,
         images:'torch.Tensor|DiskImages', # (N, H, W, 3) uint8
         padding:int=0,       # px
@@ -55,7 +55,7 @@ class Views:
 
 # %% ../nbs/01a_views.ipynb #c2d218f6
 @functools.cache
-def _constants(values:tuple, device)->torch.Tensor: # (3, 1, 1) in the units of bytes; copied to the device once, not at each step
+def _constants(values:tuple, device)->torch.Tensor: # (3, 1, 1) in the units of bytes, copied to the device once
     return torch.tensor(values, device=device)[:, None, None]*255
 
 # %% ../nbs/01a_views.ipynb #469f7074
