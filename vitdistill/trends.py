@@ -25,7 +25,7 @@ class Law:
     formula:str    # with a place for each parameter
     symbols:str    # a letter for each parameter: the linear ones, then the shape
     linear:int     # how many are linear
-    basis:Callable=field(repr=False) # epochs of any shape, the shape parameters -> an array with one more axis, of length `linear`
+    basis:Callable=field(repr=False) # epochs, the shape -> an array with one more axis, of length `linear`
     shapes:Callable=field(default=lambda epoch: [()], repr=False) # epochs -> shapes from which a fit may start
     def __call__(self, epoch, parameters):
         with np.errstate(over='ignore'): basis = self.basis(np.asarray(epoch, float), *parameters[self.linear:])
@@ -39,10 +39,17 @@ POWER = Law('power law', '{} - {} epoch^-{}', 'cab', 2, lambda x, b: _columns(1.
     lambda x: [(b,) for b in np.geomspace(.03, 3, 12)])
 EXPONENTIAL = Law('exponential', '{} - {} exp(-epoch/{})', 'cab', 2, lambda x, b: _columns(1., -np.exp(-x/b)),
     lambda x: [(b,) for b in np.geomspace(.5, 3*x.max(), 16)])
-LOGISTIC = Law('logistic in ln(epoch)', '{}/(1 + ({}/epoch)^{})', 'cab', 1, lambda x, a, b: _columns(expit(b*(np.log(x) - np.log(a)))),
+LOGISTIC = Law('logistic in ln(epoch)', '{}/(1 + ({}/epoch)^{})', 'cab', 1,
+    lambda x, a, b: _columns(expit(b*(np.log(x) - np.log(a)))),
     lambda x: [(a, b) for a in np.geomspace(.5, 4*x.max(), 8) for b in np.geomspace(.3, 8, 6)])
 LAWS = LOG, POWER, EXPONENTIAL, LOGISTIC
 PLATEAU = Law('plateau', '{}', 'a', 1, lambda x: _columns(np.ones_like(x)))
+
+# %% ../nbs/08a_trends.ipynb #534aa7cb
+def _reached(above, after): # the epoch at which a monotone function of ln(epoch) becomes positive
+    start = math.log(after)
+    if above(start) >= 0: return float(after)
+    return math.exp(brentq(above, start, 700)) if above(700) > 0 else math.inf
 
 # %% ../nbs/08a_trends.ipynb #e2539800
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Trend:
     low:tuple=()      # lower ends of their 95% confidence intervals
     high:tuple=()     # upper ends
     r2:float=math.nan # share of the variance that the law explains
-    aicc:float=math.nan # Akaike's criterion, corrected for few epochs: of two laws for one curve, the lower is the better
+    aicc:float=math.nan # Akaike's criterion, corrected for few epochs: of two laws the lower is the better
     autocorrelation:float=math.nan # of the residuals at lag 1
     epoch:np.ndarray=field(default=(), repr=False, compare=False)     # (n,) epochs fitted
     residuals:np.ndarray=field(default=(), repr=False, compare=False) # (n,) measured less fitted
@@ -72,12 +79,6 @@ class Trend:
         text = self.law.formula.format(*(f'{p:.3g}' if abs(p) < 1000 else f'{p:,.0f}' for p in self.parameters))
         return text.replace('+ -', '- ').replace('- -', '+ ')
 
-# %% ../nbs/08a_trends.ipynb #534aa7cb
-def _reached(above, after): # the epoch at which a monotone function of ln(epoch) becomes positive
-    start = math.log(after)
-    if above(start) >= 0: return float(after)
-    return math.exp(brentq(above, start, 700)) if above(700) > 0 else math.inf
-
 # %% ../nbs/08a_trends.ipynb #a9e4d207
 def plateau(
     accuracy:float, # a fraction
@@ -86,12 +87,12 @@ def plateau(
     return Trend(PLATEAU, (float(accuracy),))
 
 # %% ../nbs/08a_trends.ipynb #6258841e
-def _linear(basis, accuracy): # least squares of a law whose shape is fixed: its parameters and the sum of squares that is left
+def _linear(basis, accuracy): # parameters of a law whose shape is fixed, and the sum of squares that is left
     parameters = np.linalg.lstsq(basis, accuracy, rcond=None)[0]
     return parameters, float(((basis @ parameters - accuracy)**2).sum())
 
 # %% ../nbs/08a_trends.ipynb #89501cae
-def _start(law, epoch, accuracy): # the best of the law's shapes, with its linear parameters, as `_least_squares` takes them
+def _start(law, epoch, accuracy): # linear parameters and logarithms of the best of the law's shapes
     tried = [(*_linear(law.basis(epoch, *shape), accuracy), shape) for shape in law.shapes(epoch)]
     linear, _, shape = min(tried, key=lambda one: one[1])
     return [*linear, *np.log(shape)]
@@ -110,10 +111,13 @@ def _least_squares(law, epoch, accuracy, start): # linear parameters and logarit
         with warnings.catch_warnings(), np.errstate(all='ignore'):
             warnings.simplefilter('error', OptimizeWarning)
             free, covariance = curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start)
-        starts = np.log(law.shapes(epoch)) # a shape that runs far beyond them runs for ever: to another law, such as a power law to the logarithm
-        if (np.abs(free[law.linear:] - np.clip(free[law.linear:], starts.min(0), starts.max(0))) < np.log(10)).all(): return free, covariance
+        # a shape that runs far beyond them runs for ever: to another law, such as a power law to the logarithm
+        starts = np.log(law.shapes(epoch))
+        if (np.abs(free[law.linear:] - np.clip(free[law.linear:], starts.min(0), starts.max(0))) < np.log(10)).all():
+            return free, covariance
     except (RuntimeError, OptimizeWarning): pass
-    raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: read another law, or train longer.')
+    raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: '
+                          'read another law, or train longer.')
 
 # %% ../nbs/08a_trends.ipynb #fda2c6a0
 def _quality(residuals, accuracy, parameters): # r2, aicc and autocorrelation of a fit with so many parameters
@@ -132,15 +136,19 @@ def fit(
     "The least-squares `Trend` of a curve; an error where there are too few epochs or the fit does not converge."
     epoch, accuracy = np.asarray(epoch, float), np.asarray(accuracy, float)
     need = len(law.symbols) + 1
-    if len(np.unique(epoch)) < need: raise VitdistillError(f'the {law.name} needs {need} epochs, this curve has {len(epoch)}: train it longer.')
-    if epoch.min() < 1: raise VitdistillError(f'epoch {epoch.min():g} has no logarithm on this scale: count epochs from 1.')
-    if not np.isfinite(accuracy).all(): raise VitdistillError(f'{(~np.isfinite(accuracy)).sum()} of {len(epoch)} accuracies are no numbers: leave these epochs out.')
+    if len(np.unique(epoch)) < need:
+        raise VitdistillError(f'the {law.name} needs {need} epochs, this curve has {len(epoch)}: train it longer.')
+    if epoch.min() < 1:
+        raise VitdistillError(f'epoch {epoch.min():g} has no logarithm on this scale: count epochs from 1.')
+    if not np.isfinite(accuracy).all():
+        raise VitdistillError(f'{(~np.isfinite(accuracy)).sum()} of {len(epoch)} accuracies are no numbers: '
+                              'leave these epochs out.')
     free, covariance = _least_squares(law, epoch, accuracy, _start(law, epoch, accuracy))
     half = student.ppf(.975, len(epoch) - len(free))*np.sqrt(np.diag(covariance))
     parameters = _natural(law, free)
     residuals = accuracy - law(epoch, parameters)
-    return Trend(law, parameters, _natural(law, free - half), _natural(law, free + half), **_quality(residuals, accuracy, len(free)),
-                 epoch=epoch, residuals=residuals)
+    return Trend(law, parameters, _natural(law, free - half), _natural(law, free + half),
+                 **_quality(residuals, accuracy, len(free)), epoch=epoch, residuals=residuals)
 
 # %% ../nbs/08a_trends.ipynb #22c406b5
 def fit_laws(
@@ -171,16 +179,21 @@ def bootstrap(
     block:int=0,      # epochs drawn together; 0: `block_length`
 )->list[Trend]:       # those that converged, without intervals
     "The law fitted again to curves whose residuals are drawn anew, in moving blocks."
-    if not len(trend.residuals): raise VitdistillError(f'{trend.equation()} was not fitted here and has no residuals to draw: fit it to a curve first.')
+    if not len(trend.residuals):
+        raise VitdistillError(f'{trend.equation()} was not fitted here and has no residuals to draw: '
+                              'fit it to a curve first.')
     n, p, block, fitted = trend.n, len(trend.parameters), block or block_length(trend), trend(trend.epoch)
-    residuals = (trend.residuals - trend.residuals.mean())*math.sqrt(n/(n - p)) # as wide as the noise: a fit takes up p of its n degrees
+    # as wide as the noise: a fit takes up p of its n degrees
+    residuals = (trend.residuals - trend.residuals.mean())*math.sqrt(n/(n - p))
     start, refits = [*trend.parameters[:trend.law.linear], *np.log(trend.parameters[trend.law.linear:])], []
     for first in generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))):
         drawn = residuals[(first[:, None] + np.arange(block)).ravel()[:n]]
         try: free, _ = _least_squares(trend.law, trend.epoch, fitted + drawn, start)
         except VitdistillError: continue
         refits.append(Trend(trend.law, _natural(trend.law, free), epoch=trend.epoch))
-    if len(refits) < repeats/2: raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {trend.law.name} converge: its forecast has no interval, read another law.')
+    if len(refits) < repeats/2:
+        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {trend.law.name} converge: its forecast '
+                              'has no interval, read another law.')
     return refits
 
 # %% ../nbs/08a_trends.ipynb #bcf9d08f
@@ -249,15 +262,19 @@ def back_test(
     accuracy,    # (n,) fractions
     laws=LAWS,   # which to test
     most:int=60, # k takes every value up to n - 1, or at most so many in a geometric row
-)->pd.DataFrame: # law, k, ahead (last epoch over the last fitted), rmse, bias and last_error of the forecast, note where there is none
+)->pd.DataFrame: # law, k, ahead (last epoch over last fitted), rmse, bias and last_error of the forecast, or a note
     "Forecasts from the first k epochs against the epochs that follow."
     epoch, accuracy, rows = np.asarray(epoch, float), np.asarray(accuracy, float), []
-    splits = range(2, len(epoch)) if len(epoch) - 2 <= most else np.unique(np.geomspace(2, len(epoch) - 1, most).astype(int))
+    splits = range(2, len(epoch))
+    if len(splits) > most: splits = np.unique(np.geomspace(2, len(epoch) - 1, most).astype(int))
     for k in splits:
         for law in laws:
-            row = dict(law=law.name, k=int(k), ahead=epoch[-1]/epoch[k-1], rmse=math.nan, bias=math.nan, last_error=math.nan, note='')
+            row = dict(law=law.name, k=int(k), ahead=epoch[-1]/epoch[k-1],
+                       rmse=math.nan, bias=math.nan, last_error=math.nan, note='')
             try: error = fit(law, epoch[:k], accuracy[:k])(epoch[k:]) - accuracy[k:]
             except VitdistillError as sentence: row |= dict(note=str(sentence))
-            else: row |= dict(rmse=float(np.sqrt((error**2).mean())), bias=float(error.mean()), last_error=float(error[-1]))
+            else:
+                row |= dict(rmse=float(np.sqrt((error**2).mean())), bias=float(error.mean()),
+                            last_error=float(error[-1]))
             rows.append(row)
     return pd.DataFrame(rows, columns=['law', 'k', 'ahead', 'rmse', 'bias', 'last_error', 'note'])
