@@ -18,8 +18,10 @@ from .runs import Run
 
 # %% ../nbs/08c_agreement.ipynb #5f3c3fb1
 PARTS = 'test', 'val', 'train'
-_missing = dict(running='for it is still running ({}): wait for its end.', interrupted='for it was cut short ({}): start it again and it goes on from its checkpoint.',
-                done="although it is done ({}): copy it anew, or remove the folder's result.json and start the run again.")
+_missing = dict(
+    running='for it is still running ({}): wait for its end.',
+    interrupted='for it was cut short ({}): start it again and it goes on from its checkpoint.',
+    done="although it is done ({}): copy it anew, or remove the folder's result.json and start the run again.")
 
 def _arrays(run:Run, part:str)->dict: # of predictions.npz, without the top-5
     file = run.folder/'predictions.npz'
@@ -27,13 +29,15 @@ def _arrays(run:Run, part:str)->dict: # of predictions.npz, without the top-5
         with np.load(file) as arrays:
             return {name: arrays[name] for name in arrays.files if name.startswith(part) and not name.endswith('top5')}
     except FileNotFoundError:
-        raise VitdistillError(f'{run.name} has no predictions.npz, {_missing[run.status]}'.format(f'{run.epochs_done} of {run.config.epochs} epochs')) from None
+        came = f'{run.epochs_done} of {run.config.epochs} epochs'
+        raise VitdistillError(f'{run.name} has no predictions.npz, {_missing[run.status].format(came)}') from None
     except Exception as e: # a zip file's damage shows as almost any exception
-        raise VitdistillError(f"{file} is damaged ({e}): copy it anew, or remove the folder's result.json and start the run again.") from None
+        raise VitdistillError(f"{file} is damaged ({e}): copy it anew, "
+                              "or remove the folder's result.json and start the run again.") from None
 
 # %% ../nbs/08c_agreement.ipynb #e17b7dd8
 def heads(run:Run, part:str='test')->list[str]:
-    "What answers there are: 'class', or of two heads 'class', 'distillation', and both joined as 'softmax' and 'logits'."
+    "What answers there are: 'class', or of two heads also 'distillation', and both joined as 'softmax' and 'logits'."
     return _heads(_arrays(run, part))
 
 def _heads(arrays): return [name.split('_')[1] for name in arrays if name.endswith('_decision')]
@@ -47,13 +51,16 @@ def read_predictions(
     "The answers of a run, a row an image."
     if part not in PARTS: raise VitdistillError(f'no part {part!r}: {nearest(part, PARTS)}')
     arrays = _arrays(run, part)
-    if f'{part}_image' not in arrays: raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there (val_fraction {run.config.val_fraction:g}).')
+    if f'{part}_image' not in arrays:
+        raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there (val_fraction '
+                              f'{run.config.val_fraction:g}).')
     known = _heads(arrays)
     head = head or ('softmax' if 'softmax' in known else 'class')
     if head not in known: raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, known)}')
     names = dict(image='image', label='label', decision=f'{head}_decision', confidence=f'{head}_confidence')
     try: frame = pd.DataFrame({column: arrays[f'{part}_{name}'] for column, name in names.items()})
-    except (KeyError, ValueError) as e: raise VitdistillError(f'{run.folder/"predictions.npz"} is damaged ({e}): start the run again.') from None
+    except (KeyError, ValueError) as e:
+        raise VitdistillError(f'{run.folder/"predictions.npz"} is damaged ({e}): start the run again.') from None
     return frame.astype(dict(image=int, label=int, decision=int, confidence=float))
 
 # %% ../nbs/08c_agreement.ipynb #1da9eae2
@@ -63,7 +70,10 @@ def with_predictions(
     "The runs whose test predictions can be read, and a sentence for each of the others."
     whole, notes = [], []
     for run in runs:
-        try: run.config, read_predictions(run), whole.append(run)
+        try:
+            run.config # that of another layout can not be read
+            read_predictions(run)
+            whole.append(run)
         except VitdistillError as e: notes.append(str(e))
     return whole, notes
 
@@ -75,12 +85,17 @@ def decisions(
     "What several runs decide on the images that all of them have."
     asked = [answer if isinstance(answer, tuple) else (answer, '') for answer in answers]
     seen = {run.config.data_hash: run for run, _ in asked}
-    if len(seen) > 1: raise VitdistillError(f"different data under {' and '.join(run.name for run in seen.values())}: compare runs whose config.yaml has the same data_hash.")
+    if len(seen) > 1:
+        raise VitdistillError(f"different data under {' and '.join(run.name for run in seen.values())}: compare runs "
+                              "whose config.yaml has the same data_hash.")
     names = [f'{run.name} {head}'.strip() for run, head in asked]
-    joined = pd.concat([read_predictions(run, part, head).set_index('image') for run, head in asked], axis=1, join='inner', keys=names)
+    joined = pd.concat([read_predictions(run, part, head).set_index('image') for run, head in asked], axis=1,
+                       join='inner', keys=names)
     labels, decided = (joined.xs(column, axis=1, level=1) for column in ('label', 'decision'))
-    if not len(joined): raise VitdistillError(f"{' and '.join(names)} have no image of {part} in common: give them the same split.")
-    if labels.ne(labels.iloc[:, 0], axis=0).any(axis=None): raise VitdistillError(f"{' and '.join(names)} give one image different labels: train them on the same data.")
+    if not len(joined):
+        raise VitdistillError(f"{' and '.join(names)} have no image of {part} in common: give them the same split.")
+    if labels.ne(labels.iloc[:, 0], axis=0).any(axis=None):
+        raise VitdistillError(f"{' and '.join(names)} give one image different labels: train them on the same data.")
     decided.insert(0, 'label', labels.iloc[:, 0])
     return decided
 
@@ -103,7 +118,8 @@ def teacher_of(
     card, result = (student.result or {}).get('teacher_card') or {}, teacher.result or {}
     for inside, outside in dict(top1_held_out='held_out_top1', top1_train_views='train_views_top1').items():
         if None not in (one := card.get(inside), other := result.get(outside)) and one != other:
-            raise VitdistillError(f'{teacher.name} is not the training that taught {student.name} ({inside} {other}, the card said {one}): put the record of that one there.')
+            raise VitdistillError(f'{teacher.name} is not the training that taught {student.name} ({inside} {other}, '
+                                  f'the card said {one}): put the record of that one there.')
     return teacher
 
 # %% ../nbs/08c_agreement.ipynb #d2eee920
@@ -112,13 +128,15 @@ def agreement(
     student:Run,     # taught by it or not
     part:str='test', # 'test', 'val' or 'train'
     head:str='',     # of the student; '': its own decision
-)->dict:             # images: a count; contradicted: images on which teacher and label differ; the rest shares in [0, 1]
+)->dict:             # images, contradicted (on which teacher and label differ): counts; the rest shares in [0, 1]
     "How often a student decides as a teacher does, and with whom it sides where teacher and label differ."
-    frame = decisions([teacher, (student, head)] if head else [teacher, student], part).set_axis(['label', 'teacher', 'student'], axis=1)
+    answers = [teacher, (student, head)] if head else [teacher, student]
+    frame = decisions(answers, part).set_axis(['label', 'teacher', 'student'], axis=1)
     share = lambda rows, one, other: float((rows[one] == rows[other]).mean()) # NaN of no rows
     apart = frame[frame.teacher != frame.label]
     neither = float(((apart.student != apart.label) & (apart.student != apart.teacher)).mean())
-    return dict(part=part, images=len(frame), teacher_top1=share(frame, 'teacher', 'label'), student_top1=share(frame, 'student', 'label'),
+    return dict(part=part, images=len(frame), teacher_top1=share(frame, 'teacher', 'label'),
+                student_top1=share(frame, 'student', 'label'),
                 agree=share(frame, 'student', 'teacher'), contradicted=len(apart),
                 with_label=share(apart, 'student', 'label'),
                 with_teacher=share(apart, 'student', 'teacher'), with_neither=neither)
@@ -131,12 +149,15 @@ def contradictions(
     "Per class the images on which teacher and label differ, the class with the largest share first."
     frame = read_predictions(teacher, part)
     apart = frame[frame.decision != frame.label]
-    counts = pd.DataFrame(dict(images=frame.label.value_counts(), contradicted=apart.label.value_counts())).fillna(0).astype(int)
+    counts = dict(images=frame.label.value_counts(), contradicted=apart.label.value_counts())
+    counts = pd.DataFrame(counts).fillna(0).astype(int)
     answer = apart.groupby('label').decision.agg(lambda decision: decision.mode().iloc[0]).astype('Int64')
-    return counts.assign(share=counts.contradicted/counts.images, answer=answer).sort_values('share', ascending=False, kind='stable')
+    counts = counts.assign(share=counts.contradicted/counts.images, answer=answer)
+    return counts.sort_values('share', ascending=False, kind='stable')
 
 # %% ../nbs/08c_agreement.ipynb #f734a550
-def _bins(confidence, bins): return pd.cut(np.asarray(confidence, float), np.linspace(0, 1, bins + 1), include_lowest=True) # each holds its upper edge
+def _bins(confidence, bins): # each holds its upper edge
+    return pd.cut(np.asarray(confidence, float), np.linspace(0, 1, bins + 1), include_lowest=True)
 
 # %% ../nbs/08c_agreement.ipynb #6a00d5e1
 def reliability(
@@ -145,8 +166,10 @@ def reliability(
     bins:int=15 # of equal width
 )->pd.DataFrame: # a row a bin: images (a count), confidence and accuracy (means; NaN of an empty bin)
     "The data of a reliability diagram; a bin holds its upper edge."
-    frame = pd.DataFrame(dict(bin=_bins(confidence, bins), confidence=np.asarray(confidence, float), accuracy=np.asarray(right, float)))
-    return frame.groupby('bin', observed=False).agg(images=('confidence', 'size'), confidence=('confidence', 'mean'), accuracy=('accuracy', 'mean'))
+    frame = pd.DataFrame(dict(bin=_bins(confidence, bins), confidence=np.asarray(confidence, float),
+                              accuracy=np.asarray(right, float)))
+    of = frame.groupby('bin', observed=False)
+    return of.agg(images=('confidence', 'size'), confidence=('confidence', 'mean'), accuracy=('accuracy', 'mean'))
 
 # %% ../nbs/08c_agreement.ipynb #49317623
 def ece(
@@ -184,7 +207,8 @@ def pairs_by_seed(
     taught:list[Run], # repeats
 )->list[tuple[Run, Run]]:
     "The runs of two groups that have the same seed; of several with one seed the first by name."
-    first, second = ({run.config.seed: run for run in sorted(group, key=lambda run: run.name, reverse=True)} for group in (plain, taught))
+    first, second = ({run.config.seed: run for run in sorted(group, key=lambda run: run.name, reverse=True)}
+                     for group in (plain, taught))
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 # %% ../nbs/08c_agreement.ipynb #15c97d64
@@ -238,7 +262,8 @@ def class_names(
     classes:int, # how many it has
 )->pd.DataFrame: # index label: class, superclass ('' where there is none)
     "Names of the classes of a dataset."
-    if dataset == 'cifar100': return pd.read_csv(repo_root()/'reports/reference/cifar100_superclasses.csv', index_col='index')
+    if dataset == 'cifar100':
+        return pd.read_csv(repo_root()/'reports/reference/cifar100_superclasses.csv', index_col='index')
     return pd.DataFrame({'class': [str(i) for i in range(classes)], 'superclass': ''}).rename_axis('index')
 
 # %% ../nbs/08c_agreement.ipynb #cadd3b3d
@@ -246,15 +271,17 @@ def class_gains(
     pairs:list[tuple[Run, Run]], # of `pairs_by_seed`, at least one: plain, taught
     groups:pd.Series,            # index label: name of its class or superclass
     part:str='test',             # 'test', 'val' or 'train'
-)->pd.DataFrame:                 # index group: images; plain, taught, won, lost, gain = won - lost, low, high (shares); verdict
+)->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high; verdict
     "Accuracy per group of classes, plain and taught, and the difference over seeds; the largest gain first."
     frame = decisions([run for pair in pairs for run in pair], part)
     group, right = frame.label.map(groups).rename('group'), frame.iloc[:, 1:].eq(frame.label, axis=0).to_numpy()
     plain, taught = right[:, 0::2], right[:, 1::2]
     images = group.value_counts().sort_index().rename('images')
     by_group = lambda values: pd.DataFrame(values, frame.index).groupby(group).sum().div(images, axis=0)
-    share = pd.DataFrame({name: by_group(values).mean(axis=1) for name, values in dict(plain=plain, taught=taught, won=taught & ~plain, lost=plain & ~taught).items()})
+    shares = dict(plain=plain, taught=taught, won=taught & ~plain, lost=plain & ~taught)
+    share = pd.DataFrame({name: by_group(values).mean(axis=1) for name, values in shares.items()})
     gains = by_group(taught.astype(int) - plain)
     gains = pd.DataFrame([seed_interval(row) for row in gains.to_numpy()], gains.index, ['gain', 'low', 'high'])
     table = pd.concat([images, share, gains], axis=1)
-    return table.assign(verdict=[verdict(*ends) for ends in table[['low', 'high']].to_numpy()]).sort_values('gain', ascending=False, kind='stable')
+    table['verdict'] = [verdict(*ends) for ends in table[['low', 'high']].to_numpy()]
+    return table.sort_values('gain', ascending=False, kind='stable')
