@@ -6,81 +6,170 @@
 __all__ = ['SECTIONS', 'write_page', 'write_index', 'Section', 'write_report', 'main']
 
 # %% ../nbs/08e_report.ipynb #dde0d6f6
-import argparse, base64, html, os, re, string, sys
+import argparse, base64, os, re, sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote
 import pandas as pd
+from jinja2 import DictLoader, Environment
+from markupsafe import Markup
 from .analysis import format_cell
 from .config import VitdistillError, from_root, write_atomic
 from .runs import find_runs
 from .watch import progress
 
 # %% ../nbs/08e_report.ipynb #44400b0a
-_page = string.Template('''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c636b; --line: #d9dde2; --paper: #fff; --shade: #f1f3f5; --link: #0b5cad }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a2a9b1; --line: #3a4047; --paper: #15181b; --shade: #22272c; --link: #7db8f0 } }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .6rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; break-after: avoid } h2 + p { break-after: avoid } a { color: var(--link) }
+_style = '''
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c636b; --line: #d9dde2; --paper: #fff; --shade: #f1f3f5;
+  --link: #0b5cad }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a2a9b1; --line: #3a4047; --paper: #15181b;
+  --shade: #22272c; --link: #7db8f0 } }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .6rem }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; break-after: avoid } h2 + p { break-after: avoid }
+a { color: var(--link) }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; border-block: 1px solid var(--line) }
 code { background: var(--shade); border-radius: 4px; padding: .1em .35em; font-size: .9em; white-space: nowrap }
 figure, .table { margin: 1.5rem 0 2.2rem; break-inside: avoid }
-figure img { display: block; box-sizing: border-box; width: 100%; min-width: 36rem; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
-figcaption, .caption { color: var(--soft); font-size: .9rem; margin: .5rem 0; white-space: pre-line } .made { display: block } .scroll { overflow-x: auto }
+figure img { display: block; box-sizing: border-box; width: 100%; min-width: 36rem; background: #fff;
+  border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
+figcaption, .caption { color: var(--soft); font-size: .9rem; margin: .5rem 0; white-space: pre-line }
+.made { display: block } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap } thead th { min-width: 4.5rem; vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--soft) }
-@media print { @page { margin: 1.5cm } html { font-size: 10pt } body { max-width: none; padding: 0 } nav, .files { display: none } a { color: inherit }
-  figure img { border: 0; margin: auto; width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm } .scroll { overflow: visible }
-  th, td, thead th { white-space: normal; min-width: 0; padding-right: .4rem } table { font-size: 7.5pt } tr { break-inside: avoid } }
-</style></head><body><h1>$title</h1>$lead$body</body></html>
-''')
+th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
+  white-space: nowrap }
+thead th { min-width: 4.5rem; vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--soft) }
+@media print { @page { margin: 1.5cm } html { font-size: 10pt } body { max-width: none; padding: 0 }
+  nav, .files { display: none } a { color: inherit }
+  figure img { border: 0; margin: auto; width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm }
+  .scroll { overflow: visible } th, td, thead th { white-space: normal; min-width: 0; padding-right: .4rem }
+  table { font-size: 7.5pt } tr { break-inside: avoid } }
+'''
 
-def _write_page(file, title, lead, body):
-    text = _page.substitute(title=html.escape(title), lead=''.join(f'<p>{html.escape(line)}</p>' for line in lead), body=body)
+# %% ../nbs/08e_report.ipynb #c8a4ae66
+_page = '''<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>{% include 'style' %}</style></head><body><h1>{{ title }}</h1>
+{% for line in lead %}<p>{{ line }}</p>{% endfor %}
+
+{% block body %}{{ body }}{% endblock %}
+
+</body></html>
+'''
+_parts = '''{% macro links(files) -%}
+{% for name, address in files.items() %}{{ ' · ' if not loop.first }}<a href="{{ address }}">{{ name }}</a>{% endfor %}
+{%- endmacro %}
+{% macro about(it, note) -%}
+{{ it.caption }} <span class="made">{{ note }}<span class="files">{{ links(it.files) }}</span></span>
+{%- endmacro %}
+{% macro item(it, note='') %}
+{% if it.picture %}
+<figure id="figure-{{ it.name }}"><div class="scroll"><img alt="{{ it.caption }}"
+src="data:image/svg+xml;base64,{{ it.picture }}"></div><figcaption>{{ about(it, note) }}</figcaption></figure>
+{% else %}
+<div class="table" id="table-{{ it.name }}"><p class="caption">{{ about(it, note) }}</p>
+{% if it.head %}
+<div class="scroll"><table><thead><tr>{% for cell in it.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in it.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+</div>
+{% endif %}
+{% endmacro %}
+'''
+
+# %% ../nbs/08e_report.ipynb #cbf93ce2
+_index = '''{% extends 'page' %}{% from 'parts' import item, links %}
+{% block body %}
+{% for title, items in parts.items() if items %}
+<h2>{{ title }}</h2>{% for it in items %}{{ item(it) }}{% endfor %}
+{% endfor %}
+{% if notebooks %}
+<h2>Executed notebooks</h2><ul>{% for notebook in notebooks %}<li>{{ links(notebook) }}</li>{% endfor %}</ul>
+{% endif %}
+{% endblock %}
+'''
+_report = '''{% extends 'page' %}{% from 'parts' import item, links %}
+{% macro made(section, runs) -%}
+Remade by <code>{{ section.command }}</code>{{ ' (nbs/analysis/%s)' % section.notebook if section.notebook }}
+{%- if runs is not none %}, from {% for name in runs -%}
+{{ ', ' if not loop.first }}<a href="#record-{{ name }}">{{ name }}</a>
+{%- else %}<a href="#run-records">run records</a>{% endfor %}{% endif %}{{ '. ' }}
+{%- endmacro %}
+{% block body %}
+<nav>{% for section in found %}<a href="#{{ section.anchor }}">{{ section.title }}</a>{% endfor %}
+<a href="#run-records">Run records</a></nav>
+{% for section, items in found.items() %}
+<section id="{{ section.anchor }}"><h2>{{ section.title }}</h2><p>{{ section.about }}</p>
+{% for it in items %}{{ item(it, made(section, it.runs)) }}{% else %}
+<p>Nothing here yet: <code>{{ section.command }}</code> fills it{{ ', after ' ~ section.needs if section.needs }}.</p>
+{% endfor %}
+</section>
+{% endfor %}
+<section id="run-records"><h2>Run records</h2>
+{% if records %}
+<div class="scroll"><table><thead><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for run in records %}
+<tr id="record-{{ run.name }}"><td>{{ links(run.link) }}</td>
+{% for cell in run.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% else %}
+<p>There are none yet. <code>make study</code> or <code>make demo</code> makes some.</p>
+{% endif %}
+</section>
+{% endblock %}
+'''
+
+# %% ../nbs/08e_report.ipynb #70ad8f87
+_templates = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=DictLoader(
+    dict(style=_style, page=_page, parts=_parts, index=_index, report=_report)))
+
+def _write_page(file, template, **shown): # shown: what the template names
+    text = _templates.get_template(template).render(shown)
     return write_atomic(file, lambda path: path.write_text(text, encoding='utf-8'))
 
 # %% ../nbs/08e_report.ipynb #8d617900
-def _links(here, *files, **named): # from a page in `here` to files that are there
+def _links(here, *files, **named): # names and addresses of files that are there, from a page in the folder `here`
     files = {file.suffix[1:].upper(): file for file in files} | named
-    return ' · '.join(f'<a href="{html.escape(quote(Path(os.path.relpath(file, here)).as_posix()))}">{html.escape(name)}</a>' for name, file in files.items() if file.exists())
+    return {name: quote(Path(os.path.relpath(file, here)).as_posix()) for name, file in files.items() if file.exists()}
 
 # %% ../nbs/08e_report.ipynb #430dd877
 def _about_svg(path, what): # what `save_figure` wrote into it: its description, its source
     found = re.search(f'<dc:{what}>(.*?)</dc:{what}>', path.read_text(encoding='utf-8', errors='replace'), re.S)
-    return html.unescape(found[1]).strip() if found else ''
+    return Markup(found[1]).unescape().strip() if found else ''
 
-def _figure_html(path, here, note=''): # an SVG file, on a page in the folder `here`; note: HTML under its caption
-    caption = html.escape(_about_svg(path, 'description') or path.stem, quote=True)
-    picture = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure id="figure-{path.stem}"><div class="scroll"><img alt="{caption}" src="data:image/svg+xml;base64,{picture}"></div>'
-            f'<figcaption>{caption} <span class="made">{note}<span class="files">{_links(here, path.with_suffix(".png"), path)}</span></span></figcaption></figure>')
+def _figure(path, here): # an SVG file, for a page in the folder `here`
+    return dict(name=path.stem, caption=_about_svg(path, 'description') or path.stem,
+                picture=base64.b64encode(path.read_bytes()).decode(),
+                files=_links(here, path.with_suffix('.png'), path))
 
 # %% ../nbs/08e_report.ipynb #726d9d4f
-def _table_html(path, here, note='', most=60): # a table of `save_table` (its Markdown), or a CSV file; most: rows that are shown
-    read = _csv_rows if path.suffix == '.csv' else _markdown_rows
-    try: caption, rows = read(path)
-    except ValueError as e: caption, rows = f'{path.name} can not be read ({str(e).splitlines()[0]}): write it anew.', []
-    if (left := len(rows) - 1 - most) > 0: caption, rows = f'{caption} The first {most} rows; {left} more are in the file.', rows[:1 + most]
-    row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells) + '</tr>'
-    body = f'<div class="scroll"><table><thead>{row(rows[0], "th")}</thead><tbody>{"".join(row(cells, "td") for cells in rows[1:])}</tbody></table></div>' if rows else ''
-    files = _links(here, path.with_suffix('.csv'), **{'Markdown': path} if path.suffix == '.md' else {'as printed': path.with_suffix('.txt')})
-    return f'<div class="table" id="table-{path.stem}"><p class="caption">{html.escape(caption)} <span class="made">{note}<span class="files">{files}</span></span></p>{body}</div>'
+def _cell(value): # among words a number is text to a CSV file
+    try: return format_cell(float(value) if isinstance(value, str) and '.' in value else value)
+    except ValueError: return value
 
-def _markdown_rows(path): # caption, and the cells of a table with its header first
-    lines = path.read_text(encoding='utf-8').splitlines()
-    rows = [[cell.strip().replace(r'\|', '|') for cell in re.split(r'(?<!\\)\|', line)[1:-1]] for line in lines if line.startswith('|')]
-    return ' '.join(line for line in lines if line and not line.startswith('|')), rows[:1] + rows[2:]
-
-def _csv_rows(path):
-    frame = pd.read_csv(path)
-    return path.stem, [[name.replace('_', ' ') for name in frame.columns], *([format_cell(value) for value in row] for row in frame.itertuples(index=False))]
+def _table(path, here, most=60): # a table of `save_table` (its Markdown), or a CSV file; most: rows that are shown
+    data, ours, caption = path.with_suffix('.csv'), path.suffix == '.md', path.stem
+    if ours: caption = f"\n{path.read_text(encoding='utf-8', errors='replace')}".partition('\n| ')[0].strip()
+    try: frame = pd.read_csv(data, keep_default_na=False, na_values=[''])
+    except (OSError, ValueError) as e:
+        frame, why = pd.DataFrame(), getattr(e, 'strerror', None) or str(e).splitlines()[0]
+        caption = f'{caption} {data.name} can not be read ({why}): write it anew.'
+    if (left := len(frame) - most) > 0: caption = f'{caption} The first {most} rows; {left} more are in the file.'
+    return dict(name=path.stem, caption=caption, head=[name if ours else name.replace('_', ' ') for name in frame],
+                rows=[[_cell(value) for value in row] for row in frame.head(most).itertuples(index=False)],
+                files=_links(here, data, **{'Markdown': path} if ours else {'as printed': path.with_suffix('.txt')}))
 
 # %% ../nbs/08e_report.ipynb #db0cc489
-def _place(path, patterns): # sorts files by the first pattern that fits, then by name with numbers as numbers, figures first
+def _place(path, patterns): # sorts files by the first pattern that fits, then by name and its numbers, figures first
     first = next((i for i, pattern in enumerate(patterns) if fnmatch(path.stem, pattern)), len(patterns))
-    return first, [(0, int(part), '') if part.isdigit() else (1, 0, part) for part in re.split(r'(\d+)', path.stem) if part], path.suffix != '.svg'
+    name = [(0, int(part), '') if part.isdigit() else (1, 0, part) for part in re.split(r'(\d+)', path.stem) if part]
+    return first, name, path.suffix != '.svg'
 
 # %% ../nbs/08e_report.ipynb #4a5e8964
 def write_page(
@@ -89,12 +178,12 @@ def write_page(
     name:str, # file name without ending
 )->list[Path]:
     "Write <name>.md, and <name>.html with its figures inside."
-    from nbconvert.filters import markdown2html
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
     out, (title, rest) = Path(out), text.split('\n', 1)
-    inside = lambda m: f'src="data:image/svg+xml;base64,{base64.b64encode((out/m[1]).read_bytes()).decode()}"'
-    body = re.sub(r'src="([^":]+\.svg)"', inside, markdown2html(rest))
+    body = MarkdownWithMath(IPythonRenderer(escape=False, embed_images=True, path=str(out))).render(rest)
     body = body.replace('<table>', '<div class="scroll"><table>').replace('</table>', '</table></div>')
-    return [write_atomic(out/f'{name}.md', lambda path: path.write_text(text, encoding='utf-8')), _write_page(out/f'{name}.html', title.lstrip('# '), [], body)]
+    return [write_atomic(out/f'{name}.md', lambda path: path.write_text(text, encoding='utf-8')),
+            _write_page(out/f'{name}.html', 'page', title=title.lstrip('# '), body=Markup(body))]
 
 # %% ../nbs/08e_report.ipynb #6b6cce9a
 def write_index(
@@ -105,11 +194,11 @@ def write_index(
 )->Path:
     "Write index.html: every figure and table of `out` and links to the executed notebooks in it or one folder below."
     out, rank = Path(out), lambda path: _place(path, first)
-    figures = [_figure_html(path, out) for path in sorted((out/'figures').glob('*.svg'), key=rank)]
-    tables = [_table_html(path, out) for path in sorted((out/'tables').glob('*.md'), key=rank)]
-    notebooks = [f'<li>{_links(out, **{path.relative_to(out).as_posix(): path})}</li>' for pattern in ('*.ipynb', '*/*.ipynb') for path in sorted(out.glob(pattern))]
-    parts = dict(Figures=''.join(figures), Tables=''.join(tables), **{'Executed notebooks': f'<ul>{"".join(notebooks)}</ul>' if notebooks else ''})
-    return _write_page(out/'index.html', title, lead, ''.join(f'<h2>{name}</h2>{part}' for name, part in parts.items() if part))
+    parts = dict(Figures=[_figure(path, out) for path in sorted((out/'figures').glob('*.svg'), key=rank)],
+                 Tables=[_table(path, out) for path in sorted((out/'tables').glob('*.md'), key=rank)])
+    notebooks = [_links(out, **{path.relative_to(out).as_posix(): path})
+                 for pattern in ('*.ipynb', '*/*.ipynb') for path in sorted(out.glob(pattern))]
+    return _write_page(out/'index.html', 'index', title=title, lead=lead, parts=parts, notebooks=notebooks)
 
 # %% ../nbs/08e_report.ipynb #0030de04
 @dataclass(frozen=True)
@@ -123,55 +212,65 @@ class Section:
     command:str='make figures'     # that remakes it
     files:tuple=('figures/*.svg', 'tables/*.md') # where they are looked for
     without_runs:tuple=()          # names of what is drawn without run records
+    @property
+    def anchor(self)->str: return re.sub(r'\W+', '-', self.title.lower().replace("'", '')) # its place on the page
 
     def found(self, reports:Path)->list[Path]:
+        "Its figures and tables, in order."
         paths = [path for files in self.files for path in reports.glob(files)]
-        return sorted((path for path in paths if _place(path, self.patterns)[0] < len(self.patterns)), key=lambda path: _place(path, self.patterns))
+        return sorted((path for path in paths if _place(path, self.patterns)[0] < len(self.patterns)),
+                      key=lambda path: _place(path, self.patterns))
+
+    def shown(self, path:Path, here:Path, runs:set)->dict: # runs: names of those that have a row among the records
+        "One of them, for a page in the folder `here`, with the runs that it names; None where it is drawn without any."
+        it = (_figure if path.suffix == '.svg' else _table)(path, here)
+        if any(fnmatch(path.stem, pattern) for pattern in self.without_runs): return it | dict(runs=None)
+        named = _about_svg(path, 'source').split() if path.suffix == '.svg' else []
+        return it | dict(runs=[name for name in named if name in runs])
 
 # %% ../nbs/08e_report.ipynb #d2651ffc
 SECTIONS = (
-    Section('The study', 'A ResNet-50 on labels alone, and one that a vision transformer teaches: the paper beside our runs.',
+    Section('The study',
+            'A ResNet-50 on labels alone, and one that a vision transformer teaches: the paper beside our runs.',
             ('figure4', 'headline', 'crossovers', 'trendlines', 'table1', 'timing', 'results', 'figure*'), 'a01_paper',
             needs='make study', without_runs=('figure1', 'figure2', 'figure3')),
-    Section('Our runs, question by question', 'Taught against plain, paired by seed, with intervals: the page study.html.', ('study_*',), 'a02_study', needs='grids of nbs/experiments/grids'),
-    Section("DeiT's tables", 'The system that the paper reverses: a convnet teaches a vision transformer through a distillation token.', ('deit_heads', 'deit_*'), 'a06_deit', needs='runs of nbs/experiments/e03_deit_from_regnet', without_runs=('deit_published',)),
-    Section('Trendlines', 'How far a law that is fitted to the first epochs can be trusted beyond them.', ('trends_*',), 'a03_trends'),
-    Section('Agreement', 'Where teacher, student and label agree, and what a difference between two classifiers is worth.', ('agreement_*',), 'a05_agreement'),
-    Section('Complexity', 'What an architecture costs: parameters, multiply-adds, memory; published, and measured on the models.', ('complexity_*',), 'a04_complexity', without_runs=('*',)),
-    Section('The data', 'What the models are given: images, views, splits.', ('data_*',), 'a00_data', without_runs=('*',)),
-    Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',), command='make bench', files=('bench/figures/*.svg', 'bench/*.csv'), without_runs=('*',)))
+    Section('Our runs, question by question',
+            'Taught against plain, paired by seed, with intervals: the page study.html.',
+            ('study_*',), 'a02_study', needs='grids of nbs/experiments/grids'),
+    Section("DeiT's tables",
+            'The system that the paper reverses: a convnet teaches a vision transformer through a distillation token.',
+            ('deit_heads', 'deit_*'), 'a06_deit', needs='runs of nbs/experiments/e03_deit_from_regnet',
+            without_runs=('deit_published',)),
+    Section('Trendlines', 'How far a law that is fitted to the first epochs can be trusted beyond them.',
+            ('trends_*',), 'a03_trends'),
+    Section('Agreement',
+            'Where teacher, student and label agree, and what a difference between two classifiers is worth.',
+            ('agreement_*',), 'a05_agreement'),
+    Section('Complexity',
+            'What an architecture costs: parameters, multiply-adds, memory; published, and measured on the models.',
+            ('complexity_*',), 'a04_complexity', without_runs=('*',)),
+    Section('The data', 'What the models are given: images, views, splits.', ('data_*',), 'a00_data',
+            without_runs=('*',)),
+    Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',), command='make bench',
+            files=('bench/figures/*.svg', 'bench/*.csv'), without_runs=('*',)))
 
 # %% ../nbs/08e_report.ipynb #5889a420
 def _machine(about): # of `runs.environment`
-    return f"{len(about['gpus'])} x {about['gpus'][0]}" if about.get('gpus') else f"{about.get('cores', '?')} cores of {about.get('processor', 'an unknown processor')}"
+    if about.get('gpus'): return f"{len(about['gpus'])} x {about['gpus'][0]}"
+    return f"{about.get('cores', '?')} cores of {about.get('processor', 'an unknown processor')}"
 
-def _records_html(runs, here):
-    if not runs: return '<p>There are none yet. <code>make study</code> or <code>make demo</code> makes some.</p>'
-    rows = []
-    for run in runs:
-        row, about = progress(run), run.environment
-        commit = about.get('commit', '')[:8] + (' and changes' if about.get('uncommitted') else '')
-        cells = [row['status'], f"{row['epochs_done']}/{row['epochs'] or '?'}", format_cell(100*row['test_top1']), commit, _machine(about) if about else '', about.get('command', '')]
-        rows.append(f'<tr id="record-{html.escape(run.name)}"><td>{_links(here, **{run.name: run.folder})}</td>' + ''.join(f'<td>{html.escape(cell or "–")}</td>' for cell in cells) + '</tr>')
-    head = ''.join(f'<th>{name}</th>' for name in ('run', 'status', 'epochs', 'test top-1 at the last (%)', 'commit', 'machine', 'command'))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+_record_columns = 'run', 'status', 'epochs', 'test top-1 at the last (%)', 'commit', 'machine', 'command'
 
-# %% ../nbs/08e_report.ipynb #1cb5fe2e
-def _section_html(section, paths, here, runs): # runs: names of those that have a row among the records
-    made = f'Remade by <code>{html.escape(section.command)}</code>' + (f' (nbs/analysis/{section.notebook})' if section.notebook else '')
-    def note(path):
-        named = [name for name in (_about_svg(path, 'source').split() if path.suffix == '.svg' else []) if name in runs]
-        links = ', '.join(f'<a href="#record-{name}">{name}</a>' for name in named) or '<a href="#run-records">run records</a>'
-        return f'{made}{"" if any(fnmatch(path.stem, pattern) for pattern in section.without_runs) else f", from {links}"}. '
-    items = [(_figure_html if path.suffix == '.svg' else _table_html)(path, here, note(path)) for path in paths]
-    empty = f'<p>Nothing here yet: <code>{html.escape(section.command)}</code> fills it{html.escape(f", after {section.needs}" if section.needs else "")}.</p>'
-    return f'<section id="{_anchor(section.title)}"><h2>{html.escape(section.title)}</h2><p>{html.escape(section.about)}</p>{"".join(items) or empty}</section>'
-
-def _anchor(title): return re.sub(r'\W+', '-', title.lower().replace("'", ''))
+def _record(run, here): # of `_record_columns`; the first is its name, which leads to its folder
+    row, about = progress(run), run.environment
+    commit = about.get('commit', '')[:8] + (' and changes' if about.get('uncommitted') else '')
+    cells = [row['status'], f"{row['epochs_done']}/{row['epochs'] or '?'}", format_cell(100*row['test_top1']), commit,
+             _machine(about) if about else '', about.get('command', '')]
+    return dict(name=run.name, link=_links(here, **{run.name: run.folder}), cells=[cell or '–' for cell in cells])
 
 # %% ../nbs/08e_report.ipynb #bb53a8e3
 def write_report(
-    reports:str|Path='reports', # folder with figures/, tables/, bench/ and runs/; from the repository's root where relative
+    reports:str|Path='reports', # folder with figures/, tables/, bench/ and runs/; from the root where relative
     out:str|Path='out/report',  # folder of the page
 )->Path:
     "Write index.html: everything in `reports`, in sections, on one page that needs no other file."
@@ -179,18 +278,20 @@ def write_report(
     runs = find_runs(reports/'runs')
     found = {section: section.found(reports) for section in SECTIONS}
     rest = Section('More', 'What belongs to no other section.', ('*',), without_runs=('*',))
-    if others := [path for path in rest.found(reports) if not any(path in paths for paths in found.values())]: found[rest] = others
-    titles = [section.title for section in found] + ['Run records']
-    parts = ['<nav>' + ''.join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in titles) + '</nav>',
-             *(_section_html(section, paths, out, {run.name for run in runs}) for section, paths in found.items()),
-             f'<section id="run-records"><h2>Run records</h2>{_records_html(runs, out)}</section>']
-    lead = ['Does a ResNet-50 that is taught by a vision transformer overtake the same ResNet-50 taught by labels alone, and when? Grey was published; colour is measured here.']
-    return _write_page(out/'index.html', 'vitdistill: the report', lead, ''.join(parts))
+    known = {path for paths in found.values() for path in paths}
+    if others := [path for path in rest.found(reports) if path not in known]: found[rest] = others
+    names = {run.name for run in runs}
+    found = {section: [section.shown(path, out, names) for path in paths] for section, paths in found.items()}
+    lead = ('Does a ResNet-50 that is taught by a vision transformer overtake the same ResNet-50 taught by labels '
+            'alone, and when? Grey was published; colour is measured here.')
+    return _write_page(out/'index.html', 'report', title='vitdistill: the report', lead=[lead], found=found,
+                       columns=_record_columns, records=[_record(run, out) for run in runs])
 
 # %% ../nbs/08e_report.ipynb #311e6951
 def main(arguments:list=None)->None:
     "`python -m vitdistill.report`: one page of what reports/ holds."
-    parser = argparse.ArgumentParser(prog='python -m vitdistill.report', description='One self-contained page of the figures, tables and run records in a folder.')
+    parser = argparse.ArgumentParser(prog='python -m vitdistill.report',
+        description='One self-contained page of the figures, tables and run records in a folder.')
     parser.add_argument('--reports', default='reports', help='folder with figures/, tables/, bench/ and runs/')
     parser.add_argument('--out', default='out/report', help='folder of the page')
     args = parser.parse_args(arguments)
