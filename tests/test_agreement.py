@@ -37,7 +37,7 @@ def answer(rng, label, right, follow=None, share=0.0):
 
 @pytest.fixture
 def cifar(tmp_path):
-    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; sizes are CIFAR-100's."""
+    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; CIFAR-100's sizes."""
     rng = np.random.default_rng(0)
     labels = {part: np.repeat(np.arange(100), n // 100) for part, n in dict(test=10_000, val=1000, train=9000).items()}
     taught_by = {part: answer(rng, label, 0.84) for part, label in labels.items()}

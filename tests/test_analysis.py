@@ -32,7 +32,7 @@ def test_committed_study_page_is_what_its_runs_say(tmp_path):
 
 
 def test_study_chooses_by_held_out_images(tmp_path):
-    """Of two learning rates the better on held-out images is chosen, whatever the test images say; neither is an arm."""
+    """Of two learning rates the better on held-out images is chosen, whatever test images say; neither is an arm."""
     for lr, held_out, test in (0.01, 0.4, 0.1), (0.1, 0.3, 0.9):
         folder = curve_run(tmp_path / "runs", lambda e: 0.5, lr=lr)
         result = json.loads((folder / "result.json").read_text())
