@@ -218,7 +218,7 @@ def _in_range(value:float, interval:str)->bool: # is `value` inside '[0, 1)'?
 
 # %% ../nbs/00_config.ipynb #49d427f4
 def check(config:Config)->None:
-    "Raise `VitdistillError` for a value of the wrong type, outside its range, or that contradicts another."
+    "Raise `VitdistillError` for a value of the wrong type or outside its range."
     for f in fields(config):
         object.__setattr__(config, f.name, value := _typed(f, getattr(config, f.name)))
         allowed = f.metadata['allowed']
@@ -228,9 +228,6 @@ def check(config:Config)->None:
             raise VitdistillError(f"{f.name} = {value!r}: give 'auto' or a whole number above 0.")
         if allowed and isinstance(value, (int, float)) and not _in_range(value, allowed):
             raise VitdistillError(f'{f.name} = {value} is out of range: give a value in {allowed}.')
-    if config.distillation != 'none' and not config.teacher:
-        raise VitdistillError(f'distillation = {config.distillation!r} needs a teacher: name a timm model as teacher, '
-                              "or set distillation = 'none'.")
 
 # %% ../nbs/00_config.ipynb #731e5d37
 def from_dict(values:dict, source:str='')->Config:

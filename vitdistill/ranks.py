@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Ranks', 'check_device', 'start_ranks', 'end_with_parent', 'threads_per_rank', 'batch_bounds', 'local_rows',
-           'has_batch_norm', 'parallel', 'share_statistics', 'seed_step']
+           'has_batch_norm', 'parallel', 'seed_step']
 
 # %% ../nbs/05a_ranks.ipynb #2950b6db
-import os, threading, time
+import os, random, threading, time
 from dataclasses import dataclass
-import torch, torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
+from timm.utils.distributed import world_info_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .config import Config, VitdistillError
@@ -37,22 +38,27 @@ class Ranks:
 # %% ../nbs/05a_ranks.ipynb #e9329df9
 def check_device(device:str)->None:
     "Raise `VitdistillError` for CUDA without a GPU."
-    if device == 'cuda' and not torch.cuda.is_available(): raise VitdistillError("device = 'cuda' but torch sees no GPU here: set device to auto or cpu.")
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise VitdistillError("device = 'cuda' but torch sees no GPU here: set device to auto or cpu.")
 
+# %% ../nbs/05a_ranks.ipynb #3b0f1e68
 def start_ranks(device:str)->Ranks:
-    "Join the process group that torchrun's environment describes; one process needs none."
-    rank, world, local, local_world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
+    "Join the process group that torchrun's, or srun's, environment describes; one process needs none."
+    by_srun = {'SLURM_STEP_ID', 'MASTER_ADDR'} <= os.environ.keys() # a job's own variables alone don't make a rank
+    local, rank, world = world_info_from_env() if 'RANK' in os.environ or by_srun else (0, 0, 1)
+    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1) if by_srun else 1))
     check_device(device)
     if device == 'cuda':
         device = f'cuda:{local}'
         torch.cuda.set_device(local)
-    if world > 1: dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', **({'device_id': torch.device(device)} if device.startswith('cuda') else {}))
+    on_gpu = dict(backend='nccl', device_id=torch.device(device)) if device.startswith('cuda') else dict(backend='gloo')
+    if world > 1: dist.init_process_group(rank=rank, world_size=world, **on_gpu)
     return Ranks(rank, world, local, local_world, device)
 
 # %% ../nbs/05a_ranks.ipynb #dc15f55a
 def end_with_parent(poll:float=1.)->None: # seconds between looks
-    "Start a thread that ends this process once torchrun, or the notebook that launched it, is gone; one that was started by hand may outlive its shell."
-    if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return
+    "Start a thread that ends this process once torchrun, or the notebook that launched it, is gone."
+    if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return # started by hand, it may outlive its shell
     parent, launcher = os.getppid(), int(os.environ.get('VITDISTILL_LAUNCHER', 0))
     def watch():
         while True:
@@ -65,7 +71,7 @@ def end_with_parent(poll:float=1.)->None: # seconds between looks
 
 # %% ../nbs/05a_ranks.ipynb #8a918630
 def threads_per_rank(config:Config, local_world:int)->int:
-    "CPU threads of a rank: the cores shared out, or fewer where OMP_NUM_THREADS says so; more threads than cores would be many times slower."
+    "CPU threads of a rank: the cores shared out, or fewer where OMP_NUM_THREADS says so; more would be many times slower."
     if config.threads != 'auto': return config.threads
     return max(1, min(cores()//local_world, int(os.environ.get('OMP_NUM_THREADS', cores()))))
 
@@ -76,9 +82,10 @@ def batch_bounds(
     world:int,
     batch_norm:bool  # then every rank needs two images
 )->list:
-    "(start, stop) of the epoch's global batches; a last one that would leave a rank fewer than 2 images is dropped under batch norm."
+    "(start, stop) of the epoch's global batches; under batch norm one that leaves a rank fewer than 2 images is dropped."
     if batch_norm and (least := min(batch, n))//world < 2:
-        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few for batch norm: use a larger batch_size, more images or fewer ranks.')
+        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few for batch norm: '
+                              'use a larger batch_size, more images or fewer ranks.')
     bounds = [(i, min(i + batch, n)) for i in range(0, n, batch)]
     return bounds[:-1] if batch_norm and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
 
@@ -96,18 +103,15 @@ def has_batch_norm(model:nn.Module)->bool:
 # %% ../nbs/05a_ranks.ipynb #309b0d8f
 def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
     "The model under DDP where there are several ranks, with synchronized batch norm on CUDA (there is none on a CPU)."
-    if ranks.world == 1: return model
+    if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()): return model
     on_gpu = ranks.device.startswith('cuda')
-    if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # timm's: torch's drops the activation of timm's fused layers
+    if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's drops activations of fused layers
     return DistributedDataParallel(model, device_ids=[ranks.local] if on_gpu else None)
-
-# %% ../nbs/05a_ranks.ipynb #0ed70a39
-def share_statistics(model:nn.Module, ranks:Ranks)->None:
-    "Give every rank the running statistics of rank 0."
-    if ranks.world > 1:
-        for buffer in model.buffers(): dist.broadcast(buffer, 0)
 
 # %% ../nbs/05a_ranks.ipynb #273e0372
 def seed_step(seed:int, epoch:int, step:int, rank:int)->None:
-    "Dropout and stochastic depth of a step are a function of (seed, epoch, step, rank)."
-    torch.manual_seed(generator(seed, epoch, step, rank).initial_seed())
+    "Whatever a step draws (torch's, numpy's and Python's numbers) is a function of (seed, epoch, step, rank)."
+    state = generator(seed, epoch, step, rank).initial_seed()
+    torch.manual_seed(state)
+    np.random.seed(state % 2**32)
+    random.seed(state)
