@@ -1,4 +1,4 @@
-"""The notebook on agreement: on the committed runs, on a CIFAR-100 study of several seeds, on damaged runs and on none."""
+"""The notebook on agreement: on the committed runs, on a CIFAR-100 study of several seeds, on damaged runs, on none."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +6,8 @@ from test_notebooks import ANALYSIS, execute
 from vitdistill.config import Config, save
 from vitdistill.runs import RunWriter
 
-FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_noise", "agreement_reliability", "agreement_teacher"]
+FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_noise", "agreement_reliability",
+           "agreement_teacher"]
 TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 
@@ -22,7 +23,8 @@ def write_run(folder, arrays, **over):
     config = Config(dataset="cifar100", runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), **over)
     run = RunWriter.of(config)
     save(config, run.folder / "config.yaml")
-    run.save_predictions(**arrays), run.finish({})
+    run.save_predictions(**arrays)
+    run.finish({})
     return run
 
 
@@ -35,7 +37,7 @@ def answer(rng, label, right, follow=None, share=0.0):
 
 @pytest.fixture
 def cifar(tmp_path):
-    """A simulated teacher, and for three seeds a plain student and one that in part repeats the teacher; the test set has CIFAR-100's size."""
+    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; CIFAR-100's sizes."""
     rng = np.random.default_rng(0)
     labels = {part: np.repeat(np.arange(100), n // 100) for part, n in dict(test=10_000, val=1000, train=9000).items()}
     taught_by = {part: answer(rng, label, 0.84) for part, label in labels.items()}
@@ -43,15 +45,18 @@ def cifar(tmp_path):
     def arrays(decide):
         found = {}
         for part, label in labels.items():
-            found |= {f"{part}_image": np.arange(len(label)), f"{part}_label": label, f"{part}_class_decision": decide(part, label),
-                      f"{part}_class_top5": np.zeros((len(label), 5), int), f"{part}_class_confidence": rng.beta(5, 1.5, len(label)).astype("float16")}
+            found |= {f"{part}_image": np.arange(len(label)), f"{part}_label": label,
+                      f"{part}_class_decision": decide(part, label),
+                      f"{part}_class_top5": np.zeros((len(label), 5), int),
+                      f"{part}_class_confidence": rng.beta(5, 1.5, len(label)).astype("float16")}
         return found
 
     teacher = write_run(tmp_path, arrays(lambda part, label: taught_by[part]), **TEACHER)
     for seed in (1, 2, 3):
         write_run(tmp_path, arrays(lambda part, label: answer(rng, label, 0.70)), seed=seed)
-        write_run(tmp_path, arrays(lambda part, label: answer(rng, label, 0.72, taught_by[part], 0.3)), seed=seed, experiment="distilled",
-                  teacher="vit_tiny_patch16_224", distillation="hard", teacher_weights=str(teacher.model))
+        write_run(tmp_path, arrays(lambda part, label: answer(rng, label, 0.72, taught_by[part], 0.3)), seed=seed,
+                  experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard",
+                  teacher_weights=str(teacher.model))
     return tmp_path
 
 
@@ -64,19 +69,26 @@ def test_on_committed_runs(tmp_path):
 
 
 def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
-    """Numbers that were put in come out, the superclasses are named, and what can't be read is said while the rest is drawn."""
+    """Numbers put in come out, superclasses are named, and what can't be read is said while the rest is drawn."""
     short, torn = (write_run(cifar, {}, seed=seed) for seed in (8, 9))
-    (short.folder / "predictions.npz").unlink(), (short.folder / "result.json").unlink()
+    (short.folder / "predictions.npz").unlink()
+    (short.folder / "result.json").unlink()
     (torn.folder / "predictions.npz").write_bytes(b"PK\x03\x04")
     said, out = analyse(cifar, reports=str(cifar / "runs"))
-    assert f"{short.name} has no predictions.npz, for it was cut short" in said and f"{torn.folder / 'predictions.npz'} is damaged" in said
-    table = {name: pd.read_csv(out / "tables" / f"agreement_{name}.csv") for name in ("teacher", "superclasses", "classes", "image_noise", "seed_noise", "disagreement")}
-    assert len(table["superclasses"]) == 20 and len(table["classes"]) == 100 and "aquatic mammals" in set(table["classes"].superclass)
+    assert f"{short.name} has no predictions.npz, for it was cut short" in said
+    assert f"{torn.folder / 'predictions.npz'} is damaged" in said
+    table = {name: pd.read_csv(out / "tables" / f"agreement_{name}.csv")
+             for name in ("teacher", "superclasses", "classes", "image_noise", "seed_noise", "disagreement")}
+    assert len(table["superclasses"]) == 20
+    assert len(table["classes"]) == 100 and "aquatic mammals" in set(table["classes"].superclass)
     sides = table["teacher"].set_index(["student", "part"])["there with the teacher (%)"]
-    assert sides["taught", "test"] == pytest.approx(28 * 0.3, abs=1.5) and sides["labels alone", "test"] < 1  # 28% wrong, 30% of them the teacher's
+    assert sides["taught", "test"] == pytest.approx(28 * 0.3, abs=1.5)
+    assert sides["labels alone", "test"] < 1  # 28% wrong, 30% of them the teacher's
     noise = table["seed_noise"].iloc[0]
-    assert noise["pairs of seeds"] == 3 and noise["mean difference (points)"] == pytest.approx(table["image_noise"]["difference (points)"].mean())
-    assert table["disagreement"].iloc[1, 1] == pytest.approx(16 * 0.99, abs=1.2)  # the teacher's error; one wrong draw in 100 is the label
+    assert noise["pairs of seeds"] == 3
+    assert noise["mean difference (points)"] == pytest.approx(table["image_noise"]["difference (points)"].mean())
+    # the teacher's error; one wrong draw in 100 is the label
+    assert table["disagreement"].iloc[1, 1] == pytest.approx(16 * 0.99, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)
 
 

@@ -10,11 +10,11 @@ __all__ = ['TEACHING', 'LOOKS', 'readable', 'curves', 'summary', 'settings', 'te
 # %% ../nbs/08_analysis.ipynb #baa3866f
 import json, math, textwrap
 from collections.abc import Callable
-from dataclasses import fields
+
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.ticker import PercentFormatter
-from .config import Config, VitdistillError, nearest, repo_root, write_atomic
+from .config import Config, VitdistillError, field_names, nearest, repo_root, write_atomic
 from .runs import Run, all_metrics
 
 # %% ../nbs/08_analysis.ipynb #50dede41
@@ -35,47 +35,53 @@ def curves(
     frame = pd.concat(parts, ignore_index=True)
     return frame[['run', *keys] + [name for name in frame.columns if name not in ('run', *keys)]]
 
+# %% ../nbs/08_analysis.ipynb #c3552bab
+_summary_columns = [
+    'run', 'experiment', 'dataset', 'student', 'stem', 'teacher', 'seed', 'status', 'epochs_done', 'epochs',
+    'test_top1', 'val_top1', 'train_top1', 'seconds_median', 'seconds_mean', 'seconds_first',
+    'teacher_seconds_mean', 'teacher_seconds_first']
+
+def _described(run): # what it is
+    keys = ('experiment', 'dataset', 'student', 'stem', 'teacher', 'seed', 'epochs')
+    return {'run': run.name, 'status': run.status,
+            **({key: getattr(run.config, key) for key in keys} if readable(run) else {})}
+
 # %% ../nbs/08_analysis.ipynb #8f0ab521
 def summary(
     runs:list[Run] # as `find_runs` lists them
 )->pd.DataFrame:   # a row per run; accuracies are fractions at the LAST epoch, never at the best; seconds are per epoch
     "What each run is, how far it came, its last accuracies and its cost in seconds."
     known = {i: run for i, run in enumerate(runs) if readable(run)}
-    metrics = all_metrics(known).set_index('key').reindex(columns=['test_top1', 'val_top1', 'train_top1', 'seconds', 'teacher_seconds']).astype(float)
+    columns = ['test_top1', 'val_top1', 'train_top1', 'seconds', 'teacher_seconds']
+    metrics = all_metrics(known).set_index('key').reindex(columns=columns).astype(float)
     epochs = metrics.groupby(level=0)
     last, first = epochs.last(), epochs.first() # that are there: not every epoch is evaluated
-    costs = dict(seconds_median=epochs.seconds.median(), seconds_mean=epochs.seconds.mean(), seconds_first=first.seconds,
-                 teacher_seconds_mean=epochs.teacher_seconds.mean(), teacher_seconds_first=first.teacher_seconds)
-    frame = pd.DataFrame([_described(run) for run in runs]).join(last.drop(columns=['seconds', 'teacher_seconds'])).assign(epochs_done=epochs.size(), **costs)
+    costs = dict(seconds_median=epochs.seconds.median(), seconds_mean=epochs.seconds.mean(),
+                 seconds_first=first.seconds, teacher_seconds_mean=epochs.teacher_seconds.mean(),
+                 teacher_seconds_first=first.teacher_seconds)
+    frame = pd.DataFrame([_described(run) for run in runs]).join(last[columns[:3]])
+    frame = frame.assign(epochs_done=epochs.size(), **costs)
     return frame.fillna({'epochs_done': 0}).astype({'epochs_done': int}).reindex(columns=_summary_columns)
 
-# %% ../nbs/08_analysis.ipynb #c3552bab
-_summary_columns = ['run', 'experiment', 'dataset', 'student', 'stem', 'teacher', 'seed', 'status', 'epochs_done', 'epochs',
-    'test_top1', 'val_top1', 'train_top1', 'seconds_median', 'seconds_mean', 'seconds_first', 'teacher_seconds_mean', 'teacher_seconds_first']
-
-def _described(run): # what it is
-    keys = ('experiment', 'dataset', 'student', 'stem', 'teacher', 'seed', 'epochs')
-    return {'run': run.name, 'status': run.status, **({key: getattr(run.config, key) for key in keys} if readable(run) else {})}
-
 # %% ../nbs/08_analysis.ipynb #b10cc743
-TEACHING = frozenset(f.name for f in fields(Config) if f.name.startswith('teacher')) | {
-    'allow_untrained', 'distillation', 'alpha', 'beta', 'temperature', 'kl_reduction', 'soft_top_k'}
+TEACHING = frozenset(field_names(teaching=True)) # what a taught run and a plain one may differ in
 
 def settings(
     config:Config, # of a run
     but=frozenset(), # fields left out besides the seed
 )->str:
-    "All that defines a run except its seed, as text that is equal for repeats; a value that was 'auto' counts as 'auto'."
-    values = {f.name: 'auto' if f.name in (config.auto or ()) else getattr(config, f.name) for f in fields(config)
-              if f.metadata.get('hashed', True) and f.name != 'seed' and f.name not in but}
-    return json.dumps(values, sort_keys=True)
+    "All that defines a run except its seed, as text that is equal for repeats; what was 'auto' counts as 'auto'."
+    names, auto = {*field_names(hashed=True)} - {'seed', *but}, config.auto or ()
+    return json.dumps({name: 'auto' if name in auto else getattr(config, name) for name in names}, sort_keys=True)
 
 # %% ../nbs/08_analysis.ipynb #d59ae34b
 def teaching(config:Config)->str:
-    "How a student was taught, in words: 'labels alone', or 'taught' and what differs from the paper's way (hard labels of one teacher, alpha 1/2)."
+    "How a student was taught, in words: 'labels alone', or 'taught' and what differs from the paper's way."
     if config.distillation == 'none': return 'labels alone'
-    ways = [(config.distillation != 'hard', f'{config.distillation} targets at tau {config.temperature:g}'), (config.alpha != .5, f'alpha {config.alpha:g}'),
-            (config.fold_weights, 'out of fold'), (config.allow_untrained, 'head never trained'), (config.teacher_normalization != 'data', 'pixels normalized otherwise')]
+    ways = [(config.distillation != 'hard', f'{config.distillation} targets at tau {config.temperature:g}'),
+            (config.alpha != .5, f'alpha {config.alpha:g}'),
+            (config.fold_weights, 'out of fold'), (config.allow_untrained, 'head never trained'),
+            (config.teacher_normalization != 'data', 'pixels normalized otherwise')]
     return ', '.join(['taught', *(words for differs, words in ways if differs)])
 
 # %% ../nbs/08_analysis.ipynb #24a63e97
@@ -94,7 +100,7 @@ def comparable_pair(
     one:str='baseline',       # experiment of the first group
     other:str='distilled',    # experiment of the second
 )->tuple[list[Run], list[Run]]:
-    "Two groups of repeats that differ only in `TEACHING`; of several pairs the one of the most planned epochs, then images, then epochs run, then a teacher in health, then the larger learning rate; [] for a missing side."
+    "Two groups of repeats that differ only in `TEACHING`, of several pairs the largest; [] for a missing side."
     groups = repeats(runs)
     first, second = ([g for g in groups if g[0].config.experiment == name] for name in (one, other))
     plan = lambda group: settings(group[0].config, TEACHING)
@@ -102,7 +108,8 @@ def comparable_pair(
     healthy = lambda pair: not any(run.config.allow_untrained for group in pair for run in group)
     def size(pair):
         config = (pair[0] or pair[1])[0].config
-        return config.t_max or config.epochs, config.data_fraction, sorted(sum(epochs[run.name] for run in group) for group in pair), healthy(pair), config.lr
+        ran = sorted(sum(epochs[run.name] for run in group) for group in pair)
+        return config.t_max or config.epochs, config.data_fraction, ran, healthy(pair), config.lr
     pairs = [(a, b) for a in first for b in second if plan(a) == plan(b)]
     return max(pairs or [(a, []) for a in first] + [([], b) for b in second], key=size, default=([], []))
 
@@ -137,7 +144,9 @@ def published_value(
         if column == 'where' and not where: continue
         known, table = table[column].unique(), table[table[column] == wanted]
         if not len(table): raise VitdistillError(f'published.csv has no {column} {wanted!r}: {nearest(wanted, known)}')
-    if len(table) > 1: raise VitdistillError(f"{quantity!r} of {item!r} is published in {len(table)} places: give where, {' or '.join(table['where'])}.")
+    if len(table) > 1:
+        raise VitdistillError(f"{quantity!r} of {item!r} is published in {len(table)} places: give where, "
+                              f"{' or '.join(table['where'])}.")
     value = table['value'].item()
     try: return float(value)
     except ValueError: return value
@@ -147,8 +156,9 @@ def style()->None:
     "Set the look of every figure of the study."
     sns.set_theme(context='paper', style='ticks', font='DejaVu Sans', font_scale=1.05, rc={
         'figure.dpi': 110, 'savefig.dpi': 200, 'figure.figsize': (5.2, 3.4),
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e6e6e6', 'grid.linewidth': .6,
-        'axes.titlesize': 'medium', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.axisbelow': True,
+        'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
+        'grid.color': '#e6e6e6', 'grid.linewidth': .6,
+        'axes.titlesize': 'medium', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
         'lines.linewidth': 1.6, 'lines.markersize': 4.5, 'legend.frameon': False, 'legend.handlelength': 3.2})
 
 # %% ../nbs/08_analysis.ipynb #f89d9c23
@@ -175,8 +185,10 @@ def plot_curves(
     "Draw the repeats of one experiment: their mean, and a thin line for each where there are several."
     mean, shape = mean_curve(frame, column), look(role)
     if frame['run'].nunique() > 1:
-        for _, one in frame.dropna(subset=[column]).groupby('run'): ax.plot(one.epoch, one[column], color=shape['color'], linewidth=.6, alpha=.45)
-    ax.plot(mean.epoch, mean['mean'], color=shape['color'], marker=shape['marker'], markevery=max(1, len(mean)//12), label=label)
+        for _, one in frame.dropna(subset=[column]).groupby('run'):
+            ax.plot(one.epoch, one[column], color=shape['color'], linewidth=.6, alpha=.45)
+    ax.plot(mean.epoch, mean['mean'], color=shape['color'], marker=shape['marker'], markevery=max(1, len(mean)//12),
+            label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return mean
 
@@ -209,7 +221,8 @@ def save_figure(
     about = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None, 'Title': name}}
     with plt.rc_context({'svg.hashsalt': 'vitdistill', 'svg.fonttype': 'path'}):
         return [write_atomic(Path(out)/'figures'/f'{name}.{kind}', lambda path: fig.savefig(path, format=kind,
-            bbox_inches='tight', facecolor='white', metadata={**meta, **source, 'Description': caption})) for kind, meta in about.items()]
+                    bbox_inches='tight', facecolor='white', metadata={**meta, **source, 'Description': caption}))
+                for kind, meta in about.items()]
 
 # %% ../nbs/08_analysis.ipynb #038c632f
 def format_cell(value)->str:
@@ -227,10 +240,12 @@ def save_table(
 )->list[Path]:
     "Write tables/<name>.csv (all digits) and .md (for reading), atomically; the index is left out."
     cell = lambda value: format_cell(value).replace('|', r'\|').replace('\n', ' ')
-    rows = [map(cell, frame.columns), ['---']*len(frame.columns), *(map(cell, row) for row in frame.itertuples(index=False))]
+    rows = [map(cell, frame.columns), ['---']*len(frame.columns),
+            *(map(cell, row) for row in frame.itertuples(index=False))]
     text = '\n'.join([*([caption, ''] if caption else []), *('| ' + ' | '.join(row) + ' |' for row in rows), ''])
     folder = Path(out)/'tables'
-    return [write_atomic(folder/f'{name}.csv', lambda path: path.write_text(frame.to_csv(index=False), encoding='utf-8')),
+    return [write_atomic(folder/f'{name}.csv',
+                         lambda path: path.write_text(frame.to_csv(index=False), encoding='utf-8')),
             write_atomic(folder/f'{name}.md', lambda path: path.write_text(text, encoding='utf-8'))]
 
 # %% ../nbs/08_analysis.ipynb #1289b3e5
@@ -241,9 +256,11 @@ class Showing:
 
     def figure(self, fig, name:str, caption:str='', runs:list[Run]=())->None: # as `save_figure` takes them
         from IPython.display import Image, display
-        save_figure(fig, self.out, name, caption, runs), plt.close(fig)
-        display(Image(self.out/'figures'/f'{name}.png', width=900)), print(textwrap.fill(caption, 120))
+        save_figure(fig, self.out, name, caption, runs)
+        plt.close(fig)
+        display(Image(self.out/'figures'/f'{name}.png', width=900))
+        print(textwrap.fill(caption, 120))
 
-    def table(self, rows, name:str, caption:str='', most:int=50): # rows: a frame, or dicts; most: rows shown (all are saved)
+    def table(self, rows, name:str, caption:str='', most:int=50): # rows: a frame, or dicts; most: shown of all saved
         save_table(frame := pd.DataFrame(rows), self.out, name, caption)
         return frame.head(most).style.hide().format(format_cell)
