@@ -14,9 +14,11 @@ export JUPYTER_RUNTIME_DIR := $(CURDIR)/out/home/runtime
 export MPLCONFIGDIR := $(CURDIR)/out/home/matplotlib
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-# $(call notebook,TEMPLATE,OUTPUT,PARAMETERS): execute one by papermill, from the root, showing what it prints
+# $(call notebook,TEMPLATE,OUTPUT,PARAMETERS): execute one by papermill, from the root, showing what it prints and where it lies
+# (papermill warns of each name that a template doesn't declare; ours take any field of Config and refuse the rest themselves)
 notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermill --log-output --no-progress-bar --cwd . \
-	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|<(Figure|pandas)|$$)' || true; }
+	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|Passed unknown parameter|<(Figure|pandas)|$$)' || true; } && \
+	echo "its notebook: $(2).ipynb"
 
 .PHONY: help venv demo test test-all study figures report bench lab clean
 help: ## list the commands
@@ -60,7 +62,7 @@ study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, TEACHER=FILE t
 	@$(call notebook,$(EXPERIMENTS)/e02_distilled_resnet50,out/study/$(PRESET)-e02_distilled_resnet50,-p preset $(PRESET) $(ARGS))
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/study/a01_paper,-p out out/study -p dataset cifar100)
 
-figures: venv ## rebuild reports/figures and reports/tables from reports/runs (the only command that changes tracked files)
+figures: venv ## rebuild reports/figures and reports/tables from reports/runs (this, and make bench ARGS=--keep, change tracked files)
 	@mkdir -p out/figures out/home/runtime
 	@$(call notebook,$(ANALYSIS)/a00_data,out/figures/a00_data,-p out reports)
 	@$(call notebook,$(ANALYSIS)/a02_study,out/figures/a02_study,-p reports reports/runs -p out reports)
@@ -70,10 +72,10 @@ figures: venv ## rebuild reports/figures and reports/tables from reports/runs (t
 	@$(call notebook,$(ANALYSIS)/a06_deit,out/figures/a06_deit,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports)
 
-report: venv ## all of reports/ on one self-contained page, as make figures and make bench left it -> out/report/index.html
+report: venv ## all of reports/ on one self-contained page, as make figures and make bench ARGS=--keep left it -> out/report/index.html
 	$(BIN)/python -m vitdistill.report $(ARGS)
 
-bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU
+bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
 
 lab: venv ## JupyterLab on this repository

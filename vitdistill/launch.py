@@ -139,10 +139,10 @@ def failure(
     if not files: # it failed before it could write one
         own = list(itertools.takewhile(lambda line: not re.match(r'E\d{4} ', line), lines)) # torchrun's words follow
         return 'the ranks ended without a result; the log ends:\n' + '\n'.join((own or lines)[-12:])
-    error = json.loads(files[0].read_text())['message']
-    kind, _, sentence = error['message'].partition(': ')
-    if kind == VitdistillError.__name__: return sentence
-    trace = error['extraInfo']['py_callstack'].rstrip().splitlines()
+    said = [json.loads(file.read_text())['message'] for file in files]
+    for kind, _, sentence in (error['message'].partition(': ') for error in said):
+        if kind == VitdistillError.__name__: return sentence
+    trace = said[0]['extraInfo']['py_callstack'].rstrip().splitlines()
     return f'rank {files[0].parent.name} failed:\n' + '\n'.join(trace[-12:])
 
 # %% ../nbs/07_launch.ipynb #1e6f6059
