@@ -17,7 +17,7 @@ from markupsafe import Markup
 from .analysis import format_cell
 from .config import VitdistillError, from_root, write_atomic
 from .runs import find_runs
-from .watch import progress
+from .watch import standing
 
 # %% ../nbs/08e_report.ipynb #44400b0a
 _style = '''
@@ -251,7 +251,7 @@ SECTIONS = (
             ('complexity_*',), 'a04_complexity', without_runs=('*',)),
     Section('The data', 'What the models are given: images, views, splits.', ('data_*',), 'a00_data',
             without_runs=('*',)),
-    Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',), command='make bench',
+    Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',), command='make bench ARGS=--keep',
             files=('bench/figures/*.svg', 'bench/*.csv'), without_runs=('*',)))
 
 # %% ../nbs/08e_report.ipynb #5889a420
@@ -262,7 +262,7 @@ def _machine(about): # of `runs.environment`
 _record_columns = 'run', 'status', 'epochs', 'test top-1 at the last (%)', 'commit', 'machine', 'command'
 
 def _record(run, here): # of `_record_columns`; the first is its name, which leads to its folder
-    row, about = progress(run), run.environment
+    row, about = standing(run), run.environment
     commit = about.get('commit', '')[:8] + (' and changes' if about.get('uncommitted') else '')
     cells = [row['status'], f"{row['epochs_done']}/{row['epochs'] or '?'}", format_cell(100*row['test_top1']), commit,
              _machine(about) if about else '', about.get('command', '')]
