@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdistill.config import Config, repo_root
+from vitdistill.config import Config, preset, repo_root
 from vitdistill.runs import Run
 from vitdistill.setup import resolve
 
@@ -26,6 +26,13 @@ def tiny(tmp_path):
                   teacher_kwargs=TINY, teacher_size=32, allow_untrained=True, distillation="hard", epochs=3, batch_size=64, optimizer="adamw",
                   lr=1e-3, precision="fp32", teacher_precision="fp32", device="cpu", threads=1, runs_dir=str(tmp_path / "runs"),
                   work_dir=str(tmp_path / "work"))
+
+
+@pytest.fixture
+def recipe(tiny):
+    """The same with mixing, a weight average, clipped gradients and dropped paths: the preset of that name."""
+    ours = ("data_fraction", "epochs", "precision", "teacher_precision", "device", "threads", "runs_dir", "work_dir")
+    return preset("recipe", "distilled", **{name: getattr(tiny, name) for name in ours})
 
 
 def elsewhere(config, folder):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'Data', 'Dataset', 'check_dataset', 'image_side', 'data_root',
            'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified', 'load_digits',
-           'image_lines', 'DiskImages', 'load_images', 'load_data', 'fingerprint', 'held_out', 'fold_rows',
-           'split_rows']
+           'image_lines', 'DiskImages', 'load_images', 'labelled_images', 'load_data', 'fingerprint', 'held_out',
+           'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
 import functools, hashlib, importlib.util, io, math, os, pickle, typing
@@ -339,6 +339,22 @@ def load_images(config:Config)->Data:
     listing = [f'{size} px', *(f'{os.path.relpath(path, root)} {length}' for path, length, _ in files['train'])]
     flip = check_dataset(config.dataset).flip
     return Data(config.dataset, images, labels, test_images, test_labels, classes, flip, listing='\n'.join(listing))
+
+# %% ../nbs/01_data.ipynb #3e91c0f4
+def labelled_images(
+    root:str|Path, # holds a folder of images for each class, named as `classes` name it
+    classes:list,  # of the dataset
+    size:int       # side of the images, px
+)->tuple:          # ((N, size, size, 3) uint8, (N,) int64)
+    "Images of a folder per class, labelled as a dataset numbers its classes; another folder is a `VitdistillError`."
+    from timm.data.readers import create_reader
+    try: reader = create_reader('', str(from_root(root)))
+    except (AssertionError, RuntimeError, OSError):
+        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.') from None
+    if unknown := [name for name in _classes(reader) if name not in classes]:
+        raise VitdistillError(f'{root} has a folder {unknown[0]!r}, which is no class: {nearest(unknown[0], classes)}')
+    numbers = [classes.index(name) for name in _classes(reader)]
+    return DiskImages(reader, size).resident(), torch.tensor([numbers[label] for *_, label in _files(reader)])
 
 # %% ../nbs/01_data.ipynb #2f794f03
 def load_data(config:Config)->Data:

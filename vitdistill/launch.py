@@ -20,7 +20,7 @@ from .runs import Run, find_runs
 from .setup import resolve
 
 # %% ../nbs/07_launch.ipynb #bd45b26d
-notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'out_of_fold',
+notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
                   'teacher_data_fraction')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 

@@ -214,6 +214,7 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
         row['seconds'] = time.perf_counter() - begun
         if ranks.rank == 0:
             run.append(row)
+            if epoch == done: run.note_machine()
             if (epoch + 1) % config.checkpoint_every == 0 or last:
                 states = {name: part.state_dict() for name, part in kept.items()}
                 state = dict(epochs=epoch + 1, world=ranks.world, **states)
