@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'HardLabel', 'Logits', 'TopK', 'soft_loss', 'soft_loss_top_k', 'decoupled_loss', 'standardize',
-           'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'SwitchedDistillationLoss', 'within',
+           'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within', 'SwitchedDistillationLoss',
            'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation',
            'RelationalDistillation', 'criterion', 'Output', 'Objective']
 
@@ -167,6 +167,12 @@ class Labels(nn.Module):
         label = self.label_loss(heads, batch.targets)
         return label, dict(label=label)
 
+# %% ../nbs/03_losses.ipynb #df6a836e
+def within(name:str, value:float, low:float=0., high:float=1.)->float:
+    "The value, or a `VitdistillError` where it is outside [low, high]."
+    if low <= value <= high: return value
+    raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
+
 # %% ../nbs/03_losses.ipynb #3f3ccbe3
 class SwitchedDistillationLoss(Labels):
     "Labels and a teacher's hard labels, weighed by alpha (Jeong & Arnoud, section 4.2; DeiT eq. 3)."
@@ -181,11 +187,6 @@ class SwitchedDistillationLoss(Labels):
     def forward(self, heads:tuple, batch:Batch)->tuple:
         label, teacher = self.label_loss(heads[:1], batch.targets), self.term(heads[-1].float(), batch)
         return (1 - self.alpha)*label + self.alpha*teacher, dict(label=label, teacher=teacher)
-
-def within(name:str, value:float, low:float=0., high:float=1.)->float:
-    "The value, or a `VitdistillError` where it is outside [low, high]."
-    if low <= value <= high: return value
-    raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
 
 # %% ../nbs/03_losses.ipynb #1d94e7a3
 class SoftDistillation(SwitchedDistillationLoss):

@@ -63,7 +63,8 @@ def end_with_parent(poll:float=1.)->None: # seconds between looks
     def watch():
         while True:
             time.sleep(poll)
-            try: launcher and os.kill(launcher, 0)
+            try:
+                if launcher: os.kill(launcher, 0)
             except ProcessLookupError: os._exit(3)
             except PermissionError: pass
             if os.getppid() != parent: os._exit(3)
@@ -71,7 +72,7 @@ def end_with_parent(poll:float=1.)->None: # seconds between looks
 
 # %% ../nbs/05a_ranks.ipynb #8a918630
 def threads_per_rank(config:Config, local_world:int)->int:
-    "CPU threads of a rank: the cores shared out, or fewer where OMP_NUM_THREADS says so; more would be many times slower."
+    "CPU threads of a rank: the cores shared out, or fewer where OMP_NUM_THREADS says so; more would be much slower."
     if config.threads != 'auto': return config.threads
     return max(1, min(cores()//local_world, int(os.environ.get('OMP_NUM_THREADS', cores()))))
 
@@ -82,10 +83,10 @@ def batch_bounds(
     world:int,
     batch_norm:bool  # then every rank needs two images
 )->list:
-    "(start, stop) of the epoch's global batches; under batch norm one that leaves a rank fewer than 2 images is dropped."
+    "(start, stop) of the epoch's global batches; under batch norm, one of fewer than 2 images a rank is dropped."
     if batch_norm and (least := min(batch, n))//world < 2:
-        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few for batch norm: '
-                              'use a larger batch_size, more images or fewer ranks.')
+        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few for batch '
+                              'norm: use a larger batch_size, more images or fewer ranks.')
     bounds = [(i, min(i + batch, n)) for i in range(0, n, batch)]
     return bounds[:-1] if batch_norm and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
 
@@ -105,7 +106,7 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
     "The model under DDP where there are several ranks, with synchronized batch norm on CUDA (there is none on a CPU)."
     if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()): return model
     on_gpu = ranks.device.startswith('cuda')
-    if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's drops activations of fused layers
+    if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's drops fused activations
     return DistributedDataParallel(model, device_ids=[ranks.local] if on_gpu else None)
 
 # %% ../nbs/05a_ranks.ipynb #273e0372

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision', 'auto_compile',
-           'resolve', 'Setup', 'image_device', 'prepare', 'question_all', 'question', 'open_memo', 'predict',
-           'evaluate', 'weight_average']
+           'file_hash', 'resolve', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'prepare',
+           'predict', 'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import hashlib, inspect, math, os, shutil
@@ -19,7 +19,8 @@ from .answers import Answers, Memo, NoRoom, OutOfFold, memo_key
 from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .losses import criterion
-from .models import Student, check_name, combine, create_student, pretrained_constants, student_size, weights_file
+from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
+from .models import weights_file
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm
 from .runs import Run
 from .teachers import Teacher, check_health, load_teacher, seen_by
@@ -31,7 +32,8 @@ def optimizer_class(config:Config)->tuple:
     name = {'sgd': 'momentum'}.get(config.optimizer, config.optimizer)
     known = ['sgd', *timm.optim.list_optimizers()]
     if name not in known:
-        raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: {nearest(config.optimizer, known)}')
+        near = nearest(config.optimizer, known)
+        raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: {near}')
     found = timm.optim.get_optimizer_class(name, bind_defaults=False)
     arguments = inspect.signature(found).parameters
     if wrong := next((key for key in config.opt_kwargs if key not in arguments), None):
@@ -43,16 +45,18 @@ def create_optimizer(
     config:Config,
     model:nn.Module,        # the timm model
     objective:nn.Module=None, # whose own parameters, if it has any, learn too
-    **kernels               # such as fused=True; else one fused kernel on a GPU, and on a CPU one parameter after the other (in cache)
+    **kernels               # such as fused=True; else fused on a GPU, on a CPU a parameter at a time (in cache)
 )->torch.optim.Optimizer:
     "timm's optimizer of a config, which clips gradients where the config says so."
     name, found = optimizer_class(config)
     wished = {'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}
     kernels = kernels or {key: value for key, value in wished.items() if key in inspect.signature(found).parameters}
-    optimizer = timm.optim.create_optimizer_v2(model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-        filter_bias_and_bn=name not in ('momentum', 'nesterov'), layer_decay=config.layer_decay if config.layer_decay < 1 else None,
-        **kernels, **config.opt_kwargs)
-    if own := [p for p in objective.parameters() if p.requires_grad] if objective else []: optimizer.add_param_group(dict(params=own))
+    optimizer = timm.optim.create_optimizer_v2(
+        model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+        filter_bias_and_bn=name not in ('momentum', 'nesterov'),
+        layer_decay=config.layer_decay if config.layer_decay < 1 else None, **kernels, **config.opt_kwargs)
+    own = [p for p in objective.parameters() if p.requires_grad] if objective else []
+    if own: optimizer.add_param_group(dict(params=own))
     if config.clip_grad:
         everything = [p for group in optimizer.param_groups for p in group['params']]
         optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(everything, config.clip_grad) and None)
@@ -62,7 +66,7 @@ def create_optimizer(
 SCHEDULES = 'cosine', 'constant', 'tanh', 'step', 'multistep', 'poly' # timm's that are a function of the epoch alone
 
 def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
-    "timm's schedule, a pure function of the epoch: call `.step(epoch)` before it; a wrong name or argument is a `VitdistillError`."
+    "timm's schedule, a function of the epoch: call `.step(epoch)` before it; a wrong name or argument is refused."
     arguments = inspect.signature(create_scheduler_v2).parameters
     if config.scheduler not in SCHEDULES:
         raise VitdistillError(f'scheduler = {config.scheduler!r} is not known: {nearest(config.scheduler, SCHEDULES)}')
@@ -87,33 +91,39 @@ def auto_precision(device:str)->str:
 
 # %% ../nbs/05b_setup.ipynb #cec25c0c
 def auto_compile(device:str)->str:
-    "How the student's passes are compiled: with CUDA graphs on one GPU, where launches are the bottleneck; plainly on several."
+    "How a student's passes are compiled: with CUDA graphs on one GPU (launches are the bottleneck), else plainly."
     return 'none' if device != 'cuda' else 'reduce-overhead' if int(os.environ.get('WORLD_SIZE', 1)) == 1 else 'default'
+
+# %% ../nbs/05b_setup.ipynb #e28065ae
+def file_hash(path:str)->str: # of a weights file, or of a model folder
+    "Sixteen hexadecimal digits over the weights; '' for no path."
+    if not path: return ''
+    with open(weights_file(from_root(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../nbs/05b_setup.ipynb #10a3b8ad
 def resolve(config:Config)->Config:
-    "Fill `auto` values and file hashes; a run that was begun keeps what it began with. What can't be found is a `VitdistillError`."
+    "Fill `auto` values and file hashes; a run that was begun keeps what it began with."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
     criterion(config)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
     device = auto_device() if config.device == 'auto' else config.device
     check_device(device)
-    values = dict(device=device, precision=auto_precision(device), teacher_precision=auto_precision(device), compile=auto_compile(device))
+    precision = auto_precision(device)
+    values = dict(device=device, precision=precision, teacher_precision=precision, compile=auto_compile(device))
     if config.compile not in ('auto', 'none') and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
-        raise VitdistillError(f'compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: install g++, '
-                              "or set compile to 'none'.")
+        raise VitdistillError(f'compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: '
+                              "install g++, or set compile to 'none'.")
     auto = [name for name in values if getattr(config, name) == 'auto']
-    found = dict(data_hash=fingerprint(config), weights_hash=_file_hash(config.student_weights) if config.student_weights else '',
-                 teacher_hash='+'.join(map(_file_hash, filter(None, (config.teacher_weights, config.fold_weights)))))
-    config = replace(config, **found, **{name: values[name] for name in auto}, auto=sorted({*auto, *(config.auto or ())}))
+    teachers = filter(None, (config.teacher_weights, config.fold_weights))
+    found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
+                 teacher_hash='+'.join(map(file_hash, teachers)))
+    chosen = {name: values[name] for name in auto}
+    config = replace(config, **found, **chosen, auto=sorted({*auto, *(config.auto or ())}))
     begun = Run.of(config)
     if not (begun.folder/'config.yaml').is_file() or begun.status == 'unreadable': return config
-    kept = [name for name in auto if name not in ('device', 'compile')] # how to compile is for this device and these ranks
+    kept = [name for name in auto if name not in ('device', 'compile')] # those are for this machine and these ranks
     return replace(config, **{name: getattr(begun.config, name) for name in kept})
-
-def _file_hash(path:str)->str:
-    with open(weights_file(from_root(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../nbs/05b_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
@@ -138,7 +148,8 @@ class Setup:
 
     @property
     def constants(self)->tuple:
-        return pretrained_constants(self.student.model) if self.config.student_normalization == 'own' else self.data.mean_std
+        if self.config.student_normalization == 'own': return pretrained_constants(self.student.model)
+        return self.data.mean_std
 
     def autocast(self):
         device = self.ranks.device.split(':')[0]
@@ -151,25 +162,34 @@ def image_device(
     device:str   # of the model
 )->str:
     "Where images are kept: beside the model where they take less than half of its free memory, else in the host's."
-    if config.data_on in ('host', 'disk') or not device.startswith('cuda'): return 'cpu' if config.data_on != 'device' else device
+    if config.data_on in ('host', 'disk') or not device.startswith('cuda'):
+        return device if config.data_on == 'device' else 'cpu'
     return device if config.data_on == 'device' or math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2 else 'cpu'
 
-# %% ../nbs/05b_setup.ipynb #f357b114
-def prepare(config:Config, ranks:Ranks)->Setup:
-    "Load data, student and teacher, and check all that can be wrong before anything is written."
-    data, objective = load_data(config), criterion(config).to(ranks.device)
-    train, val = split_rows(data.train_labels, config)
-    place = image_device(config, data.train_images.shape, ranks.device)
-    views = Views(data.train_images, config.padding, place)
-    student = create_student(config, len(data.classes), data.train_images.shape[1])
-    student = student.to(ranks.device, memory_format=torch.channels_last)
-    batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here, before anything is written
-    taught = question_all(config, data, views, ranks, train) if objective.wants else {}
-    return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=Views(data.test_images, 0, place),
-                 train_rows=train, val_rows=val, criterion=objective, **taught)
+# %% ../nbs/05b_setup.ipynb #baad05c1
+def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Memo|None: # kind: of answer
+    "The memo beside the teacher, on rank 0; None (it is asked online) where it is off, of no use, or has no room."
+    if not config.memo or ranks.rank or config.mixup or config.cutmix: return None
+    weights = from_root(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
+    folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
+    try: return Memo(folder, memo_key(teacher, config, data), kind)
+    except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
+
+# %% ../nbs/05b_setup.ipynb #ad9e39fe
+def question(config:Config, data:Data, views:Views, ranks:Ranks)->tuple:
+    "(Answers, (top-1, of which images) on rank 0, card) of the config's teacher."
+    teacher, card = load_teacher(config, data, ranks.device)
+    health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
+    kind = criterion(config).wants
+    answers = Answers(teacher, views, kind, open_memo(config, data, teacher, ranks, kind))
+    if not answers.by_view: teacher.chunk = min(teacher.chunk, -(-config.batch_size//ranks.world)) # a batch at a time
+    return answers, health, card
 
 # %% ../nbs/05b_setup.ipynb #6d9c0e41
-def question_all(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor)->dict: # rows: that will be asked about
+def question_all(
+    config:Config, data:Data, views:Views, ranks:Ranks,
+    rows:torch.Tensor # that will be asked about
+)->dict:
     "Answers of the config's teacher, or of its two, and the health of the first, as fields of a `Setup`."
     answers, health, card = question(config, data, views, ranks)
     if config.fold_weights:
@@ -180,27 +200,28 @@ def question_all(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.
         answers = OutOfFold([answers, other], [seen_by(c, data) for c in (card, other_card)], rows)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
-# %% ../nbs/05b_setup.ipynb #ad9e39fe
-def question(config:Config, data:Data, views:Views, ranks:Ranks)->tuple:
-    "(Answers, (top-1, of which images) on rank 0, card) of the config's teacher."
-    teacher, card = load_teacher(config, data, ranks.device)
-    health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
-    answers = Answers(teacher, views, kind := criterion(config).wants, open_memo(config, data, teacher, ranks, kind))
-    if not answers.by_view: teacher.chunk = min(teacher.chunk, -(-config.batch_size//ranks.world)) # asked a batch at a time
-    return answers, health, card
-
-# %% ../nbs/05b_setup.ipynb #baad05c1
-def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Memo|None: # kind: of answer
-    "The memo beside the teacher (rank 0 holds it); None where it is off, of no use, or has no room: then the teacher is asked online."
-    if not config.memo or ranks.rank or config.mixup or config.cutmix: return None
-    weights = from_root(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
-    folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
-    try: return Memo(folder, memo_key(teacher, config, data), kind)
-    except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
+# %% ../nbs/05b_setup.ipynb #f357b114
+def prepare(config:Config, ranks:Ranks)->Setup:
+    "Load data, student and teacher, and check all that can be wrong before anything is written."
+    data, objective = load_data(config), criterion(config).to(ranks.device)
+    train, val = split_rows(data.train_labels, config)
+    place = image_device(config, data.train_images.shape, ranks.device)
+    views = Views(data.train_images, config.padding, place)
+    student = create_student(config, len(data.classes), data.train_images.shape[1])
+    student = student.to(ranks.device, memory_format=torch.channels_last)
+    batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
+    taught = question_all(config, data, views, ranks, train) if objective.wants else {}
+    return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
+                 test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
+                 criterion=objective, **taught)
 
 # %% ../nbs/05b_setup.ipynb #0a265ca3
 @torch.inference_mode()
-def predict(setup:Setup, views:Views, rows:torch.Tensor, batch:int=0, student:nn.Module=None)->list: # student: default, the setup's
+def predict(
+    setup:Setup, views:Views, rows:torch.Tensor,
+    batch:int=0,           # 0: what suits the device
+    student:nn.Module=None # default: the setup's
+)->list:
     "Logits per head, (n, C) float32 on the device, of the centre views of `rows`."
     student = (student or setup.student).eval()
     batch = batch or (2048 if 'cuda' in setup.ranks.device else 256)

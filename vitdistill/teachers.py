@@ -85,7 +85,8 @@ def make_card(
                 top1_train_views=round(top1(teacher, views, data.train_labels, rows, view), 5), n_train_views=len(rows),
                 split={f: getattr(config, f) for f in field_names(split=True)})
     if not len(val): return card
-    return card | dict(top1_held_out=round(top1(teacher, views, data.train_labels, held_out), 5), n_measured=len(held_out))
+    accuracy = top1(teacher, views, data.train_labels, held_out)
+    return card | dict(top1_held_out=round(accuracy, 5), n_measured=len(held_out))
 
 # %% ../nbs/04_teachers.ipynb #2d9001c5
 def read_card(weights:str)->dict|None:
@@ -104,12 +105,14 @@ def refuse_seen(config:Config, data:Data, card:dict|None)->None:
     _, val = split_rows(data.train_labels, config)
     if not len(val) or not config.teacher_weights: return
     if card is None:
-        raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the teacher has seen the '
-                              'validation images: write one with `vitdistill.teachers.adopt`, or set val_fraction to 0.')
+        raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the teacher has '
+                              'seen the validation images: write one with `vitdistill.teachers.adopt`, '
+                              'or set val_fraction to 0.')
     if card['split']['dataset'] != config.dataset: return
     if card['train_hash'] != data.train_hash:
-        raise VitdistillError(f"the teacher's card names other training data ({card['train_hash']}, here {data.train_hash}), so its "
-                              'held-out rows mean nothing here: use the data that it was trained on, or set val_fraction to 0.')
+        raise VitdistillError(f"the teacher's card names other training data ({card['train_hash']}, here "
+                              f'{data.train_hash}), so its held-out rows mean nothing here: use the data that it was '
+                              'trained on, or set val_fraction to 0.')
     seen = np.intersect1d(split_rows(data.train_labels, from_dict(card['split']))[0], val)
     if not len(seen): return
     split = ', '.join(f'{k}={v}' for k, v in card['split'].items() if k in ('val_fraction', 'val_rows', 'split_seed'))
@@ -133,11 +136,12 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     "(Teacher, card or None) of a config; classes, split and weights that don't fit are `VitdistillError`."
     torch.manual_seed(config.seed) # of an untrained head
     card, classes = read_card(config.teacher_weights), data.classes
-    if card and card['classes'] != classes:
-        raise VitdistillError(f"the teacher knows {len(card['classes'])} classes ({card['classes'][0]}, ...), {data.name} has "
-                              f'{len(classes)} ({classes[0]}, ...): fine-tune the teacher on {data.name} with e00_teacher.')
+    if card and (its := card['classes']) != classes:
+        raise VitdistillError(f'the teacher knows {len(its)} classes ({its[0]}, ...), {data.name} has {len(classes)} '
+                              f'({classes[0]}, ...): fine-tune the teacher on {data.name} with e00_teacher.')
     refuse_seen(config, data, card)
-    model = create(config.teacher, len(classes), config.teacher_size, pretrained=config.teacher_pretrained, **config.teacher_kwargs)
+    model = create(config.teacher, len(classes), config.teacher_size, pretrained=config.teacher_pretrained,
+                   **config.teacher_kwargs)
     if config.teacher_weights: load_weights(model, from_root(config.teacher_weights))
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     compile = config.compile not in ('none', 'auto')
@@ -149,15 +153,16 @@ def check_health(
     config:Config, data:Data,
     views:Views # of the training images, on the teacher's device
 )->tuple:
-    "(top-1 on at most 1,000 images that it held out, else on training images; which); an untrained one is a `VitdistillError`."
+    "(top-1 on <= 1,000 images that it held out, else on training images; which); an untrained one is refused."
     its_own = card and card['train_hash'] == data.train_hash
     train, val = split_rows(data.train_labels, from_dict(card['split']) if its_own else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     accuracy, chance = top1(teacher, views, data.train_labels, some(rows, 1000)), 1/len(data.classes)
     if accuracy < (least := chance + (1 - chance)/4) and not config.allow_untrained:
-        raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right (chance {chance:.1%}, '
-                              f'least {least:.1%}), so its head seems untrained: fine-tune it with e00_teacher and name its '
-                              'folder as teacher_weights, or set allow_untrained=True to teach with it anyway.')
+        raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right (chance '
+                              f'{chance:.1%}, least {least:.1%}), so its head seems untrained: fine-tune it with '
+                              'e00_teacher and name its folder as teacher_weights, or set allow_untrained=True '
+                              'to teach with it anyway.')
     return accuracy, which
 
 # %% ../nbs/04_teachers.ipynb #3b8e60d1
@@ -168,8 +173,9 @@ def refuse_test_images(
     "Raise `VitdistillError` where images that a choice would rest on are among the test images."
     digests = lambda images: {hashlib.sha256(image.numpy()).digest() for image in images}
     if both := len(digests(images) & digests(data.test_images[torch.arange(len(data.test_images))])):
-        raise VitdistillError(f'{both} of the {len(images)} images to measure the teacher by are test images of {data.name}, which '
-                              'choose nothing: give other images of its classes, or training images that it has not seen (val_rows).')
+        raise VitdistillError(f'{both} of the {len(images)} images to measure the teacher by are test images of '
+                              f'{data.name}, which choose nothing: give other images of its classes, '
+                              'or training images that it has not seen (val_rows).')
 
 # %% ../nbs/04_teachers.ipynb #0cf8807d
 def adopt(
@@ -186,8 +192,8 @@ def adopt(
     if not weights: raise VitdistillError('weights = None: name the safetensors or pth file that is to be the teacher.')
     if held_out: refuse_test_images(held_out[0], data)
     elif not len(split_rows(data.train_labels, config)[1]):
-        raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold which training '
-                              'images the weights have not seen, or give other images as held_out.')
+        raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
+                              'which training images the weights have not seen, or give other images as held_out.')
     size = config.student_size or data.train_images.shape[1]
     torch.manual_seed(config.seed) # of a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
@@ -212,6 +218,6 @@ def same_teacher(card:dict, folder:str|Path, teacher:Teacher, config:Config, dat
                  constants=[list(c) for c in teacher.constants], train_hash=data.train_hash,
                  split={f: getattr(config, f) for f in field_names(split=True)})
     if other := [name for name, value in asked.items() if card[name] != value]:
-        raise VitdistillError(f"{folder} holds another teacher (its {', '.join(other)} differ): adopt this one under another name, "
-                              'or remove that folder first.')
+        raise VitdistillError(f"{folder} holds another teacher (its {', '.join(other)} differ): adopt this one under "
+                              'another name, or remove that folder first.')
     return card
