@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from .config import Config, VitdistillError, field_names, from_root, nearest, preset, save
-from .data import fingerprint
+from .data import fingerprint, image_side
 from .live import LiveCurve, in_jupyterlab
 from .ranks import threads_per_rank
 from .runs import Run, find_runs
@@ -229,10 +229,11 @@ def launch_fill(
 # %% ../nbs/07_launch.ipynb #6303ad4e
 def finished_teacher(wanted:Config)->Run|None:
     "The newest finished run of the same model, data and split, with its weights here, however it was trained."
-    same = ('experiment', 'student', 'student_kwargs', 'student_size', 'image_size', 'data_hash',
-            *field_names(split=True))
+    same = 'experiment', 'student', 'student_kwargs', 'student_size', 'data_hash', *field_names(split=True)
     wanted = replace(wanted, data_hash=fingerprint(wanted))
-    fits = lambda run: all(getattr(run.config, name) == getattr(wanted, name) for name in same)
+    def fits(run):
+        alike = all(getattr(run.config, name) == getattr(wanted, name) for name in same)
+        return alike and image_side(run.config) == image_side(wanted)
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run) and fits(run)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 
