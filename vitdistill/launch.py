@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'check_names', 'parameters', 'configure', 'check_ranks', 'rank_count',
-           'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'launch',
-           'has_model', 'launch_fill', 'finished_teacher', 'teacher_of_preset', 'with_teacher']
+           'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'has_model',
+           'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset', 'with_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, typing
@@ -184,6 +184,9 @@ def makes_teacher(name:str)->bool: # of an experiment, or of a notebook
     "Is it a teacher that this makes, for others to learn from?"
     return name.endswith('teacher')
 
+# %% ../nbs/07_launch.ipynb #1eff491b
+def has_model(run:Run)->bool: return (run.model/'model.safetensors').is_file()
+
 # %% ../nbs/07_launch.ipynb #94680760
 def launch(
     config:Config,
@@ -213,8 +216,6 @@ def launch(
         if run.status != 'done': raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
     if show: print(f'its record: {run.folder} (metrics.csv, result.json); its model and log.txt: {run.work}')
     return run
-
-def has_model(run:Run)->bool: return (run.model/'model.safetensors').is_file()
 
 # %% ../nbs/07_launch.ipynb #5f1e22a7
 def launch_fill(
