@@ -237,7 +237,8 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
         begun, last = time.perf_counter(), epoch + 1 == config.epochs
         schedule.step(epoch)
         row = dict(epoch=epoch, lr=peak_lr(optimizer)) | train_epoch(setup, objective, optimizer, epoch, progress)
-        for model in (student, *([average.module] if average else [])): distribute_bn(model, ranks.world)
+        if ranks.world > 1: # running statistics of rank 0
+            for model in (student, *([average.module] if average else [])): distribute_bn(model, ranks.world)
         if (epoch + 1) % config.evaluate_every == 0 or last: row |= accuracies(setup, average)
         row['seconds'] = time.perf_counter() - begun
         if ranks.rank == 0:
