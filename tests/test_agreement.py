@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_notebooks import ANALYSIS, execute
+from test_notebooks import execute
 from vitdistill.config import Config, save
 from vitdistill.runs import RunWriter
 
@@ -13,7 +13,7 @@ TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 def analyse(folder, **parameters):
     """Everything that the notebook says, and the folder of what it wrote."""
-    notebook = execute(ANALYSIS / "a05_agreement.ipynb", folder / "a05.ipynb", out=str(folder / "out"), **parameters)
+    notebook = execute("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), **parameters)
     said = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return said, folder / "out"
 

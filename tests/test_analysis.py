@@ -6,26 +6,26 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from test_notebooks import ANALYSIS, execute, said
+from test_notebooks import execute, said
 from vitdistill.config import Config, config_hash, run_name, save
 
 
 @pytest.mark.slow
 def test_paper_analysis_without_runs_says_so(tmp_path):
-    notebook = execute(ANALYSIS / "a01_paper.ipynb", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"),
+    notebook = execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"),
                        out=str(tmp_path / "out"))
     assert f"No runs in {tmp_path / 'none'}: only what was published is shown" in said(notebook)
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
 
 
 def test_study_page_without_runs_says_so(tmp_path):
-    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path))
+    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path))
     assert f"No finished runs on cifar100 in {tmp_path / 'none'}" in (tmp_path / "study.md").read_text()
 
 
 def test_committed_study_page_is_what_its_runs_say(tmp_path):
     """`make figures` would write the page that is committed; lines of laws, whose last digit may differ, aside."""
-    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports="reports/runs", out=str(tmp_path))
+    execute("a02_study", tmp_path / "a02.ipynb", reports="reports/runs", out=str(tmp_path))
     fitted = ("logarithm", "exponential", "logistic", "power law", "trendline")
     lines = lambda page: [line for line in page.read_text().splitlines() if not any(law in line for law in fitted)]
     assert lines(tmp_path / "study.md") == lines(ROOT / "reports/study.md") and len(lines(tmp_path / "study.md")) > 20
@@ -38,7 +38,7 @@ def test_study_chooses_by_held_out_images(tmp_path):
         result = json.loads((folder / "result.json").read_text())
         result |= dict(val_top1=held_out, test_top1=test, train_top1=0.5)
         (folder / "result.json").write_text(json.dumps(result))
-    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
+    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
             dataset="digits")
     choices = pd.read_csv(tmp_path / "tables/study_choices.csv").set_index("lr")
     assert choices.chosen.to_dict() == {0.01: "yes", 0.1: "no"}
@@ -58,7 +58,7 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
             result = json.loads((folder / "result.json").read_text())
             result |= dict(test_top1=top1 + seed * spread, train_top1=0.9)
             (folder / "result.json").write_text(json.dumps(result))
-    execute(ANALYSIS / "a02_study.ipynb", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
+    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
             dataset="digits")
     page, pairs = (tmp_path / "study.md").read_text(), pd.read_csv(tmp_path / "tables/study_pairs.csv")
     assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
@@ -69,7 +69,7 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
 
 def test_data_analysis(tmp_path):
     """Every picture of the data is of the digits, and the counted views are those of the formula."""
-    execute(ANALYSIS / "a00_data.ipynb", tmp_path / "a00.ipynb", out=str(tmp_path / "out"))
+    execute("a00_data", tmp_path / "a00.ipynb", out=str(tmp_path / "out"))
     drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
     assert drawn == {f"data_{name}" for name in ("digits", "memo", "plan", "two_sizes", "views")}
     counts = pd.read_csv(tmp_path / "out/tables/data_view_counts.csv")
@@ -78,7 +78,7 @@ def test_data_analysis(tmp_path):
 
 def test_complexity_analysis(tmp_path):
     """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
-    execute(ANALYSIS / "a04_complexity.ipynb", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)
+    execute("a04_complexity", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)
     drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
     assert drawn == {f"complexity_{name}" for name in ("alexnet_vgg", "attention", "differences", "models")}
     table = pd.read_csv(tmp_path / "out/tables/complexity_differences.csv")
@@ -109,7 +109,7 @@ def test_trends_analysis_says_what_is_cut_short(tmp_path):
     with (last / "metrics.csv").open("a") as file:
         file.write("50,0.")
     (curve_run(tmp_path / "runs", np.sqrt, seed=3) / "config.yaml").write_text("learning_rat: 1")
-    text = said(execute(ANALYSIS / "a03_trends.ipynb", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
+    text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
                         out=str(tmp_path / "out")))
     assert f"Cut short: {last.name} is interrupted, 50 of 60" in text and "Left out: the config of baseline" in text
     for name in ("published", "plateau", "laws", "backtest", "crossover"):
@@ -123,7 +123,7 @@ def test_trends_analysis_says_what_is_cut_short(tmp_path):
 
 
 def test_trends_analysis_without_runs_says_so(tmp_path):
-    text = said(execute(ANALYSIS / "a03_trends.ipynb", tmp_path / "a03.ipynb", reports=str(tmp_path / "none"),
+    text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "none"),
                         out=str(tmp_path / "out")))
     assert "only what was published is shown" in text and "epoch 397.7" in text and "epoch 2,981" in text
     drawn = sorted(path.name for path in (tmp_path / "out/figures").glob("*.png"))

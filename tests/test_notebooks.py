@@ -134,7 +134,7 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
             work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
     card = json.loads((tmp_path / "new/model/card.json").read_text())
     assert card["top1_held_out"] < 0.4 < teacher.result["held_out_top1"]
-    assert list((tmp_path / "new/model").glob("memo-*/answers.bin"))
+    assert list((tmp_path / "new/model").glob("memo-*.bin"))
 
 
 @pytest.mark.parametrize("grid", sorted((EXPERIMENTS / "grids").glob("*.yaml")), ids=lambda p: p.stem)
