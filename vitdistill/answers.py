@@ -23,7 +23,8 @@ def memo_key(
     data:Data
 )->dict:
     "Everything that an answer depends on, and how it is stored."
-    return dict(version=2, architecture=config.teacher, weights=teacher.weights_hash(), train_images=data.train_hash,
+    return dict(version=2, architecture=config.teacher + f' {config.teacher_kwargs}'*bool(config.teacher_kwargs),
+                weights=teacher.weights_hash(), train_images=data.train_hash,
                 images=len(data.train_labels), classes=len(data.classes),
                 padding=config.padding, views=view_count(config, data),
                 image_size=data.train_images.shape[1], teacher_size=teacher.size, resize='bilinear',

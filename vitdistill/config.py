@@ -268,8 +268,7 @@ def preset(
     if not path.is_file():
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, [p.stem for p in folder.glob("*.yaml")])}')
     parts = _read_yaml(path)
-    if experiment not in parts:
-        known = set(parts) - {'common'}
+    if experiment not in (known := set(parts) - {'common'}):
         raise VitdistillError(f'preset {name!r} has no experiment {experiment!r}: {nearest(experiment, known)}')
     given = {key: value for key, value in given.items() if value is not None}
     values = {'experiment': experiment, **(parts.get('common') or {}), **(parts[experiment] or {}), **given}
