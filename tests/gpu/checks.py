@@ -1,8 +1,8 @@
 """What must hold on a GPU: each check takes a device and a folder, and returns what it saw in a sentence or raises.
 
-`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py FILE ...`
-is a rank of theirs: it trains the configs one after the other, among the peers that torchrun's variables name, by gloo,
-since NCCL refuses two processes on one GPU.
+`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py FILE` is
+a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the first GPU, by gloo,
+since NCCL refuses two processes on one.
 """
 import os
 import signal
@@ -24,13 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
-from vitdistill.config import Config, field_names, load, save  # noqa: E402
+from vitdistill import train  # noqa: E402
+from vitdistill.config import Config, field_names, save  # noqa: E402
 from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, Objective, criterion  # noqa: E402
-from vitdistill.ranks import Ranks  # noqa: E402
+from vitdistill.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
 from vitdistill.setup import create_optimizer  # noqa: E402
-from vitdistill.train import Progress, compiled, train, train_epoch  # noqa: E402
+from vitdistill.train import Progress, compiled, train_epoch  # noqa: E402
 from vitdistill.views import Plan, Views, epoch_plan, normalize  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -39,13 +40,19 @@ TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
 
 def pair(device, folder, **given):
-    """A config whose student a tiny untrained vision transformer teaches: a ResNet-18 on a GPU, a tiny one elsewhere."""
+    """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny one)."""
+    at_once = {"checkpoint_seconds": 0.0} if "checkpoint_seconds" in field_names() else {}
     small = dict(student="vit_tiny_patch16_224", student_kwargs=SMALLEST, data_fraction=0.2, threads=1)
     values = dict(dataset="digits", student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY,
                   teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01, precision="fp32",
                   teacher_precision="fp32", compile="none", device=device, runs_dir=f"{folder}/runs",
                   work_dir=f"{folder}/work")
-    return Config(**values | (small if device == "cpu" else {}) | given)
+    return Config(**values | at_once | (small if device == "cpu" else {}) | given)
+
+
+def alone(device):
+    """The one rank on a device, as `start_ranks` makes it."""
+    return Ranks(device="cuda:0" if device == "cuda" else device)
 
 
 def check_views(device, folder):
@@ -78,8 +85,9 @@ def check_losses(device, folder):
             loss.backward()
             found.append((loss.detach().cpu(), z.grad.cpu()))
         (loss, gradient), (its_loss, its_gradient) = found
-        difference = max((loss - its_loss).norm() / loss.norm(), (gradient - its_gradient).norm() / gradient.norm()).item()
-        assert difference < 1e-4, f"{name}: loss or gradient differs by {difference:.2g} of it"
+        pairs = (loss, its_loss), (gradient, its_gradient)
+        difference = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
+        assert difference < 1e-3, f"{name}: loss or gradient differs by {difference:.2g} of it"
         worst = max(worst, difference)
     return f"{len(cases)} objectives differ by {worst:.1g} of loss and gradient at most"
 
@@ -89,7 +97,7 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     data = random_data(2 * batch + batch // 2)
     whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)
-    setup = bench_setup(config, Ranks(device=device), data)
+    setup = bench_setup(config, alone(device), data)
     torch.manual_seed(0)
     memo = Memo(folder / f"memo-{mode}", memo_key(setup.answers.teacher, config, data))
     fill_randomly(memo)
@@ -125,7 +133,7 @@ def check_graph(device, folder):
 def check_memo(device, folder):
     """A memo of a teacher on the device says what the teacher says, and is asked the second time."""
     data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0)
-    setup = bench_setup(config, Ranks(device=device), data)
+    setup = bench_setup(config, alone(device), data)
     teacher, views = setup.answers.teacher, setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
     answers = Answers(teacher, views, memo=Memo(folder, memo_key(teacher, config, data)))
@@ -144,7 +152,7 @@ def check_memo(device, folder):
 
 
 class Forked:
-    """A process that is forked from this one, which saves the seconds in which torch is imported; used as a `Popen` is."""
+    """A process that is forked from this one, which saves the seconds of torch's import; used as a `Popen` is."""
 
     def __init__(self, function, env, log):
         self.returncode = None
@@ -157,8 +165,7 @@ class Forked:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
             os.environ.update(env)
-            function()
-            status = 0
+            status = function()
         except BaseException:
             traceback.print_exc()
         finally:
@@ -190,17 +197,17 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def start_ranks(configs, log, world=1):
-    """So many ranks of ours on the one device, which train the configs one after the other."""
-    files = [str(save(c, Path(c.work_dir).parent / f"{Path(log).stem}-{i}.yaml")) for i, c in enumerate(configs)]
+def start_ranks(config, log, world=1):
+    """So many ranks of ours on the one device, which train a config."""
+    file = save(config, Path(config.work_dir).parent / f"{Path(log).stem}.yaml")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         shared = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
     envs = [shared | dict(RANK=str(rank)) for rank in range(world)]
-    command = [sys.executable, str(Path(__file__).resolve()), *files]
+    command = [sys.executable, str(Path(__file__).resolve()), str(file)]
     with open(log, "a") as out:
-        if configs[0].device == "cpu":
-            return [Forked(lambda: rank_main(files), env, out) for env in envs]
+        if config.device == "cpu":
+            return [Forked(lambda: rank_main(file), env, out) for env in envs]
         return [subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out, cwd=ROOT) for env in envs]
 
 
@@ -238,13 +245,13 @@ def epochs_done(config):
 def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170):
     """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte."""
     given = dict(epochs=epochs, batch_size=32, compile=mode) | ({"deterministic": True} if deterministic else {})
-    alone, cut = (pair(device, folder / name, **given) for name in ("alone", "cut"))
+    whole, cut = (pair(device, folder / name, **given) for name in ("alone", "cut"))
     logs = {name: folder / f"{name}.log" for name in ("alone", "cut")}
     for name in logs:
         (folder / name).mkdir(parents=True)
-    end, left_alone = time.monotonic() + seconds, start_ranks([alone], logs["alone"], world)
+    end, left_alone = time.monotonic() + seconds, start_ranks(whole, logs["alone"], world)
     try:
-        first = start_ranks([cut], logs["cut"], world)
+        first = start_ranks(cut, logs["cut"], world)
         try:
             while epochs_done(cut) < epochs // 2:
                 assert not any(p.poll() for p in first), log_end(logs["cut"])
@@ -254,11 +261,11 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
             end_all(first)
         before = epochs_done(cut)
         assert before < epochs, "it was done before it was killed"
-        ended(start_ranks([cut], logs["cut"], world), end - time.monotonic(), logs["cut"])
+        ended(start_ranks(cut, logs["cut"], world), end - time.monotonic(), logs["cut"])
         ended(left_alone, end - time.monotonic(), logs["alone"])
     finally:
         end_all(left_alone)
-    one, two = (find_runs(config.runs_dir)[0] for config in (alone, cut))
+    one, two = (find_runs(config.runs_dir)[0] for config in (whole, cut))
     rows = [run.metrics().drop(columns=TIMED) for run in (one, two)]
     states = [safetensors.torch.load_file(run.model / "model.safetensors") for run in (one, two)]
     assert "resumes after epoch" in logs["cut"].read_text() and len(rows[0]) == len(rows[1]) == epochs
@@ -281,7 +288,7 @@ def check_ranks_agree(device, folder, epochs=2, seconds=170):
     one, two = (pair(device, folder / str(world), epochs=epochs, data_fraction=0.2) for world in (1, 2))
     for world in (1, 2):
         (folder / str(world)).mkdir(parents=True)
-    started = [start_ranks([config], folder / f"{world}.log", world) for world, config in ((1, one), (2, two))]
+    started = [start_ranks(config, folder / f"{world}.log", world) for world, config in ((1, one), (2, two))]
     try:
         for world, processes in zip((1, 2), started):
             ended(processes, seconds, folder / f"{world}.log")
@@ -294,7 +301,8 @@ def check_ranks_agree(device, folder, epochs=2, seconds=170):
 
 
 CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_losses,
-          "compiled equals eager": check_compiled, "CUDA graphs, with the last batch": check_graph, "a memo on the device": check_memo,
+          "compiled equals eager": check_compiled, "CUDA graphs, with the last batch": check_graph,
+          "a memo on the device": check_memo,
           "a killed run resumes": check_resume, "two processes have one's losses": check_ranks_agree,
           "two processes, killed and resumed": check_two_processes}
 
@@ -304,18 +312,23 @@ def can_be_deterministic():
     return "deterministic" in field_names()
 
 
-def rank_main(files):
-    """One rank: train the configs, on the first GPU or the CPU."""
+def by_gloo(device):
+    """In place of `start_ranks`: all ranks on the first GPU, or on the CPU."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    configs = [load(file) for file in files]
-    device = "cuda:0" if configs[0].device == "cuda" else "cpu"
+    check_device(device)
+    if device == "cuda":
+        device = "cuda:0"
+        torch.cuda.set_device(0)
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
-    for config in configs:
-        train(config, Ranks(rank, world, 0, world, device))
-    if world > 1:
-        dist.destroy_process_group()
+    return Ranks(rank, world, 0, world, device)
+
+
+def rank_main(file):
+    """One rank: `vitdistill.train`; returns the exit status."""
+    train.start_ranks = by_gloo
+    return train.main(["--config", str(file)])
 
 
 if __name__ == "__main__":
-    rank_main(sys.argv[1:])
+    sys.exit(rank_main(sys.argv[1]))

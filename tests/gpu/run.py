@@ -1,7 +1,10 @@
-"""The first half hour on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`, which needs this checkout and a Python
-with torch, timm, pandas and pytest. It runs each step in a process of its own, cuts it where its time is over, goes on after one
-that fails, and writes one folder of at most 8 small files: what was found (page.md, found.json), logs, and records. Where there
-is no GPU, or with `--dry`, the same steps run at toy size on the CPU, and a step that is skipped or fails is an error."""
+"""The first half hour on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`.
+
+It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its own, cuts
+it where its time is over, goes on after one that fails, and writes one folder of at most 8 small files: what was found
+(page.md, found.json), logs, and records. Without a GPU, or with `--dry`, the same steps run at toy size on the CPU; one
+that is skipped or fails is an error there.
+"""
 import argparse
 import collections
 import io
@@ -36,11 +39,12 @@ def has_gpu():
 
 def start(step, work, dry, seconds, data):
     """A step in a process group of its own."""
-    command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds), "--data", data]
-    if dry:
-        command += ["--toy", "--device", "cpu"]
+    command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds)]
+    command += ["--data", data, *(["--toy", "--device", "cpu"] if dry else [])]
     # A CPU compiles for minutes: one step of the dry run does, and the others go the same way without.
-    alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TORCH_COMPILE_DISABLE="" if step == "checks" else "1") if dry else {}
+    alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else {}
+    if dry and step != "checks":
+        alone["TORCH_COMPILE_DISABLE"] = "1"
     env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"),
                             TRITON_CACHE_DIR=str(work / "triton"), TORCH_LOGS=LOGS) | alone
     with open(work / f"{step}.log", "w") as log:
@@ -92,7 +96,8 @@ def log_files(work):
 
 def marks(work):
     """How often torch said that it compiled again, cut a program in two, or left out its graphs."""
-    wanted = {"compiled again": "Recompiling function", "graph breaks": "Graph break", "CUDA graphs skipped": "skipping cudagraphs"}
+    wanted = {"compiled again": "Recompiling function", "graph breaks": "Graph break",
+              "CUDA graphs skipped": "skipping cudagraphs"}
     counts = collections.Counter()
     for file in log_files(work):
         text = file.read_text(errors="replace")
@@ -100,9 +105,13 @@ def marks(work):
     return ", ".join(f"{what} {counts[what]}" for what in wanted)
 
 
+def cell(value):
+    """A finding as a table shows it."""
+    return (f"{value:,.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+
+
 def page(work, about, ended, wanted):
     """The findings beside their goals, as Markdown."""
-    cell = lambda value: (f"{value:,.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
     found, seen = rows(work), {step: (seconds, status) for step, seconds, status in ended}
     good = [row for row in found if row["met"] == "yes"]
     missed = [row for row in found if row["met"] == "no"]
@@ -119,23 +128,26 @@ def page(work, about, ended, wanted):
         lines += ["", f"## {step}", ""]
         if mine:
             lines += ["| what | found | goal | met |", "|---|---|---|---|"]
-            lines += [f"| {cell(row['what'])} | {cell(row['value'])} {row['unit']} | {row['goal']} | {row['met']} |" for row in mine]
+            lines += [f"| {cell(row['what'])} | {cell(row['value'])} {row['unit']} | {row['goal']} | {row['met']} |"
+                      for row in mine]
         if seen.get(step, (0, ""))[1] in ("failed", "cut") and (log := work / f"{step}.log").is_file():
-            lines += ["", f"Its log ends ({seen[step][1]}):", "", "```", *log.read_text(errors="replace").splitlines()[-12:], "```"]
+            said = [line for line in log.read_text(errors="replace").splitlines() if "[__" not in line]
+            lines += ["", f"Its log ends ({seen[step][1]}):", "", "```", *said[-12:], "```"]
     return "\n".join([*lines, "", f"torch's own words, in logs.tar.gz: {marks(work)}.", ""])
 
 
 def about_here(dry):
     """Title and machine, asked in another process."""
-    probe = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); from vitdistill.runs import environment; print(json.dumps(environment()))"
-    said = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip().splitlines()
+    probe = "import json; from vitdistill.runs import environment; print(json.dumps(environment()))"
+    told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    said = told.stdout.strip().splitlines()
     here = json.loads(said[-1]) if said else {}
     machine = "a CPU, at toy size: times and rates mean nothing" if dry else ", ".join(here.get("gpus", [])) or "a GPU"
     versions = ", ".join(f"{name} {here[name]}" for name in ("python", "torch", "torchvision", "timm") if name in here)
     changed = " with uncommitted changes" * bool(here.get("uncommitted"))
     commit = here.get("commit", "")[:8] or os.environ.get("VITDISTILL_COMMIT", "unknown")
-    return dict(here, title=f"What was found on {machine}", what=f"{time.strftime('%Y-%m-%d')}, {here.get('processor', '')}, "
-                f"{here.get('cores', '?')} cores, {versions}, commit {commit}{changed}.")
+    where = f"{here.get('processor', '')}, {here.get('cores', '?')} cores, {versions}, commit {commit}{changed}"
+    return dict(here, title=f"What was found on {machine}", what=f"{time.strftime('%Y-%m-%d')}, {where}.")
 
 
 def packed(files, base, out, name, parts):
@@ -164,7 +176,8 @@ def pack(work, out):
     """Records (run folders, cards, profiles) and logs, in few small files; returns what found no room."""
     small = ".yaml", ".json", ".csv", ".npz", ".jsonl"
     heavy = {"inductor", "triton"}
-    records = [file for file in sorted(work.rglob("*")) if file.is_file() and file.suffix in small and not heavy & set(file.parts)]
+    files = [file for file in sorted(work.rglob("*")) if file.is_file() and not heavy & set(file.parts)]
+    records = [file for file in files if file.suffix in small]
     logs = log_files(work)
     for file in logs:
         if file.stat().st_size > 2**21:
@@ -196,7 +209,8 @@ def parse(arguments=None):
     parser.add_argument("--dry", action="store_true", help="at toy size on the CPU, as without a GPU")
     parser.add_argument("--out", default="out/gpu", help="folder of what is kept; what was there is removed")
     parser.add_argument("--work", default="", help="folder for checkpoints and the like; default: a temporary one")
-    parser.add_argument("--data", default=os.environ.get("VITDISTILL_DATA", ""), help="cifar-100-python/ and weights/ lie there")
+    data = os.environ.get("VITDISTILL_DATA", "")
+    parser.add_argument("--data", default=data, help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
     parser.add_argument("--minutes", type=float, default=24, help="after which all is over")
     parser.add_argument("--steps", default="", help="some of the steps: checks,digits,ranks,pace,peak,study")
     return parser.parse_args(arguments)
@@ -228,7 +242,8 @@ def main(arguments=None):
                 seconds = most
             print(f"{', '.join(steps)}: at most {seconds:.0f} s", flush=True)
             ended += follow(steps, work, dry, seconds, args.data)
-            print("".join(f"{step} {status} after {spent:.0f} s\n" for step, spent, status in ended[-len(steps):]), end="", flush=True)
+            for step, spent, status in ended[-len(steps):]:
+                print(f"{step} {status} after {spent:.0f} s", flush=True)
             tell(work, out, about, ended, wanted)
         left_out = pack(work, out)
         text = tell(work, out, about, ended, wanted)

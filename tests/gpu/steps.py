@@ -1,5 +1,5 @@
-"""The steps of `make gpu`: `python tests/gpu/steps.py STEP --work DIR --device cuda --seconds N` does one of them and writes what
-it finds, as it finds it, to DIR/found.jsonl. `--toy` does the same at a size for the CPU."""
+"""The steps of `make gpu`: `python tests/gpu/steps.py STEP --work DIR --device cuda --seconds N` does one of them and
+writes what it finds, as it finds it, to DIR/found.jsonl. `--toy` does the same at a size for the CPU."""
 import argparse
 import functools
 import json
@@ -21,12 +21,12 @@ from checks import TINY, pair
 from vitdistill import bench, contenders
 from vitdistill.config import preset
 from vitdistill.data import load_data
-from vitdistill.ranks import Ranks
 from vitdistill.runs import find_runs
 from vitdistill.setup import resolve
 from vitdistill.teachers import Teacher, adopt
 from vitdistill.views import Views, epoch_plan
 
+MARKS = {"recompiles": "Recompiling function", "graph breaks": "Graph break", "graphs skipped": "skipping cudagraphs"}
 SENSES = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
 
 
@@ -36,6 +36,7 @@ class Job:
     def __init__(self, step, work, device, toy, seconds, data):
         self.step, self.base, self.device, self.toy, self.data = step, Path(work), device, toy, data
         self.end, self.failed = time.monotonic() + seconds, []
+        self.compile, self.ranks = "reduce-overhead" if device == "cuda" else "none", checks.alone(device)
         self.work = self.base / step
         self.work.mkdir(parents=True)
 
@@ -65,7 +66,7 @@ class Job:
 
     def train(self, config, log):
         """Start one process that trains a config."""
-        return checks.start_ranks([config], self.work / f"{log}.log")[0]
+        return checks.start_ranks(config, self.work / f"{log}.log")[0]
 
 
 def step_checks(job):
@@ -79,14 +80,16 @@ def step_checks(job):
 
 def said_of_compiling(text):
     """What a log says of compiled programs that were made again, cut in two, or run without graphs."""
-    parts = {"recompiles": "Recompiling function", "graph breaks": "Graph break", "graphs skipped": "skipping cudagraphs"}
-    return ", ".join(f"{what} {text.count(mark)}" for what, mark in parts.items())
+    return ", ".join(f"{what} {text.count(mark)}" for what, mark in MARKS.items())
 
 
 def step_digits(job):
     """The whole path on the digits, one process for each way of compiling, side by side."""
     epochs, modes = 2 if job.toy else 4, ("none", "default", "reduce-overhead")
-    configs = {m: pair(job.device, job.work / m, epochs=epochs, compile=m, precision="auto", teacher_precision="auto") for m in modes}
+    for mode in modes:
+        (job.work / mode).mkdir()
+    given = dict(epochs=epochs, precision="auto", teacher_precision="auto")
+    configs = {mode: pair(job.device, job.work / mode, compile=mode, **given) for mode in modes}
     running = {mode: job.train(config, mode) for mode, config in configs.items()}
     top1 = {}
     for mode, process in running.items():
@@ -96,9 +99,10 @@ def step_digits(job):
             run = find_runs(configs[mode].runs_dir)[0]
             metrics = run.metrics()
             top1[mode] = run.result["test_top1"] if "test_top1" in run.result else metrics.test_top1.iloc[-1]
-            return (f"test top-1 {top1[mode]:.1%} after {epochs} epochs; seconds an epoch "
-                    + ", ".join(f"{s:.2f}" for s in metrics.seconds) + "; memo hits "
-                    + ", ".join(f"{r:.0%}" for r in metrics.memo_hit_rate) + f"; {said_of_compiling(log.read_text())}")
+            seconds, hits = (", ".join(map(form.format, metrics[name]))
+                             for form, name in (("{:.2f}", "seconds"), ("{:.0%}", "memo_hit_rate")))
+            return (f"test top-1 {top1[mode]:.1%} after {epochs} epochs; seconds an epoch {seconds}; memo hits {hits}; "
+                    + said_of_compiling(log.read_text()))
         job.attempt(f"digits, compile {mode}", trained)
     if len(top1) > 1:
         spread = 100 * (max(top1.values()) - min(top1.values()))
@@ -106,7 +110,7 @@ def step_digits(job):
 
 
 def step_ranks(job):
-    """Two processes on the one device by gloo, killed and resumed, and one process alike; with and without determinism."""
+    """Two processes on the one device by gloo, killed and resumed, and one alike; with and without determinism."""
     cases = {f"two ranks, compile {mode}": dict(world=2, mode=mode) for mode in ("none", "default")}
     cases["one process"] = {}
     if checks.can_be_deterministic() and not job.toy:
@@ -116,8 +120,10 @@ def step_ranks(job):
             folder = job.work / str(number)
             folder.mkdir()
             return pool.submit(checks.check_resume, job.device, folder, seconds=max(1, job.left() - 5), **cases[name])
-        (job.work / "agree").mkdir()
-        waiting = {"two ranks have one's losses": pool.submit(checks.check_ranks_agree, job.device, job.work / "agree", seconds=job.left() - 5)}
+        both = job.work / "agree"
+        both.mkdir()
+        agreed = pool.submit(checks.check_ranks_agree, job.device, both, seconds=job.left() - 5)
+        waiting = {"two ranks have one's losses": agreed}
         waiting |= {name: start(name, number) for number, name in enumerate(cases)}
         for name, future in waiting.items():
             job.attempt(name, future.result)
@@ -126,16 +132,16 @@ def step_ranks(job):
 def turns(job, build, config, data, steps, times=3, **given):
     """Seconds of each of some warm turns of a contender."""
     watch = contenders.Watch(job.device)
-    ready = build(config, Ranks(device=job.device), data, watch, **given)
+    ready = build(config, job.ranks, data, watch, **given)
     for _ in range(2):  # compiles, records, fills the memo; then warm
         contenders.clock(watch, ready(min(steps, 20)))
     return [contenders.clock(watch, ready(steps)) for _ in range(times)]
 
 
 def step_pace(job):
-    """The bare step, the plain epoch and the full memo, alone, with both stems and cudnn.benchmark; then where the time goes."""
+    """The bare step, the plain epoch, the full memo, with both stems and cudnn.benchmark; then where time goes."""
     small = dict(student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, batch_size=2)
-    taught = contenders.bench_config(job.device, **(small if job.toy else {}))
+    taught = contenders.bench_config(job.device, compile=job.compile, **(small if job.toy else {}))
     data, steps = contenders.random_data(16 if job.toy else 50_000), 1 if job.toy else 390
     plain = replace(taught, distillation="none")
     whole = functools.partial(contenders.vitdistill, full=True)
@@ -143,7 +149,8 @@ def step_pace(job):
     for stem in goals:
         for benchmark in (False, True):
             torch.backends.cudnn.benchmark = benchmark
-            seconds, name = {}, f"{'timm' if stem == 'imagenet' else 'CIFAR'} stem, cudnn.benchmark {'on' if benchmark else 'off'}"
+            seconds, which = {}, "timm stem" if stem == "imagenet" else "CIFAR stem"
+            name = f"{which}, cudnn.benchmark {'on' if benchmark else 'off'}"
             for who, build, config in (("bare", contenders.bare, plain), ("plain", contenders.vitdistill, plain),
                                        ("full memo", whole, taught)):
                 def measured():
@@ -156,9 +163,11 @@ def step_pace(job):
                 pace[name] = seconds["plain"] / steps
                 job.found(f"{name}: seconds of a plain epoch", round(pace[name] * 390, 3), "s", goals[stem])
             if {"bare", "plain"} <= set(seconds):
-                job.found(f"{name}: plain, of the bare step", round(seconds["bare"] / seconds["plain"], 3), "", ">= 0.97")
+                share = seconds["bare"] / seconds["plain"]
+                job.found(f"{name}: plain, of the bare step", round(share, 3), "", ">= 0.97")
             if {"full memo", "plain"} <= set(seconds):
-                job.found(f"{name}: full memo / plain", round(seconds["full memo"] / seconds["plain"], 3), "", "<= 1.03")
+                share = seconds["full memo"] / seconds["plain"]
+                job.found(f"{name}: seconds with a full memo / plain", round(share, 3), "", "<= 1.03")
     torch.backends.cudnn.benchmark = False
     job.attempt("milliseconds a step on the device", lambda: profiled(job, taught, data, next(iter(pace.values()))))
 
@@ -171,8 +180,9 @@ def profiled(job, config, data, wall):
     print(frame.to_string(), flush=True)
     everything = frame.iloc[0]
     largest = "; ".join(f"{row.iloc[0][:60]} {row.more:+.3f}" for _, row in frame.iloc[1:6].iterrows())
-    busy = f"{everything.plain / wall / 1000:.0%} of a step's {1000 * wall:.3f} (near 100%: the device sets the pace, else the host)"
-    return f"bare {everything.bare:.3f}, plain {everything.plain:.3f}, {busy}; most different: {largest}"
+    busy = f"{everything.plain / wall / 1000:.0%} of a step's {1000 * wall:.3f}"
+    return (f"bare {everything.bare:.3f}, plain {everything.plain:.3f}, {busy} (near 100%: the device sets the pace, "
+            f"else the host); most different: {largest}")
 
 
 def rate(job, call, images, seconds=1.0):
@@ -189,27 +199,27 @@ def rate(job, call, images, seconds=1.0):
 def step_peak(job):
     """A matrix product, the teacher alone by precision and chunk, and a step of DeiT-B, beside the product."""
     least = 0.1 if job.toy else 1.0
-    config = contenders.bench_config(job.device, batch_size=8 if job.toy else 256, **(
-        dict(teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32) if job.toy else {}))
+    small = dict(teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, batch_size=8)
+    config = contenders.bench_config(job.device, compile=job.compile, **(small if job.toy else dict(batch_size=256)))
     watch, data = contenders.Watch(job.device), contenders.random_data(64 if job.toy else 4096)
-    ranks = Ranks(device=job.device)
-    product = contenders.matmul(config, ranks, data, watch)
+    product = contenders.matmul(config, job.ranks, data, watch)
     peak = rate(job, product(1 if job.toy else 10), (1 if job.toy else 10) * watch.flop_per_step, least)
     job.found(f"matrix product, {config.teacher_precision}", round(peak / 1e12, 3), "TFLOP/s")
-    heavy = replace(config, distillation="none", student=config.teacher, student_kwargs=config.teacher_kwargs, optimizer="adamw",
-                    student_size=config.teacher_size, lr=1e-4)
+    heavy = replace(config, distillation="none", student=config.teacher, student_kwargs=config.teacher_kwargs,
+                    student_size=config.teacher_size, optimizer="adamw", lr=1e-4)
     for mode in dict.fromkeys(("none", heavy.compile)):
         def step():
             torch._dynamo.reset()
-            ready = contenders.bare(replace(heavy, compile=mode), ranks, data, contenders.Watch(job.device))
+            ready = contenders.bare(replace(heavy, compile=mode), job.ranks, data, contenders.Watch(job.device))
             model = contenders.create(heavy.student, 100, heavy.student_size, **heavy.student_kwargs)
             images = rate(job, ready(1 if job.toy else 5), heavy.batch_size * (1 if job.toy else 5), least)
             share = images * 3 * contenders.flops(model, heavy.student_size) / peak
-            job.found(f"bare {heavy.student} at {heavy.student_size} px, compile {mode}: of the product", round(share, 3), "", ">= 0.45")
+            name = f"bare {heavy.student} at {heavy.student_size} px, compile {mode}: of the product"
+            job.found(name, round(share, 3), "", ">= 0.45")
             return f"{images:,.0f} images/s in batches of {heavy.batch_size}"
         job.attempt(f"bare {heavy.student}, compile {mode}", step)
     teachers(job, config, data, peak, least)
-    job.attempt("hard labels in pure bf16 and under autocast", lambda: agreement(job))
+    job.attempt("hard labels under autocast and in pure bf16", lambda: agreement(job))
 
 
 def alone(model, constants, size, how, device, chunk, compile=False):
@@ -228,7 +238,8 @@ def teachers(job, config, data, peak, least):
         return contenders.create(config.teacher, 100, config.teacher_size, **config.teacher_kwargs)
     work = contenders.flops(model(), config.teacher_size)
     chunks, views = ((8, 16) if job.toy else (256, 512, 1024)), Views(data.train_images, 4, job.device)
-    cases = [(how, chunk, False) for how in ("autocast", "pure bf16") for chunk in chunks] + [("fp32", chunks[-1], False)]
+    cases = [(how, chunk, False) for how in ("autocast", "pure bf16") for chunk in chunks]
+    cases.append(("fp32", chunks[-1], False))
     if not job.toy:
         cases += [("autocast", 512, True), ("pure bf16", 512, True)]
     for how, chunk, compile in cases:
@@ -249,7 +260,8 @@ def agreement(job):
     data = load_data(config) if real else contenders.random_data(64)
     size, kwargs = (224, {}) if real else (32, TINY)
     n, states = (10_000 if real else 32), {}
-    plan, views = epoch_plan(torch.arange(n), len(data.train_labels), 162, 1, 0), Views(data.train_images, 4, job.device)
+    plan = epoch_plan(torch.arange(n), len(data.train_labels), 162, seed=1, epoch=0)
+    views = Views(data.train_images, 4, job.device)
     for how in ("fp32", "autocast", "pure bf16"):
         torch.manual_seed(0)
         model = contenders.create("vit_tiny_patch16_224", 100, size, **kwargs)
@@ -260,7 +272,7 @@ def agreement(job):
                                  for part in zip(plan.image.split(2048), plan.view.split(2048))])
     same = {how: states[how].eq(states["fp32"]).float().mean().item() for how in states}
     kind = "of a fine-tuned ViT-Tiny" if real else "of random weights on noise: says nothing of accuracy"
-    return f"on {n:,} views {same['autocast']:.2%} and {same['pure bf16']:.2%} are those of fp32, autocast and pure bf16 ({kind})"
+    return f"on {n:,} views {same['autocast']:.2%} and {same['pure bf16']:.2%} are those of fp32 ({kind})"
 
 
 def adopted(job, name, file, new_head):
@@ -290,9 +302,8 @@ def arms(job):
     places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"), device=job.device)
     if job.toy:
         weights = {"teacher": toy_weights(job), "untrained head": toy_weights(job)}
-        plain = pair(job.device, job.work, epochs=200, distillation="none", teacher="", teacher_kwargs={}, experiment="baseline",
-                     batch_size=32)
-        taught = pair(job.device, job.work, epochs=200, allow_untrained=True, experiment="distilled", batch_size=32)
+        taught = pair(job.device, job.work, epochs=200, experiment="distilled", batch_size=32)
+        plain = replace(taught, distillation="none", teacher="", teacher_kwargs={}, experiment="baseline")
     else:
         folder = Path(job.data or "nowhere") / "weights"
         weights = {"teacher": folder / "vit_tiny_patch16_224.cifar100.safetensors",
@@ -300,7 +311,7 @@ def arms(job):
         places |= dict(data_root=str(job.data), epochs=2000, t_max=2000, nproc=1, precision="bf16",
                        keep_checkpoints=[25, 50, 100, 150, 400, 1000])
         plain, kwargs = preset("paper", "baseline", **places), dict(img_size=224, dynamic_img_size=True)
-        taught = preset("paper", "distilled", teacher="vit_tiny_patch16_224", teacher_kwargs=kwargs, teacher_size=224, **places)
+        taught = preset("paper", "distilled", teacher="vit_tiny_patch16_224", teacher_kwargs=kwargs, **places)
     found = {"plain": plain}
     for name, file in weights.items():
         def made():
@@ -320,23 +331,29 @@ def seeds_of(job, known):
     if job.toy:
         return seed(1)
     first = {name: config for name, config in known.items() if "untrained" not in name}
-    annealed = [(f"{name}, annealed over 60, seed {s}", replace(config, seed=s, epochs=60, t_max=0, keep_checkpoints=[]), 60)
+    short = dict(epochs=60, t_max=0, keep_checkpoints=[])
+    annealed = [(f"{name}, annealed over 60, seed {s}", replace(config, seed=s, **short), 60)
                 for s in (1, 2, 3) for name, config in first.items()]
     cifar = [(f"{name}, CIFAR stem", replace(config, stem="cifar"), 20) for name, config in first.items()]
     return [*seed(1), *seed(2), *seed(3), *annealed, *cifar]
 
 
 def run_of(config):
-    """The run folder of a config as it is written to the file, read."""
-    return next((run for run in find_runs(config.runs_dir) if all(
-        getattr(run.config, name) == getattr(config, name) for name in ("seed", "stem", "epochs", "t_max", "teacher_weights"))), None)
+    """The run folder of a config that may not be resolved here; None where it isn't begun."""
+    same = "seed", "stem", "epochs", "t_max", "teacher_weights"
+    fits = lambda run: all(getattr(run.config, name) == getattr(config, name) for name in same)
+    return next(filter(fits, find_runs(config.runs_dir)), None)
+
+
+def file_name(name):
+    """A run's name as a file's."""
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def step_study(job):
-    """The long run's three arms, then more seeds side by side while the images a second of all rise, then annealed pairs."""
-    queue, running, width, last, ended = seeds_of(job, arms(job)), {}, 3, 0.0, []
-    tick, before = time.monotonic(), 0
-    window = 30.0
+    """The long run's three arms, then other seeds, as many side by side as make the images a second of all rise."""
+    queue, running, width = seeds_of(job, arms(job)), {}, 3
+    tick, before, last, window = time.monotonic(), 0, 0.0, 30.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut"))
     done = {}
     def epochs_of(name):
@@ -346,13 +363,12 @@ def step_study(job):
         while (queue or running) and job.left() > 8:
             while queue and len(running) < width:
                 name, config, target = queue.pop(0)
-                running[name] = job.train(config, f"{len(ended) + len(running)}-{name.replace(', ', '-').replace(' ', '-')}"), config, target
+                running[name] = job.train(config, file_name(name)), config, target
             time.sleep(0.2 if job.toy else 1.0)
             for name, (process, config, target) in list(running.items()):
                 done[name] = epochs_of(name)
                 if done[name] >= target or process.poll() is not None:
                     close(job, name, *running.pop(name)[:2])
-                    ended.append(name)
             now = time.monotonic()
             if now - tick > window:
                 images = (sum(done.values()) - before) * 50_000 / (now - tick)
@@ -378,12 +394,12 @@ def close(job, name, process, config):
         process.wait()
     run = run_of(config)
     def far():
-        logs = sorted(job.work.glob(f"*-{name.replace(', ', '-').replace(' ', '-')}.log"))
-        assert run and run.epochs_done and not failed, f"status {process.returncode}: {checks.log_end(logs[-1])}"
+        log = checks.log_end(job.work / f"{file_name(name)}.log")
+        assert run and run.epochs_done and not failed, f"status {process.returncode}: {log}"
         metrics = run.metrics()
-        memo = metrics.memo_hit_rate.iloc[-1]
-        return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; {metrics.seconds.median():.2f} s an epoch "
-                f"(median, beside others), {metrics.images_per_second.median():,.0f} images/s"
+        memo, middle = metrics.memo_hit_rate.iloc[-1], metrics.median(numeric_only=True)
+        return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; {middle.seconds:.2f} s an epoch "
+                f"(median, beside others), {middle.images_per_second:,.0f} images/s"
                 + (f", memo hits {memo:.0%}" if memo == memo else ""))
     job.attempt(name, far)
 

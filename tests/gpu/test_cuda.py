@@ -1,5 +1,7 @@
-"""Every check of `checks.py` on the GPU that is here: `pytest -m cuda`. Without one they are skipped, and `make gpu` runs
-the same functions on the CPU."""
+"""Every check of `checks.py` on the GPU that is here: `pytest -m cuda`. Without one they are skipped.
+
+`make gpu` runs the same functions, on a GPU or on the CPU.
+"""
 import pytest
 import torch
 
