@@ -42,7 +42,7 @@ def start(step, work, dry, seconds, data):
     command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds)]
     command += ["--data", data, *(["--toy", "--device", "cpu"] if dry else [])]
     # A CPU compiles for minutes: one step of the dry run does, and the others go the same way without.
-    alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else {}
+    alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else dict(OMP_NUM_THREADS="4")
     if dry and step != "checks":
         alone["TORCH_COMPILE_DISABLE"] = "1"
     env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"),
