@@ -143,12 +143,13 @@ def launches(job, turn, steps, wall):
     with torch.profiler.profile() as found:
         contenders.clock(contenders.Watch(job.device), turn)
     events = found.key_averages()
-    busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1000 / steps
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]  # kernels, not their operators
+    busy = sum(e.self_device_time_total for e in on_device) / 1000 / steps
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
     calls = {mark: sum(e.count for e in events if mark in e.key and e.key.startswith("cu")) / steps for mark in marks}
     told = ", ".join(f"{name} {count:.1f}" for name, count in calls.items())
-    return (f"busy for {busy:.3f} ms of a step's {1000 * wall:.3f} (near all: the device sets the pace, else the host); "
-            f"calls a step: {told}")
+    return (f"busy for {busy:.3f} ms of a step's {1000 * wall:.3f} (near all: the device sets the pace, else the "
+            f"host); calls a step: {told}")
 
 
 def step_pace(job):
@@ -186,7 +187,7 @@ def step_pace(job):
 
 
 def profiled(job, config, data):
-    """The bench's profile, as a file, and the operations of which the plain epoch has more or less than the bare step."""
+    """The bench's profile, as a file, and the operations in which the plain epoch differs most from the bare step."""
     torch._dynamo.reset()
     frame = bench.profile(config, images=len(data.train_labels), steps=2 if job.toy else 8)
     frame.to_csv(job.work / "profile.csv", index=False)
