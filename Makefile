@@ -20,7 +20,7 @@ notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermi
 	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|Passed unknown parameter|<(Figure|pandas)|$$)' || true; } && \
 	echo "its notebook: $(2).ipynb"
 
-.PHONY: help venv demo test test-all study figures report bench lab clean
+.PHONY: help venv demo test test-all study figures report bench gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -77,6 +77,11 @@ report: venv ## all of reports/ on one self-contained page, as make figures and 
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
+
+# It sets nothing up: PYTHON where that is given, else .venv's where that is there, else python3.
+GPU_PYTHON = $(if $(filter file default,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+gpu: ## what has to be seen on a GPU, in 24 minutes: PYTHON=python3 with torch, timm, pandas, pytest; without a GPU a dry run
+	$(GPU_PYTHON) tests/gpu/run.py $(ARGS)
 
 lab: venv ## JupyterLab on this repository
 	$(BIN)/jupyter lab --notebook-dir .

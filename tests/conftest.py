@@ -17,6 +17,7 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: not in `make test`, but in `make test-all`")
+    config.addinivalue_line("markers", "cuda: needs a GPU, and is skipped without one (`make gpu`, `pytest -m cuda`)")
 
 
 @pytest.fixture

@@ -1,0 +1,334 @@
+"""What must hold on a GPU: each check takes a device and a folder, and returns what it saw in a sentence or raises.
+
+`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py FILE` is
+a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the first GPU, by gloo,
+since NCCL refuses two processes on one.
+"""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
+from vitdistill import train  # noqa: E402
+from vitdistill.config import Config, field_names, save  # noqa: E402
+from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
+from vitdistill.losses import OBJECTIVES, Batch, Objective, criterion  # noqa: E402
+from vitdistill.ranks import Ranks, check_device  # noqa: E402
+from vitdistill.runs import find_runs  # noqa: E402
+from vitdistill.setup import create_optimizer  # noqa: E402
+from vitdistill.train import Progress, compiled, train_epoch  # noqa: E402
+from vitdistill.views import Plan, Views, epoch_plan, normalize  # noqa: E402
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+SMALLEST = TINY | dict(depth=0, global_pool="avg", class_token=False)  # patches and a head: soon compiled
+TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
+
+
+def pair(device, folder, **given):
+    """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny one)."""
+    at_once = {"checkpoint_seconds": 0.0} if "checkpoint_seconds" in field_names() else {}
+    small = dict(student="vit_tiny_patch16_224", student_kwargs=SMALLEST, data_fraction=0.2, threads=1)
+    values = dict(dataset="digits", student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY,
+                  teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01, precision="fp32",
+                  teacher_precision="fp32", compile="none", device=device, runs_dir=f"{folder}/runs",
+                  work_dir=f"{folder}/work")
+    return Config(**values | at_once | (small if device == "cpu" else {}) | given)
+
+
+def alone(device):
+    """The one rank on a device, as `start_ranks` makes it."""
+    return Ranks(device="cuda:0" if device == "cuda" else device)
+
+
+def check_views(device, folder):
+    """Views of a batch, and what a model is given of them, are the CPU's."""
+    images, g = random_data(64).train_images, torch.Generator().manual_seed(0)
+    rows, view = torch.randint(64, (50,), generator=g), torch.randint(162, (50,), generator=g)
+    here, there = Views(images, 4)(rows, view), Views(images, 4, device)(rows.to(device), view.to(device))
+    assert there.cpu().equal(here)
+    worst = 0.0
+    for size in (0, 48):
+        one, two = (normalize(x, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), size).cpu() for x in (here, there))
+        worst = max(worst, (one - two).abs().max().item())
+    assert worst < 1e-4, f"normalized pixels differ by {worst:.2g}"
+    return f"bytes are equal; normalized and resized they differ by {worst:.1g} at most"
+
+
+def check_losses(device, folder):
+    """Loss and gradient of each objective, whatever kind of answer it wants, are the CPU's."""
+    g, worst = torch.Generator().manual_seed(0), 0.0
+    logits, answer = (torch.randn(32, 100, generator=g) for _ in range(2))
+    targets, cases = torch.randint(100, (32,), generator=g), [(name, 0) for name in OBJECTIVES]
+    cases += [(name, 8) for name in ("soft", "hard+soft")]
+    for name, top_k in cases:
+        config = Config(distillation=name, teacher="" if name == "none" else "vit_tiny_patch16_224", soft_top_k=top_k)
+        found = []
+        for place in ("cpu", device):
+            own, z = criterion(config).to(place), logits.to(place).requires_grad_()
+            said = own.wants.make(answer.to(place)) if own.wants else None
+            loss, _ = own((z,), Batch(z, targets.to(place), said, epoch=5))
+            loss.backward()
+            found.append((loss.detach().cpu(), z.grad.cpu()))
+        (loss, gradient), (its_loss, its_gradient) = found
+        pairs = (loss, its_loss), (gradient, its_gradient)
+        difference = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
+        assert difference < 1e-3, f"{name}: loss or gradient differs by {difference:.2g} of it"
+        worst = max(worst, difference)
+    return f"{len(cases)} objectives differ by {worst:.1g} of loss and gradient at most"
+
+
+def epochs_of(device, folder, mode, epochs=2, batch=16):
+    """(mean loss of each epoch, weights) of a student taught from a full memo, in batches whose last is shorter."""
+    data = random_data(2 * batch + batch // 2)
+    whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
+    config = pair(device, folder, **whole, batch_size=batch, compile=mode)
+    setup = bench_setup(config, alone(device), data)
+    torch.manual_seed(0)
+    memo = Memo(folder / f"memo-{mode}", memo_key(setup.answers.teacher, config, data))
+    fill_randomly(memo)
+    setup.answers = Answers(setup.answers.teacher, setup.views, memo=memo)
+    torch._dynamo.reset()
+    objective = Objective(compiled(setup.student, config.compile), setup.criterion)
+    optimizer = create_optimizer(config, setup.student.model)
+    progress = Progress(config, len(data.train_labels), 0, shown=False)
+    losses = [train_epoch(setup, objective, optimizer, epoch, progress)["train_loss"] for epoch in range(epochs)]
+    return np.array(losses), [p.detach().float().cpu() for p in setup.student.parameters()]
+
+
+def check_compiled(device, folder, mode="default"):
+    """A compiled student ends two epochs, with a shorter last batch, where the eager one ends."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    one, two = epochs_of(device, folder, "none"), epochs_of(device, folder, mode)
+    graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+    loss = np.abs(one[0] - two[0]).max()
+    weights = max((a - b).abs().max().item() for a, b in zip(one[1], two[1], strict=True))
+    assert graphs > 0, "nothing was compiled"
+    assert loss < 0.02 and weights < 0.02, f"losses differ by {loss:.2g}, weights by {weights:.2g}"
+    assert not counters["graph_break"], f"graph breaks: {dict(counters['graph_break'])}"
+    assert device == "cpu" or not skipped, f"CUDA graphs were skipped {skipped} times"
+    return f"{graphs} programs, losses differ by {loss:.1g}, weights by {weights:.1g} at most"
+
+
+def check_graph(device, folder):
+    """The same with CUDA graphs, which are recorded for both sizes of a batch."""
+    return check_compiled(device, folder, "reduce-overhead")
+
+
+def check_memo(device, folder):
+    """A memo of a teacher on the device says what the teacher says, and is asked the second time."""
+    data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0)
+    setup = bench_setup(config, alone(device), data)
+    teacher, views = setup.answers.teacher, setup.views
+    plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
+    answers = Answers(teacher, views, memo=Memo(folder, memo_key(teacher, config, data)))
+    first = answers(plan)
+    cost, rate = answers.take()
+    again = answers(plan)
+    assert rate == 0 and answers.take()[1] == 1 and first.equal(again)
+    logits = teacher.logits(views(plan.image.to(device), plan.view.to(device))).cpu()
+    assert logits.argmax(-1).equal(first), "the memo holds other decisions than the teacher's"
+    here = bench_setup(replace(config, device="cpu"), Ranks(), data).answers
+    difference = (here.teacher.logits(here.views(plan.image, plan.view)) - logits).abs().max().item()
+    assert difference < 0.05, f"the teacher's logits differ from the CPU's by {difference:.2g}"
+    both = here(Plan(*plan)).eq(first).float().mean().item()
+    return (f"64 answers in {cost:.2f} s, then none; logits differ from the CPU's by {difference:.1g}, "
+            f"decisions agree {both:.0%}")
+
+
+class Forked:
+    """A process that is forked from this one, which saves the seconds of torch's import; used as a `Popen` is."""
+
+    def __init__(self, function, env, log):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            os.environ.update(env)
+            status = function()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self):
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self, timeout=float("inf")):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked process", timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def start_ranks(config, log, world=1):
+    """So many ranks of ours on the one device, which train a config."""
+    file = save(config, Path(config.work_dir).parent / f"{Path(log).stem}.yaml")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
+    envs = [shared | dict(RANK=str(rank)) for rank in range(world)]
+    command = [sys.executable, str(Path(__file__).resolve()), str(file)]
+    with open(log, "a") as out:
+        if config.device == "cpu":
+            return [Forked(lambda: rank_main(file), env, out) for env in envs]
+        return [subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out, cwd=ROOT) for env in envs]
+
+
+def ended(processes, seconds, log):
+    """Wait for ranks to end well; an `AssertionError` with the end of their log where they don't."""
+    end = time.monotonic() + seconds
+    try:
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            assert time.monotonic() < end, f"not done after {seconds:.0f} s: {log_end(log)}"
+            time.sleep(0.1)
+        assert not any(p.poll() for p in processes), log_end(log)
+    finally:
+        end_all(processes)
+
+
+def end_all(processes):
+    """End processes that we started, at once."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def log_end(log, characters=800):
+    """The end of a log in a line, without what torch logs itself."""
+    lines = [line.strip() for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
+    return " / ".join(line for line in lines if not line.startswith(("V1", "I1")))[-characters:]
+
+
+def epochs_done(config):
+    """Rows of metrics that a run has."""
+    return max((run.epochs_done for run in find_runs(config.runs_dir)), default=0)
+
+
+def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170):
+    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte."""
+    given = dict(epochs=epochs, batch_size=32, compile=mode) | ({"deterministic": True} if deterministic else {})
+    whole, cut = (pair(device, folder / name, **given) for name in ("alone", "cut"))
+    logs = {name: folder / f"{name}.log" for name in ("alone", "cut")}
+    for name in logs:
+        (folder / name).mkdir(parents=True)
+    end, left_alone = time.monotonic() + seconds, start_ranks(whole, logs["alone"], world)
+    try:
+        first = start_ranks(cut, logs["cut"], world)
+        try:
+            while epochs_done(cut) < epochs // 2:
+                assert not any(p.poll() for p in first), log_end(logs["cut"])
+                assert time.monotonic() < end, f"not half done in {seconds:.0f} s: {log_end(logs['cut'])}"
+                time.sleep(0.02)
+        finally:
+            end_all(first)
+        before = epochs_done(cut)
+        assert before < epochs, "it was done before it was killed"
+        ended(start_ranks(cut, logs["cut"], world), end - time.monotonic(), logs["cut"])
+        ended(left_alone, end - time.monotonic(), logs["alone"])
+    finally:
+        end_all(left_alone)
+    one, two = (find_runs(config.runs_dir)[0] for config in (whole, cut))
+    rows = [run.metrics().drop(columns=TIMED) for run in (one, two)]
+    states = [safetensors.torch.load_file(run.model / "model.safetensors") for run in (one, two)]
+    assert "resumes after epoch" in logs["cut"].read_text() and len(rows[0]) == len(rows[1]) == epochs
+    loss = (rows[0].train_loss - rows[1].train_loss).abs().max()
+    weights = max((states[0][name].float() - states[1][name].float()).abs().max().item() for name in states[0])
+    same = weights == 0 and rows[0].equals(rows[1])
+    assert same or not (deterministic or device == "cpu"), f"weights differ by {weights:.2g}, losses by {loss:.2g}"
+    assert loss < 0.2, f"losses differ by {loss:.2g}"
+    how = "the same to the byte" if same else f"weights differ by {weights:.1g}, losses by {loss:.1g} at most"
+    return f"killed after {before} of {epochs} epochs: {how}; top-1 {one.metrics().test_top1.iloc[-1]:.1%} on test"
+
+
+def check_two_processes(device, folder, mode="none", deterministic=False):
+    """Two processes on the one device, by gloo; killed and resumed."""
+    return check_resume(device, folder, world=2, mode=mode, deterministic=deterministic)
+
+
+def check_ranks_agree(device, folder, epochs=2, seconds=170):
+    """Two processes on the one device have the losses of one."""
+    one, two = (pair(device, folder / str(world), epochs=epochs, data_fraction=0.2) for world in (1, 2))
+    for world in (1, 2):
+        (folder / str(world)).mkdir(parents=True)
+    started = [start_ranks(config, folder / f"{world}.log", world) for world, config in ((1, one), (2, two))]
+    try:
+        for world, processes in zip((1, 2), started):
+            ended(processes, seconds, folder / f"{world}.log")
+    finally:
+        end_all(sum(started, []))
+    losses = [find_runs(config.runs_dir)[0].metrics().train_loss for config in (one, two)]
+    difference = (losses[0] - losses[1]).abs().max()
+    assert difference < (1e-4 if device == "cpu" else 0.02), f"losses differ by {difference:.2g}"
+    return f"losses of {epochs} epochs differ by {difference:.1g} at most"
+
+
+CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_losses,
+          "compiled equals eager": check_compiled, "CUDA graphs, with the last batch": check_graph,
+          "a memo on the device": check_memo,
+          "a killed run resumes": check_resume, "two processes have one's losses": check_ranks_agree,
+          "two processes, killed and resumed": check_two_processes}
+
+
+def can_be_deterministic():
+    """Has a config a field for it?"""
+    return "deterministic" in field_names()
+
+
+def by_gloo(device):
+    """In place of `start_ranks`: all ranks on the first GPU, or on the CPU."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check_device(device)
+    if device == "cuda":
+        device = "cuda:0"
+        torch.cuda.set_device(0)
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    return Ranks(rank, world, 0, world, device)
+
+
+def rank_main(file):
+    """One rank: `vitdistill.train`; returns the exit status."""
+    train.start_ranks = by_gloo
+    return train.main(["--config", str(file)])
+
+
+if __name__ == "__main__":
+    sys.exit(rank_main(sys.argv[1]))

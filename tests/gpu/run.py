@@ -1,0 +1,264 @@
+"""The first half hour on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`.
+
+It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its own, cuts
+it where its time is over, goes on after one that fails, and writes one folder of at most 8 small files: what was found
+(page.md, found.json), logs, and records. Without a GPU, or with `--dry`, the same steps run at toy size on the CPU; one
+that is skipped or fails is an error there.
+"""
+import argparse
+import collections
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# What runs side by side, and the most seconds that it gets; the study gets what the others left.
+PLAN = [(("checks", "digits"), 180), (("ranks",), 180), (("pace",), 300), (("peak",), 170), (("study",), 0)]
+PACKING = 40  # seconds kept for the end
+PART = 15 * 2**20  # bytes of a part of the records, at most
+PARTS = 4
+LOGS = "recompiles,graph_breaks,perf_hints"
+GRACE = 12  # seconds between asking a step to end and ending it
+
+
+def has_gpu():
+    """Does torch see a GPU? Asked in another process: this one stays without torch."""
+    probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", probe], stderr=subprocess.DEVNULL).returncode == 0
+
+
+def start(step, work, dry, seconds, data):
+    """A step in a process group of its own."""
+    command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds)]
+    command += ["--data", data, *(["--toy", "--device", "cpu"] if dry else [])]
+    # A CPU compiles for minutes: one step of the dry run does, and the others go the same way without.
+    alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else dict(OMP_NUM_THREADS="4")
+    if dry and step != "checks":
+        alone["TORCH_COMPILE_DISABLE"] = "1"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"),
+                            TRITON_CACHE_DIR=str(work / "triton"), TORCH_LOGS=LOGS) | alone
+    with open(work / f"{step}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
+
+
+def end(process):
+    """Ask a step and its processes to end, then end them."""
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def follow(steps, work, dry, seconds, data):
+    """Run steps side by side to their end or the end of their time: (step, seconds, 'done', 'failed' or 'cut')."""
+    begun = time.monotonic()
+    running, ended = {step: start(step, work, dry, seconds, data) for step in steps}, []
+    try:
+        while running:
+            time.sleep(0.1)
+            late = time.monotonic() - begun > seconds
+            for step, process in list(running.items()):
+                if process.poll() is None and not late:
+                    continue
+                status = "cut" if process.poll() is None else "failed" if process.returncode else "done"
+                end(process)  # its children too
+                ended.append((step, time.monotonic() - begun, status))
+                del running[step]
+    finally:
+        for process in running.values():
+            end(process)
+    return ended
+
+
+def rows(work):
+    """What the steps found."""
+    file = work / "found.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def log_files(work):
+    return sorted(file for file in work.rglob("*.log") if "inductor" not in file.parts)
+
+
+def marks(work):
+    """How often torch said that it compiled again, cut a program in two, or left out its graphs."""
+    wanted = {"compiled again": "Recompiling function", "graph breaks": "Graph break",
+              "CUDA graphs skipped": "skipping cudagraphs"}
+    counts = collections.Counter()
+    for file in log_files(work):
+        text = file.read_text(errors="replace")
+        counts.update({what: text.count(mark) for what, mark in wanted.items()})
+    return ", ".join(f"{what} {counts[what]}" for what in wanted)
+
+
+def cell(value):
+    """A finding as a table shows it."""
+    return (f"{value:,.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def page(work, about, ended, wanted):
+    """The findings beside their goals, as Markdown."""
+    found, seen = rows(work), {step: (seconds, status) for step, seconds, status in ended}
+    good = [row for row in found if row["met"] == "yes"]
+    missed = [row for row in found if row["met"] == "no"]
+    bad = [step for step in wanted if seen.get(step, (0, "not run"))[1] in ("failed", "not run")]
+    lines = [f"# {about['title']}", "", f"{len(good)} of {len(good) + len(missed)} goals met"
+             + (f"; missed: {'; '.join(row['what'] for row in missed)}" if missed else "")
+             + (f". Failed: {', '.join(bad)}." if bad else ". No step failed."), "", about["what"], "",
+             "| step | seconds | ended |", "|---|---|---|"]
+    for step in wanted:
+        seconds, status = seen.get(step, (0, "not run"))
+        lines.append(f"| {step} | {seconds:.0f} | {status} |")
+    for step in wanted:
+        mine = [row for row in found if row["step"] == step]
+        lines += ["", f"## {step}", ""]
+        if mine:
+            lines += ["| what | found | goal | met |", "|---|---|---|---|"]
+            lines += [f"| {cell(row['what'])} | {cell(row['value'])} {row['unit']} | {row['goal']} | {row['met']} |"
+                      for row in mine]
+        if seen.get(step, (0, ""))[1] in ("failed", "cut") and (log := work / f"{step}.log").is_file():
+            said = [line for line in log.read_text(errors="replace").splitlines() if "[__" not in line]
+            lines += ["", f"Its log ends ({seen[step][1]}):", "", "```", *said[-12:], "```"]
+    return "\n".join([*lines, "", f"torch's own words, in logs.tar.gz: {marks(work)}.", ""])
+
+
+def about_here(dry):
+    """Title and machine, asked in another process."""
+    probe = "import json; from vitdistill.runs import environment; print(json.dumps(environment()))"
+    told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    said = told.stdout.strip().splitlines()
+    here = json.loads(said[-1]) if said else {}
+    machine = "a CPU, at toy size: times and rates mean nothing" if dry else ", ".join(here.get("gpus", [])) or "a GPU"
+    versions = ", ".join(f"{name} {here[name]}" for name in ("python", "torch", "torchvision", "timm") if name in here)
+    changed = " with uncommitted changes" * bool(here.get("uncommitted"))
+    commit = here.get("commit", "")[:8] or os.environ.get("VITDISTILL_COMMIT", "unknown")
+    where = f"{here.get('processor', '')}, {here.get('cores', '?')} cores, {versions}, commit {commit}{changed}"
+    return dict(here, title=f"What was found on {machine}", what=f"{time.strftime('%Y-%m-%d')}, {where}.")
+
+
+def packed(files, base, out, name, parts):
+    """Files in parts of at most `PART` bytes, each a tar.gz of its own; returns what found no room."""
+    bins, left_out = [], []
+    for file in files:
+        data = file.read_bytes()
+        size = len(zlib.compress(data, 1)) + 2048
+        if bins and bins[-1][0] + size <= PART:
+            bins[-1][0] += size
+            bins[-1][1].append((file, data))
+        elif size <= PART and len(bins) < parts:
+            bins.append([size, [(file, data)]])
+        else:
+            left_out.append(str(file.relative_to(base)))
+    for i, (_, content) in enumerate(bins):
+        with tarfile.open(out / f"{name}{f'-{i}' if parts > 1 else ''}.tar.gz", "w:gz", compresslevel=6) as tar:
+            for file, data in content:
+                info = tarfile.TarInfo(str(file.relative_to(base)))
+                info.size, info.mtime = len(data), int(file.stat().st_mtime)
+                tar.addfile(info, io.BytesIO(data))
+    return left_out
+
+
+def pack(work, out):
+    """Records (run folders, cards, profiles) and logs, in few small files; returns what found no room."""
+    small = ".yaml", ".json", ".csv", ".npz", ".jsonl"
+    heavy = {"inductor", "triton"}
+    files = [file for file in sorted(work.rglob("*")) if file.is_file() and not heavy & set(file.parts)]
+    records = [file for file in files if file.suffix in small]
+    logs = log_files(work)
+    for file in logs:
+        if file.stat().st_size > 2**21:
+            file.write_bytes(file.read_bytes()[-(2**21):])
+    records.sort(key=lambda file: file.suffix == ".npz")  # the small ones first
+    return packed(records, work, out, "records", PARTS) + packed(logs, work, out, "logs", 1)
+
+
+def tell(work, out, about, ended, wanted):
+    """Write the page and the findings, as they are so far."""
+    text = page(work, about, ended, wanted)
+    (out / "page.md").write_text(text)
+    steps = [dict(zip(("step", "seconds", "ended"), row)) for row in ended]
+    (out / "found.json").write_text(json.dumps(dict(about=about, steps=steps, found=rows(work)), indent=1))
+    return text
+
+
+def choose(plan, names):
+    """The plan's steps of these names; a wrong name is an error."""
+    known = [step for steps, _ in plan for step in steps]
+    if wrong := set(names) - set(known):
+        sys.exit(f"no step {', '.join(sorted(wrong))}: choose from {', '.join(known)}")
+    kept = [(tuple(step for step in steps if step in names), seconds) for steps, seconds in plan]
+    return [(steps, seconds) for steps, seconds in kept if steps]
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="at toy size on the CPU, as without a GPU")
+    parser.add_argument("--out", default="out/gpu", help="folder of what is kept; what was there is removed")
+    parser.add_argument("--work", default="", help="folder for checkpoints and the like; default: a temporary one")
+    data = os.environ.get("VITDISTILL_DATA", "")
+    parser.add_argument("--data", default=data, help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
+    parser.add_argument("--minutes", type=float, default=24, help="after which all is over")
+    parser.add_argument("--steps", default="", help="some of the steps: checks,digits,ranks,pace,peak,study")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args, begun = parse(arguments), time.monotonic()
+    dry = args.dry or not has_gpu()
+    wanted = [step for steps, _ in PLAN for step in steps]
+    if args.steps:
+        wanted = [step for step in wanted if step in args.steps.split(",")]
+    plan = choose(PLAN, args.steps.split(",") if args.steps else wanted)
+    if dry:  # side by side; a CPU that others use too is slow, and nothing waits for it
+        plan = [(tuple(wanted), 600)]
+    out = (ROOT / args.out).resolve()
+    for file in ("page.md", "found.json", "logs.tar.gz", *(f"records-{i}.tar.gz" for i in range(PARTS))):
+        (out / file).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.work:
+        Path(args.work).mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="vitdistill-gpu-", dir=args.work or None))
+    about, ended, all_seconds = about_here(dry), [], 60 * args.minutes
+    left = lambda: all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
+    scale = min(1.0, all_seconds / (60 * 24)) if len(plan) == len(PLAN) else 1.0
+    try:
+        for steps, most in plan:
+            seconds = max(GRACE, min(left() - GRACE, most * scale if most else left() - GRACE))
+            if dry:
+                seconds = most
+            print(f"{', '.join(steps)}: at most {seconds:.0f} s", flush=True)
+            ended += follow(steps, work, dry, seconds, args.data)
+            for step, spent, status in ended[-len(steps):]:
+                print(f"{step} {status} after {spent:.0f} s", flush=True)
+            tell(work, out, about, ended, wanted)
+        left_out = pack(work, out)
+        text = tell(work, out, about, ended, wanted)
+    finally:
+        if not args.work:
+            shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{text}")
+    if left_out:
+        print(f"no room for {len(left_out)} files, among them {', '.join(left_out[:5])}")
+    print(f"wrote {out} in {time.monotonic() - begun:.0f} s")
+    bad = [step for step, _, status in ended if status == "failed" or dry and status == "cut"]
+    if bad:
+        print(f"failed: {', '.join(bad)}", file=sys.stderr)
+    return 1 if bad or len(ended) < len(wanted) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

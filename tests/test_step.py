@@ -1,0 +1,186 @@
+"""A training step asks the device for few operators: each is a launch, 10 to 20 us of the host, and a GPU waits for it.
+The device is `meta` here, so that what runs on it is told from what the host computes for itself. The student (a
+compiled program, or a graph) and the optimizer (a fused kernel) count as one operator a pass, and so does any other
+compiled function, once it is wrapped by `one_operator`."""
+import linecache
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vitdistill
+from vitdistill import train
+from vitdistill.answers import Answers, Memo, memo_key
+from vitdistill.config import Config
+from vitdistill.contenders import fill_randomly, random_data
+from vitdistill.losses import Objective, criterion
+from vitdistill.ranks import Ranks
+from vitdistill.setup import Setup
+from vitdistill.teachers import load_teacher
+from vitdistill.views import Views
+
+BATCH = 8
+SMALL = dict(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=3)
+PACKAGE = str(Path(vitdistill.__file__).parent)
+NO_LAUNCH = "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::detach"
+
+
+def place():
+    """Where in the package an operator was asked for: module and function, in `train_epoch` the line."""
+    frame = sys._getframe(2)
+    while frame and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return "elsewhere"
+    name = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_qualname}"
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return f"{name}: {line}" if name == "train.train_epoch" else name
+
+
+class Operators(TorchDispatchMode):
+    """Counts, by place, operators on the device (`launches`) and those that the host runs (`host`); no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.host, self.paused = Counter(), Counter(), False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if self.paused or function.is_view or function.name().partition(".")[0] in NO_LAUNCH:
+            return out
+        tensors = [x for x in _pytree.tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        (self.launches if any(x.is_meta for x in tensors) else self.host)[place()] += 1
+        return out
+
+    @contextmanager
+    def as_one(self, name):
+        """What happens inside is one operator."""
+        self.launches[name] += not self.paused
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
+def one_operator(counter, name, function):
+    """A function of tensors to a tensor, whose call counts as one operator and whose backward pass as another."""
+
+    class One(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with counter.as_one(f"{name}, forward"), torch.enable_grad():
+                ctx.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+                ctx.output = function(*ctx.inputs)
+                return ctx.output.detach()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            wanted = [x for x in ctx.inputs if x.requires_grad]
+            with counter.as_one(f"{name}, backward"):
+                found = iter(torch.autograd.grad(ctx.output, wanted, gradient))
+            return tuple(next(found) if x.requires_grad else None for x in ctx.inputs)
+
+    return One.apply
+
+
+class Student(nn.Module):
+    """A student of one operator a pass; its logits are bf16, as under autocast."""
+
+    def __init__(self, counter, classes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, device="meta"))
+        self.run = one_operator(counter, "student", lambda x, w: (x.mean((1, 2, 3))[:, None] * w).bfloat16())
+
+    def forward(self, pixels):
+        return (self.run(pixels, self.weight),)
+
+
+class Optimizer:
+    """One that is fused: an operator a step."""
+
+    def __init__(self, counter, student):
+        self.counter, self.student, self.param_groups = counter, student, [dict(lr=0.1)]
+
+    def step(self):
+        with self.counter.as_one("optimizer"):
+            pass
+
+    def zero_grad(self, set_to_none=True):
+        self.student.weight.grad = None
+
+
+class Silent:
+    """Who watches the progress."""
+
+    def step(self, images):
+        pass
+
+    def teacher(self, done, total):
+        pass
+
+
+def epoch(taught, folder, steps):
+    """The operators of an epoch of so many steps, by place."""
+    data, place, counter = random_data(BATCH * steps), "meta", Operators()
+    config = Config(dataset="cifar100", distillation="hard" if taught else "none", val_fraction=0.0, batch_size=BATCH,
+                    teacher="vit_tiny_patch16_224" if taught else "", teacher_kwargs=SMALL, teacher_size=32,
+                    precision="fp32", teacher_precision="fp32", compile="none", device="cpu")
+    student, views = Student(counter, len(data.classes)), Views(data.train_images, config.padding, place)
+    answers = None
+    if taught:
+        teacher, _ = load_teacher(config, data)
+        memo = Memo(folder / str(steps), memo_key(teacher, config, data))
+        fill_randomly(memo)
+        answers = Answers(teacher, views, memo=memo)
+    setup = Setup(config=config, ranks=Ranks(device=place), data=data, student=student, views=views, test_views=views,
+                  train_rows=torch.arange(BATCH * steps), val_rows=torch.arange(0), criterion=criterion(config),
+                  answers=answers)
+    with counter:
+        train.train_epoch(setup, Objective(student, setup.criterion), Optimizer(counter, student), 0, Silent())
+    assert counter.launches["student, forward"] == counter.launches["student, backward"] == steps
+    return counter.launches, counter.host
+
+
+def of_a_step(taught, folder):
+    """(launches, operators of the host) of a step, by place: what a longer epoch has more."""
+    short, long = epoch(taught, folder, 2), epoch(taught, folder, 6)
+    more = [Counter({place: (b[place] - a[place]) / 4 for place in b}) for a, b in zip(short, long)]
+    return [+counts for counts in more]
+
+
+@pytest.fixture
+def no_numbers(monkeypatch):
+    """A `Meter` that sums, and whose sums nobody reads: meta tensors hold none."""
+    monkeypatch.setattr(train.Meter, "row", lambda self, *_: {})
+
+
+# As it was in November 2026: the sums of `Meter.add` are 14 launches, cutting the views 17, the objective 12 (plain) or
+# 25 (taught). Each of the three can be a compiled program, of 1 or 2. Lower the numbers with what takes operators away.
+CEILINGS = dict(plain=(49, 1), taught=(62, 2))
+
+
+@pytest.mark.parametrize("kind", CEILINGS)
+def test_operators_of_a_step(kind, tmp_path, no_numbers):
+    """No more launches, and no more small work of the host, than there were."""
+    found = of_a_step(kind == "taught", tmp_path)
+    for what, counts, ceiling in zip(("launches", "operators of the host"), found, CEILINGS[kind], strict=True):
+        table = "\n".join(f"{n:6.2f}  {place}" for place, n in counts.most_common())
+        assert counts.total() <= ceiling, f"{counts.total():g} {what} a {kind} step, at most {ceiling}:\n{table}"
+
+
+def test_one_operator_computes_what_it_stands_for():
+    """Values and gradients are those of the function itself, and its two passes count as two."""
+    x, w = torch.randn(3, 2), torch.randn(2, requires_grad=True)
+    with Operators() as counter:
+        one_operator(counter, "f", lambda x, w: (x * w).relu().sum())(x, w).backward()
+    mine, w.grad = w.grad, None
+    (x * w).relu().sum().backward()
+    assert mine.equal(w.grad)
+    assert counter.launches == {"f, forward": 1, "f, backward": 1}
