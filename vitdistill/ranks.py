@@ -8,7 +8,7 @@ __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'start_ranks', 'gav
            'random_state']
 
 # %% ../nbs/05a_ranks.ipynb #2950b6db
-import os, random, re, signal, sys, threading, time
+import inspect, os, random, re, signal, sys, threading, time
 from dataclasses import dataclass
 from datetime import timedelta
 import numpy as np, torch, torch.distributed as dist
@@ -157,7 +157,9 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
     if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()): return model
     on_gpu = ranks.device.startswith('cuda')
     if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's drops fused activations
-    return DistributedDataParallel(model, device_ids=[ranks.local] if on_gpu else None, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    each_step = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers' # of older torch
+    return DistributedDataParallel(model, device_ids=[ranks.local] if on_gpu else None, **{each_step: False})
 
 # %% ../nbs/05a_ranks.ipynb #273e0372
 def seed_step(seed:int, epoch:int, step:int, rank:int)->None:
