@@ -1,4 +1,4 @@
-"""Ranks as torchrun starts them, but forked from one process that has imported everything, which saves each rank's start-up.
+"""Ranks as torchrun starts them, but forked from one process that has imported everything: none starts up anew.
 
 `python tests/forked_ranks.py N FILE [N FILE ...]` trains each config on its N ranks, one config after the other.
 """
@@ -19,7 +19,8 @@ def train(ranks, file):
     address, children = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free_port())), []
     for rank in range(ranks):
         if not (child := os.fork()):
-            os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+            mine, all_ranks = str(rank), str(ranks)
+            os.environ.update(address, RANK=mine, LOCAL_RANK=mine, WORLD_SIZE=all_ranks, LOCAL_WORLD_SIZE=all_ranks)
             os._exit(main(["--config", file]))
         children.append(child)
     return any([os.waitpid(child, 0)[1] for child in children])

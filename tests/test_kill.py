@@ -1,4 +1,4 @@
-"""Processes that are really killed: nothing keeps running, nothing is lost, the rerun ends where it would have ended."""
+"""Processes that are really killed: nothing runs on, nothing is lost, the rerun ends where it would have ended."""
 import os
 import signal
 import subprocess
@@ -18,18 +18,24 @@ TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
 
 def start(config, file, ranks=1):
-    return subprocess.Popen(train_command(save(config, file), ranks), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(train_command(save(config, file), ranks), env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def kill(process):
+    process.kill()
+    process.wait()
 
 
 def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
-    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same metrics, weights and predictions, bit for bit."""
+    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for bit."""
     config = replace(recipe, epochs=8, batch_size=16)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml").wait(120) == 0
     process = start(cut, tmp_path / "cut.yaml")
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 90)
     time.sleep(np.random.default_rng(0).uniform(0, 0.2))
-    process.kill(), process.wait()
+    kill(process)
     assert run_of(cut).status == "interrupted"
     assert start(cut, tmp_path / "cut.yaml").wait(120) == 0
     one, two = run_of(alone), run_of(cut)
@@ -38,18 +44,20 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
     assert (one.model / "model.safetensors").read_bytes() == (two.model / "model.safetensors").read_bytes()
     averages = [run.checkpoint()["average"] for run in (one, two)]
     assert all(averages[0][name].equal(averages[1][name]) for name in averages[0])
-    assert all(np.array_equal(a, b) for a, b in zip(np.load(one.folder / "predictions.npz").values(), np.load(two.folder / "predictions.npz").values()))
+    predictions = [np.load(run.folder / "predictions.npz").values() for run in (one, two)]
+    assert all(np.array_equal(a, b) for a, b in zip(*predictions))
 
 
 @pytest.mark.slow
 def test_four_ranks_resume_to_the_same_bytes(tiny, tmp_path):
-    """With three ranks or more the order of a sum shows in its bits: four, killed and started again, leave those of four left alone."""
+    """From three ranks on, the order of sums shows in their bits: four that are killed end as four left alone."""
     config = replace(tiny, epochs=8, batch_size=32)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml", ranks=4).wait(240) == 0
     process = start(cut, tmp_path / "cut.yaml", ranks=4)
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 120)
-    next(p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "0").kill()
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    next(p for p in ranks if p.environ().get("RANK") == "0").kill()
     assert process.wait(60) and 3 <= run_of(cut).epochs_done < 8
     assert start(cut, tmp_path / "cut.yaml", ranks=4).wait(240) == 0
     one, two = run_of(alone), run_of(cut)
@@ -75,7 +83,7 @@ def test_a_signal_saves_first(tiny, tmp_path, end):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tiny, tmp_path):
-    """SIGKILL at 20 random moments, in the loop, in a checkpoint, in a memo write: in the end the bytes of a run left alone."""
+    """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left alone."""
     config = replace(tiny, epochs=60, batch_size=16)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml").wait(300) == 0
@@ -83,12 +91,14 @@ def test_killed_at_random_moments(tiny, tmp_path):
     for _ in range(20):
         before = run_of(cut).epochs_done if run_of(cut).folder.exists() else 0
         process = start(cut, tmp_path / "cut.yaml")
-        wait_until(lambda: process.poll() is not None or (run_of(cut).folder.exists() and run_of(cut).epochs_done > before), 90)
+        further = lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done > before
+        wait_until(lambda: process.poll() is not None or further(), 90)
         time.sleep(random.uniform(0, 0.5))
-        process.kill(), process.wait()
+        kill(process)
     assert start(cut, tmp_path / "cut.yaml").wait(300) == 0
     assert run_of(alone).metrics().drop(columns=TIMED).equals(run_of(cut).metrics().drop(columns=TIMED))
-    assert (run_of(alone).model / "model.safetensors").read_bytes() == (run_of(cut).model / "model.safetensors").read_bytes()
+    weights = [(run_of(config).model / "model.safetensors").read_bytes() for config in (alone, cut)]
+    assert weights[0] == weights[1]
 
 
 def test_second_writer_is_refused(tiny, tmp_path):
@@ -100,7 +110,7 @@ def test_second_writer_is_refused(tiny, tmp_path):
         said = second.communicate(timeout=90)[0]
         assert second.returncode == 2 and "is being written by another process" in said
     finally:
-        first.kill(), first.wait()
+        kill(first)
     assert run_of(config).status == "interrupted"  # and the lock left nothing stale
 
 
@@ -109,7 +119,8 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
     config = replace(tiny, epochs=500)
     process = start(config, tmp_path / "ranks.yaml", ranks=4)
     try:
-        ranks = lambda: [p for p in psutil.Process(process.pid).children(recursive=True) if "vitdistill.train" in " ".join(p.cmdline())]
+        children = lambda: psutil.Process(process.pid).children(recursive=True)
+        ranks = lambda: [p for p in children() if "vitdistill.train" in " ".join(p.cmdline())]
         assert wait_until(lambda: run_of(config).epochs_done >= 1, 120)
         victim = next(p for p in ranks() if p.environ()["RANK"] == "2")
         victim.kill()
@@ -125,29 +136,35 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
     assert "resumes after epoch" in process.communicate()[0]
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))])
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+                                 pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_papermill_leaves_no_process(tmp_path, end):
     """Papermill is killed or interrupted: within 10 s neither its kernel nor torchrun nor a rank is left."""
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/experiments/e01_baseline_resnet50.ipynb"), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
-               "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"), "-p", "work_dir", str(tmp_path / "work")]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and its children inherit that
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
+    notebook = ROOT / "nbs/experiments/e01_baseline_resnet50.ipynb"
+    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
+               "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"),
+               "-p", "work_dir", str(tmp_path / "work")]
+    # a shell's background job ignores SIGINT, and its children inherit that
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=heed)
     try:
         assert wait_until(lambda: list((tmp_path / "runs").glob("*/metrics.csv")), 150)
         kernels = [p.pid for p in psutil.Process(process.pid).children()]
         assert kernels and processes_mentioning(str(tmp_path / "work"))
     finally:
         process.send_signal(end)
-    alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if psutil.pid_exists(k) and psutil.Process(k).status() != psutil.STATUS_ZOMBIE]
+    lives = lambda pid: psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if lives(k)]
     try:
         assert wait_until(lambda: not alive(), 10), alive()
     finally:
-        process.kill(), process.wait()
+        kill(process)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
 def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
-    """The disk fills up while a checkpoint is written: one sentence, the previous checkpoint whole, and the rerun ends as it would have."""
+    """The disk fills up while a checkpoint is written: one sentence, the previous one whole, and the rerun ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -165,7 +182,8 @@ def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 2 and "no space left on the device" in said and "Traceback" not in said
         assert run_of(config).checkpoint()["epochs"] >= 1
-        ballast.close(), (disk / "ballast").unlink()
+        ballast.close()
+        (disk / "ballast").unlink()
         assert start(config, tmp_path / "c.yaml").wait(90) == 0 and len(run_of(config).metrics()) == 6
     finally:
         subprocess.run(["umount", "-l", str(disk)])

@@ -14,9 +14,13 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
-LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "models", "complexity", "losses", "teachers", "answers",
-          "ranks", "setup", "outcome", "train", "launch", "grids", "analysis", "trends", "agreement", "comparison", "watch", "report",
-          "contenders", "bench"]
+LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "models", "complexity", "losses", "teachers",
+          "answers", "ranks", "setup", "outcome", "train", "launch", "grids", "analysis", "trends", "agreement",
+          "comparison", "watch", "report", "contenders", "bench"]
+
+
+SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "tests").glob("*.py"))]
+WIDTH, LENGTH = 120, 45  # characters of a line, lines of an exported cell
 
 
 def cells(notebook, kind="code"):
@@ -29,10 +33,12 @@ def test_export_has_not_drifted(tmp_path):
     for name in ("settings.ini", "setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True)
-    exported, committed = ({p.name: p.read_text() for p in (root / "vitdistill").glob("*.py")} for root in (tmp_path, ROOT))
+    exported, committed = ({p.name: p.read_text() for p in (root / "vitdistill").glob("*.py")}
+                           for root in (tmp_path, ROOT))
     assert exported.keys() == committed.keys()
     for name in exported:
-        assert exported[name] == committed[name], f"vitdistill/{name} is not what nbs/ exports: run nbdev_export, or nbdev_update to keep a hand edit"
+        assert exported[name] == committed[name], (f"vitdistill/{name} is not what nbs/ exports: run nbdev_export, "
+                                                   "or nbdev_update to keep a hand edit")
 
 
 def test_notebooks_are_clean(tmp_path):
@@ -41,7 +47,8 @@ def test_notebooks_are_clean(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=tmp_path, check=True)
     for notebook in NOTEBOOKS:
-        assert notebook.read_text() == (tmp_path / notebook.relative_to(ROOT)).read_text(), f"{notebook.name} is not clean: run nbdev_clean"
+        cleaned = (tmp_path / notebook.relative_to(ROOT)).read_text()
+        assert notebook.read_text() == cleaned, f"{notebook.name} is not clean: run nbdev_clean"
 
 
 @pytest.mark.parametrize("notebook", TEMPLATES, ids=lambda p: p.stem)
@@ -61,8 +68,82 @@ def test_notebook_says_what_it_is(notebook):
     assert re.match(r"# .+\n+> .+", first)
 
 
+def line_faults(source):
+    """Where a source is too wide, or more than a statement stands on a line: (line, what is wrong)."""
+    lines = source.splitlines()
+    found = [(n, f"{len(line)} characters, not {WIDTH} at most")
+             for n, line in enumerate(lines, 1) if len(line) > WIDTH]
+    if source.startswith("%%"):
+        return found
+    tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M))  # without IPython's magics
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple):
+            found.append((node.lineno, "a tuple as a statement: give each its line, or make it a list or a dict"))
+        for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+            for one, two in zip(block, block[1:]) if isinstance(block, list) else ():
+                if one.end_lineno == two.lineno:
+                    found.append((two.lineno, "two statements on a line"))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("source, lines", [
+    ("a = 1\n" + "b" * 120, []),
+    ("a = 1\n" + "b" * 121, [2]),
+    ("%matplotlib inline\nif a:\n    !ls; pwd\nplot(a);\nif a: b\nelse: c\na, b = 1, 2", []),
+    ("%%bash\nls; pwd " + "-" * 120, [2]),
+    ("a\nb, c", [2]),
+    ("if a: b(), c()", [1]),
+    ("a = 1; b = 2\nx = 'a; b' # c; d", [1]),
+    ("for a in b:\n    try: a\n    finally: a; b\nelse: c; d", [3, 4]),
+])
+def test_faults_of_a_line_are_seen(source, lines):
+    assert [n for n, _ in line_faults(source)] == lines
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_script_is_written_a_statement_a_line(script):
+    faults = line_faults(script.read_text())
+    assert not faults, "\n".join(f"{script.name}:{n}: {fault}" for n, fault in faults)
+
+
+def exported_faults(sources):
+    """Exported cells that are too long (but Config's), or that no example follows: (cell, what is wrong), from 0."""
+    found, exported = [], [bool(re.search(r"^#\| *exports?i?\b", source, re.M)) for source in sources]
+    for i, source in enumerate(sources):
+        if not exported[i]:
+            continue
+        defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        if len(lines) > LENGTH and "Config" not in defined:
+            found.append((i, f"exports {len(lines)} lines, not {LENGTH} at most"))
+        public = [name for name in defined if not name.startswith("_")]
+        if public and (i + 1 == len(sources) or exported[i + 1]):
+            found.append((i, f"exports {', '.join(public)}: no code cell with an example or a test follows directly"))
+    return found
+
+
+@pytest.mark.parametrize("sources, at", [
+    (["#| export\ndef f(): pass", "f()", "#| export\ndef _g(): pass", "#| export\na = 1"], []),
+    (["#| export\nclass A: pass", "#| export\ndef f(): pass"], [0, 1]),
+    (["#| export\n#| eval: false\nclass A: pass", "#| exports\ndef f(): pass", "f()"], [0]),
+    (["#| export\n" + "\n\na = 1" * 45, "#| export\n" + "a = 1\n" * 46], [1]),
+    (["#| export\nclass Config:\n" + "    a = 1\n" * 46, "Config()"], []),
+])
+def test_faults_of_exported_cells_are_seen(sources, at):
+    assert [i for i, _ in exported_faults(sources)] == at
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_short_lines_and_tested_cells(notebook):
+    sources = ["".join(cell["source"]) for cell in cells(notebook)]
+    faults = [(i, n, fault) for i, source in enumerate(sources) for n, fault in line_faults(source)]
+    faults += [(i, 1, fault) for i, fault in exported_faults(sources)]
+    assert not faults, "\n".join(f"{notebook.name}, code cell {i + 1}, line {n}: {fault}: "
+                                 f"{sources[i].splitlines()[n - 1].strip()}" for i, n, fault in faults)
+
+
 def imported(source):
-    """Our modules that a source imports: at its head, in a function, or through importlib ('' where that isn't told)."""
+    """Our modules that a source imports: at its head, in a function, through importlib ('' where that isn't told)."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -99,14 +180,17 @@ def test_modules_depend_downwards_only():
 def test_training_needs_no_notebook_tools():
     """The package trains on a machine that has torch, torchvision, timm and pandas."""
     probe = "import sys, vitdistill.train; print(*{m.split('.')[0] for m in sys.modules})"
-    loaded = set(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split())
+    said = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    loaded = set(said.split())
     assert not loaded & {"nbdev", "fastcore", "execnb", "papermill", "IPython", "seaborn", "sklearn", "ipykernel"}
 
 
 def test_nothing_large_or_foreign_is_committed():
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"):
+    foreign = (".safetensors", ".pt", ".pth", ".webp")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.split("\n"):
         if name and (ROOT / name).is_file():
-            assert (ROOT / name).stat().st_size < 3e6 and Path(name).suffix not in (".safetensors", ".pt", ".pth", ".webp"), name
+            assert (ROOT / name).stat().st_size < 3e6 and Path(name).suffix not in foreign, name
 
 
 def test_readme_names_commands_that_exist():
@@ -118,6 +202,8 @@ def test_readme_names_commands_that_exist():
 
 def test_readme_differences_are_those_of_the_study():
     """Each `+x.x (low to high` of the README, in points, is a row of the study's table of all differences."""
-    told = re.findall(r"([+-]\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)", " ".join((ROOT / "README.md").read_text().split()))
-    known = pd.read_csv(ROOT / "reports/tables/study_together.csv")[["difference", "low", "high"]].map(lambda x: float(f"{100 * x:.1f}"))
-    assert len(told) >= 3 and {tuple(map(float, numbers)) for numbers in told} <= set(known.itertuples(index=False, name=None))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    told = re.findall(r"([+-]\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)", readme)
+    table = pd.read_csv(ROOT / "reports/tables/study_together.csv")[["difference", "low", "high"]]
+    known = set(table.map(lambda x: float(f"{100 * x:.1f}")).itertuples(index=False, name=None))
+    assert len(told) >= 3 and {tuple(map(float, numbers)) for numbers in told} <= known

@@ -243,7 +243,7 @@ def teacher_alone(config:Config, ranks:Ranks, data:Data, watch:Watch):
 # %% ../nbs/09_contenders.ipynb #3f001512
 def matmul(config:Config, ranks:Ranks, data:Data, watch:Watch):
     "A square matrix product, 8192 wide on a GPU and 2048 on a CPU."
-    n, dtype = (8192 if watch.cuda else 2048), (torch.bfloat16 if config.teacher_precision[:4] == 'bf16' else torch.float32)
+    n, dtype = 8192 if watch.cuda else 2048, torch.float32 if config.teacher_precision == 'fp32' else torch.bfloat16
     a, b, out = (torch.randn(n, n, device=ranks.device).to(dtype) for _ in range(3))
     watch.flop_per_step = 2*n**3
     return loop(lambda: torch.mm(a, b, out=out))

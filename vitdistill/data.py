@@ -350,7 +350,8 @@ def labelled_images(
     from timm.data.readers import create_reader
     try: reader = create_reader('', str(from_root(root)))
     except (AssertionError, RuntimeError, OSError):
-        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.') from None
+        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as '
+                              f'{classes[0]}/*.') from None
     if unknown := [name for name in _classes(reader) if name not in classes]:
         raise VitdistillError(f'{root} has a folder {unknown[0]!r}, which is no class: {nearest(unknown[0], classes)}')
     numbers = [classes.index(name) for name in _classes(reader)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'check_names', 'parameters', 'configure', 'check_ranks', 'rank_count', 'better_alone',
-           'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'launch',
-           'has_model', 'launch_fill', 'finished_teacher', 'teacher_of_preset', 'with_teacher']
+           'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'has_model',
+           'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset', 'with_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, typing
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from .config import Config, VitdistillError, field_names, from_root, nearest, preset, save
-from .data import fingerprint
+from .data import fingerprint, image_side
 from .live import LiveCurve, in_jupyterlab
 from .ranks import threads_per_rank
 from .runs import Run, find_runs
@@ -179,9 +179,10 @@ def torchrun(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->str
     work, caches = from_root(config.work_dir)/run.name, from_root(config.work_dir)/'compiled'
     if 'compile' in (config.auto or ()): config = replace(config, compile='auto') # the ranks know how many they are
     file = save(config, work/'launch.yaml')
-    kept = dict(TORCHINDUCTOR_CACHE_DIR=str(caches/'inductor'), TRITON_CACHE_DIR=str(caches/'triton')) # for next time
-    env = kept | os.environ | dict(VITDISTILL_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1',
-                            OMP_NUM_THREADS=str(threads_per_rank(config, ranks)))
+    env = os.environ | dict(VITDISTILL_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1',
+                            OMP_NUM_THREADS=str(threads_per_rank(config, ranks)),
+                            TORCHINDUCTOR_CACHE_DIR=str(caches/'inductor'), # what torch.compile makes is kept
+                            TRITON_CACHE_DIR=str(caches/'triton'))
     with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:
         process = subprocess.Popen(torchrun_command(config, file, ranks, *extra, errors=errors), env=env, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors='replace',
@@ -194,6 +195,9 @@ def torchrun(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->str
 def makes_teacher(name:str)->bool: # of an experiment, or of a notebook
     "Is it a teacher that this makes, for others to learn from?"
     return name.endswith('teacher')
+
+# %% ../nbs/07_launch.ipynb #1eff491b
+def has_model(run:Run)->bool: return (run.model/'model.safetensors').is_file()
 
 # %% ../nbs/07_launch.ipynb #94680760
 def launch(
@@ -225,8 +229,6 @@ def launch(
     if show: print(f'its record: {run.folder} (metrics.csv, result.json); its model and log.txt: {run.work}')
     return run
 
-def has_model(run:Run)->bool: return (run.model/'model.safetensors').is_file()
-
 # %% ../nbs/07_launch.ipynb #5f1e22a7
 def launch_fill(
     config:Config,  # of a distilled student
@@ -240,10 +242,11 @@ def launch_fill(
 # %% ../nbs/07_launch.ipynb #6303ad4e
 def finished_teacher(wanted:Config)->Run|None:
     "The newest finished run of the same model, data and split, with its weights here, however it was trained."
-    same = ('experiment', 'student', 'student_kwargs', 'student_size', 'image_size', 'data_hash',
-            *field_names(split=True))
+    same = 'experiment', 'student', 'student_kwargs', 'student_size', 'data_hash', *field_names(split=True)
     wanted = replace(wanted, data_hash=fingerprint(wanted))
-    fits = lambda run: all(getattr(run.config, name) == getattr(wanted, name) for name in same)
+    def fits(run):
+        alike = all(getattr(run.config, name) == getattr(wanted, name) for name in same)
+        return alike and image_side(run.config) == image_side(wanted)
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run) and fits(run)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 

@@ -251,8 +251,8 @@ SECTIONS = (
             ('complexity_*',), 'a04_complexity', without_runs=('*',)),
     Section('The data', 'What the models are given: images, views, splits.', ('data_*',), 'a00_data',
             without_runs=('*',)),
-    Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',), command='make bench ARGS=--keep',
-            files=('bench/figures/*.svg', 'bench/*.csv'), without_runs=('*',)))
+    Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',),
+            command='make bench ARGS=--keep', files=('bench/figures/*.svg', 'bench/*.csv'), without_runs=('*',)))
 
 # %% ../nbs/08e_report.ipynb #5889a420
 def _machine(about): # of `runs.environment`

@@ -148,7 +148,9 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
         raise VitdistillError(f'the teacher knows {len(its)} classes ({its[0]}, ...), {data.name} has {len(classes)} '
                               f'({classes[0]}, ...): fine-tune the teacher on {data.name} with e00_teacher.')
     refuse_seen(config, data, card)
-    model = create(config.teacher, len(classes), config.teacher_size, pretrained=config.teacher_pretrained,
+    named = config.teacher.startswith('hf-hub:') and not config.teacher_weights # the name says where weights are
+    pretrained = config.teacher_pretrained or named
+    model = create(config.teacher, len(classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
     if config.teacher_weights: load_weights(model, from_root(config.teacher_weights))
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
