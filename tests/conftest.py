@@ -26,14 +26,15 @@ def tiny(tmp_path):
     return Config(dataset="digits", data_fraction=0.2, student="vit_tiny_patch16_224", student_kwargs=TINY,
                   teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, allow_untrained=True,
                   distillation="hard", epochs=3, batch_size=64, optimizer="adamw", lr=1e-3, precision="fp32",
-                  teacher_precision="fp32", device="cpu", threads=1, runs_dir=str(tmp_path / "runs"),
-                  work_dir=str(tmp_path / "work"))
+                  teacher_precision="fp32", device="cpu", threads=1, checkpoint_seconds=0.0,
+                  runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
 
 
 @pytest.fixture
 def recipe(tiny):
     """The same with mixing, a weight average, clipped gradients and dropped paths: the preset of that name."""
-    ours = ("data_fraction", "epochs", "precision", "teacher_precision", "device", "threads", "runs_dir", "work_dir")
+    ours = ("data_fraction", "epochs", "precision", "teacher_precision", "device", "threads", "checkpoint_seconds",
+            "runs_dir", "work_dir")
     return preset("recipe", "distilled", **{name: getattr(tiny, name) for name in ours})
 
 

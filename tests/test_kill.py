@@ -49,6 +49,39 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_four_ranks_resume_to_the_same_bytes(tiny, tmp_path):
+    """From three ranks on, the order of sums shows in their bits: four that are killed end as four left alone."""
+    config = replace(tiny, epochs=8, batch_size=32)
+    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    assert start(alone, tmp_path / "alone.yaml", ranks=4).wait(240) == 0
+    process = start(cut, tmp_path / "cut.yaml", ranks=4)
+    assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 120)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    next(p for p in ranks if p.environ().get("RANK") == "0").kill()
+    assert process.wait(60) and 3 <= run_of(cut).epochs_done < 8
+    assert start(cut, tmp_path / "cut.yaml", ranks=4).wait(240) == 0
+    one, two = run_of(alone), run_of(cut)
+    assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8
+    assert (one.model / "model.safetensors").read_bytes() == (two.model / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(tiny, tmp_path, end):
+    """Checkpoints are an hour apart and epochs are short: told to end, a run loses none that it has behind it."""
+    config = replace(tiny, epochs=200, checkpoint_seconds=3600.0)
+    process = start(config, tmp_path / "c.yaml")
+    try:
+        assert wait_until(lambda: run_of(config).epochs_done >= 4, 90)
+        assert run_of(config).checkpoint()["epochs"] == 1
+        process.send_signal(end)
+        assert process.wait(30) == 128 + end
+    finally:
+        process.kill()
+    assert run_of(config).checkpoint()["epochs"] >= run_of(config).epochs_done - 1 >= 3
+    assert run_of(config).status == "interrupted"
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments(tiny, tmp_path):
     """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left alone."""
     config = replace(tiny, epochs=60, batch_size=16)

@@ -51,6 +51,35 @@ def test_uneven_last_batch_is_weighted(tiny, tmp_path):
     assert (one - two).abs().max() < 1e-5
 
 
+LATE = """
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {tests!r})
+import torch.distributed.distributed_c10d as c10d
+import forked_ranks
+from vitdistill import ranks, train
+c10d._get_default_timeout = lambda backend: timedelta(seconds=5)
+ranks.PATIENCE = timedelta(seconds={patience})
+finish = train.finish
+train.finish = lambda *args: (time.sleep(10), finish(*args))
+sys.exit(forked_ranks.train(2, {file!r}))
+"""
+
+
+def test_ranks_wait_for_one_that_finishes(tiny, tmp_path):
+    """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a sentence."""
+    results = []
+    for patience in (7200, 5):
+        config = elsewhere(replace(tiny, epochs=1), tmp_path / str(patience))
+        file = str(save(config, tmp_path / f"{patience}.yaml"))
+        command = [sys.executable, "-c", LATE.format(tests=str(ROOT / "tests"), patience=patience, file=file)]
+        results.append(subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240))
+    well, late = results
+    assert well.returncode == 0, well.stderr[-2000:]
+    assert late.returncode and "[rank 1] rank 1 waited 5 s for the others and gave up: see in the log" in late.stderr
+    assert "[rank 1] Traceback" not in late.stderr
+
+
 @pytest.mark.slow
 def test_resume_on_other_ranks_says_so(tiny, tmp_path):
     """A run begun by one process goes on with two."""

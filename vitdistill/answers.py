@@ -178,9 +178,10 @@ def fill(
     answers:Answers,
     rows:torch.Tensor, # (n,) rows of the dataset
     views:int,         # views of an image
-    block:int=2048     # questions between two yields
+    block:int=0        # questions between two yields; 0: as many as fill the teacher's passes on all ranks
 )->typing.Iterator[int]:
     "Ask the teacher every view of `rows` that its memo doesn't know, on all ranks; yields how many more are there."
+    block = block or 16*answers.teacher.chunk*answers.world
     for view in range(views):
         for part in rows.split(block):
             answers(Plan(part, torch.zeros_like(part), torch.full_like(part, view)))
@@ -219,7 +220,7 @@ class OutOfFold:
                                   "with complementary folds (fold = '1/2' and '2/2') of the same data_fraction "
                                   'and split.')
         self.parts, self.which = parts, unseen.int().argmax(0)
-        for name in ('teacher', 'views', 'memo', 'kind', 'blank'): setattr(self, name, getattr(parts[0], name))
+        for name in ('teacher', 'views', 'memo', 'kind', 'blank', 'world'): setattr(self, name, getattr(parts[0], name))
         self.by_view = all(part.by_view for part in parts)
 
     def _divide(self, image): # (teacher's answers, where among the images), all ranks alike

@@ -134,7 +134,7 @@ class Config:
     teacher_pretrained:bool=_teacher(False) # timm's hub weights; another number of classes gets an untrained head
     teacher_size:int=_teacher(224, '[1, inf)') # its input side in px, bilinear
     teacher_normalization:str=_teacher('data', _norms) # as in the paper, or the pretrained model's own
-    teacher_precision:str=_teacher('auto', _precisions) # of its passes
+    teacher_precision:str=_teacher('auto', (*_precisions, 'bf16-weights')) # of its passes; or its weights rounded too
     allow_untrained:bool=_teacher(False) # teach although the health check fails (an ablation)
     memo:bool=_teacher(True, hashed=False) # keep the teacher's answers per (image, view)
     memo_temperatures:list=_teacher(list, hashed=False) # whose tails a memo of soft answers keeps; []: the run's own
@@ -168,6 +168,7 @@ class Config:
     device:str=_machine('auto', ('auto', 'cuda', 'mps', 'cpu'), hashed=False, shared=True) # where tensors live
     precision:str=_machine('auto', _precisions, shared=True) # fp32, or bf16 by autocast
     compile:str=_machine('auto', _compile_modes, hashed=False) # none (eager), or a mode of torch.compile
+    deterministic:bool=_machine(False, hashed=False) # the same bits each time on CUDA, slower; a CPU's always are
     data_on:str=_machine('auto', ('auto', 'device', 'host', 'disk'), hashed=False) # of images; auto: where room is
     threads:int|str=_machine('auto', '[1, inf)', hashed=False) # per rank, on the CPU
     nproc:int|str=_machine('auto', '[1, inf)', hashed=False) # ranks on this node; 'auto': the visible GPUs, or 1
@@ -178,6 +179,7 @@ class Config:
     runs_dir:str=_record('reports/runs', hashed=False, shared=True) # run folders: small records
     work_dir:str=_record('out/work', hashed=False, shared=True) # checkpoints, models, memos
     checkpoint_every:int=_record(1, '[1, inf)', hashed=False) # epochs between checkpoints
+    checkpoint_seconds:float=_record(60., '[0, inf)', hashed=False) # between two at least; a signal saves first
     keep_checkpoints:list=_record(list, hashed=False) # numbers of epochs whose checkpoints are kept beside the last
     evaluate_every:int=_record(1, '[1, inf)', hashed=False) # epochs between evaluations; the last epoch always has one
     keep_logits:bool=_record(True, hashed=False) # test logits in fp16 among the predictions, up to 100 classes

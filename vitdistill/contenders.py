@@ -35,7 +35,7 @@ def bench_config(device:str, **given)->Config:
     teacher = 'deit_base_patch16_224' if device == 'cuda' else 'vit_tiny_patch16_224'
     precision = auto_precision(device)
     values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard', device=device,
-                  precision=precision, teacher_precision=precision, compile=auto_compile(device))
+                  precision=precision, teacher_precision=precision) # `compile` is resolved by each rank
     return from_dict(values | given)
 
 # %% ../nbs/09_contenders.ipynb #610c5517
@@ -243,7 +243,7 @@ def teacher_alone(config:Config, ranks:Ranks, data:Data, watch:Watch):
 # %% ../nbs/09_contenders.ipynb #3f001512
 def matmul(config:Config, ranks:Ranks, data:Data, watch:Watch):
     "A square matrix product, 8192 wide on a GPU and 2048 on a CPU."
-    n, dtype = (8192 if watch.cuda else 2048), (torch.bfloat16 if config.teacher_precision == 'bf16' else torch.float32)
+    n, dtype = 8192 if watch.cuda else 2048, torch.float32 if config.teacher_precision == 'fp32' else torch.bfloat16
     a, b, out = (torch.randn(n, n, device=ranks.device).to(dtype) for _ in range(3))
     watch.flop_per_step = 2*n**3
     return loop(lambda: torch.mm(a, b, out=out))
@@ -269,6 +269,7 @@ def rank_counts(config:Config, wished:tuple=(2, 8))->tuple:
 # %% ../nbs/09_contenders.ipynb #2dc8a8ff
 def contenders(config:Config)->dict:
     "Name -> `Contender`, in the order of their turns."
+    config = replace(config, compile=auto_compile(config, config.device)) # each rank for itself
     plain, on_cpu = replace(config, distillation='none'), config.device == 'cpu'
     one_size = replace(config, student_size=config.teacher_size, precision='fp32',
                        batch_size=min(config.batch_size, 32 if on_cpu else config.batch_size))
@@ -291,7 +292,7 @@ def contenders(config:Config)->dict:
 # %% ../nbs/09_contenders.ipynb #8ac827fe
 def tries(config:Config)->dict:
     "Name -> `Contender`: the bare step with one thing changed."
-    plain = replace(config, distillation='none')
+    plain = replace(config, distillation='none', compile=auto_compile(config, config.device)) # on one rank
     def one(what, kernels={}, **changes):
         return Contender(functools.partial(bare, **kernels), replace(plain, **changes), what)
     found = {'bare': one('as the study runs it'),

@@ -51,7 +51,9 @@ def grid_cells(path:str|Path)->list[Cell]:
 def slot_environment(slot:int, slots:int, gpus:int)->dict:
     "Environment variables of a cell in slot 0, 1, ...: its GPU, or its share of the cores."
     if slots == 1: return {}
-    return {'CUDA_VISIBLE_DEVICES': str(slot % gpus)} if gpus else {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus))) # a scheduler's, say
+    mine = {'CUDA_VISIBLE_DEVICES': visible.split(',')[slot % gpus].strip()} if gpus else {}
+    return mine | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
 
 # %% ../nbs/07a_grids.ipynb #00c824d0
 def execute(cell:Cell, output:Path, environment:dict)->None:

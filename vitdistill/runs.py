@@ -135,7 +135,8 @@ def environment()->dict:
                 timm=timm.__version__, platform=platform.platform(), processor=_processor(), cores=cores(),
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-                commit=git('rev-parse', 'HEAD'),
+                tf32=dict(products=torch.backends.cuda.matmul.allow_tf32, convolutions=torch.backends.cudnn.allow_tf32),
+                commit=git('rev-parse', 'HEAD') or os.environ.get('VITDISTILL_COMMIT', ''), # of a copy without .git
                 uncommitted=bool(git('status', '--porcelain', '--untracked-files=no')))
 
 def _processor()->str:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Step', 'epoch_steps', 'cut_ahead', 'answer_window', 'batches', 'Meter', 'Progress', 'peak_lr', 'train_epoch',
-           'accuracies', 'compiled', 'restore', 'announce', 'train_epochs', 'train', 'fill_memo', 'rank_main', 'main']
+           'accuracies', 'compiled', 'restore', 'announce', 'settle', 'Checkpoints', 'train_epochs', 'train',
+           'fill_memo', 'rank_main', 'main']
 
 # %% ../nbs/06_train.ipynb #73b7b303
-import argparse, os, sys, time, traceback, typing
+import argparse, copy, os, sys, threading, time, traceback, typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 import torch, torch.distributed as dist
@@ -20,8 +21,8 @@ from .augment import drawn_mix, mixed, mixed_targets
 from .config import Config, VitdistillError, from_root, load, no_space
 from .losses import Batch, Objective, Output
 from .outcome import finish
-from .ranks import Ranks, batch_bounds, end_with_parent, has_batch_norm, local_rows
-from .ranks import parallel, seed_step, start_ranks, threads_per_rank
+from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
+from .ranks import local_rows, parallel, random_state, seed_step, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, create_optimizer, create_schedule, evaluate
 from .setup import prepare, resolve, weight_average
@@ -78,7 +79,7 @@ def batches(
     mixes = [drawn_mix(config, data.train_images.shape[1], epoch, number) for number in range(len(steps))]
     def cut(step): # pixels, and those that they are mixed with
         return [setup.views(image[rows], view[rows]) for rows in (step.rows, *([partner(step)] if mixes[0] else []))]
-    window, ahead = answer_window(setup, len(steps)), None
+    window, ahead, draws = answer_window(setup, len(steps)), None, True # what follows draws, until it is seen not to
     for number, (step, pixels, mix) in enumerate(zip(steps, cut_ahead(setup, cut, steps), mixes)):
         if answers and answers.by_view and number % window == 0:
             first, last = step.start, steps[min(number + window, len(steps)) - 1].stop
@@ -90,8 +91,10 @@ def batches(
             targets = mixed_targets(mix, targets, labels[partner(step)], len(data.classes))
         if answers and answers.by_view: answer = ahead[step.rows - first]
         else: answer = answers.online(pixels, plan.image[step.rows]) if answers else None
-        seed_step(config.seed, epoch, number, ranks.rank)
+        if draws: seed_step(config.seed, epoch, number, ranks.rank)
+        before = random_state() if not number else None
         yield Batch(setup.input(pixels), targets, answer, epoch, step.weight)
+        if not number: draws = random_state() != before
 
 # %% ../nbs/06_train.ipynb #e7b2c950
 class Meter:
@@ -221,9 +224,56 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     if left := images - batch_bounds(images, c.batch_size, ranks.world, True)[-1][1]:
         say(f'the last batch of {left} image(s) of each epoch is dropped: batch norm needs 2 on every rank')
 
+# %% ../nbs/06_train.ipynb #3cc86d7f
+def settle(setup:Setup, objective:Objective)->None:
+    "A step forward and back that changes nothing, after which DDP sums gradients in the order that it keeps."
+    ranks, rows, answers = setup.ranks, epoch_steps(setup, len(setup.train_rows))[0].rows, setup.answers
+    labels = setup.data.train_labels[setup.train_rows[rows]].to(ranks.device)
+    pixels = setup.input(setup.views(setup.train_rows[rows].to(setup.views.device)))
+    answer = answers.blank.expand(len(rows), *answers.blank.shape[1:]).to(ranks.device) if answers else None
+    before = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    with setup.autocast(): out = objective.train()(Batch(pixels, labels, answer))
+    out.loss.backward()
+    for parameter in objective.parameters(): parameter.grad = None
+    for buffer, value in before: buffer.copy_(value)
+
+# %% ../nbs/06_train.ipynb #c74e192c
+class Checkpoints:
+    "What a run can be resumed from: written now and then, and always where the run ends, however it does."
+    def __init__(self, run:RunWriter, config:Config, kept:dict, ranks:Ranks): # kept: name -> what has a state
+        self.run, self.config, self.kept, self.ranks = run, config, kept, ranks
+        self.last, self.held, self.lock = -float('inf'), None, threading.Lock()
+
+    def __enter__(self):
+        at_signal.append(self.flush)
+        return self
+    def __exit__(self, error, *_):
+        at_signal.remove(self.flush)
+        try: self.flush()
+        except Exception:
+            if error is None: raise # else what came first is told
+
+    def add(self, epochs:int)->None: # that are done
+        c, on_gpu = self.config, self.ranks.device.startswith('cuda')
+        states = {name: part.state_dict() for name, part in self.kept.items()}
+        state, keep = dict(epochs=epochs, world=self.ranks.world, **states), epochs in c.keep_checkpoints
+        late = time.monotonic() - self.last >= c.checkpoint_seconds
+        due = epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep
+        with self.lock:
+            self.held = state if due else copy.deepcopy(state)
+            if on_gpu: torch.cuda.synchronize()
+        if due: self.flush(keep)
+
+    def flush(self, keep:bool=False)->None: # from any thread
+        on_gpu = self.ranks.device.startswith('cuda')
+        beside = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext() # not behind a hanging step
+        with self.lock, beside:
+            if self.held: self.run.save_checkpoint(self.held, keep)
+            self.held, self.last = None, time.monotonic()
+
 # %% ../nbs/06_train.ipynb #27acc58b
 def train_epochs(setup:Setup, run:RunWriter)->None:
-    "The epochs that are left, each ending in a row of metrics and, every `checkpoint_every`, a checkpoint."
+    "The epochs that are left, each ending in a row of metrics and, where one is due, a checkpoint."
     config, ranks, student = setup.config, setup.ranks, setup.student
     optimizer = create_optimizer(config, student.model, setup.criterion)
     average = weight_average(config, student, optimizer)
@@ -231,24 +281,23 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
     if average: kept['average'] = average.module
     schedule, (done, world) = create_schedule(config, optimizer), restore(setup, run, kept)
     objective = Objective(compiled(parallel(student, ranks), config.compile), parallel(setup.criterion, ranks))
+    if ranks.world > 2 and done < config.epochs: settle(setup, objective)
     progress = Progress(config, len(setup.train_rows), done, shown=ranks.rank == 0)
     announce(setup, run, done, world, progress)
-    for epoch in range(done, config.epochs):
-        begun, last = time.perf_counter(), epoch + 1 == config.epochs
-        schedule.step(epoch)
-        row = dict(epoch=epoch, lr=peak_lr(optimizer)) | train_epoch(setup, objective, optimizer, epoch, progress)
-        if ranks.world > 1: # running statistics of rank 0
-            for model in (student, *([average.module] if average else [])): distribute_bn(model, ranks.world)
-        if (epoch + 1) % config.evaluate_every == 0 or last: row |= accuracies(setup, average)
-        row['seconds'] = time.perf_counter() - begun
-        if ranks.rank == 0:
-            run.append(row)
-            if epoch == done: run.note_machine()
-            if (epoch + 1) % config.checkpoint_every == 0 or last:
-                states = {name: part.state_dict() for name, part in kept.items()}
-                state = dict(epochs=epoch + 1, world=ranks.world, **states)
-                run.save_checkpoint(state, epoch + 1 in config.keep_checkpoints)
-        progress.epoch(row)
+    with Checkpoints(run, config, kept, ranks) as checkpoints:
+        for epoch in range(done, config.epochs):
+            begun, last = time.perf_counter(), epoch + 1 == config.epochs
+            schedule.step(epoch)
+            row = dict(epoch=epoch, lr=peak_lr(optimizer)) | train_epoch(setup, objective, optimizer, epoch, progress)
+            if ranks.world > 1: # running statistics of rank 0
+                for model in (student, *([average.module] if average else [])): distribute_bn(model, ranks.world)
+            if (epoch + 1) % config.evaluate_every == 0 or last: row |= accuracies(setup, average)
+            row['seconds'] = time.perf_counter() - begun
+            if ranks.rank == 0:
+                run.append(row)
+                if epoch == done: run.note_machine()
+                checkpoints.add(epoch + 1)
+            progress.epoch(row)
     progress.bar.close()
 
 # %% ../nbs/06_train.ipynb #3cede1f0
@@ -299,7 +348,7 @@ def rank_main(path:str, ahead:bool)->None: # path: of the config; ahead: fill th
         else: run = train(config, ranks, f'{started} -m vitdistill.train --config {told(path)}')
         if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
     except VitdistillError: raise
-    except Exception as e: raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or e
+    except Exception as e: raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or gave_up(e) or e
 
 # %% ../nbs/06_train.ipynb #bd3c7a6b
 def main(arguments:list=None)->int:
@@ -310,6 +359,7 @@ def main(arguments:list=None)->int:
     parser.add_argument('--fill', action='store_true', help='ask the teacher every view ahead instead')
     args = parser.parse_args(arguments)
     end_with_parent()
+    end_by_signal()
     try: rank_main(args.config, args.fill)
     except VitdistillError as e: return _fail(str(e))
     except Exception: return _fail(traceback.format_exc())
