@@ -45,7 +45,6 @@ def study(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("study")
 def test_study_runs_by_papermill(study):
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     assert {name: run.status for name, run in runs.items()} == dict(teacher="done", baseline="done", distilled="done")
@@ -57,7 +56,6 @@ def test_study_runs_by_papermill(study):
         assert f"its record: {runs[name].folder}" in said(notebook)  # where to look
 
 
-@pytest.mark.xdist_group("study")
 def test_paper_analysis_draws_the_runs(study):
     execute("a01_paper", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
     for name in ("figure1", "figure2", "figure3", "figure4"):
@@ -68,7 +66,6 @@ def test_paper_analysis_draws_the_runs(study):
     assert "figure4" in (study / "out/index.html").read_text()
 
 
-@pytest.mark.xdist_group("study")
 def test_study_page_says_what_the_runs_say(study, tmp_path):
     """Each arm's accuracy and the paired difference stand on the page, with their runs; one seed resolves nothing."""
     execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
@@ -124,7 +121,6 @@ def test_out_of_fold_notebook(tmp_path):
     assert abs(student.result["true_answers"] - sum(held_out) / 2) < 0.15
 
 
-@pytest.mark.xdist_group("study")
 def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
