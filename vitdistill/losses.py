@@ -102,9 +102,9 @@ def decoupled_loss(
     "tau² (alpha KL of label against others + beta KL among the others), DKD eq. 7."
     label = F.one_hot(labels, logits.shape[-1]).bool()
     z, t = (x.float()/temperature for x in (logits, teacher_logits))
-    log_p, log_q = (x.log_softmax(-1) for x in (z, t))
-    p, q = (x.gather(-1, labels[:, None])[:, 0] for x in (log_p, log_q)) # by a mask, the host would wait for the device
-    p_rest, q_rest = (x.masked_fill(label, -torch.inf).logsumexp(-1) for x in (log_p, log_q)) # log of 1 - p(label)
+    of_label = lambda x: x.gather(-1, labels[:, None])[:, 0] # by a mask, the host would wait for the device
+    (p, p_rest), (q, q_rest) = ((of_label(x.log_softmax(-1)), x.log_softmax(-1)) for x in (z, t))
+    p_rest, q_rest = (x.masked_fill(label, -torch.inf).logsumexp(-1) for x in (p_rest, q_rest)) # log of 1 - p(label)
     target = q.exp()*(q - p) + q_rest.exp()*(q_rest - p_rest)
     others = (x.masked_fill(label, -1e4).log_softmax(-1) for x in (z, t))
     among = F.kl_div(*others, reduction='none', log_target=True).sum(-1)
