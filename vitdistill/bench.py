@@ -12,7 +12,6 @@ __all__ = ['orders', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', 'start', 
 import argparse, contextlib, functools, json, math, os, re, resource, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
-from scipy import stats
 from .config import Config, VitdistillError, from_root, load, save, write_atomic
 from .contenders import Contender, Watch, bare, bench_config, clock, contenders, random_data
 from .contenders import rank_counts, tries, vitdistill
@@ -165,7 +164,8 @@ def by_round(turns:pd.DataFrame, column:str='images_per_second')->pd.DataFrame: 
 # %% ../nbs/09a_bench.ipynb #12fe012d
 def median_interval(values:pd.Series)->tuple: # a value a round; NaN is left out
     "(low, high): an interval that holds the median with at least 95%, whatever the distribution; NaN below 6 values."
-    return tuple(stats.quantile_test(values.dropna(), p=.5).confidence_interval(.95))
+    from scipy.stats import quantile_test # here: the workers, whose first step is timed, do without
+    return tuple(quantile_test(values.dropna(), p=.5).confidence_interval(.95))
 
 # %% ../nbs/09a_bench.ipynb #7ad058fb
 def result(
