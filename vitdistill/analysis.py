@@ -132,7 +132,7 @@ def published_value(
     try: return float(value)
     except ValueError: return value
 
-# %% ../nbs/08_analysis.ipynb #9b6cb3fa
+# %% ../nbs/08_analysis.ipynb #70255761
 def significant(
     values,      # a number, an array, a Series or a frame; text and None are left as they are
     digits:int=4 # significant ones
@@ -140,7 +140,8 @@ def significant(
     "The values rounded to so many significant digits: what another processor agrees on."
     if isinstance(values, pd.DataFrame): return values.apply(significant, digits=digits)
     if isinstance(values, pd.Series): return values.map(lambda value: significant(value, digits))
-    if isinstance(values, np.ndarray): return np.reshape([significant(value, digits) for value in values.flat], values.shape)
+    if isinstance(values, np.ndarray):
+        return np.reshape([significant(value, digits) for value in values.flat], values.shape)
     if not isinstance(values, (float, np.floating)) or not math.isfinite(values): return values
     return float(f'{round(float(values), 15):.{digits}g}') # what is nothing but for rounding is nothing
 

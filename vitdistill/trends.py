@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
            'block_length', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'back_test']
+           'measured_crossover', 'back_test', 'explained']
 
 # %% ../nbs/08a_trends.ipynb #1ae493c3
 import math, warnings
@@ -288,3 +288,16 @@ def back_test(
                             last_error=float(error[-1]))
             rows.append(row)
     return pd.DataFrame(rows, columns=['law', 'k', 'ahead', 'rmse', 'bias', 'last_error', 'note'])
+
+# %% ../nbs/08a_trends.ipynb #0153a04c
+def explained(
+    values, # (n,) such as errors of forecasts
+    groups, # (n,) what each belongs to
+)->float:   # 1: all; about 0, or below: no more than chance; NaN for one group, or as many as values
+    "Share of the variance of the values that lies between groups, adjusted for their number."
+    values, groups = pd.Series(np.asarray(values, float)), pd.Series(list(groups))
+    n, k = len(values), groups.nunique()
+    varied = float(((values - values.mean())**2).sum())
+    if not 1 < k < n or not varied: return math.nan
+    within = float(((values - values.groupby(groups).transform('mean'))**2).sum())
+    return 1 - within/(n - k)/(varied/(n - 1))
