@@ -1,15 +1,22 @@
 """The pages that people read: numbers against the records, sentences against their numbers, and how long they are."""
 import json
 import re
+import shlex
+import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
 from conftest import ROOT
-from test_notebooks import execute
-from vitdistill.config import Config, config_hash, run_name, save
+from test_notebooks import EXPERIMENTS, execute
+from vitdistill.analysis import settings
+from vitdistill.config import Config, VitdistillError, config_hash, run_name, save
+from vitdistill.grids import grid_cells
+from vitdistill.launch import configure
+from vitdistill.runs import find_runs
 
 RECORDS = ROOT / "reports/runs"
 TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
@@ -225,3 +232,180 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
     assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
     control = forest[forest.question == "No teacher: a control"].iloc[0]
     assert control.arm == "labels alone, labels smoothed by 0.1" and control.difference == pytest.approx(0.102)
+
+
+README = (ROOT / "README.md").read_text()
+PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
+             e04_adopted_teacher="teacher")
+RECIPES = re.findall(r"^papermill (.+)$", README, re.M)
+TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+
+
+def given_of(recipe):
+    """The template of a recipe and the parameters that it gives, as papermill reads them."""
+    said = shlex.split(recipe)
+    names = {said[i + 1]: said[i + 2] for i, word in enumerate(said) if word == "-p"}
+    numbers = {name: yaml.safe_load(value) for name, value in names.items()}
+    return re.search(r"/(\w+)\.ipynb", said[0])[1], numbers
+
+
+def test_readme_is_decided_in_one_screen():
+    first = README.split("## Two commands")[0]
+    assert first.count("![") == 1 and len(re.findall(r"^- ", first, re.M)) == 4 and words(first) <= 200
+    assert len(re.search(r"\n\n(.+?)\n\n", README)[1].split()) <= 25
+    assert len(re.findall(r"^\| ", README.split("## Results")[1].split("## ")[0], re.M)) == 7  # a head and six rows
+
+
+def test_readme_shows_the_forest_until_the_long_run_has_twenty_epochs():
+    """Then Figure 4 is the picture that leads: both arms at the paper's own size."""
+    long = [run.epochs_done for run in find_runs(RECORDS)
+            if run.config.data_fraction == 1 and run.config.dataset == "cifar100" and not run.config.allow_untrained
+            and run.config.experiment in ("baseline", "distilled")]
+    led_by = "figure4" if len(long) > 1 and min(long) >= 20 else "study_forest"
+    assert re.search(r"!\[.*\]\(reports/figures/(\w+)\.png\)", README)[1] == led_by
+
+
+def test_links_of_the_readme_are_there():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+def test_accuracies_of_the_readme_are_those_of_the_study():
+    arms = pd.read_csv(ROOT / "reports/tables/study_arms.csv")
+    known = {f"{top1:.1%}" for top1 in arms.top1}
+    rows = README.split("## Results")[1].split("## ")[0]
+    told = re.findall(r"\| (\d+\.\d%) \|", rows)
+    assert len(told) == 6 and set(told) <= known
+
+
+def test_bench_rows_of_the_readme_are_measured():
+    bench = pd.read_csv(ROOT / "reports/bench/amd-epyc-2-cores.csv").set_index("contender").images_per_second
+    rows = re.findall(r"^\| .+ \| (\d+) \|$", README.split("## What it costs")[1], re.M)
+    contenders = ["bare", "vitdistill plain", "vitdistill full memo", "vitdistill empty memo", "naive distilled"]
+    assert [int(row) for row in rows] == [round(bench[name]) for name in contenders]
+
+
+def test_the_library_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """Eight lines, as they stand; their work folder aside."""
+    lines = README.split("## As a library")[1].split("```python\n")[1].split("```")[0]
+    assert len(lines.splitlines()) <= 9
+    where = f"allow_untrained=True, work_dir={str(tmp_path)!r}, padding=0"
+    seen = {}
+    exec(lines.replace("allow_untrained=True", where), seen)
+    assert seen["loss"].isfinite() and {"label", "teacher"} <= set(seen["parts"])
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in seen["setup"].student.parameters())
+    assert "training images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: re.search(r"out/(\w+)", r)[1])
+def test_recipe_of_the_readme_makes_a_config(recipe):
+    """Its template is there, every name is one of its parameters or of Config, and the values are in range."""
+    template, given = given_of(recipe)
+    assert (EXPERIMENTS / f"{template}.ipynb").is_file()
+    own = "weights", "adopted", "out_of_fold", "teacher_data_fraction"
+    config = configure(PARTS[template], {"preset": "demo"} | {k: v for k, v in given.items() if k not in own})
+    assert config.experiment == PARTS[template]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: re.search(r"out/(\w+)", r)[1])
+def test_recipe_of_the_readme_runs(recipe, tmp_path):
+    """As it stands, but small: the digits, tiny models, one epoch, one process, files made here."""
+    template, given = given_of(recipe)
+    small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    student = dict(student="resnet18") if template[:3] in ("e01", "e02") else dict(student_kwargs=TINY_VIT)
+    small |= student if "student" not in given else {}
+    if template.startswith("e02"):
+        small |= dict(teacher_kwargs=TINY_VIT, data_fraction=0.5)
+        small |= {} if given.get("out_of_fold") else dict(allow_untrained=True, teacher_weights=None)
+    if given.get("dataset") == "imagefolder":
+        small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), batch_size=8)
+    if template.startswith("e04"):
+        small |= dict(weights=str(tiny_weights(tmp_path)), val_fraction=0.2)
+    if template.startswith("e00"):
+        small |= dict(student_pretrained=False)
+    if given.get("out_of_fold"):
+        small |= dict(epochs=24)
+    execute(template, tmp_path / "run.ipynb", **given | small)
+    done = [run.status for run in find_runs(tmp_path / "runs")]
+    assert set(done) <= {"done"} and (done or list((tmp_path / "work").glob("*/model/card.json")))
+
+
+def folders(root):
+    """Two classes of a few random pictures, for training and validation."""
+    from PIL import Image
+    for part, n in dict(train=12, val=4).items():
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def tiny_weights(folder):
+    """A file of a small vision transformer's weights."""
+    import timm
+    from safetensors.torch import save_file
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
+    save_file(model.state_dict(), folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+GRIDS = ROOT / "nbs/experiments/grids"
+FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", path.read_text())]
+
+
+@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
+def test_foretelling_grid_says_what_it_asks(grid):
+    """Its head says what is asked, what is expected and which seeds; each cell is a config."""
+    head = " ".join(line.lstrip("# ") for line in grid.read_text().splitlines() if line.startswith("#"))
+    assert "?" in head and re.search("[Ee]xpected", head) and re.search(r"[Ss]eeds? \d|[Oo]ne seed", head)
+    for cell in grid_cells(grid):
+        own = "weights", "adopted", "new_head", "fill_memo", "out_of_fold", "teacher_data_fraction"
+        values = {k: v for k, v in cell.chosen.items() if k not in own}
+        assert configure(PARTS[cell.notebook.stem], values).experiment == PARTS[cell.notebook.stem]
+
+
+@pytest.mark.parametrize("grid", sorted((GRIDS / "waiting").glob("*.yaml")), ids=lambda p: p.stem)
+def test_waiting_grid_waits_for_nothing_but_what_it_says(grid):
+    """A grid that needs a field of Config which is not there yet; once it is, the grid belongs one folder up."""
+    missing = re.search(r"^# Waits for: (\w+)", grid.read_text(), re.M)[1]
+    with pytest.raises(VitdistillError, match=missing):
+        grid_cells(grid)
+    cells = yaml.safe_load(grid.read_text())
+    for cell in cells:
+        known = {k: v for k, v in cell["parameters"].items() if k not in (missing, "out_of_fold")}
+        assert configure(PARTS[cell["notebook"]], known)
+
+
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # by the run itself
+
+
+@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
+def test_grid_stood_before_its_runs(grid, tmp_path):
+    """The commit in each record of a grid that foretells holds the cell of the grid that made it."""
+    own = "weights", "adopted", "new_head", "fill_memo", "out_of_fold", "teacher_data_fraction"
+
+    def configs(path):
+        for cell in grid_cells(path):
+            if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50"):
+                values = {k: v for k, v in cell.chosen.items() if k not in own}
+                c = configure(PARTS[cell.notebook.stem], values)
+                yield c.experiment, c.seed, settings(c, FOUND)
+    made = set(configs(grid))
+    for run in find_runs(RECORDS):
+        c = run.config
+        if (c.experiment, c.seed, settings(c, FOUND)) not in made:
+            continue
+        commit = f"{run.environment['commit']}:{grid.relative_to(ROOT).as_posix()}"
+        shown = subprocess.run(["git", "show", commit], cwd=ROOT, capture_output=True, text=True)
+        if "unknown revision" in shown.stderr or "bad object" in shown.stderr or "invalid object" in shown.stderr:
+            pytest.skip("a shallow clone: the commit of the record is not here")
+        assert not shown.returncode, f"{run.name} was run before {grid.name} was committed"
+        (tmp_path / grid.name).write_text(shown.stdout)
+        assert (c.experiment, c.seed, settings(c, FOUND)) in set(configs(tmp_path / grid.name)), run.name

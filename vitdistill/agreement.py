@@ -147,12 +147,12 @@ def teachers_of(
     second = [run for run in runs if run.name in folds]
     return [] if first is None or len(folds) > 0 == len(second) else [first, *second[:1]]
 
-# %% ../nbs/08c_agreement.ipynb #59c96a97
+# %% ../nbs/08c_agreement.ipynb #9df4c5d6
 def answers_given(
     teachers:list[Run],   # of `teachers_of`
     part:str='train',     # of the student: 'test' or 'val', about which nobody is asked, or 'train'
 )->pd.DataFrame:          # image, label, decision; two teachers have two rows of an image that both may be asked about
-    "What those who answer a student say of each image: of its training images, who had not seen it where there are two."
+    "What those who answer a student say of each image: of its training images, of two the one that had not seen it."
     parts = [part] if part != 'train' else ['val'] if len(teachers) > 1 else ['train', 'val']
     frames = [read_predictions(run, p) for run in teachers for p in parts if p in PARTS and _has(run, p)]
     if not frames: raise VitdistillError(f'{teachers[0].name} has no predictions on {part}: train or adopt it again.')

@@ -172,7 +172,7 @@ def paired_difference(
     other:list[Run], # another
     seeds:int=None,  # only so many pairs, the lowest seeds; None: all
 )->dict:             # pairs (a count); difference and ends of intervals (shares); p. NaN for what too few can't tell
-    "Last test top-1 of `other` less that of `one`, by seed: mean, t interval, p; Welch's interval, what was detectable."
+    "Last test top-1 of `other` less that of `one`, by seed: mean, t interval, p; Welch's; what was detectable."
     pairs = pairs_by_seed(one, other)[:seeds]
     tops = np.array([[run.result['test_top1'] for run in pair] for pair in pairs]).reshape(-1, 2)
     found = tops[:, 1] - tops[:, 0]
