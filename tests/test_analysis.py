@@ -73,47 +73,6 @@ def test_paper_analysis_without_runs_says_so(tmp_path):
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
 
 
-def test_study_page_without_runs_says_so(tmp_path):
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path))
-    assert f"No finished runs on cifar100 in {tmp_path / 'none'}" in (tmp_path / "study.md").read_text()
-
-
-def test_study_chooses_by_held_out_images(tmp_path):
-    """Of two learning rates the better on held-out images is chosen, whatever test images say; neither is an arm."""
-    for lr, held_out, test in (0.01, 0.4, 0.1), (0.1, 0.3, 0.9):
-        folder = curve_run(tmp_path / "runs", lambda e: 0.5, lr=lr)
-        result = json.loads((folder / "result.json").read_text())
-        result |= dict(val_top1=held_out, test_top1=test, train_top1=0.5)
-        (folder / "result.json").write_text(json.dumps(result))
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
-            dataset="digits")
-    choices = pd.read_csv(tmp_path / "tables/study_choices.csv").set_index("lr")
-    assert choices.chosen.to_dict() == {0.01: "yes", 0.1: "no"}
-    assert not len(pd.read_csv(tmp_path / "tables/study_arms.csv"))
-    page = (tmp_path / "study.md").read_text()
-    assert ("learning rate 0.01 of 0.01, 0.1 (40.0% of them right; seeds: 1); "
-            "not varied: weight decay 0.0005, batch 128") in page
-    assert "90.0%" not in page
-
-
-def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
-    """Smoothed labels are an arm of their own, and a taught arm above *labels alone* is held against them too."""
-    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
-    for top1, spread, way in (0.5, 0, {}), (0.6, 0.001, dict(label_smoothing=0.1)), (0.8, 0.003, taught):
-        for seed in 1, 2, 3:
-            folder = curve_run(tmp_path / "runs", lambda e: top1 + 0 * e, seed, t_max=0, **way)
-            result = json.loads((folder / "result.json").read_text())
-            result |= dict(test_top1=top1 + seed * spread, train_top1=0.9)
-            (folder / "result.json").write_text(json.dumps(result))
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
-            dataset="digits")
-    page, pairs = (tmp_path / "study.md").read_text(), pd.read_csv(tmp_path / "tables/study_pairs.csv")
-    assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
-    assert "less *labels alone*: +10.2 points" in page
-    assert "above *labels alone*, less *labels alone, labels smoothed by 0.1*: +20.4 points" in page
-    assert "Without a teacher, labels smoothed by 0.1" in page
-
-
 def test_data_analysis(rebuilt):
     """Every picture of the data is of the digits, and the counted views are those of the formula."""
     out = rebuilt("a00_data")
