@@ -124,7 +124,7 @@ def train(words:list[str])->int:
     launch(config)
     return 0
 
-# %% ../nbs/10_cli.ipynb #d9bddb4a
+# %% ../nbs/10_cli.ipynb #5dbf1a27
 def run_notebook(
     name:str,    # of a notebook in nbs/experiments or nbs/analysis
     output:Path, # where the executed copy goes
@@ -135,8 +135,9 @@ def run_notebook(
     source = shipped(f"nbs/{'analysis' if name.startswith('a') else 'experiments'}/{name}.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger('papermill').setLevel(logging.ERROR) # it warns of each field that the template doesn't declare
+    quiet = dict(progress_bar=False, extra_arguments=['--IPKernelApp.log_level=ERROR'])
     try:
-        papermill.execute_notebook(str(source), str(output), given, cwd=str(repo_root()), progress_bar=False,
+        papermill.execute_notebook(str(source), str(output), given, cwd=str(repo_root()), **quiet,
                                    stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as e:
         said = e.evalue if e.ename == VitdistillError.__name__ else f'{name} failed ({e.ename}: {e.evalue}).'
@@ -171,7 +172,7 @@ def run_pair(
         values = own if own is shown else dict(preset=preset_name, **{**given, **own})
         print('its notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
 
-# %% ../nbs/10_cli.ipynb #2574dfe8
+# %% ../nbs/10_cli.ipynb #44c7d728
 def study(words:list[str])->int:
     "the paper's experiment on CIFAR-100, or what a preset says"
     parser = argparse.ArgumentParser(prog='vitdistill study', description=inspect.getdoc(run_pair))
@@ -181,8 +182,8 @@ def study(words:list[str])->int:
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                         help='a parameter of the three experiments, as for papermill; any field of Config')
     args = parser.parse_args(words)
-    out = from_root(args.out or f'out/study/{Path(args.preset).stem}')
-    run_pair(args.preset, out, experiment_values(args.p), args.teacher)
+    out, own = from_root(args.out or f'out/study/{Path(args.preset).stem}'), Path(args.preset).resolve()
+    run_pair(str(own) if own.suffix else args.preset, out, experiment_values(args.p), args.teacher)
     print('wrote:', *sorted([*out.glob('*.ipynb'), *out.glob('*/*.*'), *out.glob('index.html')]), sep='\n  ')
     return 0
 
