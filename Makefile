@@ -16,7 +16,7 @@ VITDISTILL = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/pytho
 # $(call limit,SECONDS): what follows ends by then, where there is a timeout (macOS has none)
 limit = $(if $(shell command -v timeout),timeout $(1))
 
-.PHONY: help venv demo test test-all study figures report bench gpu lab clean
+.PHONY: help venv demo test test-all study figures report docs bench gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -53,6 +53,13 @@ figures: venv ## rebuild reports/figures and reports/tables from reports/runs (t
 
 report: venv ## all of reports/ on one self-contained page, as make figures and make bench ARGS=--keep left it -> out/report/index.html
 	$(BIN)/python -m vitdistill.report $(ARGS)
+
+docs: venv .venv/docs ## the documentation site -> out/docs/index.html; ARGS=--keep also renews docs/executed
+	@mkdir -p out/home/runtime
+	$(BIN)/python docs/build.py $(ARGS)
+.venv/docs: .venv/installed
+	$(BIN)/uv pip install -q --system-certs --no-cache --python $(BIN)/python -e '.[dev,docs]' || $(BIN)/python -m pip install -q --no-cache-dir -e '.[dev,docs]'
+	touch $@
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)

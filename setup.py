@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
+suffix = "_requirements"  # of an extra
 first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
 
 
@@ -39,7 +40,7 @@ setup(
     packages=find_packages(include=["vitdistill", "vitdistill.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")},
+    extras_require={key.removesuffix(suffix): cfg[key].split() for key in cfg if key.endswith(suffix)},
     entry_points={"console_scripts": ["vitdistill=vitdistill.cli:main"]},
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(first, last + 1)],
     cmdclass={"build_py": Build},

@@ -19,7 +19,7 @@ LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "mode
           "comparison", "watch", "report", "contenders", "bench", "cli"]
 
 
-SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "tests").glob("*.py"))]
+SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
 WIDTH, LENGTH = 120, 45  # characters of a line, lines of an exported cell
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train_parser', 'field_values', 'configured', 'train',
-           'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'figures', 'new_folder', 'new', 'grid',
-           'report', 'bench', 'main']
+           'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
+           'new_folder', 'new', 'grid', 'report', 'bench', 'main']
 
 # %% ../nbs/10_cli.ipynb #598bd3f4
 import argparse, inspect, logging, re, shutil, sys, tempfile
@@ -191,22 +191,32 @@ def demo(words:list[str])->int:
     "the paper's experiment in minutes on two CPU cores: digits, no download"
     return study(['--preset', 'demo', '--out', 'out/demo', *words])
 
-# %% ../nbs/10_cli.ipynb #de4f9cef
+# %% ../nbs/10_cli.ipynb #110405e2
+def analysis_parameters(
+    name:str,        # of an analysis notebook
+    reports:str,     # folder of run folders
+    out:str,         # for figures/, tables/ and pages
+    dataset:str=''   # only runs on it; '': the one that most runs are on
+)->dict:
+    "What a notebook takes of these; nothing is timed."
+    import papermill
+    from vitdistill.runs import find_runs
+    counted = Counter(run.config.dataset for run in find_runs(reports) if run.status != 'unreadable')
+    most = next((name for name, _ in counted.most_common(1)), '')
+    wanted = dict(reports=reports, out=out, dataset=dataset or most, measure=False)
+    declared = papermill.inspect_notebook(str(shipped(f'nbs/analysis/{name}.ipynb')))
+    return {key: value for key, value in wanted.items() if key in declared}
+
+# %% ../nbs/10_cli.ipynb #0ce52bdc
 def figures(words:list[str])->int:
     "figures, tables and pages from run records, by the analysis notebooks"
     parser = argparse.ArgumentParser(prog='vitdistill figures', description=inspect.getdoc(figures))
     parser.add_argument('--reports', default='reports/runs', help='folder of run folders (default: %(default)s)')
     parser.add_argument('--out', default='reports', help='for figures/, tables/ and pages (default: %(default)s)')
-    parser.add_argument('--dataset', help='only runs on this data set (default: the one that most runs are on)')
+    parser.add_argument('--dataset', default='', help='only runs on this data set (default: that of most runs)')
     args = parser.parse_args(words)
-    import papermill
-    from vitdistill.runs import find_runs
-    counted = Counter(run.config.dataset for run in find_runs(args.reports) if run.status != 'unreadable')
-    wanted = dict(reports=args.reports, out=args.out, measure=False,
-                  dataset=args.dataset or next((name for name, _ in counted.most_common(1)), ''))
     for name in sorted(shipped_names('nbs/analysis', '.ipynb'), key=lambda name: (name.startswith('a01'), name)):
-        declared = papermill.inspect_notebook(str(shipped(f'nbs/analysis/{name}.ipynb')))
-        given = {key: value for key, value in wanted.items() if key in declared}
+        given = analysis_parameters(name, args.reports, args.out, args.dataset)
         print('its notebook:', run_notebook(name, from_root('out/figures')/f'{name}.ipynb', given), flush=True)
     return 0
 
