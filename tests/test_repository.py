@@ -21,10 +21,10 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
 LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "models", "complexity", "losses", "teachers",
           "answers", "ranks", "setup", "outcome", "train", "launch", "grids", "analysis", "trends", "agreement",
-          "comparison", "findings", "watch", "report", "contenders", "bench"]
+          "comparison", "findings", "watch", "report", "contenders", "bench", "cli"]
 
 
-SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "tests").glob("*.py"))]
+SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
 WIDTH, LENGTH = 120, 45  # characters of a line, lines of an exported cell
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.ticker import PercentFormatter
-from .config import Config, VitdistillError, field_names, nearest, repo_root, write_atomic
+from .config import Config, VitdistillError, field_names, nearest, shipped, write_atomic
 from .runs import Run, all_metrics
 
 # %% ../nbs/08_analysis.ipynb #50dede41
@@ -108,7 +108,7 @@ def published(
     reference=None # a CSV file of the same columns; None: the repository's
 )->pd.DataFrame:
     "The published numbers: source, where, item, quantity, value, unit, all as text."
-    path = Path(reference or repo_root()/'reports/reference/published.csv')
+    path = Path(reference or shipped('reports/reference/published.csv'))
     if not path.is_file(): raise VitdistillError(f'no published numbers at {path}: give the path of published.csv.')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
