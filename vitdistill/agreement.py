@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import binomtest, norm, ttest_1samp
 from .analysis import TEACHING, repeats, settings
-from .config import VitdistillError, nearest, repo_root
+from .config import VitdistillError, nearest, shipped
 from .runs import Run
 
 # %% ../nbs/08c_agreement.ipynb #5f3c3fb1
@@ -309,7 +309,7 @@ def class_names(
 )->pd.DataFrame: # index label: class, superclass ('' where there is none)
     "Names of the classes of a dataset."
     if dataset == 'cifar100':
-        return pd.read_csv(repo_root()/'reports/reference/cifar100_superclasses.csv', index_col='index')
+        return pd.read_csv(shipped('reports/reference/cifar100_superclasses.csv'), index_col='index')
     return pd.DataFrame({'class': [str(i) for i in range(classes)], 'superclass': ''}).rename_axis('index')
 
 # %% ../nbs/08c_agreement.ipynb #cadd3b3d
