@@ -42,8 +42,9 @@ def top(text):
 
 def words(text):
     """The words of a page's prose: without its title, pictures, captions, tables and the targets of links."""
-    lines = [line for line in text.splitlines()[1:] if not re.match(r"\s*(!\[|\||\*[^*].*\*$)", line)]
-    return len(re.sub(r"\]\([^)]*\)", "", " ".join(lines)).split())
+    captions = r"\*[^*][^*]*\*$"
+    prose = [part for part in text.split("\n\n")[1:] if not re.match(r"\s*(!\[|\||" + captions + ")", part)]
+    return len(re.sub(r"\]\([^)]*\)", "", " ".join(prose)).split())
 
 
 def arms_of(names):

@@ -126,10 +126,11 @@ def teacher_of(
     runs:list[Run],  # where its teacher is looked for
 )->Run|None:
     "The record of the student's teacher; None where it is not among the runs."
-    path = Path(student.config.teacher_weights)
-    teacher = next((run for run in runs if run.name in path.parts), None)
+    path, card = Path(student.config.teacher_weights), (student.result or {}).get('teacher_card') or {}
+    def adopted(run): return card.get('weights_hash') and (run.result or {}).get('weights_hash') == card['weights_hash']
+    teacher = next((run for run in runs if run.name in path.parts), None) or next(filter(adopted, runs), None)
     if teacher is None: return None
-    card, result = (student.result or {}).get('teacher_card') or {}, teacher.result or {}
+    result = teacher.result or {}
     for inside, outside in dict(top1_held_out='held_out_top1', top1_train_views='train_views_top1').items():
         if None not in (one := card.get(inside), other := result.get(outside)) and one != other:
             raise VitdistillError(f'{teacher.name} is not the training that taught {student.name} ({inside} {other}, '

@@ -8,8 +8,7 @@ __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX'
            'counterpart', 'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
            'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table',
            'log_line', 'teacher_facts', 'arm_table', 'foremost', 'mean_tops', 'pair_table', 'contrast',
-           'teachers_differ', 'budget_families', 'curves_to_draw', 'movement', 'foretold', 'significant',
-           'forecast_table']
+           'teachers_differ', 'budget_families', 'curves_to_draw', 'movement', 'foretold', 'forecast_table']
 
 # %% ../nbs/08b_comparison.ipynb #76410fd8
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import numpy as np, pandas as pd
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, t as student_t, ttest_1samp, ttest_ind
 from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
-from .analysis import TEACHING, curves, mean_curve, readable, repeats, settings, teaching
+from .analysis import TEACHING, curves, mean_curve, readable, repeats, settings, significant, teaching
 from .config import Config, VitdistillError
 from .runs import Run
 from .trends import LAWS, LOG, Law, Trend, fit, measured_crossover
@@ -406,14 +405,6 @@ def foretold(
     try: early = fit(law, known.epoch, known['mean'])
     except VitdistillError: return None, np.nan, measured
     return early, float(early(curve.epoch.max())), measured
-
-# %% ../nbs/08b_comparison.ipynb #3594b520
-def significant(
-    value:float, # of a fit, whose last digits differ from processor to processor
-    digits:int=4,
-)->float:
-    "A number with so many significant digits; NaN stays."
-    return float(f'{value:.{digits}g}')
 
 # %% ../nbs/08b_comparison.ipynb #9d33fe9c
 def forecast_table(

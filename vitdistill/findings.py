@@ -11,9 +11,9 @@ from collections import Counter
 import numpy as np, pandas as pd
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
                                   reliability, same_data, verdict)
-from .analysis import TEACHING, curves, mean_curve, settings
+from .analysis import TEACHING, curves, mean_curve, settings, significant
 from .comparison import (PLAIN, TAUGHT, comparable_pair, epochs_together, foretold, images, log_line,
-                                   model_name, paired_difference, puzzling, run_names, schedule_name, significant)
+                                   model_name, paired_difference, puzzling, run_names, schedule_name)
 from .config import Config
 from .runs import Run
 from .trends import LOG
