@@ -70,6 +70,7 @@ figures: venv ## rebuild reports/figures and reports/tables from reports/runs (t
 	@$(call notebook,$(ANALYSIS)/a04_complexity,out/figures/a04_complexity,-p out reports -p measure False)
 	@$(call notebook,$(ANALYSIS)/a05_agreement,out/figures/a05_agreement,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a06_deit,out/figures/a06_deit,-p reports reports/runs -p out reports)
+	@$(call notebook,$(ANALYSIS)/a08_can,out/figures/a08_can,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports -p dataset cifar100)
 
 report: venv ## all of reports/ on one self-contained page, as make figures and make bench ARGS=--keep left it -> out/report/index.html
