@@ -180,7 +180,7 @@ def test_chain_of_notebooks(tmp_path):
     execute("e00_teacher", student_kwargs=vit, student_weights=str(encoder.model), epochs=3, **where)
     teachers = [run for run in find_runs(tmp_path / "runs") if run.config.experiment == "teacher"]
     assert len(teachers) == 2 and {run.config.weights_hash for run in teachers} == {encoder.result["encoder_hash"]}
-    assert tuned.result["test_top1"] > 0.5
+    assert tuned.result["test_top1"] > 0.3
     execute("e02_distilled_resnet50", teacher_kwargs=vit, teacher_weights=str(tmp_path / "work/can-s1/model"),
             student="resnet18", epochs=1, **where)
     pupil = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "distilled")
