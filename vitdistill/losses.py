@@ -158,6 +158,7 @@ class Batch(typing.NamedTuple):
 class Labels(nn.Module):
     "Cross-entropy of labels alone; two heads both learn them."
     wants = None # kind of answer; None: no teacher
+    compiles = True # may be one program of torch.compile; False: it depends on the epoch, and would be compiled in each
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
@@ -225,7 +226,7 @@ class HardAndSoftDistillation(SoftDistillation):
 # %% ../nbs/03_losses.ipynb #27d8b0e4
 class DecoupledDistillation(SwitchedDistillationLoss):
     "Labels and DKD, which warms up linearly (Zhao et al. 2022; weights of its CIFAR-100 recipe)."
-    wants = Logits()
+    wants, compiles = Logits(), False
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         target_weight:float=1., # the paper's alpha, of the label against the others
         others_weight:float=8., # its beta, among the others
