@@ -247,7 +247,7 @@ def patch_error(
     if normalize: target = (target - target.mean(-1, keepdim=True))/(target.var(-1, keepdim=True) + 1e-6).sqrt()
     return F.mse_loss(pick(said, where), pick(target, where))
 
-# %% ../nbs/03a_pretraining.ipynb #a4140775
+# %% ../nbs/03a_pretraining.ipynb #cd09f6f9
 class CanTerms(nn.Module):
     "Projector and decoder of an encoder, and the three terms; a part whose weight is 0 is not made."
     def __init__(self, model:VisionTransformer,
@@ -263,7 +263,7 @@ class CanTerms(nn.Module):
         if weights[0]: self.projector = Mlp(model.embed_dim, *projector)
         if not any(weights[1:]): return
         if decoder[0] % decoder[2]:
-            raise VitdistillError(f'decoder = {list(decoder)}: {decoder[2]} heads do not divide the width {decoder[0]}.')
+            raise VitdistillError(f'decoder = {list(decoder)}: {decoder[2]} heads do not divide width {decoder[0]}.')
         self.decoder = Decoder(model.embed_dim, grid, 3*math.prod(self.side), *decoder, told)
 
     def forward(self, tokens:torch.Tensor, batch:Batch, drawn:Drawn)->tuple: # tokens: (copies*B, K, D)
@@ -292,21 +292,21 @@ def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterat
     if sigma < 0 or not sigma and denoising:
         yield f'sigma = {sigma} is out of range: give noise above 0, or 0 without denoising.'
 
-# %% ../nbs/03a_pretraining.ipynb #4a60fb4d
+# %% ../nbs/03a_pretraining.ipynb #81d0ace9
 class Pretraining(nn.Module):
     "An encoder and the terms it is trained by: maps a `Batch`, with its images' rows, to an `Output` without logits."
-    def __init__(self, encoder:nn.Module, terms:nn.Module, draw:typing.Callable[[Batch], Drawn]):
+    def __init__(self, student:nn.Module, criterion:nn.Module, draw:typing.Callable[[Batch], Drawn]):
         super().__init__()
-        self.encoder, self.terms, self.draw = encoder, terms, draw
+        self.student, self.criterion, self.draw = student, criterion, draw
     def forward(self, batch:Batch)->Output:
         drawn = self.draw(batch)
-        loss, parts = self.terms(self.encoder(drawn.pixels, drawn.keep), batch, drawn)
+        loss, parts = self.criterion(self.student(drawn.pixels, drawn.keep), batch, drawn)
         return Output(loss, (), {name: part.detach() for name, part in parts.items()})
 
-# %% ../nbs/03a_pretraining.ipynb #b8b55a97
+# %% ../nbs/03a_pretraining.ipynb #7396c938
 class ContrastiveMaskedNoise(nn.Module):
     "CAN: NT-Xent of pooled visible tokens, MSE of hidden patches, MSE of the noise on visible ones."
-    wants, labelled = None, False # no teacher, no labels
+    wants, labelled, compiles = None, False, False # no teacher, no labels, not one program: its draws are eager
     def __init__(self,
         seed:int=1,                # of all draws
         views:int=2,               # of an image in a step
@@ -337,8 +337,8 @@ class ContrastiveMaskedNoise(nn.Module):
         return augmented(pixels, image, self.area, self.jitter, self.seed, epoch)
     def draw(self, batch:Batch)->Drawn:
         return drawn(batch.pixels, batch.image, self.patches, self.mask, self.sigma, self.seed, batch.epoch)
-    def objective(self, encoder:nn.Module, criterion:nn.Module)->Pretraining: # each perhaps under DDP
-        return Pretraining(encoder, criterion, self.draw)
+    def objective(self, student:nn.Module, criterion:nn.Module)->Pretraining: # each perhaps under DDP
+        return Pretraining(student, criterion, self.draw)
     def forward(self, tokens:torch.Tensor, batch:Batch, drawn:Drawn)->tuple: return self.terms(tokens, batch, drawn)
 
 OBJECTIVES['can'] = ContrastiveMaskedNoise
