@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,9 @@ from vitdistill.answers import Answers, Memo, memo_key
 from vitdistill.config import Config
 from vitdistill.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
+from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
-from vitdistill.setup import Setup
+from vitdistill.setup import Setup, create_optimizer, predict
 from vitdistill.teachers import load_teacher
 from vitdistill.views import Views
 
@@ -232,3 +234,43 @@ def test_one_operator_computes_what_it_stands_for():
     (x * w).relu().sum().backward()
     assert mine.equal(w.grad)
     assert counter.launches == {"f, forward": 1, "f, backward": 1}
+
+
+class Told:
+    """A teacher's answers of a kind, as they come from a memo: on the CPU."""
+
+    by_view = True
+
+    def __init__(self, kind):
+        self.kind, self.blank = kind, kind.make(torch.zeros(1, 100))
+
+    def __call__(self, plan, asked):
+        return self.kind.make(torch.randn(len(plan.image), 100))
+
+
+@pytest.mark.parametrize(("name", "images_on"), [*((name, "cuda:0") for name in OBJECTIVES), ("hard", "cpu")])
+def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
+    """Fakes hold no numbers, but know their device: none meets one of another, and nothing needs a number of them."""
+    mixes = dict(mixup=0.8, cutmix=1.0) if name == "none" else {}
+    config = Config(dataset="cifar100", distillation=name, teacher="" if name == "none" else "vit_tiny_patch16_224",
+                    val_fraction=0.0, batch_size=BATCH, student="resnet10t", student_size=48, compile="none", **mixes)
+    monkeypatch.setattr(train, "seed_step", lambda *_: None)  # there is no generator
+    monkeypatch.setattr(train, "cut_ahead", lambda setup, cut, steps: map(cut, steps))  # nor fakes in a thread
+    data = random_data(2 * BATCH + 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = torch.arange(len(data.train_labels))
+        with torch.device("cuda:0"):
+            student = create_student(config, 100, 32)
+        views, own = Views(data.train_images, config.padding, images_on), criterion(config).to("cuda:0")
+        setup = Setup(config=config, ranks=Ranks(device="cuda:0"), data=data, student=student, views=views,
+                      test_views=views, train_rows=rows, val_rows=rows[:0], criterion=own,
+                      answers=Told(own.wants) if own.wants else None)
+        assert create_optimizer(config, student.model).defaults["fused"]
+        objective, meter = train.create_objective(student, own, "none", setup.ranks), train.Meter("cuda:0")
+        for batch in train.batches(setup, 0):
+            out = objective.train()(batch)
+            meter.add(out, batch)
+            assert batch.pixels.shape[1:] == (3, 48, 48) and out.loss.device.type == batch.pixels.device.type == "cuda"
+        assert meter.sums.device.type == meter.steps.device.type == "cuda"
+        heads = predict(setup, views, rows)
+    assert heads[0].shape == (len(rows), 100) and heads[0].device.type == "cuda"

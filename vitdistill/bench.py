@@ -383,9 +383,9 @@ def record_tries(turns:pd.DataFrame, config:Config, out, about:dict, noise:str='
     frame = frame.sort_values('of_bare', ascending=False).rename_axis('bare step with').reset_index()
     return _write(frame, 'tries', config, out, about, noise)
 
-# %% ../nbs/09a_bench.ipynb #e63fa391
+# %% ../nbs/09a_bench.ipynb #b8a3fe4e
 def milliseconds(events:typing.Iterable, device:str)->dict: # of a profile's `key_averages`
-    "Name -> milliseconds: on CUDA of kernels alone, whose time is told again by operators and by what is noted of them."
+    "Name -> milliseconds: on CUDA of kernels alone, whose time operators and notes tell once more."
     from torch.autograd import DeviceType
     if device != 'cuda': return {event.key: event.self_cpu_time_total/1000 for event in events}
     kernels = (event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation)

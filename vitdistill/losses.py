@@ -102,7 +102,8 @@ def decoupled_loss(
     "tau² (alpha KL of label against others + beta KL among the others), DKD eq. 7."
     label = F.one_hot(labels, logits.shape[-1]).bool()
     z, t = (x.float()/temperature for x in (logits, teacher_logits))
-    (p, p_rest), (q, q_rest) = ((x.log_softmax(-1)[label], x.log_softmax(-1)) for x in (z, t))
+    of_label = lambda x: x.gather(-1, labels[:, None])[:, 0] # by a mask, the host would wait for the device
+    (p, p_rest), (q, q_rest) = ((of_label(x.log_softmax(-1)), x.log_softmax(-1)) for x in (z, t))
     p_rest, q_rest = (x.masked_fill(label, -torch.inf).logsumexp(-1) for x in (p_rest, q_rest)) # log of 1 - p(label)
     target = q.exp()*(q - p) + q_rest.exp()*(q_rest - p_rest)
     others = (x.masked_fill(label, -1e4).log_softmax(-1) for x in (z, t))
