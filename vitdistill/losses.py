@@ -154,15 +154,23 @@ class Batch(typing.NamedTuple):
     answer:torch.Tensor=None # the teacher's, as `wants.make` makes it
     epoch:int=0              # from 0, for terms that warm up
     weight:float=1.          # of this rank's loss: world * n_local / n_global; 0: its row stands in for a missing one
+    image:torch.Tensor=None  # (B,) rows of the dataset, for objectives that draw by them; pixels: all of each copy
 
 # %% ../nbs/03_losses.ipynb #7e21d4b8
 class Labels(nn.Module):
     "Cross-entropy of labels alone; two heads both learn them."
     wants = None # kind of answer; None: no teacher
+    labelled = True # False: pre-training, which is evaluated by probes of its features
+    copies = 1 # of an image in a step, each a view of its own
+    needs_two = False # images on every rank
     compiles = True # may be one program of torch.compile; False: it depends on the epoch, and would be compiled in each
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
+    def fit(self, student:nn.Module)->nn.Module: return student # what is trained; here parts of its size can be made
+    def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: return pixels # in [0, 255]
+    def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # the two perhaps under DDP, or compiled
+        return Objective(student, criterion)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
         return sum(F.cross_entropy(z.float(), targets, label_smoothing=self.label_smoothing) for z in heads)/len(heads)
     def forward(self, heads:tuple, batch:Batch)->tuple: # logits (B, C) of one head, or of (class, distillation)

@@ -22,6 +22,7 @@ from .data import Data, fingerprint, load_data, split_rows
 from .losses import criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
+from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run
 from .teachers import Teacher, check_health, load_teacher, seen_by
@@ -231,12 +232,13 @@ def question_all(
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Load data, student and teacher, and check all that can be wrong before anything is written."
     set_numerics(ranks.device, config.deterministic)
-    data, objective = load_data(config), criterion(config).to(ranks.device)
+    data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
-    student = create_student(config, len(data.classes), data.train_images.shape[1])
-    student = student.to(ranks.device, memory_format=torch.channels_last)
+    if not objective.labelled: refuse_unfit(config, objective, len(train), ranks.world)
+    student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
+    student, objective = student.to(ranks.device, memory_format=torch.channels_last), objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
