@@ -156,8 +156,8 @@ def finish_encoder(setup:Setup, run:RunWriter)->None:
                 n_held_out=len(setup.val_rows), pretrained_by=c.distillation, objective=c.objective_kwargs,
                 split={f: getattr(c, f) for f in field_names(split=True)}, result=result)
     model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
-    readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), seed {c.seed}. '\
-             'Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
+    readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
+             f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
     save_model(model, run.model, c.student_kwargs, card, readme, setup.constants, size)
     if c.hub_repo: push(c.hub_repo, run)
     run.finish(result | dict(encoder_hash=file_hash(str(run.model)))) # by which a fine-tuned one names it
