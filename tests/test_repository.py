@@ -14,7 +14,7 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
-LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "models", "complexity", "losses", "teachers",
+LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "layers", "models", "complexity", "losses", "teachers",
           "answers", "ranks", "setup", "outcome", "train", "launch", "grids", "analysis", "trends", "agreement",
           "comparison", "watch", "report", "contenders", "bench"]
 
