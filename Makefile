@@ -20,7 +20,7 @@ notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermi
 	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|Passed unknown parameter|<(Figure|pandas)|$$)' || true; } && \
 	echo "its notebook: $(2).ipynb"
 
-.PHONY: help venv demo test test-all study figures report bench gpu lab clean
+.PHONY: help venv demo test test-all study figures report bench bench-attention gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -70,6 +70,7 @@ figures: venv ## rebuild reports/figures and reports/tables from reports/runs (t
 	@$(call notebook,$(ANALYSIS)/a04_complexity,out/figures/a04_complexity,-p out reports -p measure False)
 	@$(call notebook,$(ANALYSIS)/a05_agreement,out/figures/a05_agreement,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a06_deit,out/figures/a06_deit,-p reports reports/runs -p out reports)
+	@$(call notebook,$(ANALYSIS)/a07_hilo,out/figures/a07_hilo,-p reports reports/runs -p out reports)
 	@$(call notebook,$(ANALYSIS)/a01_paper,out/figures/a01_paper,-p reports reports/runs -p out reports -p dataset cifar100)
 
 report: venv ## all of reports/ on one self-contained page, as make figures and make bench ARGS=--keep left it -> out/report/index.html
@@ -77,6 +78,9 @@ report: venv ## all of reports/ on one self-contained page, as make figures and 
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
+
+bench-attention: venv ## what HiLo costs here beside plain attention, a ViT and a ResNet: DEVICE=cuda, ARGS=--keep as in bench
+	$(BIN)/python -m vitdistill.attention_bench --device $(DEVICE) $(ARGS)
 
 # It sets nothing up: PYTHON where that is given, else .venv's where that is there, else python3.
 GPU_PYTHON = $(if $(filter file default,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))

@@ -16,7 +16,8 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
 LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "layers", "models", "complexity", "losses", "teachers",
           "answers", "ranks", "setup", "outcome", "train", "launch", "grids", "analysis", "trends", "agreement",
-          "comparison", "watch", "report", "contenders", "bench"]
+          "comparison", "watch", "report", "contenders", "bench",
+          "attention_bench"]
 
 
 SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "tests").glob("*.py"))]
