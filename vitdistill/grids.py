@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch, yaml
 from tqdm import tqdm
-from .config import VitdistillError, from_root, nearest, repo_root
+from .config import VitdistillError, from_root, nearest, repo_root, shipped, shipped_names
 from .launch import bind_to_parent, check_names, makes_teacher
 from .runs import cores
 
@@ -35,9 +35,9 @@ def grid_cells(path:str|Path)->list[Cell]:
     grids, cells = yaml.safe_load(Path(path).read_text()), []
     for grid in grids if isinstance(grids, list) else [grids]:
         name, fixed, vary = grid['notebook'], grid.get('parameters') or {}, grid.get('vary') or {}
-        notebook = repo_root()/'nbs'/'experiments'/f'{name}.ipynb'
+        notebook = shipped(f'nbs/experiments/{name}.ipynb')
         if not notebook.is_file():
-            known = [p.stem for p in notebook.parent.glob('*.ipynb')]
+            known = shipped_names('nbs/experiments', '.ipynb')
             raise VitdistillError(f'unknown notebook {name!r}: {nearest(name, known)}')
         check_names({**fixed, **vary}, papermill.inspect_notebook(str(notebook)), f' of {name}')
         for key, values in vary.items():

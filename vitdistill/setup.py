@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
-           'uses_batch_norm', 'auto_compile', 'file_hash', 'resolve', 'Setup', 'image_device', 'open_memo', 'question',
-           'question_all', 'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
+           'uses_batch_norm', 'auto_compile', 'auto_values', 'file_hash', 'resolve', 'compiled', 'program', 'Setup',
+           'image_device', 'open_memo', 'question', 'question_all', 'prepare', 'pass_size', 'predict', 'evaluate',
+           'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
-import hashlib, inspect, math, os, shutil
+import hashlib, inspect, math, os, shutil, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 import timm.optim, torch
@@ -21,10 +22,11 @@ from .data import Data, fingerprint, load_data, split_rows
 from .losses import criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
-from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, set_numerics
+from .pretraining import refuse_unfit
+from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run
 from .teachers import Teacher, check_health, load_teacher, seen_by
-from .views import Views, normalize
+from .views import Views, normalize, scaled
 
 # %% ../nbs/05b_setup.ipynb #2d7e40b9
 def optimizer_class(config:Config)->tuple:
@@ -111,8 +113,16 @@ def uses_batch_norm(config:Config)->bool:
 def auto_compile(config:Config, device:str)->str:
     "How a student is compiled: as the config says; 'auto' is CUDA graphs on one GPU (launches are the bottleneck)."
     if config.compile != 'auto' or device != 'cuda': return config.compile.replace('auto', 'none')
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return 'reduce-overhead'
+    if place_among_ranks()[2] == 1: return 'reduce-overhead'
     return 'none' if uses_batch_norm(config) else 'default' # compiled, a synchronized batch norm hangs or is wrong
+
+# %% ../nbs/05b_setup.ipynb #9eb60332
+def auto_values(config:Config)->dict:
+    "Values for those fields that are 'auto' and depend on this machine, or on how many ranks there are."
+    device = auto_device() if config.device == 'auto' else config.device
+    precision = auto_precision(device)
+    values = dict(device=device, precision=precision, teacher_precision=precision, compile=auto_compile(config, device))
+    return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
 
 # %% ../nbs/05b_setup.ipynb #e28065ae
 def file_hash(path:str)->str: # of a weights file, or of a model folder
@@ -127,24 +137,28 @@ def resolve(config:Config)->Config:
     criterion(config)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
-    device = auto_device() if config.device == 'auto' else config.device
-    check_device(device)
-    precision = auto_precision(device)
-    values = dict(device=device, precision=precision, teacher_precision=precision, 
-                  compile=auto_compile(config, device))
+    check_device(device := (chosen := auto_values(config)).get('device', config.device))
     if config.compile not in ('auto', 'none') and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
         raise VitdistillError(f'compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: '
                               "install g++, or set compile to 'none'.")
-    auto = [name for name in values if getattr(config, name) == 'auto']
     teachers = filter(None, (config.teacher_weights, config.fold_weights))
     found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
                  teacher_hash='+'.join(map(file_hash, teachers)))
-    chosen = {name: values[name] for name in auto}
-    config = replace(config, **found, **chosen, auto=sorted({*auto, *(config.auto or ())}))
+    config = replace(config, **found, **chosen, auto=sorted({*chosen, *(config.auto or ())}))
     begun = Run.of(config)
     if not (begun.folder/'config.yaml').is_file() or begun.status == 'unreadable': return config
-    kept = [name for name in auto if name not in ('device', 'compile')] # those are for this machine and these ranks
+    kept = [name for name in chosen if name not in ('device', 'compile')] # those are for this machine and these ranks
     return replace(config, **{name: getattr(begun.config, name) for name in kept})
+
+# %% ../nbs/05b_setup.ipynb #a34e7e26
+def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: of `Config.compile`
+    "A model or a function of tensors under torch.compile, one program per batch size; 'none' leaves it eager."
+    return function if mode == 'none' else torch.compile(function, mode=mode, dynamic=False)
+
+# %% ../nbs/05b_setup.ipynb #84525528
+def program(function:typing.Callable, mode:str)->typing.Callable: # mode: of the student's compiling
+    "A small function of a step, compiled where the student is; not to CUDA graphs, whose results don't last."
+    return compiled(function, 'none' if mode == 'none' else 'default')
 
 # %% ../nbs/05b_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
@@ -164,9 +178,13 @@ class Setup:
     teacher_measured_on:str='' # images that it held out, or training images
     pass_images:int=0 # in a pass of an evaluation; 0: what suits device and size, as `pass_size` says
 
-    def input(self, pixels:torch.Tensor)->torch.Tensor: # views in [0, 255], anywhere -> as the student takes them
-        size, side = student_size(self.config, pixels.shape[-1]), pixels.shape[-1]
-        return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size if size != side else 0)
+    def input(self, pixels:torch.Tensor, scale=scaled)->torch.Tensor: # views in [0, 255] -> as the student takes them
+        size = student_size(self.config, pixels.shape[-1])
+        return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
+
+    @property
+    def beside(self)->bool: # are images kept beside the student?
+        return self.views.resident and self.views.device.type == torch.device(self.ranks.device).type
 
     @property
     def constants(self)->tuple:
@@ -226,12 +244,13 @@ def question_all(
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Load data, student and teacher, and check all that can be wrong before anything is written."
     set_numerics(ranks.device, config.deterministic)
-    data, objective = load_data(config), criterion(config).to(ranks.device)
+    data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
-    student = create_student(config, len(data.classes), data.train_images.shape[1])
-    student = student.to(ranks.device, memory_format=torch.channels_last)
+    if not objective.labelled: refuse_unfit(config, objective, len(train), ranks.world)
+    student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
+    student, objective = student.to(ranks.device, memory_format=torch.channels_last), objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
