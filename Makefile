@@ -16,7 +16,7 @@ VITDISTILL = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/pytho
 # $(call limit,SECONDS): what follows ends by then, where there is a timeout (macOS has none)
 limit = $(if $(shell command -v timeout),timeout $(1))
 
-.PHONY: help venv demo test test-all study figures report docs bench gpu lab clean
+.PHONY: help venv demo test test-all study figures report docs bench bench-attention gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -63,6 +63,9 @@ docs: venv .venv/docs ## the documentation site -> out/docs/index.html; ARGS=--k
 
 bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
+
+bench-attention: venv ## what HiLo costs here beside plain attention, a ViT and a ResNet: DEVICE=cuda, ARGS=--keep as in bench
+	$(BIN)/python -m vitdistill.attention_bench --device $(DEVICE) $(ARGS)
 
 # It sets nothing up: PYTHON where that is given, else .venv's where that is there, else python3.
 GPU_PYTHON = $(if $(filter file default,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
