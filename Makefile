@@ -20,7 +20,7 @@ notebook = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/papermi
 	$(1).ipynb $(2).ipynb $(3) 2>&1 | { grep --line-buffered -vE '^(\[IPKernelApp\]|(Input|Output) Notebook:|Executing notebook|(Executing|Ending) Cell|Working directory|Passed unknown parameter|<(Figure|pandas)|$$)' || true; } && \
 	echo "its notebook: $(2).ipynb"
 
-.PHONY: help venv demo test test-all study figures report bench gpu lab clean
+.PHONY: help venv demo test test-all test-slurm study figures report bench gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,9 @@ test: venv ## export drift, notebooks and tests, on two cores in minutes
 test-all: test ## also what takes longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
+
+test-slurm: venv ## grids on a real Slurm, which it starts and ends: needs root, slurm-wlm and munge (apt-get install)
+	VITDISTILL_SLURM=1 OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q tests/test_slurm.py
 
 study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, TEACHER=FILE to fine-tune from, ARGS="-p data_root DIR"
 	@mkdir -p out/study out/home/runtime
