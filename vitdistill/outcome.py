@@ -87,9 +87,16 @@ def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
                          datasets=[config.dataset], model_name=run.name, eval_results=measured)
 
 # %% ../nbs/06a_outcome.ipynb #852cfa33
-def model_card(run:Run, result:dict)->str:
-    "The README.md beside a saved student: what it is, how it was made, how to get it back."
+def model_card(
+    run:Run,
+    result:dict, # of `finish`
+    size:int     # side of its input, px
+)->str:
+    "The README.md beside a saved model: what it is, how it was made, how to get it back, how to learn from it."
     c = run.config
+    place, folder = (f'hf-hub:{c.hub_repo}',)*2 if c.hub_repo else ('local-dir:PATH', 'PATH')
+    teaches = dict(teacher=c.student, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
+    kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
     if c.distillation == 'none': taught = 'trained on labels alone'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
@@ -104,7 +111,7 @@ def model_card(run:Run, result:dict)->str:
 
 ```python
 {imports}
-model = timm.create_model('local-dir:PATH', pretrained=True)
+model = timm.create_model('{place}', pretrained=True)
 ```
 
 | measured | |
@@ -112,6 +119,11 @@ model = timm.create_model('local-dir:PATH', pretrained=True)
 {measured}
 
 Test accuracy is that of the last epoch; nothing was chosen on it.
+
+## As a teacher
+
+```yaml
+{kept}```
 
 ## Recipe (fields that differ from the defaults)
 
@@ -135,7 +147,7 @@ def finish(setup:Setup, run:RunWriter)->None:
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays))
     save_model(model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs,
-               {**card, 'result': result}, model_card(run, result), setup.constants, size)
+               {**card, 'result': result}, model_card(run, result, size), setup.constants, size)
     if config.hub_repo: push(config.hub_repo, run.model, run.name) # where that fails the run is not done: try again
     run.finish(result)
 
