@@ -14,9 +14,10 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
-LAYERS = ["config", "data", "views", "augment", "runs", "records", "live", "models", "complexity", "losses", "teachers",
-          "answers", "ranks", "setup", "outcome", "train", "launch", "grids", "analysis", "trends", "agreement",
-          "comparison", "watch", "report", "contenders", "bench"]
+LAYERS = ["config", "data", "views", "augment", "track", "runs", "records", "live", "models", "hub", "complexity",
+          "losses", "teachers", "answers", "ranks", "setup", "outcome", "share", "export", "train", "launch", "cluster",
+          "grids", "analysis", "trends", "agreement", "calibration", "comparison", "watch", "report", "contenders",
+          "bench"]
 
 
 SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "tests").glob("*.py"))]

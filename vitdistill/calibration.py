@@ -35,15 +35,15 @@ def tempered(log_p, temperature:float)->np.ndarray: # (n, C) logits or log-proba
     "Log-probabilities at a temperature."
     return log_softmax(np.asarray(log_p, float)/temperature, axis=1)
 
-# %% ../nbs/08f_calibration.ipynb #7b4c76fc
+# %% ../nbs/08f_calibration.ipynb #8dbc3c5b
 def fit_temperature(
     log_p, # (n, C) logits or log-probabilities of held-out images
     label, # (n,) classes
     low:float=.05, high:float=20. # where it is looked for
 )->float:
     "The temperature at which the labels are likeliest."
-    found = minimize_scalar(lambda t: nll(tempered(log_p, np.exp(t)), label), bounds=np.log([low, high]), method='bounded',
-                            options=dict(xatol=1e-4))
+    loss = lambda log_t: nll(tempered(log_p, np.exp(log_t)), label)
+    found = minimize_scalar(loss, bounds=np.log([low, high]), method='bounded', options=dict(xatol=1e-4))
     return float(np.exp(found.x))
 
 # %% ../nbs/08f_calibration.ipynb #293f9e31
@@ -86,17 +86,17 @@ def held_out_temperature(
         mended[half == this] = tempered(log_p[half == this], found[-1])
     return mended, label, float(np.sqrt(found[0]*found[1])), 'the other half of the test images'
 
-# %% ../nbs/08f_calibration.ipynb #a9b36ecc
+# %% ../nbs/08f_calibration.ipynb #a679984a
 def calibration(
     run:Run,
     head:str='' # as in `log_probabilities`
-)->dict:        # nll and nll_scaled (nats), brier in [0, 2], temperature, fitted_on; {} of predictions without logits
+)->dict:        # nll (nats), brier in [0, 2], both _scaled too; temperature, fitted_on; {} without logits
     "A row of the calibration table: scores as the run answers, and what a held-out temperature makes of them."
     if (mended := held_out_temperature(run, head)) is None: return {}
     log_p, label = log_probabilities(run, 'test', head)
     scaled, _, temperature, which = mended
-    return dict(nll=nll(log_p, label), brier=brier(log_p, label), temperature=temperature, nll_scaled=nll(scaled, label),
-                brier_scaled=brier(scaled, label), fitted_on=which)
+    return dict(nll=nll(log_p, label), brier=brier(log_p, label), temperature=temperature, fitted_on=which,
+                nll_scaled=nll(scaled, label), brier_scaled=brier(scaled, label))
 
 # %% ../nbs/08f_calibration.ipynb #dc92b651
 def confidence_and_right(

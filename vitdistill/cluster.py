@@ -76,11 +76,12 @@ def check_slurm(ask:Ask)->None:
     if ask.partition and not set(ask.partition.split(',')) <= set(known):
         raise VitdistillError(f'unknown partition {ask.partition!r}: {nearest(ask.partition, known)}')
 
-# %% ../nbs/07_cluster.ipynb #95b8aaa9
-def queued()->set|None: # such as '12' or '12_3'
-    "Ids of my jobs that Slurm still has, running or waiting; None where no Slurm answers."
-    lines = _slurm('squeue', '--me', '-h', '-r', '-o', '%A %F_%K')
-    return None if lines is None else {name for line in lines for name in line.split()}
+# %% ../nbs/07_cluster.ipynb #ed67a1ae
+def queued()->dict|None: # id, such as '12' or '12_3' -> whether it is running
+    "My jobs that Slurm still has, running or waiting; None where no Slurm answers."
+    lines = _slurm('squeue', '--me', '-h', '-r', '-o', '%T %A %F_%K')
+    if lines is None: return None
+    return {name: line.startswith('RUNNING') for line in lines for name in line.split()[1:]}
 
 # %% ../nbs/07_cluster.ipynb #38529127
 def meeting(environment:dict)->list:

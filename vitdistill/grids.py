@@ -156,12 +156,13 @@ def execute_alone(
     print(f'{cell.state[:200]}: {cell} ({tqdm.format_interval(cell.seconds)})', flush=True)
     return int(cell.state != 'done')
 
-# %% ../nbs/07a_grids.ipynb #74670d64
-def state_now(cell:Cell, place:Path, jobs:set|None)->str: # jobs: of `queued`
+# %% ../nbs/07a_grids.ipynb #6ecc1c8c
+def state_now(cell:Cell, place:Path, jobs:dict|None)->str: # jobs: of `queued`
     "How a cell stands, from its record and its runs; 'waiting' as long as Slurm has its job."
     record = read_record(place, cell)
     state, waits = record.get('state', 'left'), bool(jobs and record.get('job') in jobs)
-    if state == 'running' and not is_locked(place.with_suffix('.lock')): state = 'cut'
+    there = waits and jobs[record['job']] # some disks of several machines have no locks
+    if state == 'running' and not (is_locked(place.with_suffix('.lock')) or there): state = 'cut'
     if state == 'done' and any(run.status != 'done' for run in noted_runs(place)): state = 'left' # its run was removed
     if state == 'cut' and waits: return 'waiting'
     if state != 'waiting' or waits or jobs is None: return state

@@ -46,7 +46,7 @@ def refuse_other_memos(folder:Path, name:str)->None: # name: as the folder is ca
                                   f"{head.get('weights', 'not told')}, here {weights}): remove it there, "
                                   'and its answers are asked anew.')
 
-# %% ../nbs/02c_hub.ipynb #ded3bb90
+# %% ../nbs/02c_hub.ipynb #28994d1c
 def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', with '@REVISION' where it matters
     "The folder of a model on the hub, fetched once and whole; remove it to have it anew."
     repository, _, revision = name.removeprefix(HUB).partition('@')
@@ -55,7 +55,8 @@ def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', with '@REVISION' where it mat
     with FileLock(folder.with_name(f'.{folder.name}.lock')): # several ranks, several runs
         if folder.is_dir(): return folder
         wanted = ['model.safetensors', 'config.json', 'card.json', 'README.md', 'memo-*']
-        try: there = Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+        which = dict(revision=revision or None, allow_patterns=wanted)
+        try: there = Path(huggingface_hub.snapshot_download(repository, **which))
         except Exception as e: # the network's, the hub's and the name's own
             raise VitdistillError(f'{name} could not be fetched ({why_not(e)}): mend the name, log in, or download its '
                                   'files and name their folder.') from None

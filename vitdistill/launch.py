@@ -247,7 +247,8 @@ def launch(
             print(f'interrupted after epoch {run.epochs_done}; run this cell again to go on after epoch {epochs}')
             raise
         run = Run(run.folder)
-        if not ended(run, config.nnodes): raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
+        if not ended(run, config.nnodes):
+            raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
     if show: print(f'its record: {run.folder} (metrics.csv, result.json); its model and log.txt: {run.work}')
     return run
 

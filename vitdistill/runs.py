@@ -189,13 +189,14 @@ def locked(folder:Path):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/05_runs.ipynb #2f4028e8
+# %% ../nbs/05_runs.ipynb #db755a78
 def check_folders(config:Config)->None:
     "Raise `VitdistillError` where runs_dir or work_dir is no folder that can be written to, made or yet to be made."
     for name in ('runs_dir', 'work_dir'):
         place = from_root(getattr(config, name))
         there = next(p for p in (place, *place.parents) if p.exists() or p.is_symlink())
-        why = 'is a file' if not there.is_dir() else '' if os.access(there, os.W_OK | os.X_OK) else 'is not yours to write'
+        ours = os.access(there, os.W_OK | os.X_OK)
+        why = 'is a file' if not there.is_dir() else '' if ours else 'is not yours to write'
         if why: raise VitdistillError(f'{name} = {getattr(config, name)!r}, but {there} {why}: name another folder.')
 
 # %% ../nbs/05_runs.ipynb #5563a667

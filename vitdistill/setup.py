@@ -181,7 +181,7 @@ def image_device(
 def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Memo|None: # kind: of answer
     "The memo beside the teacher, on rank 0; None (it is asked online) where it is off, of no use, or has no room."
     if not config.memo or ranks.rank or config.mixup or config.cutmix: return None
-    weights = weights_place(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
+    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
     folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
     try: return Memo(folder, memo_key(teacher, config, data), kind)
     except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)

@@ -19,7 +19,7 @@ def memo_kind(head:dict): # of a memo's file
     if 'top_k' in head: return TopK(head['top_k'], tuple(head['temperatures']))
     return Logits() if head.get('kind') == 'logits' else HardLabel()
 
-# %% ../nbs/06c_share.ipynb #a47a2f37
+# %% ../nbs/06c_share.ipynb #c5bc8e8c
 def memo_card(file:str|Path)->str: # of a memo
     "What a memo holds and how to use it, as Markdown."
     file, head = Path(file), memo_head(Path(file))
@@ -32,8 +32,8 @@ tags: [distillation, teacher-answers]
 ---
 # What a teacher said: {file.name}
 
-Answers of {head['architecture']} (kind: {type(kind).__name__}) about {head['images']:,} training images, each in {head['views']} views of \
-crop and flip; {known:.1%} of them are known, the others are asked when they are needed.
+Answers of {head['architecture']} (kind: {type(kind).__name__}) about {head['images']:,} training images, each in
+{head['views']} views of crop and flip; {known:.1%} of them are known, the others are asked when they are needed.
 
 It belongs beside the weights it was made with, and is found there by whoever names them as `teacher_weights`: by their
 folder, or by the name of this repository (`hf-hub:OWNER/MODEL`). Another teacher, other images or other views are
@@ -44,7 +44,7 @@ refused.
 {rows}
 """
 
-# %% ../nbs/06c_share.ipynb #0b44bd46
+# %% ../nbs/06c_share.ipynb #ebf1c45a
 def push_memos(
     repository:str,     # OWNER/NAME, of the teacher
     folder:str|Path     # of the teacher: weights, card and memos
@@ -53,7 +53,7 @@ def push_memos(
     folder = Path(folder)
     memos = sorted(folder.glob('memo-*.bin'))
     if not memos:
-        raise VitdistillError(f'{told(folder)} holds no memo: train a student of this teacher, or fill one (fill_memo).')
+        raise VitdistillError(f'{told(folder)} holds no memo: train a student of it, or fill one (fill_memo).')
     refuse_other_memos(folder, told(folder))
     for file in memos: file.with_suffix('.md').write_text(memo_card(file))
     names = [file.name for file in memos]
