@@ -16,7 +16,7 @@ VITDISTILL = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/pytho
 # $(call limit,SECONDS): what follows ends by then, where there is a timeout (macOS has none)
 limit = $(if $(shell command -v timeout),timeout $(1))
 
-.PHONY: help venv demo test test-all study figures report docs bench bench-attention gpu lab clean
+.PHONY: help venv demo test test-all test-slurm study figures report docs bench bench-attention gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -42,6 +42,9 @@ test: venv ## export drift, notebooks and tests, on two cores in minutes
 test-all: test ## also what takes longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
+
+test-slurm: venv ## grids on a real Slurm, which it starts and ends: needs root, slurm-wlm and munge (apt-get install)
+	VITDISTILL_SLURM=1 OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q tests/test_slurm.py
 
 study: venv ## the paper's pair on CIFAR-100: PRESET=paper|quick, TEACHER=FILE to fine-tune from, ARGS="-p data_root DIR"
 	@mkdir -p out/home/runtime

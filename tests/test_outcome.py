@@ -1,4 +1,7 @@
-"""The decisions of a checkpoint, as a run of real training leaves it: those of its epoch, written by the command."""
+"""What runs of real training leave: the decisions of a checkpoint, by the command; curves where they are asked for."""
+import contextlib
+import json
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conftest import ROOT, elsewhere, environment
+from conftest import ROOT, elsewhere, environment, run_of
+from vitdistill.config import save
 from vitdistill.outcome import head_accuracies, main
 from vitdistill.train import train
 
@@ -25,3 +29,43 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
     first = head_accuracies(np.load(run.folder / "predictions-0001.npz"))["class"]
     told = run.metrics().test_top1
     assert [first, head_accuracies(last)["class"]] == pytest.approx(list(told), abs=1e-5) and told[0] != told[1]
+
+
+def follow(config, file, *after):
+    """Train in a process of its own, then print what `after` says."""
+    code = f"import json, sys; from vitdistill.config import load; from vitdistill.train import train; " \
+           f"run = train(load({str(save(config, file))!r})); {'; '.join(after)}"
+    store = dict(TRACKIO_DIR=str(file.parent / "store"))
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment() | store, check=True,
+                          capture_output=True, text=True).stdout
+
+
+def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
+    """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's store."""
+    for package in ("tensorboard", "trackio"):
+        pytest.importorskip(package)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    config = replace(tiny, epochs=2, ema_decay=0.9, track="tensorboard, trackio")
+    follow(config, tmp_path / "c.yaml")
+    run = run_of(config)
+    rows = [{name: value for name, value in row.items() if value == value}
+            for row in run.metrics().drop(columns="epoch").to_dict("records")]
+    assert len(rows) == 2 and "ema_test_top1" in rows[0]
+    events = EventAccumulator(str(run.work / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == set(rows[0]) | set(rows[1])
+    for name in events.Tags()["scalars"]:
+        told = {event.step: event.value for event in events.Scalars(name)}
+        assert told == {epoch: pytest.approx(row[name], rel=1e-5) for epoch, row in enumerate(rows) if name in row}
+    text = events.Tensors("result/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f'"test_top1": {run.result["test_top1"]}' in text
+    with contextlib.closing(sqlite3.connect(tmp_path / "store/vitdistill.db")) as store:
+        kept = [(step, json.loads(values)) for step, values in store.execute("select step, metrics from metrics")]
+        about, = store.execute("select config from configs where run_name = ?", [run.name])
+    for (step, told), (epoch, row) in zip(kept, enumerate(rows)):
+        assert step == epoch and told == {name: pytest.approx(value, rel=1e-5) for name, value in row.items()}
+    assert kept[-1][1]["result/test_top1"] == run.result["test_top1"] and json.loads(about[0])["ema_decay"] == 0.9
+
+
+def test_a_run_without_trackers_imports_neither(tiny, tmp_path):
+    modules = follow(tiny, tmp_path / "c.yaml", "print(*{name.split('.')[0] for name in sys.modules})").split()
+    assert "torch" in modules and not {"tensorboard", "trackio", "onnx", "onnxruntime", "submitit"} & set(modules)

@@ -205,7 +205,8 @@ class Config:
     keep_checkpoints:list=_record(list, hashed=False) # numbers of epochs whose checkpoints are kept beside the last
     evaluate_every:int=_record(1, '[1, inf)', hashed=False) # epochs between evaluations; the last epoch always has one
     keep_logits:bool=_record(True, hashed=False) # test logits in fp16 among the predictions, up to 100 classes
-    hub_repo:str=_record('', hashed=False) # push the finished student to this hub repository; '': don't
+    hub_repo:str=_record('', hashed=False) # push the finished model to this hub repository; '': don't
+    track:str=_record('none', hashed=False) # curves elsewhere too: tensorboard, trackio, or both (a comma between)
     # Found by `resolve`
     data_hash:str=_found('') # fingerprint of the dataset's files
     weights_hash:str=_found('') # of student_weights

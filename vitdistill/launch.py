@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'check_names', 'parameters', 'configure', 'check_ranks', 'rank_count', 'better_alone',
            'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'has_model',
-           'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset', 'with_teacher']
+           'note_run', 'ended', 'check_launch', 'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset',
+           'with_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
-import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, typing
+import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -16,12 +17,13 @@ from .config import Config, VitdistillError, field_names, from_root, nearest, pr
 from .data import fingerprint, image_side
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
-from .runs import Run, find_runs
+from .runs import Run, check_folders, find_runs
 from .setup import resolve, uses_batch_norm
+from .track import tracker_names
 
 # %% ../nbs/07_launch.ipynb #bd45b26d
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
-                  'teacher_data_fraction')
+                  'teacher_data_fraction', 'onnx')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 
 # %% ../nbs/07_launch.ipynb #ecb4f3bd
@@ -200,6 +202,29 @@ def makes_teacher(name:str)->bool: # of an experiment, or of a notebook
 # %% ../nbs/07_launch.ipynb #1eff491b
 def has_model(run:Run)->bool: return (run.model/'model.safetensors').is_file()
 
+# %% ../nbs/07_launch.ipynb #ac1c3978
+def note_run(run:Run)->None:
+    "Name the run to the grid whose cell this notebook is."
+    if not (file := os.environ.get('VITDISTILL_CELL')): return
+    with open(file, 'a') as f: print(run.folder, file=f)
+
+# %% ../nbs/07_launch.ipynb #9f88d2c1
+def ended(run:Run, nodes:int, patience:float=60.)->bool: # seconds that the disk of several nodes has
+    "Is the run done?"
+    give_up = time.monotonic() + (patience if nodes > 1 else 0)
+    while (done := Run(run.folder).status == 'done') is False and time.monotonic() < give_up: time.sleep(.5)
+    return done
+
+# %% ../nbs/07_launch.ipynb #e1a6f73c
+def check_launch(config:Config, nproc:int|None)->None:
+    "Raise `VitdistillError` for what would else be refused after the ranks have started."
+    check_ranks(nproc)
+    tracker_names(config.track)
+    check_folders(config)
+    if makes_teacher(config.experiment) and not (config.val_fraction or config.val_rows or config.fold):
+        raise VitdistillError('val_fraction = 0 leaves nothing to measure a teacher by that it has not seen: '
+                              'hold images out by val_fraction, val_rows or fold.')
+
 # %% ../nbs/07_launch.ipynb #94680760
 def launch(
     config:Config,
@@ -207,15 +232,12 @@ def launch(
     show:bool=True    # a line an epoch here, or in JupyterLab a live curve
 )->Run:
     "Train a config under torchrun and wait for it; a run that is done is not repeated. Failures are `VitdistillError`."
-    check_ranks(nproc)
-    teaches = makes_teacher(config.experiment)
-    if teaches and not (config.val_fraction or config.val_rows or config.fold):
-        raise VitdistillError('val_fraction = 0 leaves nothing to measure a teacher by that it has not seen: '
-                              'hold images out by val_fraction, val_rows or fold.')
+    check_launch(config, nproc)
     config = resolve(config)
     run, said = Run.of(config), ''
+    note_run(run)
     if run.status == 'done':
-        if teaches and not has_model(run): # a clone has the record only
+        if makes_teacher(config.experiment) and not has_model(run): # a clone has the record only
             raise VitdistillError(f'{run.name} is done, but its model is not in {run.model}: put it there, '
                                   f'or remove {run.folder} to train it again.')
         if show: print(f'{run.name} is done already')
@@ -226,7 +248,8 @@ def launch(
             print(f'interrupted after epoch {run.epochs_done}; run this cell again to go on after epoch {epochs}')
             raise
         run = Run(run.folder)
-        if run.status != 'done': raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
+        if not ended(run, config.nnodes):
+            raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
     if show: print(f'its record: {run.folder} (metrics.csv, result.json); its model and log.txt: {run.work}')
     return run
 
@@ -237,6 +260,7 @@ def launch_fill(
     show:bool=True
 )->None:
     "Ask the config's teacher every view ahead, under torchrun; interrupted, the next call goes on where it was."
+    check_folders(config)
     config = resolve(config)
     if said := torchrun(config, Run.of(config), nproc, show, '--fill'): raise VitdistillError(said)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'whole_lines', 'Run', 'find_runs', 'all_metrics', 'told', 'cores', 'environment', 'machine',
-           'append_row', 'locked', 'RunWriter']
+           'append_row', 'locked', 'check_folders', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, io, json, os, platform, shutil, subprocess
@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
 from .config import (SHIPPED, Config, VitdistillError, config_hash, from_root, load, repo_root, run_name,
                                save, write_atomic)
+from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c
 columns = ('epoch', 'lr', 'train_loss', 'train_top1', 'val_top1', 'val_top5', 'test_top1', 'test_top5', # in [0, 1]
@@ -189,6 +190,16 @@ def locked(folder:Path):
     try: yield
     finally: lock.release()
 
+# %% ../nbs/05_runs.ipynb #db755a78
+def check_folders(config:Config)->None:
+    "Raise `VitdistillError` where runs_dir or work_dir is no folder that can be written to, made or yet to be made."
+    for name in ('runs_dir', 'work_dir'):
+        place = from_root(getattr(config, name))
+        there = next(p for p in (place, *place.parents) if p.exists() or p.is_symlink())
+        ours = os.access(there, os.W_OK | os.X_OK)
+        why = 'is a file' if not there.is_dir() else '' if ours else 'is not yours to write'
+        if why: raise VitdistillError(f'{name} = {getattr(config, name)!r}, but {there} {why}: name another folder.')
+
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "A run folder, written by the one process that holds its lock."
@@ -197,14 +208,25 @@ class RunWriter(Run):
         write_atomic(self.folder/name, lambda p: p.write_text(json.dumps(values, indent=1)))
 
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
+        tracker_names(config.track) # refused here
         save(config, self.folder/'config.yaml')
         self._write_json('environment.json', {**environment(), 'command': command})
-        self.__dict__.pop('config', None)
+        for name in ('config', 'trackers'): self.__dict__.pop(name, None)
 
     def note_machine(self)->None: # it takes a second: once training is on its way
         self._write_json('environment.json', {**self.environment, **machine()})
 
-    def append(self, row:dict)->None: append_row(self.folder/'metrics.csv', row)
+    @cached_property
+    def trackers(self)->Trackers: # begun with what is recorded so far
+        trackers = Trackers(self.name, self.work, self.config)
+        for row in self.metrics().to_dict('records') if trackers.all else (): self._track(trackers, row)
+        return trackers
+    def _track(self, trackers, row): trackers.row(int(row['epoch']), {n: v for n, v in row.items() if v == v})
+
+    def append(self, row:dict)->None:
+        trackers = self.trackers # before the row is there
+        append_row(self.folder/'metrics.csv', row)
+        self._track(trackers, row)
 
     def keep_epochs(self, n:int)->None: # drop what was written after a checkpoint that is resumed from
         file = self.folder/'metrics.csv'
@@ -224,3 +246,4 @@ class RunWriter(Run):
 
     def finish(self, result:dict)->None: # last of all
         self._write_json('result.json', {'hash': config_hash(self.config), **result})
+        self.trackers.end(result)

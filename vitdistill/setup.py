@@ -19,6 +19,7 @@ from torch import nn
 from .answers import Answers, Memo, NoRoom, OutOfFold, memo_key
 from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
+from .hub import weights_place
 from .losses import criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
@@ -128,7 +129,7 @@ def auto_values(config:Config)->dict:
 def file_hash(path:str)->str: # of a weights file, or of a model folder
     "Sixteen hexadecimal digits over the weights; '' for no path."
     if not path: return ''
-    with open(weights_file(from_root(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+    with open(weights_file(weights_place(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../nbs/05b_setup.ipynb #10a3b8ad
 def resolve(config:Config)->Config:
@@ -210,7 +211,7 @@ def image_device(
 def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Memo|None: # kind: of answer
     "The memo beside the teacher, on rank 0; None (it is asked online) where it is off, of no use, or has no room."
     if not config.memo or ranks.rank or config.mixup or config.cutmix: return None
-    weights = from_root(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
+    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
     folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
     try: return Memo(folder, memo_key(teacher, config, data), kind)
     except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from .config import Config, VitdistillError, field_names, from_dict, from_root
 from .data import Data, load_data, split_rows
+from .hub import weights_place
 from .views import Views, epoch_plan, n_views, normalize
 from .models import create, load_weights, pretrained_constants, save_model
 
@@ -100,7 +101,7 @@ def make_card(
 # %% ../nbs/04_teachers.ipynb #2d9001c5
 def read_card(weights:str)->dict|None:
     "The card beside a teacher's weights, or None where there is none."
-    place = from_root(weights)
+    place = weights_place(weights)
     file = (place if place.is_dir() else place.parent)/'card.json'
     if not weights or not file.is_file(): return None
     try: return json.loads(file.read_text())
@@ -153,7 +154,7 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     pretrained = config.teacher_pretrained or named
     model = create(config.teacher, len(classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
-    if config.teacher_weights: load_weights(model, from_root(config.teacher_weights))
+    if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     compile = config.compile not in ('none', 'auto')
     return Teacher(model, constants, config.teacher_size, config.teacher_precision, device, compile=compile), card

@@ -1,0 +1,102 @@
+"""Grids as processes: a cell that is told to stop, a machine without Slurm, a folder that is in use."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
+from vitdistill.grids import execute, grid_cells, held, noted_runs, place_of, read_record, write_record
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """One cell that trains for seconds; its checkpoints are an hour apart."""
+    given = dict(preset="demo", student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.4, epochs=60,
+                 device="cpu", precision="fp32", threads=1, checkpoint_seconds=3600.0,
+                 runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
+    return file
+
+
+def command(*words):
+    return [sys.executable, "-m", "vitdistill.grids", *map(str, words)]
+
+
+def test_a_cell_that_is_told_to_stop_goes_on_later(grid, tmp_path):
+    """SIGTERM, as a job of a cluster gets it: the ranks save and end, the table says so, the rest is trained later."""
+    cell, out = grid_cells(grid)[0], tmp_path / "out"
+    place = place_of(out / "grid", 0, cell)
+    place.parent.mkdir(parents=True)
+    write_record(place, cell)
+    process = subprocess.Popen(command(place.with_suffix(".json")), cwd=ROOT, env=environment())
+    try:
+        assert wait_until(lambda: noted_runs(place) and noted_runs(place)[-1].epochs_done >= 3, 120)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    run = noted_runs(place)[-1]
+    assert read_record(place, cell)["state"] == "cut" and run.status == "interrupted"
+    assert run.checkpoint()["epochs"] >= run.epochs_done - 1 >= 2  # though none was due
+    assert wait_until(lambda: not processes_mentioning(str(run.work)), 20)
+    said = subprocess.run(command(grid, "--out", out, "--status"), cwd=ROOT, env=environment(), capture_output=True,
+                          text=True)
+    assert said.stdout.splitlines()[1].split()[:2] == ["cut", f"{run.epochs_done}/60"] and said.returncode == 0
+    assert f"resumes after epoch {run.checkpoint()['epochs']}" in resumed(place, run)
+
+
+def resumed(place, run):
+    """The log of the run, started once more until it says where it begins."""
+    process = subprocess.Popen(command(place.with_suffix(".json")), cwd=ROOT, env=environment())
+    try:
+        assert wait_until(lambda: "resumes after" in (run.work / "log.txt").read_text(), 120)
+    finally:
+        process.terminate()
+        process.wait(60)
+    return (run.work / "log.txt").read_text()
+
+
+def test_without_slurm_it_is_one_sentence(grid, tmp_path):
+    """On a machine that has none, nothing is written."""
+    bare = environment() | dict(PATH=str(Path(sys.executable).parent))
+    refused = subprocess.run(command(grid, "--out", tmp_path / "out", "--on", "slurm"), cwd=ROOT, env=bare,
+                             capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr.startswith("there is no Slurm here (no sbatch on the PATH)")
+    assert refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_two_grids_do_not_share_a_folder(grid, tmp_path):
+    """Neither a grid that is being started, nor one whose cell runs, is disturbed by another of its name."""
+    folder, cell = tmp_path / "out/grid", grid_cells(grid)[0]
+    folder.mkdir(parents=True)
+    running = dict(notebook=str(cell.notebook), chosen=dict(seed=7), state="running", host="another")
+    (folder / "000-e09_another.json").write_text(json.dumps(running))
+    busy = {"lock": "is being carried out by another process", "000-e09_another.lock": "is in use: 1 cell"}
+    for lock, told in busy.items():
+        with held(folder / lock, "it"):
+            refused = subprocess.run(command(grid, "--out", tmp_path / "out"), cwd=ROOT, env=environment(),
+                                     capture_output=True, text=True)
+        assert refused.returncode == 1 and told in refused.stderr and refused.stderr.count("\n") == 1
+    assert sorted(file.name for file in folder.glob("*.json")) == ["000-e09_another.json"]
+
+
+def test_a_cell_names_its_runs(tmp_path):
+    """Whatever a notebook launches is written down beside it."""
+    cell = grid_cells(write_minimal(tmp_path))[0]
+    place = tmp_path / "000-e01.ipynb"
+    execute(cell, place, dict(OMP_NUM_THREADS="1"))
+    run, = noted_runs(place)
+    assert cell.state == "done" and run.status == "done" and os.path.dirname(run.folder) == str(tmp_path / "runs")
+
+
+def write_minimal(folder):
+    given = dict(preset="demo", student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.1, epochs=1,
+                 threads=1, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
+    (folder / "g.yaml").write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
+    return folder / "g.yaml"
