@@ -12,7 +12,8 @@ from vitdistill.layers import DeformableMerging, HiLo, LITv2
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.setup import create_optimizer
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 

@@ -144,8 +144,8 @@ def speedups(
         ratio = plain.loc[size].seconds/one.droplevel(['contender', 'size']).seconds
         promised = plain.loc[size].multiply_adds.iloc[0]/one.multiply_adds.iloc[0]
         about = dict(median=ratio.median(), rounds=len(ratio), **dict(zip(('low', 'high'), median_interval(ratio))))
-        found.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised, **about,
-                          met=goal_met(**about, sense='>=', goal=goal*promised)))
+        found.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
+                          **about, met=goal_met(**about, sense='>=', goal=goal*promised)))
     return pd.DataFrame(found)
 
 # %% ../nbs/09b_attention_bench.ipynb #e45a3ace

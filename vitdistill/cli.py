@@ -229,8 +229,8 @@ _about = '''# A study of one's own, with vitdistill {version}
 - `nbs/presets`: recipes; change them here, or give a field by its name.
 - `nbs/analysis`: notebooks that draw figures and tables from run records. `vitdistill figures` executes all.
 
-Records of runs go to `reports/runs` (the demo's to `out/demo`), checkpoints and models to `out`. The file `.vitdistill` marks this folder
-as the one that relative paths mean; `vitdistill --help` lists the commands.
+Records of runs go to `reports/runs` (the demo's to `out/demo`), checkpoints and models to `out`. The file `.vitdistill`
+marks this folder as the one that relative paths mean; `vitdistill --help` lists the commands.
 '''
 copied = 'nbs/experiments', 'nbs/analysis', 'nbs/presets' # the published numbers stay in the package
 

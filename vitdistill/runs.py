@@ -132,9 +132,11 @@ def environment()->dict:
     clone = (SHIPPED/'settings.ini').is_file() # a wheel may lie within somebody else's repository
     def git(*words):
         command = ['git', '-C', str(Path(globals().get('__file__', 'here')).resolve().parent), *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() if clone and shutil.which('git') else ''
+        if not clone or not shutil.which('git'): return ''
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return dict(vitdistill=vitdistill.__version__, python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, timm=timm.__version__, platform=platform.platform(), processor=_processor(), cores=cores(),
+                torchvision=torchvision.__version__, timm=timm.__version__, platform=platform.platform(),
+                processor=_processor(), cores=cores(),
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 tf32=dict(products=torch.backends.cuda.matmul.allow_tf32, convolutions=torch.backends.cudnn.allow_tf32),
