@@ -14,7 +14,8 @@ from test_notebooks import execute, said
 from vitdistill.cli import analysis_parameters
 from vitdistill.config import Config, config_hash, run_name, save, shipped_names
 
-FIGURES = {name: analysis_parameters(name, "reports/runs", "reports") for name in shipped_names("nbs/analysis", ".ipynb")}
+FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
+           for name in shipped_names("nbs/analysis", ".ipynb")}  # as `make figures` gives them
 
 
 def tracked():
