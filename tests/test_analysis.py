@@ -15,7 +15,7 @@ from vitdistill.cli import analysis_parameters
 from vitdistill.config import Config, config_hash, run_name, save, shipped_names
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
-           for name in shipped_names("nbs/analysis", ".ipynb")}  # as `make figures` gives them
+           for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
 
 
 def tracked():
