@@ -1,18 +1,37 @@
-"""Packaging: everything is read from settings.ini."""
+"""Packaging: what is declared stands in settings.ini; the folders named there as shipped are copied into a wheel."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
 settings = ConfigParser(delimiters=["="])
-settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+settings.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
+suffix = "_requirements"  # of an extra
+first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
+
+
+class Build(build_py):
+    """The modules, and beside them in share/ the notebooks, presets, grids and numbers that a clone holds once."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # a clone has them already
+            return
+        share = Path(self.build_lib) / cfg["lib_name"] / "share"
+        shutil.rmtree(share, ignore_errors=True)  # of an earlier build
+        for folder in cfg["shipped"].split():
+            shutil.copytree(ROOT / folder, share / folder, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -21,7 +40,9 @@ setup(
     packages=find_packages(include=["vitdistill", "vitdistill.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
-    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
+    extras_require={key.removesuffix(suffix): cfg[key].split() for key in cfg if key.endswith(suffix)},
+    entry_points={"console_scripts": ["vitdistill=vitdistill.cli:main"]},
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(first, last + 1)],
+    cmdclass={"build_py": Build},
     zip_safe=False,
 )

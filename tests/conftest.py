@@ -1,5 +1,6 @@
 """What several tests share: tiny runs, subprocesses, the real data where it lies."""
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from vitdistill.config import Config, preset, repo_root
 from vitdistill.runs import Run
 from vitdistill.setup import resolve
+from vitdistill.teachers import untrained
 
 ROOT = repo_root(Path(__file__).parent)
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -20,27 +22,39 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU, and is skipped without one (`make gpu`, `pytest -m cuda`)")
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """A config of a small vision transformer on a fifth of the digits, taught by an untrained one: seconds a run."""
+@pytest.fixture(scope="session")
+def alike():
+    """What all tiny runs have in common: a small vision transformer on a fifth of the digits, taught by another."""
     return Config(dataset="digits", data_fraction=0.2, student="vit_tiny_patch16_224", student_kwargs=TINY,
                   teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, allow_untrained=True,
                   distillation="hard", epochs=3, batch_size=64, optimizer="adamw", lr=1e-3, precision="fp32",
-                  teacher_precision="fp32", device="cpu", threads=1, checkpoint_seconds=0.0,
-                  runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+                  teacher_precision="fp32", device="cpu", threads=1, checkpoint_seconds=0.0)
+
+
+@pytest.fixture(scope="session")
+def teacher(alike, tmp_path_factory):
+    """The folder of a teacher that nobody trained, and that answers many classes all the same."""
+    return untrained(alike, tmp_path_factory.mktemp("teacher") / "model")
+
+
+@pytest.fixture
+def tiny(alike, teacher, tmp_path):
+    """A config whose run takes seconds; its memo lies beside its own copy of the teacher."""
+    return elsewhere(replace(alike, teacher_weights=teacher), tmp_path / "tiny")
 
 
 @pytest.fixture
 def recipe(tiny):
     """The same with mixing, a weight average, clipped gradients and dropped paths: the preset of that name."""
-    ours = ("data_fraction", "epochs", "precision", "teacher_precision", "device", "threads", "checkpoint_seconds",
-            "runs_dir", "work_dir")
+    ours = ("teacher_weights", "data_fraction", "epochs", "precision", "teacher_precision", "device", "threads",
+            "checkpoint_seconds", "runs_dir", "work_dir")
     return preset("recipe", "distilled", **{name: getattr(tiny, name) for name in ours})
 
 
 def elsewhere(config, folder):
-    """The same run with its record and heavy files in another folder."""
-    return replace(config, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
+    """The same run with its record, its heavy files and its teacher, without a memo, in another folder."""
+    copied = shutil.copytree(config.teacher_weights, folder / "teacher", ignore=shutil.ignore_patterns("memo-*"))
+    return replace(config, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), teacher_weights=str(copied))
 
 
 def run_of(config):

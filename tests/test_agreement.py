@@ -2,6 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from test_analysis import same_as_committed
 from test_notebooks import execute
 from vitdistill.config import Config, save
 from vitdistill.runs import RunWriter
@@ -66,6 +67,7 @@ def test_on_committed_runs(tmp_path):
     drawn = {path.stem for path in (out / "figures").glob("*.png")}
     assert {"agreement_disagreement", "agreement_noise", "agreement_reliability"} <= drawn <= set(FIGURES)
     assert drawn == {path.stem for path in (out / "figures").glob("*.svg")} and "over labels alone" in said
+    same_as_committed(out)
 
 
 def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):

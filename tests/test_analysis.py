@@ -1,13 +1,68 @@
-"""Analysis notebooks on runs that are written here, and on none."""
+"""Analysis notebooks on runs that are written here, on none, and on those that are committed."""
+import functools
 import json
+import re
+import subprocess
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import ROOT
 
 from test_notebooks import execute, said
 from vitdistill.config import Config, config_hash, run_name, save
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+FIGURES = {name: {key: yaml.safe_load(value) for key, value in re.findall(r"-p (\w+) ([^\s)]+)", given)}
+           for name, given in re.findall(r"call notebook,\$\(ANALYSIS\)/(\w+),out/figures/\w+,(.*)\)", MAKEFILE)}
+
+
+def tracked():
+    """What is committed of reports/ that a notebook writes, by its path in there."""
+    names = subprocess.run(["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [name.removeprefix("reports/") for name in names.split()]
+    return {path for path in paths if re.match(r"(figures|tables)/|study\.(md|html)$", path)}
+
+
+def same_as_committed(out):
+    """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned."""
+    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
+    ours = {name: path for name, path in files.items()
+            if name.startswith(("figures/", "tables/", "study.")) and (pinned or not name.startswith("figures/"))}
+    differ = [name for name, path in ours.items() if name not in tracked()
+              or path.read_bytes() != (ROOT / "reports" / name).read_bytes()]
+    assert ours and not differ, f"run make figures and look at {', '.join(sorted(differ))}"
+    return {name for name in files if name.startswith(("figures/", "tables/", "study."))}
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    """A function: a notebook as `make figures` runs it, once, into a folder of its own."""
+    folder = tmp_path_factory.mktemp("figures")
+
+    @functools.cache
+    def build(name):
+        execute(name, folder / f"{name}.ipynb", **FIGURES[name] | dict(out=str(folder / name)))
+        return folder / name
+
+    return build
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "a05_agreement"])  # that one: test_agreement
+def test_reports_are_what_their_records_say(name, rebuilt):
+    assert len(same_as_committed(rebuilt(name))) > 1
+
+
+def test_nothing_in_reports_is_of_yesterday():
+    """Each committed figure and table is named in the notebook that writes it."""
+    sources = "".join((ROOT / f"nbs/analysis/{name}.ipynb").read_text() for name in FIGURES)
+    assert len(tracked()) > 100 and len(FIGURES) == 7
+    for path in tracked():
+        stem = path.rpartition("/")[2].rpartition(".")[0]
+        assert stem in sources or stem[:-1] in sources, f"no notebook writes {path}: git rm it"  # figure1, figure2
 
 
 @pytest.mark.slow
@@ -18,80 +73,37 @@ def test_paper_analysis_without_runs_says_so(tmp_path):
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.png").is_file()
 
 
-def test_study_page_without_runs_says_so(tmp_path):
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "none"), out=str(tmp_path))
-    assert f"No finished runs on cifar100 in {tmp_path / 'none'}" in (tmp_path / "study.md").read_text()
-
-
-def test_committed_study_page_is_what_its_runs_say(tmp_path):
-    """`make figures` would write the page that is committed; lines of laws, whose last digit may differ, aside."""
-    execute("a02_study", tmp_path / "a02.ipynb", reports="reports/runs", out=str(tmp_path))
-    fitted = ("logarithm", "exponential", "logistic", "power law", "trendline")
-    lines = lambda page: [line for line in page.read_text().splitlines() if not any(law in line for law in fitted)]
-    assert lines(tmp_path / "study.md") == lines(ROOT / "reports/study.md") and len(lines(tmp_path / "study.md")) > 20
-
-
-def test_study_chooses_by_held_out_images(tmp_path):
-    """Of two learning rates the better on held-out images is chosen, whatever test images say; neither is an arm."""
-    for lr, held_out, test in (0.01, 0.4, 0.1), (0.1, 0.3, 0.9):
-        folder = curve_run(tmp_path / "runs", lambda e: 0.5, lr=lr)
-        result = json.loads((folder / "result.json").read_text())
-        result |= dict(val_top1=held_out, test_top1=test, train_top1=0.5)
-        (folder / "result.json").write_text(json.dumps(result))
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
-            dataset="digits")
-    choices = pd.read_csv(tmp_path / "tables/study_choices.csv").set_index("lr")
-    assert choices.chosen.to_dict() == {0.01: "yes", 0.1: "no"}
-    assert not len(pd.read_csv(tmp_path / "tables/study_arms.csv"))
-    page = (tmp_path / "study.md").read_text()
-    assert ("learning rate 0.01 of 0.01, 0.1 (40.0% of them right; seeds: 1); "
-            "not varied: weight decay 0.0005, batch 128") in page
-    assert "90.0%" not in page
-
-
-def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
-    """Smoothed labels are an arm of their own, and a taught arm above *labels alone* is held against them too."""
-    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
-    for top1, spread, way in (0.5, 0, {}), (0.6, 0.001, dict(label_smoothing=0.1)), (0.8, 0.003, taught):
-        for seed in 1, 2, 3:
-            folder = curve_run(tmp_path / "runs", lambda e: top1 + 0 * e, seed, t_max=0, **way)
-            result = json.loads((folder / "result.json").read_text())
-            result |= dict(test_top1=top1 + seed * spread, train_top1=0.9)
-            (folder / "result.json").write_text(json.dumps(result))
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path),
-            dataset="digits")
-    page, pairs = (tmp_path / "study.md").read_text(), pd.read_csv(tmp_path / "tables/study_pairs.csv")
-    assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
-    assert "less *labels alone*: +10.2 points" in page
-    assert "above *labels alone*, less *labels alone, labels smoothed by 0.1*: +20.4 points" in page
-    assert "Without a teacher, labels smoothed by 0.1" in page
-
-
-def test_data_analysis(tmp_path):
+def test_data_analysis(rebuilt):
     """Every picture of the data is of the digits, and the counted views are those of the formula."""
-    execute("a00_data", tmp_path / "a00.ipynb", out=str(tmp_path / "out"))
-    drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+    out = rebuilt("a00_data")
+    drawn = {path.stem for path in (out / "figures").iterdir()}
     assert drawn == {f"data_{name}" for name in ("digits", "memo", "plan", "two_sizes", "views")}
-    counts = pd.read_csv(tmp_path / "out/tables/data_view_counts.csv")
+    counts = pd.read_csv(out / "tables/data_view_counts.csv")
     assert {81, 162} <= set(counts.select_dtypes("number").to_numpy().ravel())
+    splits = pd.read_csv(out / "tables/data_splits.csv")  # a tenth of 1,438, spread over ten classes
+    assert set(splits["trained on"]) == {1293} and set(splits["held out"]) == {145}
 
 
-def test_complexity_analysis(tmp_path):
+def test_complexity_analysis(rebuilt):
     """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
-    execute("a04_complexity", tmp_path / "a04.ipynb", out=str(tmp_path / "out"), measure=False)
-    drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+    out = rebuilt("a04_complexity")
+    drawn = {path.stem for path in (out / "figures").iterdir()}
     assert drawn == {f"complexity_{name}" for name in ("alexnet_vgg", "attention", "differences", "models")}
-    table = pd.read_csv(tmp_path / "out/tables/complexity_differences.csv")
-    # the two that nothing explains
-    assert set(table.network[table["variant agrees"] == "no"]) == {"GoogLeNet, to 28 px", "ResNet-50"}
-    assert not list(tmp_path.glob("out/*/complexity_seconds*"))
+    table = pd.read_csv(out / "tables/complexity_differences.csv")
+    assert set(table.network[table["variant agrees"] == "no"]) == {"ResNet-50"}  # the one that nothing explains
+    assert not table.published.str.contains("MB").any()  # one unit: a MB of the slides is a MiB
+    heads = pd.read_csv(out / "tables/complexity_head.csv").set_index("layer")
+    assert heads.loc["VGG-16 fc6", "without biases (K)"] == pytest.approx(102_760, abs=0.5)
+    vit = pd.read_csv(out / "tables/complexity_vit.csv").set_index("published as")
+    assert vit.loc["ViT-H/14 JFT", "CIFAR-100 top-1 (%)"] == "94.55 ± 0.04" and vit.shape[1] == 12
+    assert not list(out.parent.glob("*/*/complexity_seconds*"))
 
 
 def curve_run(root, accuracy, seed=1, done=60, **over):
     """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a point."""
     c, epoch = Config(dataset="digits", epochs=60, seed=seed, **over), np.arange(1, done + 1)
     save(c, root / run_name(c) / "config.yaml")
-    noise = np.random.default_rng(seed).normal(0, 0.01, done)
+    noise = np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
     frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise))
     frame.to_csv(root / run_name(c) / "metrics.csv", index=False)
     if done == 60:
@@ -100,9 +112,9 @@ def curve_run(root, accuracy, seed=1, done=60, **over):
 
 
 def test_trends_analysis_says_what_is_cut_short(tmp_path):
-    """Two seeds a side, one run cut short in its last line, one of another layout: drawn, and said."""
+    """Three seeds a side, one run cut short in its last line, one of another layout: drawn, and said."""
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
-    for seed in (1, 2):
+    for seed in (1, 4, 2):
         curve_run(tmp_path / "runs", lambda e: 0.7 - 0.6 * np.exp(-e / 5), seed)
         last = curve_run(tmp_path / "runs", lambda e: 0.9 - 0.85 * np.exp(-e / 15), seed, done=60 - 10 * (seed == 2),
                          **taught)
@@ -120,6 +132,22 @@ def test_trends_analysis_says_what_is_cut_short(tmp_path):
     row = crossings[(crossings.law == "exponential") & (crossings["fitted to epochs"] == "1 to 50")].iloc[0]
     truth = next(e for e in np.arange(5, 60, 0.1) if 0.9 - 0.85 * np.exp(-e / 15) > 0.7 - 0.6 * np.exp(-e / 5))
     assert abs(float(row["forecast crossover"]) - truth) < 2 and abs(float(row.measured) - truth) < 4
+    pairs = pd.read_csv(tmp_path / "out/tables/trends_pairs.csv").set_index("law")
+    assert pairs.loc["logarithm", "plain, error"] > 5  # promised too much of a curve with a ceiling
+    assert abs(pairs.loc["exponential", "plain, error"]) < 1
+
+
+def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
+    """Two arms of one law, two seeds a side: neither page names an epoch, however the curves lie at the end."""
+    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+    for seed in (1, 2):
+        for way in ({}, taught):
+            curve_run(tmp_path / "runs", lambda e: 0.1 + 0.15 * np.log(e) + 0.002 * len(way), seed, done=12, **way)
+    text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
+                        out=str(tmp_path / "out")))
+    assert "Measured crossover (difference averaged over 5 epochs): not read" in text
+    crossings = pd.read_csv(tmp_path / "out/tables/trends_crossovers.csv")
+    assert len(crossings) and set(crossings.measured) == {"not resolved"}
 
 
 def test_trends_analysis_without_runs_says_so(tmp_path):
@@ -128,3 +156,48 @@ def test_trends_analysis_without_runs_says_so(tmp_path):
     assert "only what was published is shown" in text and "epoch 397.7" in text and "epoch 2,981" in text
     drawn = sorted(path.name for path in (tmp_path / "out/figures").glob("*.png"))
     assert drawn == ["trends_plateau.png", "trends_published.png"]
+
+
+def papers_pair(root, taught_less_plain, done=(150, 140), seeds=(1, 2, 3)):
+    """Made-up runs in the paper's own size: the plain one follows a logarithm, the taught one differs by a constant."""
+    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+    for seed in seeds:
+        for way, more, n in (({}, 0.0, done[0]), (taught, taught_less_plain, done[1])):
+            c = Config(dataset="cifar100", student="resnet50", val_fraction=0.0, epochs=150, t_max=2000, seed=seed,
+                       **way)
+            save(c, root / run_name(c) / "config.yaml")
+            epoch = np.arange(1, n + 1)
+            top1 = 0.05 + 0.1 * np.log(epoch) + more + np.random.default_rng(seed + len(way)).normal(0, 0.003, n)
+            frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=top1, seconds=1.0, teacher_seconds=0.5))
+            frame.to_csv(root / run_name(c) / "metrics.csv", index=False)
+
+
+def test_figure4_on_the_papers_axes(tmp_path):
+    """Both laws over the epochs that both arms have; the crossover; Table 1 to the letter, or why not."""
+    papers_pair(tmp_path / "runs", -0.03)
+    curve_run(tmp_path / "runs", lambda e: 0.5)  # of other settings: not in the figure
+    execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    laws = pd.read_csv(tmp_path / "out/tables/trendlines.csv").set_index("curve")
+    assert (laws.loc[["baseline, measured", "distilled, measured"], "fitted to epochs"] == "1 to 140").all()
+    assert laws.loc["baseline, published", "R²"] == 0.662 and laws.loc["distilled, published", "R²"] == 0.962
+    assert all(f"{b} ln(epoch)" in laws.loc[f"{arm}, measured", "law"]
+               for arm, b in (("baseline", "0.1"), ("distilled", "0.1")))
+    crossings = pd.read_csv(tmp_path / "out/tables/crossovers.csv").answer
+    meets = float(re.match(r"epoch ([\d.]+), extrapolated", crossings[1])[1])
+    assert meets == pytest.approx(140 * np.exp(0.03 / 0.1), rel=0.03) and crossings[0].startswith("epoch 397.7")
+    rows = pd.read_csv(tmp_path / "out/tables/table1.csv", keep_default_na=False).set_index("hyper-parameter")
+    assert (rows["as published"] != "").all() and {"student", "training images", "epochs run"} <= set(rows.index)
+    explained = set(rows.index[rows["as published"] != "yes"])
+    assert explained == {"teacher", "epochs run", "epochs (planned)", "seed", "criterion", "num workers", "T_max"}
+    picture = (tmp_path / "out/figures/figure4.svg").read_text()
+    assert "resnet50 (imagenet stem) on 50,000 images" in picture and "seeds 1, 2, 3" in picture
+
+
+@pytest.mark.slow
+def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
+    """Two epochs and one: drawn, without laws; nothing is read off them."""
+    papers_pair(tmp_path / "runs", 0.0, (2, 1), (1,))
+    text = said(execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out")))
+    assert "the logarithm needs 3 epochs, this curve has 1" in text
+    assert len(pd.read_csv(tmp_path / "out/tables/crossovers.csv")) == 1  # the published one
+    assert "1 of 150 epochs" in (tmp_path / "out/figures/figure4.svg").read_text()

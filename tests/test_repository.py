@@ -1,26 +1,31 @@
 """The repository's own rules: notebooks are the source, clean, and documented; modules depend downwards only."""
 import ast
+import functools
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from conftest import ROOT
+from vitdistill.config import Config, field_names, load
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
-LAYERS = ["config", "data", "views", "augment", "track", "runs", "records", "live", "models", "hub", "complexity",
-          "losses", "teachers", "answers", "ranks", "setup", "outcome", "share", "export", "train", "launch", "cluster",
-          "grids", "analysis", "trends", "agreement", "calibration", "comparison", "watch", "report", "contenders",
-          "bench"]
+LAYERS = ["config", "data", "views", "augment", "track", "runs", "records", "live", "layers", "models", "hub",
+          "complexity", "losses", "pretraining", "teachers", "answers", "ranks", "setup", "outcome", "share",
+          "export", "train", "launch", "cluster", "grids", "analysis", "trends", "agreement", "calibration",
+          "comparison", "findings", "watch", "report", "contenders", "bench", "attention_bench", "cli"]
 
 
-SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "tests").glob("*.py"))]
+SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
 WIDTH, LENGTH = 120, 45  # characters of a line, lines of an exported cell
 
 
@@ -175,7 +180,7 @@ def test_modules_depend_downwards_only():
     assert set(LAYERS) == {p.stem for p in (ROOT / "vitdistill").glob("*.py")} - {"__init__", "_modidx"}
     for i, name in enumerate(LAYERS):
         used = imported((ROOT / "vitdistill" / f"{name}.py").read_text())
-        assert used <= set(LAYERS[:i]), f"{name} imports {used - set(LAYERS[:i])}"
+        assert used <= {"__version__", *LAYERS[:i]}, f"{name} imports {used - set(LAYERS[:i])}"
 
 
 def test_training_needs_no_notebook_tools():
@@ -208,3 +213,68 @@ def test_readme_differences_are_those_of_the_study():
     table = pd.read_csv(ROOT / "reports/tables/study_together.csv")[["difference", "low", "high"]]
     known = set(table.map(lambda x: float(f"{100 * x:.1f}")).itertuples(index=False, name=None))
     assert len(told) >= 3 and {tuple(map(float, numbers)) for numbers in told} <= known
+
+
+ASKED_FIRST = "7b98faa"  # records that came later than this commit had their question before their answer
+ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit")  # notebook -> the experiment that it runs
+
+
+def git(*words):
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return None if done.returncode else done.stdout
+
+
+@functools.cache
+def yaml_at(commit, path):
+    return yaml.safe_load(git("show", f"{commit}:{path}") or "{}")
+
+
+@functools.cache
+def cells_at(commit):
+    """Every cell of every grid of a commit: experiment, and the fields that its preset and the cell itself give."""
+    found = []
+    for path in (git("ls-tree", "--name-only", commit, "nbs/experiments/grids/") or "").split():
+        grids = yaml_at(commit, path)
+        for grid in grids if isinstance(grids, list) else [grids]:
+            fixed, vary = grid.get("parameters") or {}, grid.get("vary") or {}
+            for values in itertools.product(*vary.values()):
+                cell = {**fixed, **dict(zip(vary, values))}
+                experiment = cell.get("role") or ARMS.get(grid["notebook"][:3])
+                recipe = yaml_at(commit, f"nbs/presets/{cell.get('preset')}.yaml")
+                given = (recipe.get("common") or {}) | (recipe.get(experiment) or {}) | cell
+                found.append((experiment, given))
+    return found
+
+
+def is_cell(config, experiment, given):
+    """Whether a record's config is what a cell gives, and the defaults; paths and what a machine decides aside."""
+    usual, aside = Config(), {*field_names(group="found"), "data_root", "image_size", *(config.auto or ())}
+    names = [name for name in field_names(hashed=True) if name not in aside and not name.endswith("_weights")]
+    return experiment == config.experiment and all(getattr(config, name) == given.get(name, getattr(usual, name))
+                                                   for name in names)
+
+
+def test_cells_of_a_commit_are_told_from_others():
+    """The long run's plain arm is a cell of its commit, not of an earlier one, and not with another learning rate."""
+    record = ROOT / "reports/runs/baseline-resnet50-labels-s1-b67b5b41"
+    config, commit = load(record / "config.yaml"), json.loads((record / "environment.json").read_text())["commit"]
+    if git("cat-file", "-e", f"{commit}^") is None:
+        pytest.skip("this clone has no history")
+    assert any(is_cell(config, *cell) for cell in cells_at(commit))
+    assert not any(is_cell(config, *cell) for cell in cells_at("9d034d6"))
+    assert not any(is_cell(replace(config, lr=0.5), *cell) for cell in cells_at(commit))
+
+
+def test_a_grid_asks_before_its_runs_answer():
+    """The commit that a new record names holds the cell of a grid that it is of."""
+    if git("cat-file", "-e", ASKED_FIRST) is None:
+        pytest.skip("this clone has no history")
+    old = set((git("ls-tree", "--name-only", ASKED_FIRST, "reports/runs/") or "").split())
+    for record in sorted((ROOT / "reports/runs").glob("*/environment.json")):
+        if record.parent.relative_to(ROOT).as_posix() in old:
+            continue
+        config, commit = load(record.parent / "config.yaml"), json.loads(record.read_text()).get("commit", "")
+        known = commit and git("cat-file", "-e", commit) is not None
+        assert known, f"{record.parent.name} names no commit of this history"
+        assert any(is_cell(config, *cell) for cell in cells_at(commit)), (
+            f"{record.parent.name} is no cell of a grid at {commit[:8]}: write and commit its grid before it runs")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHING', 'LOOKS', 'readable', 'curves', 'summary', 'settings', 'teaching', 'repeats', 'mean_curve', 'published',
-           'published_value', 'style', 'look', 'plot_curves', 'plot_trend', 'save_figure', 'format_cell', 'save_table',
-           'Showing']
+           'published_value', 'significant', 'style', 'look', 'plot_curves', 'plot_trend', 'save_figure', 'format_cell',
+           'save_table', 'Showing']
 
 # %% ../nbs/08_analysis.ipynb #baa3866f
 import json, math, textwrap
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.ticker import PercentFormatter
-from .config import Config, VitdistillError, field_names, nearest, repo_root, write_atomic
+from .config import Config, VitdistillError, field_names, nearest, shipped, write_atomic
 from .runs import Run, all_metrics
 
 # %% ../nbs/08_analysis.ipynb #50dede41
@@ -108,7 +108,7 @@ def published(
     reference=None # a CSV file of the same columns; None: the repository's
 )->pd.DataFrame:
     "The published numbers: source, where, item, quantity, value, unit, all as text."
-    path = Path(reference or repo_root()/'reports/reference/published.csv')
+    path = Path(reference or shipped('reports/reference/published.csv'))
     if not path.is_file(): raise VitdistillError(f'no published numbers at {path}: give the path of published.csv.')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
@@ -131,6 +131,19 @@ def published_value(
     value = table['value'].item()
     try: return float(value)
     except ValueError: return value
+
+# %% ../nbs/08_analysis.ipynb #70255761
+def significant(
+    values,      # a number, an array, a Series or a frame; text and None are left as they are
+    digits:int=4 # significant ones
+):
+    "The values rounded to so many significant digits: what another processor agrees on."
+    if isinstance(values, pd.DataFrame): return values.apply(significant, digits=digits)
+    if isinstance(values, pd.Series): return values.map(lambda value: significant(value, digits))
+    if isinstance(values, np.ndarray):
+        return np.reshape([significant(value, digits) for value in values.flat], values.shape)
+    if not isinstance(values, (float, np.floating)) or not math.isfinite(values): return values
+    return float(f'{round(float(values), 15):.{digits}g}') # what is nothing but for rounding is nothing
 
 # %% ../nbs/08_analysis.ipynb #5035eb8b
 def style()->None:
@@ -186,8 +199,8 @@ def plot_trend(
     "Draw a law from epoch 1: bold where it was fitted, thin where it is extrapolated."
     shape = {**look(role, published), 'marker': ''}
     inside, beyond = np.geomspace(1, last, 200), np.geomspace(last, max(until, last), 200)
-    ax.plot(inside, trend(inside), **shape, linewidth=1.5, label=label)
-    ax.plot(beyond, trend(beyond), **shape, linewidth=.8, alpha=.8)
+    ax.plot(inside, significant(trend(inside)), **shape, linewidth=1.5, label=label)
+    ax.plot(beyond, significant(trend(beyond)), **shape, linewidth=.8, alpha=.8)
 
 # %% ../nbs/08_analysis.ipynb #44fb6b50
 def save_figure(
@@ -219,8 +232,8 @@ def save_table(
     name:str,           # file name without ending
     caption:str='',     # what it shows
 )->list[Path]:
-    "Write tables/<name>.csv (all digits) and .md (for reading), atomically; the index is left out."
-    cell = lambda value: format_cell(value).replace('|', r'\|').replace('\n', ' ')
+    "Write tables/<name>.csv (ten significant digits) and .md (for reading), atomically; the index is left out."
+    frame, cell = significant(frame, 10), lambda value: format_cell(value).replace('|', r'\|').replace('\n', ' ')
     rows = [map(cell, frame.columns), ['---']*len(frame.columns),
             *(map(cell, row) for row in frame.itertuples(index=False))]
     text = '\n'.join([*([caption, ''] if caption else []), *('| ' + ' | '.join(row) + ' |' for row in rows), ''])

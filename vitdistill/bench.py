@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['orders', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', 'start', 'measure', 'projected_hours', 'by_round',
            'median_interval', 'result', 'goal_met', 'ratios', 'fill_pays_after', 'other_work', 'busy_gpus',
-           'noise_sentence', 'instruction_set', 'machine_name', 'headline', 'draw', 'record', 'record_tries', 'profile',
-           'main', 'bench']
+           'noise_sentence', 'instruction_set', 'machine_name', 'headline', 'draw', 'record', 'record_tries',
+           'milliseconds', 'profile', 'main', 'bench']
 
 # %% ../nbs/09a_bench.ipynb #79f67ae8
 import argparse, contextlib, functools, json, math, os, re, resource, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
-from scipy import stats
 from .config import Config, VitdistillError, from_root, load, save, write_atomic
 from .contenders import Contender, Watch, bare, bench_config, clock, contenders, random_data
 from .contenders import rank_counts, tries, vitdistill
@@ -165,7 +164,8 @@ def by_round(turns:pd.DataFrame, column:str='images_per_second')->pd.DataFrame: 
 # %% ../nbs/09a_bench.ipynb #12fe012d
 def median_interval(values:pd.Series)->tuple: # a value a round; NaN is left out
     "(low, high): an interval that holds the median with at least 95%, whatever the distribution; NaN below 6 values."
-    return tuple(stats.quantile_test(values.dropna(), p=.5).confidence_interval(.95))
+    from scipy.stats import quantile_test # here: the workers, whose first step is timed, do without
+    return tuple(quantile_test(values.dropna(), p=.5).confidence_interval(.95))
 
 # %% ../nbs/09a_bench.ipynb #7ad058fb
 def result(
@@ -383,20 +383,26 @@ def record_tries(turns:pd.DataFrame, config:Config, out, about:dict, noise:str='
     frame = frame.sort_values('of_bare', ascending=False).rename_axis('bare step with').reset_index()
     return _write(frame, 'tries', config, out, about, noise)
 
+# %% ../nbs/09a_bench.ipynb #b8a3fe4e
+def milliseconds(events:typing.Iterable, device:str)->dict: # of a profile's `key_averages`
+    "Name -> milliseconds: on CUDA of kernels alone, whose time operators and notes tell once more."
+    from torch.autograd import DeviceType
+    if device != 'cuda': return {event.key: event.self_cpu_time_total/1000 for event in events}
+    kernels = (event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation)
+    return {event.key: event.self_device_time_total/1000 for event in kernels}
+
 # %% ../nbs/09a_bench.ipynb #14cd1991
 def profile(config:Config, images:int=50_000, steps:int=8, top:int=12)->pd.DataFrame: # steps profiled, operations named
     "Milliseconds a step by operation, of the bare step and of the plain epoch, most different first, in one process."
     from torch.profiler import profile as profiled
     plain, spent = contenders(config)['vitdistill plain'].config, {}
-    column = 'self_device_time_total' if config.device == 'cuda' else 'self_cpu_time_total'
     torch.set_num_threads(threads_per_rank(config, 1))
     for name, build in (('bare', bare), ('plain', vitdistill)):
         ready = build(plain, Ranks(device=config.device), random_data(images), Watch(config.device))
         ready(3)() # warm
         turn = ready(steps)
         with profiled() as found: turn()
-        each = {event.key: getattr(event, column)/1000/steps for event in found.key_averages()}
-        spent[name] = pd.Series(each, dtype=float)
+        spent[name] = pd.Series(milliseconds(found.key_averages(), config.device), dtype=float)/steps
     frame = pd.DataFrame(spent).fillna(0.).assign(more=lambda f: f.plain - f.bare)
     most_different = frame.loc[frame.more.abs().sort_values(ascending=False).index[:top]]
     frame = pd.concat([frame.sum().rename('all').to_frame().T, most_different])

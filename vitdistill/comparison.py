@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX', 'stays_up', 'schedule_name', 'model_name',
            'run_names', 'images', 'teacher_card', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings',
-           'counterpart', 'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'paired_difference',
-           'adjusted', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table', 'log_line', 'teacher_facts',
-           'arm_table', 'foremost', 'mean_tops', 'pair_table', 'contrast', 'teachers_differ', 'budget_families',
-           'curves_to_draw', 'movement', 'foretold', 'forecast_table']
+           'counterpart', 'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
+           'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table',
+           'log_line', 'teacher_facts', 'arm_table', 'foremost', 'mean_tops', 'pair_table', 'contrast',
+           'teachers_differ', 'budget_families', 'curves_to_draw', 'movement', 'foretold', 'forecast_table']
 
 # %% ../nbs/08b_comparison.ipynb #76410fd8
 from collections.abc import Callable
 import numpy as np, pandas as pd
-from scipy.stats import false_discovery_control, ttest_1samp
+from scipy.special import nctdtrinc
+from scipy.stats import false_discovery_control, t as student_t, ttest_1samp, ttest_ind
 from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
-from .analysis import TEACHING, curves, mean_curve, readable, repeats, settings, teaching
+from .analysis import TEACHING, curves, mean_curve, readable, repeats, settings, significant, teaching
 from .config import Config, VitdistillError
 from .runs import Run
 from .trends import LAWS, LOG, Law, Trend, fit, measured_crossover
@@ -140,17 +141,49 @@ def chosen(
     "Of each experiment the arm with the best mean on held-out images."
     return {arm[0].config.experiment: arm for arm in sorted(family, key=held_out_top1)}
 
+# %% ../nbs/08b_comparison.ipynb #1ecb5973
+def rejected(
+    config:Config,
+    families:list[list[list[Run]]], # of `families_to_choose_from`
+)->bool:
+    "Whether held-out images rejected its learning rate, weight decay or batch for such a student and schedule."
+    def kind(c): return (settings(c, CHOSEN | HELD_OUT | TEACHING | {'epochs', 't_max', 'evaluate_every'}), stays_up(c),
+                         c.distillation != 'none')
+    def choice(c): return [getattr(c, field) for field in sorted(CHOSEN)]
+    alike = [arm for family in families for arm in family if kind(arm[0].config) == kind(config)]
+    best = [choice(arm[0].config) for family in families for arm in chosen(family).values()
+            if kind(arm[0].config) == kind(config)]
+    return choice(config) in [choice(arm[0].config) for arm in alike] and choice(config) not in best
+
+# %% ../nbs/08b_comparison.ipynb #8fcd096e
+def detectable(
+    std:float,       # of the paired differences
+    pairs:int,       # how many there are
+    power:float=.8,  # how often such a difference would be resolved
+)->float:
+    "The smallest true difference that so many pairs resolve so often, by the t test at 5%; NaN of fewer than two."
+    if pairs < 2: return np.nan
+    return float(nctdtrinc(pairs - 1, 1 - power, student_t.ppf(.975, pairs - 1))*std/np.sqrt(pairs))
+
 # %% ../nbs/08b_comparison.ipynb #0f1f34c5
 def paired_difference(
     one:list[Run],   # an arm that is done
     other:list[Run], # another
     seeds:int=None,  # only so many pairs, the lowest seeds; None: all
-)->dict:             # pairs (a count); difference, low, high (shares); p. NaN for what too few pairs can't tell
-    "Last test top-1 of `other` less that of `one`, seed by seed: mean, 95% t interval, p of the t test."
-    found = [b.result['test_top1'] - a.result['test_top1'] for a, b in pairs_by_seed(one, other)[:seeds]]
+)->dict:             # pairs (a count); difference and ends of intervals (shares); p. NaN for what too few can't tell
+    "Last test top-1 of `other` less that of `one`, by seed: mean, t interval, p; Welch's; what was detectable."
+    pairs = pairs_by_seed(one, other)[:seeds]
+    tops = np.array([[run.result['test_top1'] for run in pair] for pair in pairs]).reshape(-1, 2)
+    found = tops[:, 1] - tops[:, 0]
     mean, low, high = seed_interval(found)
-    p = np.nan if np.isnan(low) else ttest_1samp(found, 0).pvalue
-    return dict(pairs=len(found), difference=mean, low=low, high=high, p=p)
+    told = dict(pairs=len(found), difference=mean, low=low, high=high, p=np.nan, welch_low=np.nan, welch_high=np.nan,
+                correlation=np.nan, std=np.nan, detectable=np.nan)
+    if np.isnan(low): return told
+    spread = found.std(ddof=1)
+    told |= dict(p=ttest_1samp(found, 0).pvalue, std=spread, detectable=detectable(spread, len(found)))
+    if np.ptp(tops, axis=0).min() > 1e-9: told |= dict(correlation=float(np.corrcoef(tops.T)[0, 1]))
+    welch = ttest_ind(tops[:, 1], tops[:, 0], equal_var=False).confidence_interval()
+    return told | dict(welch_low=float(welch.low), welch_high=float(welch.high))
 
 # %% ../nbs/08b_comparison.ipynb #7e43c372
 def adjusted(
@@ -160,6 +193,15 @@ def adjusted(
     q, known = p.astype(float), p.notna()
     if known.any(): q[known] = false_discovery_control(q[known])
     return q
+
+# %% ../nbs/08b_comparison.ipynb #f0648635
+def holm(
+    p:pd.Series # p-values; NaN where there is none
+)->pd.Series:   # adjusted, of each
+    "p adjusted for their number by Holm; NaN stays NaN and does not count."
+    known = p.dropna().astype(float).sort_values()
+    steps = (known*np.arange(len(known), 0, -1)).cummax().clip(upper=1)
+    return steps.reindex(p.index)
 
 # %% ../nbs/08b_comparison.ipynb #bf41c80c
 PAPER_T_MAX = 2000 # epochs of the paper's cosine, as we read its "N/A": those that it planned
@@ -293,9 +335,9 @@ def pair_table(
         return dict(arm_facts(taught, name) | gap, plain_top1=plain_top1, taught_top1=taught_top1, taught_is=found,
                     ahead_from=ahead_from, runs=run_names(sides))
     columns = ('arm student images epochs steps schedule lr batch_size pairs plain_top1 taught_top1 difference low '
-               'high taught_is p q ahead_from runs')
+               'high taught_is welch_low welch_high correlation std detectable p q holm ahead_from runs')
     table = _table((row(*pair) for pair in pairs), columns, ['student', 'images', 'schedule', 'arm', 'epochs'])
-    return table.assign(q=adjusted(table.p))
+    return table.assign(q=adjusted(table.p), holm=holm(table.p))
 
 # %% ../nbs/08b_comparison.ipynb #57e28a34
 def contrast(
@@ -321,11 +363,12 @@ def teachers_differ(
 def budget_families(
     pairs:list[tuple[list[Run], list[Run]]], # plain and taught arms
     name:Callable[[list[Run]], str],         # of `arm_namer`
+    tried=(),                                # of `families_to_choose_from`: what they rejected is left out
 )->list[list[tuple[list[Run], list[Run]]]]:
     "The paper's pairs whose learning rate comes down, together where they differ in nothing but their length."
     families = {}
     for plain, taught in pairs:
-        if stays_up(plain[0].config) or name(taught) != TAUGHT: continue
+        if stays_up(plain[0].config) or name(taught) != TAUGHT or rejected(plain[0].config, tried): continue
         families.setdefault(settings(plain[0].config, TEACHING | {'epochs', 't_max'}), []).append((plain, taught))
     return list(families.values())
 
@@ -333,10 +376,11 @@ def budget_families(
 def curves_to_draw(
     pairs:list[tuple[list[Run], list[Run]]] # plain and taught arms
 )->list[list[Run]]: # the plain arm, then all that were taught beside it; [] where there are none
-    "Of the plain arms at a T_max beyond their end the one of most seeds, then epochs, then taught arms, with these."
-    plain_arms = [plain for plain, _ in pairs if stays_up(plain[0].config)] # once for each of its taught arms
-    longest = max(plain_arms, key=lambda arm: (len(arm), arm[0].config.epochs, plain_arms.count(arm)), default=None)
-    return [longest] + [taught for plain, taught in pairs if plain is longest] if longest else []
+    "The arms of the pair that `comparable_pair` would choose of those whose learning rate stays up, and their like."
+    staying = [pair for pair in pairs if stays_up(pair[0][0].config) and not pair[1][0].config.allow_untrained]
+    if not staying: return []
+    plain = max(staying, key=_rank)[0]
+    return [plain] + [taught for other, taught in pairs if other is plain]
 
 # %% ../nbs/08b_comparison.ipynb #22c40b3a
 def movement(
@@ -362,22 +406,25 @@ def foretold(
     except VitdistillError: return None, np.nan, measured
     return early, float(early(curve.epoch.max())), measured
 
-# %% ../nbs/08b_comparison.ipynb #3594b520
+# %% ../nbs/08b_comparison.ipynb #9d33fe9c
 def forecast_table(
-    arms:list[list[Run]],            # done
+    arms:list[list[Run]],            # ended or not
     name:Callable[[list[Run]], str], # of `arm_namer`
     laws=LAWS,
+    share:float=3/8,                 # of the epochs, fitted
 )->pd.DataFrame: # a row an arm and law, in their order; error, least and most are forecast less measured
-    "Each law's forecast from the first three eighths against the end: of the mean curve, and extremes of single seeds."
+    "Each law's forecast from the first of the epochs against the end: of the mean curve, and of single seeds."
     def row(arm, law):
-        mean = mean_curve(curves(arm))
-        early, said, measured = foretold(law, mean)
-        ends = [foretold(law, mean_curve(curves([run])))[1:] for run in arm]
+        mean, c = mean_curve(curves(arm)), arm[0].config
+        early, said, measured = foretold(law, mean, share)
+        ends = [foretold(law, mean_curve(curves([run])), share)[1:] for run in arm]
         errors = [forecast - end for forecast, end in ends if not np.isnan(forecast)]
-        slope = early.parameters[1] if early and law is LOG else np.nan
-        return dict(arm=name(arm), law=law.name, fitted_until=int(mean.epoch.max()*3/8), slope=slope,
-                    r2=early.r2 if early else np.nan, forecast=said, measured=measured,
-                    error=said - measured, least=min(errors, default=np.nan), most=max(errors, default=np.nan),
-                    seeds_fitted=len(errors), runs=run_names([arm]))
-    columns = 'arm law fitted_until r2 slope forecast measured error least most seeds_fitted runs'.split()
+        fits = dict(slope=early.parameters[1] if early and law is LOG else np.nan, r2=early.r2 if early else np.nan,
+                    forecast=said, error=said - measured, least=min(errors, default=np.nan),
+                    most=max(errors, default=np.nan))
+        return dict(arm=name(arm), student=model_name(c), epochs=c.epochs, schedule=schedule_name(c), lr=c.lr,
+                    law=law.name, fitted_until=int(mean.epoch.max()*share), measured=measured, seeds_fitted=len(errors),
+                    runs=run_names([arm]), **{key: significant(value) for key, value in fits.items()})
+    columns = ('arm student epochs schedule lr law fitted_until r2 slope forecast measured error least most '
+               'seeds_fitted runs').split()
     return pd.DataFrame([row(arm, law) for arm in arms for law in laws], columns=columns)

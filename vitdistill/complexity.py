@@ -10,7 +10,7 @@ import copy, math, statistics, time
 import pandas as pd, torch, torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, register_flop_formula
 from .config import VitdistillError, nearest
 from .models import create
 
@@ -28,6 +28,14 @@ def build(
         raise VitdistillError(f'torchvision has no model {architecture!r}: {nearest(architecture, known)}')
     if architecture.startswith('vit_'): kwargs = {'image_size': image_size, **kwargs}
     return torchvision.models.get_model(architecture, weights=None, **kwargs).eval()
+
+# %% ../nbs/02b_complexity.ipynb #0646bfd0
+def _deformable_flops(x, weight, offset, *args, out_shape=None, **kwargs): return conv_flop_count(x, weight, out_shape)
+def _deformable_backward_flops(grad, x, weight, *args, **kwargs): return 2*conv_flop_count(x, weight, grad)
+
+for operator, formula in ((torch.ops.torchvision.deform_conv2d, _deformable_flops),
+                          (torch.ops.torchvision._deform_conv2d_backward, _deformable_backward_flops)):
+    if operator not in flop_registry: register_flop_formula(operator)(formula)
 
 # %% ../nbs/02b_complexity.ipynb #2109df8d
 def _owner(name, called): # the nearest module, from `name` upwards, that ran

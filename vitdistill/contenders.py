@@ -21,22 +21,21 @@ from .answers import Answers, Memo, memo_key
 from .config import Config, from_dict
 from .data import Data, cifar100_constants
 from .views import Views, epoch_plan, normalize
-from .losses import Batch, Objective, criterion
+from .losses import Batch, criterion
 from .models import create, create_student, student_size
-from .ranks import Ranks, parallel
+from .ranks import Ranks
 from .runs import cores
-from .setup import Setup, auto_compile, auto_precision, create_optimizer
+from .setup import Setup, auto_values, create_optimizer
 from .teachers import load_teacher, view_count
-from .train import Progress, compiled, train_epoch
+from .train import Progress, create_objective, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #a0af9b2a
 def bench_config(device:str, **given)->Config:
     "The pair that is timed: the paper's student with a teacher of the machine's size."
     teacher = 'deit_base_patch16_224' if device == 'cuda' else 'vit_tiny_patch16_224'
-    precision = auto_precision(device)
-    values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard', device=device,
-                  precision=precision, teacher_precision=precision) # `compile` is resolved by each rank
-    return from_dict(values | given)
+    values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard', device=device)
+    config = from_dict(values | given)
+    return replace(config, **auto_values(config) | dict(compile=config.compile)) # that is found by each rank
 
 # %% ../nbs/09_contenders.ipynb #610c5517
 def random_data(n:int=50_000)->Data: # training images
@@ -100,7 +99,7 @@ def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channe
     "The student's step on a ready batch, nothing else; `kernels` are the optimizer's, such as `fused=True`."
     student = create_student(config, len(data.classes), 32).to(ranks.device, memory_format=memory).train()
     optimizer = create_optimizer(config, student.model, **kernels)
-    objective = Objective(compiled(student, config.compile), criterion(config))
+    objective = create_objective(student, criterion(config), config.compile, ranks)
     size, rows = student_size(config, 32), torch.arange(config.batch_size, device=ranks.device)
     pixels = normalize(Views(data.train_images[:len(rows)], 0, ranks.device)(rows), *data.mean_std, size)
     batch = Batch(pixels.contiguous(memory_format=memory), data.train_labels[:len(rows)].to(ranks.device))
@@ -203,7 +202,7 @@ def fill_randomly(memo:Memo)->None:
 def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False):
     "The package's own epoch; distilled from an empty memo, or from a `full` one."
     setup, folder, numbers = bench_setup(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
-    objective = Objective(compiled(parallel(setup.student, ranks), config.compile), parallel(setup.criterion, ranks))
+    objective = create_objective(setup.student, setup.criterion, config.compile, ranks)
     optimizer = create_optimizer(config, setup.student.model, setup.criterion)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
     teacher = setup.answers and setup.answers.teacher
@@ -269,7 +268,7 @@ def rank_counts(config:Config, wished:tuple=(2, 8))->tuple:
 # %% ../nbs/09_contenders.ipynb #2dc8a8ff
 def contenders(config:Config)->dict:
     "Name -> `Contender`, in the order of their turns."
-    config = replace(config, compile=auto_compile(config, config.device)) # each rank for itself
+    config = replace(config, **auto_values(config)) # each rank for itself
     plain, on_cpu = replace(config, distillation='none'), config.device == 'cpu'
     one_size = replace(config, student_size=config.teacher_size, precision='fp32',
                        batch_size=min(config.batch_size, 32 if on_cpu else config.batch_size))
@@ -292,7 +291,7 @@ def contenders(config:Config)->dict:
 # %% ../nbs/09_contenders.ipynb #8ac827fe
 def tries(config:Config)->dict:
     "Name -> `Contender`: the bare step with one thing changed."
-    plain = replace(config, distillation='none', compile=auto_compile(config, config.device)) # on one rank
+    plain = replace(config, distillation='none', **auto_values(config)) # on one rank
     def one(what, kernels={}, **changes):
         return Contender(functools.partial(bare, **kernels), replace(plain, **changes), what)
     found = {'bare': one('as the study runs it'),

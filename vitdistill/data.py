@@ -200,7 +200,10 @@ def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n rows, as 
 # %% ../nbs/01_data.ipynb #d612c32a
 def load_digits()->Data:
     "The UCI handwritten digits at 32x32 RGB: 1,438 for training, 359 for test, stratified and fixed."
-    from sklearn.datasets import load_digits
+    try: from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise VitdistillError("the digits come with scikit-learn, which is not installed here: pip install "
+                              "'vitdistill[notebooks]'.") from None
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float()[:, None]*(255/16)
     images = F.interpolate(grey, size=32, mode='bilinear').round().to(torch.uint8)

@@ -18,7 +18,8 @@ import torch, yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, queued, read_ask, submit
-from .config import VitdistillError, field_names, from_root, nearest, repo_root, write_atomic
+from .config import (VitdistillError, field_names, from_root, nearest, repo_root, shipped, shipped_names,
+                               write_atomic)
 from .launch import bind_to_parent, check_names, configure, makes_teacher, stop, teacher_of_preset
 from .runs import Run, cores, is_locked
 
@@ -44,9 +45,9 @@ def grid_cells(path:str|Path)->list[Cell]:
     grids, cells = yaml.safe_load(Path(path).read_text()), []
     for grid in grids if isinstance(grids, list) else [grids]:
         name, fixed, vary = grid['notebook'], grid.get('parameters') or {}, grid.get('vary') or {}
-        notebook = repo_root()/'nbs'/'experiments'/f'{name}.ipynb'
+        notebook = shipped(f'nbs/experiments/{name}.ipynb')
         if not notebook.is_file():
-            known = [p.stem for p in notebook.parent.glob('*.ipynb')]
+            known = shipped_names('nbs/experiments', '.ipynb')
             raise VitdistillError(f'unknown notebook {name!r}: {nearest(name, known)}')
         declared = {key: yaml.safe_load(about['default'].replace('None', 'null'))
                     for key, about in papermill.inspect_notebook(str(notebook)).items()}

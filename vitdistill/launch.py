@@ -16,7 +16,7 @@ import torch
 from .config import Config, VitdistillError, field_names, from_root, nearest, preset, save
 from .data import fingerprint, image_side
 from .live import LiveCurve, in_jupyterlab
-from .ranks import threads_per_rank
+from .ranks import ended_by_watchdog, threads_per_rank
 from .runs import Run, check_folders, find_runs
 from .setup import resolve, uses_batch_norm
 from .track import tracker_names
@@ -141,6 +141,7 @@ def failure(
 )->str:
     "What a failed launch says: which rank was killed, else the first error of a rank, else the end of the log."
     lines = list(lines)
+    if late := ended_by_watchdog(lines): return str(late)
     table = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)'
     if killed := re.search(table, '\n'.join(lines)):
         why = ' (often for lack of memory)'*(killed[2] == '9')

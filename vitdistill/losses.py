@@ -102,7 +102,8 @@ def decoupled_loss(
     "tau² (alpha KL of label against others + beta KL among the others), DKD eq. 7."
     label = F.one_hot(labels, logits.shape[-1]).bool()
     z, t = (x.float()/temperature for x in (logits, teacher_logits))
-    (p, p_rest), (q, q_rest) = ((x.log_softmax(-1)[label], x.log_softmax(-1)) for x in (z, t))
+    of_label = lambda x: x.gather(-1, labels[:, None])[:, 0] # by a mask, the host would wait for the device
+    (p, p_rest), (q, q_rest) = ((of_label(x.log_softmax(-1)), x.log_softmax(-1)) for x in (z, t))
     p_rest, q_rest = (x.masked_fill(label, -torch.inf).logsumexp(-1) for x in (p_rest, q_rest)) # log of 1 - p(label)
     target = q.exp()*(q - p) + q_rest.exp()*(q_rest - p_rest)
     others = (x.masked_fill(label, -1e4).log_softmax(-1) for x in (z, t))
@@ -153,14 +154,23 @@ class Batch(typing.NamedTuple):
     answer:torch.Tensor=None # the teacher's, as `wants.make` makes it
     epoch:int=0              # from 0, for terms that warm up
     weight:float=1.          # of this rank's loss: world * n_local / n_global; 0: its row stands in for a missing one
+    image:torch.Tensor=None  # (B,) rows of the dataset, for objectives that draw by them; pixels: all of each copy
 
 # %% ../nbs/03_losses.ipynb #7e21d4b8
 class Labels(nn.Module):
     "Cross-entropy of labels alone; two heads both learn them."
     wants = None # kind of answer; None: no teacher
+    labelled = True # False: pre-training, which is evaluated by probes of its features
+    copies = 1 # of an image in a step, each a view of its own
+    needs_two = False # images on every rank
+    compiles = True # may be one program of torch.compile; False: it depends on the epoch, and would be compiled in each
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
+    def fit(self, student:nn.Module)->nn.Module: return student # what is trained; here parts of its size can be made
+    def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: return pixels # in [0, 255]
+    def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # the two perhaps under DDP, or compiled
+        return Objective(student, criterion)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
         return sum(F.cross_entropy(z.float(), targets, label_smoothing=self.label_smoothing) for z in heads)/len(heads)
     def forward(self, heads:tuple, batch:Batch)->tuple: # logits (B, C) of one head, or of (class, distillation)
@@ -225,7 +235,7 @@ class HardAndSoftDistillation(SoftDistillation):
 # %% ../nbs/03_losses.ipynb #27d8b0e4
 class DecoupledDistillation(SwitchedDistillationLoss):
     "Labels and DKD, which warms up linearly (Zhao et al. 2022; weights of its CIFAR-100 recipe)."
-    wants = Logits()
+    wants, compiles = Logits(), False
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         target_weight:float=1., # the paper's alpha, of the label against the others
         others_weight:float=8., # its beta, among the others

@@ -111,7 +111,8 @@ def clean_record(folder:str|Path)->list:
 # %% ../nbs/06b_records.ipynb #3bf5b193
 def small_files(run:Run)->dict:
     "What of a run's record is committed, by file name, as bytes; it may be written meanwhile."
-    done = ('predictions.npz', 'result.json') if run.result else () # asked first: the result is written last
+    # whether there is a result is asked first: it is written last
+    done = ('predictions.npz', 'reconstructions.npz', 'result.json') if run.result else ()
     names = 'config.yaml', 'environment.json', *sorted(p.name for p in run.folder.glob('predictions-*.npz')), *done
     files = {name: (run.folder/name).read_bytes() for name in names if (run.folder/name).is_file()}
     files |= {name: text.encode() for name, text in cleaned(run.folder).items() if name in files}

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
-from .config import (Config, VitdistillError, config_hash, from_root, load, repo_root, run_name, save,
-                               write_atomic)
+from .config import (SHIPPED, Config, VitdistillError, config_hash, from_root, load, repo_root, run_name,
+                               save, write_atomic)
 from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c
@@ -128,12 +128,15 @@ def cores()->int:
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
     "Versions, hardware and commit of this process: what is quick to tell."
-    import timm, torch, torchvision
+    import timm, torch, torchvision, vitdistill
+    clone = (SHIPPED/'settings.ini').is_file() # a wheel may lie within somebody else's repository
     def git(*words):
         command = ['git', '-C', str(Path(globals().get('__file__', 'here')).resolve().parent), *words]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-                timm=timm.__version__, platform=platform.platform(), processor=_processor(), cores=cores(),
+        if not clone or not shutil.which('git'): return ''
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return dict(vitdistill=vitdistill.__version__, python=platform.python_version(), torch=torch.__version__,
+                torchvision=torchvision.__version__, timm=timm.__version__, platform=platform.platform(),
+                processor=_processor(), cores=cores(),
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 tf32=dict(products=torch.backends.cuda.matmul.allow_tf32, convolutions=torch.backends.cudnn.allow_tf32),
@@ -238,10 +241,10 @@ class RunWriter(Run):
         kept = self.work/f"checkpoint-{state['epochs']:04d}.pt"
         if keep: write_atomic(kept, lambda p: shutil.copyfile(file, p))
 
-    def save_predictions(self, **arrays)->None: # for test, validation and the centre view of train, per head
+    def save_predictions(self, file:str='predictions.npz', **arrays)->None: # for test, validation, train, per head
         def write(path):
             with open(path, 'wb') as f: np.savez_compressed(f, **arrays)
-        write_atomic(self.folder/'predictions.npz', write)
+        write_atomic(self.folder/file, write)
 
     def finish(self, result:dict)->None: # last of all
         self._write_json('result.json', {'hash': config_hash(self.config), **result})

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'view_count', 'some', 'top1', 'agreement', 'make_card', 'read_card', 'refuse_seen', 'seen_by',
-           'load_teacher', 'check_health', 'refuse_test_images', 'adopt', 'same_teacher']
+           'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
 import hashlib, json
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from .config import Config, VitdistillError, field_names, from_dict, from_root
-from .data import Data, split_rows
+from .data import Data, load_data, split_rows
 from .hub import weights_place
 from .views import Views, epoch_plan, n_views, normalize
 from .models import create, load_weights, pretrained_constants, save_model
@@ -157,6 +158,26 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     compile = config.compile not in ('none', 'auto')
     return Teacher(model, constants, config.teacher_size, config.teacher_precision, device, compile=compile), card
+
+# %% ../nbs/04_teachers.ipynb #bd469c0c
+def balance(teacher:Teacher, views:Views, images:int=200)->Teacher: # images: whose logits then have mean 0
+    "Have an untrained teacher answer many classes; returns it."
+    teacher.model.get_classifier().bias -= teacher.logits(views(torch.arange(images))).mean(0)
+    return teacher
+
+# %% ../nbs/04_teachers.ipynb #ad0f5046
+def untrained(
+    config:Config,   # of a student: its teacher, data and split
+    folder:str|Path  # the model folder to write
+)->str: # the folder
+    "A teacher for tests: the config's, never trained, and balanced."
+    data = load_data(config)
+    views = Views(data.train_images, config.padding)
+    teacher = balance(load_teacher(config, data)[0], views)
+    its = replace(config, student=config.teacher, student_kwargs=config.teacher_kwargs)
+    card = make_card(teacher, its, data, views, most=200)
+    save_model(teacher.model, folder, config.teacher_kwargs, card, '', teacher.constants, teacher.size)
+    return str(folder)
 
 # %% ../nbs/04_teachers.ipynb #dfe2b525
 def check_health(

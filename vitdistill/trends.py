@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
            'block_length', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'back_test']
+           'measured_crossover', 'back_test', 'explained']
 
 # %% ../nbs/08a_trends.ipynb #1ae493c3
 import math, warnings
@@ -101,6 +101,14 @@ def _start(law, epoch, accuracy): # linear parameters and logarithms of the best
 def _natural(law, free): # the parameters, of those in which the fit is made
     with np.errstate(over='ignore'): return (*map(float, free[:law.linear]), *map(float, np.exp(free[law.linear:])))
 
+# %% ../nbs/08a_trends.ipynb #69719043
+def _slopes(law, epoch, free): # (n, parameters): of the law along the parameters in which the fit is made
+    def along(i): # a shape: central differences, some 1e-11 off
+        step = 1e-5*(np.arange(len(free)) == i)
+        return (law(epoch, _natural(law, free + step)) - law(epoch, _natural(law, free - step)))/2e-5
+    shapes = [along(i) for i in range(law.linear, len(free))]
+    return np.column_stack([law.basis(epoch, *_natural(law, free)[law.linear:]), *shapes])
+
 # %% ../nbs/08a_trends.ipynb #cc9db763
 def _least_squares(law, epoch, accuracy, start): # linear parameters and logarithms of the shape; their covariance
     if law.linear == len(law.symbols): # closed form
@@ -110,7 +118,9 @@ def _least_squares(law, epoch, accuracy, start): # linear parameters and logarit
     try:
         with warnings.catch_warnings(), np.errstate(all='ignore'):
             warnings.simplefilter('error', OptimizeWarning)
-            free, covariance = curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start)
+            free, covariance = curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start,
+                                         jac=lambda x, *free: _slopes(law, x, np.array(free)),
+                                         ftol=1e-15, xtol=1e-15, gtol=1e-15) # to where every processor ends
         # a shape that runs far beyond them runs for ever: to another law, such as a power law to the logarithm
         starts = np.log(law.shapes(epoch))
         if (np.abs(free[law.linear:] - np.clip(free[law.linear:], starts.min(0), starts.max(0))) < np.log(10)).all():
@@ -278,3 +288,16 @@ def back_test(
                             last_error=float(error[-1]))
             rows.append(row)
     return pd.DataFrame(rows, columns=['law', 'k', 'ahead', 'rmse', 'bias', 'last_error', 'note'])
+
+# %% ../nbs/08a_trends.ipynb #0153a04c
+def explained(
+    values, # (n,) such as errors of forecasts
+    groups, # (n,) what each belongs to
+)->float:   # 1: all; about 0, or below: no more than chance; NaN for one group, or as many as values
+    "Share of the variance of the values that lies between groups, adjusted for their number."
+    values, groups = pd.Series(np.asarray(values, float)), pd.Series(list(groups))
+    n, k = len(values), groups.nunique()
+    varied = float(((values - values.mean())**2).sum())
+    if not 1 < k < n or not varied: return math.nan
+    within = float(((values - values.groupby(groups).transform('mean'))**2).sum())
+    return 1 - within/(n - k)/(varied/(n - 1))

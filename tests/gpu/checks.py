@@ -4,16 +4,19 @@
 a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the first GPU, by gloo,
 since NCCL refuses two processes on one.
 """
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
@@ -27,11 +30,12 @@ from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
 from vitdistill import train  # noqa: E402
 from vitdistill.config import Config, field_names, save  # noqa: E402
 from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
-from vitdistill.losses import OBJECTIVES, Batch, Objective, criterion  # noqa: E402
+from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
 from vitdistill.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
 from vitdistill.setup import create_optimizer  # noqa: E402
-from vitdistill.train import Progress, compiled, train_epoch  # noqa: E402
+from vitdistill.teachers import balance  # noqa: E402
+from vitdistill.train import Progress, batches, create_objective, train_epoch  # noqa: E402
 from vitdistill.views import Plan, Views, epoch_plan, normalize  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -93,7 +97,7 @@ def check_losses(device, folder):
 
 
 def epochs_of(device, folder, mode, epochs=2, batch=16):
-    """(mean loss of each epoch, weights) of a student taught from a full memo, in batches whose last is shorter."""
+    """(mean loss of each epoch, weights, pixels of a batch): taught from a full memo, in batches whose last is shorter."""
     data = random_data(2 * batch + batch // 2)
     whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)
@@ -103,22 +107,24 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     fill_randomly(memo)
     setup.answers = Answers(setup.answers.teacher, setup.views, memo=memo)
     torch._dynamo.reset()
-    objective = Objective(compiled(setup.student, config.compile), setup.criterion)
+    pixels = next(batches(setup, 0)).pixels.cpu()
+    objective = create_objective(setup.student, setup.criterion, config.compile, setup.ranks)
     optimizer = create_optimizer(config, setup.student.model)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
     losses = [train_epoch(setup, objective, optimizer, epoch, progress)["train_loss"] for epoch in range(epochs)]
-    return np.array(losses), [p.detach().float().cpu() for p in setup.student.parameters()]
+    return np.array(losses), [p.detach().float().cpu() for p in setup.student.parameters()], pixels
 
 
 def check_compiled(device, folder, mode="default"):
-    """A compiled student ends two epochs, with a shorter last batch, where the eager one ends."""
+    """Student, views, loss and sums compiled: two epochs, with a shorter last batch, end where the eager ones end."""
     counters = torch._dynamo.utils.counters
     counters.clear()
     one, two = epochs_of(device, folder, "none"), epochs_of(device, folder, mode)
     graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
     loss = np.abs(one[0] - two[0]).max()
     weights = max((a - b).abs().max().item() for a, b in zip(one[1], two[1], strict=True))
-    assert graphs > 0, "nothing was compiled"
+    assert (one[2] - two[2]).abs().max() < 1e-5, "compiled views are others"
+    assert graphs == 10, f"{graphs} programs were compiled: five functions at two sizes of a batch are 10"
     assert loss < 0.02 and weights < 0.02, f"losses differ by {loss:.2g}, weights by {weights:.2g}"
     assert not counters["graph_break"], f"graph breaks: {dict(counters['graph_break'])}"
     assert device == "cpu" or not skipped, f"CUDA graphs were skipped {skipped} times"
@@ -127,14 +133,17 @@ def check_compiled(device, folder, mode="default"):
 
 def check_graph(device, folder):
     """The same with CUDA graphs, which are recorded for both sizes of a batch."""
-    return check_compiled(device, folder, "reduce-overhead")
+    if device != "cpu":
+        return check_compiled(device, folder, "reduce-overhead")
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):  # a CPU records none
+        return check_compiled(device, folder, "reduce-overhead")
 
 
 def check_memo(device, folder):
     """A memo of a teacher on the device says what the teacher says, and is asked the second time."""
     data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0)
     setup = bench_setup(config, alone(device), data)
-    teacher, views = setup.answers.teacher, setup.views
+    teacher, views = balance(setup.answers.teacher, setup.views, 64), setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
     answers = Answers(teacher, views, memo=Memo(folder, memo_key(teacher, config, data)))
     first = answers(plan)
@@ -143,7 +152,9 @@ def check_memo(device, folder):
     assert rate == 0 and answers.take()[1] == 1 and first.equal(again)
     logits = teacher.logits(views(plan.image.to(device), plan.view.to(device))).cpu()
     assert logits.argmax(-1).equal(first), "the memo holds other decisions than the teacher's"
+    assert len(first.unique()) > 9, "the teacher says few classes: nothing is compared"
     here = bench_setup(replace(config, device="cpu"), Ranks(), data).answers
+    balance(here.teacher, here.views, 64)
     difference = (here.teacher.logits(here.views(plan.image, plan.view)) - logits).abs().max().item()
     assert difference < 0.05, f"the teacher's logits differ from the CPU's by {difference:.2g}"
     both = here(Plan(*plan)).eq(first).float().mean().item()
@@ -305,6 +316,12 @@ CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_
           "a memo on the device": check_memo,
           "a killed run resumes": check_resume, "two processes have one's losses": check_ranks_agree,
           "two processes, killed and resumed": check_two_processes}
+
+
+def look(name, device="cuda"):
+    """A check by its name, in a folder of its own: for those cells of the notebooks that need a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        return CHECKS[name](device, Path(folder))
 
 
 def can_be_deterministic():

@@ -143,8 +143,7 @@ def launches(job, turn, steps, wall):
     with torch.profiler.profile() as found:
         contenders.clock(contenders.Watch(job.device), turn)
     events = found.key_averages()
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]  # kernels, not their operators
-    busy = sum(e.self_device_time_total for e in on_device) / 1000 / steps
+    busy = sum(bench.milliseconds(events, "cuda").values()) / steps  # of kernels
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
     calls = {mark: sum(e.count for e in events if mark in e.key and e.key.startswith("cu")) / steps for mark in marks}
     told = ", ".join(f"{name} {count:.1f}" for name, count in calls.items())

@@ -1,0 +1,53 @@
+"""`make gpu` itself: it goes on after a step that fails or takes too long, says which, and leaves few small files."""
+import json
+import subprocess
+import sys
+
+import pytest
+import run
+
+GOOD = """
+import json, sys
+row = dict(step=sys.argv[1], what="a rate", value=3.0, unit="images/s", goal=">= 2", met="yes")
+open(sys.argv[2] + "/found.jsonl", "a").write(json.dumps(row) + chr(10))
+"""
+SCRIPTS = dict(checks=GOOD, digits="raise SystemExit(3)", ranks=GOOD, pace="import time; time.sleep(60)", peak=GOOD,
+               study=GOOD)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Steps that are a line of Python each, and seconds for them."""
+    def start(step, work, dry, seconds, data):
+        with open(work / f"{step}.log", "w") as log:
+            return subprocess.Popen([sys.executable, "-c", SCRIPTS[step], step, str(work)], stdout=log, stderr=log,
+                                    start_new_session=True)
+
+    monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(run, "GRACE", 1)
+    monkeypatch.setattr(run, "PLAN", [(steps, seconds and 4) for steps, seconds in run.PLAN])
+    monkeypatch.setattr(run, "about_here", lambda dry: dict(title="Title", what="What."))
+
+
+def test_it_goes_on_and_says_which_failed(short, monkeypatch, tmp_path, capsys):
+    """As on a GPU: a failed step and one that was cut leave the others their turn; the exit status tells."""
+    monkeypatch.setattr(run, "has_gpu", lambda: True)
+    assert run.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    ended = {step["step"]: step["ended"] for step in found["steps"]}
+    assert ended == dict.fromkeys(SCRIPTS, "done") | dict(digits="failed", pace="cut")
+    assert {row["step"] for row in found["found"]} == {"checks", "ranks", "peak", "study"}
+    assert "failed: digits" in capsys.readouterr().err and "digits" in (tmp_path / "page.md").read_text()
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.mark.parametrize(("steps", "status"), [("checks,ranks", 0), ("checks,digits", 1)])
+def test_a_dry_run_fails_with_its_steps(short, steps, status, tmp_path):
+    """What CI looks at."""
+    assert run.main(["--dry", "--out", str(tmp_path), "--steps", steps]) == status
+
+
+def test_a_dry_run_fails_where_a_step_is_left_out(short, monkeypatch, tmp_path):
+    """A step that is not run is not one that passed."""
+    monkeypatch.setattr(run, "follow", lambda steps, *_: [(step, 1.0, "done") for step in steps if step != "peak"])
+    assert run.main(["--dry", "--out", str(tmp_path)]) == 1

@@ -1,0 +1,75 @@
+"""How the site's pages are made from notebooks and from Markdown; `make docs` builds it and follows its links."""
+import importlib.util
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from conftest import ROOT
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load("build")
+
+
+def test_directives_are_honoured():
+    sources = ["#| default_exp views", "#| export\n#| eval: false\nmain()", "#| hide\nimport pytest",
+               "#| slow\ntrain()", "1 + 1", "#| export"]
+    notebook = new_notebook(cells=[new_markdown_cell("# Views\n> What is seen."), *map(new_code_cell, sources)])
+    assert [build.is_run(cell) for cell in notebook.cells[1:]] == [True, False, True, False, True, True]
+    shown = [cell.source for cell in build.as_page(notebook).cells]
+    assert shown == ["# Views\n> What is seen.", "main()", "train()", "1 + 1"]
+
+
+def test_links_lead_to_pages_images_and_the_repository():
+    files = set()
+    text = ("[a](reports/study.md#x) ![b](reports/figures/figure4.png) [c](reports/bench) "
+            "[d](https://e.org) [`f`](Makefile) [g](#h)")
+    online = build.REPOSITORY
+    found = build.relink(text, "README.md", "sub/recipes", files)
+    assert found == (f"[a](../study.md#x) ![b](../reports/figures/figure4.png) [c]({online}/tree/main/reports/bench) "
+                     f"[d](https://e.org) [`f`]({online}/blob/main/Makefile) [g](#h)")
+    assert files == {"reports/figures/figure4.png"}
+    with pytest.raises(SystemExit, match="README.md links to nowhere.md, which is not in the repository"):
+        build.relink("[a](nowhere.md)", "README.md", "recipes", files)
+
+
+@pytest.mark.parametrize("page", build.PAGES)
+def test_links_of_a_page_are_there(page):
+    source = ROOT / build.PAGES[page]
+    text = source.read_text(encoding="utf-8")
+    texts = [text] if source.suffix == ".md" else [
+        cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown"]
+    for text in texts:
+        build.relink(text, build.PAGES[page], page, set())
+
+
+def test_broken_links_of_a_site_are_found(tmp_path):
+    (tmp_path / "sub").mkdir()
+    head = '<h1 id="top">a</h1><a href="sub/b.html#here">b</a><a href="https://e.org">e</a>'
+    (tmp_path / "index.html").write_text(head)
+    (tmp_path / "sub/b.html").write_text('<p id="here"></p><a href="../index.html#top">a</a><a href="../sub">s</a>')
+    (tmp_path / "sub/index.html").write_text("")
+    assert build.link_faults(tmp_path) == []
+    broken = '<img src="c.png"><a href="../index.html#bottom">a</a><script src="https://e.org/s.js">'
+    (tmp_path / "sub/b.html").write_text(broken)
+    faults = "\n".join(build.link_faults(tmp_path))
+    for word in ("sub/b.html links to c.png", "../index.html#bottom", "loads https://e.org/s.js", "sub/b.html#here"):
+        assert word in faults
+    assert len(build.link_faults(tmp_path)) == 4
+
+
+def test_docstrings_are_plain_text_with_code():
+    conf = load("conf")
+    assert conf.as_rst("`a*b` and **given, x_") == r"\ ``a*b``\  and \*\*given, x\_"
+    from vitdistill.answers import break_even
+
+    assert conf.parameter_lines(break_even, "break_even") and conf.parameter_lines(len, "len") == []
+    told = dict(conf.parameter_lines(None, "vitdistill.config.Config"))
+    assert told["alpha"] == "weight of the teacher's term (lambda for 'soft'); in [0, 1]"

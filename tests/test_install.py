@@ -1,0 +1,215 @@
+"""Away from a clone: what a wheel holds, its commands in a folder of one's own, and what the package declares."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from email.parser import Parser
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from vitdistill.runs import find_runs
+
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
+BY_THEMSELVES = {"ipykernel", "jupyterlab"}  # started, not imported
+SMALL_VIT = "{img_size: 32, patch_size: 8, embed_dim: 48, depth: 1, num_heads: 3}"
+
+
+def tracked(*folders):
+    """Files of the repository, new ones too, as a clone would have them."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout, built from a copy of what is tracked, without a network."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    heads = ["setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"]
+    for name in tracked(*heads, "vitdistill", *SETTINGS["shipped"].split()):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = "import sys, setuptools.build_meta as meta; meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(dist)], cwd=source, check=True, capture_output=True)
+    return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def away(wheel, tmp_path_factory):
+    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the path."""
+    overlay = tmp_path_factory.mktemp("overlay")
+    with zipfile.ZipFile(wheel) as archive:  # what an installer does with a pure wheel
+        archive.extractall(overlay)
+
+    def run(folder, *command, code=0):
+        env = os.environ | {"PYTHONPATH": str(overlay), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stdout if code == 0 else done.stderr
+
+    return run
+
+
+def cli(*words):
+    return "-m", "vitdistill.cli", *words
+
+
+def test_wheel_holds_what_travels(wheel):
+    """The modules, and each shipped file once, as the repository has it."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        shipped = [name for name in tracked(*SETTINGS["shipped"].split()) if not Path(name).name.startswith(".")]
+        assert sorted(names) == sorted([*tracked("vitdistill"), *(f"vitdistill/share/{name}" for name in shipped)])
+        for name in shipped:
+            assert archive.read(f"vitdistill/share/{name}") == (ROOT / name).read_bytes(), name
+        info = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    said = Parser().parsestr(info["METADATA"])
+    assert said["Version"] == SETTINGS["version"] and said["Requires-Python"] == f">={SETTINGS['min_python']}"
+    assert {"notebooks", "docs", "dev"} <= set(said.get_all("Provides-Extra"))
+    assert "vitdistill = vitdistill.cli:main" in info["entry_points.txt"]
+
+
+AWAY = """
+import io, os, sys
+from contextlib import redirect_stdout
+from pathlib import Path
+sys.modules["fcntl"] = None  # as on Windows
+import vitdistill
+from vitdistill.cli import main
+from vitdistill.config import SHIPPED, preset, repo_root
+
+
+def said(*words):
+    told = io.StringIO()
+    try:
+        with redirect_stdout(told): main(list(words))
+    except SystemExit as ended: print(ended.code or "", file=told)
+    return " ".join(told.getvalue().split())
+
+
+print("version", vitdistill.__version__, said("--version").split()[1])
+print("shipped", SHIPPED.name, preset("paper", "distilled").batch_size, repo_root() == Path.cwd())
+said("new", "mine")
+Path("mine/nbs/presets/own.yaml").write_text("baseline: {lr: -1}")
+os.chdir("mine/nbs")
+print("root", repo_root() == Path.cwd().parent, said("train", "--config", "own:baseline"))
+grid = said("grid", "experiments/grids/small_overtake.yaml", "--dry-run")
+print("grid", "e02_distilled_resnet50" in grid)
+sys.modules["papermill"] = None
+print("lacking", said("demo"))
+from vitdistill import agreement, analysis, comparison, report, trends, watch
+from vitdistill.runs import find_runs
+print("reference", len(analysis.published()) > 20, len(agreement.class_names("cifar100", 100)))
+runs = [run for run in find_runs(sys.argv[1]) if run.config.experiment == "baseline"]
+print("analysis", *analysis.summary(runs).status.unique(), len(analysis.curves(runs)) > 100)
+"""
+
+
+def test_package_away_from_a_clone(away, tmp_path):
+    """Presets, numbers and notebooks are the wheel's; relative paths mean the user's folder; no fcntl is needed."""
+    lines = away(tmp_path, "-W", "ignore", "-c", AWAY, ROOT / "reports/runs").splitlines()
+    said = dict(line.split(" ", 1) for line in lines)
+    assert said["version"] == f"{SETTINGS['version']} {SETTINGS['version']}"
+    assert said["shipped"] == "share 128 True" and said["reference"] == "True 100"
+    assert said["root"] == "True lr = -1.0 is out of range: give a value in (0, inf)."
+    assert said["grid"] == "True" and "done" in said["analysis"] and said["analysis"].endswith("True")
+    assert said["lacking"].endswith("vitdistill demo needs papermill, which is not installed here: "
+                                    "pip install 'vitdistill[notebooks]'.")
+    assert not (tmp_path / "mine/out").exists() and not (tmp_path / "mine/reports").exists()  # nothing half-written
+
+
+@pytest.mark.slow
+def test_pair_from_a_wheel(away, tmp_path):
+    """`vitdistill new`, then e01, e02 and a01 as it copied them, by papermill: records stay in the user's folder."""
+    away(tmp_path, *cli("new", "mine"))
+    mine = tmp_path / "mine"
+    short = ["-p", "epochs", "2", "-p", "student", "resnet18", "-p", "data_fraction", ".2"]
+
+    def papermill(notebook, *words):
+        name = Path(notebook).stem
+        away(mine, "-m", "papermill", notebook, f"out/{name}.ipynb", "--cwd", ".", "--no-progress-bar", *words)
+
+    (mine / "out").mkdir()
+    papermill("nbs/experiments/e01_baseline_resnet50.ipynb", *short)
+    untrained = ["-p", "allow_untrained", "True", "-y", f"teacher_kwargs: {SMALL_VIT}"]
+    papermill("nbs/experiments/e02_distilled_resnet50.ipynb", *short, *untrained)
+    papermill("nbs/analysis/a01_paper.ipynb", "-p", "reports", "out/demo/runs", "-p", "out", "out/demo")
+    runs = find_runs(mine / "out/demo/runs")
+    assert [run.config.experiment for run in runs] == ["baseline", "distilled"]
+    assert all(run.status == "done" and run.epochs_done == 2 for run in runs)
+    about = runs[0].environment
+    assert about["vitdistill"] == SETTINGS["version"] and about["commit"] == os.environ.get("VITDISTILL_COMMIT", "")
+    assert str(tmp_path) not in (runs[0].folder / "config.yaml").read_text()
+    assert (mine / "out/demo/figures/figure4.png").stat().st_size > 10_000
+
+
+def imports(tree):
+    """Names of modules that a syntax tree imports, of other packages."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def normal(name):
+    return re.match(r"[\w.-]+", name)[0].lower().replace("_", "-")
+
+
+def declared(*extras):
+    keys = [f"{extra}_requirements" if extra else "requirements" for extra in extras]
+    return {normal(name) for key in keys for name in SETTINGS[key].split()}
+
+
+def test_what_is_imported_is_declared_and_nothing_else():
+    """Modules by the base and the extras; what training imports, by the base alone."""
+    extras = [key.removesuffix("_requirements") for key in SETTINGS if key.endswith("_requirements")]
+    users = [extra for extra in extras if extra not in ("dev", "docs")]
+    modules = {p.stem: ast.parse(p.read_text()) for p in (ROOT / "vitdistill").glob("*.py")}
+    known = packages_distributions()
+
+    def distributions(names):
+        foreign = {name for name in names if name not in sys.stdlib_module_names | {"vitdistill"}}
+        return {normal(known[name][0]) if name in known else normal(name) for name in foreign}
+
+    used = set().union(*(distributions(imports(tree)) for tree in modules.values()))
+    everything = declared("", *users)
+    assert used - everything == set(), "imported, but declared nowhere"
+    assert everything - used - BY_THEMSELVES == set(), "declared, but imported nowhere"
+    reached, left = set(), ["launch"]  # what torchrun's ranks and their launcher import as they start
+    while left:
+        name = left.pop()
+        reached.add(name)
+        left += [node.module for node in modules[name].body
+                 if isinstance(node, ast.ImportFrom) and node.level and node.module not in reached]
+    heads = [node for name in reached for node in modules[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert len(reached) > 10 and distributions(imports(ast.Module(heads, []))) <= declared("")
+
+
+def test_version_is_said_once():
+    """settings.ini has it; what other tools want to read for themselves says the same."""
+    version = SETTINGS["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_workflow_runs_targets_that_exist(workflow):
+    told = yaml.load(workflow.read_text(), yaml.BaseLoader)  # 'on' is a word, not true
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert told["name"] and told["on"] and "permissions" in told
+    for job in told["jobs"].values():
+        assert job["runs-on"] and "timeout-minutes" in job
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            assert set(re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))) <= targets

@@ -1,0 +1,209 @@
+"""HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
+import pandas as pd
+import pytest
+import timm
+import torch
+from torch import nn
+
+from test_notebooks import execute, said
+from vitdistill.attention_bench import cases, costs
+from vitdistill.config import Config, VitdistillError
+from vitdistill.layers import DeformableMerging, HiLo, LITv2
+from vitdistill.models import create, create_student  # and registers LITv2
+from vitdistill.setup import create_optimizer
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
+DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+
+
+def tiny(**given):
+    """Three stages as litv2_cifar has, 60 times smaller; offsets as after some training."""
+    torch.manual_seed(0)
+    model = LITv2(**dict(img_size=32, patch_size=2, num_classes=5, embed_dim=16, depths=(1, 1, 1), num_heads=(2, 4, 8),
+                         windows=(0, 2, 1), alpha=0.5) | given)
+    for merging in (module for module in model.modules() if isinstance(module, DeformableMerging)):
+        nn.init.normal_(merging.offset.weight, std=0.05)
+    return model
+
+
+TWO_STAGES = dict(depths=(1, 1), num_heads=(2, 4), windows=(0, 2))
+
+
+def images(batch=4, side=32):
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@DEVICES
+def test_autocast_merges_in_full_precision(device):
+    """Linear layers compute in bf16, offsets and merging in fp32; logits are those of fp32 to bf16's digits."""
+    model, x, found = tiny().to(device).eval(), images().to(device), {"offset": set(), "conv": set(), "fc1": set()}
+    for name, module in model.named_modules():
+        kinds = found.get(name.rpartition(".")[2])
+        if kinds is not None:
+            module.register_forward_hook(lambda _, inputs, output, kinds=kinds: kinds.add(output.dtype))
+    with torch.no_grad():
+        exact = model(x)
+        assert {kind for kinds in found.values() for kind in kinds} == {torch.float32}
+        with torch.autocast(device, torch.bfloat16):
+            rough = model(x)
+    assert found == {"offset": {torch.float32}, "conv": {torch.float32}, "fc1": {torch.float32, torch.bfloat16}}
+    assert 0 < (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@DEVICES
+def test_a_step_under_autocast_moves_everything(device):
+    """Each parameter gets a finite gradient that is not zero, offsets too, and it is close to fp32's."""
+    gradients = []
+    for enabled in (False, True):
+        model = tiny().to(device).train()
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            loss = nn.functional.cross_entropy(model(images().to(device)), torch.arange(4, device=device))
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_compiles_without_a_break():
+    """Two stages in one graph, forward and backward, with the numbers of eager mode (without inductor)."""
+    eager, compiled = (tiny(**TWO_STAGES).train() for _ in "ab")
+    whole = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for model, run in ((eager, eager), (compiled, whole)):
+        run(images()).square().sum().backward()
+    for one, other in zip(eager.parameters(), compiled.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@DEVICES
+def test_compiled_network_computes_the_same(device):
+    """By inductor, whose kernels round in another order; under autocast too."""
+    model = tiny(**TWO_STAGES).to(device).eval()
+    whole = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(whole(images().to(device)), model(images().to(device)), atol=1e-4)
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.allclose(whole(images().to(device)), model(images().to(device)), atol=0.05)
+
+
+def test_exports_for_any_batch():
+    """torch.export, with the batch left open; the saved program gives the same logits."""
+    model = tiny().eval()
+    program = torch.export.export(model, (images(),), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC}),))
+    for batch in (2, 6):
+        with torch.no_grad():
+            assert torch.allclose(program.module()(images(batch)), model(images(batch)), atol=1e-5)
+
+
+def test_channels_last_and_odd_maps_change_nothing():
+    model = tiny(windows=(0, 3, 2)).eval()
+    x = images(2, 40)  # maps of 20, 10 and 5: a window of 3 pads the second, one of 2 the third
+    with torch.no_grad():
+        plain = model(x)
+        assert model.forward_features(x).shape == (2, 5, 5, 64)
+        last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(last, plain, atol=1e-5)
+
+
+def test_a_config_makes_and_slows_it():
+    """By its name and arguments in a config; its offsets take a hundredth of the learning rate, nothing else does."""
+    config = Config(student="litv2_cifar", student_kwargs=dict(depths=[1, 1, 1], embed_dim=24, alpha=0.4), lr=0.1)
+    student = create_student(config, 7, 32)
+    assert student(images())[0].shape == (4, 7)
+    optimizer = create_optimizer(config, student.model)
+    scales = {p: group.get("lr_scale", 1) for group in optimizer.param_groups for p in group["params"]}
+    offsets = {p for module in student.modules() if isinstance(module, DeformableMerging)
+               for p in module.offset.parameters()}
+    assert len(offsets) == 4 and all(scales[p] == (0.01 if p in offsets else 1) for p in student.parameters())
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(alpha=1.5), "alpha = 1.5 is no share of heads: choose it in"),
+    (dict(num_heads=[3, 6, 11]), "11 heads do not divide 384 channels"),
+    (dict(depths=[2, 6]), "of different numbers of stages"),
+    (dict(alhpa=0.5), "takes no such argument"),
+])
+def test_a_wrong_argument_is_one_sentence(given, words):
+    with pytest.raises(VitdistillError, match=words) as refused:
+        create("litv2_cifar", 10, 32, **given)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_window_larger_than_the_map_is_one_sentence():
+    model = create("litv2_cifar", 10, 16, windows=[0, 8, 1], depths=[1, 1, 1], embed_dim=24)
+    with pytest.raises(VitdistillError, match="8 x 8 tokens is larger than the map of 4 x 4: take"):
+        model(images(side=16))
+
+
+def test_it_learns():
+    """A few steps on eight images: the loss falls, and offsets that began at zero move, by a hundredth as fast."""
+    torch.manual_seed(0)
+    model, x, y = LITv2(32, 2, num_classes=8, embed_dim=24, depths=(1, 1, 1), num_heads=(2, 4, 8),
+                        windows=(0, 2, 1)), images(8), torch.arange(8)
+    optimizer, losses = create_optimizer(Config(optimizer="adamw", lr=2e-3), model), []
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_scale", 1)  # as timm's schedule does
+    for _ in range(12):
+        optimizer.zero_grad()
+        losses.append(nn.functional.cross_entropy(model(x), y))
+        losses[-1].backward()
+        optimizer.step()
+    moved = [m.offset.weight.detach().abs().max() for m in model.modules() if isinstance(m, DeformableMerging)]
+    assert losses[-1] < losses[0] / 2
+    assert all(0 < shift <= 12 * 2e-5 * 1.01 for shift in moved)  # Adam's steps are the learning rate at most, about
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["litv2_s", "litv2_m", "litv2_b"])
+@DEVICES
+def test_published_models_train_a_step(name, device):
+    """At 224 px, in bf16 where a GPU is: finite gradients for every parameter and nearly all move."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, drop_path_rate=0.0).to(device).train()
+    optimizer = create_optimizer(Config(optimizer="adamw", lr=1e-3), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        loss = nn.functional.cross_entropy(model(images(2, 224).to(device)), torch.tensor([3, 7], device=device))
+    loss.backward()
+    optimizer.step()
+    assert abs(loss.item() - 6.9) < 0.7  # ln 1000: it knows nothing yet
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert sum(not torch.equal(p, old) for p, old in zip(model.parameters(), before)) > 0.95 * len(before)
+
+
+def made_up(folder, slower=()):
+    """A record of the attention bench in which time is multiply-adds, three times that for some contenders."""
+    turns = costs(cases((224, 1024), (0.0, 0.9)))
+    turns = turns[(turns.study != "networks") | (turns["size"] == 224)]
+    factor = turns.contender.isin(slower) * 2 + 1
+    turns = turns.assign(batch=1, seconds=turns.multiply_adds / 1e10 * factor, memory_mb=5.0, machine="a machine")
+    folder.mkdir()
+    rounds = pd.concat([turns.assign(round=n, seconds=turns.seconds * (1 + n / 100)) for n in range(6)])
+    rounds.to_csv(folder / "one.csv", index=False)
+
+
+def test_notebook_says_where_the_goal_is_missed(tmp_path):
+    """Where time is multiply-adds HiLo reaches its goal; made three times slower it misses by 44%, and it is said."""
+    made_up(tmp_path / "bench", slower=["HiLo, alpha 0.5"])
+    notebook = execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
+                       reports=str(tmp_path / "none"))
+    goals = pd.read_csv(tmp_path / "out/tables/hilo_goal.csv").set_index(["contender", "image (px)"])["goal met"]
+    assert goals["HiLo, alpha 0.9", 1024] == "yes" and goals["HiLo, alpha 0.5", 1024] == "no, by 44.4%"
+    text = said(notebook)
+    assert "HiLo, alpha 0.5 at 4,096 tokens: 1.56 times as fast" in text and "no, by 44.4%." in text
+    assert "HiLo, alpha 0.9 at 4,096 tokens: 3.66 times as fast" in text and "reached." in text
+    models = pd.read_csv(tmp_path / "out/tables/hilo_models.csv")
+    assert models.parameters.tolist()[:3] == ["27,844,000", "48,830,368", "86,520,704"]
+    assert [round(value, 2) for value in models["by its formula (G)"]][:3] == [3.73, 7.48, 13.19]
+    alphas = pd.read_csv(tmp_path / "out/tables/hilo_alpha.csv").set_index("alpha")
+    assert alphas["published ImageNet top-1 (%)"].tolist() == [81.16, 82.03]
+    assert (tmp_path / "out/figures/hilo_attention.png").is_file()
+
+
+@pytest.mark.slow
+def test_notebook_without_a_record_says_so(tmp_path):
+    notebook = execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"))
+    assert "only what can be counted is shown. Run make bench-attention" in said(notebook)
+    assert (tmp_path / "out/figures/hilo_networks.png").is_file()
+    assert not (tmp_path / "out/tables/hilo_goal.csv").exists()

@@ -1,0 +1,412 @@
+"""The pages that people read: numbers against the records, sentences against their numbers, and how long they are."""
+import json
+import re
+import shlex
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from conftest import ROOT
+from test_notebooks import EXPERIMENTS, execute
+from vitdistill.analysis import settings
+from vitdistill.config import Config, VitdistillError, config_hash, run_name, save
+from vitdistill.grids import grid_cells
+from vitdistill.launch import configure
+from vitdistill.runs import find_runs
+
+RECORDS = ROOT / "reports/runs"
+TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+ANEW = "Sentences to be written anew"
+
+
+def study(folder, **parameters):
+    """The text of the study's page, as the notebook writes it."""
+    execute("a02_study", folder / "a02.ipynb", out=str(folder), **parameters)
+    return (folder / "study.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    return folder, study(folder, reports="reports/runs")
+
+
+def top(text):
+    """What stands before the first heading of details."""
+    return text.split("\n## 1. ")[0]
+
+
+def words(text):
+    """The words of a page's prose: without its title, pictures, captions, tables and the targets of links."""
+    captions = r"\*[^*][^*]*\*$"
+    prose = [part for part in text.split("\n\n")[1:] if not re.match(r"\s*(!\[|\||" + captions + ")", part)]
+    return len(re.sub(r"\]\([^)]*\)", "", " ".join(prose)).split())
+
+
+def arms_of(names):
+    """The two arms of a list of runs: a new arm begins where the seed doesn't grow."""
+    arms, last = [[]], 0
+    for name in names:
+        seed = int(re.search(r"-s(\d+)-", name)[1])
+        if seed <= last:
+            arms.append([])
+        arms[-1].append((seed, name))
+        last = seed
+    return [dict(arm) for arm in arms]
+
+
+def test_committed_study_is_what_its_runs_say(page):
+    """`make figures` would write the page and the tables that are committed, byte for byte."""
+    folder, text = page
+    assert text == (ROOT / "reports/study.md").read_text()
+    tables = sorted(path.name for path in (folder / "tables").iterdir())
+    assert tables == sorted(path.name for path in (ROOT / "reports/tables").glob("study_*"))
+    for name in tables:
+        assert (folder / "tables" / name).read_bytes() == (ROOT / "reports/tables" / name).read_bytes(), name
+
+
+def test_no_sentence_has_lost_its_number(page):
+    assert ANEW not in page[1]
+
+
+def test_the_top_of_the_study_is_read_in_three_minutes(page):
+    head, sections = top(page[1]), re.split(r"\n## ", page[1])
+    assert words(head) <= 500 and head.count("![") <= 2 and head.count("\n|---|") == 1
+    assert len(re.findall(r"^\d\. \*\*", head, re.M)) == 5
+    unsettled = head.split("**What this does not settle**")[1]
+    assert len(re.findall(r"^- ", unsettled, re.M)) == 5
+    for section in sections:
+        assert len(re.findall(r"^\| ", section, re.M)) <= 9, section[:40]  # a head and eight rows
+    assert words(next(s for s in sections if s.startswith("Discussion"))) <= 305
+
+
+def test_links_and_pictures_of_the_study_are_there(page):
+    folder, text = page
+    anchors = set(re.findall(r'<a id="(\w+)">', text))
+    targets = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert {target[1:] for target in targets if target.startswith("#")} == anchors and len(anchors) > 10
+    for target in (t for t in targets if not t.startswith("#")):
+        assert (ROOT / "reports" / target).exists() or (folder / target).exists(), target
+
+
+def test_differences_of_the_study_are_those_of_the_records(page):
+    """Each `+x.x (low to high)` is computed anew from the accuracies of the runs that it links to."""
+    sources = {key: re.findall(r"\[([^\]]+)\]\(runs/", line)
+               for key, line in re.findall(r'^- <a id="(\w+)"></a>(.*)$', page[1], re.M)}
+    told = re.findall(r"\[([+-]\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)\)\]\(#(\w+)\)", page[1])
+    assert len(told) > 20
+    for mean, low, high, key in told:
+        one, other = arms_of(sources[key])
+        read = lambda name: json.loads((RECORDS / name / "result.json").read_text())["test_top1"]
+        gaps = 100 * np.array([read(other[seed]) - read(one[seed]) for seed in sorted(one.keys() & other.keys())])
+        half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
+        found = gaps.mean(), gaps.mean() - half, gaps.mean() + half
+        assert [float(x) for x in (mean, low, high)] == pytest.approx(found, abs=0.0501), (key, sources[key][0])
+
+
+def test_students_are_held_against_the_answers_that_they_were_given(page):
+    """Out of fold, of images that a teacher had not seen; counted anew from the arrays of the records."""
+    table = pd.read_csv(page[0] / "tables/study_sides.csv").set_index("arm")
+    teachers = [np.load(path / "predictions.npz") for path in RECORDS.glob("teacher-*")
+                if "fold: 1/2" in (text := (path / "config.yaml").read_text()) or "fold: 2/2" in text]
+    answer = {image: said for t in teachers for image, said in zip(t["val_image"], t["val_class_decision"])}
+    assert len(answer) == 10_000  # each image has one, of the teacher that was not trained on it
+    for arm, told in (("taught, out of fold", "26.8%"), ("labels alone", "7.6%")):
+        shares = []
+        for name in table.runs[arm].split(", "):
+            run = np.load(RECORDS / name / "predictions.npz")
+            given = np.array([answer[image] for image in run["train_image"]])
+            apart = given != run["train_label"]
+            shares.append((run["train_class_decision"] == given)[apart].mean())
+        assert table.with_teacher[arm] == pytest.approx(np.mean(shares), abs=1e-9)
+        assert f"{np.mean(shares):.1%}" == told and told in page[1]
+
+
+def test_back_tests_are_of_all_pairs(page):
+    """Also of the pair that Figure 4 draws; the finding names the learning rate, on which the error depends."""
+    table = pd.read_csv(page[0] / "tables/study_forecasts.csv")
+    logs = table[(table.law == "logarithm") & (table.schedule == "T_max 2,000")].set_index(["lr", "arm"]).error
+    assert {(0.02, "taught"), (0.02, "labels alone"), (0.005, "taught"), (0.005, "labels alone")} <= set(logs.index)
+    section = page[1].split("## 4. ")[1].split("## 5. ")[0]
+    assert "right at 0.02" in section and "too low at 0.005" in section
+    assert logs[0.02].abs().max() < 0.01 and logs[0.005].max() < -0.015
+    assert set(table.arm) >= set(pd.read_csv(page[0] / "tables/study_pairs.csv").arm)
+
+
+def test_nothing_is_drawn_at_a_rejected_learning_rate(page):
+    rejected = pd.read_csv(page[0] / "tables/study_pairs.csv").query("rejected")
+    assert len(rejected) > 2 and set(rejected.lr) == {0.005} and set(rejected.schedule) == {"annealed"}
+    drawn = pd.read_csv(page[0] / "tables/study_forest.csv").runs.tolist()
+    assert drawn and not set(drawn) & set(rejected.runs)
+    assert not (page[0] / "figures/study_budgets.png").exists()  # until budgets at the chosen rate are run
+
+
+def test_study_page_without_runs_says_so(tmp_path):
+    text = study(tmp_path, reports=str(tmp_path / "none"))
+    assert f"No finished runs on cifar100 in {tmp_path / 'none'}" in text and ANEW not in text
+
+
+def record(root, curve, seed=1, right=None, planned=None, **over):
+    """A run folder with this accuracy by epoch; `right`: of 1,000 test images, decided rightly at the last epoch."""
+    c = Config(**{"dataset": "digits", "epochs": planned or len(curve), "seed": seed, **over})
+    folder = root / "runs" / run_name(c)
+    save(c, folder / "config.yaml")
+    frame = pd.DataFrame(dict(epoch=np.arange(len(curve)), test_top1=curve, train_top1=curve))
+    frame.to_csv(folder / "metrics.csv", index=False)
+    if right is not None:
+        np.savez(folder / f"predictions-{len(curve):04d}.npz", test_image=np.arange(1000),
+                 test_label=np.zeros(1000, int), test_class_decision=(np.arange(1000) >= right).astype(int),
+                 test_class_confidence=np.ones(1000))
+    if len(curve) == c.epochs and right is None:
+        result = dict(hash=config_hash(c), test_top1=float(curve[-1]), train_top1=0.9, val_top1=over.pop("held", None))
+        (folder / "result.json").write_text(json.dumps({k: v for k, v in result.items() if v is not None}))
+    return folder
+
+
+def test_study_chooses_by_held_out_images(tmp_path):
+    """Of two learning rates the better on held-out images is chosen, whatever test images say; neither is an arm."""
+    for lr, held_out, test in (0.01, 0.4, 0.1), (0.1, 0.3, 0.9):
+        folder = record(tmp_path, [0.05, test], lr=lr)
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | dict(val_top1=held_out)))
+    text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
+    choices = pd.read_csv(tmp_path / "tables/study_choices.csv").set_index("lr")
+    assert choices.chosen.to_dict() == {0.01: "yes", 0.1: "no"} and "90.0%" not in text.split("## 2.")[0]
+    assert not len(pd.read_csv(tmp_path / "tables/study_arms.csv"))
+
+
+def test_sentences_that_no_longer_fit_are_found(tmp_path):
+    """Where the arm out of fold comes to lie below, the page says which sentence is to be written anew."""
+    folds = dict(TAUGHT, teacher_weights="a", fold_weights="b")
+    for seed in 1, 2, 3:
+        record(tmp_path, [0.1, 0.5 + seed / 1000], seed)
+        record(tmp_path, [0.1, 0.55 + seed / 500], seed, **TAUGHT)
+        record(tmp_path, [0.1, 0.4 + seed / 500], seed, **folds)
+    text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
+    assert ANEW in text and "says higher of taught, out of fold less labels alone, its interval says lower" in text
+    assert "-9.8 (" in text  # 0.4 + 0.002 - 0.5 - 0.001, in points
+
+
+def test_the_long_run_is_told_as_far_as_it_has_come(tmp_path):
+    """150 epochs of three made-up arms: by epoch, image by image, the published shape, and what a line foretold."""
+    epoch = np.arange(1, 151)
+    long = dict(t_max=2000, planned=150)
+    plain = 0.72 * (1 - np.exp(-epoch / 15))
+    record(tmp_path, plain, right=720, **long)
+    record(tmp_path, plain + 0.01, right=732, **long, **TAUGHT)
+    record(tmp_path, -0.112 + 0.139 * np.log(epoch + 1), right=586, allow_untrained=True, **long, **TAUGHT)
+    text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
+    section = text.split("## 2. ")[1].split("## 3. ")[0]
+    assert "After 150 epochs the taught student lies above the plain one" in section
+    assert "+1.2 (" in section and "only the taught one on 12" in section and "McNemar's exact p 0.00049" in section
+    for mark in 25, 50, 100, 150:
+        assert f"{plain[mark - 1]:.1%}" in section
+    assert re.search(r"is not seen in \*taught\*: \+1\.0 points", section)
+    assert re.search(r"is seen in \*taught, head never trained\*: -13\.\d points", section)
+    table = pd.read_csv(tmp_path / "tables/study_long.csv").set_index("arm")
+    known = np.polyfit(np.log(epoch[:90]), plain[:90], 1)
+    expected = np.polyval(known, np.log(epoch[90:])) - plain[90:]
+    assert table.rest_error["labels alone"] == pytest.approx(expected.mean(), abs=1e-4)
+    assert f"{100 * expected.mean():+.1f}, {100 * expected[-1]:+.1f}" in section
+    assert table.slope["taught, head never trained"] == pytest.approx(0.139, abs=0.005)
+
+
+def test_the_long_runs_beginning_is_named_as_such(tmp_path):
+    record(tmp_path, [0.04, 0.09], t_max=2000, planned=150)
+    record(tmp_path, [0.04], t_max=2000, planned=150, **TAUGHT)
+    section = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits").split("## 2. ")[1].split("## 3. ")[0]
+    assert "Too early to say" in section and "come to epoch 2 (plain) and 1 (taught) of 150" in section
+    assert "is told at epoch 150" in section
+
+
+def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
+    """Smoothed labels are an arm of their own beside the plain one, and no teacher's."""
+    for top1, spread, way in (0.5, 0, {}), (0.6, 0.001, dict(label_smoothing=0.1)), (0.8, 0.003, TAUGHT):
+        for seed in 1, 2, 3:
+            record(tmp_path, [0.1, top1 + seed * spread], seed, **way)
+    study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
+    pairs, forest = (pd.read_csv(tmp_path / f"tables/study_{name}.csv") for name in ("pairs", "forest"))
+    assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
+    control = forest[forest.question == "No teacher: a control"].iloc[0]
+    assert control.arm == "labels alone, labels smoothed by 0.1" and control.difference == pytest.approx(0.102)
+
+
+README = (ROOT / "README.md").read_text()
+PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
+             e04_adopted_teacher="teacher")
+RECIPES = re.findall(r"^papermill (.+)$", README, re.M)
+TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+
+
+def given_of(recipe):
+    """The template of a recipe and the parameters that it gives, as papermill reads them."""
+    said = shlex.split(recipe)
+    names = {said[i + 1]: said[i + 2] for i, word in enumerate(said) if word == "-p"}
+    numbers = {name: yaml.safe_load(value) for name, value in names.items()}
+    return re.search(r"/(\w+)\.ipynb", said[0])[1], numbers
+
+
+def test_readme_is_decided_in_one_screen():
+    first = README.split("## Two commands")[0]
+    assert first.count("![") == 1 and len(re.findall(r"^- ", first, re.M)) == 4 and words(first) <= 200
+    assert len(re.search(r"\n\n(.+?)\n\n", README)[1].split()) <= 25
+    assert len(re.findall(r"^\| ", README.split("## Results")[1].split("## ")[0], re.M)) == 7  # a head and six rows
+
+
+def test_readme_shows_the_forest_until_the_long_run_has_twenty_epochs():
+    """Then Figure 4 is the picture that leads: both arms at the paper's own size."""
+    long = [run.epochs_done for run in find_runs(RECORDS)
+            if run.config.data_fraction == 1 and run.config.dataset == "cifar100" and not run.config.allow_untrained
+            and run.config.experiment in ("baseline", "distilled")]
+    led_by = "figure4" if len(long) > 1 and min(long) >= 20 else "study_forest"
+    assert re.search(r"!\[.*\]\(reports/figures/(\w+)\.png\)", README)[1] == led_by
+
+
+def test_links_of_the_readme_are_there():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+def test_accuracies_of_the_readme_are_those_of_the_study():
+    arms = pd.read_csv(ROOT / "reports/tables/study_arms.csv")
+    known = {f"{top1:.1%}" for top1 in arms.top1}
+    rows = README.split("## Results")[1].split("## ")[0]
+    told = re.findall(r"\| (\d+\.\d%) \|", rows)
+    assert len(told) == 6 and set(told) <= known
+
+
+def test_bench_rows_of_the_readme_are_measured():
+    bench = pd.read_csv(ROOT / "reports/bench/amd-epyc-2-cores.csv").set_index("contender").images_per_second
+    rows = re.findall(r"^\| .+ \| (\d+) \|$", README.split("## What it costs")[1], re.M)
+    contenders = ["bare", "vitdistill plain", "vitdistill full memo", "vitdistill empty memo", "naive distilled"]
+    assert [int(row) for row in rows] == [round(bench[name]) for name in contenders]
+
+
+def test_the_library_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """Eight lines, as they stand; their work folder aside."""
+    lines = README.split("## As a library")[1].split("```python\n")[1].split("```")[0]
+    assert len(lines.splitlines()) <= 9
+    where = f"allow_untrained=True, work_dir={str(tmp_path)!r}, padding=0"
+    seen = {}
+    exec(lines.replace("allow_untrained=True", where), seen)
+    assert seen["loss"].isfinite() and {"label", "teacher"} <= set(seen["parts"])
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in seen["setup"].student.parameters())
+    assert "training images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: re.search(r"out/(\w+)", r)[1])
+def test_recipe_of_the_readme_makes_a_config(recipe):
+    """Its template is there, every name is one of its parameters or of Config, and the values are in range."""
+    template, given = given_of(recipe)
+    assert (EXPERIMENTS / f"{template}.ipynb").is_file()
+    own = "weights", "adopted", "out_of_fold", "teacher_data_fraction"
+    config = configure(PARTS[template], {"preset": "demo"} | {k: v for k, v in given.items() if k not in own})
+    assert config.experiment == PARTS[template]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: re.search(r"out/(\w+)", r)[1])
+def test_recipe_of_the_readme_runs(recipe, tmp_path):
+    """As it stands, but small: the digits, tiny models, one epoch, one process, files made here."""
+    template, given = given_of(recipe)
+    small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    student = dict(student="resnet18") if template[:3] in ("e01", "e02") else dict(student_kwargs=TINY_VIT)
+    small |= student if "student" not in given else {}
+    if template.startswith("e02"):
+        small |= dict(teacher_kwargs=TINY_VIT, data_fraction=0.5)
+        small |= {} if given.get("out_of_fold") else dict(allow_untrained=True, teacher_weights=None)
+    if given.get("dataset") == "imagefolder":
+        small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), batch_size=8)
+    if template.startswith("e04"):
+        small |= dict(weights=str(tiny_weights(tmp_path)), val_fraction=0.2)
+    if template.startswith("e00"):
+        small |= dict(student_pretrained=False)
+    if given.get("out_of_fold"):
+        small |= dict(epochs=24)
+    execute(template, tmp_path / "run.ipynb", **given | small)
+    done = [run.status for run in find_runs(tmp_path / "runs")]
+    assert set(done) <= {"done"} and (done or list((tmp_path / "work").glob("*/model/card.json")))
+
+
+def folders(root):
+    """Two classes of a few random pictures, for training and validation."""
+    from PIL import Image
+    for part, n in dict(train=12, val=4).items():
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def tiny_weights(folder):
+    """A file of a small vision transformer's weights."""
+    import timm
+    from safetensors.torch import save_file
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
+    save_file(model.state_dict(), folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+GRIDS = ROOT / "nbs/experiments/grids"
+FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", path.read_text())]
+
+
+@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
+def test_foretelling_grid_says_what_it_asks(grid):
+    """Its head says what is asked, what is expected and which seeds; each cell is a config."""
+    head = " ".join(line.lstrip("# ") for line in grid.read_text().splitlines() if line.startswith("#"))
+    assert "?" in head and re.search("[Ee]xpected", head) and re.search(r"[Ss]eeds? \d|[Oo]ne seed", head)
+    for cell in grid_cells(grid):
+        own = "weights", "adopted", "new_head", "fill_memo", "out_of_fold", "teacher_data_fraction"
+        values = {k: v for k, v in cell.chosen.items() if k not in own}
+        assert configure(PARTS[cell.notebook.stem], values).experiment == PARTS[cell.notebook.stem]
+
+
+@pytest.mark.parametrize("grid", sorted((GRIDS / "waiting").glob("*.yaml")), ids=lambda p: p.stem)
+def test_waiting_grid_waits_for_nothing_but_what_it_says(grid):
+    """A grid that needs a field of Config which is not there yet; once it is, the grid belongs one folder up."""
+    missing = re.search(r"^# Waits for: (\w+)", grid.read_text(), re.M)[1]
+    with pytest.raises(VitdistillError, match=missing):
+        grid_cells(grid)
+    cells = yaml.safe_load(grid.read_text())
+    for cell in cells:
+        known = {k: v for k, v in cell["parameters"].items() if k not in (missing, "out_of_fold")}
+        assert configure(PARTS[cell["notebook"]], known)
+
+
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # by the run itself
+
+
+@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
+def test_grid_stood_before_its_runs(grid, tmp_path):
+    """The commit in each record of a grid that foretells holds the cell of the grid that made it."""
+    own = "weights", "adopted", "new_head", "fill_memo", "out_of_fold", "teacher_data_fraction"
+
+    def configs(path):
+        for cell in grid_cells(path):
+            if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50"):
+                values = {k: v for k, v in cell.chosen.items() if k not in own}
+                c = configure(PARTS[cell.notebook.stem], values)
+                yield c.experiment, c.seed, settings(c, FOUND)
+    made = set(configs(grid))
+    for run in find_runs(RECORDS):
+        c = run.config
+        if (c.experiment, c.seed, settings(c, FOUND)) not in made:
+            continue
+        commit = f"{run.environment['commit']}:{grid.relative_to(ROOT).as_posix()}"
+        shown = subprocess.run(["git", "show", commit], cwd=ROOT, capture_output=True, text=True)
+        if "unknown revision" in shown.stderr or "bad object" in shown.stderr or "invalid object" in shown.stderr:
+            pytest.skip("a shallow clone: the commit of the record is not here")
+        assert not shown.returncode, f"{run.name} was run before {grid.name} was committed"
+        (tmp_path / grid.name).write_text(shown.stdout)
+        assert (c.experiment, c.seed, settings(c, FOUND)) in set(configs(tmp_path / grid.name)), run.name

@@ -1,0 +1,191 @@
+"""Pre-training by the same road: ranks, kills, papermill; its encoder is fine-tuned and teaches."""
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import papermill
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import ROOT, elsewhere, environment, run_of, train_command, wait_until
+from vitdistill.config import Config, VitdistillError, preset, save
+from vitdistill.grids import grid_cells
+from vitdistill.ranks import Ranks
+from vitdistill.runs import find_runs
+from vitdistill.setup import create_optimizer, prepare, resolve
+from vitdistill.train import batches, train_epoch
+
+TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
+SMALL = dict(projector=[32, 16], decoder=[32, 1, 2], colour_jitter=0.4)
+EXPERIMENTS = ROOT / "nbs/experiments"
+
+
+@pytest.fixture
+def can(tiny):
+    """A tiny transformer that is pre-trained on a fifth of the digits."""
+    alone = dict(teacher="", teacher_kwargs={}, allow_untrained=False)
+    return replace(tiny, **alone, experiment="pretrain", distillation="can", objective_kwargs=SMALL,
+                   opt_kwargs=dict(betas=[0.9, 0.95]), evaluate_every=3)
+
+
+def on_ranks(config, folder, *counts):
+    """The finished runs of a config, each on so many gloo ranks."""
+    places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
+    pairs = [str(x) for ranks, here in zip(counts, places) for x in (ranks, save(here, folder / f"{ranks}.yaml"))]
+    done = subprocess.run([sys.executable, str(ROOT / "tests/forked_ranks.py"), *pairs], env=environment(),
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [run_of(here) for here in places]
+
+
+def test_a_step_sees_two_views_and_no_label(can):
+    """Both views of an image are in its step, differ, and are those of any number of ranks; labels change nothing."""
+    setup = prepare(resolve(can), Ranks())
+    batch = next(batches(setup, 0))
+    first, second = batch.pixels.chunk(2)
+    assert batch.image.shape == (64,) and first.shape == second.shape and not first.equal(second)
+    drawn = setup.criterion.draw(batch)
+    for rank in range(2):
+        half = next(batches(replace(setup, ranks=Ranks(rank, 2)), 0))
+        where = np.flatnonzero(np.isin(batch.image, half.image))
+        assert half.image.equal(batch.image[where]) and half.pixels.chunk(2)[1].equal(second[where])
+        assert setup.criterion.draw(half).hidden.chunk(2)[1].equal(drawn.hidden.chunk(2)[1][where])
+    out = setup.criterion.objective(setup.student, setup.criterion)(batch)
+    again = setup.criterion.objective(setup.student, setup.criterion)(batch._replace(targets=batch.targets * 0))
+    assert out.loss.equal(again.loss)
+
+
+def test_projector_and_decoder_learn(can):
+    """A public implementation leaves them out of the optimizer; here every part moves, but positions and the head."""
+    setup = prepare(resolve(replace(can, objective_kwargs=SMALL | dict(sigma=1.0))), Ranks())
+    optimizer = create_optimizer(setup.config, setup.student.model, setup.criterion)
+    parts = {**dict(setup.student.named_parameters()), **dict(setup.criterion.named_parameters())}
+    before = {name: p.detach().clone() for name, p in parts.items()}
+    silent = type("Silent", (), {"step": lambda *_: None, "teacher": lambda *_: None})()
+    row = train_epoch(setup, setup.criterion.objective(setup.student, setup.criterion), optimizer, 0, silent)
+    still = {name for name, p in parts.items() if p.equal(before[name])}
+    assert still == {"model.pos_embed", "model.head.weight", "model.head.bias"}
+    assert {name for name in row if name.startswith("train_")} == {
+        "train_loss", "train_contrast", "train_reconstruction", "train_denoising"}
+    weights = dict(contrast=0.03, reconstruction=0.67, denoising=0.3)
+    assert row["train_loss"] == pytest.approx(sum(w * row[f"train_{name}"] for name, w in weights.items()), rel=1e-4)
+
+
+def test_ranks_give_the_same(can, tmp_path):
+    """The contrast is taken of the whole batch, with gradients: 1, 2 and 4 ranks train alike, the last batch uneven."""
+    config = replace(can, batch_size=48, objective_kwargs=SMALL | dict(weights=[0.5, 0.4, 0.1], sigma=1.0))
+    one, *others = on_ranks(config, tmp_path, 1, 2, 4)
+    assert one.metrics().train_loss.iloc[-1] < one.metrics().train_loss.iloc[0] - 0.01
+    weights = [safetensors.torch.load_file(run.model / "model.safetensors") for run in (one, *others)]
+    for other, state in zip(others, weights[1:]):
+        for name in ("train_loss", "train_contrast"):
+            assert (other.metrics()[name] - one.metrics()[name]).abs().max() < 1e-4
+        assert all((state[k] - weights[0][k]).abs().max() < 1e-3 for k in state)
+
+
+def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path):
+    """SIGKILL in mid-epoch; started again it leaves the same record, encoder, projector and decoder, bit for bit."""
+    config = replace(can, epochs=8, batch_size=16, ema_decay=0.9, evaluate_every=4)
+    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    start = lambda config, file: subprocess.Popen(train_command(save(config, file)), env=environment(),
+                                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert start(alone, tmp_path / "alone.yaml").wait(180) == 0
+    process = start(cut, tmp_path / "cut.yaml")
+    assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 120)
+    time.sleep(np.random.default_rng(0).uniform(0, 0.2))
+    process.kill()
+    process.wait()
+    assert run_of(cut).status == "interrupted"
+    assert start(cut, tmp_path / "cut.yaml").wait(180) == 0
+    one, two = run_of(alone), run_of(cut)
+    assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8
+    assert one.result["ema_linear_test_top1"] > 0.2 and one.result["encoder_hash"] == two.result["encoder_hash"]
+    for part in ("criterion", "average"):
+        states = [run.checkpoint()[part] for run in (one, two)]
+        assert states[0] and all(states[0][name].equal(states[1][name]) for name in states[0])
+    pictures = [np.load(run.folder / "reconstructions.npz") for run in (one, two)]
+    assert all(np.array_equal(pictures[0][name], pictures[1][name]) for name in ("clean", "seen", "filled"))
+
+
+def test_encoder_is_one_graph(can):
+    """The patches that are kept reach timm's forward pass under torch.compile too, another choice each time."""
+    setup = prepare(resolve(can), Ranks())
+    whole = torch.compile(setup.student, backend="eager", fullgraph=True, dynamic=False)
+    for batch in (next(batches(setup, epoch)) for epoch in range(2)):
+        drawn = setup.criterion.draw(batch)
+        assert torch.allclose(whole(drawn.pixels, drawn.keep), setup.student(drawn.pixels, drawn.keep), atol=1e-6)
+
+
+@pytest.mark.parametrize("change, ranks, words", [
+    (dict(objective_kwargs=dict(mask=1.5)), 1, "mask = 1.5 is out of range: hide a share of the patches in (0, 1)"),
+    (dict(objective_kwargs=dict(mask=0.0)), 1, "mask = 0.0 is out of range"),
+    (dict(batch_size=2), 2, "batches of 2 give 2 rank(s) fewer than 2 images each, and a contrast needs another"),
+    (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
+    (dict(objective_kwargs=dict(decoder=[30, 1, 3])), 1, "a width of 30 has no sine-cosine positions"),
+    (dict(mixup=0.8), 1, "mixup and cutmix share labels out"),
+])
+def test_bad_input_is_a_sentence(can, change, ranks, words):
+    with pytest.raises(VitdistillError) as said:
+        prepare(resolve(replace(can, **change)), Ranks(0, ranks))
+    assert words in str(said.value) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("name", ["can", "can_demo"])
+def test_presets_can_be_prepared(name, tmp_path):
+    """Every part is a config, and the fine-tuned model is the pre-trained one: e00 and e02 take what e06 leaves."""
+    parts = {part: preset(name, part) for part in ("pretrain", "teacher", "baseline", "distilled")}
+    same = "student", "student_kwargs", "dataset", "data_fraction"
+    assert all(getattr(parts["pretrain"], field) == getattr(parts["teacher"], field) for field in same)
+    assert parts["distilled"].teacher_kwargs == parts["teacher"].student_kwargs
+    assert parts["distilled"].teacher == parts["teacher"].student
+    assert replace(parts["distilled"], **{field: getattr(Config(), field) for field in (
+        "teacher", "teacher_kwargs", "teacher_size", "distillation")}, experiment="baseline") == parts["baseline"]
+
+
+def test_grids_name_the_published_arms():
+    arms = [cell.chosen for cell in grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")]
+    kinds = [arm.get("objective_kwargs", {}) for arm in arms if "role" in arm]
+    assert [kind.get("weights") for kind in kinds] == [None, None, [0.03, 0.67, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    passes = [arm.get("epochs", 30) * kind.get("views", 2) for arm, kind in zip(arms, kinds)]
+    assert set(passes) == {60}  # equal encoder passes
+
+
+@pytest.mark.slow
+def test_chain_of_notebooks(tmp_path):
+    """e06 on two ranks, fine-tuned there; e00 fine-tunes the same encoder; e02 learns from it; a08 shows all three."""
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), preset="can_demo", device="cpu")
+    vit = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, class_token=False, global_pool="avg",
+               fc_norm=False)
+
+    def execute(name, **parameters):
+        output = tmp_path / f"{name}.ipynb"
+        folder = EXPERIMENTS if name.startswith("e") else ROOT / "nbs/analysis"
+        papermill.execute_notebook(str(folder / f"{name}.ipynb"), str(output), parameters, cwd=str(ROOT),
+                                   progress_bar=False)
+        return " ".join("".join(line) for cell in json.loads(output.read_text())["cells"]
+                        for out in cell.get("outputs", []) for line in out.get("text", []))
+
+    said = execute("e06_pretrain", student_kwargs=vit, objective_kwargs=SMALL, epochs=6, nproc=2, **where)
+    encoder = next(run for run in find_runs(tmp_path / "runs"))
+    assert "linear probe: " in said and str(encoder.model) in said
+    assert "nproc-per-node 2" in encoder.environment["command"]
+    said = execute("e06_pretrain", student_kwargs=vit, objective_kwargs=SMALL, epochs=6, role="teacher",
+                   adopted="can-s1", **where)
+    tuned = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "teacher")
+    assert "is done already" in said and tuned.config.weights_hash == encoder.result["encoder_hash"]
+    execute("e00_teacher", student_kwargs=vit, student_weights=str(encoder.model), epochs=3, **where)
+    teachers = [run for run in find_runs(tmp_path / "runs") if run.config.experiment == "teacher"]
+    assert len(teachers) == 2 and {run.config.weights_hash for run in teachers} == {encoder.result["encoder_hash"]}
+    assert tuned.result["test_top1"] > 0.3
+    execute("e02_distilled_resnet50", teacher_kwargs=vit, teacher_weights=str(tmp_path / "work/can-s1/model"),
+            student="resnet18", epochs=1, **where)
+    pupil = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "distilled")
+    assert pupil.result["teacher_top1"] == pytest.approx(tuned.result["held_out_top1"], abs=1e-4)
+    said = execute("a08_can", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    assert (tmp_path / "out/figures/can_reconstructions.png").stat().st_size > 5_000
+    table = (tmp_path / "out/tables/can_arms.md").read_text()
+    assert f"{encoder.result['linear_test_top1']:.4g}" in table and "not run yet" in table
