@@ -28,6 +28,7 @@ def command(*words):
     return [sys.executable, "-m", "vitdistill.grids", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_told_to_stop_goes_on_later(grid, tmp_path):
     """SIGTERM, as a job of a cluster gets it: the ranks save and end, the table says so, the rest is trained later."""
     cell, out = grid_cells(grid)[0], tmp_path / "out"

@@ -128,7 +128,7 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     assert shared.keys() == {"model.safetensors", "config.json", "card.json", "README.md", memo, memo[:-3] + "md"}
     assert f"pushed {memo}" in ran.stdout and b"of them are known" in shared[memo[:-3] + "md"]
     assert b"teacher_weights: hf-hub:me/vit" in shared["README.md"] and b"license: apache-2.0" in shared["README.md"]
-    *students, = (run for run in find_runs(tmp_path / "runs") if run.config.distillation == "hard")
+    *students, = (run for run in find_runs(first.runs_dir) if run.config.distillation == "hard")
     assert len(students) == 2 and all(run.config.teacher_weights == "hf-hub:me/vit" for run in students)
     known = {run.config.lr: run.metrics().memo_hit_rate[0] for run in students}
     assert known == {1e-3: 0, 2e-3: 1}  # the memo that was fetched

@@ -183,6 +183,7 @@ def made_up(folder, slower=()):
     rounds.to_csv(folder / "one.csv", index=False)
 
 
+@pytest.mark.slow
 def test_notebook_says_where_the_goal_is_missed(tmp_path):
     """Where time is multiply-adds HiLo reaches its goal; made three times slower it misses by 44%, and it is said."""
     made_up(tmp_path / "bench", slower=["HiLo, alpha 0.5"])

@@ -75,7 +75,7 @@ def test_study_page_says_what_the_runs_say(study, tmp_path):
     pair = rf"\| {plain:.1%} \| {taught:.1%} \| \[\{100 * (taught - plain):+.1f} \(no interval\)\]"
     assert re.search(pair, page) and "none is resolved" in page
     assert all(runs[arm].name in page for arm in ("baseline", "distilled"))
-    assert "data:image/svg+xml" in (tmp_path / "study.html").read_text()
+    assert "data:image/png" in (tmp_path / "study.html").read_text()
     assert (tmp_path / "figures/study_forest.png").is_file()
 
 

@@ -75,6 +75,7 @@ def test_projector_and_decoder_learn(can):
     assert row["train_loss"] == pytest.approx(sum(w * row[f"train_{name}"] for name, w in weights.items()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_give_the_same(can, tmp_path):
     """The contrast is taken of the whole batch, with gradients: 1, 2 and 4 ranks train alike, the last batch uneven."""
     config = replace(can, batch_size=48, objective_kwargs=SMALL | dict(weights=[0.5, 0.4, 0.1], sigma=1.0))
@@ -87,6 +88,7 @@ def test_ranks_give_the_same(can, tmp_path):
         assert all((state[k] - weights[0][k]).abs().max() < 1e-3 for k in state)
 
 
+@pytest.mark.slow
 def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path):
     """SIGKILL in mid-epoch; started again it leaves the same record, encoder, projector and decoder, bit for bit."""
     config = replace(can, epochs=8, batch_size=16, ema_decay=0.9, evaluate_every=4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train_parser', 'field_values', 'configured', 'train',
            'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
-           'new_folder', 'new', 'grid', 'report', 'bench', 'main']
+           'new_folder', 'new', 'grid', 'report', 'bench', 'export', 'main']
 
 # %% ../nbs/10_cli.ipynb #598bd3f4
 import argparse, inspect, logging, re, shutil, sys, tempfile
@@ -279,7 +279,12 @@ def bench(words:list[str])->int:
     from vitdistill import bench
     return bench.main(words)
 
-COMMANDS = {command.__name__: command for command in (demo, study, train, grid, figures, report, bench, new)}
+def export(words:list[str])->int:
+    "a finished student for other programs (ONNX)"
+    from vitdistill import export
+    return export.main(words)
+
+COMMANDS = {command.__name__: command for command in (demo, study, train, grid, figures, report, bench, export, new)}
 
 # %% ../nbs/10_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:

@@ -66,9 +66,9 @@ def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', with '@REVISION' where it mat
     return folder
 
 # %% ../nbs/02c_hub.ipynb #857a5585
-def weights_place(name:str)->Path: # a path, or a name on the hub
+def weights_place(name:str|Path)->Path: # a path, or a name on the hub
     "Where the weights of that name lie on this machine."
-    return fetch(name) if name.startswith(HUB) else from_root(name)
+    return fetch(name) if str(name).startswith(HUB) else from_root(name)
 
 # %% ../nbs/02c_hub.ipynb #d3766987
 def push(
