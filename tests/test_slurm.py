@@ -109,7 +109,8 @@ def status(grid, folder):
 
 def jobs_of(folder, name="grid"):
     """The job of each cell, in order."""
-    return [json.loads(file.read_text())["job"] for file in sorted((folder / "out" / name).glob("[0-9]*.json"))]
+    jobs = json.loads((folder / "out" / name / "jobs.json").read_text())
+    return [jobs[cell]["job"] for cell in sorted(jobs)]
 
 
 def write_grid(folder, *cells, name="grid"):
