@@ -26,11 +26,14 @@ def tracked():
 
 
 def same_as_committed(out):
-    """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned."""
+    """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned.
+
+    Not study.html: it is study.md with the pictures that lie beside it, those of other notebooks too.
+    """
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
     ours = {name: path for name, path in files.items()
-            if name.startswith(("figures/", "tables/", "study.")) and (pinned or not name.startswith("figures/"))}
+            if name.startswith(("figures/", "tables/", "study.md")) and (pinned or not name.startswith("figures/"))}
     differ = [name for name, path in ours.items() if name not in tracked()
               or path.read_bytes() != (ROOT / "reports" / name).read_bytes()]
     assert ours and not differ, f"run make figures and look at {', '.join(sorted(differ))}"

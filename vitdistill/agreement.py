@@ -70,7 +70,8 @@ def read_predictions(
 def predicted_epochs(run:Run)->list[int]:
     "The epochs behind a run at which its record says what it decides on test images, ascending."
     kept = [int(file.stem.split('-')[1]) for file in run.folder.glob('predictions-*.npz')]
-    return sorted({*kept, *([run.epochs_done] if run.status == 'done' else [])})
+    ended = run.status == 'done' and (run.folder/'predictions.npz').is_file()
+    return sorted({*kept, *([run.epochs_done] if ended else [])})
 
 # %% ../nbs/08c_agreement.ipynb #1da9eae2
 def with_predictions(
