@@ -20,6 +20,7 @@ from .answers import Answers, Memo, NoRoom, OutOfFold, memo_key
 from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
+from .layers import with_matrix_products
 from .losses import criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
@@ -251,6 +252,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     views = Views(data.train_images, config.padding, place)
     if not objective.labelled: refuse_unfit(config, objective, len(train), ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
+    if ranks.device == 'cpu': student = with_matrix_products(student)
     student, objective = student.to(ranks.device, memory_format=torch.channels_last), objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
