@@ -25,7 +25,7 @@ from .losses import Batch, criterion
 from .models import create, create_student, student_size
 from .ranks import Ranks
 from .runs import cores
-from .setup import Setup, auto_values, create_optimizer
+from .setup import Setup, auto_values, create_optimizer, placed
 from .teachers import load_teacher, view_count
 from .train import Progress, create_objective, train_epoch
 
@@ -95,9 +95,9 @@ def autocast(config:Config): # for the student, as in a `Setup`
     return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == 'bf16')
 
 # %% ../nbs/09_contenders.ipynb #00bc5cae
-def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channels_last, **kernels):
+def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channels_last, products=True, **kernels):
     "The student's step on a ready batch, nothing else; `kernels` are the optimizer's, such as `fused=True`."
-    student = create_student(config, len(data.classes), 32).to(ranks.device, memory_format=memory).train()
+    student = placed(create_student(config, len(data.classes), 32), ranks.device, memory, products).train()
     optimizer = create_optimizer(config, student.model, **kernels)
     objective = create_objective(student, criterion(config), config.compile, ranks)
     size, rows = student_size(config, 32), torch.arange(config.batch_size, device=ranks.device)
@@ -183,7 +183,7 @@ def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
 # %% ../nbs/09_contenders.ipynb #40edc69a
 def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "What `prepare` makes of a config, for data in memory and a teacher whose health is no matter."
-    student = create_student(config, len(data.classes), 32).to(ranks.device, memory_format=torch.channels_last)
+    student = placed(create_student(config, len(data.classes), 32), ranks.device)
     views, rows = Views(data.train_images, config.padding, ranks.device), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
     test_views = Views(data.test_images, 0, ranks.device)
@@ -299,6 +299,7 @@ def tries(config:Config)->dict:
         'fp32': one('no autocast', precision='fp32'),
         'bf16': one('autocast', precision='bf16'),
         'contiguous': one('not channels_last', dict(memory=torch.contiguous_format)),
+        'convolutions': one('no convolution as a matrix product', dict(products=False)),
         'foreach SGD': one('one kernel per operation', dict(foreach=True)),
         'fused SGD': one('one kernel for all parameters', dict(fused=True)),
         'loop SGD': one('one kernel per parameter and operation', dict(foreach=False)),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'file_hash', 'resolve', 'compiled', 'program', 'Setup',
-           'image_device', 'open_memo', 'question', 'question_all', 'prepare', 'pass_size', 'predict', 'evaluate',
-           'weight_average']
+           'image_device', 'open_memo', 'question', 'question_all', 'placed', 'prepare', 'pass_size', 'predict',
+           'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import hashlib, inspect, math, os, shutil, typing
@@ -242,6 +242,17 @@ def question_all(
         answers = OutOfFold([answers, other], [seen_by(c, data) for c in (card, other_card)], rows)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
+# %% ../nbs/05b_setup.ipynb #fcbf15de
+def placed(
+    model:nn.Module, # of any convolutions
+    device:str,
+    memory:torch.memory_format=torch.channels_last,
+    products:bool=True # on a CPU, small convolutions as matrix products
+)->nn.Module:
+    "A student on its device, as it trains fastest there."
+    if device == 'cpu' and products: with_matrix_products(model)
+    return model.to(device, memory_format=memory)
+
 # %% ../nbs/05b_setup.ipynb #f357b114
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Load data, student and teacher, and check all that can be wrong before anything is written."
@@ -252,8 +263,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     views = Views(data.train_images, config.padding, place)
     if not objective.labelled: refuse_unfit(config, objective, len(train), ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
-    if ranks.device == 'cpu': student = with_matrix_products(student)
-    student, objective = student.to(ranks.device, memory_format=torch.channels_last), objective.to(ranks.device)
+    student, objective = placed(student, ranks.device), objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
