@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['orders', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', 'start', 'measure', 'projected_hours', 'by_round',
            'median_interval', 'result', 'goal_met', 'ratios', 'fill_pays_after', 'other_work', 'busy_gpus',
-           'noise_sentence', 'instruction_set', 'machine_name', 'headline', 'draw', 'record', 'record_tries',
+           'noise_sentence', 'instruction_set', 'machine_name', 'headline', 'draw', 'record', 'versus', 'record_tries',
            'milliseconds', 'profile', 'main', 'bench']
 
 # %% ../nbs/09a_bench.ipynb #79f67ae8
-import argparse, contextlib, functools, json, math, os, re, resource, subprocess, sys, tempfile, time, typing
+import argparse, contextlib, dataclasses, functools, json, math, os, re, resource, statistics, subprocess, sys, tempfile
+import time, typing
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
 from .config import Config, VitdistillError, from_root, load, save, write_atomic
@@ -59,11 +60,11 @@ def serve(name:str, config:Config, images:int)->None:
 # %% ../nbs/09a_bench.ipynb #7a2fbfe1
 class Worker:
     "The process of a contender, seen from the bench."
-    def __init__(self, name:str, ranks:int, config_file:Path, images:int):
+    def __init__(self, name:str, ranks:int, config_file:Path, images:int, root:Path=None): # of another checkout
         self.name, self.log = name, open(config_file.parent/f'{name}.log', 'w+')
         torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)] if ranks > 1 else []
         serve = ['-m', 'vitdistill.bench', '--serve', name, '--config', str(config_file), '--images', str(images)]
-        self.process = subprocess.Popen([sys.executable, *torchrun, *serve], text=True, stderr=self.log,
+        self.process = subprocess.Popen([sys.executable, *torchrun, *serve], text=True, stderr=self.log, cwd=root,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, steps:int)->dict: # one turn
@@ -90,11 +91,11 @@ def steps_a_turn(worker:Worker, seconds:float, most:int)->int: # wished for a tu
     return max(1, min(most, int(seconds*steps/spent)))
 
 # %% ../nbs/09a_bench.ipynb #38b0689b
-def start(name:str, entry:Contender, file:Path, images:int, seconds:float, times:int=1)->tuple:
+def start(name:str, entry:Contender, file:Path, images:int, seconds:float, times:int=1, root:Path=None)->tuple:
     "(worker, steps a turn, seconds from each of `times` launches to the end of the first step); the last one stays."
     first_steps = []
     while True:
-        begun, worker = time.perf_counter(), Worker(name, entry.ranks, file, images)
+        begun, worker = time.perf_counter(), Worker(name, entry.ranks, file, images, root)
         try:
             worker.ask(1)
             first_steps.append(time.perf_counter() - begun)
@@ -364,6 +365,39 @@ def record(
     save_figure(draw(turns, name), out, name, caption=headline(config, about, noise))
     return text
 
+# %% ../nbs/09a_bench.ipynb #ee3cbf77
+def versus(
+    config:Config,
+    other:Path,         # root of the other checkout
+    names:list=None,    # of contenders; default: all that are of this package
+    images:int=50_000, repeats:int=9, seconds:float=5., # as in `measure`
+    say:typing.Callable=print
+)->tuple: # (a row per contender, of ratios that say how much faster this checkout is; sentences on what was left out)
+    "This checkout's contenders beside another's, by pairs."
+    entries, usual, rows, left_out = contenders(config), dataclasses.asdict(Config()), [], []
+    given = {key: value for key, value in dataclasses.asdict(config).items() if value != usual[key]} # it may know fewer
+    for name in names or [name for name in entries if name == 'bare' or name.startswith('vitdistill')]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            file, pair = write_atomic(Path(folder)/'config.yaml', lambda p: p.write_text(yaml.safe_dump(given))), []
+            try:
+                for root in (None, other):
+                    pair.append(start(name, entries[name], file, images, seconds, 3, root))
+                    stack.callback(pair[-1][0].close)
+            except VitdistillError as e:
+                left_out.append(f'{e}')
+                say(left_out[-1])
+                continue
+            steps, paces = min(pair[0][1], pair[1][1]), []
+            for repeat in range(repeats):
+                turn = {i: pair[i][0].ask(steps)['seconds'] for i in ((0, 1), (1, 0))[repeat % 2]}
+                paces.append(turn[1]/turn[0])
+            (low, high), first = median_interval(pd.Series(paces)), [statistics.median(one[2]) for one in pair]
+            rows.append(dict(contender=name, faster=statistics.median(paces), low=low, high=high, steps_a_turn=steps,
+                             turns=repeats, first_step_seconds=first[0], first_step_earlier=first[1]/first[0]))
+            say(f"{name}: {rows[-1]['faster']:.2f} times as fast ({low:.2f} to {high:.2f}), "
+                f"first step {first[0]:.1f} s, there {first[1]:.1f} s")
+    return pd.DataFrame(rows), left_out
+
 # %% ../nbs/09a_bench.ipynb #196da578
 def _write(frame:pd.DataFrame, kind:str, config:Config, out, about:dict, noise:str='')->str:
     text = headline(config, about, noise) + '\n\n' + _show(frame) + '\n'
@@ -423,6 +457,7 @@ def main(arguments:list=None)->int:
     add('--config', help='a flat YAML file with another pair, such as {student: resnet18, stem: cifar}')
     add('--close-rounds', type=int, default=6, help='rounds more of the bare step, the plain epoch and the full memo')
     add('--tries', action='store_true', help='time the bare step with one thing changed at a time instead')
+    add('--against', help='root of another checkout: time each contender of ours beside its namesake there instead')
     add('--profile', action='store_true', help='say instead on which operations the plain epoch spends more time')
     add('--anyway', action='store_true', help='run although other processes compute, and say so in the record')
     add('--serve', help=argparse.SUPPRESS)
@@ -445,6 +480,9 @@ def bench(args:argparse.Namespace)->str: # of `main`
     seconds, say = args.seconds or (30. if device == 'cuda' else 4.), functools.partial(print, flush=True)
     out, about = from_root(args.out), environment() | dict(instructions=instruction_set())
     if args.profile: return _write(profile(config, args.images), 'profile', config, out, about, noise)
+    if args.against:
+        table, _ = versus(config, Path(args.against), None, args.images, args.repeats, seconds, say)
+        return _write(table, 'against', config, out, about, noise)
     if args.tries:
         turns, _ = measure(config, list(tries(config)), args.images, args.repeats, seconds, say)
         return record_tries(turns, config, out, about, noise)
