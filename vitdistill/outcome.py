@@ -16,13 +16,12 @@ from .config import Config, VitdistillError, field_names, from_root, repo_root, 
 from .data import Data
 from .hub import push
 from .losses import Batch
-from .views import epoch_plan
 from .models import combine, save_model, student_size
 from .pretraining import reconstructions
 from .ranks import start_ranks, threads_per_rank
 from .runs import Run, RunWriter
 from .setup import Setup, file_hash, predict, prepare
-from .teachers import Teacher, make_card, read_card, seen_by, view_count
+from .teachers import Teacher, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #33a84427
 def predictions(
@@ -59,8 +58,7 @@ def head_accuracies(arrays:dict)->dict:
 def true_answers(setup:Setup)->float|None:
     "Of the teacher's hard labels in the last epoch, the share that are the true ones; None where no memo kept them."
     if not setup.answers: return None
-    config, labels = setup.config, setup.data.train_labels
-    plan = epoch_plan(setup.train_rows, len(labels), view_count(config, setup.data), config.seed, config.epochs - 1)
+    labels, plan = setup.data.train_labels, setup.plan(setup.config.epochs - 1)
     answers, known = setup.answers.remembered(plan)
     if answers.ndim > 1 or not known.any(): return None
     return round((answers == labels[plan.image])[known].double().mean().item(), 5)
