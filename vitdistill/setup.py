@@ -313,16 +313,20 @@ def predict(
     return [torch.cat(heads) for heads in zip(*outputs)]
 
 # %% ../nbs/05b_setup.ipynb #ba4c2a43
-def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, student:nn.Module=None)->tuple:
-    "(top1, top5) over all ranks, shares in [0, 1], of the heads' added softmaxes; (None, None) without rows."
-    if not len(rows): return None, None
+def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, student:nn.Module=None)->dict:
+    "Top-1 and top-5 over all ranks, of the heads' added softmaxes; of two heads the top-1 of each too, in [0, 1]."
+    heads = setup.student.heads if len(setup.student.heads) > 1 else ()
+    names = 'top1', 'top5', *(f'{head}_top1' for head in heads)
+    if not len(rows): return dict.fromkeys(names)
     exact = torch.float64 if setup.ranks.device != 'mps' else torch.float32
-    counts = torch.zeros(2, dtype=exact, device=setup.ranks.device)
+    counts = torch.zeros(len(names), dtype=exact, device=setup.ranks.device)
     if len(mine := rows.tensor_split(setup.ranks.world)[setup.ranks.rank]):
-        top = combine(predict(setup, views, mine, student=student)).topk(min(5, len(setup.data.classes))).indices
-        right = top == labels[mine].to(top.device)[:, None]
-        counts += torch.stack([right[:, 0].sum(), right.sum()])
-    return tuple((setup.ranks.sum(counts)/len(rows)).tolist())
+        answers = predict(setup, views, mine, student=student)
+        top = combine(answers).topk(min(5, len(setup.data.classes))).indices
+        true = labels[mine].to(top.device)
+        right = top == true[:, None]
+        counts += torch.stack([right[:, 0].sum(), right.sum(), *((z.argmax(-1) == true).sum() for z in answers if heads)])
+    return dict(zip(names, (setup.ranks.sum(counts)/len(rows)).tolist()))
 
 # %% ../nbs/05b_setup.ipynb #b90e4d27
 def weight_average(config:Config, student:nn.Module, optimizer:torch.optim.Optimizer)->ModelEmaV3|None:

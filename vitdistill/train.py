@@ -237,14 +237,14 @@ def train_epoch(setup:Setup, objective:Objective, optimizer:torch.optim.Optimize
 
 # %% ../nbs/06_train.ipynb #4e90b7d2
 def accuracies(setup:Setup, average:nn.Module|None=None)->dict:
-    "Validation and test top-1 and top-5 as columns of metrics; of a weight average too, where there is one."
+    "Validation and test accuracies as columns of metrics; top-1 of a weight average too, where there is one."
     data, row = setup.data, {}
     everything = torch.arange(len(data.test_labels))
     parts = dict(val=(setup.views, data.train_labels, setup.val_rows),
                  test=(setup.test_views, data.test_labels, everything))
     for part, where in parts.items():
-        row[f'{part}_top1'], row[f'{part}_top5'] = evaluate(setup, *where)
-        if average: row[f'ema_{part}_top1'], _ = evaluate(setup, *where, average.module)
+        row |= {f'{part}_{name}': share for name, share in evaluate(setup, *where).items()}
+        if average: row[f'ema_{part}_top1'] = evaluate(setup, *where, average.module)['top1']
     return row
 
 # %% ../nbs/06_train.ipynb #b70db913
