@@ -148,6 +148,13 @@ class Config:
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: as the dataset allows (not for digits)
     mixup:float=_data(0., '[0, inf)') # alpha of the Beta distribution that mixes two images (timm's mixup); 0: none
     cutmix:float=_data(0., '[0, inf)') # the same for a box pasted into another image; with both, a fair coin a batch
+    resized_crop:float=_data(0., '[0, 1]') # smallest share of the area that a random resized crop keeps; 0: none
+    randaugment:str=_data('') # timm's RandAugment, such as rand-m9-mstd0.5-inc1; '': none
+    three_augment:bool=_data(False) # DeiT III's 3-Augment: grey, solarized or blurred
+    color_jitter:float=_data(0., '[0, 1]') # largest change of brightness, contrast and saturation
+    random_erasing:float=_data(0., '[0, 1]') # probability that a rectangle of an image becomes noise
+    repeats:int=_data(1, '[1, inf)') # copies of an image in an epoch, each augmented on its own
+    repeats_mode:str=_data('public', ('public', 'longer')) # an epoch of as many rows (DeiT's code), or so much longer
     # The teacher; '' is none
     teacher:str=_teacher('') # timm architecture
     teacher_kwargs:dict=_teacher(dict) # passed to timm.create_model
@@ -162,6 +169,7 @@ class Config:
     memo_temperatures:list=_teacher(list, hashed=False) # whose tails a memo of soft answers keeps; []: the run's own
     # The objective
     distillation:str=_objective('none') # a name of `vitdistill.losses.OBJECTIVES`
+    token:str=_objective('auto', ('auto', 'class', 'distillation')) # learns the teacher's; auto: the last head there is
     alpha:float=_objective(.5, '[0, 1]') # weight of the teacher's term (lambda for 'soft')
     beta:float=_objective(.5, '[0, 1]') # weight of the soft part within 'hard+soft'
     temperature:float=_objective(3., '(0, inf)') # tau of soft distillation
@@ -193,6 +201,7 @@ class Config:
     deterministic:bool=_machine(False, hashed=False) # the same bits each time on CUDA, slower; a CPU's always are
     data_on:str=_machine('auto', ('auto', 'device', 'host', 'disk'), hashed=False) # of images; auto: where room is
     threads:int|str=_machine('auto', '[1, inf)', hashed=False) # per rank, on the CPU
+    workers:int|str=_machine('auto', '[0, inf)', hashed=False) # processes a rank that augment; auto: none on a CPU
     nproc:int|str=_machine('auto', '[1, inf)', hashed=False) # ranks on this node; 'auto': the visible GPUs, or 1
     nnodes:int=_machine(1, '[1, inf)', hashed=False, shared=True) # nodes, for torchrun
     rdzv_endpoint:str=_machine('', hashed=False, shared=True) # host:port of torchrun's rendezvous, for several nodes

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'HardLabel', 'Logits', 'TopK', 'soft_loss', 'soft_loss_top_k', 'decoupled_loss', 'standardize',
-           'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within', 'SwitchedDistillationLoss',
-           'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation',
-           'RelationalDistillation', 'criterion', 'Output', 'Objective']
+           'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within', 'BinaryLabels',
+           'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation',
+           'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import inspect, typing
@@ -164,10 +164,19 @@ class Labels(nn.Module):
     copies = 1 # of an image in a step, each a view of its own
     needs_two = False # images on every rank
     compiles = True # may be one program of torch.compile; False: it depends on the epoch, and would be compiled in each
+    token = 'auto' # whose head learns the teacher's answers: class, distillation; auto: the last one
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
-    def fit(self, student:nn.Module)->nn.Module: return student # what is trained; here parts of its size can be made
+    def fit(self, student:nn.Module)->nn.Module: # what is trained; here parts of its size can be made
+        two = len(getattr(student, 'heads', ())) > 1
+        if self.token == 'distillation' and not two:
+            raise VitdistillError("token = 'distillation' needs a second head, and this student has one: take a student "
+                                  "such as deit_tiny_distilled_patch16_224, or token = 'class'.")
+        if self.token == 'class' and two:
+            raise VitdistillError("token = 'class' would leave this student's second head untrained: take the student "
+                                  "without it, or token = 'distillation'.")
+        return student
     def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: return pixels # in [0, 255]
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # the two perhaps under DDP, or compiled
         return Objective(student, criterion)
@@ -182,6 +191,19 @@ def within(name:str, value:float, low:float=0., high:float=1.)->float:
     "The value, or a `VitdistillError` where it is outside [low, high]."
     if low <= value <= high: return value
     raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
+
+# %% ../nbs/03_losses.ipynb #d989df81
+class BinaryLabels(Labels):
+    "Binary cross-entropy of each class: is it in the image? (DeiT III, 2204.07118)"
+    def __init__(self,
+        label_smoothing:float=0., # in [0, 1): answers are s/2 and 1 - s/2
+        threshold:float=0.):      # share of a mixed image above which a class is there, in [0, 1)
+        super().__init__(label_smoothing)
+        self.threshold = within('threshold', threshold)
+    def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
+        shares = F.one_hot(targets, heads[0].shape[-1]) if targets.ndim == 1 else targets
+        there = (shares > self.threshold).float()*(1 - self.label_smoothing) + self.label_smoothing/2
+        return sum(F.binary_cross_entropy_with_logits(z.float(), there) for z in heads)/len(heads)
 
 # %% ../nbs/03_losses.ipynb #3f3ccbe3
 class SwitchedDistillationLoss(Labels):
@@ -272,7 +294,7 @@ class RelationalDistillation(SwitchedDistillationLoss):
         return sum(weight*part for weight, part in zip(self.weights, relation_losses(*sides, self.temperature)))
 
 # %% ../nbs/03_losses.ipynb #4d08b6f1
-OBJECTIVES = {'none': Labels, 'hard': SwitchedDistillationLoss, 'soft': SoftDistillation,
+OBJECTIVES = {'none': Labels, 'bce': BinaryLabels, 'hard': SwitchedDistillationLoss, 'soft': SoftDistillation,
               'hard+soft': HardAndSoftDistillation,
               'dkd': DecoupledDistillation, 'standardized': StandardizedDistillation, 'dist': RelationalDistillation}
 
@@ -288,6 +310,7 @@ def criterion(config:Config)->nn.Module:
         raise VitdistillError(f'objective_kwargs: {name!r} has no argument {argument!r} beside those of a config: '
                               f'{nearest(argument, own, "leave it out.")}')
     made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
+    made.token = config.token
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '
                               "or set distillation = 'none'.")

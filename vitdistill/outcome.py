@@ -16,13 +16,12 @@ from .config import Config, VitdistillError, field_names, from_root, repo_root, 
 from .data import Data
 from .hub import push
 from .losses import Batch
-from .views import epoch_plan
 from .models import combine, save_model, student_size
 from .pretraining import reconstructions
 from .ranks import start_ranks, threads_per_rank
 from .runs import Run, RunWriter
 from .setup import Setup, file_hash, predict, prepare
-from .teachers import Teacher, make_card, read_card, seen_by, view_count
+from .teachers import Teacher, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #33a84427
 def predictions(
@@ -59,8 +58,7 @@ def head_accuracies(arrays:dict)->dict:
 def true_answers(setup:Setup)->float|None:
     "Of the teacher's hard labels in the last epoch, the share that are the true ones; None where no memo kept them."
     if not setup.answers: return None
-    config, labels = setup.config, setup.data.train_labels
-    plan = epoch_plan(setup.train_rows, len(labels), view_count(config, setup.data), config.seed, config.epochs - 1)
+    labels, plan = setup.data.train_labels, setup.plan(setup.config.epochs - 1)
     answers, known = setup.answers.remembered(plan)
     if answers.ndim > 1 or not known.any(): return None
     return round((answers == labels[plan.image])[known].double().mean().item(), 5)
@@ -100,7 +98,7 @@ def model_card(
     teaches = dict(teacher=c.student, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
-    if c.distillation == 'none': taught = 'trained on labels alone'
+    if not c.teacher: taught = 'trained on labels alone'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     imports = 'import timm, vitdistill.models' if c.stem == 'cifar' else 'import timm'
     recipe = yaml.safe_dump({k: v for k, v in asdict(c).items() if v != getattr(Config(), k)}, sort_keys=False)

@@ -8,16 +8,16 @@ __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'place_among_ranks'
            'local_rows', 'has_batch_norm', 'parallel', 'seed_step']
 
 # %% ../nbs/05a_ranks.ipynb #2950b6db
-import inspect, os, random, re, signal, sys, threading, time
+import inspect, os, re, signal, sys, threading, time
 from dataclasses import dataclass
 from datetime import timedelta
-import numpy as np, torch, torch.distributed as dist
+import torch, torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.utils.distributed import world_info_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from .config import Config, VitdistillError
-from .data import generator
+from .data import seed_host
 from .runs import cores
 
 # %% ../nbs/05a_ranks.ipynb #f958c3ba
@@ -181,9 +181,6 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
 # %% ../nbs/05a_ranks.ipynb #273e0372
 def seed_step(seed:int, epoch:int, step:int, rank:int, device:str='cpu')->None: # device: beside the CPU
     "Whatever a step draws (torch's, numpy's and Python's numbers) is a function of (seed, epoch, step, rank)."
-    state = generator(seed, epoch, step, rank).initial_seed()
-    torch.default_generator.manual_seed(state)
+    state = seed_host(seed, epoch, step, rank)
     if device.startswith('cuda'): torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(state)
     if device == 'mps': torch.mps.manual_seed(state)
-    np.random.seed(state % 2**32)
-    random.seed(state)

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'c
            'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
-import hashlib, inspect, math, os, shutil, typing
+import functools, hashlib, inspect, math, os, shutil, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 import timm.optim, torch
@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from .answers import Answers, Memo, NoRoom, OutOfFold, memo_key
+from .augment import Augment, augments, image_parts
 from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
@@ -26,9 +27,9 @@ from .models import Student, check_name, combine, create_student, pretrained_con
 from .models import weights_file
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
-from .runs import Run
-from .teachers import Teacher, check_health, load_teacher, seen_by
-from .views import Views, normalize, scaled
+from .runs import Run, cores
+from .teachers import Teacher, check_health, load_teacher, seen_by, view_count
+from .views import Plan, Views, epoch_plan, normalize, scaled
 
 # %% ../nbs/05b_setup.ipynb #2d7e40b9
 def optimizer_class(config:Config)->tuple:
@@ -137,6 +138,7 @@ def resolve(config:Config)->Config:
     "Fill `auto` values and file hashes; a run that was begun keeps what it began with."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
     criterion(config)
+    image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
     check_device(device := (chosen := auto_values(config)).get('device', config.device))
@@ -184,6 +186,26 @@ class Setup:
         size = student_size(self.config, pixels.shape[-1])
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
+    def plan(self, epoch:int)->Plan: # its rows: (image, copy, view), in order
+        c, n_images = self.config, len(self.data.train_labels)
+        together = c.batch_size if c.repeats > 1 and c.repeats_mode == 'public' else 0
+        return epoch_plan(self.train_rows, n_images, view_count(c, self.data), c.seed, epoch, c.repeats, together)
+
+    @property
+    def rows(self)->int: # of an epoch's plan
+        return len(self.train_rows)*(self.config.repeats if self.config.repeats_mode == 'longer' else 1)
+
+    @functools.cached_property
+    def augment(self)->Augment|None: # what is done to views
+        side = self.data.train_images.shape[1]
+        return Augment(self.config, side, self.constants) if augments(self.config) else None
+
+    @property
+    def workers(self)->int: # processes of this rank that augment
+        if not augments(self.config): return 0
+        if self.config.workers != 'auto': return self.config.workers
+        return min(16, cores()//self.ranks.local_world) if self.ranks.device.startswith('cuda') else 0
+
     @property
     def beside(self)->bool: # are images kept beside the student?
         return self.views.resident and self.views.device.type == torch.device(self.ranks.device).type
@@ -204,14 +226,14 @@ def image_device(
     device:str   # of the model
 )->str:
     "Where images are kept: beside the model where they take less than half of its free memory, else in the host's."
-    if config.data_on in ('host', 'disk') or not device.startswith('cuda'):
+    if config.data_on in ('host', 'disk') or augments(config) or not device.startswith('cuda'):
         return device if config.data_on == 'device' else 'cpu'
     return device if config.data_on == 'device' or math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2 else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
 def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Memo|None: # kind: of answer
     "The memo beside the teacher, on rank 0; None (it is asked online) where it is off, of no use, or has no room."
-    if not config.memo or ranks.rank or config.mixup or config.cutmix: return None
+    if not config.memo or ranks.rank or config.mixup or config.cutmix or augments(config): return None
     weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
     folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
     try: return Memo(folder, memo_key(teacher, config, data), kind)
@@ -301,16 +323,20 @@ def predict(
     return [torch.cat(heads) for heads in zip(*outputs)]
 
 # %% ../nbs/05b_setup.ipynb #ba4c2a43
-def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, student:nn.Module=None)->tuple:
-    "(top1, top5) over all ranks, shares in [0, 1], of the heads' added softmaxes; (None, None) without rows."
-    if not len(rows): return None, None
+def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, student:nn.Module=None)->dict:
+    "Top-1 and top-5 over all ranks, of the heads' added softmaxes; of two heads the top-1 of each too, in [0, 1]."
+    heads = setup.student.heads if len(setup.student.heads) > 1 else ()
+    names = 'top1', 'top5', *(f'{head}_top1' for head in heads)
+    if not len(rows): return dict.fromkeys(names)
     exact = torch.float64 if setup.ranks.device != 'mps' else torch.float32
-    counts = torch.zeros(2, dtype=exact, device=setup.ranks.device)
+    counts = torch.zeros(len(names), dtype=exact, device=setup.ranks.device)
     if len(mine := rows.tensor_split(setup.ranks.world)[setup.ranks.rank]):
-        top = combine(predict(setup, views, mine, student=student)).topk(min(5, len(setup.data.classes))).indices
-        right = top == labels[mine].to(top.device)[:, None]
-        counts += torch.stack([right[:, 0].sum(), right.sum()])
-    return tuple((setup.ranks.sum(counts)/len(rows)).tolist())
+        answers = predict(setup, views, mine, student=student)
+        top = combine(answers).topk(min(5, len(setup.data.classes))).indices
+        true = labels[mine].to(top.device)
+        right = top == true[:, None]
+        counts += torch.stack([right[:, 0].sum(), right.sum(), *((z.argmax(-1) == true).sum() for z in answers if heads)])
+    return dict(zip(names, (setup.ranks.sum(counts)/len(rows)).tolist()))
 
 # %% ../nbs/05b_setup.ipynb #b90e4d27
 def weight_average(config:Config, student:nn.Module, optimizer:torch.optim.Optimizer)->ModelEmaV3|None:

@@ -105,11 +105,16 @@ def epoch_plan(
     n_views:int,       # views of an image
     seed:int,
     epoch:int,         # from 0
-    copies:int=1       # repetitions of each image (repeated augmentation)
+    copies:int=1,      # repetitions of each image (repeated augmentation)
+    together:int=0     # rows of a batch that holds all copies of its images; 0: the epoch is so many times as long
 )->Plan:
     "The epoch's images, copies and views in order."
-    g = generator(seed, epoch)
+    g, n = generator(seed, epoch), len(rows)
     views = torch.randint(n_views, (copies, n_images), generator=g)
-    order = torch.randperm(len(rows)*copies, generator=g)
-    image, copy = rows[order % len(rows)], order//len(rows)
+    order = torch.randperm(n if together else n*copies, generator=g)
+    image, copy = rows[order % n], order//n
+    if together:
+        image, copy = image.repeat_interleave(copies)[:n], torch.arange(n) % copies
+        apart = (torch.arange(n)//together*copies + copy).argsort(stable=True) # a batch's first copies first
+        image, copy = image[apart], copy[apart]
     return Plan(image, copy, views[copy, image])
