@@ -151,7 +151,7 @@ def lay_out(folder):
     """The pages as Sphinx reads them."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "_*", "executed"))
-    files = {"reports/figures/figure4.png"}  # of docs/index.md
+    files = {"reports/figures/study_forest.png"}  # of docs/index.md
     for page, source in PAGES.items():
         target = folder / f"{page}{Path(source).suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,14 +21,17 @@ nb_execution_mode = "off"  # docs/build.py has executed what is shown
 nb_output_stderr = "remove"
 nb_merge_streams = True
 myst_heading_anchors = 4
+suppress_warnings = ["myst.xref_missing"]  # build.py follows every link, those to places in raw HTML too
 html_theme = "pydata_sphinx_theme"
 html_title = f"{project} {version}"
 html_show_sourcelink = False
 html_copy_source = False
 html_css_files = ["extra.css"]
 html_static_path = ["_static"]
+html_sidebars = {page: [] for page in ("recipes", "study", "contributing", "changes")}  # no pages below them
 html_theme_options = {"github_url": settings["git_url"], "show_toc_level": 2, "navigation_with_keys": False,
                       "header_links_before_dropdown": 8, "secondary_sidebar_items": ["page-toc"],
+                      "navbar_persistent": ["search-button"],
                       "footer_start": ["copyright"], "footer_end": []}
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False

@@ -2,6 +2,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from vitdistill import grids
+from vitdistill.cli import COMMANDS
 from vitdistill.runs import find_runs
 
 SETTINGS = ConfigParser(delimiters=["="])
@@ -151,6 +154,15 @@ def test_pair_from_a_wheel(away, tmp_path):
     assert about["vitdistill"] == SETTINGS["version"] and about["commit"] == os.environ.get("VITDISTILL_COMMIT", "")
     assert str(tmp_path) not in (runs[0].folder / "config.yaml").read_text()
     assert (mine / "out/demo/figures/figure4.png").stat().st_size > 10_000
+
+
+def test_recipes_call_commands_that_exist():
+    """Each `vitdistill ...` of the README: its command, its options, its grid file."""
+    recipes = [shlex.split(line) for line in re.findall(r"^vitdistill (.+)$", (ROOT / "README.md").read_text(), re.M)]
+    assert {"grid", "export", "new"} <= {words[0] for words in recipes} <= COMMANDS.keys()
+    for words in recipes:
+        if words[0] == "grid":
+            assert (ROOT / grids.parser().parse_args(words[1:]).grid).is_file()
 
 
 def imports(tree):

@@ -1,4 +1,5 @@
 """Grids on a real Slurm of two nodes, both this machine: `make test-slurm` (Debian's slurm-wlm and munge, as root)."""
+import functools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,7 @@ import yaml
 
 from conftest import ROOT, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
-from vitdistill.grids import grid_cells, noted_runs, place_of
+from vitdistill.grids import grid_cells, look, noted_runs, place_of, table
 from vitdistill.runs import find_runs
 
 pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
@@ -100,9 +102,12 @@ def start(grid, folder, *words, **kw):
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, **kw)
 
 
+cells_of = functools.cache(grid_cells)  # a poll that reads notebooks would see a run when it is over
+
+
 def status(grid, folder):
-    """(state, epochs) of each cell, and what the command printed."""
-    said = start(grid, folder, "--status").stdout
+    """(state, epochs) of each cell, and what `--status` prints."""
+    said = table(look([replace(cell) for cell in cells_of(grid)], folder / "out" / grid.stem))
     rows = [line.split() for line in said.splitlines()[1:-1] if not line.startswith(" ")]
     return [(row[0], row[1]) for row in rows], said
 
@@ -120,7 +125,8 @@ def write_grid(folder, *cells, name="grid"):
                   data_fraction=0.4, batch_size=64, student="vit_tiny_patch16_224", student_kwargs=VIT,
                   optimizer="adamw", lr=0.002, checkpoint_seconds=3600.0,
                   runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
-    taught = dict(teacher_kwargs=VIT, teacher="vit_tiny_patch16_224", teacher_size=32)
+    taught = dict(teacher_kwargs=VIT, teacher="vit_tiny_patch16_224", teacher_size=32,
+                  allow_untrained=True)  # seconds make no good teacher
     cells = [dict(notebook=notebook, parameters={**common, **(taught if notebook.startswith("e02") else {}), **given})
              for notebook, given in cells]
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(cells, sort_keys=False))
@@ -128,7 +134,7 @@ def write_grid(folder, *cells, name="grid"):
 
 
 def run_of_cell(folder, number, grid):
-    return noted_runs(place_of(folder / "out/grid", number, grid_cells(grid)[number]))[-1]
+    return noted_runs(place_of(folder / "out/grid", number, cells_of(grid)[number]))[-1]
 
 
 def assert_same(one, other, exact=True):
@@ -150,8 +156,6 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
     begun = start(grid, folder, "--on", "slurm", "--time", "30")
     assert begun.returncode == 0, begun.stderr
     assert "4 waiting" in begun.stdout
-    again = start(grid, folder, "--on", "slurm")
-    assert again.returncode == 1 and "is in use: 4 cell(s) of a grid of that name" in again.stderr
     teacher, plain, *taught = jobs_of(folder)
     assert teacher.split("_")[0] == plain.split("_")[0] != taught[0].split("_")[0]  # an array of students
 
@@ -161,7 +165,7 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
         except IndexError:
             return False
 
-    assert wait_until(lambda: reached(1, 2), 240)
+    assert wait_until(lambda: reached(1, 2), 400)
     answer("scancel", "--signal=USR2", plain)
     plain_run = run_of_cell(folder, 1, grid)
     assert wait_until(lambda: status(grid, folder)[0][1][0] == "waiting", 60), status(grid, folder)[1]
@@ -170,13 +174,16 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
     assert wait_until(lambda: reached(2, 2), 400, poll=1), status(grid, folder)[1]
     assert status(grid, folder)[0][0] == ("done", "24/24")
     answer("scontrol", "requeue", taught[0])
+    again = start(grid, folder, "--on", "slurm")
+    assert again.returncode == 1 and "cell(s) of a grid of that name are running or waiting" in again.stderr
     assert wait_until(lambda: all(state == "done" for state, _ in status(grid, folder)[0]), 600, poll=3), \
         status(grid, folder)[1]
     for number in (1, 2):
         log = (run_of_cell(folder, number, grid).work / "log.txt").read_text()
         assert "resumes after epoch" in log, log
     assert f"resumes after epoch {saved}" in (plain_run.work / "log.txt").read_text()
-    assert not answer("squeue", "-h")
+    assert wait_until(lambda: not answer("squeue", "-h"), 60, poll=1)
+    assert "4 done, 0 failed" in start(grid, folder, "--status").stdout
 
     here = write_grid(tmp_path / "here", *FOUR)
     local = start(here, here.parent, "--at-once", "2")
@@ -194,7 +201,7 @@ def test_a_teacher_that_fails_takes_its_students_along(slurm, tmp_path):
     grid = write_grid(tmp_path / "slurm", ("e00_teacher", dict(student="resnet5", **short)),
                       ("e01_baseline_resnet50", short), ("e02_distilled_resnet50", short))
     assert start(grid, grid.parent, "--on", "slurm").returncode == 0
-    assert wait_until(lambda: not answer("squeue", "-h"), 240, poll=1)
+    assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     states, said = status(grid, grid.parent)
     assert [state for state, _ in states] == ["failed", "done", "failed"], said
     assert "unknown model 'resnet5'" in said and "not begun, for its teacher failed" in said
@@ -206,7 +213,7 @@ def test_a_cell_on_two_nodes(slurm, tmp_path):
     grid = write_grid(tmp_path / "slurm", ("e01_baseline_resnet50", short))
     here = write_grid(tmp_path / "here", ("e01_baseline_resnet50", short))
     assert start(grid, grid.parent, "--on", "slurm", "--nodes", "2").returncode == 0
-    assert wait_until(lambda: not answer("squeue", "-h"), 240, poll=1)
+    assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     assert status(grid, grid.parent)[0] == [("done", "3/3")], status(grid, grid.parent)[1]
     assert start(here, here.parent).returncode == 0
     two, one = (run_of_cell(file.parent, 0, file) for file in (grid, here))
@@ -227,7 +234,7 @@ def test_ranks_are_slurms_under_srun_only(slurm, tiny, tmp_path):
         shutil.rmtree(tmp_path / "work", ignore_errors=True)
         (tmp_path / "job.sh").write_text(f"{common}{line}\n")
         job = answer("sbatch", "--parsable", str(tmp_path / "job.sh")).strip()
-        assert wait_until(lambda: not answer("squeue", "-h"), 240, poll=1)
+        assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
         said.append((tmp_path / f"{job}.log").read_text())
         assert run_of(config).status == "done", said[-1]
     assert "1 rank(s) on cpu" in said[0] and "2 rank(s) on cpu" in said[1]
@@ -251,7 +258,7 @@ def test_a_folder_that_the_node_does_not_see(slurm, tmp_path):
     assert start(grid, grid.parent, "--on", "slurm", "--cluster", str(tmp_path / "cluster.yaml")).returncode == 0
     out = grid.parent / "out"
     out.rename(tmp_path / "unseen")  # as the node's own disk has no such folder
-    assert wait_until(lambda: not answer("squeue", "-h"), 240, poll=1)
+    assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     shutil.rmtree(out, ignore_errors=True)
     (tmp_path / "unseen").rename(out)
     states, said = status(grid, grid.parent)
