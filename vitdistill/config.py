@@ -134,6 +134,8 @@ class Config:
     student_size:int=_student(0, '[0, inf)') # input side in px, bilinear; 0: the data's own
     student_weights:str=_student('', hashed=False) # to start from: a safetensors/pth file or a model folder; '': none
     student_pretrained:bool=_student(False) # start from timm's weights on the hub
+    student_head:str=_student('new', ('new', 'keep')) # untrained, or the one that student_weights have
+    student_resampling:str=_student('bicubic', ('bicubic', 'bilinear')) # of position embeddings to another grid
     student_normalization:str=_student('data', _norms) # the dataset's mean and std, or the pretrained model's own
     # The data
     dataset:str=_data('cifar100', shared=True, split=True) # a name that `vitdistill.data` knows

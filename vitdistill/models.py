@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file', 'read_weights',
-           'head_names', 'load_weights', 'TwoHeads', 'combine', 'Student', 'student_size', 'create_student',
-           'pretrained_constants', 'save_model']
+           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'TwoHeads', 'combine', 'Student',
+           'student_size', 'check_start', 'create_student', 'pretrained_constants', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
-import json, re, tempfile
+import json, math, re, tempfile
 from pathlib import Path
 import timm, torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models import (build_model_with_cfg, generate_default_cfgs, load_model_config_from_hf, load_pretrained,
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
@@ -167,16 +169,42 @@ def head_names(model:nn.Module)->tuple:
     names = model.pretrained_cfg['classifier']
     return (names,) if isinstance(names, str) else tuple(names)
 
+# %% ../nbs/02_models.ipynb #8c988a04
+def fit_positions(
+    state:dict,                 # of a checkpoint
+    model:nn.Module,            # that it is for, perhaps at another size
+    interpolation:str='bicubic' # or 'bilinear', whose vectors are shorter
+)->dict:
+    "The state, a vision transformer's position embeddings resampled to the model's grid by timm's filter."
+    if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None: return state
+    own, patches = model.state_dict(), 'patch_embed.proj.weight'
+    side = math.sqrt(state['pos_embed'].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens))
+    same = state['pos_embed'].shape[1] == own['pos_embed'].shape[1]
+    if same or side % 1 or state.get(patches, own[patches]).shape != own[patches].shape: return state
+    return checkpoint_filter_fn(state, model, interpolation=interpolation)
+
+# %% ../nbs/02_models.ipynb #0cc0c545
+def resampled_norm(
+    positions:torch.Tensor, # (1, tokens, width), with `prefix` tokens that have no place in the image
+    side:int,               # of the new grid, in patches
+    interpolation:str,      # 'bicubic' or 'bilinear'
+    prefix:int=1
+)->float:
+    "The mean norm of the position embeddings on another grid over that on their own."
+    new = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=prefix, interpolation=interpolation)
+    return (new[:, prefix:].norm(dim=-1).mean()/positions[:, prefix:].norm(dim=-1).mean()).item()
+
 # %% ../nbs/02_models.ipynb #5223bbf2
 def load_weights(
     model:nn.Module,
     path:str|Path,      # safetensors, pth, or a model folder
-    new_head:bool=False # leave the checkpoint's head out (it is for other classes)
+    new_head:bool=False,  # leave the checkpoint's head out (it is for other classes)
+    interpolation:str='bicubic' # of position embeddings, as in `fit_positions`
 )->nn.Module:
     "Load weights strictly; `VitdistillError` names the tensors that are missing, unknown or of another shape."
-    state, own = read_weights(path), model.state_dict()
+    state, own = fit_positions(read_weights(path), model, interpolation), model.state_dict()
+    heads = tuple(f'{h}.' for h in head_names(model))
     if new_head:
-        heads = tuple(f'{h}.' for h in head_names(model))
         state = {k: v for k, v in state.items() if not k.startswith(heads)}
         state |= {k: v for k, v in own.items() if k.startswith(heads)}
     shapes = [f'{k} is {tuple(state[k].shape)}, wants {tuple(own[k].shape)}' for k in own
@@ -185,8 +213,10 @@ def load_weights(
     wrong = shapes + [f'{k} is missing' for k in missing] + [f'{k} is unknown' for k in unknown]
     if wrong:
         listed = '; '.join(wrong[:4]) + (f' and {len(wrong) - 4} more' if len(wrong) > 4 else '')
+        only_head = all(words.startswith(heads) for words in wrong)
         raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed}. "
-                              'Give the weights of this architecture and number of classes.')
+                              'Give the weights of this architecture and number of classes'
+                              + (', or a student a new head (student_head: new).' if only_head else '.'))
     model.load_state_dict(state)
     return model
 
@@ -227,13 +257,33 @@ def student_size(config:Config, image_size:int)->int:
     "Side of the student's input in px."
     return config.student_size or image_size
 
+# %% ../nbs/02_models.ipynb #faa3d094
+def check_start(
+    config:Config,
+    model:nn.Module, # of the config, as it was created
+    classes:int      # of the data
+)->None:
+    "Raise `VitdistillError` for a head or a resampling that there is no checkpoint for."
+    if config.student_weights: return
+    if config.student_resampling != 'bicubic':
+        raise VitdistillError(f'student_resampling = {config.student_resampling!r} is of student_weights: name a file '
+                              'or folder there.')
+    if config.student_head == 'new': return
+    if not config.student_pretrained:
+        raise VitdistillError("student_head = 'keep' has no checkpoint to keep it of: give student_weights.")
+    if (known := model.pretrained_cfg['num_classes']) != classes:
+        raise VitdistillError(f"student_head = 'keep': the head of {config.student} is for {known} classes and the "
+                              f"data have {classes}: set student_head to 'new'.")
+
 # %% ../nbs/02_models.ipynb #e2dcb59d
 def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
     torch.manual_seed(config.seed)
     size = student_size(config, image_size)
     model = create(config.student, classes, size, config.stem, config.student_pretrained, **config.student_kwargs)
-    if config.student_weights: load_weights(model, from_root(config.student_weights), new_head=True)
+    check_start(config, model, classes)
+    if config.student_weights:
+        load_weights(model, from_root(config.student_weights), config.student_head == 'new', config.student_resampling)
     return Student(model)
 
 # %% ../nbs/02_models.ipynb #be6a5369

@@ -207,7 +207,8 @@ def predictions_at(
 )->Path: # the file, predictions-<epochs>.npz
     "Write what a checkpoint decides on the test set, as `predictions` has it, into the record of a run that may go on."
     state = checkpoint_at(run, epochs)
-    alone = dict(distillation='none', objective_kwargs={}, student_weights='', student_pretrained=False)
+    alone = dict(distillation='none', objective_kwargs={}, student_weights='', student_pretrained=False,
+                 student_head='new', student_resampling='bicubic')
     setup = prepare(replace(run.config, **alone), start_ranks(run.config.device))
     setup.student.model.load_state_dict(state['model'])
     def write(path):
