@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
@@ -126,12 +127,16 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
     execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="new", new_head=True,
-            seed=7, fill_memo=True, padding=0,  # seed 1 is the head that it began with
+            seed=7, fill_memo=True, padding=0, keep_record=True,  # seed 1 is the head that it began with
             weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT,
             work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
     card = json.loads((tmp_path / "new/model/card.json").read_text())
     assert card["top1_held_out"] < 0.4 < teacher.result["held_out_top1"]
     assert list((tmp_path / "new/model").glob("memo-*.bin"))
+    record, = find_runs(tmp_path / "runs")
+    assert record.status == "done" and record.result["weights_hash"] == card["weights_hash"]
+    decided = set(np.load(record.folder / "predictions.npz"))
+    assert decided >= {f"{part}_class_decision" for part in ("test", "val", "train")}
 
 
 @pytest.mark.parametrize("grid", sorted((EXPERIMENTS / "grids").glob("*.yaml")), ids=lambda p: p.stem)

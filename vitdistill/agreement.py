@@ -128,7 +128,9 @@ def teacher_of(
 )->Run|None:
     "The record of the student's teacher; None where it is not among the runs."
     path, card = Path(student.config.teacher_weights), (student.result or {}).get('teacher_card') or {}
-    def adopted(run): return card.get('weights_hash') and (run.result or {}).get('weights_hash') == card['weights_hash']
+    def adopted(run): # the same weights, asked at the student's size
+        same = card.get('weights_hash') and (run.result or {}).get('weights_hash') == card['weights_hash']
+        return same and run.config.student_size in (0, student.config.teacher_size)
     teacher = next((run for run in runs if run.name in path.parts), None) or next(filter(adopted, runs), None)
     if teacher is None: return None
     result = teacher.result or {}
@@ -143,7 +145,8 @@ def teachers_of(
     student:Run,     # a run that was taught
     runs:list[Run],  # where its teachers are looked for
 )->list[Run]:
-    "The records of all who answered the student, one or two of folds; [] where one of them is not among the runs."
+    "The records of all who answered the student, one or two of folds; [] where one is not there, or its answers not."
+    if student.config.fold_answers != 'unseen': return [] # the records of folds hold their answers about unseen images
     first = teacher_of(student, runs)
     folds = Path(student.config.fold_weights).parts
     second = [run for run in runs if run.name in folds]

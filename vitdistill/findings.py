@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTING', 'QUESTIONS', 'FIRST_SEEDS', 'UNTRAINED', 'MARKS', 'setting', 'setting_letters', 'apart', 'setting_table',
-           'question', 'forest_row', 'long_run', 'long_table', 'paired_at', 'seed_noise', 'calibration', 'Words']
+           'question', 'forest_row', 'long_run', 'long_table', 'paired_at', 'long_gap', 'seed_noise', 'teacher_calls',
+           'cost_table', 'calibration', 'Words']
 
 # %% ../nbs/08g_findings.ipynb #cf9447f1
 from collections import Counter
@@ -52,13 +53,14 @@ QUESTIONS = ( # titles of the forest, in order
     'Labels of images that the teachers had not seen',
     'The paper’s way: one teacher’s hard labels, half of the loss',
     'Other answers of that teacher',
-    'No teacher: a control',
+    'Controls: no teacher, or folds that answer otherwise',
     'What may have gone wrong in the paper')
 
 def question(config:Config)->str:
     "Under which title of the forest an arm stands."
     folds, paper, other, control, wrong = QUESTIONS
     if config.distillation == 'none': return control
+    if config.fold_answers != 'unseen': return control
     if config.fold_weights and not config.allow_untrained: return folds
     if puzzling(config): return wrong
     return paper if config.distillation == 'hard' and config.alpha == .5 else other
@@ -134,6 +136,25 @@ def paired_at(
     difference, low, high = paired_score(*right)
     return dict(epochs=epochs, images=len(both), difference=difference, low=low, high=high, **mcnemar(*right))
 
+# %% ../nbs/08g_findings.ipynb #c2ac9e51
+def long_gap(
+    arms:dict,     # of `long_run`
+    least:int=20,  # epochs: of a shorter beginning nothing is told
+)->dict|None:      # as of `paired_at`; `decided`: is there an interval?; both arms' tops and log lines
+    "The pair at the last epoch at which it can be told, and the slopes of both arms up to there; None before `least`."
+    plain, other = arms[PLAIN], arms[TAUGHT]
+    common = min(map(epochs_together, (plain, other))) if plain and other else 0
+    if common < least: return None
+    pair = paired_at(plain[0], other[0])
+    decided = pair is not None and pair['epochs'] >= least
+    epochs = pair['epochs'] if decided else common
+    means = [mean_curve(curves(arm)) for arm in (plain, other)]
+    tops = [float(mean.set_index('epoch')['mean'][epochs]) for mean in means]
+    slopes, r2 = zip(*(map(significant, log_line(mean, epochs)) for mean in means))
+    by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
+    return dict(pair if decided else by_epoch, decided=decided, common=common, tops=tops, slopes=slopes, r2=r2,
+                runs=run_names([plain, other]))
+
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
     pairs:list[tuple[list[Run], list[Run]]] # plain and taught arms, done
@@ -144,6 +165,38 @@ def seed_noise(
     if not told: return np.nan, 0
     variance, freedom = zip(*told)
     return float(np.sqrt(np.average(variance, weights=freedom))), sum(freedom) + len(told)
+
+# %% ../nbs/08g_findings.ipynb #5ba45e2d
+def teacher_calls(
+    config:Config,
+    images:float, # that are trained on
+    epochs:int,   # that are run
+    sharing:int=1 # runs of other seeds that share the memo
+)->dict:          # heard: answers; online: the teacher's passes without a memo; memo: with one, a run
+    "How many answers a run hears, and how often its teacher computes one, as is expected of views drawn by chance."
+    from vitdistill.data import check_dataset # here, so that the rest of the analysis starts without torch
+    from vitdistill.views import expected_views, n_views
+    if config.distillation == 'none': return dict(heard=0., online=0., memo=0.)
+    heard, flip = images*epochs, check_dataset(config.dataset).flip if config.flip is None else config.flip
+    if config.fold_answers == 'drawn': return dict(heard=heard, online=images, memo=images/sharing) # centre views, once
+    if config.mixup or config.cutmix: return dict(heard=heard, online=heard, memo=heard)
+    shown = expected_views(n_views(config.padding, flip), epochs*sharing)
+    return dict(heard=heard, online=heard, memo=images*shown/sharing)
+
+# %% ../nbs/08g_findings.ipynb #c79ed925
+def cost_table(
+    arms:list[list[Run]], # done
+    name,                 # of `arm_namer`
+)->pd.DataFrame:          # a row an arm; none where no predictions tell its number of images
+    "What an arm reaches and a run of it takes: steps, answers heard, passes of its teacher by how it is asked."
+    def row(arm):
+        c, n = arm[0].config, images(arm[0])
+        alone, together = (teacher_calls(c, n, c.epochs, sharing) for sharing in (1, len(arm)))
+        return dict(arm=name(arm), top1=np.mean([run.result['test_top1'] for run in arm]), seeds=len(arm),
+                    steps=int(np.ceil(n/c.batch_size)*c.epochs), **{k: round(significant(v)) for k, v in alone.items()},
+                    shared=round(significant(together['memo'])), runs=run_names([arm]))
+    columns = ['arm', 'top1', 'seeds', 'steps', 'heard', 'online', 'memo', 'shared', 'runs']
+    return pd.DataFrame([row(arm) for arm in arms if images(arm[0]) > 0], columns=columns)
 
 # %% ../nbs/08g_findings.ipynb #b160a7a8
 def calibration(arm:list[Run])->tuple[float, float]: # mean and standard deviation over seeds, shares

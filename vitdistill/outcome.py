@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predictions', 'head_accuracies', 'true_answers', 'teacher_brief', 'card_data', 'model_card', 'pictures',
-           'finish_encoder', 'finish', 'checkpoint_at', 'predictions_at', 'main']
+           'finish_encoder', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at', 'main']
 
 # %% ../nbs/06a_outcome.ipynb #03c21770
 import argparse, sys
@@ -14,14 +14,14 @@ import numpy as np, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from .config import Config, VitdistillError, field_names, from_root, repo_root, write_atomic
 from .data import Data
-from .hub import push
+from .hub import push, weights_place
 from .losses import Batch
-from .models import combine, save_model, student_size
+from .models import combine, load_weights, save_model, student_size
 from .pretraining import reconstructions
-from .ranks import start_ranks, threads_per_rank
+from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter
-from .setup import Setup, file_hash, predict, prepare
-from .teachers import Teacher, make_card, read_card, seen_by
+from .setup import Setup, file_hash, predict, prepare, resolve
+from .teachers import Teacher, adopt, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #33a84427
 def predictions(
@@ -182,6 +182,29 @@ def finish(setup:Setup, run:RunWriter)->None:
                {**card, 'result': result}, model_card(run, result, size), setup.constants, size)
     if config.hub_repo: push(config.hub_repo, run.model, run.name) # where that fails the run is not done: try again
     run.finish(result)
+
+# %% ../nbs/06a_outcome.ipynb #b206e82c
+def record_adopted(
+    config:Config,    # of the teacher, resolved, as it was adopted
+    folder:str|Path,  # its model folder
+    parts:tuple=('test', 'val', 'train') # of the images, that it is asked about: a pass over each
+)->RunWriter:
+    "The run record of a teacher that was trained elsewhere: predictions and, as its result, its card."
+    card = read_card(str(folder))
+    config = resolve(replace(config, experiment='adopted_teacher', student_weights=str(folder)))
+    run = RunWriter.of(config)
+    if run.status == 'done': return run
+    setup = prepare(replace(config, student_weights=''), Ranks(device=config.device))
+    load_weights(setup.student.model, weights_place(str(folder))) # with its head
+    with run.lock():
+        run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
+        run.note_machine()
+        run.save_predictions(**(arrays := predictions(setup, parts)))
+        heads = head_accuracies(arrays) if 'test' in parts else {}
+        run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.get('top1_held_out'),
+                        train_views_top1=card['top1_train_views'], weights_hash=card['weights_hash'], heads=heads,
+                        card={name: value for name, value in card.items() if name != 'classes'}))
+    return run
 
 # %% ../nbs/06a_outcome.ipynb #e8b24af1
 def checkpoint_at(

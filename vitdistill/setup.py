@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
-           'uses_batch_norm', 'auto_compile', 'auto_values', 'file_hash', 'resolve', 'compiled', 'program', 'Setup',
-           'image_device', 'open_memo', 'question', 'question_all', 'placed', 'prepare', 'pass_size', 'predict',
-           'evaluate', 'weight_average']
+           'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'resolve', 'compiled',
+           'program', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'placed', 'prepare',
+           'pass_size', 'predict', 'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, hashlib, inspect, math, os, shutil, typing
@@ -16,13 +16,13 @@ import timm.optim, torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from .answers import Answers, Memo, NoRoom, OutOfFold, memo_key
+from .answers import Answers, DrawnAnswers, Memo, NoRoom, OutOfFold, memo_key
 from .augment import Augment, augments, image_parts
 from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
 from .layers import with_matrix_products
-from .losses import criterion
+from .losses import HardLabel, criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
 from .pretraining import refuse_unfit
@@ -127,6 +127,21 @@ def auto_values(config:Config)->dict:
     values = dict(device=device, precision=precision, teacher_precision=precision, compile=auto_compile(config, device))
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
 
+# %% ../nbs/05b_setup.ipynb #45804704
+def refuse_unfit_folds(config:Config)->None:
+    "Raise `VitdistillError` where out-of-fold answers, or their controls, can't be had as the config says."
+    how, wants = config.fold_answers, criterion(config).wants
+    if how != 'unseen' and not config.fold_weights:
+        raise VitdistillError(f'fold_answers = {how!r} needs two fold teachers: give fold_weights beside '
+                              "teacher_weights (e02's out_of_fold does), or leave fold_answers out.")
+    if not config.fold_weights: return
+    if config.mixup or config.cutmix:
+        raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both folds: '
+                              'set mixup and cutmix to 0, or leave fold_weights out.')
+    if how == 'drawn' and not isinstance(wants, HardLabel):
+        raise VitdistillError(f"fold_answers = 'drawn' gives hard labels, and distillation = {config.distillation!r} "
+                              "wants other answers: set distillation to 'hard', or leave fold_answers out.")
+
 # %% ../nbs/05b_setup.ipynb #e28065ae
 def file_hash(path:str)->str: # of a weights file, or of a model folder
     "Sixteen hexadecimal digits over the weights; '' for no path."
@@ -137,7 +152,7 @@ def file_hash(path:str)->str: # of a weights file, or of a model folder
 def resolve(config:Config)->Config:
     "Fill `auto` values and file hashes; a run that was begun keeps what it began with."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
-    criterion(config)
+    refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
@@ -257,11 +272,10 @@ def question_all(
     "Answers of the config's teacher, or of its two, and the health of the first, as fields of a `Setup`."
     answers, health, card = question(config, data, views, ranks)
     if config.fold_weights:
-        if config.mixup or config.cutmix:
-            raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both folds: '
-                                  'set mixup and cutmix to 0, or leave fold_weights out.')
         other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks)
-        answers = OutOfFold([answers, other], [seen_by(c, data) for c in (card, other_card)], rows)
+        seen = [seen_by(c, data) for c in (card, other_card)]
+        answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
+        if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
 # %% ../nbs/05b_setup.ipynb #fcbf15de
