@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file', 'read_weights',
            'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'TwoHeads', 'combine', 'Student',
-           'student_size', 'check_start', 'create_student', 'pretrained_constants', 'save_model']
+           'student_size', 'check_start', 'create_student', 'pretrained_constants', 'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm.models import (build_model_with_cfg, generate_default_cfgs, load_model_config_from_hf, load_pretrained,
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
-from .config import Config, VitdistillError, from_root, nearest, no_space, write_atomic
+from .config import Config, VitdistillError, nearest, no_space, write_atomic
+from .hub import weights_place
 from .layers import LITv2
 
 # %% ../nbs/02_models.ipynb #8fee561b
@@ -166,7 +167,7 @@ def read_weights(path:str|Path)->dict:
 # %% ../nbs/02_models.ipynb #a6f35630
 def head_names(model:nn.Module)->tuple:
     "Names of the modules that make the logits, such as ('head', 'head_dist')."
-    names = model.pretrained_cfg['classifier']
+    names = model.pretrained_cfg.get('classifier') or () # timm doesn't know it of every model
     return (names,) if isinstance(names, str) else tuple(names)
 
 # %% ../nbs/02_models.ipynb #8c988a04
@@ -283,13 +284,25 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     model = create(config.student, classes, size, config.stem, config.student_pretrained, **config.student_kwargs)
     check_start(config, model, classes)
     if config.student_weights:
-        load_weights(model, from_root(config.student_weights), config.student_head == 'new', config.student_resampling)
+        file = weights_place(config.student_weights)
+        load_weights(model, file, config.student_head == 'new', config.student_resampling)
     return Student(model)
 
 # %% ../nbs/02_models.ipynb #be6a5369
 def pretrained_constants(model:nn.Module)->tuple:
     "(mean, std) per channel that the model's pretrained weights expect."
     return tuple(model.pretrained_cfg['mean']), tuple(model.pretrained_cfg['std'])
+
+# %% ../nbs/02_models.ipynb #1b555fc1
+def started_from(weights:str)->dict: # as `student_weights` has them
+    "The student, stem and student_kwargs of a model folder, here or on the hub; {} of a file."
+    file = weights_place(weights)/'config.json'
+    if not file.is_file(): return {}
+    told = json.loads(file.read_text())
+    name = told['architecture'].removesuffix('_cifar') if told['architecture'] != 'litv2_cifar' else 'litv2_cifar'
+    own = 'img_size', 'num_classes', 'in_chans' # the new run's to say; pixels have three channels
+    kwargs = {key: value for key, value in (told.get('model_args') or {}).items() if key not in own}
+    return dict(student=name, stem='imagenet' if name == told['architecture'] else 'cifar', student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
 def save_model(
