@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+import timm
 import yaml
 
 from conftest import ROOT, environment, run_of, train_command
@@ -93,6 +94,24 @@ def test_deit_notebook(tmp_path):
     for name, head in {"class head": "class", "softmaxes added": "softmax"}.items():
         assert heads[name] == run.result["heads"][head]
     assert "| DeiT-B hard distillation | DeiT | 83.0 |" in (tmp_path / "out/tables/deit_published.md").read_text()
+
+
+@pytest.mark.slow
+def test_finetuning_notebook(study, tmp_path):
+    """A trained transformer goes on at 48 px with its head: on labels alone, and taught at that size."""
+    begun = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5, epochs=4, lr=1e-3)
+    where |= dict(student_weights=str(begun.model), warmup_epochs=0)
+    execute("e07_finetune", tmp_path / "alone.ipynb", distillation="none", **where)
+    execute("e07_finetune", tmp_path / "taught.ipynb", teacher=begun.config.student, teacher_kwargs=SMALL_VIT,
+            teacher_weights=str(begun.model), allow_untrained=True, **where)
+    runs = {bool(run.config.teacher): run for run in find_runs(tmp_path / "runs")}
+    for run in runs.values():
+        c, shapes = run.config, timm.models.load_state_dict(str(run.model / "model.safetensors"))
+        assert (c.student, c.student_size, c.student_head) == (begun.config.student, 48, "keep")
+        assert shapes["pos_embed"].shape == (1, 1 + 6 * 6, 96) and "img_size" not in c.student_kwargs
+        assert run.result["test_top1"] > 0.3
+    assert runs[True].config.teacher_size == 48 and runs[True].result["teacher_top1"] is not None
 
 
 @pytest.mark.slow
