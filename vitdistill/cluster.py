@@ -6,7 +6,8 @@
 __all__ = ['Ask', 'read_ask', 'check_slurm', 'queued', 'meeting', 'hears_only_term', 'Job', 'sbatch_parameters', 'submit']
 
 # %% ../nbs/07_cluster.ipynb #db153be2
-import importlib.util, os, re, shutil, signal, subprocess, sys, threading, time
+import importlib.util, io, os, re, shutil, signal, subprocess, sys, threading, time
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -155,7 +156,8 @@ def submit(
         executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=ask.timeouts)
         executor.update_parameters(**sbatch_parameters(ask, name, [ids[key] for key in after]))
         try:
-            with executor.batch(): jobs = [executor.submit(Job(*commands[key])) for key in keys]
+            with redirect_stderr(io.StringIO()), executor.batch(): # submitit repeats what sbatch says
+                jobs = [executor.submit(Job(*commands[key])) for key in keys]
             ids |= {key: job.job_id for key, job in zip(keys, jobs)}
         except submitit.core.utils.FailedJobError as e:
             if ids: subprocess.run(['scancel', *ids.values()], check=False)

@@ -18,6 +18,8 @@ from .teachers import read_card
 # %% ../nbs/06d_export.ipynb #bad42e08
 def trained_student(run:Run)->tuple: # of a finished run
     "(the student with its trained weights, in eval mode on the CPU; its card)."
+    if not (run.folder/'config.yaml').is_file():
+        raise VitdistillError(f'{run.folder} is no run folder: name one, such as reports/runs/...')
     card = read_card(str(run.model)) if run.status == 'done' else None
     if card is None:
         raise VitdistillError(f'{run.name} has no model in {run.model}: train it here, or put its model folder there.')
