@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, TINY
+from test_ranks import on_ranks
 from vitdistill.config import VitdistillError, preset
 from vitdistill.grids import grid_cells
 from vitdistill.ranks import Ranks
@@ -70,7 +71,8 @@ def test_both_heads_are_measured(recipe):
 
 def test_an_odd_batch_is_mixed_too(recipe):
     """timm refuses odd batches; here the image in the middle is mixed with itself, and its label stays whole."""
-    setup = prepare(resolve(replace(recipe, batch_size=41, teacher="", distillation="none", teacher_kwargs={})), Ranks())
+    alone = replace(recipe, batch_size=41, teacher="", distillation="none", teacher_kwargs={})
+    setup = prepare(resolve(alone), Ranks())
     for batch in batches(setup, 0):
         assert torch.allclose(batch.targets.sum(1), torch.ones(len(batch.targets)))
         if len(batch.targets) % 2:
@@ -102,3 +104,19 @@ def test_a_teacher_of_other_classes_is_one_sentence(recipe, alike, tmp_path):
     with pytest.raises(VitdistillError) as said:
         prepare(resolve(replace(recipe, teacher_weights=str(made))), Ranks())
     assert "head.weight is (100, 48), wants (10, 48)" in str(said.value) and "\n" not in str(said.value)
+
+
+def test_a_planned_memo_teaches_later_students(recipe, tmp_path):
+    """Two ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
+    config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2, lr=1e-4)
+    online, = on_ranks(config, tmp_path / "online", 1)
+    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", 2)
+    later = train(replace(first.config, runs_dir=str(tmp_path / "later"), work_dir=str(tmp_path / "work"), lr=2e-4))
+    again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work2")))
+    assert first.metrics().memo_hit_rate.tolist() == [0, 0]
+    assert later.metrics().memo_hit_rate.tolist() == again.metrics().memo_hit_rate.tolist() == [1, 1]
+    for run in (first, again):
+        assert (run.metrics().train_loss - online.metrics().train_loss).abs().max() < 1e-5
+    assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
+    train(replace(first.config, runs_dir=str(tmp_path / "seed"), work_dir=str(tmp_path / "work3"), seed=2, epochs=1))
+    assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
