@@ -57,6 +57,7 @@ def create_file(
 class Memo:
     "A frozen teacher's answers for (image, view): asked once, kept beside the teacher."
     head = 4096 # bytes of the file before its answers: the key as JSON, and spaces
+    about = 'images', 'views' # of what it has a row of numbers each
     def __init__(self,
         parent:str|Path, # folder that holds memos
         key:dict,        # of `memo_key`
@@ -67,7 +68,7 @@ class Memo:
         self.shape, self.dtype = (key['images'], key['views'], width), kind.dtype(key['classes'])
         self.bytes = int(np.prod(self.shape))*self.dtype.itemsize
         self.file = Path(parent)/f'memo-{hashlib.sha256(text.encode()).hexdigest()[:12]}.bin'
-        what = f"{key['images']} images x {key['views']} views"
+        what = f"{key['images']} {self.about[0]} x {key['views']} {self.about[1]}"
         if not self.file.is_file(): create_file(self.file, text.encode().ljust(self.head), self.bytes, what)
         self._refuse_another()
         self.stored = np.memmap(self.file, self.dtype, 'r+', self.head, self.shape)
@@ -108,6 +109,7 @@ def shared(
 # %% ../nbs/04a_answers.ipynb #8928a611
 class Online:
     "A teacher that is asked for pixels, and what that took."
+    planned, plan_memo = False, None # are answers kept by rows of the plan?
     def __init__(self,
         teacher:Teacher,
         kind=HardLabel()): # of answer
@@ -211,6 +213,7 @@ def break_even(
 # %% ../nbs/04a_answers.ipynb #1711ad54
 class OutOfFold:
     "Several teachers as one: each image is answered by the first that was not trained on it. Used as `Answers` is."
+    planned, plan_memo = False, None
     def __init__(self,
         parts:list,        # an `Answers` for each teacher
         seen:list,         # (N,) bool for each teacher: the images it was trained on

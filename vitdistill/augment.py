@@ -17,13 +17,13 @@ from torchvision.transforms import ColorJitter, Grayscale, RandomChoice, RandomS
 from .config import Config, VitdistillError
 from .data import seed_host
 
-# %% ../nbs/01b_augment.ipynb #02f86aef
+# %% ../nbs/01b_augment.ipynb #5a9e485a
 def augments(config:Config)->bool:
     "Does a config change images in ways that a view's number doesn't tell?"
     parts = 'resized_crop', 'randaugment', 'three_augment', 'color_jitter', 'random_erasing'
     return any(getattr(config, part) for part in parts)
 
-# %% ../nbs/01b_augment.ipynb #3d314ea7
+# %% ../nbs/01b_augment.ipynb #d9fe4fcd
 _policy = r'rand(-(m|n|p|mstd|mmax|inc)[0-9.]+|-t(weights|3a|3aw))*' # timm leaves parts that it doesn't know out
 
 def blurred(image:Image.Image)->Image.Image: # draws from Python's numbers
@@ -36,7 +36,8 @@ def image_parts(
 )->list:            # of functions of a PIL image
     "What a config does to an image, in order; a RandAugment that timm doesn't know is a `VitdistillError`."
     c, parts = config, []
-    if c.resized_crop: parts.append(RandomResizedCropAndInterpolation(side, (c.resized_crop, 1.), interpolation='bicubic'))
+    area = c.resized_crop, 1.
+    if c.resized_crop: parts.append(RandomResizedCropAndInterpolation(side, area, interpolation='bicubic'))
     if c.randaugment and not re.fullmatch(_policy, c.randaugment):
         raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
                               "write it like 'rand-m9-mstd0.5-inc1'.")
@@ -46,7 +47,7 @@ def image_parts(
     if c.color_jitter: parts.append(ColorJitter(*[c.color_jitter]*3))
     return parts
 
-# %% ../nbs/01b_augment.ipynb #ad344104
+# %% ../nbs/01b_augment.ipynb #8f721459
 @contextmanager
 def kept_numbers():
     "Whatever is drawn within, the global states of torch, numpy and Python are afterwards what they were before."
@@ -55,7 +56,7 @@ def kept_numbers():
     finally:
         for back, state in zip((torch.set_rng_state, np.random.set_state, random.setstate), kept): back(state)
 
-# %% ../nbs/01b_augment.ipynb #d7379ad7
+# %% ../nbs/01b_augment.ipynb #8178d9dd
 class Augment:
     "What a recipe makes of views, row by row: a function of (seed, epoch, image, copy)."
     def __init__(self,

@@ -169,6 +169,7 @@ class Config:
     teacher_precision:str=_teacher('auto', (*_precisions, 'bf16-weights')) # of its passes; or its weights rounded too
     allow_untrained:bool=_teacher(False) # teach although the health check fails (an ablation)
     memo:bool=_teacher(True, hashed=False) # keep the teacher's answers per (image, view)
+    plan_memo:bool=_teacher(False, hashed=False) # keep them by rows of the plan, where images are mixed or augmented
     memo_temperatures:list=_teacher(list, hashed=False) # whose tails a memo of soft answers keeps; []: the run's own
     # The objective
     distillation:str=_objective('none') # a name of `vitdistill.losses.OBJECTIVES`

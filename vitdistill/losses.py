@@ -171,7 +171,7 @@ class Labels(nn.Module):
     def fit(self, student:nn.Module)->nn.Module: # what is trained; here parts of its size can be made
         two = len(getattr(student, 'heads', ())) > 1
         if self.token == 'distillation' and not two:
-            raise VitdistillError("token = 'distillation' needs a second head, and this student has one: take a student "
+            raise VitdistillError("token = 'distillation' needs a second head, and this student has one: take one "
                                   "such as deit_tiny_distilled_patch16_224, or token = 'class'.")
         if self.token == 'class' and two:
             raise VitdistillError("token = 'class' would leave this student's second head untrained: take the student "
@@ -192,7 +192,7 @@ def within(name:str, value:float, low:float=0., high:float=1.)->float:
     if low <= value <= high: return value
     raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
 
-# %% ../nbs/03_losses.ipynb #d989df81
+# %% ../nbs/03_losses.ipynb #27bfa406
 class BinaryLabels(Labels):
     "Binary cross-entropy of each class: is it in the image? (DeiT III, 2204.07118)"
     def __init__(self,

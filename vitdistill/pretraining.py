@@ -354,8 +354,8 @@ def refuse_unfit(config:Config, can:nn.Module, images:int, world:int)->None: # i
     if config.mixup or config.cutmix:
         raise VitdistillError('mixup and cutmix share labels out, and pre-training has none: set both to 0.')
     if augments(config) or config.repeats > 1:
-        raise VitdistillError('pre-training draws crops, colours and copies of its own: leave resized_crop, randaugment, '
-                              'three_augment, color_jitter, random_erasing and repeats at their defaults.')
+        raise VitdistillError('pre-training draws crops, colours and copies of its own: leave resized_crop, repeats, '
+                              'randaugment, three_augment, color_jitter and random_erasing at their defaults.')
 
 # %% ../nbs/03a_pretraining.ipynb #1b98ca8d
 def knn_probe(train:np.ndarray, labels:np.ndarray, test:np.ndarray)->np.ndarray: # (n, D), (n,), (m, D) -> (m,)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'resolve', 'compiled',
-           'program', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'placed', 'prepare',
-           'pass_size', 'predict', 'evaluate', 'weight_average']
+           'program', 'Setup', 'image_device', 'open_memo', 'open_plan_memo', 'question', 'question_all', 'placed',
+           'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, hashlib, inspect, math, os, shutil, typing
@@ -25,6 +25,7 @@ from .layers import with_matrix_products
 from .losses import HardLabel, criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
+from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run, cores
@@ -208,7 +209,7 @@ class Setup:
 
     @property
     def rows(self)->int: # of an epoch's plan
-        return len(self.train_rows)*(self.config.repeats if self.config.repeats_mode == 'longer' else 1)
+        return plan_rows(self.config, len(self.train_rows))
 
     @functools.cached_property
     def augment(self)->Augment|None: # what is done to views
@@ -254,13 +255,24 @@ def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Mem
     try: return Memo(folder, memo_key(teacher, config, data), kind)
     except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
 
+# %% ../nbs/05b_setup.ipynb #9dc0152d
+def open_plan_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind, rows:torch.Tensor)->PlanMemo|None:
+    "The memo of a plan beside the teacher, on rank 0; None (it is asked online) where there is no room for it."
+    if ranks.rank: return None
+    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
+    folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
+    try: return PlanMemo(folder, plan_key(teacher, config, data, rows), kind)
+    except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
+
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
-def question(config:Config, data:Data, views:Views, ranks:Ranks)->tuple:
+def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor=None)->tuple: # rows: in the plan
     "(Answers, (top-1, of which images) on rank 0, card) of the config's teacher."
     teacher, card = load_teacher(config, data, ranks.device)
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     kind = criterion(config).wants
-    answers = Answers(teacher, views, kind, open_memo(config, data, teacher, ranks, kind))
+    if config.plan_memo and (config.mixup or config.cutmix or augments(config)) and rows is not None:
+        answers = Planned(teacher, views, kind, open_plan_memo(config, data, teacher, ranks, kind, rows))
+    else: answers = Answers(teacher, views, kind, open_memo(config, data, teacher, ranks, kind))
     if not answers.by_view: teacher.chunk = min(teacher.chunk, -(-config.batch_size//ranks.world)) # a batch at a time
     return answers, health, card
 
@@ -270,7 +282,7 @@ def question_all(
     rows:torch.Tensor # that will be asked about
 )->dict:
     "Answers of the config's teacher, or of its two, and the health of the first, as fields of a `Setup`."
-    answers, health, card = question(config, data, views, ranks)
+    answers, health, card = question(config, data, views, ranks, None if config.fold_weights else rows)
     if config.fold_weights:
         other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks)
         seen = [seen_by(c, data) for c in (card, other_card)]
@@ -349,7 +361,8 @@ def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, s
         top = combine(answers).topk(min(5, len(setup.data.classes))).indices
         true = labels[mine].to(top.device)
         right = top == true[:, None]
-        counts += torch.stack([right[:, 0].sum(), right.sum(), *((z.argmax(-1) == true).sum() for z in answers if heads)])
+        each = [(z.argmax(-1) == true).sum() for z in answers if heads]
+        counts += torch.stack([right[:, 0].sum(), right.sum(), *each])
     return dict(zip(names, (setup.ranks.sum(counts)/len(rows)).tolist()))
 
 # %% ../nbs/05b_setup.ipynb #b90e4d27

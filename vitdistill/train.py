@@ -119,9 +119,10 @@ def batches(
                 for part in parts for view in views]
     window, ahead = answer_window(setup, len(steps)), None
     for number, (step, pixels, mix) in enumerate(zip(steps, cut_ahead(setup, cut, steps), mixes)):
-        if answers and answers.by_view and number % window == 0:
+        if answers and number % window == 0:
             first, last = step.start, steps[min(number + window, len(steps)) - 1].stop
-            ahead = answers(Plan(*(t[first:last] for t in plan)), asked).to(ranks.device)
+            if answers.by_view: ahead = answers(Plan(*(t[first:last] for t in plan)), asked).to(ranks.device)
+            elif answers.planned: answers.open(epoch, first, last)
         pixels, *others = (part.to(ranks.device, non_blocking=True) for part in pixels)
         targets = step.own(labels)
         if mix:
@@ -131,9 +132,11 @@ def batches(
         mine = None if numbers is None else step.own(numbers)
         pixels = learner.augment(pixels, mine, epoch)
         if answers and answers.by_view: answer = ahead[step.rows.start - first:step.rows.stop - first]
+        elif answers and answers.planned: answer = answers.told_of(step.rows, step.weight > 0, pixels)
         else: answer = answers.online(pixels, step.own(plan.image)) if answers else None
         seed_step(config.seed, epoch, number, ranks.rank, ranks.device)
         yield Batch(setup.input(pixels, scale), targets, answer, epoch, step.weight, mine)
+    if answers and answers.planned: answers.close()
 
 # %% ../nbs/06_train.ipynb #2887fd18
 def tally(
@@ -278,6 +281,8 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
         known = answers.known(setup.train_rows)
         size = images, view_count(c, setup.data), c.epochs, ranks.world, known
         say(f'memo: {known:.1%} of its answers known; {break_even(answers.teacher, setup.views, *size)}')
+    elif answers and answers.plan_memo: say(f"memo of the plan: {answers.plan_memo.known():.1%} of its answers known; "
+                                            'the teacher is asked the others online, once for all students of the plan')
     elif answers: say("the teacher is asked online, about each batch's pixels")
     norm, two = has_batch_norm(setup.student), setup.criterion.needs_two
     if norm and ranks.world > 1 and ranks.device == 'cpu':

@@ -1,0 +1,122 @@
+"""DeiT's recipe whole: what goes together, what is refused, what its presets and grids are."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from conftest import ROOT, TINY
+from test_ranks import on_ranks
+from vitdistill.config import VitdistillError, preset
+from vitdistill.grids import grid_cells
+from vitdistill.ranks import Ranks
+from vitdistill.setup import prepare, resolve
+from vitdistill.teachers import untrained
+from vitdistill.train import batches, train
+
+PRESETS = "deit", "deit3", "deit_finetune", "small_deit", "small_deit3", "small_deit_finetune"
+
+
+def parts_of(name):
+    return {part for part in yaml.safe_load((ROOT / f"nbs/presets/{name}.yaml").read_text()) if part != "common"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_one_recipe(name):
+    """A preset's students are augmented and optimized alike; its heads and tokens fit; what one reads of them is so."""
+    students = [preset(name, part) for part in sorted(parts_of(name) - {"deit_teacher"})]
+    alike = ("optimizer lr weight_decay epochs batch_size randaugment mixup cutmix random_erasing repeats "
+             "label_smoothing padding").split()
+    assert len({tuple(getattr(student, field) for field in alike) for student in students}) == 1
+    for student in students:
+        assert (student.token == "distillation") == ("distilled" in student.student)
+        assert bool(student.teacher) == (student.distillation == "hard")
+    if name.startswith("small"):
+        steps = math.ceil(10_000 / students[0].batch_size) * students[0].epochs
+        assert steps == (1252 if "finetune" in name else 10_016)
+    if name == "deit":
+        assert {student.lr for student in students} == {5e-4 * 1024 / 512}
+
+
+@pytest.mark.parametrize("name", ["deit_strengths", "deit_table2", "deit_table3", "deit_table8"])
+def test_grids_make_configs(name):
+    """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
+    arms = dict(e01="baseline", e02="distilled", e03="deit")
+    made = []
+    for cell in grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml"):
+        given = {key: value for key, value in cell.chosen.items() if key != "preset"}
+        made.append(preset(cell.chosen["preset"], arms[cell.notebook.stem[:3]], **given))
+    assert len(made) == len({str(config) for config in made}) >= 6
+    if name == "deit_strengths":  # chosen on held-out images
+        assert {config.val_rows for config in made} == {"44000:50000"}
+    if name == "deit_table8":  # one factor each
+        whole = vars(preset("small_deit", "baseline"))
+        changed = [{key for key, value in vars(config).items() if value != whole[key]} for config in made]
+        assert all(len(names) == 1 or names in ({"mixup", "cutmix"}, {"optimizer", "lr", "weight_decay"})
+                   for names in changed)
+
+
+def test_both_heads_are_measured(recipe):
+    """A finished run of two heads has each head's top-1 by epoch, and all ways of answering in its result."""
+    run = train(replace(recipe, epochs=2))
+    metrics = run.metrics()
+    for head in ("class", "distillation"):
+        assert metrics[f"test_{head}_top1"].iloc[-1] == pytest.approx(run.result["heads"][head], abs=1e-5)
+        assert metrics[f"val_{head}_top1"].notna().all()
+    assert metrics.test_top1.iloc[-1] == pytest.approx(run.result["heads"]["softmax"], abs=1e-5)
+    assert list(run.result["heads"]) == ["class", "distillation", "softmax", "logits"]
+
+
+def test_an_odd_batch_is_mixed_too(recipe):
+    """timm refuses odd batches; here the image in the middle is mixed with itself, and its label stays whole."""
+    alone = replace(recipe, batch_size=41, teacher="", distillation="none", teacher_kwargs={})
+    setup = prepare(resolve(alone), Ranks())
+    for batch in batches(setup, 0):
+        assert torch.allclose(batch.targets.sum(1), torch.ones(len(batch.targets)))
+        if len(batch.targets) % 2:
+            assert batch.targets[len(batch.targets) // 2].max() == pytest.approx(1)
+    assert setup.rows % 41  # the last one is short as well
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(student="vit_tiny_patch16_224", token="distillation"), "needs a second head, and this student has one: take"),
+    (dict(token="class"), "would leave this student's second head untrained: take"),
+    (dict(token="both"), "token = 'both' is not known: "),
+    (dict(randaugment="m9"), "randaugment = 'm9' is not known to timm: write it like"),
+    (dict(student_kwargs={**TINY, "patch_size": 5}), "its patch of 5 px does not divide the image"),
+    (dict(random_erasing=1.5), "random_erasing = 1.5 is out of range"),
+    (dict(repeats=0), "repeats = 0 is out of range"),
+])
+def test_what_does_not_fit_is_one_sentence(recipe, change, words):
+    with pytest.raises(VitdistillError) as said:
+        prepare(resolve(replace(recipe, **change)), Ranks())
+    assert words in str(said.value) and "\n" not in str(said.value)
+
+
+def test_a_teacher_of_other_classes_is_one_sentence(recipe, alike, tmp_path):
+    """Its head is a hundred wide, the digits are ten."""
+    made = untrained(alike, tmp_path / "model")
+    state = load_file(f"{made}/model.safetensors")
+    state |= {"head.weight": torch.zeros(100, 48), "head.bias": torch.zeros(100)}
+    save_file(state, f"{made}/model.safetensors")
+    with pytest.raises(VitdistillError) as said:
+        prepare(resolve(replace(recipe, teacher_weights=str(made))), Ranks())
+    assert "head.weight is (100, 48), wants (10, 48)" in str(said.value) and "\n" not in str(said.value)
+
+
+def test_a_planned_memo_teaches_later_students(recipe, tmp_path):
+    """Two ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
+    config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2, lr=1e-4)
+    online, = on_ranks(config, tmp_path / "online", 1)
+    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", 2)
+    later = train(replace(first.config, runs_dir=str(tmp_path / "later"), work_dir=str(tmp_path / "work"), lr=2e-4))
+    again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work2")))
+    assert first.metrics().memo_hit_rate.tolist() == [0, 0]
+    assert later.metrics().memo_hit_rate.tolist() == again.metrics().memo_hit_rate.tolist() == [1, 1]
+    for run in (first, again):
+        assert (run.metrics().train_loss - online.metrics().train_loss).abs().max() < 1e-5
+    assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
+    train(replace(first.config, runs_dir=str(tmp_path / "seed"), work_dir=str(tmp_path / "work3"), seed=2, epochs=1))
+    assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
