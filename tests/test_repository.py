@@ -21,8 +21,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
 LAYERS = ["config", "data", "views", "augment", "track", "runs", "records", "live", "layers", "hub", "models", "tokens",
           "complexity", "losses", "pretraining", "teachers", "answers", "planned", "ranks", "setup", "outcome",
-          "share",
-          "export", "train", "launch", "cluster", "grids", "analysis", "trends", "agreement", "calibration",
+          "share", "export", "train", "launch", "cluster", "grids", "analysis", "trends", "agreement", "calibration",
           "comparison", "findings", "tables", "watch", "report", "contenders", "bench", "attention_bench", "cli"]
 
 
