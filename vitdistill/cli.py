@@ -159,14 +159,17 @@ def run_pair(
     preset_name:str, # whose teacher, plain and taught student are trained
     out:Path,        # for the executed notebooks, figures and tables
     given:dict,      # parameters of all three
-    teacher:str=''   # weights that the teacher starts from; '': the preset's
+    teacher:str='',  # weights that the teacher starts from; '': the preset's
+    deit:bool=False  # the reverse too: a convnet teaches a DeiT
 )->None:
     "The paper's experiment: a teacher, a student on labels alone, the same student taught, figures."
     config = preset(preset_name, 'baseline', **{k: v for k, v in given.items() if k in ('dataset', 'runs_dir')})
     begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
     shown = dict(reports=config.runs_dir, out=str(out), dataset=config.dataset)
     steps = {'e00_teacher': ('a teacher', begun), 'e01_baseline_resnet50': ('a student on labels alone', {}),
-             'e02_distilled_resnet50': ('the same student, taught', {}), 'a01_paper': ('figures and tables', shown)}
+             'e02_distilled_resnet50': ('the same student, taught', {}),
+             **({'e03_deit_from_regnet': ('the reverse: a convnet teaches a DeiT', {})} if deit else {}),
+             'a01_paper': ('figures and tables', shown)}
     for n, (name, (what, own)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps)}] {what}', flush=True)
         values = own if own is shown else dict(preset=preset_name, **{**given, **own})
@@ -181,15 +184,16 @@ def study(words:list[str])->int:
     parser.add_argument('--out', help='for notebooks, figures, tables (default: out/study/PRESET)')
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                         help='a parameter of the three experiments, as for papermill; any field of Config')
+    parser.add_argument('--deit', action='store_true', help='the reverse too: a convnet teaches a small DeiT')
     args = parser.parse_args(words)
     out, own = from_root(args.out or f'out/study/{Path(args.preset).stem}'), Path(args.preset).resolve()
-    run_pair(str(own) if own.suffix else args.preset, out, experiment_values(args.p), args.teacher)
+    run_pair(str(own) if own.suffix else args.preset, out, experiment_values(args.p), args.teacher, args.deit)
     print('wrote:', *sorted([*out.glob('*.ipynb'), *out.glob('*/*.*'), *out.glob('index.html')]), sep='\n  ')
     return 0
 
 def demo(words:list[str])->int:
     "the paper's experiment in minutes on two CPU cores: digits, no download"
-    return study(['--preset', 'demo', '--out', 'out/demo', *words])
+    return study(['--preset', 'demo', '--out', 'out/demo', '--deit', *words])
 
 # %% ../nbs/10_cli.ipynb #110405e2
 def analysis_parameters(
