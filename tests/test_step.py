@@ -240,7 +240,7 @@ def test_one_operator_computes_what_it_stands_for():
 class Told:
     """A teacher's answers of a kind, as they come from a memo: on the CPU."""
 
-    by_view = True
+    by_view, planned = True, False
 
     def __init__(self, kind):
         self.kind, self.blank = kind, kind.make(torch.zeros(1, 100))
