@@ -245,8 +245,8 @@ def comparisons(
     "Each taught group of repeats with the plain group of the same recipe before it; [] where there is none."
     groups = repeats(runs)
     recipe = lambda group: settings(group[0].config, TEACHING)
-    plain = {recipe(group): group for group in groups if group[0].config.distillation == 'none'}
-    return [(plain.get(recipe(group), []), group) for group in groups if group[0].config.distillation != 'none']
+    plain = {recipe(group): group for group in groups if not group[0].config.teacher}
+    return [(plain.get(recipe(group), []), group) for group in groups if group[0].config.teacher]
 
 # %% ../nbs/08c_agreement.ipynb #afdf7eef
 def pairs_by_seed(

@@ -83,7 +83,7 @@ def arm_namer(
 def puzzling(config:Config)->bool:
     "Whether it was taught in a way that might explain the paper's gap, or rules an explanation out."
     otherwise = config.fold_weights or config.allow_untrained or config.teacher_normalization != 'data'
-    return config.distillation != 'none' and bool(otherwise)
+    return bool(config.teacher and otherwise)
 
 # %% ../nbs/08b_comparison.ipynb #f9e4adaf
 def same_settings(
@@ -148,7 +148,7 @@ def rejected(
 )->bool:
     "Whether held-out images rejected its learning rate, weight decay or batch for such a student and schedule."
     def kind(c): return (settings(c, CHOSEN | HELD_OUT | TEACHING | {'epochs', 't_max', 'evaluate_every'}), stays_up(c),
-                         c.distillation != 'none')
+                         bool(c.teacher))
     def choice(c): return [getattr(c, field) for field in sorted(CHOSEN)]
     alike = [arm for family in families for arm in family if kind(arm[0].config) == kind(config)]
     best = [choice(arm[0].config) for family in families for arm in chosen(family).values()
@@ -233,7 +233,7 @@ def comparable_pair(
     asked = [run for run in runs if readable(run) and run.config.experiment in EXPERIMENTS
              and dataset in ('', run.config.dataset) and not run.config.allow_untrained]
     pairs = comparisons(asked)
-    alone = [(arm, []) for arm in repeats(asked) if arm[0].config.distillation == 'none']
+    alone = [(arm, []) for arm in repeats(asked) if not arm[0].config.teacher]
     return max([pair for pair in pairs if all(pair)] or pairs + alone, key=_rank, default=([], []))
 
 # %% ../nbs/08b_comparison.ipynb #526a3899

@@ -59,7 +59,7 @@ QUESTIONS = ( # titles of the forest, in order
 def question(config:Config)->str:
     "Under which title of the forest an arm stands."
     folds, paper, other, control, wrong = QUESTIONS
-    if config.distillation == 'none': return control
+    if not config.teacher: return control
     if config.fold_answers != 'unseen': return control
     if config.fold_weights and not config.allow_untrained: return folds
     if puzzling(config): return wrong
