@@ -233,7 +233,8 @@ def yaml_at(commit, path):
 def cells_at(commit):
     """Every cell of every grid of a commit: experiment, and the fields that its preset and the cell itself give."""
     found = []
-    for path in (git("ls-tree", "--name-only", commit, "nbs/experiments/grids/") or "").split():
+    folder = (git("ls-tree", "--name-only", commit, "nbs/experiments/grids/") or "").split()
+    for path in (path for path in folder if path.endswith(".yaml")):
         grids = yaml_at(commit, path)
         for grid in grids if isinstance(grids, list) else [grids]:
             fixed, vary = grid.get("parameters") or {}, grid.get("vary") or {}
