@@ -79,7 +79,7 @@ FOLD_ANSWERS = dict(unseen='out of fold', seen='swapped folds', drawn='labels dr
 
 def teaching(config:Config)->str:
     "How a student was taught, in words: 'labels alone', or 'taught' and what differs from the paper's way."
-    if not config.teacher: return 'labels alone' if config.distillation == 'none' else f'labels by {config.distillation}'
+    if not config.teacher: return 'labels alone' + (config.distillation == 'bce')*' by binary cross-entropy'
     ways = [(config.distillation != 'hard', f'{config.distillation} targets at tau {config.temperature:g}'),
             (config.alpha != .5, f'alpha {config.alpha:g}'),
             (config.fold_weights, FOLD_ANSWERS[config.fold_answers]), (config.allow_untrained, 'head never trained'),
