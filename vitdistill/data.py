@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'seed_host', 'Data', 'Dataset', 'check_dataset', 'image_side',
            'data_root', 'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified',
-           'load_digits', 'image_lines', 'DiskImages', 'load_images', 'labelled_images', 'load_data', 'fingerprint',
-           'held_out', 'fold_rows', 'split_rows']
+           'load_digits', 'OfficialReader', 'image_lines', 'DiskImages', 'load_images', 'labelled_images', 'load_data',
+           'fingerprint', 'held_out', 'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
 import functools, hashlib, importlib.util, io, math, os, pickle, random, typing
@@ -79,6 +79,10 @@ DATASETS = {
     'cifar100': Dataset('CIFAR-100', lambda c: load_cifar('cifar100', cifar_root(c)), lambda c: cifar_bytes(c), 32),
     'cifar10': Dataset('CIFAR-10', lambda c: load_cifar('cifar10', cifar_root(c)), lambda c: cifar_bytes(c), 32),
     'digits': Dataset('Digits', lambda c: load_digits(), lambda c: (), 32, flip=False),
+    'flowers102': Dataset('Flowers-102', lambda c: load_images(c), lambda c: image_lines(c), package='scipy',
+        needs='flowers-102/ with jpg/, imagelabels.mat and setid.mat, as published'),
+    'stanford_cars': Dataset('Stanford Cars', lambda c: load_images(c), lambda c: image_lines(c), package='scipy',
+        needs='stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, as published'),
     'imagefolder': Dataset('Image folder', lambda c: load_images(c), lambda c: image_lines(c),
         needs='train/<class>/* and val/<class>/* (or test), or the tars train.tar and val.tar of such folders'),
     'hfds/': Dataset('Hub dataset', lambda c: load_images(c), lambda c: image_lines(c), package='datasets',
@@ -222,9 +226,29 @@ def load_digits()->Data:
     classes = [str(c) for c in range(10)]
     return Data('digits', images[train], labels[train], images[test], labels[test], classes, DATASETS['digits'].flip)
 
+# %% ../nbs/01_data.ipynb #37ae4548
+_official = {'flowers102': ('Flowers102', ['train', 'val']), 'stanford_cars': ('StanfordCars', ['train'])}
+
+class OfficialReader:
+    "Files and labels of a dataset in torchvision, as timm's readers give them."
+    def __init__(self,
+        name:str,   # of a row of `DATASETS`
+        root:Path,  # holds the dataset's own folder
+        split:str): # train or test
+        from torchvision import datasets
+        (kind, train), self.root = _official[name], str(root)
+        parts = [getattr(datasets, kind)(root, part) for part in (train if split == 'train' else ['test'])]
+        pairs = [getattr(part, '_samples', None) or zip(part._image_files, part._labels) for part in parts]
+        self.samples = [(str(path), int(label)) for part in pairs for path, label in part]
+        self.class_to_idx = {name: label for label, name in enumerate(parts[0].classes)}
+    def __len__(self): return len(self.samples)
+    def __getitem__(self, row:int): return open(self.samples[row][0], 'rb'), self.samples[row][1]
+    def filename(self, row:int, absolute:bool=False)->str: return self.samples[row][0]
+
 # %% ../nbs/01_data.ipynb #f950e8fd
 def _reader(name:str, root:Path|None, split:str): # timm's reader of a split; None where there is no such split
     from timm.data.readers import create_reader
+    if name in _official: return OfficialReader(name, root, split) if split in ('train', 'test') else None
     if name.startswith('hfds/'):
         try: return create_reader(name, root and str(root), split)
         except ValueError as e:
