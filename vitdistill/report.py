@@ -150,8 +150,10 @@ def _figure(path, here): # an SVG file, for a page in the folder `here`
 
 # %% ../nbs/08e_report.ipynb #726d9d4f
 def _cell(value): # among words a number is text to a CSV file
-    try: return format_cell(float(value) if isinstance(value, str) and '.' in value else value)
+    if not (isinstance(value, str) and '.' in value): return format_cell(value)
+    try: shown = format_cell(float(value))
     except ValueError: return value
+    return value if abs(float(value)) < 1 and shown == '1' else shown # a share such as 0.99996 isn't told as 1
 
 def _table(path, here, most=60): # a table of `save_table` (its Markdown), or a CSV file; most: rows that are shown
     data, ours, caption = path.with_suffix('.csv'), path.suffix == '.md', path.stem
