@@ -11,6 +11,7 @@ __all__ = ['orders', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', 'start', 
 # %% ../nbs/09a_bench.ipynb #79f67ae8
 import argparse, contextlib, dataclasses, functools, json, math, os, re, resource, statistics, subprocess, sys, tempfile
 import time, typing
+from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
 from .config import Config, VitdistillError, from_root, load, save, write_atomic
@@ -20,6 +21,7 @@ from .views import expected_views, n_views
 from .models import student_size
 from .ranks import Ranks, check_device, end_with_parent, start_ranks, threads_per_rank
 from .runs import environment
+from .setup import auto_values
 
 # %% ../nbs/09a_bench.ipynb #e5e34f64
 def orders(ranks:Ranks)->typing.Iterator[int]:
@@ -369,14 +371,16 @@ def record(
 def versus(
     config:Config,
     other:Path,         # root of the other checkout
-    names:list=None,    # of contenders; default: all that are of this package
+    names:list=None,    # of contenders on one rank; default: the bare step and those of this package
     images:int=50_000, repeats:int=9, seconds:float=5., # as in `measure`
     say:typing.Callable=print
 )->tuple: # (a row per contender, of ratios that say how much faster this checkout is; sentences on what was left out)
     "This checkout's contenders beside another's, by pairs."
+    config = replace(config, **auto_values(config)) # for the other too, which may not know how
     entries, usual, rows, left_out = contenders(config), dataclasses.asdict(Config()), [], []
     given = {key: value for key, value in dataclasses.asdict(config).items() if value != usual[key]} # it may know fewer
-    for name in names or [name for name in entries if name == 'bare' or name.startswith('vitdistill')]:
+    ours = [name for name in entries if name.startswith(('bare', 'vitdistill')) and entries[name].ranks == 1]
+    for name in names or ours:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             file, pair = write_atomic(Path(folder)/'config.yaml', lambda p: p.write_text(yaml.safe_dump(given))), []
             try:
