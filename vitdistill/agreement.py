@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from scipy.optimize import brentq
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import binomtest, norm, ttest_1samp
-from .analysis import TEACHING, repeats, settings
+from .analysis import ON_LABELS, TEACHING, repeats, settings
 from .config import VitdistillError, nearest, shipped
 from .runs import Run
 
@@ -245,7 +245,8 @@ def comparisons(
     "Each taught group of repeats with the plain group of the same recipe before it; [] where there is none."
     groups = repeats(runs)
     recipe = lambda group: settings(group[0].config, TEACHING)
-    plain = {recipe(group): group for group in groups if not group[0].config.teacher}
+    plain = {recipe(group): group for way in ON_LABELS for group in groups # of two plain ones, cross-entropy: the last
+             if group[0].config.distillation == way}
     return [(plain.get(recipe(group), []), group) for group in groups if group[0].config.teacher]
 
 # %% ../nbs/08c_agreement.ipynb #afdf7eef

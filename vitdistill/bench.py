@@ -479,6 +479,8 @@ def bench(args:argparse.Namespace)->str: # of `main`
     config = bench_config(device, **(yaml.safe_load(Path(args.config).read_text()) if args.config else {}))
     if args.images < config.batch_size:
         raise VitdistillError(f'images = {args.images} is less than a batch: give {config.batch_size} or more.')
+    if args.against and not (Path(args.against)/'vitdistill').is_dir():
+        raise VitdistillError(f'--against {args.against}: no checkout of vitdistill is there, give the root of one.')
     noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
     if noise and not args.anyway: raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
     seconds, say = args.seconds or (30. if device == 'cuda' else 4.), functools.partial(print, flush=True)

@@ -16,7 +16,8 @@ import numpy as np, pandas as pd
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, t as student_t, ttest_1samp, ttest_ind
 from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
-from .analysis import TEACHING, curves, mean_curve, readable, repeats, settings, significant, teaching
+from .analysis import TEACHING, curves, mean_curve, on_labels, readable, repeats, settings, significant
+from .analysis import teaching
 from .config import Config, VitdistillError
 from .runs import Run
 from .trends import LAWS, LOG, Law, Trend, fit, measured_crossover
@@ -148,7 +149,7 @@ def rejected(
 )->bool:
     "Whether held-out images rejected its learning rate, weight decay or batch for such a student and schedule."
     def kind(c): return (settings(c, CHOSEN | HELD_OUT | TEACHING | {'epochs', 't_max', 'evaluate_every'}), stays_up(c),
-                         bool(c.teacher))
+                         on_labels(c))
     def choice(c): return [getattr(c, field) for field in sorted(CHOSEN)]
     alike = [arm for family in families for arm in family if kind(arm[0].config) == kind(config)]
     best = [choice(arm[0].config) for family in families for arm in chosen(family).values()
@@ -233,7 +234,7 @@ def comparable_pair(
     asked = [run for run in runs if readable(run) and run.config.experiment in EXPERIMENTS
              and dataset in ('', run.config.dataset) and not run.config.allow_untrained]
     pairs = comparisons(asked)
-    alone = [(arm, []) for arm in repeats(asked) if not arm[0].config.teacher]
+    alone = [(arm, []) for arm in repeats(asked) if on_labels(arm[0].config)]
     return max([pair for pair in pairs if all(pair)] or pairs + alone, key=_rank, default=([], []))
 
 # %% ../nbs/08b_comparison.ipynb #526a3899

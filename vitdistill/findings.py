@@ -174,12 +174,13 @@ def teacher_calls(
     sharing:int=1 # runs of other seeds that share the memo
 )->dict:          # heard: answers; online: the teacher's passes without a memo; memo: with one, a run
     "How many answers a run hears, and how often its teacher computes one, as is expected of views drawn by chance."
-    from vitdistill.data import check_dataset # here, so that the rest of the analysis starts without torch
+    from vitdistill.augment import unnumbered # here, so that the rest of the analysis starts without torch
+    from vitdistill.data import check_dataset
     from vitdistill.views import expected_views, n_views
-    if config.distillation == 'none': return dict(heard=0., online=0., memo=0.)
+    if not config.teacher: return dict(heard=0., online=0., memo=0.)
     heard, flip = images*epochs, check_dataset(config.dataset).flip if config.flip is None else config.flip
     if config.fold_answers == 'drawn': return dict(heard=heard, online=images, memo=images/sharing) # centre views, once
-    if config.mixup or config.cutmix: return dict(heard=heard, online=heard, memo=heard)
+    if unnumbered(config): return dict(heard=heard, online=heard, memo=heard) # a plan's memo is of one seed
     shown = expected_views(n_views(config.padding, flip), epochs*sharing)
     return dict(heard=heard, online=heard, memo=images*shown/sharing)
 

@@ -299,7 +299,8 @@ def started_from(weights:str)->dict: # as `student_weights` has them
     file = weights_place(weights)/'config.json'
     if not file.is_file(): return {}
     told = json.loads(file.read_text())
-    name = told['architecture'].removesuffix('_cifar') if told['architecture'] != 'litv2_cifar' else 'litv2_cifar'
+    base = told['architecture'].removesuffix('_cifar')
+    name = base if base in cifar_stems else told['architecture']
     own = 'img_size', 'num_classes', 'in_chans' # the new run's to say; pixels have three channels
     kwargs = {key: value for key, value in (told.get('model_args') or {}).items() if key not in own}
     return dict(student=name, stem='imagenet' if name == told['architecture'] else 'cifar', student_kwargs=kwargs)

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .config import Config, VitdistillError, field_names, from_root, repo_root, write_atomic
 from .data import Data
 from .hub import push, weights_place
-from .losses import Batch
+from .losses import OBJECTIVES, Batch
 from .models import combine, load_weights, save_model, student_size
 from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
@@ -98,7 +98,7 @@ def model_card(
     teaches = dict(teacher=c.student, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
-    if not c.teacher: taught = 'trained on labels alone'
+    if not c.teacher: taught = 'trained ' + ('on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels')
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     imports = 'import timm, vitdistill.models' if c.stem == 'cifar' else 'import timm'
     recipe = yaml.safe_dump({k: v for k, v in asdict(c).items() if v != getattr(Config(), k)}, sort_keys=False)

@@ -9,6 +9,7 @@ __all__ = ['PLAN', 'plan_rows', 'plan_key', 'PlanMemo', 'Planned']
 import hashlib
 import torch
 from .answers import Answers, Memo, memo_key, shared
+from .augment import AUGMENTATIONS
 from .config import Config, VitdistillError
 from .data import Data
 from .losses import HardLabel
@@ -16,8 +17,7 @@ from .teachers import Teacher, view_count
 from .views import Views
 
 # %% ../nbs/04b_planned.ipynb #8422493b
-PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', 'resized_crop', 'randaugment', 'three_augment',
-        'color_jitter', 'random_erasing', 'repeats', 'repeats_mode')
+PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', *AUGMENTATIONS, 'repeats', 'repeats_mode')
 
 def plan_rows(config:Config, images:int)->int: # images: that are trained on
     "Rows of an epoch's plan."
@@ -49,7 +49,7 @@ class Planned(Answers):
         teacher:Teacher, views:Views, kind=HardLabel(), # as in `Answers`
         memo:PlanMemo|None=None): # rank 0 holds it
         super().__init__(teacher, views, kind)
-        self.plan_memo, self.epoch, self.checked = memo, None, False
+        self.plan_memo, self.epoch, self.checked = memo, None, memo is None
 
     def open(self, epoch:int, first:int, last:int)->None: # rows of the plan: on all ranks
         self.close()
@@ -80,7 +80,7 @@ class Planned(Answers):
         said, self.checked = self.kind.make(self.teacher.logits(pixels)).cpu(), True
         differ, n = int((self.kind.decision(said) != self.kind.decision(kept)).sum()), len(pixels)
         if differ <= max(1, n//8): return
-        raise VitdistillError(f'the memo of the plan differs from the teacher in {differ} of {n} answers: remove it, '
+        raise VitdistillError(f'{self.plan_memo.file} differs from the teacher in {differ} of {n} answers: remove it, '
                               'and they are asked anew.')
 
     def close(self)->None: # on all ranks

@@ -15,7 +15,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed, freq_bands
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from .augment import augments
+from .augment import AUGMENTATIONS, augments
 from .config import Config, VitdistillError
 from .losses import OBJECTIVES, Batch, Output, criterion, whole_batch, within
 from .models import Student
@@ -354,8 +354,8 @@ def refuse_unfit(config:Config, can:nn.Module, images:int, world:int)->None: # i
     if config.mixup or config.cutmix:
         raise VitdistillError('mixup and cutmix share labels out, and pre-training has none: set both to 0.')
     if augments(config) or config.repeats > 1:
-        raise VitdistillError('pre-training draws crops, colours and copies of its own: leave resized_crop, repeats, '
-                              'randaugment, three_augment, color_jitter and random_erasing at their defaults.')
+        raise VitdistillError('pre-training draws crops, colours and copies of its own: leave repeats, '
+                              f"{', '.join(AUGMENTATIONS)} at their defaults.")
 
 # %% ../nbs/03a_pretraining.ipynb #1b98ca8d
 def knn_probe(train:np.ndarray, labels:np.ndarray, test:np.ndarray)->np.ndarray: # (n, D), (n,), (m, D) -> (m,)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'resolve', 'compiled',
-           'program', 'Setup', 'image_device', 'open_memo', 'open_plan_memo', 'question', 'question_all', 'placed',
-           'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
+           'program', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'placed', 'prepare',
+           'pass_size', 'predict', 'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, hashlib, inspect, math, os, shutil, typing
@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from .answers import Answers, DrawnAnswers, Memo, NoRoom, OutOfFold, memo_key
-from .augment import Augment, augments, image_parts
+from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
@@ -247,21 +247,18 @@ def image_device(
     return device if config.data_on == 'device' or math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2 else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
-def open_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind)->Memo|None: # kind: of answer
+def open_memo(
+    config:Config, data:Data, teacher:Teacher, ranks:Ranks,
+    kind,                   # of answer
+    rows:torch.Tensor=None  # (n,) that a plan orders: the memo is by rows of that plan; None: by view
+)->Memo|None:
     "The memo beside the teacher, on rank 0; None (it is asked online) where it is off, of no use, or has no room."
-    if not config.memo or ranks.rank or config.mixup or config.cutmix or augments(config): return None
+    if ranks.rank or rows is None and (not config.memo or unnumbered(config)): return None
     weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
     folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
-    try: return Memo(folder, memo_key(teacher, config, data), kind)
-    except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
-
-# %% ../nbs/05b_setup.ipynb #9dc0152d
-def open_plan_memo(config:Config, data:Data, teacher:Teacher, ranks:Ranks, kind, rows:torch.Tensor)->PlanMemo|None:
-    "The memo of a plan beside the teacher, on rank 0; None (it is asked online) where there is no room for it."
-    if ranks.rank: return None
-    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
-    folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
-    try: return PlanMemo(folder, plan_key(teacher, config, data, rows), kind)
+    try:
+        if rows is None: return Memo(folder, memo_key(teacher, config, data), kind)
+        return PlanMemo(folder, plan_key(teacher, config, data, rows), kind)
     except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
@@ -270,9 +267,9 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     teacher, card = load_teacher(config, data, ranks.device)
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     kind = criterion(config).wants
-    if config.plan_memo and (config.mixup or config.cutmix or augments(config)) and rows is not None:
-        answers = Planned(teacher, views, kind, open_plan_memo(config, data, teacher, ranks, kind, rows))
-    else: answers = Answers(teacher, views, kind, open_memo(config, data, teacher, ranks, kind))
+    planned = rows is not None and config.plan_memo and unnumbered(config)
+    memo = open_memo(config, data, teacher, ranks, kind, rows if planned else None)
+    answers = (Planned if planned else Answers)(teacher, views, kind, memo)
     if not answers.by_view: teacher.chunk = min(teacher.chunk, -(-config.batch_size//ranks.world)) # a batch at a time
     return answers, health, card
 
