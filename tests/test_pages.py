@@ -316,6 +316,14 @@ def test_bench_rows_of_the_readme_are_measured():
     assert [int(row) for row in rows] == [round(bench[name]) for name in contenders]
 
 
+def test_what_the_readme_says_is_faster_was_measured():
+    """Each `x.xx (low to high)` beside a file of reports/bench is a row of that file."""
+    told = re.findall(r"(\d\.\d\d) \((\d\.\d\d) to (\d\.\d\d)\)", README)
+    file, = re.findall(r"\((reports/bench/\S+-against)\.txt\)", README)
+    rows = pd.read_csv(ROOT / f"{file}.csv").set_index("contender").loc[["vitdistill plain", "vitdistill full memo"]]
+    assert told == [tuple(f"{row[name]:.2f}" for name in ("faster", "low", "high")) for _, row in rows.iterrows()]
+
+
 def test_the_library_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     """Eight lines, as they stand; their work folder aside."""
     lines = README.split("## As a library")[1].split("```python\n")[1].split("```")[0]
