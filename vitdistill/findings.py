@@ -53,7 +53,7 @@ QUESTIONS = ( # titles of the forest, in order
     'Labels of images that the teachers had not seen',
     'The paper’s way: one teacher’s hard labels, half of the loss',
     'Other answers of that teacher',
-    'Controls: no teacher, or folds that answer otherwise',
+    'Controls',
     'What may have gone wrong in the paper')
 
 def question(config:Config)->str:
