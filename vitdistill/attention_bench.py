@@ -7,12 +7,11 @@ __all__ = ['SIZES', 'ALPHAS', 'ATTENTION', 'NETWORKS', 'Case', 'cases', 'costs',
            'table', 'speedups', 'record', 'main']
 
 # %% ../nbs/09b_attention_bench.ipynb #b8e17958
-import argparse, functools, itertools, os, sys, time
+import argparse, functools, itertools, math, os, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from .bench import busy_gpus, goal_met, instruction_set, machine_name, median_interval
 from .bench import noise_sentence, other_work

@@ -6,7 +6,7 @@
 __all__ = ['Ask', 'read_ask', 'check_slurm', 'queued', 'meeting', 'hears_only_term', 'Job', 'sbatch_parameters', 'submit']
 
 # %% ../nbs/07_cluster.ipynb #db153be2
-import importlib.util, io, os, re, shutil, signal, subprocess, sys, threading, time
+import importlib.util, io, os, re, shutil, signal, subprocess, threading, time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path

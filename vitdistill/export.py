@@ -6,12 +6,12 @@
 __all__ = ['FORMATS', 'trained_student', 'need', 'difference', 'export_onnx', 'main']
 
 # %% ../nbs/06d_export.ipynb #008dca30
-import argparse, importlib.util, logging, sys, tempfile, warnings
+import argparse, importlib.util, logging, sys, warnings
 from pathlib import Path
 import torch
 from torch import nn
 from .config import VitdistillError, from_root, nearest, write_atomic
-from .models import Student, create, load_weights, student_size
+from .models import Student, create, load_weights
 from .runs import Run
 from .teachers import read_card
 

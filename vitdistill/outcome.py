@@ -21,7 +21,7 @@ from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter
 from .setup import Setup, file_hash, predict, prepare, resolve
-from .teachers import Teacher, adopt, make_card, read_card, seen_by
+from .teachers import Teacher, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #33a84427
 def predictions(
