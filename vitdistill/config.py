@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'repo_root', 'from_root', 'shipped', 'shipped_names',
-           'no_space', 'write_atomic', 'Config', 'field_names', 'check', 'from_dict', 'load', 'preset', 'save',
-           'config_hash', 'run_name']
+           'no_space', 'write_atomic', 'Config', 'field_names', 'check', 'from_dict', 'read_yaml', 'load', 'preset',
+           'save', 'config_hash', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import dataclasses, difflib, errno, functools, hashlib, json, os, shutil, typing
@@ -279,7 +279,8 @@ def from_dict(values:dict, source:str='')->Config:
 # %% ../nbs/00_config.ipynb #2eb0b684
 _safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the same in C, eight times as fast, where PyYAML has it
 
-def _read_yaml(path:Path)->dict:
+def read_yaml(path:Path)->dict:
+    "The keys and values of a YAML file; one that is missing, damaged or without keys is a `VitdistillError`."
     try: values = yaml.load(path.read_text(encoding='utf-8'), _safe_loader)
     except (FileNotFoundError, IsADirectoryError):
         raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
@@ -292,7 +293,7 @@ def _read_yaml(path:Path)->dict:
 # %% ../nbs/00_config.ipynb #3d3178d1
 def load(path:str|Path)->Config:
     "The config in a flat YAML file, such as a run folder's config.yaml."
-    return from_dict(_read_yaml(Path(path)), str(path))
+    return from_dict(read_yaml(Path(path)), str(path))
 
 # %% ../nbs/00_config.ipynb #2052d357
 def preset(
@@ -304,7 +305,7 @@ def preset(
     path = Path(name) if str(name).endswith(('.yaml', '.yml')) else shipped(f'nbs/presets/{name}.yaml')
     if not path.is_file():
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, shipped_names("nbs/presets", ".yaml"))}')
-    parts = _read_yaml(path)
+    parts = read_yaml(path)
     if experiment not in (known := set(parts) - {'common'}):
         raise VitdistillError(f'preset {name!r} has no experiment {experiment!r}: {nearest(experiment, known)}')
     given = {key: value for key, value in given.items() if value is not None}
