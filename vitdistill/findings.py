@@ -143,14 +143,15 @@ def long_gap(
 )->dict|None:      # as of `paired_at`; `decided`: is there an interval?; both arms' tops and log lines
     "The pair at the last epoch at which it can be told, and the slopes of both arms up to there; None before `least`."
     plain, other = arms[PLAIN], arms[TAUGHT]
-    common = min(map(epochs_together, (plain, other))) if plain and other else 0
+    if not plain or not other: return None
+    means = [mean_curve(curves(arm)).set_index('epoch')['mean'] for arm in (plain, other)]
+    common = max({*means[0].index} & {*means[1].index}, default=0) # evaluated in both
     if common < least: return None
     pair = paired_at(plain[0], other[0])
     decided = pair is not None and pair['epochs'] >= least
     epochs = pair['epochs'] if decided else common
-    means = [mean_curve(curves(arm)) for arm in (plain, other)]
-    tops = [float(mean.set_index('epoch')['mean'][epochs]) for mean in means]
-    slopes, r2 = zip(*(map(significant, log_line(mean, epochs)) for mean in means))
+    tops = [float(mean.asof(epochs)) for mean in means]
+    slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
     return dict(pair if decided else by_epoch, decided=decided, common=common, tops=tops, slopes=slopes, r2=r2,
                 runs=run_names([plain, other]))
