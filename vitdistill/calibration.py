@@ -9,6 +9,7 @@ __all__ = ['nll', 'brier', 'tempered', 'fit_temperature', 'log_probabilities', '
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
+from .agreement import _arrays, _own
 from .config import VitdistillError
 from .runs import Run
 
@@ -52,21 +53,16 @@ def log_probabilities(
     head:str='',     # 'class', 'distillation', 'softmax', 'logits'; '': the run's own decision
 )->tuple|None:       # ((n, C) float64, (n,) labels); None where no logits of that part were kept
     "What a run says of each class, from the logits of its predictions."
-    file = run.folder/'predictions.npz'
-    if not file.is_file(): raise VitdistillError(f'{run.name} has no predictions.npz: wait for its end.')
-    with np.load(file) as arrays:
-        names = [name for name in arrays.files if name.startswith(f'{part}_') and name.endswith('_logits')]
-        heads = {name.split('_')[1]: log_softmax(arrays[name].astype(float), axis=1) for name in names}
-        label = arrays[f'{part}_label'] if heads else None
-        raw = [arrays[name].astype(float) for name in names]
-    if not heads: return None
-    both = len(heads) > 1
-    if both: heads |= {'softmax': logsumexp(list(heads.values()), axis=0) - np.log(2),
-                       'logits': log_softmax(np.mean(raw, axis=0), axis=1)}
-    head = head or ('softmax' if both else 'class')
+    arrays = _arrays(run, part)
+    raw = {name.split('_')[1]: array.astype(float) for name, array in arrays.items() if name.endswith('_logits')}
+    if not raw: return None
+    heads = {name: log_softmax(logits, axis=1) for name, logits in raw.items()}
+    if len(heads) > 1: heads |= {'softmax': logsumexp(list(heads.values()), axis=0) - np.log(2),
+                                 'logits': log_softmax(np.mean(list(raw.values()), axis=0), axis=1)}
+    head = head or _own(heads)
     if head not in heads:
         raise VitdistillError(f"{run.name} has no logits of head {head!r}: choose from {', '.join(heads)}.")
-    return heads[head], label.astype(int)
+    return heads[head], arrays[f'{part}_label'].astype(int)
 
 # %% ../nbs/08f_calibration.ipynb #90fba607
 def held_out_temperature(

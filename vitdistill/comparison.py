@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX', 'stays_up', 'schedule_name', 'model_name',
-           'run_names', 'images', 'teacher_card', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings',
-           'counterpart', 'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
+           'run_names', 'images', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings', 'counterpart',
+           'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
            'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table',
            'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pair_table', 'contrast', 'budget_families',
            'curves_to_draw', 'foretold', 'forecast_table']
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np, pandas as pd
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, t as student_t, ttest_1samp, ttest_ind
-from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
+from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card, verdict
 from .analysis import TEACHING, curves, mean_curve, on_labels, readable, repeats, settings, significant
 from .analysis import teaching
 from .config import Config, VitdistillError
@@ -51,11 +51,6 @@ def images(run:Run)->float:
     "How many images it trained on, by its predictions; NaN where it has none."
     predictions = run.folder/'predictions.npz'
     return np.load(predictions)['train_image'].size if predictions.is_file() else np.nan
-
-# %% ../nbs/08b_comparison.ipynb #5ea85658
-def teacher_card(run:Run)->dict:
-    "What its result says about its teacher; {} where there is none."
-    return (run.result or {}).get('teacher_card') or {}
 
 # %% ../nbs/08b_comparison.ipynb #7ee56bac
 def own_images_only(run:Run)->bool:
@@ -239,7 +234,7 @@ def comparable_pair(
 
 # %% ../nbs/08b_comparison.ipynb #526a3899
 def arm_facts(
-    arm:list[Run],                    # done
+    arm:list[Run],                    # ended or not
     name:Callable[[list[Run]], str],  # of `arm_namer`
 )->dict:
     "What an arm is: the columns with which every table begins, and the names of its runs."
@@ -384,16 +379,15 @@ def forecast_table(
 )->pd.DataFrame: # a row an arm and law, in their order; error, least and most are forecast less measured
     "Each law's forecast from the first of the epochs against the end: of the mean curve, and of single seeds."
     def row(arm, law):
-        mean, c = mean_curve(curves(arm)), arm[0].config
+        mean = mean_curve(curves(arm))
         early, said, measured = foretold(law, mean, share)
         ends = [foretold(law, mean_curve(curves([run])), share)[1:] for run in arm]
         errors = [forecast - end for forecast, end in ends if not np.isnan(forecast)]
         fits = dict(slope=early.parameters[1] if early and law is LOG else np.nan, r2=early.r2 if early else np.nan,
                     forecast=said, error=said - measured, least=min(errors, default=np.nan),
                     most=max(errors, default=np.nan))
-        return dict(arm=name(arm), student=model_name(c), epochs=c.epochs, schedule=schedule_name(c), lr=c.lr,
-                    law=law.name, fitted_until=int(mean.epoch.max()*share), measured=measured, seeds_fitted=len(errors),
-                    runs=run_names([arm]), **{key: significant(value) for key, value in fits.items()})
+        told = dict(law=law.name, fitted_until=int(mean.epoch.max()*share), measured=measured, seeds_fitted=len(errors))
+        return arm_facts(arm, name) | told | {key: significant(value) for key, value in fits.items()}
     columns = ('arm student epochs schedule lr law fitted_until r2 slope forecast measured error least most '
                'seeds_fitted runs').split()
     return pd.DataFrame([row(arm, law) for arm in arms for law in laws], columns=columns)
