@@ -7,8 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, TINY
-from test_ranks import on_ranks
+from conftest import ROOT, TINY, on_ranks
 from vitdistill.config import VitdistillError, preset
 from vitdistill.grids import grid_cells
 from vitdistill.ranks import Ranks

@@ -10,9 +10,9 @@ __all__ = ['predictions', 'head_accuracies', 'true_answers', 'teacher_brief', 'c
 import argparse, sys
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, torch, yaml
+import pandas as pd, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
-from .config import Config, VitdistillError, from_root, repo_root, write_atomic
+from .config import Config, VitdistillError, from_root, repo_root
 from .data import Data
 from .hub import push, weights_place
 from .losses import OBJECTIVES, Batch
@@ -237,9 +237,8 @@ def predictions_at(
                  student_head='new', student_resampling='bicubic')
     setup = prepare(replace(run.config, **alone), start_ranks(run.config.device))
     setup.student.model.load_state_dict(state['model'])
-    def write(path):
-        with open(path, 'wb') as file: np.savez_compressed(file, **predictions(setup, ('test',)))
-    return write_atomic(Path(record or run.folder)/f"predictions-{state['epochs']:04d}.npz", write)
+    name = f"predictions-{state['epochs']:04d}.npz"
+    return RunWriter(record or run.folder).save_predictions(name, **predictions(setup, ('test',)))
 
 # %% ../nbs/06a_outcome.ipynb #9857693c
 def main(arguments:list=None)->int:
