@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, TINY
 from test_ranks import on_ranks
-from vitdistill.config import VitdistillError, preset
+from vitdistill.config import VitdistillError, config_hash, preset
+from vitdistill.data import load_data
 from vitdistill.grids import grid_cells
 from vitdistill.ranks import Ranks
 from vitdistill.setup import prepare, resolve
-from vitdistill.teachers import untrained
+from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
 
 PRESETS = "deit", "deit3", "deit_finetune", "small_deit", "small_deit3", "small_deit_finetune"
@@ -120,3 +121,29 @@ def test_a_planned_memo_teaches_later_students(recipe, tmp_path):
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
     train(replace(first.config, runs_dir=str(tmp_path / "seed"), work_dir=str(tmp_path / "work3"), seed=2, epochs=1))
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
+
+
+def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
+    """Two folders are one teacher: its memo has the answers that it gives online, other members make another run."""
+    other = untrained(replace(alike, seed=2), tmp_path / "other")
+
+    def student(name, *folders):
+        its = replace(tiny, teacher="", distillation="none")
+        adopt(its, [*folders], tmp_path / name, data := load_data(its))
+        return replace(tiny, teacher="mixture", teacher_kwargs=with_members(its, [*folders], data).student_kwargs,
+                       teacher_weights=str(tmp_path / name), epochs=2)
+
+    def run(name, config):
+        return train(replace(config, runs_dir=str(tmp_path / name), work_dir=str(tmp_path / name / "work")))
+
+    config = student("both", tiny.teacher_weights, other)
+    first, again = run("first", config), run("again", config)
+    online = run("online", replace(config, memo=False))
+    assert again.metrics().memo_hit_rate.tolist() == [1, 1] != first.metrics().memo_hit_rate.tolist()
+    for made in (first, again):
+        assert (made.metrics().train_loss - online.metrics().train_loss).abs().max() < 1e-5
+    alone = run("alone", replace(tiny, epochs=2))
+    assert (alone.metrics().train_loss - online.metrics().train_loss).abs().max() > 1e-3
+    hashes = [config_hash(resolve(made)) for made in (config, student("twice", other, other))]
+    assert first.name.endswith(hashes[0][:8]) and hashes[0] != hashes[1]
+    assert len(list((tmp_path / "both").glob("memo-*.bin"))) == 1
