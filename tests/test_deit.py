@@ -12,6 +12,7 @@ from test_ranks import on_ranks
 from vitdistill.config import VitdistillError, config_hash, preset
 from vitdistill.data import load_data
 from vitdistill.grids import grid_cells
+from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
 from vitdistill.setup import prepare, resolve
 from vitdistill.teachers import adopt, untrained, with_members
@@ -39,6 +40,26 @@ def test_presets_are_one_recipe(name):
         assert steps == (1252 if "finetune" in name else 10_016)
     if name == "deit":
         assert {student.lr for student in students} == {5e-4 * 1024 / 512}
+
+
+def test_stochastic_depth_of_presets():
+    """DeiT III drops every branch alike; DeiT ever more over depth, and none of the first block; small ones none."""
+
+    def rates(name, **over):
+        with torch.device("meta"):
+            model = create_student(preset(name, "baseline", **over), 1000, 224).model
+        branches = [block for block in model.modules() if hasattr(block, "drop_path1")]
+        assert len(branches) == len(model.blocks)
+        return [getattr(part, "drop_prob", 0.0) for b in branches for part in (b.drop_path1, b.drop_path2)]
+
+    assert rates("deit3", student_size=192) == pytest.approx([0.2] * 24)
+    growing = [0.1 * block / 11 for block in range(12) for _ in range(2)]
+    assert rates("deit") == pytest.approx(growing)
+    for name in ("small_deit", "small_deit3"):
+        assert rates(name, student_size=32) == [0.0] * 12
+    assert preset("small_deit3", "baseline").student_drop_path == "constant"
+    kwargs = preset("small_deit3", "baseline").student_kwargs | dict(drop_path_rate=0.1)
+    assert rates("small_deit3", student_size=32, student_kwargs=kwargs) == pytest.approx([0.1] * 12)
 
 
 @pytest.mark.parametrize("name", ["deit_strengths", "deit_table2", "deit_table3", "deit_table8"])

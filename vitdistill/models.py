@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file', 'read_weights',
            'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'TwoHeads', 'combine', 'Student',
-           'student_size', 'check_start', 'create_student', 'pretrained_constants', 'Mixture', 'started_from',
-           'save_model']
+           'student_size', 'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants',
+           'Mixture', 'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
 from pathlib import Path
 import timm, torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models import (build_model_with_cfg, generate_default_cfgs, load_model_config_from_hf, load_pretrained,
@@ -280,6 +280,15 @@ def check_start(
         raise VitdistillError(f"student_head = 'keep': the head of {config.student} is for {known} classes and the "
                               f"data have {classes}: set student_head to 'new'.")
 
+# %% ../nbs/02_models.ipynb #62fb5853
+def with_constant_drop_path(model:nn.Module)->nn.Module:
+    "Drop each residual branch with the rate that the last one has, in place."
+    rate = max((part.drop_prob for part in model.modules() if isinstance(part, DropPath)), default=0.)
+    for block in list(model.modules()) if rate else ():
+        for name in 'drop_path', 'drop_path1', 'drop_path2', 'drop_path3': # as timm calls them; none where it is 0
+            if hasattr(block, name): setattr(block, name, DropPath(rate))
+    return model
+
 # %% ../nbs/02_models.ipynb #e2dcb59d
 def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
@@ -290,6 +299,7 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     if config.student_weights:
         file = weights_place(config.student_weights)
         load_weights(model, file, config.student_head == 'new', config.student_resampling)
+    if config.student_drop_path == 'constant': with_constant_drop_path(model)
     return Student(model)
 
 # %% ../nbs/02_models.ipynb #be6a5369
