@@ -128,11 +128,12 @@ def test_a_teacher_of_other_classes_is_one_sentence(recipe, alike, tmp_path):
     assert "head.weight is (100, 48), wants (10, 48)" in str(said.value) and "\n" not in str(said.value)
 
 
-def test_a_planned_memo_teaches_later_students(recipe, tmp_path):
-    """Two ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
+@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
+    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
     config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2, lr=1e-4)
     online, = on_ranks(config, tmp_path / "online", 1)
-    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", 2)
+    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", ranks)
     later = train(replace(first.config, runs_dir=str(tmp_path / "later"), work_dir=str(tmp_path / "work"), lr=2e-4))
     again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work2")))
     assert first.metrics().memo_hit_rate.tolist() == [0, 0]
