@@ -8,11 +8,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, TINY, on_ranks
-from vitdistill.config import VitdistillError, preset
+from vitdistill.config import VitdistillError, config_hash, preset
+from vitdistill.data import load_data
 from vitdistill.grids import grid_cells
+from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
 from vitdistill.setup import prepare, resolve
-from vitdistill.teachers import untrained
+from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
 
 PRESETS = "deit", "deit3", "deit_finetune", "small_deit", "small_deit3", "small_deit_finetune"
@@ -37,6 +39,26 @@ def test_presets_are_one_recipe(name):
         assert steps == (1252 if "finetune" in name else 10_016)
     if name == "deit":
         assert {student.lr for student in students} == {5e-4 * 1024 / 512}
+
+
+def test_stochastic_depth_of_presets():
+    """DeiT III drops every branch alike; DeiT ever more over depth, and none of the first block; small ones none."""
+
+    def rates(name, **over):
+        with torch.device("meta"):
+            model = create_student(preset(name, "baseline", **over), 1000, 224).model
+        branches = [block for block in model.modules() if hasattr(block, "drop_path1")]
+        assert len(branches) == len(model.blocks)
+        return [getattr(part, "drop_prob", 0.0) for b in branches for part in (b.drop_path1, b.drop_path2)]
+
+    assert rates("deit3", student_size=192) == pytest.approx([0.2] * 24)
+    growing = [0.1 * block / 11 for block in range(12) for _ in range(2)]
+    assert rates("deit") == pytest.approx(growing)
+    for name in ("small_deit", "small_deit3"):
+        assert rates(name, student_size=32) == [0.0] * 12
+    assert preset("small_deit3", "baseline").student_drop_path == "constant"
+    kwargs = preset("small_deit3", "baseline").student_kwargs | dict(drop_path_rate=0.1)
+    assert rates("small_deit3", student_size=32, student_kwargs=kwargs) == pytest.approx([0.1] * 12)
 
 
 @pytest.mark.parametrize("name", ["deit_strengths", "deit_table2", "deit_table3", "deit_table8"])
@@ -105,11 +127,12 @@ def test_a_teacher_of_other_classes_is_one_sentence(recipe, alike, tmp_path):
     assert "head.weight is (100, 48), wants (10, 48)" in str(said.value) and "\n" not in str(said.value)
 
 
-def test_a_planned_memo_teaches_later_students(recipe, tmp_path):
-    """Two ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
+@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
+    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
     config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2, lr=1e-4)
     online, = on_ranks(config, tmp_path / "online", 1)
-    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", 2)
+    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", ranks)
     later = train(replace(first.config, runs_dir=str(tmp_path / "later"), work_dir=str(tmp_path / "work"), lr=2e-4))
     again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work2")))
     assert first.metrics().memo_hit_rate.tolist() == [0, 0]
@@ -119,3 +142,29 @@ def test_a_planned_memo_teaches_later_students(recipe, tmp_path):
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
     train(replace(first.config, runs_dir=str(tmp_path / "seed"), work_dir=str(tmp_path / "work3"), seed=2, epochs=1))
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
+
+
+def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
+    """Two folders are one teacher: its memo has the answers that it gives online, other members make another run."""
+    other = untrained(replace(alike, seed=2), tmp_path / "other")
+
+    def student(name, *folders):
+        its = replace(tiny, teacher="", distillation="none")
+        adopt(its, [*folders], tmp_path / name, data := load_data(its))
+        return replace(tiny, teacher="mixture", teacher_kwargs=with_members(its, [*folders], data).student_kwargs,
+                       teacher_weights=str(tmp_path / name), epochs=2)
+
+    def run(name, config):
+        return train(replace(config, runs_dir=str(tmp_path / name), work_dir=str(tmp_path / name / "work")))
+
+    config = student("both", tiny.teacher_weights, other)
+    first, again = run("first", config), run("again", config)
+    online = run("online", replace(config, memo=False))
+    assert again.metrics().memo_hit_rate.tolist() == [1, 1] != first.metrics().memo_hit_rate.tolist()
+    for made in (first, again):
+        assert (made.metrics().train_loss - online.metrics().train_loss).abs().max() < 1e-5
+    alone = run("alone", replace(tiny, epochs=2))
+    assert (alone.metrics().train_loss - online.metrics().train_loss).abs().max() > 1e-3
+    hashes = [config_hash(resolve(made)) for made in (config, student("twice", other, other))]
+    assert first.name.endswith(hashes[0][:8]) and hashes[0] != hashes[1]
+    assert len(list((tmp_path / "both").glob("memo-*.bin"))) == 1

@@ -13,9 +13,10 @@ import timm
 import yaml
 
 from conftest import ROOT, environment, run_of, train_command
-from vitdistill.config import save
+from vitdistill.config import preset, save
 from vitdistill.grids import grid_cells, run_batch
 from vitdistill.runs import find_runs
+from vitdistill.teachers import untrained
 
 EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
@@ -156,6 +157,19 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
     assert record.status == "done" and record.result["weights_hash"] == card["weights_hash"]
     decided = set(np.load(record.folder / "predictions.npz"))
     assert decided >= {f"{part}_class_decision" for part in ("test", "val", "train")}
+
+
+def test_several_weights_are_adopted_as_a_mixture(tmp_path):
+    """Two folders are one teacher, with a card and a record as any other; what its student is to say is printed."""
+    its = preset("demo", "distilled", teacher_kwargs=SMALL_VIT, allow_untrained=True, teacher_precision="fp32")
+    members = [untrained(replace(its, seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
+    notebook = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="mix", weights=members,
+                       keep_record=True, work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+    card = json.loads((tmp_path / "mix/model/card.json").read_text())
+    assert card["architecture"] == "mixture" and len(card["kwargs"]["members"]) == 2 and card["n_held_out"]
+    assert "teacher = 'mixture', teacher_kwargs = {'members': [{'model': 'vit_tiny_patch16_224'" in said(notebook)
+    record, = find_runs(tmp_path / "runs")
+    assert record.status == "done" and record.result["weights_hash"] == card["weights_hash"]
 
 
 @pytest.mark.parametrize("grid", sorted((EXPERIMENTS / "grids").glob("*.yaml")), ids=lambda p: p.stem)

@@ -148,6 +148,7 @@ class Config:
     student_pretrained:bool=_student(False) # start from timm's weights on the hub
     student_head:str=_student('new', ('new', 'keep')) # untrained, or the one that student_weights have
     student_resampling:str=_student('bicubic', ('bicubic', 'bilinear')) # of position embeddings to another grid
+    student_drop_path:str=_student('growing', ('growing', 'constant')) # over depth: to drop_path_rate, or always it
     student_normalization:str=_student('data', _norms) # the dataset's mean and std, or the pretrained model's own
     # The data
     dataset:str=_data('cifar100', shared=True, split=True) # a name that `vitdistill.data` knows

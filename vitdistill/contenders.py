@@ -4,28 +4,32 @@
 
 # %% auto #0
 __all__ = ['bench_config', 'random_data', 'Watch', 'clock', 'loop', 'autocast', 'bare', 'PilImages', 'frozen_teacher', 'endless',
-           'naive', 'timm_way', 'bench_setup', 'fill_randomly', 'vitdistill', 'flops', 'teacher_alone', 'matmul',
-           'Contender', 'rank_counts', 'contenders', 'tries']
+           'naive', 'timm_steps', 'timm_way', 'bench_setup', 'fill_randomly', 'bench_answers', 'vitdistill', 'flops',
+           'teacher_alone', 'matmul', 'Contender', 'rank_counts', 'contenders', 'tries', 'recipe_config', 'timm_recipe',
+           'recipe']
 
 # %% ../nbs/09_contenders.ipynb #05c38cf8
 import functools, itertools, math, tempfile, time, typing
 from dataclasses import replace
 import torch, torch.nn.functional as F
-from timm.data import create_loader
+from timm.data import FastCollateMixup, create_loader
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from .answers import Answers, Memo, memo_key
-from .config import Config, from_dict
+from .augment import AUGMENTATIONS, unnumbered
+from .config import Config, from_dict, preset
 from .data import Data, cifar100_constants
 from .views import Views, epoch_plan, normalize
 from .losses import Batch, criterion
 from .models import create, create_student, student_size
+from .planned import Planned, PlanMemo, plan_key
 from .ranks import Ranks
 from .runs import cores
-from .setup import Setup, auto_values, create_optimizer, placed
+from .setup import Setup, auto_values, create_optimizer, loading_processes, placed
 from .teachers import load_teacher, view_count
 from .train import Progress, create_objective, train_epoch
 
@@ -155,23 +159,19 @@ def naive(config:Config, ranks:Ranks, data:Data, watch:Watch):
     return loop(step)
 
 # %% ../nbs/09_contenders.ipynb #8673a493
-def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
-    "timm's loader, optimizer and `LogitDistillationTask`."
-    from timm.task import LogitDistillationTask # of newer versions
+def timm_steps(config:Config, ranks:Ranks, data:Data, watch:Watch,
+    task:typing.Callable, # of timm.task, with its loss
+    memory=torch.channels_last, **loading): # of `create_loader`
+    "timm's loader, optimizer and distillation, on the config's terms."
     size, device = student_size(config, 32), torch.device(ranks.device)
-    two_sizes = size != config.teacher_size
-    memory = torch.channels_last if two_sizes else torch.contiguous_format
     student = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     student = student.to(device, memory_format=memory)
     teacher = frozen_teacher(config, data, ranks.device, watch, size)
-    task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), task_loss_weight=1 - config.alpha,
-                                 device=device, verbose=False).train()
-    optimizer = create_optimizer_v2(student, 'sgd', lr=config.lr, weight_decay=config.weight_decay,
+    task = task(student, teacher, task_loss_weight=1 - config.alpha, device=device, verbose=False).train()
+    optimizer = create_optimizer_v2(student, config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
                                     momentum=config.momentum)
-    jitter = dict(color_jitter=None) if two_sizes else {}
     batches = endless(create_loader(PilImages(data), (3, size, size), config.batch_size, is_training=True,
-        num_workers=min(4, cores()), mean=data.mean_std[0], std=data.mean_std[1], device=device, pin_memory=watch.cuda,
-        **jitter))
+        mean=data.mean_std[0], std=data.mean_std[1], device=device, pin_memory=watch.cuda, **loading))
     def step():
         pixels, labels = next(batches)
         with autocast(config): loss = task(pixels.contiguous(memory_format=memory), labels)['loss']
@@ -180,12 +180,23 @@ def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
         optimizer.zero_grad()
     return loop(step)
 
+# %% ../nbs/09_contenders.ipynb #b5f9e9a5
+def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
+    "timm's loader, optimizer and `LogitDistillationTask`."
+    from timm.task import LogitDistillationTask # of newer versions
+    two_sizes = student_size(config, 32) != config.teacher_size
+    memory = torch.channels_last if two_sizes else torch.contiguous_format
+    jitter = dict(color_jitter=None) if two_sizes else {}
+    task = functools.partial(LogitDistillationTask, criterion=nn.CrossEntropyLoss())
+    return timm_steps(config, ranks, data, watch, task, memory, num_workers=min(4, cores()), **jitter)
+
 # %% ../nbs/09_contenders.ipynb #40edc69a
 def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "What `prepare` makes of a config, for data in memory and a teacher whose health is no matter."
     student = placed(create_student(config, len(data.classes), 32), ranks.device)
     views, rows = Views(data.train_images, config.padding, ranks.device), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
+    if answers and unnumbered(config): answers.teacher.chunk = config.batch_size # is asked a batch at a time
     test_views = Views(data.test_images, 0, ranks.device)
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=test_views,
                  train_rows=rows, val_rows=rows[:0], criterion=criterion(config).to(ranks.device), answers=answers)
@@ -198,23 +209,36 @@ def fill_randomly(memo:Memo)->None:
         image, view = (t.flatten() for t in torch.meshgrid(rows, views, indexing='ij'))
         memo.put(image, view, torch.randint(memo.key['classes'], image.shape))
 
+# %% ../nbs/09_contenders.ipynb #016f6cad
+def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
+    "The teacher's answers in a turn: with an empty memo or a `full` one; of mixed images with a full one, or online."
+    config, data, teacher = setup.config, setup.data, setup.answers.teacher
+    if not unnumbered(config):
+        memo = Memo(folder, memo_key(teacher, config, data) | {'turn': turn})
+        answers = Answers(teacher, setup.views, memo=memo)
+    elif full:
+        memo = PlanMemo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
+        answers = Planned(teacher, setup.views, memo=memo)
+        answers.checked = True # of a few rows, once a run: random ones would be refused
+    else: return Answers(teacher, setup.views)
+    if full: fill_randomly(memo)
+    return answers
+
 # %% ../nbs/09_contenders.ipynb #07f65c8b
 def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False):
-    "The package's own epoch; distilled from an empty memo, or from a `full` one."
+    "The package's own epoch; distilled as `bench_answers` says."
     setup, folder, numbers = bench_setup(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
     objective = create_objective(setup.student, setup.criterion, config.compile, ranks)
     optimizer = create_optimizer(config, setup.student.model, setup.criterion)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
-    teacher = setup.answers and setup.answers.teacher
-    key = memo_key(teacher, config, data) if teacher else None
     def ready(steps:int):
-        epoch = next(numbers)
+        turn_number = next(numbers)
+        epoch = turn_number % config.epochs # of which a plan has so many
         setup.train_rows = torch.arange(steps*config.batch_size)
-        if teacher and not (full and epoch):
-            memo = Memo(folder.name, key | {'turn': epoch})
-            if full: fill_randomly(memo)
-            setup.answers = Answers(teacher, setup.views, memo=memo)
-            watch.resident_mb = (setup.views.images.nbytes + setup.test_views.images.nbytes + memo.bytes)/1e6
+        if setup.answers and not (full and turn_number):
+            setup.answers = bench_answers(setup, folder.name, turn_number, full)
+            images, memo = setup.views.images.nbytes + setup.test_views.images.nbytes, setup.answers.memo
+            if memo: watch.resident_mb = (images + memo.bytes)/1e6
         def turn(): watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
         return turn
     return ready
@@ -310,3 +334,36 @@ def tries(config:Config)->dict:
              if name.startswith('bare') or entry.build.keywords or entry.config != known}
     graphs = {'CUDA graphs': one("torch.compile(mode='reduce-overhead')", compile='reduce-overhead')}
     return found | (graphs if config.device == 'cuda' else {'1 thread': one('of the CPU', threads=1)})
+
+# %% ../nbs/09_contenders.ipynb #f769b5a0
+def recipe_config(device:str, **given)->Config:
+    "A small DeiT that MobileNetV2 teaches, at the full strength of DeiT's recipe."
+    full = vars(preset('deit', 'deit'))
+    strengths = {name: full[name] for name in (*AUGMENTATIONS, 'mixup', 'cutmix', 'padding')}
+    batch = dict(batch_size=512) if device == 'cuda' else {}
+    config = preset('small_deit', 'deit', **strengths | batch | dict(device=device) | given)
+    return replace(config, **auto_values(config) | dict(compile=config.compile)) # as in `bench_config`
+
+# %% ../nbs/09_contenders.ipynb #67263995
+def timm_recipe(config:Config, ranks:Ranks, data:Data, watch:Watch):
+    "timm's loader, mixing, optimizer and `TokenDistillationTask`."
+    from timm.task import TokenDistillationTask # of newer versions
+    c = config
+    mix = FastCollateMixup(c.mixup, c.cutmix, label_smoothing=c.label_smoothing, num_classes=len(data.classes))
+    task = functools.partial(TokenDistillationTask, criterion=SoftTargetCrossEntropy(), distill_type='hard')
+    return timm_steps(config, ranks, data, watch, task, collate_fn=mix, auto_augment=c.randaugment, color_jitter=None,
+        scale=(c.resized_crop or 1., 1.), interpolation='bicubic', re_prob=c.random_erasing, re_mode='pixel',
+        num_workers=loading_processes(config, ranks))
+
+# %% ../nbs/09_contenders.ipynb #55f27401
+def recipe(config:Config)->dict: # of `recipe_config`
+    "Name -> `Contender`: a step of DeiT's recipe, as the package does it and as timm's parts do."
+    config = replace(config, **auto_values(config))
+    alone = replace(config, distillation='none', token='auto')
+    n = loading_processes(config, Ranks(device=config.device))
+    terms = f'{n} loading processes, {config.precision}'
+    full = functools.partial(vitdistill, full=True)
+    return {'recipe': Contender(vitdistill, config, f'train_epoch, teacher online, {terms}'),
+        'recipe, full planned memo': Contender(full, config, f'train_epoch, every row of the plan known, {terms}'),
+        'recipe, no teacher': Contender(vitdistill, alone, f'train_epoch, both heads learn the labels, {terms}'),
+        'timm recipe': Contender(timm_recipe, config, f'its loader and TokenDistillationTask, teacher online, {terms}')}

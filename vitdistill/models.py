@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file', 'read_weights',
            'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'TwoHeads', 'combine', 'Student',
-           'student_size', 'check_start', 'create_student', 'pretrained_constants', 'started_from', 'save_model']
+           'student_size', 'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants',
+           'Mixture', 'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
 from pathlib import Path
 import timm, torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models import (build_model_with_cfg, generate_default_cfgs, load_model_config_from_hf, load_pretrained,
@@ -198,11 +199,14 @@ def resampled_norm(
 # %% ../nbs/02_models.ipynb #5223bbf2
 def load_weights(
     model:nn.Module,
-    path:str|Path,      # safetensors, pth, or a model folder
+    path:str|Path|list, # safetensors, pth, or a model folder; of a mixture also one for each member
     new_head:bool=False,  # leave the checkpoint's head out (it is for other classes)
     interpolation:str='bicubic' # of position embeddings, as in `fit_positions`
 )->nn.Module:
     "Load weights strictly; `VitdistillError` names the tensors that are missing, unknown or of another shape."
+    if isinstance(path, list):
+        for member, its in zip(model.members, path, strict=True): load_weights(member, its, new_head, interpolation)
+        return model
     state, own = fit_positions(read_weights(path), model, interpolation), model.state_dict()
     heads = tuple(f'{h}.' for h in head_names(model))
     if new_head:
@@ -276,6 +280,15 @@ def check_start(
         raise VitdistillError(f"student_head = 'keep': the head of {config.student} is for {known} classes and the "
                               f"data have {classes}: set student_head to 'new'.")
 
+# %% ../nbs/02_models.ipynb #62fb5853
+def with_constant_drop_path(model:nn.Module)->nn.Module:
+    "Drop each residual branch with the rate that the last one has, in place."
+    rate = max((part.drop_prob for part in model.modules() if isinstance(part, DropPath)), default=0.)
+    for block in list(model.modules()) if rate else ():
+        for name in 'drop_path', 'drop_path1', 'drop_path2', 'drop_path3': # as timm calls them; none where it is 0
+            if hasattr(block, name): setattr(block, name, DropPath(rate))
+    return model
+
 # %% ../nbs/02_models.ipynb #e2dcb59d
 def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
@@ -286,12 +299,58 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     if config.student_weights:
         file = weights_place(config.student_weights)
         load_weights(model, file, config.student_head == 'new', config.student_resampling)
+    if config.student_drop_path == 'constant': with_constant_drop_path(model)
     return Student(model)
 
 # %% ../nbs/02_models.ipynb #be6a5369
 def pretrained_constants(model:nn.Module)->tuple:
     "(mean, std) per channel that the model's pretrained weights expect."
+    if model.pretrained_cfg['mean'] is None: # of a mixture
+        raise VitdistillError("normalization 'own': the members of this mixture expect different ones: set it to "
+                              "'data', or take members that were trained alike.")
     return tuple(model.pretrained_cfg['mean']), tuple(model.pretrained_cfg['std'])
+
+# %% ../nbs/02_models.ipynb #2ab99e8e
+class Mixture(nn.Module):
+    "Several classifiers as one, whose logits are the log of their mean softmax."
+    def __init__(self,
+        members:list=(),        # of each its name, or {model: NAME, stem: ..., and arguments of timm.create_model}
+        num_classes:int=1000,
+        img_size:int|tuple=224, # side of the input of all of them, px
+        in_chans:int=3,         # as timm tells every model
+        named_weights:bool=False): # the pretrained weights of the members' names
+        super().__init__()
+        told = [dict(model=member) if isinstance(member, str) else member for member in members]
+        if not told or not all(isinstance(member, dict) and 'model' in member for member in told):
+            raise VitdistillError(f'a mixture of members = {members!r}: give it, in student_kwargs or teacher_kwargs, '
+                                  'a list of names or of {model: NAME, ...}.')
+        side, self.num_classes = img_size if isinstance(img_size, int) else img_size[-1], num_classes
+        named = [(member['model'], {key: member[key] for key in member if key != 'model'}) for member in told]
+        self.members = nn.ModuleList(create(name, num_classes, side, pretrained=named_weights, **its)
+                                     for name, its in named)
+        self.num_features = sum(member.num_features for member in self.members) # that heads read
+    def forward(self, x):
+        said = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
+        return said.logsumexp(0) - math.log(len(self.members))
+
+# %% ../nbs/02_models.ipynb #d9a7e738
+default_cfgs |= generate_default_cfgs({'mixture': dict(url='', num_classes=1000, input_size=(3, 224, 224),
+                                                       fixed_input_size=True)}) # so that timm says the size
+
+def _register_mixture()->None:
+    def mixture(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
+        own = pretrained_cfg is not None # as of a folder
+        model = build_model_with_cfg(Mixture, 'mixture', pretrained and own, pretrained_cfg, pretrained_cfg_overlay,
+                                     named_weights=pretrained and not own, **kwargs)
+        heads = [f'members.{i}.{head}' for i, member in enumerate(model.members) for head in head_names(member)]
+        model.pretrained_cfg |= dict(classifier=heads)
+        expected = {pretrained_constants(member) for member in model.members}
+        mean, std = expected.pop() if len(expected) == 1 else (None, None)
+        if not own: model.pretrained_cfg |= dict(mean=mean, std=std)
+        return model
+    register_model(mixture)
+
+if not timm.is_model('mixture'): _register_mixture()
 
 # %% ../nbs/02_models.ipynb #1b555fc1
 def started_from(weights:str)->dict: # as `student_weights` has them

@@ -98,8 +98,8 @@ def model_card(
     teaches = dict(teacher=c.student, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
-    if not c.teacher:
-        taught = 'trained ' + ('on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels')
+    labels = 'on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels'
+    if not c.teacher: taught = f'trained {labels}'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     imports = 'import timm, vitdistill.models' if c.stem == 'cifar' else 'import timm'
     recipe = yaml.safe_dump({k: v for k, v in asdict(c).items() if v != getattr(Config(), k)}, sort_keys=False)

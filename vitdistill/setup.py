@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'resolve', 'compiled',
-           'program', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'placed', 'prepare',
-           'pass_size', 'predict', 'evaluate', 'weight_average']
+           'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'placed',
+           'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, hashlib, inspect, math, os, shutil, typing
@@ -180,6 +180,13 @@ def program(function:typing.Callable, mode:str)->typing.Callable: # mode: of the
     "A small function of a step, compiled where the student is; not to CUDA graphs, whose results don't last."
     return compiled(function, 'none' if mode == 'none' else 'default')
 
+# %% ../nbs/05b_setup.ipynb #ff909c0d
+def loading_processes(config:Config, ranks:Ranks)->int: # of this rank
+    "How many processes augment images: as the config says, else none on a CPU, whose cores train."
+    if not augments(config): return 0
+    if config.workers != 'auto': return config.workers
+    return min(16, cores()//ranks.local_world) if ranks.device.startswith('cuda') else 0
+
 # %% ../nbs/05b_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
 class Setup:
@@ -217,10 +224,7 @@ class Setup:
         return Augment(self.config, side, self.constants) if augments(self.config) else None
 
     @property
-    def workers(self)->int: # processes of this rank that augment
-        if not augments(self.config): return 0
-        if self.config.workers != 'auto': return self.config.workers
-        return min(16, cores()//self.ranks.local_world) if self.ranks.device.startswith('cuda') else 0
+    def workers(self)->int: return loading_processes(self.config, self.ranks)
 
     @property
     def beside(self)->bool: # are images kept beside the student?

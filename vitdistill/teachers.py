@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'view_count', 'some', 'top1', 'agreement', 'card_facts', 'make_card', 'read_card', 'refuse_seen', 'seen_by',
-           'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images', 'adopt', 'same_teacher']
+           'refuse_other_classes', 'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images',
+           'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
 import hashlib, json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
-from .config import Config, VitdistillError, field_names, from_dict, from_root
+from .config import Config, VitdistillError, field_names, from_dict
 from .data import Data, load_data, split_rows
 from .hub import weights_place
 from .views import Views, epoch_plan, n_views, normalize
-from .models import create, load_weights, pretrained_constants, save_model
+from .models import create, load_weights, pretrained_constants, save_model, started_from, weights_file
 
 # %% ../nbs/04_teachers.ipynb #758f9ae4
 class Teacher:
@@ -152,18 +153,24 @@ def seen_by(
     rows, _ = split_rows(data.train_labels, from_dict(card['split']))
     return torch.zeros(len(data.train_labels), dtype=torch.bool).index_fill_(0, rows, True)
 
+# %% ../nbs/04_teachers.ipynb #32a76bac
+def refuse_other_classes(card:dict|None, data:Data)->None:
+    "Raise `VitdistillError` where a teacher's card names other classes than the data have."
+    if card and (its := card['classes']) != data.classes:
+        raise VitdistillError(f'the teacher knows {len(its)} classes ({its[0]}, ...), {data.name} has '
+                              f'{len(data.classes)} ({data.classes[0]}, ...): fine-tune the teacher on {data.name} '
+                              'with e00_teacher.')
+
 # %% ../nbs/04_teachers.ipynb #87ba8b24
 def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     "(Teacher, card or None) of a config; classes, split and weights that don't fit are `VitdistillError`."
     torch.manual_seed(config.seed) # of an untrained head
-    card, classes = read_card(config.teacher_weights), data.classes
-    if card and (its := card['classes']) != classes:
-        raise VitdistillError(f'the teacher knows {len(its)} classes ({its[0]}, ...), {data.name} has {len(classes)} '
-                              f'({classes[0]}, ...): fine-tune the teacher on {data.name} with e00_teacher.')
+    card = read_card(config.teacher_weights)
+    refuse_other_classes(card, data)
     refuse_seen(config, data, card)
     named = config.teacher.startswith('hf-hub:') and not config.teacher_weights # the name says where weights are
     pretrained = config.teacher_pretrained or named
-    model = create(config.teacher, len(classes), config.teacher_size, pretrained=pretrained,
+    model = create(config.teacher, len(data.classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
     if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
@@ -220,10 +227,36 @@ def refuse_test_images(
                               f'{data.name}, which choose nothing: give other images of its classes, '
                               'or training images that it has not seen (val_rows).')
 
+# %% ../nbs/04_teachers.ipynb #e570bba9
+def with_members(
+    config:Config, # of what is to be adopted; its student_kwargs may name the members
+    weights,       # as `adopt` takes them
+    data:Data
+)->Config:
+    "The config as it is or, where weights are a list, the mixture of those."
+    if not isinstance(weights, list): return config
+    members = config.student_kwargs.get('members')
+    if members is None: members = [_told(its) for its in weights]
+    if not weights or len(members) != len(weights):
+        raise VitdistillError(f'{len(weights)} weights are given for a mixture of {len(members)} members: '
+                              'name a file or a model folder for each.')
+    for its in weights:
+        refuse_other_classes(card := read_card(its), data)
+        if card: refuse_seen(replace(config, teacher_weights=str(its)), data, card)
+    return replace(config, student='mixture', stem='imagenet', student_kwargs=dict(members=members))
+
+def _told(weights)->dict: # what a model folder says of its architecture
+    weights_file(weights_place(weights))
+    if not (told := started_from(weights)):
+        raise VitdistillError(f'{weights} does not say its architecture: give student_kwargs, {{members: [...]}}, '
+                              'with a name for each of the weights.')
+    stem = dict(stem=told['stem']) if told['stem'] != 'imagenet' else {}
+    return dict(model=told['student'], **stem, **told['student_kwargs'])
+
 # %% ../nbs/04_teachers.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
-    weights:str|Path,   # its weights, with a head for the dataset's classes
+    weights:str|Path|list, # its weights, with a head for the dataset's classes; of a mixture, a list of the members'
     folder:str|Path,    # the model folder to write
     data:Data,
     device:str='cpu', precision:str='fp32',
@@ -232,15 +265,17 @@ def adopt(
     held_out:tuple=None # ((N, H, W, 3) uint8, (N,) labels) to measure it on where it was fitted on all training images
 )->dict:
     "Write model, config.json and a card with measured accuracies; returns the card."
-    if not weights: raise VitdistillError('weights = None: name the safetensors or pth file that is to be the teacher.')
+    if not weights:
+        raise VitdistillError(f'weights = {weights!r}: name the safetensors or pth file that is to be the teacher.')
     if held_out: refuse_test_images(held_out[0], data)
     elif not len(split_rows(data.train_labels, config)[1]):
         raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
                               'which training images the weights have not seen, or give other images as held_out.')
-    size = config.student_size or data.train_images.shape[1]
+    size, config = config.student_size or data.train_images.shape[1], with_members(config, weights, data)
     torch.manual_seed(config.seed) # of a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
-    model = load_weights(model, from_root(weights), new_head)
+    places = [weights_place(its) for its in (weights if isinstance(weights, list) else [weights])]
+    model = load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)
     if card := read_card(folder): return same_teacher(card, folder, teacher, config, data)
@@ -249,7 +284,8 @@ def adopt(
         rows = some(torch.arange(len(held_out[1])), most)
         measured = top1(teacher, Views(held_out[0], 0, device), held_out[1], rows)
         card |= dict(top1_held_out=round(measured, 5), n_measured=len(rows), n_held_out=len(held_out[1]))
-    origin = f"Adopted from {Path(weights).name}{', with a new head that was never trained' if new_head else ''}."
+    names = ', '.join(place.name for place in places)
+    origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
     readme = f'# {config.student} on {config.dataset}\n\n{origin}\n'
     save_model(model.cpu(), folder, config.student_kwargs, card, readme, constants, size)
     return card

@@ -263,6 +263,10 @@ def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> what 
     "Load the checkpoint, if there is one, on every rank; returns (epochs it has behind it, ranks that made it)."
     state, none = run.checkpoint(), dict(epochs=0, world=setup.ranks.world)
     if not state or run.epochs_done < state['epochs']: state = none # without its record it would leave gaps
+    elif ('average' in state) != ('average' in kept):
+        has, wants = ('has a', 'none') if 'average' in state else ('has no', 'one')
+        raise VitdistillError(f'{run.work}/checkpoint.pt {has} weight average and ema_decay = {setup.config.ema_decay} '
+                              f'wants {wants}: resume with the ema_decay of its run, or remove that file.')
     for name in kept.keys() & state.keys(): kept[name].load_state_dict(state[name])
     if setup.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']

@@ -1,0 +1,81 @@
+"""DeiT's figures, drawn of records that are made up here."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY
+
+from test_notebooks import execute, said
+from vitdistill.config import Config, config_hash, run_name, save
+from vitdistill.data import load_data
+from vitdistill.models import create, save_model
+from vitdistill.runs import Run
+
+CLASSES = [str(digit) for digit in range(10)]
+TAUGHT = dict(experiment="deit", teacher="regnety_002", distillation="hard", teacher_weights="out/{}/model")
+
+
+def decide(seed, right):
+    """Decisions on 360 test images, so many of them right."""
+    rng, label = np.random.default_rng(seed), np.arange(360) % 10
+    return np.where(rng.random(360) < right, label, (label + 1) % 10)
+
+
+def record(root, top1, heads=("class", "distillation", "softmax"), **over):
+    """A finished run, whose answers are right as often as said, and its predictions."""
+    c = Config(**dict(dataset="digits", student="deit_tiny_distilled_patch16_224", student_kwargs=TINY,
+                      work_dir=str(root / "work"), experiment="baseline") | over)
+    folder = root / "runs" / run_name(c)
+    save(c, folder / "config.yaml")
+    (folder / "metrics.csv").write_text(f"epoch,test_top1\n{c.epochs - 1},{top1}\n")
+    told = dict.fromkeys((*heads, "logits"), top1)
+    result = dict(hash=config_hash(c), test_top1=top1, heads=told, teacher_top1=0.9 if c.teacher else None)
+    (folder / "result.json").write_text(json.dumps(result))
+    arrays = {f"test_{head}_decision": decide([c.seed, len(head)], top1) for head in heads}
+    arrays |= {f"test_{head}_confidence": np.full(360, 0.9, np.float16) for head in heads}
+    np.savez(folder / "predictions.npz", test_image=np.arange(360), test_label=np.arange(360) % 10, **arrays)
+    return Run(folder)
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A teacher, and students of three lengths, taught and on labels alone, two seeds each."""
+    teacher = record(tmp_path, 0.95, ("class",), student="regnety_002", student_kwargs={}, experiment="deit_teacher")
+    taught = TAUGHT | dict(teacher_weights=TAUGHT["teacher_weights"].format(teacher.name))
+    for seed in (1, 2):
+        for epochs, plain, more in ((10, 0.5, 0.0), (20, 0.6, 0.1), (40, 0.62, 0.2)):
+            record(tmp_path, plain + 0.01 * seed, seed=seed, epochs=epochs)
+            record(tmp_path, plain + more + 0.01 * seed, seed=seed, epochs=epochs, **taught)
+    return tmp_path
+
+
+def test_figures_of_made_up_records(records):
+    """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map; cosines need a model, and say so."""
+    notebook = execute("a06_deit", records / "a06.ipynb", reports=str(records / "runs"), out=str(records / "out"))
+    drawn = {path.stem for path in (records / "out/figures").glob("*.png") if path.stat().st_size > 10_000}
+    assert drawn == {f"deit_{name}" for name in ("heads", "disagreement", "throughput", "lengths")}
+    assert "No cosines were measured" in said(notebook) and "was not drawn" not in said(notebook)
+    lengths = (records / "out/figures/deit_lengths.svg").read_text()
+    assert "means over 2 to 2 seeds" in lengths
+    shares = pd.read_csv(records / "out/tables/deit_disagreement.csv").set_index("answer")
+    assert list(shares) == ["teacher", "class", "distillation", "softmax"] and (shares.loc["teacher"][1:] > 0.1).all()
+    table = pd.read_csv(records / "out/tables/deit_variants.csv").set_index("model")
+    assert table.parameters.tolist() == [5_717_416, 22_050_664, 86_567_656]
+    assert table["published parameters (M)"].tolist() == [5, 22, 86] and table.heads.tolist() == [3, 6, 12]
+    assert (table.parameters / 1e6 - table["published parameters (M)"]).abs().max() < 1
+
+
+@pytest.mark.slow
+def test_figures_that_are_measured(tmp_path):
+    """Asked to measure, it times Figure 1's models here and reads the tokens of a model that lies beside its record."""
+    run = record(tmp_path, 0.7, **TAUGHT)
+    data = load_data(run.config)
+    card = dict(classes=data.classes, input_size=32)
+    model = create(run.config.student, 10, 32, **TINY)
+    save_model(model, run.model, TINY, card, "", data.mean_std, 32)
+    notebook = execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+                       measure=True, batch=1, passes=1)
+    drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
+    assert {"deit_cosines", "deit_throughput"} <= drawn and "No cosines" not in said(notebook)
+    assert "of this machine" in (tmp_path / "out/figures/deit_throughput.svg").read_text()
