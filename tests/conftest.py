@@ -1,6 +1,7 @@
 """What several tests share: tiny runs, subprocesses, the real data where it lies."""
 import os
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdistill.config import Config, preset, repo_root
+from vitdistill.config import Config, preset, repo_root, save
 from vitdistill.runs import Run
 from vitdistill.setup import resolve
 from vitdistill.teachers import untrained
@@ -68,6 +69,16 @@ def environment():
 def train_command(file, ranks=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "vitdistill.train", "--config", str(file)]
+
+
+def on_ranks(config, folder, *counts):
+    """The finished runs of a config, each on so many gloo ranks."""
+    places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
+    pairs = [str(x) for ranks, here in zip(counts, places) for x in (ranks, save(here, folder / f"{ranks}.yaml"))]
+    done = subprocess.run([sys.executable, str(ROOT / "tests/forked_ranks.py"), *pairs], env=environment(),
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [run_of(here) for here in places]
 
 
 def wait_until(condition, seconds, poll=0.05):

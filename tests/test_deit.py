@@ -7,8 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, TINY
-from test_ranks import on_ranks
+from conftest import ROOT, TINY, on_ranks
 from vitdistill.config import VitdistillError, config_hash, preset
 from vitdistill.data import load_data
 from vitdistill.grids import grid_cells

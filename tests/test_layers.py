@@ -8,7 +8,7 @@ from torch import nn
 from test_notebooks import execute, said
 from vitdistill.attention_bench import cases, costs
 from vitdistill.config import Config, VitdistillError
-from vitdistill.layers import DeformableMerging, HiLo, LITv2
+from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.setup import create_optimizer
 

@@ -13,7 +13,7 @@ from scipy import stats
 from conftest import ROOT
 from test_notebooks import EXPERIMENTS, execute
 from vitdistill.analysis import settings
-from vitdistill.config import Config, VitdistillError, config_hash, run_name, save
+from vitdistill.config import Config, config_hash, run_name, save
 from vitdistill.grids import grid_cells
 from vitdistill.launch import configure
 from vitdistill.runs import find_runs

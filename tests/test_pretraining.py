@@ -1,7 +1,6 @@
 """Pre-training by the same road: ranks, kills, papermill; its encoder is fine-tuned and teaches."""
 import json
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ROOT, elsewhere, environment, run_of, train_command, wait_until
+from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from vitdistill.config import Config, VitdistillError, preset, save
 from vitdistill.grids import grid_cells
 from vitdistill.ranks import Ranks
@@ -30,16 +29,6 @@ def can(tiny):
     alone = dict(teacher="", teacher_kwargs={}, allow_untrained=False)
     return replace(tiny, **alone, experiment="pretrain", distillation="can", objective_kwargs=SMALL,
                    opt_kwargs=dict(betas=[0.9, 0.95]), evaluate_every=3)
-
-
-def on_ranks(config, folder, *counts):
-    """The finished runs of a config, each on so many gloo ranks."""
-    places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
-    pairs = [str(x) for ranks, here in zip(counts, places) for x in (ranks, save(here, folder / f"{ranks}.yaml"))]
-    done = subprocess.run([sys.executable, str(ROOT / "tests/forked_ranks.py"), *pairs], env=environment(),
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [run_of(here) for here in places]
 
 
 def test_a_step_sees_two_views_and_no_label(can):

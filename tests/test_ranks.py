@@ -7,19 +7,9 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 
-from conftest import ROOT, elsewhere, environment, run_of, train_command, wait_until
+from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from vitdistill.config import save
 from vitdistill.launch import torchrun_command
-
-
-def on_ranks(config, folder, *counts):
-    """The finished runs of a config, each on so many gloo ranks."""
-    places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
-    pairs = [str(x) for ranks, here in zip(counts, places) for x in (ranks, save(here, folder / f"{ranks}.yaml"))]
-    done = subprocess.run([sys.executable, str(ROOT / "tests/forked_ranks.py"), *pairs], env=environment(),
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [run_of(here) for here in places]
 
 
 def test_ranks_give_the_same_losses(tiny, tmp_path):

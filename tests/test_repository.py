@@ -183,6 +183,13 @@ def test_modules_depend_downwards_only():
         assert used <= {"__version__", *LAYERS[:i]}, f"{name} imports {used - set(LAYERS[:i])}"
 
 
+def test_modules_have_each_name_that_they_use():
+    """What only a notebook's hidden cell imports is missing in the module; what nothing uses isn't imported."""
+    modules = sorted(set((ROOT / "vitdistill").glob("*.py")) - {ROOT / "vitdistill/_modidx.py"})
+    said = subprocess.run([sys.executable, "-m", "pyflakes", *modules, *SCRIPTS], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
 def test_training_needs_no_notebook_tools():
     """The package trains on a machine that has torch, torchvision, timm and pandas."""
     probe = "import sys, vitdistill.train; print(*{m.split('.')[0] for m in sys.modules})"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'heads', 'read_predictions', 'predicted_epochs', 'with_predictions', 'same_data', 'decisions', 'disagreement',
-           'teacher_of', 'teachers_of', 'answers_given', 'agreement', 'contradictions', 'reliability', 'ece',
-           'calibrated_ece', 'comparisons', 'pairs_by_seed', 'mcnemar', 'paired_score', 'seed_interval', 'verdict',
-           'class_names', 'class_gains']
+           'teacher_card', 'teacher_of', 'teachers_of', 'answers_given', 'agreement', 'contradictions', 'reliability',
+           'ece', 'calibrated_ece', 'comparisons', 'pairs_by_seed', 'mcnemar', 'paired_score', 'seed_interval',
+           'verdict', 'class_names', 'class_gains']
 
 # %% ../nbs/08c_agreement.ipynb #d45dba46
 from pathlib import Path
@@ -42,6 +42,8 @@ def heads(run:Run, part:str='test')->list[str]:
     "What answers there are: 'class', or of two heads also 'distillation', and both joined as 'softmax' and 'logits'."
     return _heads(_arrays(run, part))
 
+def _own(known): return 'softmax' if 'softmax' in known else 'class' # head, by which a run decides
+
 def _heads(arrays): return [name.split('_')[1] for name in arrays if name.endswith('_decision')]
 
 # %% ../nbs/08c_agreement.ipynb #c1db65db
@@ -58,7 +60,7 @@ def read_predictions(
         raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there (val_fraction '
                               f'{run.config.val_fraction:g}).')
     known = _heads(arrays)
-    head = head or ('softmax' if 'softmax' in known else 'class')
+    head = head or _own(known)
     if head not in known: raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, known)}')
     names = dict(image='image', label='label', decision=f'{head}_decision', confidence=f'{head}_confidence')
     try: frame = pd.DataFrame({column: arrays[f'{part}_{name}'] for column, name in names.items()})
@@ -121,13 +123,18 @@ def disagreement(
     "The share of images on which each two of the columns differ."
     return pd.DataFrame(squareform(pdist(frame.T, 'hamming')), frame.columns, frame.columns)
 
+# %% ../nbs/08c_agreement.ipynb #1e18a482
+def teacher_card(run:Run)->dict:
+    "What its result says about its teacher; {} where there is none."
+    return (run.result or {}).get('teacher_card') or {}
+
 # %% ../nbs/08c_agreement.ipynb #6f4b3091
 def teacher_of(
     student:Run,     # a run that was taught
     runs:list[Run],  # where its teacher is looked for
 )->Run|None:
     "The record of the student's teacher; None where it is not among the runs."
-    path, card = Path(student.config.teacher_weights), (student.result or {}).get('teacher_card') or {}
+    path, card = Path(student.config.teacher_weights), teacher_card(student)
     def adopted(run): # the same weights, asked at the student's size
         same = card.get('weights_hash') and (run.result or {}).get('weights_hash') == card['weights_hash']
         return same and run.config.student_size in (0, student.config.teacher_size)

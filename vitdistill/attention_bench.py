@@ -7,17 +7,17 @@ __all__ = ['SIZES', 'ALPHAS', 'ATTENTION', 'NETWORKS', 'Case', 'cases', 'costs',
            'table', 'speedups', 'record', 'main']
 
 # %% ../nbs/09b_attention_bench.ipynb #b8e17958
-import argparse, functools, itertools, os, sys, time
+import argparse, functools, itertools, math, os, sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from .bench import busy_gpus, goal_met, instruction_set, machine_name, median_interval
 from .bench import noise_sentence, other_work
 from .complexity import layers
 from .config import VitdistillError, from_root, write_atomic
+from .contenders import Watch, clock, loop
 from .layers import HiLo
 from .models import create
 from .ranks import check_device
@@ -89,13 +89,8 @@ def seconds_a_pass(
     device:str
 )->float:
     "Mean seconds of the passes of a turn, after one that warms up and one that says how many there will be."
-    wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
-    def timed(passes):
-        wait()
-        begun = time.perf_counter()
-        for _ in range(passes): run()
-        wait()
-        return (time.perf_counter() - begun)/passes
+    watch, turns = Watch(device), loop(run)
+    def timed(passes): return clock(watch, turns(passes))/passes
     timed(1)
     return timed(max(1, int(seconds/timed(1))))
 

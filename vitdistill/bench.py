@@ -15,7 +15,7 @@ import time, typing
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist, yaml
-from .config import Config, VitdistillError, from_root, load, save, write_atomic
+from .config import Config, VitdistillError, from_root, load, read_yaml, save, write_atomic
 from .contenders import Contender, Watch, bare, bench_config, clock, contenders, random_data
 from .contenders import rank_counts, recipe, recipe_config, tries, vitdistill
 from .views import expected_views, n_views
@@ -69,7 +69,7 @@ def serve(name:str, config:Config, images:int)->None:
 class Worker:
     "The process of a contender, seen from the bench."
     def __init__(self, name:str, ranks:int, config_file:Path, images:int, root:Path=None): # of another checkout
-        self.name, self.log = name, open(config_file.parent/f'{name}.log', 'w+')
+        self.name, self.log = name, open(config_file.parent/f"{name}{'-other' if root else ''}.log", 'w+')
         torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)] if ranks > 1 else []
         serve = ['-m', 'vitdistill.bench', '--serve', name, '--config', str(config_file), '--images', str(images)]
         self.process = subprocess.Popen([sys.executable, *torchrun, *serve], text=True, stderr=self.log, cwd=root,
@@ -513,7 +513,7 @@ def bench(args:argparse.Namespace)->str: # of `main`
     device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     check_device(device)
     usual = recipe_config if args.recipe else bench_config
-    config = usual(device, **(yaml.safe_load(Path(args.config).read_text()) if args.config else {}))
+    config = usual(device, **(read_yaml(Path(args.config)) if args.config else {}))
     if args.images < config.batch_size:
         raise VitdistillError(f'images = {args.images} is less than a batch: give {config.batch_size} or more.')
     if args.against and not (Path(args.against)/'vitdistill').is_dir():

@@ -6,12 +6,12 @@
 __all__ = ['Ask', 'read_ask', 'check_slurm', 'queued', 'meeting', 'hears_only_term', 'Job', 'sbatch_parameters', 'submit']
 
 # %% ../nbs/07_cluster.ipynb #db153be2
-import importlib.util, io, os, re, shutil, signal, subprocess, sys, threading, time
+import io, os, re, shutil, signal, subprocess, threading, time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
-from .config import VitdistillError, from_root, nearest, repo_root
+from .config import VitdistillError, from_root, nearest, need, repo_root
 from .launch import bind_to_parent
 
 # %% ../nbs/07_cluster.ipynb #119778c4
@@ -69,9 +69,7 @@ def check_slurm(ask:Ask)->None:
     if not shutil.which('sbatch') or not shutil.which('srun'):
         raise VitdistillError('there is no Slurm here (no sbatch on the PATH): start this on a login node of one, '
                               'or leave --on slurm out.')
-    if not importlib.util.find_spec('submitit'):
-        raise VitdistillError("--on slurm needs the package submitit, which is not installed: "
-                              "pip install 'vitdistill[cluster]'.")
+    need('submitit', 'cluster', '--on slurm')
     known = _slurm('sinfo', '-h', '-o', '%R')
     if known is None: raise VitdistillError('Slurm does not answer (sinfo fails): try again when its controller is up.')
     if ask.partition and not set(ask.partition.split(',')) <= set(known):
@@ -89,7 +87,7 @@ def meeting(environment:dict)->list:
     "What a job's command is told of its nodes: [] of one node."
     nodes = int(environment.get('SLURM_NTASKS', 1))
     if nodes == 1: return []
-    host = environment.get('SLURM_LAUNCH_NODE_IPADDR') or environment['SLURM_JOB_NODELIST'].split(',')[0]
+    host = environment['SLURM_LAUNCH_NODE_IPADDR'] # of srun, which submitit starts on the first node
     port = 20_000 + int(environment['SLURM_JOB_ID']) % 10_000
     return ['--nodes', str(nodes), '--node', environment['SLURM_PROCID'], '--meet', f'{host}:{port}']
 

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX', 'stays_up', 'schedule_name', 'model_name',
-           'run_names', 'images', 'teacher_card', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings',
-           'counterpart', 'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
+           'run_names', 'images', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings', 'counterpart',
+           'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
            'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table',
-           'log_line', 'teacher_facts', 'arm_table', 'foremost', 'mean_tops', 'pair_table', 'contrast',
-           'teachers_differ', 'budget_families', 'curves_to_draw', 'movement', 'foretold', 'forecast_table']
+           'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pair_table', 'contrast', 'budget_families',
+           'curves_to_draw', 'foretold', 'forecast_table']
 
 # %% ../nbs/08b_comparison.ipynb #76410fd8
 from collections.abc import Callable
 import numpy as np, pandas as pd
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, t as student_t, ttest_1samp, ttest_ind
-from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
+from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card, verdict
 from .analysis import TEACHING, curves, mean_curve, on_labels, readable, repeats, settings, significant
 from .analysis import teaching
 from .config import Config, VitdistillError
@@ -51,11 +51,6 @@ def images(run:Run)->float:
     "How many images it trained on, by its predictions; NaN where it has none."
     predictions = run.folder/'predictions.npz'
     return np.load(predictions)['train_image'].size if predictions.is_file() else np.nan
-
-# %% ../nbs/08b_comparison.ipynb #5ea85658
-def teacher_card(run:Run)->dict:
-    "What its result says about its teacher; {} where there is none."
-    return (run.result or {}).get('teacher_card') or {}
 
 # %% ../nbs/08b_comparison.ipynb #7ee56bac
 def own_images_only(run:Run)->bool:
@@ -239,7 +234,7 @@ def comparable_pair(
 
 # %% ../nbs/08b_comparison.ipynb #526a3899
 def arm_facts(
-    arm:list[Run],                    # done
+    arm:list[Run],                    # ended or not
     name:Callable[[list[Run]], str],  # of `arm_namer`
 )->dict:
     "What an arm is: the columns with which every table begins, and the names of its runs."
@@ -307,15 +302,6 @@ def arm_table(
                'r2 true_answers teacher teacher_as_asked teacher_images teacher_held_out teacher_train_views runs')
     return _table(map(row, arms), columns, ['student', 'images', 'schedule', 'epochs', 'arm'])
 
-# %% ../nbs/08b_comparison.ipynb #19d0ad7f
-def foremost(
-    table:pd.DataFrame, # of `arm_table`, some of its rows
-    tuned:pd.Series,    # by its index: whether the settings were chosen by held-out images
-)->pd.DataFrame:
-    "A row a student: chosen settings first, then most steps, epochs, the larger learning rate; never by accuracy."
-    ordered = table.assign(tuned=tuned).sort_values(['tuned', 'steps', 'epochs', 'lr'], ascending=False)
-    return ordered.drop_duplicates('student')
-
 # %% ../nbs/08b_comparison.ipynb #f3e4f37d
 def mean_tops(*arms)->list[pd.Series]: # lists of runs
     "Test top-1 by epoch, the mean over each arm's runs."
@@ -349,17 +335,6 @@ def contrast(
     "`other` less `one` as a row of the table of all differences."
     return dict(what=what, **paired_difference(one, other), runs=run_names((one, other)))
 
-# %% ../nbs/08b_comparison.ipynb #ce770ca0
-def teachers_differ(
-    one:list[Run],   # an arm that was taught
-    other:list[Run], # another
-)->list[str]:
-    "In what two arms' teachers differ besides how they were asked: training images, weights, input size."
-    facts = {'training images': lambda run: run.config.fold_weights,
-             'weights': lambda run: teacher_card(run).get('weights_hash'),
-             'input size': lambda run: run.config.teacher_size}
-    return [what for what, fact in facts.items() if fact(one[0]) != fact(other[0])]
-
 # %% ../nbs/08b_comparison.ipynb #35ef681c
 def budget_families(
     pairs:list[tuple[list[Run], list[Run]]], # plain and taught arms
@@ -383,18 +358,6 @@ def curves_to_draw(
     plain = max(staying, key=_rank)[0]
     return [plain] + [taught for other, taught in pairs if other is plain]
 
-# %% ../nbs/08b_comparison.ipynb #22c40b3a
-def movement(
-    plain:list[Run],  # an arm
-    taught:list[Run], # another
-)->dict:
-    "The gap of the mean curves half way and at the end, and how far both rose over the last quarter of the epochs."
-    one, other = mean_tops(plain, taught)
-    moved, late = (other - one).iloc[[-len(one)//2, -1]], -1 - len(one)//4
-    rises = [curve.iloc[-1] - curve.iloc[late] for curve in (one, other)]
-    return dict(half=moved.index[0], gap_at_half=moved.iloc[0], last=moved.index[1], gap_at_last=moved.iloc[1],
-                plain_rose=rises[0], taught_rose=rises[1], both_rise=bool(min(rises) > .01)) # by more than a point
-
 # %% ../nbs/08b_comparison.ipynb #2a7e66e0
 def foretold(
     law:Law,             # such as LOG
@@ -416,16 +379,15 @@ def forecast_table(
 )->pd.DataFrame: # a row an arm and law, in their order; error, least and most are forecast less measured
     "Each law's forecast from the first of the epochs against the end: of the mean curve, and of single seeds."
     def row(arm, law):
-        mean, c = mean_curve(curves(arm)), arm[0].config
+        mean = mean_curve(curves(arm))
         early, said, measured = foretold(law, mean, share)
         ends = [foretold(law, mean_curve(curves([run])), share)[1:] for run in arm]
         errors = [forecast - end for forecast, end in ends if not np.isnan(forecast)]
         fits = dict(slope=early.parameters[1] if early and law is LOG else np.nan, r2=early.r2 if early else np.nan,
                     forecast=said, error=said - measured, least=min(errors, default=np.nan),
                     most=max(errors, default=np.nan))
-        return dict(arm=name(arm), student=model_name(c), epochs=c.epochs, schedule=schedule_name(c), lr=c.lr,
-                    law=law.name, fitted_until=int(mean.epoch.max()*share), measured=measured, seeds_fitted=len(errors),
-                    runs=run_names([arm]), **{key: significant(value) for key, value in fits.items()})
+        told = dict(law=law.name, fitted_until=int(mean.epoch.max()*share), measured=measured, seeds_fitted=len(errors))
+        return arm_facts(arm, name) | told | {key: significant(value) for key, value in fits.items()}
     columns = ('arm student epochs schedule lr law fitted_until r2 slope forecast measured error least most '
                'seeds_fitted runs').split()
     return pd.DataFrame([row(arm, law) for arm in arms for law in laws], columns=columns)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTING', 'QUESTIONS', 'FIRST_SEEDS', 'UNTRAINED', 'MARKS', 'setting', 'setting_letters', 'apart', 'setting_table',
            'question', 'forest_row', 'long_run', 'long_table', 'paired_at', 'long_gap', 'seed_noise', 'teacher_calls',
-           'cost_table', 'calibration', 'Words']
+           'cost_table', 'mean_ece', 'Words']
 
 # %% ../nbs/08g_findings.ipynb #cf9447f1
 from collections import Counter
@@ -13,8 +13,8 @@ import numpy as np, pandas as pd
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
                                   reliability, same_data, verdict)
 from .analysis import TEACHING, curves, mean_curve, settings, significant
-from .comparison import (PLAIN, TAUGHT, comparable_pair, epochs_together, foretold, images, log_line,
-                                   model_name, paired_difference, puzzling, run_names, schedule_name)
+from .comparison import (PLAIN, TAUGHT, arm_facts, comparable_pair, epochs_together, foretold, images,
+                                   log_line, model_name, paired_difference, puzzling, run_names, schedule_name)
 from .config import Config
 from .runs import Run
 from .trends import LOG
@@ -143,14 +143,15 @@ def long_gap(
 )->dict|None:      # as of `paired_at`; `decided`: is there an interval?; both arms' tops and log lines
     "The pair at the last epoch at which it can be told, and the slopes of both arms up to there; None before `least`."
     plain, other = arms[PLAIN], arms[TAUGHT]
-    common = min(map(epochs_together, (plain, other))) if plain and other else 0
+    if not plain or not other: return None
+    means = [mean_curve(curves(arm)).set_index('epoch')['mean'] for arm in (plain, other)]
+    common = max({*means[0].index} & {*means[1].index}, default=0) # evaluated in both
     if common < least: return None
     pair = paired_at(plain[0], other[0])
     decided = pair is not None and pair['epochs'] >= least
     epochs = pair['epochs'] if decided else common
-    means = [mean_curve(curves(arm)) for arm in (plain, other)]
-    tops = [float(mean.set_index('epoch')['mean'][epochs]) for mean in means]
-    slopes, r2 = zip(*(map(significant, log_line(mean, epochs)) for mean in means))
+    tops = [float(mean.asof(epochs)) for mean in means]
+    slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
     return dict(pair if decided else by_epoch, decided=decided, common=common, tops=tops, slopes=slopes, r2=r2,
                 runs=run_names([plain, other]))
@@ -191,16 +192,15 @@ def cost_table(
 )->pd.DataFrame:          # a row an arm; none where no predictions tell its number of images
     "What an arm reaches and a run of it takes: steps, answers heard, passes of its teacher by how it is asked."
     def row(arm):
-        c, n = arm[0].config, images(arm[0])
-        alone, together = (teacher_calls(c, n, c.epochs, sharing) for sharing in (1, len(arm)))
-        return dict(arm=name(arm), top1=np.mean([run.result['test_top1'] for run in arm]), seeds=len(arm),
-                    steps=int(np.ceil(n/c.batch_size)*c.epochs), **{k: round(significant(v)) for k, v in alone.items()},
-                    shared=round(significant(together['memo'])), runs=run_names([arm]))
+        facts, c = arm_facts(arm, name), arm[0].config
+        alone, together = (teacher_calls(c, facts['images'], c.epochs, sharing) for sharing in (1, len(arm)))
+        return dict(facts, top1=np.mean([run.result['test_top1'] for run in arm]), steps=int(facts['steps']),
+                    **{k: round(significant(v)) for k, v in alone.items()}, shared=round(significant(together['memo'])))
     columns = ['arm', 'top1', 'seeds', 'steps', 'heard', 'online', 'memo', 'shared', 'runs']
     return pd.DataFrame([row(arm) for arm in arms if images(arm[0]) > 0], columns=columns)
 
 # %% ../nbs/08g_findings.ipynb #b160a7a8
-def calibration(arm:list[Run])->tuple[float, float]: # mean and standard deviation over seeds, shares
+def mean_ece(arm:list[Run])->tuple[float, float]: # mean and standard deviation over seeds, shares
     "The expected calibration error of an arm on test images, over its seeds."
     frames = [read_predictions(run) for run in arm]
     errors = [ece(reliability(frame.confidence, frame.decision == frame.label)) for frame in frames]

@@ -10,9 +10,9 @@ __all__ = ['predictions', 'head_accuracies', 'true_answers', 'teacher_brief', 'c
 import argparse, sys
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, torch, yaml
+import pandas as pd, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
-from .config import Config, VitdistillError, field_names, from_root, repo_root, write_atomic
+from .config import Config, VitdistillError, from_root, repo_root
 from .data import Data
 from .hub import push, weights_place
 from .losses import OBJECTIVES, Batch
@@ -21,7 +21,7 @@ from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter
 from .setup import Setup, file_hash, predict, prepare, resolve
-from .teachers import Teacher, adopt, make_card, read_card, seen_by
+from .teachers import Teacher, card_facts, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #33a84427
 def predictions(
@@ -143,45 +143,47 @@ def pictures(setup:Setup, images:int=8)->dict:
     as_bytes = lambda x: ((x*std + mean)*255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return dict(zip(('clean', 'seen', 'filled'), map(as_bytes, views)))
 
+# %% ../nbs/06a_outcome.ipynb #fb5cb9af
+def _measured(metrics:pd.DataFrame)->dict:
+    "Of a result: epochs, what the last row says, seconds in all."
+    last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
+    return dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
+
+def _keep_model(setup:Setup, run:RunWriter, card:dict, readme:str)->None:
+    "Save the model as timm shares models, with its card: here and, where the run names a repository, on the hub."
+    config, model = setup.config, setup.student.model.cpu().to(memory_format=torch.contiguous_format)
+    save_model(model, run.model, config.student_kwargs, card, readme, setup.constants, card['input_size'])
+    if config.hub_repo: push(config.hub_repo, run.model, run.name)
+
 # %% ../nbs/06a_outcome.ipynb #3024be6f
 def finish_encoder(setup:Setup, run:RunWriter)->None:
     "The end of a pre-training: pictures of the digits, the encoder, its card, and last of all the result."
-    c, data, metrics = setup.config, setup.data, run.metrics()
+    c, data, result = setup.config, setup.data, _measured(run.metrics())
     size = student_size(c, data.train_images.shape[1])
     if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
         run.save_predictions('reconstructions.npz', **pictures(setup))
-    last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
-    result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
-    card = dict(architecture=c.student, kwargs=c.student_kwargs, stem=c.stem, classes=data.classes, input_size=size,
-                train_hash=data.train_hash, constants=setup.constants, n_train=len(setup.train_rows),
-                n_held_out=len(setup.val_rows), pretrained_by=c.distillation, objective=c.objective_kwargs,
-                split={f: getattr(c, f) for f in field_names(split=True)}, result=result)
-    model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
+    card = card_facts(c, data, size, setup.constants)
+    card |= dict(pretrained_by=c.distillation, objective=c.objective_kwargs, result=result)
     readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
              f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
-    save_model(model, run.model, c.student_kwargs, card, readme, setup.constants, size)
-    if c.hub_repo: push(c.hub_repo, run)
+    _keep_model(setup, run, card, readme)
     run.finish(result | dict(encoder_hash=file_hash(str(run.model)))) # by which a fine-tuned one names it
 
 # %% ../nbs/06a_outcome.ipynb #d795ce29
 def finish(setup:Setup, run:RunWriter)->None:
     "Predictions, the model as timm shares models, its card, and last of all the result."
     if not setup.criterion.labelled: return finish_encoder(setup, run)
-    config, data, metrics = setup.config, setup.data, run.metrics()
+    config, data = setup.config, setup.data
     run.save_predictions(**(arrays := predictions(setup)))
     size = student_size(config, data.train_images.shape[1])
-    model = setup.student.model
-    frozen = Teacher(model, setup.constants, size, config.precision, setup.ranks.device)
+    frozen = Teacher(setup.student.model, setup.constants, size, config.precision, setup.ranks.device)
     card = make_card(frozen, config, data, setup.views)
-    last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
-    result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2),
-                  train_views_top1=card['top1_train_views'], held_out_top1=card.get('top1_held_out'),
+    result = dict(**_measured(run.metrics()), train_views_top1=card['top1_train_views'],
+                  held_out_top1=card.get('top1_held_out'),
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays))
-    save_model(model.cpu().to(memory_format=torch.contiguous_format), run.model, config.student_kwargs,
-               {**card, 'result': result}, model_card(run, result, size), setup.constants, size)
-    if config.hub_repo: push(config.hub_repo, run.model, run.name) # where that fails the run is not done: try again
+    _keep_model(setup, run, card | dict(result=result), model_card(run, result, size))
     run.finish(result)
 
 # %% ../nbs/06a_outcome.ipynb #b206e82c
@@ -235,9 +237,8 @@ def predictions_at(
                  student_head='new', student_resampling='bicubic')
     setup = prepare(replace(run.config, **alone), start_ranks(run.config.device))
     setup.student.model.load_state_dict(state['model'])
-    def write(path):
-        with open(path, 'wb') as file: np.savez_compressed(file, **predictions(setup, ('test',)))
-    return write_atomic(Path(record or run.folder)/f"predictions-{state['epochs']:04d}.npz", write)
+    name = f"predictions-{state['epochs']:04d}.npz"
+    return RunWriter(record or run.folder).save_predictions(name, **predictions(setup, ('test',)))
 
 # %% ../nbs/06a_outcome.ipynb #9857693c
 def main(arguments:list=None)->int:

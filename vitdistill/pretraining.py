@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from .augment import AUGMENTATIONS, augments
 from .config import Config, VitdistillError
-from .losses import OBJECTIVES, Batch, Output, criterion, whole_batch, within
+from .losses import OBJECTIVES, Batch, Output, whole_batch, within
 from .models import Student
 
 # %% ../nbs/03a_pretraining.ipynb #f1fd767b

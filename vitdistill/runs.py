@@ -241,10 +241,10 @@ class RunWriter(Run):
         kept = self.work/f"checkpoint-{state['epochs']:04d}.pt"
         if keep: write_atomic(kept, lambda p: shutil.copyfile(file, p))
 
-    def save_predictions(self, file:str='predictions.npz', **arrays)->None: # for test, validation, train, per head
+    def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # for test, validation, train, per head
         def write(path):
             with open(path, 'wb') as f: np.savez_compressed(f, **arrays)
-        write_atomic(self.folder/file, write)
+        return write_atomic(self.folder/file, write)
 
     def finish(self, result:dict)->None: # last of all
         self._write_json('result.json', {'hash': config_hash(self.config), **result})

@@ -11,14 +11,14 @@ __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'c
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, hashlib, inspect, math, os, shutil, typing
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 import timm.optim, torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from .answers import Answers, DrawnAnswers, Memo, NoRoom, OutOfFold, memo_key
 from .augment import Augment, augments, image_parts, unnumbered
-from .config import Config, VitdistillError, from_root, nearest
+from .config import Config, VitdistillError, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
 from .layers import with_matrix_products

@@ -26,17 +26,20 @@ def memo_card(file:str|Path)->str: # of a memo
     kind = memo_kind(head)
     known = Memo(file.parent, head, kind).known()
     rows = '\n'.join(f'| {name.replace("_", " ")} | {value} |' for name, value in head.items())
+    about, others = f"{head['images']:,} training images, each in {head['views']} views of crop and flip", 'views'
+    if 'recipe' in head: # of `plan_key`: epochs and rows stand where images and views do
+        about, others = f"{head['views']:,} rows of a plan in each of {head['images']} epochs", 'plans'
     return f"""---
 license: apache-2.0
 tags: [distillation, teacher-answers]
 ---
 # What a teacher said: {file.name}
 
-Answers of {head['architecture']} (kind: {type(kind).__name__}) about {head['images']:,} training images, each in
-{head['views']} views of crop and flip; {known:.1%} of them are known, the others are asked when they are needed.
+Answers of {head['architecture']} (kind: {type(kind).__name__}) about {about}.
+{known:.1%} of them are known, the others are asked when they are needed.
 
 It belongs beside the weights it was made with, and is found there by whoever names them as `teacher_weights`: by their
-folder, or by the name of this repository (`hf-hub:OWNER/MODEL`). Another teacher, other images or other views are
+folder, or by the name of this repository (`hf-hub:OWNER/MODEL`). Another teacher, other images or other {others} are
 refused.
 
 | it depends on | |

@@ -9,8 +9,9 @@ __all__ = ['arm_rows', 'length_rows', 'one_out', 'head_disagreement', 'recipe_ro
 import json
 from collections.abc import Callable
 import pandas as pd, torch
-from .agreement import decisions, disagreement, seed_interval, verdict
+from .agreement import decisions, disagreement, pairs_by_seed, verdict
 from .analysis import repeats, settings, teaching
+from .comparison import paired_difference, run_names
 from .complexity import build
 from .config import Config, field_names, preset
 from .runs import Run
@@ -31,7 +32,7 @@ def arm_rows(
         answers = pd.DataFrame([run.result.get('heads') or {} for run in group] if heads else [{}]).add_suffix('_top1')
         row |= answers.mean().to_dict()
         if group[0].config.teacher: row['teacher_top1'] = results.teacher_top1.astype(float).mean()
-        rows.append(row | dict(runs=', '.join(run.name for run in group)))
+        rows.append(row | dict(runs=run_names([group])))
     frame = pd.DataFrame(rows)
     return frame.sort_values('top1', ascending=False, kind='stable', ignore_index=True) if rows else frame
 
@@ -58,15 +59,14 @@ def one_out(
     "The arms that differ from the reference in one field, each against the reference's runs of the same seeds."
     arms = {settings(group[0].config): group for group in repeats([run for run in runs if run.status == 'done'])}
     full, told, rows = arms.pop(settings(reference), []), json.loads(settings(reference)), []
-    known = {run.config.seed: run.result['test_top1'] for run in full}
     for text, group in arms.items():
         differs = [name for name, value in json.loads(text).items() if value != told[name]]
-        paired = {run.config.seed: run.result['test_top1'] for run in group if run.config.seed in known}
-        if len(differs) != 1 or not paired: continue
-        mean, low, high = seed_interval([top1 - known[seed] for seed, top1 in paired.items()])
+        tops = [run.result['test_top1'] for _, run in pairs_by_seed(full, group)]
+        if len(differs) != 1 or not tops: continue
+        gap = paired_difference(full, group)
         rows.append(dict(field=differs[0], full=str(told[differs[0]]), here=str(getattr(group[0].config, differs[0])),
-                         seeds=len(paired), top1=sum(paired.values())/len(paired), difference=mean, low=low, high=high,
-                         resolved=verdict(low, high), runs=', '.join(run.name for run in group)))
+                         seeds=len(tops), top1=sum(tops)/len(tops), difference=gap['difference'], low=gap['low'],
+                         high=gap['high'], resolved=verdict(gap['low'], gap['high']), runs=run_names([group])))
     return pd.DataFrame(rows).sort_values('difference', ignore_index=True) if rows else pd.DataFrame()
 
 # %% ../nbs/08h_tables.ipynb #84d58fb2

@@ -6,10 +6,10 @@
 __all__ = ['TRACKERS', 'TensorBoard', 'Trackio', 'tracker_names', 'Trackers']
 
 # %% ../nbs/04c_track.ipynb #d1a7a824
-import contextlib, importlib.util, io, json
+import contextlib, io, json
 from dataclasses import asdict
 from pathlib import Path
-from .config import Config, VitdistillError, nearest
+from .config import Config, VitdistillError, nearest, need
 
 # %% ../nbs/04c_track.ipynb #15a8f663
 class TensorBoard:
@@ -53,9 +53,7 @@ def tracker_names(
     names = [name.strip() for name in track.split(',') if name.strip() not in ('', 'none')]
     for name in names:
         if name not in TRACKERS: raise VitdistillError(f'track = {name!r} is not known: {nearest(name, TRACKERS)}')
-        if not importlib.util.find_spec(needs := TRACKERS[name].needs):
-            raise VitdistillError(f"track = {name!r} needs the package {needs}, which is not installed: "
-                                  "pip install 'vitdistill[track]', or set track to none.")
+        need(TRACKERS[name].needs, 'track', f'track = {name!r}', ', or set track to none')
     return names
 
 # %% ../nbs/04c_track.ipynb #747349ad

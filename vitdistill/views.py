@@ -8,7 +8,7 @@ __all__ = ['n_views', 'centre_view', 'expected_views', 'view_parts', 'cut_views'
 
 # %% ../nbs/01a_views.ipynb #3ceba16c
 import functools, typing
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from .data import DiskImages, generator
 
 # %% ../nbs/01a_views.ipynb #0e0c08cf
