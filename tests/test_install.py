@@ -23,7 +23,7 @@ from vitdistill.runs import find_runs
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
-BY_THEMSELVES = {"ipykernel", "jupyterlab", "onnxscript", "tensorboard"}  # started, or imported by torch
+BY_THEMSELVES = {"ipykernel", "ipywidgets", "jupyterlab", "onnxscript", "tensorboard"}  # started, or imported by others
 SMALL_VIT = "{img_size: 32, patch_size: 8, embed_dim: 48, depth: 1, num_heads: 3}"
 
 
