@@ -9,7 +9,7 @@ __all__ = ['nll', 'brier', 'tempered', 'fit_temperature', 'log_probabilities', '
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
-from .agreement import _arrays, _own
+from .agreement import own_head, prediction_arrays
 from .config import VitdistillError
 from .runs import Run
 
@@ -53,13 +53,13 @@ def log_probabilities(
     head:str='',     # 'class', 'distillation', 'softmax', 'logits'; '': the run's own decision
 )->tuple|None:       # ((n, C) float64, (n,) labels); None where no logits of that part were kept
     "What a run says of each class, from the logits of its predictions."
-    arrays = _arrays(run, part)
+    arrays = prediction_arrays(run, part)
     raw = {name.split('_')[1]: array.astype(float) for name, array in arrays.items() if name.endswith('_logits')}
     if not raw: return None
     heads = {name: log_softmax(logits, axis=1) for name, logits in raw.items()}
     if len(heads) > 1: heads |= {'softmax': logsumexp(list(heads.values()), axis=0) - np.log(2),
                                  'logits': log_softmax(np.mean(list(raw.values()), axis=0), axis=1)}
-    head = head or _own(heads)
+    head = head or own_head(heads)
     if head not in heads:
         raise VitdistillError(f"{run.name} has no logits of head {head!r}: choose from {', '.join(heads)}.")
     return heads[head], arrays[f'{part}_label'].astype(int)

@@ -87,7 +87,9 @@ def meeting(environment:dict)->list:
     "What a job's command is told of its nodes: [] of one node."
     nodes = int(environment.get('SLURM_NTASKS', 1))
     if nodes == 1: return []
-    host = environment['SLURM_LAUNCH_NODE_IPADDR'] # of srun, which submitit starts on the first node
+    if not (host := environment.get('SLURM_LAUNCH_NODE_IPADDR')): # of srun, which submitit starts on the first node
+        raise VitdistillError(f'{nodes} nodes have no address to meet at, for SLURM_LAUNCH_NODE_IPADDR is not set: '
+                              'start their tasks by srun, as --on slurm does.')
     port = 20_000 + int(environment['SLURM_JOB_ID']) % 10_000
     return ['--nodes', str(nodes), '--node', environment['SLURM_PROCID'], '--meet', f'{host}:{port}']
 

@@ -298,6 +298,9 @@ def with_teacher(
             raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: '
                                   'leave teacher_weights and allow_untrained out.')
         return config
+    if config.teacher == 'mixture':
+        raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
+                              'weights a list of theirs, and give that as teacher_weights.')
     wanted = teacher_of_preset(given, experiment)
     def trained(wanted): # now, where none is there
         if run := finished_teacher(wanted): print(f'teacher: {run.name}')
