@@ -388,7 +388,7 @@ def record(
 def versus(
     config:Config,
     other:Path,         # root of the other checkout
-    names:list=None,    # of contenders on one rank; default: the bare step and those of this package
+    names:list=None,    # of contenders; default: the bare step and those of this package
     images:int=50_000, repeats:int=9, seconds:float=5., # as in `measure`
     say:typing.Callable=print
 )->tuple: # (a row per contender, of ratios that say how much faster this checkout is; sentences on what was left out)
@@ -396,7 +396,7 @@ def versus(
     config = replace(config, **auto_values(config)) # for the other too, which may not know how
     entries, usual, rows, left_out = contenders(config), dataclasses.asdict(Config()), [], []
     given = {key: value for key, value in dataclasses.asdict(config).items() if value != usual[key]} # it may know fewer
-    ours = [name for name in entries if name.startswith(('bare', 'vitdistill')) and entries[name].ranks == 1]
+    ours = [name for name in entries if name.startswith(('bare', 'vitdistill'))]
     for name in names or ours:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             file, pair = write_atomic(Path(folder)/'config.yaml', lambda p: p.write_text(yaml.safe_dump(given))), []
