@@ -247,9 +247,7 @@ def save_table(
             *(map(cell, row) for row in frame.itertuples(index=False))]
     text = '\n'.join([*([caption, ''] if caption else []), *('| ' + ' | '.join(row) + ' |' for row in rows), ''])
     folder = Path(out)/'tables'
-    return [write_atomic(folder/f'{name}.csv',
-                         lambda path: path.write_text(frame.to_csv(index=False), encoding='utf-8')),
-            write_atomic(folder/f'{name}.md', lambda path: path.write_text(text, encoding='utf-8'))]
+    return [write_atomic(folder/f'{name}.csv', frame.to_csv(index=False)), write_atomic(folder/f'{name}.md', text)]
 
 # %% ../nbs/08_analysis.ipynb #1289b3e5
 class Showing:

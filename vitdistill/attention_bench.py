@@ -162,7 +162,7 @@ def record(
         shown(speedups(turns))]) + '\n'
     name, rows = machine_name(about, device.split(':')[0]), turns.assign(machine=head).to_csv(index=False)
     for ending, content in (('csv', rows), ('txt', text)):
-        write_atomic(Path(out)/f'{name}.{ending}', lambda path: path.write_text(content, encoding='utf-8'))
+        write_atomic(Path(out)/f'{name}.{ending}', content)
     return text
 
 # %% ../nbs/09b_attention_bench.ipynb #cbd24c63

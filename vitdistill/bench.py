@@ -380,7 +380,7 @@ def record(
     text = '\n\n'.join(filter(None, parts)) + '\n'
     files = {'.csv': table.to_csv(index=False), '-ratios.csv': goals.to_csv(index=False), '.txt': text}
     for ending, content in files.items():
-        write_atomic(Path(out)/f'{name}{ending}', lambda path: path.write_text(content, encoding='utf-8'))
+        write_atomic(Path(out)/f'{name}{ending}', content)
     save_figure(draw(turns, name), out, name, caption=headline(config, about, noise))
     return text
 
@@ -399,7 +399,7 @@ def versus(
     ours = [name for name in entries if name.startswith(('bare', 'vitdistill'))]
     for name in names or ours:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            file, pair = write_atomic(Path(folder)/'config.yaml', lambda p: p.write_text(yaml.safe_dump(given))), []
+            file, pair = write_atomic(Path(folder)/'config.yaml', yaml.safe_dump(given)), []
             try:
                 for root in (None, other):
                     pair.append(start(name, entries[name], file, images, seconds, 3, root))
@@ -424,7 +424,7 @@ def _write(frame:pd.DataFrame, kind:str, config:Config, out, about:dict, noise:s
     text = '\n\n'.join([headline(config, about, noise), _show(frame), *below]) + '\n'
     for ending, content in (('csv', frame.to_csv(index=False)), ('txt', text)):
         file = Path(out)/f'{machine_name(about, config.device)}-{kind}.{ending}'
-        write_atomic(file, lambda path: path.write_text(content, encoding='utf-8'))
+        write_atomic(file, content)
     return text
 
 # %% ../nbs/09a_bench.ipynb #3e9ef4ec

@@ -94,8 +94,8 @@ def no_space(
 
 # %% ../nbs/00_config.ipynb #1948dea1
 def write_atomic(
-    path:str|Path,                      # the final name
-    write:typing.Callable[[Path], None] # writes the temporary file that it is handed
+    path:str|Path, # the final name
+    content:str|bytes|typing.Callable[[Path], None] # or what writes it to the temporary name that it is handed
 )->Path:
     "Write a file under a temporary name, flush it to the disk and rename it; a full disk leaves the old file whole."
     path = Path(path)
@@ -104,7 +104,8 @@ def write_atomic(
         raise VitdistillError(f'{path.parent} can not be made ({e.strerror}): name another folder.') from None
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        write(temporary)
+        if callable(content): content(temporary)
+        else: temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(temporary, 'rb') as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     except Exception as e: raise no_space(e, path.parent) or e
@@ -329,7 +330,7 @@ def preset(
 def save(config:Config, path:str|Path)->Path:
     "Write all fields as flat YAML, atomically."
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    return write_atomic(path, lambda p: p.write_text(text))
+    return write_atomic(path, text)
 
 # %% ../nbs/00_config.ipynb #bb005a53
 _default = functools.cache(Config)

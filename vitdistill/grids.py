@@ -81,7 +81,7 @@ def place_of(folder:Path, number:int, cell:Cell)->Path:
 # %% ../nbs/07a_grids.ipynb #4a4a455b
 def write_jobs(folder:Path, jobs:dict)->None: # stem of a cell -> job, after (numbers of cells)
     "Keep the jobs of a grid's cells on a cluster."
-    write_atomic(folder/'jobs.json', lambda path: path.write_text(json.dumps(jobs, indent=1)))
+    write_atomic(folder/'jobs.json', json.dumps(jobs, indent=1))
 
 def read_jobs(folder:Path)->dict:
     "What `write_jobs` kept; {} where it kept nothing."
@@ -93,7 +93,7 @@ def write_record(place:Path, cell:Cell, **about)->None: # about: host
     "Keep what a cell is and how it stands."
     kept = dict(notebook=str(cell.notebook), chosen=cell.chosen, state=cell.state, seconds=round(cell.seconds, 2))
     text = json.dumps(kept | about, indent=1)
-    write_atomic(place.with_suffix('.json'), lambda path: path.write_text(text))
+    write_atomic(place.with_suffix('.json'), text)
 
 def read_record(place:Path, cell:Cell)->dict:
     "What was kept of a cell; {} where that is nothing, or is another cell's."

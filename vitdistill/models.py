@@ -383,7 +383,7 @@ def save_model(
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         try: save_for_hf(model, draft, {'pretrained_cfg': cfg}, kwargs or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
-        for file in Path(draft).iterdir(): write_atomic(folder/file.name, lambda p: p.write_bytes(file.read_bytes()))
-    write_atomic(folder/'README.md', lambda p: p.write_text(readme))
-    write_atomic(folder/'card.json', lambda p: p.write_text(json.dumps(card, indent=1)))
+        for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
+    write_atomic(folder/'README.md', readme)
+    write_atomic(folder/'card.json', json.dumps(card, indent=1))
     return folder

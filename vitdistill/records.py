@@ -105,7 +105,7 @@ def cleaned(folder:str|Path)->dict:
 def clean_record(folder:str|Path)->list:
     "Rewrite what of a record names a machine's path; returns the names of those files, none the second time."
     changed = cleaned(folder)
-    for name, text in changed.items(): write_atomic(Path(folder)/name, lambda p: p.write_text(text))
+    for name, text in changed.items(): write_atomic(Path(folder)/name, text)
     return list(changed)
 
 # %% ../nbs/06b_records.ipynb #3bf5b193
@@ -140,7 +140,7 @@ def adopt_record(
     for file in (*folder.glob('predictions*.npz'), folder/'result.json'):
         if file.name not in kept | set(files): file.unlink(missing_ok=True)
     written = [name for name in files if name not in kept]
-    for name in written: write_atomic(folder/name, lambda p: p.write_bytes(files[name]))
+    for name in written: write_atomic(folder/name, files[name])
     return written
 
 # %% ../nbs/06b_records.ipynb #c1d102ad

@@ -131,7 +131,7 @@ _templates = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, 
 
 def _write_page(file, template, **shown): # shown: what the template names
     text = _templates.get_template(template).render(shown)
-    return write_atomic(file, lambda path: path.write_text(text, encoding='utf-8'))
+    return write_atomic(file, text)
 
 # %% ../nbs/08e_report.ipynb #8d617900
 def _links(here, *files, **named): # names and addresses of files that are there, from a page in the folder `here`
@@ -194,7 +194,7 @@ def write_page(
     out, (title, rest) = Path(out), text.split('\n', 1)
     body = MarkdownWithMath(IPythonRenderer(escape=False, embed_images=True, path=str(out))).render(rest)
     body = body.replace('<table>', '<div class="scroll"><table>').replace('</table>', '</table></div>')
-    return [write_atomic(out/f'{name}.md', lambda path: path.write_text(text, encoding='utf-8')),
+    return [write_atomic(out/f'{name}.md', text),
             _write_page(out/f'{name}.html', 'page', title=title.lstrip('# '), body=Markup(body))]
 
 # %% ../nbs/08e_report.ipynb #6b6cce9a

@@ -170,7 +170,7 @@ def append_row(
     texts = {n: format(row[n], 'd' if n == 'epoch' else '.9g') for n in row if row[n] is not None}
     if more and lines:
         wider = [line.rstrip('\n') + ','*len(more) + '\n' for line in whole_lines(file)[1:]]
-        write_atomic(file, lambda p: p.write_text(','.join(names + more) + '\n' + ''.join(wider)))
+        write_atomic(file, ','.join(names + more) + '\n' + ''.join(wider))
     with open(file, 'a') as f:
         if not lines: f.write(','.join(names + more) + '\n')
         f.write(','.join(texts.get(name, '') for name in names + more) + '\n')
@@ -207,7 +207,7 @@ class RunWriter(Run):
     "A run folder, written by the one process that holds its lock."
     def lock(self): return locked(self.folder)
     def _write_json(self, name:str, values:dict):
-        write_atomic(self.folder/name, lambda p: p.write_text(json.dumps(values, indent=1)))
+        write_atomic(self.folder/name, json.dumps(values, indent=1))
 
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
         tracker_names(config.track) # refused here
@@ -232,7 +232,7 @@ class RunWriter(Run):
 
     def keep_epochs(self, n:int)->None: # drop what was written after a checkpoint that is resumed from
         file = self.folder/'metrics.csv'
-        if lines := self._lines()[:n + 1]: write_atomic(file, lambda p: p.write_text(''.join(lines)))
+        if lines := self._lines()[:n + 1]: write_atomic(file, ''.join(lines))
         else: file.unlink(missing_ok=True) # torn within its header
 
     def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also under a name of its own
