@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_analysis import same_as_committed
-from test_notebooks import execute
+from forked_notebooks import analyse
 from vitdistill.config import Config, save
 from vitdistill.runs import RunWriter
 
@@ -12,9 +12,9 @@ FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_noise", "ag
 TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 
-def analyse(folder, **parameters):
+def looked_at(folder, **parameters):
     """Everything that the notebook says, and the folder of what it wrote."""
-    notebook = execute("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), **parameters)
+    notebook = analyse("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), **parameters)
     said = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return said, folder / "out"
 
@@ -63,7 +63,7 @@ def cifar(tmp_path):
 
 def test_on_committed_runs(tmp_path):
     """What the repository holds is drawn as it is, in pixels and in vectors, and its paired difference is said."""
-    said, out = analyse(tmp_path, reports="reports/runs")
+    said, out = looked_at(tmp_path, reports="reports/runs")
     drawn = {path.stem for path in (out / "figures").glob("*.png")}
     assert {"agreement_disagreement", "agreement_noise", "agreement_reliability"} <= drawn <= set(FIGURES)
     assert drawn == {path.stem for path in (out / "figures").glob("*.svg")} and "over labels alone" in said
@@ -76,7 +76,7 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     (short.folder / "predictions.npz").unlink()
     (short.folder / "result.json").unlink()
     (torn.folder / "predictions.npz").write_bytes(b"PK\x03\x04")
-    said, out = analyse(cifar, reports=str(cifar / "runs"))
+    said, out = looked_at(cifar, reports=str(cifar / "runs"))
     assert f"{short.name} has no predictions.npz, for it was cut short" in said
     assert f"{torn.folder / 'predictions.npz'} is damaged" in said
     table = {name: pd.read_csv(out / "tables" / f"agreement_{name}.csv")
@@ -96,5 +96,5 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
 
 @pytest.mark.slow
 def test_without_runs_says_so(tmp_path):
-    said, out = analyse(tmp_path, reports=str(tmp_path / "none"))
+    said, out = looked_at(tmp_path, reports=str(tmp_path / "none"))
     assert f"No run with predictions in {tmp_path / 'none'}: nothing is drawn." in said and not out.exists()

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from conftest import TINY
 
-from test_notebooks import execute, said
+from forked_notebooks import analyse
+from test_notebooks import said
 from vitdistill.config import Config, config_hash, run_name, save
 from vitdistill.data import load_data
 from vitdistill.models import create, save_model
@@ -52,7 +53,7 @@ def records(tmp_path):
 
 def test_figures_of_made_up_records(records):
     """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map; cosines need a model, and say so."""
-    notebook = execute("a06_deit", records / "a06.ipynb", reports=str(records / "runs"), out=str(records / "out"))
+    notebook = analyse("a06_deit", records / "a06.ipynb", reports=str(records / "runs"), out=str(records / "out"))
     drawn = {path.stem for path in (records / "out/figures").glob("*.png") if path.stat().st_size > 10_000}
     assert drawn == {f"deit_{name}" for name in ("heads", "disagreement", "throughput", "lengths")}
     assert "No cosines were measured" in said(notebook) and "was not drawn" not in said(notebook)
@@ -74,7 +75,7 @@ def test_figures_that_are_measured(tmp_path):
     card = dict(classes=data.classes, input_size=32)
     model = create(run.config.student, 10, 32, **TINY)
     save_model(model, run.model, TINY, card, "", data.mean_std, 32)
-    notebook = execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+    notebook = analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
                        measure=True, batch=1, passes=1)
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
     assert {"deit_cosines", "deit_throughput"} <= drawn and "No cosines" not in said(notebook)

@@ -5,7 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from test_notebooks import execute, said
+from forked_notebooks import analyse
+from test_notebooks import said
 from vitdistill.attention_bench import cases, costs
 from vitdistill.config import Config, VitdistillError
 from vitdistill.layers import DeformableMerging, LITv2
@@ -187,7 +188,7 @@ def made_up(folder, slower=()):
 def test_notebook_says_where_the_goal_is_missed(tmp_path):
     """Where time is multiply-adds HiLo reaches its goal; made three times slower it misses by 44%, and it is said."""
     made_up(tmp_path / "bench", slower=["HiLo, alpha 0.5"])
-    notebook = execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
+    notebook = analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
                        reports=str(tmp_path / "none"))
     goals = pd.read_csv(tmp_path / "out/tables/hilo_goal.csv").set_index(["contender", "image (px)"])["goal met"]
     assert goals["HiLo, alpha 0.9", 1024] == "yes" and goals["HiLo, alpha 0.5", 1024] == "no, by 44.4%"
@@ -204,7 +205,7 @@ def test_notebook_says_where_the_goal_is_missed(tmp_path):
 
 @pytest.mark.slow
 def test_notebook_without_a_record_says_so(tmp_path):
-    notebook = execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"))
+    notebook = analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"))
     assert "only what can be counted is shown. Run make bench-attention" in said(notebook)
     assert (tmp_path / "out/figures/hilo_networks.png").is_file()
     assert not (tmp_path / "out/tables/hilo_goal.csv").exists()

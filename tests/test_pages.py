@@ -11,6 +11,7 @@ import yaml
 from scipy import stats
 
 from conftest import ROOT
+from forked_notebooks import analyse
 from test_notebooks import EXPERIMENTS, execute
 from vitdistill.analysis import settings
 from vitdistill.config import Config, config_hash, run_name, save
@@ -25,7 +26,7 @@ ANEW = "Sentences to be written anew"
 
 def study(folder, **parameters):
     """The text of the study's page, as the notebook writes it."""
-    execute("a02_study", folder / "a02.ipynb", out=str(folder), **parameters)
+    analyse("a02_study", folder / "a02.ipynb", out=str(folder), **parameters)
     return (folder / "study.md").read_text()
 
 
