@@ -187,7 +187,7 @@ class Progress:
         self.config, self.shown, self.images = config, shown, images
         self.start = self.first = done_epochs
         self.begun = self.asked_since = time.monotonic()
-        self.told = 1. # share of the teacher's present work that a line has told of
+        self.told = 1. # share of the teacher's present work that a line has told of; 1: it is done
         hidden = not (shown and sys.stderr.isatty())
         self.bar = tqdm(total=config.epochs*images, initial=done_epochs*images, unit=' images', unit_scale=True,
                         smoothing=.1, desc=config.experiment, dynamic_ncols=True, disable=hidden)
@@ -197,11 +197,13 @@ class Progress:
     def teacher(self, done:int, total:int)->None: # questions of the present stretch that are answered
         self.bar.set_postfix_str(f'teacher {done:,}/{total:,}', refresh=False)
         if not self.shown or not self.bar.disable: return
-        if done/total < self.told: self.told, self.asked_since = 0., time.monotonic() # a new stretch
+        if self.told == 1: self.told, self.asked_since = 0., time.monotonic() # a new stretch
         spent = time.monotonic() - self.asked_since
-        if done/total - self.told < .1 or spent < 10: return
-        self.told = done/total
-        print(f'teacher: {done:,} of {total:,} views, ETA {tqdm.format_interval(spent*(total/done - 1))}', flush=True)
+        if done/total - self.told >= .1 and spent >= 10:
+            self.told = done/total
+            left = tqdm.format_interval(spent*(total/done - 1))
+            print(f'teacher: {done:,} of {total:,} views, ETA {left}', flush=True)
+        if done == total: self.told = 1.
 
     def epoch(self, row:dict)->None:
         shown = 'train_top1', 'val_top1', 'test_top1', 'knn_test_top1', 'linear_test_top1'
