@@ -244,6 +244,8 @@ def test_the_long_run_says_something_at_epoch_twenty_one(tmp_path):
         assert [float(x) for x in slopes.groups()] == [at, 0.16, 0.16]
         assert f"by 0.139, and it stands at {-0.112 + 0.139 * np.log(at):.1%}" in section
         assert "have not set this student back by anything like 13.6 points" in section
+        rise = 100 * (line(at)[-5:].mean() - line(at)[-10:-5].mean())
+        assert f"plain one has on average {rise:+.1f} points, the taught one {rise:+.1f}, beside" in section
         if where == "decided":
             interval = re.search(r"lies below the plain one .*\[-2\.0 \((-[\d.]+) to (-[\d.]+)\)\]", section)
             assert -3.2 < float(interval[1]) < -2.9 and -1.4 < float(interval[2]) < -1.2

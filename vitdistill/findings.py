@@ -17,7 +17,7 @@ from .comparison import (PLAIN, TAUGHT, arm_facts, comparable_pair, epochs_toget
                                    log_line, model_name, paired_difference, puzzling, run_names, schedule_name)
 from .config import Config
 from .runs import Run
-from .trends import LOG
+from .trends import LOG, measured_crossover
 
 # %% ../nbs/08g_findings.ipynb #016a1817
 def setting(arm:list[Run])->tuple:
@@ -140,8 +140,8 @@ def paired_at(
 def long_gap(
     arms:dict,     # of `long_run`
     least:int=20,  # epochs: of a shorter beginning nothing is told
-)->dict|None:      # as of `paired_at`; `decided`: is there an interval?; both arms' tops and log lines
-    "The pair at the last epoch at which it can be told, and the slopes of both arms up to there; None before `least`."
+)->dict|None:      # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise in five epochs, log line
+    "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     plain, other = arms[PLAIN], arms[TAUGHT]
     if not plain or not other: return None
     means = [mean_curve(curves(arm)).set_index('epoch')['mean'] for arm in (plain, other)]
@@ -150,11 +150,13 @@ def long_gap(
     pair = paired_at(plain[0], other[0])
     decided = pair is not None and pair['epochs'] >= least
     epochs = pair['epochs'] if decided else common
-    tops = [float(mean.asof(epochs)) for mean in means]
+    seen, tops = [mean.loc[:epochs] for mean in means], [float(mean.asof(epochs)) for mean in means]
+    rises = [float(mean.iloc[-5:].mean() - mean.iloc[-10:-5].mean()) for mean in seen]
+    ahead_from = measured_crossover(*seen) if decided and pair['low'] > 0 else None
     slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
-    return dict(pair if decided else by_epoch, decided=decided, common=common, tops=tops, slopes=slopes, r2=r2,
-                runs=run_names([plain, other]))
+    return dict(pair if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
+                r2=r2, ahead_from=ahead_from, runs=run_names([plain, other]))
 
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
