@@ -301,6 +301,14 @@ def test_readme_shows_the_forest_until_the_long_run_has_twenty_epochs():
     assert re.search(r"!\[.*\]\(reports/figures/(\w+)\.png\)", README)[1] == led_by
 
 
+def test_the_readmes_picture_is_told_by_its_record():
+    """Its caption has the epoch, the difference and the interval of the study's."""
+    caption = r"At epoch (\d+) taught less plain is (\S+) points \((\S+ to \S+ over test images)\)"
+    epoch, gap, interval = re.search(caption, (ROOT / "reports/study.md").read_text()).groups()
+    first = " ".join(README.split("## Two commands")[0].split())
+    assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first
+
+
 def test_links_of_the_readme_are_there():
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         path, _, anchor = target.partition("#")
