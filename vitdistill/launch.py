@@ -180,7 +180,7 @@ def torchrun(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->str
     ranks, note = rank_count(config.nproc, nproc, config.device, gpus, better_alone(config, gpus))
     if note and show: print(note)
     work, caches = from_root(config.work_dir)/run.name, from_root(config.work_dir)/'compiled'
-    if 'compile' in (config.auto or ()): config = replace(config, compile='auto') # the ranks know how many they are
+    config = replace(config, **dict.fromkeys(config.auto or (), 'auto')) # the ranks resolve it, perhaps on other nodes
     file = save(config, work/'launch.yaml')
     env = os.environ | dict(VITDISTILL_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1',
                             OMP_NUM_THREADS=str(threads_per_rank(config, ranks)),
@@ -250,7 +250,9 @@ def launch(
         run = Run(run.folder)
         if not ended(run, config.nnodes):
             raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
-    if show: print(f'its record: {run.folder} (metrics.csv, result.json); its model and log.txt: {run.work}')
+    model = f'its model and log.txt: {run.work}' if has_model(run) else \
+        'its model is not here: remove that folder, or name another runs_dir, to train it'
+    if show: print(f'its record: {run.folder} (metrics.csv, result.json); {model}')
     return run
 
 # %% ../nbs/07_launch.ipynb #5f1e22a7
@@ -292,11 +294,11 @@ def with_teacher(
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
-    "The config with its teacher's weights: those named, or a finished teacher's that fits (two, with `out_of_fold`)."
-    if config.teacher_weights or config.allow_untrained:
+    "The config with its teacher's weights: named, timm's, or a finished teacher's that fits (two, with `out_of_fold`)."
+    if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
             raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: '
-                                  'leave teacher_weights and allow_untrained out.')
+                                  'leave teacher_weights, teacher_pretrained and allow_untrained out.')
         return config
     if config.teacher == 'mixture':
         raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
@@ -304,7 +306,7 @@ def with_teacher(
     wanted = teacher_of_preset(given, experiment)
     def trained(wanted): # now, where none is there
         if run := finished_teacher(wanted): print(f'teacher: {run.name}')
-        return str((run or launch(wanted)).model)
+        return str((run or launch(wanted, given.get('nproc'))).model)
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained(wanted))
     return replace(config, teacher_weights=trained(replace(wanted, fold='1/2')),
                    fold_weights=trained(replace(wanted, fold='2/2')))
