@@ -213,6 +213,7 @@ def test_the_long_run_is_told_as_far_as_it_has_come(tmp_path):
         assert f"{plain[mark - 1]:.1%}" in section
     assert re.search(r"is not seen in \*taught\*: \+1\.0 points", section)
     assert re.search(r"is seen in \*taught, head never trained\*: -13\.\d points", section)
+    assert pd.read_csv(tmp_path / "tables/study_forest.csv").interval.tolist() == ["over test images"]  # told once
     table = pd.read_csv(tmp_path / "tables/study_long.csv").set_index("arm")
     known = np.polyfit(np.log(epoch[:90]), plain[:90], 1)
     expected = np.polyval(known, np.log(epoch[90:])) - plain[90:]
@@ -263,7 +264,8 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
             record(tmp_path, [0.1, top1 + seed * spread], seed, **way)
     study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
     pairs, forest = (pd.read_csv(tmp_path / f"tables/study_{name}.csv") for name in ("pairs", "forest"))
-    assert pairs.arm.tolist() == ["taught"] and pairs.difference.tolist() == pytest.approx([0.306])
+    differences = dict(zip(pairs.arm, pairs.difference))
+    assert differences == pytest.approx({"taught": 0.306, "labels alone, labels smoothed by 0.1": 0.102})
     control = forest[forest.question.str.startswith("Controls")].iloc[0]
     assert control.arm == "labels alone, labels smoothed by 0.1" and control.difference == pytest.approx(0.102)
 

@@ -128,14 +128,14 @@ def families_to_choose_from(
     for arm in repeats(runs):
         if 'val_top1' in arm[0].result:
             families.setdefault(settings(arm[0].config, CHOSEN | TEACHING), []).append(arm)
-    return [family for family in families.values() if len(family) > len({arm[0].config.experiment for arm in family})]
+    return [family for family in families.values() if len(family) > len({arm[0].config.distillation for arm in family})]
 
 # %% ../nbs/08b_comparison.ipynb #a0be0fc8
 def chosen(
     family:list[list[Run]] # of `families_to_choose_from`
-)->dict[str, list[Run]]:   # experiment -> arm
-    "Of each experiment the arm with the best mean on held-out images."
-    return {arm[0].config.experiment: arm for arm in sorted(family, key=held_out_top1)}
+)->dict[str, list[Run]]:   # distillation (none, hard, soft, ...) -> arm
+    "Of each kind of teaching the arm with the best mean on held-out images."
+    return {arm[0].config.distillation: arm for arm in sorted(family, key=held_out_top1)}
 
 # %% ../nbs/08b_comparison.ipynb #1ecb5973
 def rejected(
@@ -173,13 +173,14 @@ def paired_difference(
     found = tops[:, 1] - tops[:, 0]
     mean, low, high = seed_interval(found)
     told = dict(pairs=len(found), difference=mean, low=low, high=high, p=np.nan, welch_low=np.nan, welch_high=np.nan,
-                correlation=np.nan, std=np.nan, detectable=np.nan)
+                welch_p=np.nan, correlation=np.nan, std=np.nan, detectable=np.nan)
     if np.isnan(low): return told
     spread = found.std(ddof=1)
     told |= dict(p=ttest_1samp(found, 0).pvalue, std=spread, detectable=detectable(spread, len(found)))
     if np.ptp(tops, axis=0).min() > 1e-9: told |= dict(correlation=float(np.corrcoef(tops.T)[0, 1]))
-    welch = ttest_ind(tops[:, 1], tops[:, 0], equal_var=False).confidence_interval()
-    return told | dict(welch_low=float(welch.low), welch_high=float(welch.high))
+    welch = ttest_ind(tops[:, 1], tops[:, 0], equal_var=False)
+    ends = welch.confidence_interval()
+    return told | dict(welch_low=float(ends.low), welch_high=float(ends.high), welch_p=float(welch.pvalue))
 
 # %% ../nbs/08b_comparison.ipynb #7e43c372
 def adjusted(
@@ -239,9 +240,9 @@ def arm_facts(
 )->dict:
     "What an arm is: the columns with which every table begins, and the names of its runs."
     c, n = arm[0].config, images(arm[0])
-    return dict(arm=name(arm), student=model_name(c), images=n, epochs=c.epochs, steps=np.ceil(n/c.batch_size)*c.epochs,
-                schedule=schedule_name(c), lr=c.lr, weight_decay=c.weight_decay, batch_size=c.batch_size,
-                seeds=len(arm), runs=run_names([arm]))
+    return dict(arm=name(arm), student=model_name(c), images=n, part=c.split_seed + 1, epochs=c.epochs,
+                steps=np.ceil(n/c.batch_size)*c.epochs, schedule=schedule_name(c), lr=c.lr,
+                weight_decay=c.weight_decay, batch_size=c.batch_size, seeds=len(arm), runs=run_names([arm]))
 
 # %% ../nbs/08b_comparison.ipynb #b2e4bc1d
 def _table(rows, columns, order): # a frame of dicts, with the rows' places as its index
@@ -321,8 +322,8 @@ def pair_table(
         ahead_from = measured_crossover(*mean_tops(*sides)) if found == 'higher' else np.nan
         return dict(arm_facts(taught, name) | gap, plain_top1=plain_top1, taught_top1=taught_top1, taught_is=found,
                     ahead_from=ahead_from, runs=run_names(sides))
-    columns = ('arm student images epochs steps schedule lr batch_size pairs plain_top1 taught_top1 difference low '
-               'high taught_is welch_low welch_high correlation std detectable p q holm ahead_from runs')
+    columns = ('arm student images part epochs steps schedule lr batch_size pairs plain_top1 taught_top1 difference '
+               'low high taught_is welch_low welch_high welch_p correlation std detectable p q holm ahead_from runs')
     table = _table((row(*pair) for pair in pairs), columns, ['student', 'images', 'schedule', 'arm', 'epochs'])
     return table.assign(q=adjusted(table.p), holm=holm(table.p))
 

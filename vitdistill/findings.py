@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SETTING', 'QUESTIONS', 'FIRST_SEEDS', 'UNTRAINED', 'MARKS', 'setting', 'setting_letters', 'apart', 'setting_table',
-           'question', 'forest_row', 'long_run', 'long_table', 'paired_at', 'long_gap', 'seed_noise', 'teacher_calls',
-           'cost_table', 'mean_ece', 'Words']
+           'question', 'added_later', 'forest_row', 'long_run', 'long_table', 'paired_at', 'long_gap', 'seed_noise',
+           'teacher_calls', 'cost_table', 'mean_ece', 'Words']
 
 # %% ../nbs/08g_findings.ipynb #cf9447f1
 from collections import Counter
 import numpy as np, pandas as pd
+from scipy.stats import t as student_t
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
                                   reliability, same_data, verdict)
 from .analysis import TEACHING, curves, mean_curve, settings, significant
@@ -68,6 +69,10 @@ def question(config:Config)->str:
 # %% ../nbs/08g_findings.ipynb #85135ec6
 FIRST_SEEDS = 1, 2, 3
 
+def added_later(config:Config)->bool:
+    "Whether its seed was named when others of its arm had been seen."
+    return config.seed not in FIRST_SEEDS and config.fold_answers == 'unseen'
+
 def forest_row(
     one:list[Run],   # the plain arm
     other:list[Run], # another
@@ -79,6 +84,7 @@ def forest_row(
     gaps = [float(b.result['test_top1'] - a.result['test_top1']) for a, b in pairs]
     return dict(question=question(other[0].config), arm=name(other), setting=letters[setting(other)],
                 **paired_difference(one, other), interval='over seeds', seeds=[a.config.seed for a, _ in pairs],
+                later=[added_later(b.config) for _, b in pairs],
                 gaps=[round(gap, 6) for gap in gaps], runs=run_names([one, other]))
 
 # %% ../nbs/08g_findings.ipynb #7cf2daeb
@@ -161,13 +167,14 @@ def long_gap(
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
     pairs:list[tuple[list[Run], list[Run]]] # plain and taught arms, done
-)->tuple[float, int]: # the standard deviation of a difference; how many seeds' differences told it
+)->tuple[float, float, int]: # standard deviation; how far from 0 one must lie (95%); how many differences told it
     "How much the difference of one seed's pair scatters over seeds, pooled."
     found = [paired_difference(*pair) for pair in pairs]
     told = [(row['std']**2, row['pairs'] - 1) for row in found if row['std'] == row['std']]
-    if not told: return np.nan, 0
+    if not told: return np.nan, np.nan, 0
     variance, freedom = zip(*told)
-    return float(np.sqrt(np.average(variance, weights=freedom))), sum(freedom) + len(told)
+    std = float(np.sqrt(np.average(variance, weights=freedom)))
+    return std, std*float(student_t.ppf(.975, sum(freedom))), sum(freedom) + len(told)
 
 # %% ../nbs/08g_findings.ipynb #5ba45e2d
 def teacher_calls(
