@@ -1,4 +1,6 @@
 """The notebook on agreement: on the committed runs, on a CIFAR-100 study of several seeds, on damaged runs, on none."""
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,6 +94,48 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     # the teacher's error; one wrong draw in 100 is the label
     assert table["disagreement"].iloc[1, 1] == pytest.approx(16 * 0.99, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)
+
+
+def test_many_arms_by_several_teachers(tmp_path):
+    """No arm is cut off, a caption says which of its seeds are, and the plain arm meets each set of answers alone."""
+    rng, label = np.random.default_rng(0), np.repeat(np.arange(10), 20)
+
+    def run(right, **over):
+        arrays = {f"{part}_{name}": value for part in ("test", "val", "train") for name, value in
+                  dict(image=np.arange(200), label=label, class_decision=answer(rng, label, right),
+                       class_confidence=np.full(200, 0.6, "float16")).items()}
+        return write_run(tmp_path, arrays, **over)
+
+    def taught(first, second=None, **over):
+        folds = dict(fold_weights=str(second.model)) if second else {}
+        for seed in (1, 2, 3, 4):
+            run(0.5, experiment="distilled", distillation="hard", teacher=first.config.student, seed=seed,
+                teacher_weights=str(first.model), teacher_hash="two" if second else "one", **folds, **over)
+
+    vit, convnet = ([run(right, experiment="teacher", student=student, fold=fold) for fold in ("1/2", "2/2")]
+                    for student, right in (("vit_tiny_patch16_224", 0.9), ("mobilenetv2_100", 0.6)))
+    whole = run(0.7, experiment="teacher", student="mobilenetv2_100")
+    for seed in range(1, 7):
+        run(0.4, seed=seed)
+    for alpha in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        taught(*vit, alpha=alpha)
+    taught(*convnet)
+    taught(whole)
+    _, out = looked_at(tmp_path, reports=str(tmp_path / "runs"))
+
+    titles = pd.read_csv(out / "tables" / "agreement_disagreement.csv").iloc[1:, 0]
+    read = titles.str.replace(r", seed \d$", "", regex=True)
+    arms = pd.read_csv(out / "tables" / "agreement_calibration.csv").query("part == 'test'").model
+    assert sorted(set(read)) == sorted(arms) and len(arms) == 15 and (read == "labels alone").sum() == 4
+    drawn = {name: (out / "figures" / f"agreement_{name}.svg").read_text() for name in ("disagreement", "teacher")}
+    assert "Here only the first 4 runs, by seed, of: labels alone." in drawn["disagreement"]
+
+    table = pd.read_csv(out / "tables" / "agreement_teacher.csv").query("student == 'labels alone' and part == 'test'")
+    assert set(table.teacher) == {"teacher mobilenetv2_100, seed 1", "teachers of two folds (mobilenetv2_100)",
+                                  "teachers of two folds (vit_tiny_patch16_224)"}
+    texts = re.findall("<!-- (.*) -->", drawn["teacher"])  # matplotlib names the paths of each text so
+    under = [texts[i + 1] for i, text in enumerate(texts) if text == "labels alone, test"]
+    assert under == [f"{n:,.0f} answers" for n in table["teacher against label (images)"]]
 
 
 @pytest.mark.slow
