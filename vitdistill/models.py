@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file', 'read_weights',
-           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'TwoHeads', 'combine', 'Student',
-           'student_size', 'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants',
-           'Mixture', 'started_from', 'save_model']
+           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
+           'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants', 'Mixture',
+           'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
@@ -225,16 +225,6 @@ def load_weights(
     model.load_state_dict(state)
     return model
 
-# %% ../nbs/02_models.ipynb #e752895c
-class TwoHeads(nn.Module):
-    "A timm distilled vision transformer that returns (class logits, distillation logits), each (B, C), in both modes."
-    def __init__(self, model:nn.Module):
-        super().__init__()
-        self.model = model
-    def forward(self, x):
-        tokens = self.model.forward_features(x)
-        return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
-
 # %% ../nbs/02_models.ipynb #059c9fe4
 def combine(
     heads:tuple,        # logits (B, C) of one or two heads
@@ -251,11 +241,11 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         two = isinstance(model, VisionTransformerDistilled) # others with two heads, as EfficientFormer, average them
-        self.net = TwoHeads(model) if two else model
         self.heads = ('class', 'distillation') if two else ('class',)
     def forward(self, x):
-        out = self.net(x)
-        return out if isinstance(out, tuple) else (out,)
+        if len(self.heads) == 1: return self.model(x),
+        tokens = self.model.forward_features(x)
+        return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
 
 # %% ../nbs/02_models.ipynb #0a7f5ca7
 def student_size(config:Config, image_size:int)->int:
