@@ -77,7 +77,8 @@ def create_optimizer(
     if own: optimizer.add_param_group(dict(params=own))
     if config.clip_grad:
         everything = [p for group in optimizer.param_groups for p in group['params']]
-        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(everything, config.clip_grad) and None)
+        def clip(*_): nn.utils.clip_grad_norm_(everything, config.clip_grad) # what a hook returns would be arguments
+        optimizer.register_step_pre_hook(clip)
     return optimizer
 
 # %% ../nbs/05b_setup.ipynb #5d0eec5c
