@@ -159,9 +159,13 @@ def resolve(config:Config)->Config:
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
     check_device(device := (chosen := auto_values(config)).get('device', config.device))
-    if config.compile not in ('auto', 'none') and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
+    asked = config.compile not in ('auto', 'none')
+    if asked and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
         raise VitdistillError(f'compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: '
                               "install g++, or set compile to 'none'.")
+    if asked and device == 'cuda' and auto_compile(replace(config, compile='auto'), device) == 'none':
+        raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, where '
+                              "compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
     teachers = filter(None, (config.teacher_weights, config.fold_weights))
     found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
                  teacher_hash='+'.join(map(file_hash, teachers)))
