@@ -250,10 +250,11 @@ def image_device(
     shape:tuple, # of the dataset's images, in bytes
     device:str   # of the model
 )->str:
-    "Where images are kept: beside the model where they take less than half of its free memory, else in the host's."
-    if config.data_on in ('host', 'disk') or augments(config) or not device.startswith('cuda'):
-        return device if config.data_on == 'device' else 'cpu'
-    return device if config.data_on == 'device' or math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2 else 'cpu'
+    "Beside the model where images take less than half of its free memory, else in the host's, which augments them."
+    if config.data_on in ('host', 'disk') or augments(config): return 'cpu'
+    if config.data_on == 'device': return device
+    fit = device.startswith('cuda') and math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2
+    return device if fit else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
 def open_memo(
