@@ -41,7 +41,10 @@ def optimizer_class(config:Config)->tuple:
         near = nearest(config.optimizer, known)
         raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: {near}')
     found = timm.optim.get_optimizer_class(name, bind_defaults=False)
-    arguments = inspect.signature(found).parameters
+    if field := next((key for key in config.opt_kwargs if key in ('lr', 'momentum', 'weight_decay')), None):
+        raise VitdistillError(f'opt_kwargs: {field!r} is a field of the config itself: set {field} = '
+                              f'{config.opt_kwargs[field]!r} there, and leave it out of opt_kwargs.')
+    arguments = [name for name in inspect.signature(found).parameters if name != 'params']
     if wrong := next((key for key in config.opt_kwargs if key not in arguments), None):
         raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {wrong!r}: {nearest(wrong, arguments)}')
     return name, found
@@ -72,7 +75,7 @@ def create_optimizer(
     optimizer = timm.optim.create_optimizer_v2(
         model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
         filter_bias_and_bn=matrices, layer_decay=config.layer_decay if config.layer_decay < 1 else None,
-        **kernels, **config.opt_kwargs)
+        **kernels | config.opt_kwargs)
     scale_rates(optimizer, model)
     own = [p for p in objective.parameters() if p.requires_grad] if objective else []
     groups = [dict(params=own, weight_decay=config.weight_decay)] if own else []
