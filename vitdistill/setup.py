@@ -40,7 +40,10 @@ def optimizer_class(config:Config)->tuple:
     if name not in known:
         near = nearest(config.optimizer, known)
         raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: {near}')
-    found = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    try: found = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError) as e: # bitsandbytes' and apex's
+        raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({e}): take one of torch's or "
+                              "timm's, such as 'adamw' or 'lamb'.") from None
     if field := next((key for key in config.opt_kwargs if key in ('lr', 'momentum', 'weight_decay')), None):
         raise VitdistillError(f'opt_kwargs: {field!r} is a field of the config itself: set {field} = '
                               f'{config.opt_kwargs[field]!r} there, and leave it out of opt_kwargs.')
