@@ -135,8 +135,10 @@ def create(
     cfg = timm.models.get_pretrained_cfg(_architecture(name), allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
-    except TypeError as e:
-        raise VitdistillError(f'{name} takes no such argument ({e}): mend student_kwargs or teacher_kwargs.') from None
+    except VitdistillError: raise # of a model of ours
+    except (AssertionError, TypeError, ValueError) as e:
+        raise VitdistillError(f'{name} takes no such argument as in {kwargs} ({_why(e)}): '
+                              'mend student_kwargs or teacher_kwargs.') from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "

@@ -123,7 +123,7 @@ def auto_precision(device:str)->str:
 def uses_batch_norm(config:Config)->bool:
     "Has the config's student batch norm? Made for a look, without its weights."
     try: return has_batch_norm(timm.create_model(config.student, **config.student_kwargs))
-    except TypeError: return False # its arguments are refused, with a sentence, where it is made in earnest
+    except (AssertionError, TypeError, ValueError): return False # refused, with a sentence, where it is made in earnest
 
 # %% ../nbs/05b_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
