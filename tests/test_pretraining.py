@@ -114,6 +114,8 @@ def test_encoder_is_one_graph(can):
 @pytest.mark.parametrize("change, ranks, words", [
     (dict(objective_kwargs=dict(mask=1.5)), 1, "mask = 1.5 is out of range: hide a share of the patches in (0, 1)"),
     (dict(objective_kwargs=dict(mask=0.0)), 1, "mask = 0.0 is out of range"),
+    (dict(objective_kwargs=dict(mask=None)), 1, "{'mask': None} has a value of a type that 'can' does not take"),
+    (dict(objective_kwargs=dict(weights="abc")), 1, "{'weights': 'abc'} has a value of a type"),
     (dict(batch_size=2), 2, "batches of 2 give 2 rank(s) fewer than 2 images each, and a contrast needs another"),
     (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
     (dict(objective_kwargs=dict(decoder=[30, 1, 3])), 1, "a width of 30 has no sine-cosine positions"),

@@ -30,7 +30,8 @@ def unnumbered(config:Config)->bool:
     return bool(config.mixup or config.cutmix) or augments(config)
 
 # %% ../nbs/01b_augment.ipynb #d9fe4fcd
-_policy = r'rand(-(m|n|p|mstd|mmax|inc)[0-9.]+|-t(weights|3a|3aw))*' # timm leaves parts that it doesn't know out
+_whole, _real = r'-(m|n|mmax|inc)[0-9]+', r'-(p|mstd)[0-9]+([.][0-9]*)?'
+_policy = rf'rand({_whole}|{_real}|-t(weights|3a|3aw))*' # timm leaves parts that it doesn't know out
 
 def blurred(image:Image.Image)->Image.Image: # draws from Python's numbers
     return image.filter(ImageFilter.GaussianBlur(random.uniform(.1, 2.)))

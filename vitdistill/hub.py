@@ -37,7 +37,7 @@ def memo_head(file:Path)->dict: # of a memo
 def refuse_other_memos(folder:Path, name:str)->None: # name: as the folder is called
     "Raise `VitdistillError` for a memo that is not the answers of the teacher beside it."
     card = folder/'card.json'
-    weights = json.loads(card.read_text())['weights_hash'] if card.is_file() else None
+    weights = json.loads(card.read_text()).get('weights_hash') if card.is_file() else None
     for file in sorted(folder.glob('memo-*.bin')):
         head = memo_head(file)
         rounded = head.get('dtype', '').startswith('bf16-weights') # these weights have another hash

@@ -309,7 +309,10 @@ def criterion(config:Config)->nn.Module:
         if argument in own: continue
         raise VitdistillError(f'objective_kwargs: {name!r} has no argument {argument!r} beside those of a config: '
                               f'{nearest(argument, own, "leave it out.")}')
-    made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
+    try: made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
+    except TypeError as e:
+        raise VitdistillError(f'objective_kwargs = {given} has a value of a type that {name!r} does not take ({e}): '
+                              'give numbers, or lists of them.') from None
     made.token = config.token
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file', 'read_weights',
-           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'TwoHeads', 'combine', 'Student',
-           'student_size', 'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants',
-           'Mixture', 'started_from', 'save_model']
+           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
+           'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants', 'Mixture',
+           'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
@@ -135,8 +135,10 @@ def create(
     cfg = timm.models.get_pretrained_cfg(_architecture(name), allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
-    except TypeError as e:
-        raise VitdistillError(f'{name} takes no such argument ({e}): mend student_kwargs or teacher_kwargs.') from None
+    except VitdistillError: raise # of a model of ours
+    except (AssertionError, TypeError, ValueError) as e:
+        raise VitdistillError(f'{name} takes no such argument as in {kwargs} ({_why(e)}): '
+                              'mend student_kwargs or teacher_kwargs.') from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "
@@ -225,16 +227,6 @@ def load_weights(
     model.load_state_dict(state)
     return model
 
-# %% ../nbs/02_models.ipynb #e752895c
-class TwoHeads(nn.Module):
-    "A timm distilled vision transformer that returns (class logits, distillation logits), each (B, C), in both modes."
-    def __init__(self, model:nn.Module):
-        super().__init__()
-        self.model = model
-    def forward(self, x):
-        tokens = self.model.forward_features(x)
-        return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
-
 # %% ../nbs/02_models.ipynb #059c9fe4
 def combine(
     heads:tuple,        # logits (B, C) of one or two heads
@@ -251,11 +243,11 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         two = isinstance(model, VisionTransformerDistilled) # others with two heads, as EfficientFormer, average them
-        self.net = TwoHeads(model) if two else model
         self.heads = ('class', 'distillation') if two else ('class',)
     def forward(self, x):
-        out = self.net(x)
-        return out if isinstance(out, tuple) else (out,)
+        if len(self.heads) == 1: return self.model(x),
+        tokens = self.model.forward_features(x)
+        return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
 
 # %% ../nbs/02_models.ipynb #0a7f5ca7
 def student_size(config:Config, image_size:int)->int:

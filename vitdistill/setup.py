@@ -40,8 +40,14 @@ def optimizer_class(config:Config)->tuple:
     if name not in known:
         near = nearest(config.optimizer, known)
         raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: {near}')
-    found = timm.optim.get_optimizer_class(name, bind_defaults=False)
-    arguments = inspect.signature(found).parameters
+    try: found = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError) as e: # bitsandbytes' and apex's
+        raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({e}): take one of torch's or "
+                              "timm's, such as 'adamw' or 'lamb'.") from None
+    if field := next((key for key in config.opt_kwargs if key in ('lr', 'momentum', 'weight_decay')), None):
+        raise VitdistillError(f'opt_kwargs: {field!r} is a field of the config itself: set {field} = '
+                              f'{config.opt_kwargs[field]!r} there, and leave it out of opt_kwargs.')
+    arguments = [name for name in inspect.signature(found).parameters if name != 'params']
     if wrong := next((key for key in config.opt_kwargs if key not in arguments), None):
         raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {wrong!r}: {nearest(wrong, arguments)}')
     return name, found
@@ -68,16 +74,20 @@ def create_optimizer(
     name, found = optimizer_class(config)
     wished = {'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}
     kernels = kernels or {key: value for key, value in wished.items() if key in inspect.signature(found).parameters}
+    matrices = name not in ('momentum', 'nesterov') # are decayed and nothing else is
     optimizer = timm.optim.create_optimizer_v2(
         model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-        filter_bias_and_bn=name not in ('momentum', 'nesterov'),
-        layer_decay=config.layer_decay if config.layer_decay < 1 else None, **kernels, **config.opt_kwargs)
+        filter_bias_and_bn=matrices, layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+        **kernels | config.opt_kwargs)
     scale_rates(optimizer, model)
     own = [p for p in objective.parameters() if p.requires_grad] if objective else []
-    if own: optimizer.add_param_group(dict(params=own))
+    groups = [dict(params=own, weight_decay=config.weight_decay)] if own else []
+    if own and matrices: groups = timm.optim.param_groups_weight_decay(objective, config.weight_decay)
+    for group in groups: optimizer.add_param_group(group)
     if config.clip_grad:
         everything = [p for group in optimizer.param_groups for p in group['params']]
-        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(everything, config.clip_grad) and None)
+        def clip(*_): nn.utils.clip_grad_norm_(everything, config.clip_grad) # what a hook returns would be arguments
+        optimizer.register_step_pre_hook(clip)
     return optimizer
 
 # %% ../nbs/05b_setup.ipynb #5d0eec5c
@@ -85,11 +95,13 @@ SCHEDULES = 'cosine', 'constant', 'tanh', 'step', 'multistep', 'poly' # timm's t
 
 def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     "timm's schedule, a function of the epoch: call `.step(epoch)` before it; a wrong name or argument is refused."
-    arguments = inspect.signature(create_scheduler_v2).parameters
+    ours = 'optimizer', 'sched', 'step_on_epochs', 'updates_per_epoch'
+    arguments = [name for name in inspect.signature(create_scheduler_v2).parameters if name not in ours]
     if config.scheduler not in SCHEDULES:
         raise VitdistillError(f'scheduler = {config.scheduler!r} is not known: {nearest(config.scheduler, SCHEDULES)}')
     if wrong := next((key for key in config.sched_kwargs if key not in arguments), None):
-        raise VitdistillError(f"sched_kwargs: timm's schedules take no {wrong!r}: {nearest(wrong, arguments)}")
+        advice = 'leave it out.' if wrong in ours else nearest(wrong, arguments)
+        raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {wrong!r}: {advice}')
     given = dict(sched=config.scheduler, num_epochs=config.t_max or config.epochs, min_lr=config.min_lr,
                  warmup_epochs=config.warmup_epochs, warmup_lr=config.lr/100)
     if config.scheduler == 'constant': given |= dict(sched='step', decay_epochs=config.epochs + 1, decay_rate=1.)
@@ -111,7 +123,7 @@ def auto_precision(device:str)->str:
 def uses_batch_norm(config:Config)->bool:
     "Has the config's student batch norm? Made for a look, without its weights."
     try: return has_batch_norm(timm.create_model(config.student, **config.student_kwargs))
-    except TypeError: return False # its arguments are refused, with a sentence, where it is made in earnest
+    except (AssertionError, TypeError, ValueError): return False # refused, with a sentence, where it is made in earnest
 
 # %% ../nbs/05b_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
@@ -158,9 +170,13 @@ def resolve(config:Config)->Config:
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
     check_device(device := (chosen := auto_values(config)).get('device', config.device))
-    if config.compile not in ('auto', 'none') and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
+    asked = config.compile not in ('auto', 'none')
+    if asked and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
         raise VitdistillError(f'compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: '
                               "install g++, or set compile to 'none'.")
+    if asked and device == 'cuda' and auto_compile(replace(config, compile='auto'), device) == 'none':
+        raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, where '
+                              "compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
     teachers = filter(None, (config.teacher_weights, config.fold_weights))
     found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
                  teacher_hash='+'.join(map(file_hash, teachers)))
@@ -245,10 +261,11 @@ def image_device(
     shape:tuple, # of the dataset's images, in bytes
     device:str   # of the model
 )->str:
-    "Where images are kept: beside the model where they take less than half of its free memory, else in the host's."
-    if config.data_on in ('host', 'disk') or augments(config) or not device.startswith('cuda'):
-        return device if config.data_on == 'device' else 'cpu'
-    return device if config.data_on == 'device' or math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2 else 'cpu'
+    "Beside the model where images take less than half of its free memory, else in the host's, which augments them."
+    if config.data_on in ('host', 'disk') or augments(config): return 'cpu'
+    if config.data_on == 'device': return device
+    fit = device.startswith('cuda') and math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2
+    return device if fit else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
 def open_memo(

@@ -69,7 +69,7 @@ class Views:
 # %% ../nbs/01a_views.ipynb #c2d218f6
 @functools.cache
 def _constants(values:tuple, device)->torch.Tensor: # (3, 1, 1) in the units of bytes, copied to the device once
-    return torch.tensor(values, device=device)[:, None, None]*255
+    with torch.inference_mode(False): return torch.tensor(values, device=device)[:, None, None]*255 # for training too
 
 # %% ../nbs/01a_views.ipynb #1f335891
 def scaled(
