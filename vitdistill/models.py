@@ -245,7 +245,7 @@ class Student(nn.Module):
         two = isinstance(model, VisionTransformerDistilled) # others with two heads, as EfficientFormer, average them
         self.heads = ('class', 'distillation') if two else ('class',)
     def forward(self, x):
-        if len(self.heads) == 1: return self.model(x),
+        if len(self.heads) == 1: return (self.model(x),)
         tokens = self.model.forward_features(x)
         return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
 
