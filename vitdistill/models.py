@@ -136,7 +136,8 @@ def create(
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except TypeError as e:
-        raise VitdistillError(f'{name} takes no such argument ({e}): mend student_kwargs or teacher_kwargs.') from None
+        raise VitdistillError(f'{name} takes no such argument ({e}): mend student_kwargs or teacher_kwargs; where a '
+                              'preset set them for another model, -y "student_kwargs: {}" takes them back.') from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "
