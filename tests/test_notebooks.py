@@ -97,6 +97,13 @@ def test_deit_notebook(tmp_path):
     assert "| DeiT-B hard distillation | DeiT | 83.0 |" in (tmp_path / "out/tables/deit_published.md").read_text()
 
 
+def test_finetuning_asks_for_a_trained_student(tmp_path):
+    """At once, before a teacher is trained."""
+    with pytest.raises(papermill.PapermillExecutionError, match="student_weights = None: name the student that is tr"):
+        execute("e07_finetune", tmp_path / "e07.ipynb", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_finetuning_notebook(study, tmp_path):
     """A trained transformer goes on at 48 px with its head: on labels alone, and taught at that size."""
