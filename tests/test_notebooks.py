@@ -97,6 +97,13 @@ def test_deit_notebook(tmp_path):
     assert "| DeiT-B hard distillation | DeiT | 83.0 |" in (tmp_path / "out/tables/deit_published.md").read_text()
 
 
+def test_finetuning_asks_for_a_trained_student(tmp_path):
+    """At once, before a teacher is trained."""
+    with pytest.raises(papermill.PapermillExecutionError, match="student_weights = None: name the student that is tr"):
+        execute("e07_finetune", tmp_path / "e07.ipynb", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_finetuning_notebook(study, tmp_path):
     """A trained transformer goes on at 48 px with its head: on labels alone, and taught at that size."""
@@ -146,10 +153,11 @@ def test_out_of_fold_notebook(tmp_path):
 def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
-    execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="new", new_head=True,
-            seed=7, fill_memo=True, padding=0, keep_record=True,  # seed 1 is the head that it began with
-            weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT,
-            work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+    ran = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="new", new_head=True,
+                  seed=7, fill_memo=True, padding=0, keep_record=True,  # seed 1 is the head that it began with
+                  weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT,
+                  work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+    assert re.search(r"on \d+ held-out images \(10% of train\)", said(ran))  # of which it can't know: they are told
     card = json.loads((tmp_path / "new/model/card.json").read_text())
     assert card["top1_held_out"] < 0.4 < teacher.result["held_out_top1"]
     assert list((tmp_path / "new/model").glob("memo-*.bin"))

@@ -15,7 +15,7 @@ from forked_notebooks import analyse
 from test_notebooks import EXPERIMENTS, execute
 from vitdistill.analysis import settings
 from vitdistill.config import Config, config_hash, run_name, save
-from vitdistill.grids import grid_cells
+from vitdistill.grids import grid_cells, not_here
 from vitdistill.launch import configure
 from vitdistill.runs import find_runs
 
@@ -357,6 +357,30 @@ def test_the_library_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert "1438 images x 1 views" in (said := capsys.readouterr().out) and "images that it held out" in said
 
 
+def test_the_loss_of_the_readme_is_both_cross_entropies():
+    from torch.nn.functional import cross_entropy
+    lines, seen = README.split("The loss alone")[1].split("```python\n")[1].split("```")[0], {}
+    exec(lines, seen)
+    halves = [cross_entropy(seen["student"], y) for y in (seen["labels"], seen["teacher"].argmax(1))]
+    assert seen["loss"].item() == pytest.approx(sum(halves).item() / 2, rel=1e-6)
+
+
+def test_watching_as_the_readme_does(tmp_path, monkeypatch, capsys):
+    """Names that fit one run each of the demo's, among which a DeiT's has `distilled` too."""
+    lines = README.split("From any other notebook")[1].split("```python\n")[1].split("```")[0]
+    deit = dict(TAUGHT, experiment="deit", student="deit_tiny_distilled_patch16_224", teacher="regnety_002")
+    for made in {}, TAUGHT, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
+        record(tmp_path, [0.1, 0.5], **made)
+    seen = {}
+    exec(lines.replace("'out/demo/runs'", repr(str(tmp_path / "runs"))).replace("\ncompare", "\nfig = compare"), seen)
+    assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
+
+
+def test_grids_of_the_readme_need_nothing_that_a_clone_has_not():
+    named = re.findall(r"^vitdistill grid (\S+)", README, re.M)
+    assert named and not any(not_here(grid_cells(ROOT / path)) for path in named)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: re.search(r"out/(\w+)", r)[1])
 def test_recipe_of_the_readme_makes_a_config(recipe):
     """Its template is there, every name is one of its parameters or of Config, and the values are in range."""
@@ -382,7 +406,7 @@ def test_recipe_of_the_readme_runs(recipe, tmp_path):
     if given.get("dataset") == "imagefolder":
         small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), batch_size=8)
     if template.startswith("e04"):
-        small |= dict(weights=str(tiny_weights(tmp_path)), val_fraction=0.2)
+        small |= dict(weights=str(tiny_weights(tmp_path)), val_rows="1200:1438")
     if template.startswith("e00"):
         small |= dict(student_pretrained=False)
     execute(template, tmp_path / "run.ipynb", **given | small)

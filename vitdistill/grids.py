@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STANDING', 'Cell', 'grid_cells', 'slot_environment', 'place_of', 'write_jobs', 'read_jobs', 'write_record',
            'read_record', 'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'look', 'tally',
-           'table', 'refuse_busy', 'begun', 'run_batch', 'teachers_of', 'records_of_jobs', 'submit_batch', 'parser',
-           'main']
+           'table', 'refuse_busy', 'begun', 'not_here', 'run_batch', 'teachers_of', 'records_of_jobs', 'submit_batch',
+           'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
 import argparse, itertools, json, os, queue, signal, socket, subprocess, sys, time
@@ -259,6 +259,16 @@ def begun(cells:list, folder:Path):
             if record.with_suffix('.ipynb') not in places: record.unlink()
         yield
 
+# %% ../nbs/07a_grids.ipynb #0c689f5a
+def not_here(cells:list)->list:
+    "Weights that cells name, which are neither here, nor on the hub, nor made by another of them."
+    kinds = 'weights', 'student_weights', 'teacher_weights', 'fold_weights'
+    made = {cell.chosen.get('adopted') for cell in cells}
+    named = [cell.chosen.get(kind) or [] for cell in cells for kind in kinds]
+    each = dict.fromkeys(str(its) for some in named for its in (some if isinstance(some, list) else [some]))
+    known = lambda its: its.startswith('hf-hub:') or made & {*Path(its).parts} or from_root(its).exists()
+    return [its for its in each if not known(its)]
+
 # %% ../nbs/07a_grids.ipynb #af786b39
 def run_batch(
     path:str|Path, # a grid file
@@ -282,6 +292,7 @@ def run_batch(
             with ThreadPoolExecutor(slots) as pool: list(pool.map(lambda item: turn(*item), wave))
     if not dry:
         with begun(cells, folder): both_waves()
+    elif absent := not_here(cells): print(f"Not here, and needed (see the head of {path}): {', '.join(absent)}.")
     for cell in cells: print(f'{cell.state[:100]:6}  {tqdm.format_interval(cell.seconds)}  {cell}')
     return cells
 

@@ -137,8 +137,9 @@ def create(
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except VitdistillError: raise # of a model of ours
     except (AssertionError, TypeError, ValueError) as e:
-        raise VitdistillError(f'{name} takes no such argument as in {kwargs} ({_why(e)}): '
-                              'mend student_kwargs or teacher_kwargs.') from None
+        raise VitdistillError(f'{name} takes no such argument as in {kwargs} ({_why(e)}): mend student_kwargs or '
+                              'teacher_kwargs; where a preset set them for another model, -y "student_kwargs: {}" '
+                              'takes them back.') from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "

@@ -430,7 +430,7 @@ def rank_main(path:str, ahead:bool)->None: # path: of the config; ahead: fill th
 # %% ../nbs/06_train.ipynb #bd3c7a6b
 def main(arguments:list=None)->int:
     "The command line; returns the exit status."
-    about = 'Train one run; start it by torchrun for several ranks.'
+    about = 'Train one run, from a file; start it by torchrun for several ranks. By options: vitdistill train --help.'
     parser = argparse.ArgumentParser(prog='python -m vitdistill.train', description=about)
     parser.add_argument('--config', required=True, help="a flat YAML file, such as a run folder's config.yaml")
     parser.add_argument('--fill', action='store_true', help='ask the teacher every view ahead instead')

@@ -183,6 +183,7 @@ def compare(
     runs:str|list|pd.DataFrame='',  # part of their names ('': all), or runs, folders and names, or a frame of `runs`
     folder:str|Path='reports/runs', # where names are looked for
     column:str='test_top1',         # of metrics.csv
+    most:int=12,                    # curves, for more can't be told apart
 )->plt.Figure:
     "Overlay a curve of several runs; what can't be drawn is said, the rest is drawn."
     if isinstance(runs, str): found = [run for run in find_runs(folder) if runs in run.name]
@@ -196,6 +197,10 @@ def compare(
         if not readable(run): print(f'Left out: the config of {run.name} is not one that this version reads.')
         elif curve.empty: print(f'Left out: {run.name} ({run.status}) has no {column} yet.')
         else: drawn.append((run, curve))
+    if len(drawn) > most:
+        print(f'The first {most} of {len(drawn)} runs are drawn: name more of those that you mean, such as '
+              f'{drawn[0][0].name[:-8]!r}, give a list of names, or set most.')
+        drawn = drawn[:most]
     lines = list(zip(_labels([run for run, _ in drawn]), [curve for _, curve in drawn]))
     return _overlay(sorted(lines, key=lambda line: line[0]) if isinstance(runs, str) else lines, column)
 
