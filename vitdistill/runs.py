@@ -237,9 +237,9 @@ class RunWriter(Run):
 
     def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also under a name of its own
         import torch
-        file = write_atomic(self.work/'checkpoint.pt', lambda p: torch.save(state, p))
-        kept = self.work/f"checkpoint-{state['epochs']:04d}.pt"
-        if keep: write_atomic(kept, lambda p: shutil.copyfile(file, p))
+        last, kept = self.work/'checkpoint.pt', self.work/f"checkpoint-{state['epochs']:04d}.pt"
+        write_atomic(kept if keep else last, lambda p: torch.save(state, p))
+        if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second: a run goes on behind it
 
     def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # for test, validation, train, per head
         def write(path):

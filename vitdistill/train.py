@@ -334,15 +334,15 @@ class Checkpoints:
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         due = epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep
         with self.lock:
-            self.held = state if due else copy.deepcopy(state)
+            self.held = state if due else copy.deepcopy(state), keep
             if on_gpu: torch.cuda.synchronize()
-        if due: self.flush(keep)
+        if due: self.flush()
 
-    def flush(self, keep:bool=False)->None: # from any thread
+    def flush(self)->None: # from any thread
         on_gpu = self.ranks.device.startswith('cuda')
         beside = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext() # not behind a hanging step
         with self.lock, beside:
-            if self.held: self.run.save_checkpoint(self.held, keep)
+            if self.held: self.run.save_checkpoint(*self.held)
             self.held, self.last = None, time.monotonic()
 
 # %% ../nbs/06_train.ipynb #27acc58b
