@@ -95,7 +95,7 @@ class Memo:
         for j in reversed(range(self.shape[2])): self.stored[..., j][where] = rows[:, j]
 
     def known(self, rows:torch.Tensor=slice(None))->float: # share of the answers about these images
-        return float(self.kind.known(self.stored[rows][..., 0], self.key['classes']).mean())
+        return float(self.kind.known(self.stored[..., 0][rows], self.key['classes']).mean())
 
 # %% ../nbs/04a_answers.ipynb #2b9f3e10
 def shared(
