@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
-from .config import Config, VitdistillError, from_root, nearest
+from .config import Config, VitdistillError, cgroup_limit, from_root, nearest
 
 # %% ../nbs/01_data.ipynb #c07f9f07
 def generator(*numbers:int)->torch.Generator:
@@ -365,7 +365,8 @@ def _read_through(reader, size:int, room:float)->tuple: # images (N, size, size,
 def load_images(config:Config)->Data:
     "A dataset of files that timm has a reader for, in memory or on the disk; errors name the file or what is missing."
     size, readers = image_side(config), _readers(config)
-    half = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
+    half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold
     pixels = sum(map(len, readers.values()))*size*size*3
     if pixels > room:

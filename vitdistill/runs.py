@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
-from .config import (SHIPPED, Config, VitdistillError, config_hash, from_root, load, repo_root, run_name,
-                               save, write_atomic)
+from .config import (SHIPPED, Config, VitdistillError, cgroup_limit, config_hash, from_root, load, repo_root,
+                               run_name, save, write_atomic)
 from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c
@@ -123,7 +123,8 @@ def told(path:str|Path)->str:
 # %% ../nbs/05_runs.ipynb #a3759c3d
 def cores()->int:
     "The processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return int(max(1, min(here, cgroup_limit('cpu.max'))))
 
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
