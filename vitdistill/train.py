@@ -269,6 +269,11 @@ def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> what 
         has, wants = ('has a', 'none') if 'average' in state else ('has no', 'one')
         raise VitdistillError(f'{run.work}/checkpoint.pt {has} weight average and ema_decay = {setup.config.ema_decay} '
                               f'wants {wants}: resume with the ema_decay of its run, or remove that file.')
+    if setup.ranks.world > 1: # each has read its own disk
+        dist.all_gather_object(found := [None]*setup.ranks.world, state['epochs'])
+        if min(found) < max(found):
+            raise VitdistillError(f'some ranks would go on after epoch {min(found)}, others after {max(found)}: '
+                                  'set runs_dir and work_dir to folders on a disk that all nodes share.')
     for name in kept.keys() & state.keys(): kept[name].load_state_dict(state[name])
     if setup.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']
