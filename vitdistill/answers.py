@@ -10,6 +10,7 @@ __all__ = ['memo_key', 'NoRoom', 'create_file', 'Memo', 'shared', 'Online', 'Ans
 import hashlib, json, shutil, time, typing
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
+from filelock import FileLock
 from tqdm import tqdm
 from .config import Config, VitdistillError, write_atomic
 from .data import Data, generator
@@ -42,16 +43,19 @@ def create_file(
     size:int,   # bytes after the head, all 255
     what:str    # what the file is for, to say it
 )->None:
-    "Make a memo's file, in which no answer is known; `NoRoom` where the disk has not enough of it."
-    free = shutil.disk_usage(next(p for p in file.parents if p.exists())).free
-    if free < size + 2**20:
-        raise NoRoom(f'the memo of {size/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on the disk.')
-    print(f'memo: {size/1e6:.1f} MB for {what} in {file}', flush=True)
+    "Make a memo's file, in which no answer is known, where there is none; `NoRoom` where the disk has too little room."
     def write(path):
         with open(path, 'wb') as f:
             f.write(head)
             for start in range(0, size, 2**26): f.write(b'\xff'*min(2**26, size - start))
-    write_atomic(file, write)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f'.{file.name}.lock')): # several students start at once
+        if file.is_file(): return
+        free = shutil.disk_usage(file.parent).free
+        if free < size + 2**20:
+            raise NoRoom(f'the memo of {size/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on the disk.')
+        print(f'memo: {size/1e6:.1f} MB for {what} in {file}', flush=True)
+        write_atomic(file, write)
 
 # %% ../nbs/04a_answers.ipynb #16494b9d
 class Memo:
@@ -91,7 +95,7 @@ class Memo:
         for j in reversed(range(self.shape[2])): self.stored[..., j][where] = rows[:, j]
 
     def known(self, rows:torch.Tensor=slice(None))->float: # share of the answers about these images
-        return float(self.kind.known(self.stored[rows][..., 0], self.key['classes']).mean())
+        return float(self.kind.known(self.stored[..., 0][rows], self.key['classes']).mean())
 
 # %% ../nbs/04a_answers.ipynb #2b9f3e10
 def shared(

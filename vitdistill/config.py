@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'need', 'repo_root', 'from_root', 'shipped',
-           'shipped_names', 'no_space', 'write_atomic', 'Config', 'field_names', 'check', 'from_dict', 'read_yaml',
-           'load', 'preset', 'save', 'config_hash', 'run_name']
+           'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'Config', 'field_names', 'check', 'from_dict',
+           'read_yaml', 'load', 'preset', 'save', 'config_hash', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
-import dataclasses, difflib, errno, functools, hashlib, importlib.util, json, os, shutil, typing
+import dataclasses, difflib, errno, functools, hashlib, importlib.util, json, math, os, shutil, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -111,6 +111,21 @@ def write_atomic(
     except Exception as e: raise no_space(e, path.parent) or e
     finally: temporary.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_config.ipynb #15a94624
+def cgroup_limit(
+    name:str,    # cpu.max: in cores; memory.max: in bytes
+    root:str='/' # of the file system
+)->float:
+    "What a container or a job may use (cgroup v2: the least over its groups); infinite where nothing says."
+    try: lines = Path(root, 'proc/self/cgroup').read_text().splitlines()
+    except OSError: return math.inf # no Linux
+    own = next((line[4:] for line in lines if line.startswith('0::/')), '')
+    place, limits = Path(root, 'sys/fs/cgroup', own), [math.inf]
+    for file in (group/name for group in (place, *place.parents)):
+        limit, *period = file.read_text().split() if file.is_file() else ('max',)
+        if limit != 'max': limits.append(int(limit)/int(*period or [1]))
+    return min(limits)
 
 # %% ../nbs/00_config.ipynb #b4b0d2aa
 GROUPS = 'student', 'data', 'teacher', 'objective', 'optimization', 'machine', 'record', 'found'

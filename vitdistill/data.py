@@ -9,12 +9,13 @@ __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'seed_host', 'Data', '
            'fingerprint', 'held_out', 'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
-import functools, hashlib, importlib.util, io, math, os, pickle, random, typing
+import functools, hashlib, importlib.util, io, math, os, pickle, random, tempfile, typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from .config import Config, VitdistillError, from_root, nearest
+from filelock import FileLock
+from .config import Config, VitdistillError, cgroup_limit, from_root, nearest
 
 # %% ../nbs/01_data.ipynb #c07f9f07
 def generator(*numbers:int)->torch.Generator:
@@ -167,12 +168,18 @@ def load_cifar(name:str, root:Path)->Data:
 
 # %% ../nbs/01_data.ipynb #5f724f71
 def download_cifar(name:str, root:Path)->None:
-    "Fetch and verify by torchvision; without a network the error says what to put where."
+    "Fetch and verify by torchvision, once and whole; without a network the error says what to put where."
     from torchvision import datasets
-    try: getattr(datasets, name.upper())(root, download=True)
-    except Exception as e: # urllib's, the socket's, or torchvision's own for a wrong sum
-        if root.is_dir() and not any(root.iterdir()): root.rmdir()
-        raise VitdistillError(f'{name} could not be downloaded to {root} ({e}): put the official {_cifar[name][0]}/ '
+    folder = root/_cifar[name][0]
+    if folder.is_dir(): return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root/f'.{name}.lock'), tempfile.TemporaryDirectory(dir=root, prefix='.fetching-') as draft:
+            if folder.is_dir(): return # another process was first
+            getattr(datasets, name.upper())(draft, download=True)
+            (Path(draft)/folder.name).rename(folder)
+    except Exception as e: # urllib's, the socket's, the disk's, or torchvision's own for a wrong sum
+        raise VitdistillError(f'{name} could not be downloaded to {root} ({e}): put the official {folder.name}/ '
                               'there, or name the folder that holds it as data_root or in VITDISTILL_DATA.') from None
 
 # %% ../nbs/01_data.ipynb #5c1db815
@@ -187,7 +194,7 @@ def cifar_bytes(config:Config)->typing.Iterator[bytes]:
     "What each file of the config's CIFAR holds, in order."
     root, named = data_root(config)
     folder, train, test, _, meta, _ = _cifar[config.dataset]
-    if not named and not (root/folder).is_dir(): download_cifar(config.dataset, root)
+    if not named: download_cifar(config.dataset, root)
     for path in (root/folder/file for file in [*train, *test, meta]):
         if not path.is_file():
             raise VitdistillError(f'no file {path}: name as data_root the folder that holds {folder}/.')
@@ -358,7 +365,8 @@ def _read_through(reader, size:int, room:float)->tuple: # images (N, size, size,
 def load_images(config:Config)->Data:
     "A dataset of files that timm has a reader for, in memory or on the disk; errors name the file or what is missing."
     size, readers = image_side(config), _readers(config)
-    half = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
+    half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold
     pixels = sum(map(len, readers.values()))*size*size*3
     if pixels > room:

@@ -46,7 +46,7 @@ def grid_cells(path:str|Path)->list[Cell]:
     except (ValueError, yaml.YAMLError) as e:
         raise VitdistillError(f'{path} is no YAML ({str(e).splitlines()[0]}): write it as those of '
                               'nbs/experiments/grids.') from None
-    grids, cells = grids if isinstance(grids, list) else [grids], []
+    grids, cells = grids if grids and isinstance(grids, list) else [grids], []
     for grid in grids:
         if not isinstance(grid, dict) or 'notebook' not in grid:
             raise VitdistillError(f'{path} names no notebook in {str(grid)[:60]!r}: write "notebook: e00_teacher".')
@@ -59,8 +59,9 @@ def grid_cells(path:str|Path)->list[Cell]:
                     for key, about in papermill.inspect_notebook(str(notebook)).items()}
         check_names({**fixed, **vary}, declared, f' of {name}')
         for key, values in vary.items():
-            if not isinstance(values, list):
-                raise VitdistillError(f'vary: {key} = {values!r} of {name} is no list: give one, such as [{values}].')
+            if not values or not isinstance(values, list):
+                raise VitdistillError(f'vary: {key} = {values!r} of {name} is no list of values: give one, such as '
+                                      f'[{1 if values == [] else values}].')
         for values in itertools.product(*vary.values()):
             cells.append(Cell(notebook, {**fixed, **dict(zip(vary, values))}, declared=declared))
     return cells
@@ -377,6 +378,8 @@ def main(arguments:list=None)->int:
     try:
         if args.grid.endswith('.json'):
             return execute_alone(args.grid, args.nodes or 1, args.node or 0, args.meet or '')
+        if args.at_once is not None and args.at_once < 1:
+            raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it out.')
         if args.status: print(table(look(cells := grid_cells(args.grid), from_root(args.out)/Path(args.grid).stem)))
         elif args.on == 'local' or args.dry_run: cells = run_batch(args.grid, args.out, args.at_once, args.dry_run)
         else:

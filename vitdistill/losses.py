@@ -256,7 +256,7 @@ class HardAndSoftDistillation(SoftDistillation):
 
 # %% ../nbs/03_losses.ipynb #27d8b0e4
 class DecoupledDistillation(SwitchedDistillationLoss):
-    "Labels and DKD, which warms up linearly (Zhao et al. 2022; weights of its CIFAR-100 recipe)."
+    "Labels and DKD, which warms up linearly (Zhao et al. 2022; weights and ramp of its CIFAR-100 recipe)."
     wants, compiles = Logits(), False
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         target_weight:float=1., # the paper's alpha, of the label against the others
@@ -266,7 +266,7 @@ class DecoupledDistillation(SwitchedDistillationLoss):
         self.temperature, self.weights, self.ramp_epochs = temperature, (target_weight, others_weight), ramp_epochs
     def term(self, logits, batch):
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(-1) # mixed: the larger part's
-        ramp = min(1., batch.epoch/self.ramp_epochs) if self.ramp_epochs else 1.
+        ramp = min(1., (batch.epoch + 1)/self.ramp_epochs) if self.ramp_epochs else 1.
         return ramp*decoupled_loss(logits, batch.answer, labels, self.temperature, *self.weights)
 
 # %% ../nbs/03_losses.ipynb #0b6e2f95

@@ -20,7 +20,7 @@ from .models import combine, load_weights, save_model, student_size
 from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter
-from .setup import Setup, file_hash, pass_size, predict, prepare, resolve
+from .setup import Setup, auto_device, file_hash, pass_size, predict, prepare, resolve
 from .teachers import Teacher, card_facts, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #15ac9fdb
@@ -246,7 +246,8 @@ def predictions_at(
     state = checkpoint_at(run, epochs)
     alone = dict(distillation='none', objective_kwargs={}, student_weights='', student_pretrained=False,
                  student_head='new', student_resampling='bicubic')
-    setup = prepare(replace(run.config, **alone), start_ranks(run.config.device))
+    device = auto_device() if 'device' in (run.config.auto or ()) else run.config.device # perhaps another machine's
+    setup = prepare(replace(run.config, **alone), start_ranks(device))
     setup.student.model.load_state_dict(state['model'])
     name = f"predictions-{state['epochs']:04d}.npz"
     return RunWriter(record or run.folder).save_predictions(name, **predictions(setup, ('test',)))

@@ -55,7 +55,8 @@ PATIENCE = timedelta(hours=2) # that a rank has with its peers
 def start_ranks(device:str)->Ranks:
     "Join the process group that torchrun's, or srun's, environment describes; one process needs none."
     local, rank, world = place_among_ranks()
-    here = os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1) if world > 1 else 1)
+    by_srun = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1') if world > 1 else '1' # such as 4, 2(x2) or 3,2
+    here = re.match(r'\d+', os.environ.get('LOCAL_WORLD_SIZE', by_srun))[0]
     check_device(device)
     if device == 'cuda':
         device = f'cuda:{local}'

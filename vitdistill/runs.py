@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
-from .config import (SHIPPED, Config, VitdistillError, config_hash, from_root, load, repo_root, run_name,
-                               save, write_atomic)
+from .config import (SHIPPED, Config, VitdistillError, cgroup_limit, config_hash, from_root, load, repo_root,
+                               run_name, save, write_atomic)
 from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c
@@ -123,7 +123,8 @@ def told(path:str|Path)->str:
 # %% ../nbs/05_runs.ipynb #a3759c3d
 def cores()->int:
     "The processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return int(max(1, min(here, cgroup_limit('cpu.max'))))
 
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
@@ -237,9 +238,9 @@ class RunWriter(Run):
 
     def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also under a name of its own
         import torch
-        file = write_atomic(self.work/'checkpoint.pt', lambda p: torch.save(state, p))
-        kept = self.work/f"checkpoint-{state['epochs']:04d}.pt"
-        if keep: write_atomic(kept, lambda p: shutil.copyfile(file, p))
+        last, kept = self.work/'checkpoint.pt', self.work/f"checkpoint-{state['epochs']:04d}.pt"
+        write_atomic(kept if keep else last, lambda p: torch.save(state, p))
+        if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second: a run goes on behind it
 
     def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # for test, validation, train, per head
         def write(path):

@@ -269,6 +269,11 @@ def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> what 
         has, wants = ('has a', 'none') if 'average' in state else ('has no', 'one')
         raise VitdistillError(f'{run.work}/checkpoint.pt {has} weight average and ema_decay = {setup.config.ema_decay} '
                               f'wants {wants}: resume with the ema_decay of its run, or remove that file.')
+    if setup.ranks.world > 1: # each has read its own disk
+        dist.all_gather_object(found := [None]*setup.ranks.world, state['epochs'])
+        if min(found) < max(found):
+            raise VitdistillError(f'some ranks would go on after epoch {min(found)}, others after {max(found)}: '
+                                  'set runs_dir and work_dir to folders on a disk that all nodes share.')
     for name in kept.keys() & state.keys(): kept[name].load_state_dict(state[name])
     if setup.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']
@@ -334,15 +339,15 @@ class Checkpoints:
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         due = epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep
         with self.lock:
-            self.held = state if due else copy.deepcopy(state)
+            self.held = state if due else copy.deepcopy(state), keep
             if on_gpu: torch.cuda.synchronize()
-        if due: self.flush(keep)
+        if due: self.flush()
 
-    def flush(self, keep:bool=False)->None: # from any thread
+    def flush(self)->None: # from any thread
         on_gpu = self.ranks.device.startswith('cuda')
         beside = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext() # not behind a hanging step
         with self.lock, beside:
-            if self.held: self.run.save_checkpoint(self.held, keep)
+            if self.held: self.run.save_checkpoint(*self.held)
             self.held, self.last = None, time.monotonic()
 
 # %% ../nbs/06_train.ipynb #27acc58b
