@@ -76,7 +76,7 @@ def execute(name):
     source = ROOT / PAGES[name]
     inputs = [source, *sorted((ROOT / "vitdistill").glob("*.py"))]
     if name.startswith("analysis"):
-        inputs += sorted((ROOT / "reports").glob("r*/**/*.*"))
+        inputs += sorted([*(ROOT / "reports").glob("r*/**/*.*"), *source.parent.glob("*.jinja")])
     kept = WORK / "executed" / f"{source.stem}-{digest(*inputs)}.ipynb"
     if kept.is_file():
         return kept
