@@ -71,7 +71,7 @@ FIRST_SEEDS = 1, 2, 3
 
 def added_later(config:Config)->bool:
     "Whether its seed was named when others of its arm had been seen."
-    return config.seed not in FIRST_SEEDS and config.fold_answers == 'unseen'
+    return config.seed not in FIRST_SEEDS and config.fold_answers == 'unseen' and not config.split_seed
 
 def forest_row(
     one:list[Run],   # the plain arm

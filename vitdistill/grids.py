@@ -266,9 +266,9 @@ def not_here(cells:list)->list:
     kinds = 'weights', 'student_weights', 'teacher_weights', 'fold_weights'
     made = {cell.chosen.get('adopted') for cell in cells}
     named = [cell.chosen.get(kind) or [] for cell in cells for kind in kinds]
-    each = dict.fromkeys(str(its) for some in named for its in (some if isinstance(some, list) else [some]))
-    known = lambda its: its.startswith('hf-hub:') or made & {*Path(its).parts} or from_root(its).exists()
-    return [its for its in each if not known(its)]
+    files = dict.fromkeys(str(file) for some in named for file in (some if isinstance(some, list) else [some]))
+    def known(file): return file.startswith('hf-hub:') or made & {*Path(file).parts} or from_root(file).exists()
+    return [file for file in files if not known(file)]
 
 # %% ../nbs/07a_grids.ipynb #af786b39
 def run_batch(

@@ -74,16 +74,17 @@ def create_optimizer(
     name, found = optimizer_class(config)
     wished = {'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}
     kernels = kernels or {key: value for key, value in wished.items() if key in inspect.signature(found).parameters}
-    matrices = name not in ('momentum', 'nesterov') # are decayed and nothing else is
+    only_matrices = name not in ('momentum', 'nesterov') # are decayed
     optimizer = timm.optim.create_optimizer_v2(
         model, name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-        filter_bias_and_bn=matrices, layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+        filter_bias_and_bn=only_matrices, layer_decay=config.layer_decay if config.layer_decay < 1 else None,
         **kernels | config.opt_kwargs)
     scale_rates(optimizer, model)
     own = [p for p in objective.parameters() if p.requires_grad] if objective else []
-    groups = [dict(params=own, weight_decay=config.weight_decay)] if own else []
-    if own and matrices: groups = timm.optim.param_groups_weight_decay(objective, config.weight_decay)
-    for group in groups: optimizer.add_param_group(group)
+    if own:
+        together = [dict(params=own, weight_decay=config.weight_decay)]
+        apart = timm.optim.param_groups_weight_decay(objective, config.weight_decay)
+        for group in apart if only_matrices else together: optimizer.add_param_group(group)
     if config.clip_grad:
         everything = [p for group in optimizer.param_groups for p in group['params']]
         def clip(*_): nn.utils.clip_grad_norm_(everything, config.clip_grad) # what a hook returns would be arguments

@@ -339,7 +339,7 @@ class Checkpoints:
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         due = epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep
         with self.lock:
-            self.held = state if due else copy.deepcopy(state), keep
+            self.held = (state if due else copy.deepcopy(state), keep)
             if on_gpu: torch.cuda.synchronize()
         if due: self.flush()
 
