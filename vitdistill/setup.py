@@ -50,6 +50,10 @@ def optimizer_class(config:Config)->tuple:
     arguments = [name for name in inspect.signature(found).parameters if name != 'params']
     if wrong := next((key for key in config.opt_kwargs if key not in arguments), None):
         raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {wrong!r}: {nearest(wrong, arguments)}')
+    try: found([nn.Parameter(torch.zeros(1, 1))], lr=config.lr, **config.opt_kwargs)
+    except (TypeError, ValueError) as e:
+        raise VitdistillError(f'opt_kwargs = {config.opt_kwargs}: {config.optimizer!r} refuses a value ({e}): mend it, '
+                              'or leave it out.') from None
     return name, found
 
 # %% ../nbs/05b_setup.ipynb #13c80e6a
