@@ -463,11 +463,12 @@ def test_grid_stood_before_its_runs(grid, tmp_path):
             if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50"):
                 values = {k: v for k, v in cell.chosen.items() if k not in own}
                 c = configure(PARTS[cell.notebook.stem], values)
-                yield c.experiment, c.seed, settings(c, FOUND)
+                yield c.experiment, c.seed, settings(c, FOUND), bool(cell.chosen.get("out_of_fold"))
     made = set(configs(grid))
     for run in find_runs(RECORDS):
         c = run.config
-        if (c.experiment, c.seed, settings(c, FOUND)) not in made:
+        cell = c.experiment, c.seed, settings(c, FOUND), bool(c.fold_weights)
+        if cell not in made:
             continue
         commit = f"{run.environment['commit']}:{grid.relative_to(ROOT).as_posix()}"
         shown = subprocess.run(["git", "show", commit], cwd=ROOT, capture_output=True, text=True)
@@ -475,4 +476,11 @@ def test_grid_stood_before_its_runs(grid, tmp_path):
             pytest.skip("a shallow clone: the commit of the record is not here")
         assert not shown.returncode, f"{run.name} was run before {grid.name} was committed"
         (tmp_path / grid.name).write_text(shown.stdout)
-        assert (c.experiment, c.seed, settings(c, FOUND)) in set(configs(tmp_path / grid.name)), run.name
+        assert cell in set(configs(tmp_path / grid.name)), run.name
+
+
+def test_a_grids_cells_meet_the_records_that_they_are_to_be_paired_with():
+    """Whatever fields were added since, or have another default: today's cells of a finished grid are its records."""
+    cells = [configure(PARTS[cell.notebook.stem], cell.chosen) for cell in grid_cells(GRIDS / "small_tuned.yaml")]
+    here = {(run.config.experiment, run.config.seed, settings(run.config, FOUND)) for run in find_runs(RECORDS)}
+    assert len(cells) == 10 and {(c.experiment, c.seed, settings(c, FOUND)) for c in cells} <= here

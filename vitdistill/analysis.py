@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.ticker import PercentFormatter
-from .config import Config, VitdistillError, field_names, nearest, shipped, write_atomic
+from .config import Config, VitdistillError, defining, field_names, nearest, shipped, write_atomic
 from .runs import Run, all_metrics
 
 # %% ../nbs/08_analysis.ipynb #50dede41
@@ -71,8 +71,8 @@ def settings(
     but=frozenset(), # fields left out besides the seed
 )->str:
     "All that defines a run except its seed, as text that is equal for repeats; what was 'auto' counts as 'auto'."
-    names, auto = {*field_names(hashed=True)} - {'seed', *but}, config.auto or ()
-    return json.dumps({name: 'auto' if name in auto else getattr(config, name) for name in names}, sort_keys=True)
+    return json.dumps({name: value for name, value in defining(config).items() if name not in {'seed', *but}},
+                      sort_keys=True)
 
 # %% ../nbs/08_analysis.ipynb #d59ae34b
 FOLD_ANSWERS = dict(unseen='out of fold', seen='swapped folds', drawn='labels drawn as folds err') # of fold_answers

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'need', 'repo_root', 'from_root', 'shipped',
            'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'Config', 'field_names', 'check', 'from_dict',
-           'read_yaml', 'load', 'preset', 'save', 'config_hash', 'run_name']
+           'read_yaml', 'load', 'preset', 'save', 'defining', 'config_hash', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import dataclasses, difflib, errno, functools, hashlib, importlib.util, json, math, os, shutil, typing
@@ -350,13 +350,19 @@ def save(config:Config, path:str|Path)->Path:
 # %% ../nbs/00_config.ipynb #bb005a53
 _default = functools.cache(Config)
 
+def defining(config:Config)->dict: # name -> value
+    "The fields that change the result: what was 'auto' counts as 'auto', a default of earlier versions as today's."
+    def value(f):
+        if f.name in (config.auto or ()): return 'auto'
+        found, formerly = getattr(config, f.name), f.metadata['formerly']
+        return getattr(_default(), f.name) if found in formerly else found
+    return {f.name: value(f) for f in fields(config) if f.metadata['hashed']}
+
+# %% ../nbs/00_config.ipynb #6230e93e
 def config_hash(config:Config)->str:
     "Sixteen hexadecimal digits over the fields that change the result."
-    changed = {}
-    for f in fields(config):
-        value = 'auto' if f.name in (config.auto or ()) else getattr(config, f.name)
-        usual = getattr(_default(), f.name), *f.metadata['formerly']
-        if f.metadata['hashed'] and value not in usual: changed[f.name] = value
+    usual = defining(_default())
+    changed = {name: value for name, value in defining(config).items() if value != usual[name]}
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_config.ipynb #01c08748
