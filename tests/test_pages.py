@@ -213,7 +213,8 @@ def test_the_long_run_is_told_as_far_as_it_has_come(tmp_path):
         assert f"{plain[mark - 1]:.1%}" in section
     assert re.search(r"is not seen in \*taught\*: \+1\.0 points", section)
     assert re.search(r"is seen in \*taught, head never trained\*: -13\.\d points", section)
-    assert pd.read_csv(tmp_path / "tables/study_forest.csv").interval.tolist() == ["over test images"]  # told once
+    assert re.search(r"leaves the student at 58\.\d% after 150 epochs: \[-13\.\d \(-1", section)
+    assert pd.read_csv(tmp_path / "tables/study_forest.csv").interval.tolist() == ["over test images"] * 2  # told once each
     table = pd.read_csv(tmp_path / "tables/study_long.csv").set_index("arm")
     known = np.polyfit(np.log(epoch[:90]), plain[:90], 1)
     expected = np.polyval(known, np.log(epoch[90:])) - plain[90:]

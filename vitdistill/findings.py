@@ -144,25 +144,26 @@ def paired_at(
 
 # %% ../nbs/08g_findings.ipynb #c2ac9e51
 def long_gap(
-    arms:dict,     # of `long_run`
-    least:int=20,  # epochs: of a shorter beginning nothing is told
-)->dict|None:      # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise in five epochs, log line
+    arms:dict,        # of `long_run`
+    other:str=TAUGHT, # the arm beside the plain one
+    least:int=20,     # epochs: of a shorter beginning nothing is told
+)->dict|None:         # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise in five epochs, log line
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
-    plain, other = arms[PLAIN], arms[TAUGHT]
-    if not plain or not other: return None
-    means = [mean_curve(curves(arm)).set_index('epoch')['mean'] for arm in (plain, other)]
+    pair = plain, taught = arms[PLAIN], arms[other]
+    if not plain or not taught: return None
+    means = [mean_curve(curves(arm)).set_index('epoch')['mean'] for arm in pair]
     common = max({*means[0].index} & {*means[1].index}, default=0) # evaluated in both
     if common < least: return None
-    pair = paired_at(plain[0], other[0])
-    decided = pair is not None and pair['epochs'] >= least
-    epochs = pair['epochs'] if decided else common
+    last = paired_at(plain[0], taught[0])
+    decided = last is not None and last['epochs'] >= least
+    epochs = last['epochs'] if decided else common
     seen, tops = [mean.loc[:epochs] for mean in means], [float(mean.asof(epochs)) for mean in means]
     rises = [float(mean.iloc[-5:].mean() - mean.iloc[-10:-5].mean()) for mean in seen]
-    ahead_from = measured_crossover(*seen) if decided and pair['low'] > 0 else None
+    ahead_from = measured_crossover(*seen) if decided and last['low'] > 0 else None
     slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
-    return dict(pair if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
-                r2=r2, ahead_from=ahead_from, runs=run_names([plain, other]))
+    return dict(last if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
+                r2=r2, ahead_from=ahead_from, runs=run_names(pair))
 
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
