@@ -40,7 +40,9 @@ def setting_letters(
 def apart(one:tuple, other:tuple)->str: # of `setting`
     "In what the second setting differs from the first, in words."
     says = '{}', '{} images', '{} epochs', '{}', 'rate {:g}', 'batch {}'
-    return ', '.join(said.format(b) for said, a, b in zip(says, one, other) if a != b)
+    told = ', '.join(said.format(b) for said, a, b in zip(says, one, other) if a != b)
+    number, _, part = other[1].partition(', ') # part 2, say, of as many images
+    return told.replace(f'{other[1]} images', part if one[1] == number else f'{number} images of {part}') if part else told
 
 # %% ../nbs/08g_findings.ipynb #f6ee7b55
 SETTING = 'setting', 'model', 'images', 'epochs', 'schedule', 'learning rate', 'batch'
