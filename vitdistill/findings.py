@@ -42,7 +42,8 @@ def apart(one:tuple, other:tuple)->str: # of `setting`
     says = '{}', '{} images', '{} epochs', '{}', 'rate {:g}', 'batch {}'
     told = ', '.join(said.format(b) for said, a, b in zip(says, one, other) if a != b)
     number, _, part = other[1].partition(', ') # part 2, say, of as many images
-    return told.replace(f'{other[1]} images', part if one[1] == number else f'{number} images of {part}') if part else told
+    of_part = part if one[1] == number else f'{number} images of {part}'
+    return told.replace(f'{other[1]} images', of_part) if part else told
 
 # %% ../nbs/08g_findings.ipynb #f6ee7b55
 SETTING = 'setting', 'model', 'images', 'epochs', 'schedule', 'learning rate', 'batch'
@@ -149,7 +150,7 @@ def long_gap(
     arms:dict,        # of `long_run`
     other:str=TAUGHT, # the arm beside the plain one
     least:int=20,     # epochs: of a shorter beginning nothing is told
-)->dict|None:         # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise in five epochs, log line
+)->dict|None:      # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise in five epochs, log line
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     pair = plain, taught = arms[PLAIN], arms[other]
     if not plain or not taught: return None
