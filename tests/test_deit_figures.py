@@ -80,3 +80,27 @@ def test_figures_that_are_measured(tmp_path):
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
     assert {"deit_cosines", "deit_throughput"} <= drawn and "No cosines" not in said(notebook)
     assert "of this machine" in (tmp_path / "out/figures/deit_throughput.svg").read_text()
+
+
+def test_tables_of_one_recipe(tmp_path):
+    """What a recipe was chosen by, and Table 8's arms, are not told among the ways of teaching; soft is no Table 2."""
+    recipe = dict(student="deit_tiny_patch16_224", mixup=0.2, cutmix=0.5, lr=0.001, optimizer="adamw")
+    record(tmp_path, 0.50, ("class",), **recipe)
+    record(tmp_path, 0.48, ("class",), **recipe | dict(val_rows="0:99"))  # of choosing
+    record(tmp_path, 0.40, ("class",), **recipe | dict(mixup=0.0, cutmix=0.0))
+    record(tmp_path, 0.30, ("class",), **recipe | dict(optimizer="sgd", lr=0.05))
+    two = TAUGHT | recipe | dict(student="deit_tiny_distilled_patch16_224", token="distillation")
+    record(tmp_path, 0.6, **two)
+    record(tmp_path, 0.7, **two | dict(distillation="soft", alpha=0.1))
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+
+    def table(name):
+        return pd.read_csv(tmp_path / f"out/tables/deit_{name}.csv")
+
+    assert table("teachers").top1.tolist() == [0.6]
+    assert table("methods")[["distillation", "top1"]].values.tolist() == [["soft", 0.7], ["hard", 0.6], ["none", 0.5]]
+    assert table("methods").alpha.isna().tolist() == [False, False, True]
+    assert table("epochs").top1.tolist() == [0.7, 0.6, 0.5] and table("epochs").alpha.notna().any()
+    assert table("one_out").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
+    assert table("heads").distillation.tolist() == ["hard"] * 4 + ["soft"] * 4
+    assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()
