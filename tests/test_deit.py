@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
 from vitdistill.config import VitdistillError, config_hash, preset
-from vitdistill.data import load_data
+from vitdistill.data import load_data, split_rows
 from vitdistill.grids import grid_cells
 from vitdistill.launch import makes_teacher
 from vitdistill.models import create_student
@@ -49,6 +49,8 @@ def test_presets_are_one_recipe(name):
         cfgs = [timm.models.get_pretrained_cfg(model) for student in students for model in
                 (student.student, student.teacher) if model]
         assert {(cfg.mean, cfg.std) for cfg in cfgs} == {(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
+        teachers = {timm.models.get_pretrained_cfg(its.teacher).url.split("/")[-1] for its in students if its.teacher}
+        assert teachers <= {"regnety_160-a5fe301d.pth"}  # the public code's, by the name in its README
     elif name == "small_deit":  # the next arm of a plan doesn't ask again
         assert all(student.plan_memo for student in students if student.teacher)
 
@@ -85,6 +87,8 @@ def test_grids_make_configs(name):
     assert len(made) == len({str(config) for config in made}) >= 6
     if name == "deit_strengths":  # chosen on held-out images
         assert {config.val_rows for config in made} == {"44000:50000"}
+        labels = torch.arange(50_000) % 100
+        assert {len(split_rows(labels, config)[0]) for config in made} == {10_000}  # as many steps as the others have
     if name == "deit_table2":  # the weakest teacher is trained first, also where all cells could start at once
         assert [makes_teacher(cell.notebook.stem) for cell in grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")] \
             == [True] + [False] * 9
