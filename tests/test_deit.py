@@ -1,7 +1,9 @@
 """DeiT's recipe whole: what goes together, what is refused, what its presets and grids are."""
 import math
 from dataclasses import replace
+from unittest import mock
 
+import nbformat
 import pytest
 import timm
 import torch
@@ -96,6 +98,23 @@ def test_grids_make_configs(name):
         whole = vars(preset("small_deit", "baseline"))
         changed = [[key for key, value in vars(config).items() if value != whole[key]] for config in made]
         assert all(map(one_factor, changed))  # so Table 8 tells them
+
+
+def test_a_finetuned_students_teacher_keeps_its_size():
+    """A larger student raises its teacher's size, a smaller one leaves it as the preset says; what is given is taken."""
+    notebook = nbformat.read(ROOT / "nbs/experiments/e07_finetune.ipynb", 4)
+    declared, begins = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    exec(declared, names := {})
+    names = {name: value for name, value in names.items() if not name.startswith("__")}
+
+    def teacher_size(**more):
+        given = names | dict(preset="small_deit_finetune", student_weights="a.pth", teacher_weights="b.pth") | more
+        with mock.patch("vitdistill.launch.parameters", lambda: dict(given)), \
+                mock.patch("vitdistill.launch.launch") as launched:
+            exec(begins, dict(given))
+        return launched.call_args.args[0].teacher_size
+
+    assert [teacher_size(), teacher_size(student_size=192), teacher_size(teacher_size=96)] == [160, 192, 96]
 
 
 def test_both_heads_are_measured(recipe):
