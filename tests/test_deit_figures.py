@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from forked_notebooks import analyse
 from test_notebooks import said
-from vitdistill.config import Config, config_hash, run_name, save
+from vitdistill.config import Config, config_hash, preset, run_name, save
 from vitdistill.data import load_data
 from vitdistill.models import create, save_model
 from vitdistill.runs import Run
@@ -104,3 +104,17 @@ def test_tables_of_one_recipe(tmp_path):
     assert table("one_out").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
     assert table("heads").distillation.tolist() == ["hard"] * 4 + ["soft"] * 4
     assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()
+
+
+def test_commands_of_rows_end_where_they_are_read(tmp_path):
+    """What a row says to run makes a run of reports/runs, where the next look finds it, or is a grid that is there."""
+    (tmp_path / "runs").mkdir()
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    for name in ("transfer", "resolution", "one_out", "methods"):
+        words = pd.read_csv(tmp_path / f"out/tables/deit_{name}.csv").reproduce[0].split()
+        if "papermill" not in words:
+            assert (ROOT / words[-1]).is_file()
+            continue
+        given = dict(zip(words[words.index("."):][2::3], words[words.index("."):][3::3]))
+        role = given.pop("role", "deit")
+        assert preset(given.pop("preset", "demo"), role, **given).runs_dir == Config().runs_dir
