@@ -92,8 +92,8 @@ def test_grids_make_configs(name):
         labels = torch.arange(50_000) % 100
         assert {len(split_rows(labels, config)[0]) for config in made} == {10_000}  # as many steps as the others have
     if name == "deit_table2":  # the weakest teacher is trained first, also where all cells could start at once
-        assert [makes_teacher(cell.notebook.stem) for cell in grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")] \
-            == [True] + [False] * 9
+        cells = grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")
+        assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9
     if name == "deit_table8":  # one factor each
         whole = vars(preset("small_deit", "baseline"))
         changed = [[key for key, value in vars(config).items() if value != whole[key]] for config in made]
@@ -101,7 +101,7 @@ def test_grids_make_configs(name):
 
 
 def test_a_finetuned_students_teacher_keeps_its_size():
-    """A larger student raises its teacher's size, a smaller one leaves it as the preset says; what is given is taken."""
+    """A larger student raises the size, a smaller one leaves it as the preset says; what is given is taken."""
     notebook = nbformat.read(ROOT / "nbs/experiments/e07_finetune.ipynb", 4)
     declared, begins = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
     exec(declared, names := {})

@@ -29,7 +29,7 @@ def beside_taught(
 
 # %% ../nbs/08h_tables.ipynb #5ffb6c1b
 def teacher_accuracy(run:Run)->float: # of a taught student that has ended
-    "Top-1 of its teacher on images that it held out: its card's, which counts more of them, or else the health check's."
+    "Top-1 of its teacher on images that it held out: by its card, which counts more of them, else by the health check."
     checked, card = run.result['teacher_top1'], (run.result.get('teacher_card') or {}).get('top1_held_out')
     return float(checked if card is None or round(checked, 5) == card else card) # the card's is rounded
 
