@@ -1,19 +1,25 @@
 """DeiT's recipe whole: what goes together, what is refused, what its presets and grids are."""
 import math
 from dataclasses import replace
+from unittest import mock
 
+import nbformat
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
 from vitdistill.config import VitdistillError, config_hash, preset
-from vitdistill.data import load_data
+from vitdistill.data import load_data, split_rows
 from vitdistill.grids import grid_cells
+from vitdistill.launch import makes_teacher
 from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
 from vitdistill.setup import prepare, resolve
+from vitdistill.tables import one_factor
 from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
 
@@ -39,6 +45,16 @@ def test_presets_are_one_recipe(name):
         assert steps == (1252 if "finetune" in name else 10_016)
     if name == "deit":
         assert {student.lr for student in students} == {5e-4 * 1024 / 512}
+    if not name.startswith("small"):  # as the public code cuts and normalizes ImageNet-1k; hub checkpoints expect that
+        assert {(student.student_normalization, student.resized_crop, student.padding) for student in students} == \
+            {("own", 0.08, 0)}
+        cfgs = [timm.models.get_pretrained_cfg(model) for student in students for model in
+                (student.student, student.teacher) if model]
+        assert {(cfg.mean, cfg.std) for cfg in cfgs} == {(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
+        teachers = {timm.models.get_pretrained_cfg(its.teacher).url.split("/")[-1] for its in students if its.teacher}
+        assert teachers <= {"regnety_160-a5fe301d.pth"}  # the public code's, by the name in its README
+    elif name == "small_deit":  # the next arm of a plan doesn't ask again
+        assert all(student.plan_memo for student in students if student.teacher)
 
 
 def test_stochastic_depth_of_presets():
@@ -68,15 +84,37 @@ def test_grids_make_configs(name):
     made = []
     for cell in grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml"):
         given = {key: value for key, value in cell.chosen.items() if key != "preset"}
-        made.append(preset(cell.chosen["preset"], arms[cell.notebook.stem[:3]], **given))
+        role = given.pop("role", None) or arms[cell.notebook.stem[:3]]
+        made.append(preset(cell.chosen["preset"], role, **given))
     assert len(made) == len({str(config) for config in made}) >= 6
     if name == "deit_strengths":  # chosen on held-out images
         assert {config.val_rows for config in made} == {"44000:50000"}
+        labels = torch.arange(50_000) % 100
+        assert {len(split_rows(labels, config)[0]) for config in made} == {10_000}  # as many steps as the others have
+    if name == "deit_table2":  # the weakest teacher is trained first, also where all cells could start at once
+        cells = grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")
+        assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9
     if name == "deit_table8":  # one factor each
         whole = vars(preset("small_deit", "baseline"))
-        changed = [{key for key, value in vars(config).items() if value != whole[key]} for config in made]
-        assert all(len(names) == 1 or names in ({"mixup", "cutmix"}, {"optimizer", "lr", "weight_decay"})
-                   for names in changed)
+        changed = [[key for key, value in vars(config).items() if value != whole[key]] for config in made]
+        assert all(map(one_factor, changed))  # so Table 8 tells them
+
+
+def test_a_finetuned_students_teacher_keeps_its_size():
+    """A larger student raises the size, a smaller one leaves it as the preset says; what is given is taken."""
+    notebook = nbformat.read(ROOT / "nbs/experiments/e07_finetune.ipynb", 4)
+    declared, begins = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    exec(declared, names := {})
+    names = {name: value for name, value in names.items() if not name.startswith("__")}
+
+    def teacher_size(**more):
+        given = names | dict(preset="small_deit_finetune", student_weights="a.pth", teacher_weights="b.pth") | more
+        with mock.patch("vitdistill.launch.parameters", lambda: dict(given)), \
+                mock.patch("vitdistill.launch.launch") as launched:
+            exec(begins, dict(given))
+        return launched.call_args.args[0].teacher_size
+
+    assert [teacher_size(), teacher_size(student_size=192), teacher_size(teacher_size=96)] == [160, 192, 96]
 
 
 def test_both_heads_are_measured(recipe):

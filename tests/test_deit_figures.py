@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from forked_notebooks import analyse
 from test_notebooks import said
-from vitdistill.config import Config, config_hash, run_name, save
+from vitdistill.config import Config, config_hash, preset, run_name, save
 from vitdistill.data import load_data
 from vitdistill.models import create, save_model
 from vitdistill.runs import Run
@@ -80,3 +80,41 @@ def test_figures_that_are_measured(tmp_path):
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
     assert {"deit_cosines", "deit_throughput"} <= drawn and "No cosines" not in said(notebook)
     assert "of this machine" in (tmp_path / "out/figures/deit_throughput.svg").read_text()
+
+
+def test_tables_of_one_recipe(tmp_path):
+    """What a recipe was chosen by, and Table 8's arms, are not told among the ways of teaching; soft is no Table 2."""
+    recipe = dict(student="deit_tiny_patch16_224", mixup=0.2, cutmix=0.5, lr=0.001, optimizer="adamw")
+    record(tmp_path, 0.50, ("class",), **recipe)
+    record(tmp_path, 0.48, ("class",), **recipe | dict(val_rows="0:99"))  # of choosing
+    record(tmp_path, 0.40, ("class",), **recipe | dict(mixup=0.0, cutmix=0.0))
+    record(tmp_path, 0.30, ("class",), **recipe | dict(optimizer="sgd", lr=0.05))
+    two = TAUGHT | recipe | dict(student="deit_tiny_distilled_patch16_224", token="distillation")
+    record(tmp_path, 0.6, **two)
+    record(tmp_path, 0.7, **two | dict(distillation="soft", alpha=0.1))
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+
+    def table(name):
+        return pd.read_csv(tmp_path / f"out/tables/deit_{name}.csv")
+
+    assert table("teachers").top1.tolist() == [0.6]
+    assert table("methods")[["distillation", "top1"]].values.tolist() == [["soft", 0.7], ["hard", 0.6], ["none", 0.5]]
+    assert table("methods").alpha.isna().tolist() == [False, False, True]
+    assert table("epochs").top1.tolist() == [0.7, 0.6, 0.5] and table("epochs").alpha.notna().any()
+    assert table("one_out").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
+    assert table("heads").distillation.tolist() == ["hard"] * 4 + ["soft"] * 4
+    assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()
+
+
+def test_commands_of_rows_end_where_they_are_read(tmp_path):
+    """What a row says to run makes a run of reports/runs, where the next look finds it, or is a grid that is there."""
+    (tmp_path / "runs").mkdir()
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    for name in ("transfer", "resolution", "one_out", "methods"):
+        words = pd.read_csv(tmp_path / f"out/tables/deit_{name}.csv").reproduce[0].split()
+        if "papermill" not in words:
+            assert (ROOT / words[-1]).is_file()
+            continue
+        given = dict(zip(words[words.index("."):][2::3], words[words.index("."):][3::3]))
+        role = given.pop("role", "deit")
+        assert preset(given.pop("preset", "demo"), role, **given).runs_dir == Config().runs_dir

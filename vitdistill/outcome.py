@@ -106,7 +106,8 @@ def model_card(
     "The README.md beside a saved model: what it is, how it was made, how to get it back, how to learn from it."
     c = run.config
     place, folder = (f'hf-hub:{c.hub_repo}',)*2 if c.hub_repo else ('local-dir:PATH', 'PATH')
-    teaches = dict(teacher=c.student, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
+    name = c.student + '_cifar'*(c.stem == 'cifar') # as the folder's config.json has it
+    teaches = dict(teacher=name, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
     labels = 'on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels'
