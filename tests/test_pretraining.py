@@ -13,6 +13,9 @@ import torch
 from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from vitdistill.config import Config, VitdistillError, preset, save
 from vitdistill.grids import grid_cells
+from vitdistill.launch import configure
+from vitdistill.losses import criterion
+from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
 from vitdistill.runs import find_runs
 from vitdistill.setup import create_optimizer, prepare, resolve
@@ -140,11 +143,29 @@ def test_presets_can_be_prepared(name, tmp_path):
 
 
 def test_grids_name_the_published_arms():
-    arms = [cell.chosen for cell in grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")]
-    kinds = [arm.get("objective_kwargs", {}) for arm in arms if "role" in arm]
-    assert [kind.get("weights") for kind in kinds] == [None, None, [0.03, 0.67, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    passes = [arm.get("epochs", 30) * kind.get("views", 2) for arm, kind in zip(arms, kinds)]
-    assert set(passes) == {60}  # equal encoder passes
+    """At equal encoder passes, with the same crops and colours, each part beside the arm that lacks only it."""
+    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+    arms = [configure("pretrain", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e06"]
+    made = [criterion(arm) for arm in arms]
+    weights = [list(one.parts[0]) for one in made]
+    assert weights == [[0.03, 0.67, 0.3]] * 2 + [[0.03, 0.67, 0.0]] * 2 + [[1, 0, 0], [0, 1, 0]]
+    assert [one.sigma for one in made] == [0.05] * 3 + [0.0] * 3
+    assert [one.parts[2] for one in made] == [True] + [False] * 5  # is the decoder told sigma?
+    assert {arm.epochs * one.copies for arm, one in zip(arms, made)} == {60}
+    assert {(one.area, one.jitter) for one in made} == {(0.25, 0.4)}  # published: the same augmentations
+    assert {one.parts[3] for one in made if any(one.parts[0][1:])} == {True}  # targets normalized
+
+
+def test_scratch_is_a_fair_beginning():
+    """As long as fine-tuning, as long as both together, and every layer at the rate: there is nothing to keep."""
+    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+    scratch = [configure("teacher", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e00"]
+    tuned, before = preset("can", "teacher"), preset("can", "pretrain")
+    assert [one.epochs for one in scratch] == [tuned.epochs, tuned.epochs + 2 * before.epochs]
+    for one in scratch:
+        assert replace(one, epochs=tuned.epochs, layer_decay=tuned.layer_decay) == tuned
+        model = create_student(one, 100, 32).model
+        assert {group.get("lr_scale", 1.0) for group in create_optimizer(one, model).param_groups} == {1.0}
 
 
 @pytest.mark.slow
