@@ -10,6 +10,7 @@ __all__ = ['TEACHING', 'FOLD_ANSWERS', 'ON_LABELS', 'LOOKS', 'readable', 'curves
 # %% ../nbs/08_analysis.ipynb #baa3866f
 import json, math, textwrap
 from collections.abc import Callable
+from dataclasses import fields
 
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
@@ -70,9 +71,12 @@ def settings(
     config:Config, # of a run
     but=frozenset(), # fields left out besides the seed
 )->str:
-    "All that defines a run except its seed, as text that is equal for repeats; what was 'auto' counts as 'auto'."
-    names, auto = {*field_names(hashed=True)} - {'seed', *but}, config.auto or ()
-    return json.dumps({name: 'auto' if name in auto else getattr(config, name) for name in names}, sort_keys=True)
+    "All that defines a run except its seed, as text that is equal for repeats; as in its hash, 'auto' counts as that."
+    def told(f): # a default of an earlier version says what today's says
+        value = 'auto' if f.name in (config.auto or ()) else getattr(config, f.name)
+        return f.default if value in f.metadata['formerly'] else value
+    names = {*field_names(hashed=True)} - {'seed', *but}
+    return json.dumps({f.name: told(f) for f in fields(config) if f.name in names}, sort_keys=True)
 
 # %% ../nbs/08_analysis.ipynb #d59ae34b
 FOLD_ANSWERS = dict(unseen='out of fold', seen='swapped folds', drawn='labels drawn as folds err') # of fold_answers
