@@ -11,6 +11,8 @@ import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
 from vitdistill.grids import execute, grid_cells, held, noted_runs, place_of, read_record, write_record
+from vitdistill.launch import configure
+from vitdistill.losses import criterion
 
 
 @pytest.fixture
@@ -101,3 +103,11 @@ def write_minimal(folder):
                  threads=1, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
     (folder / "g.yaml").write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
     return folder / "g.yaml"
+
+
+def test_no_term_is_still_warming_up_when_a_run_of_a_grid_ends():
+    """DKD's ramp of 20 epochs is of 240; a run of 16 would end before its term had its weight."""
+    grids = [path for path in (ROOT / "nbs/experiments/grids").glob("*.yaml") if "dkd" in path.read_text()]
+    configs = [configure("distilled", cell.declared | cell.chosen) for grid in grids for cell in grid_cells(grid)]
+    ramps = [criterion(config).ramp_epochs / config.epochs for config in configs if config.distillation == "dkd"]
+    assert ramps and max(ramps) <= 1 / 4

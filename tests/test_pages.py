@@ -302,7 +302,7 @@ def test_arms_still_to_come_have_their_place(tmp_path):
 README = (ROOT / "README.md").read_text()
 MACHINE = "intel-r-xeon-r-processor-2-cores-amx"  # on which the README's costs were measured
 PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
-             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher")
+             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain")
 RECIPES = re.findall(r"^papermill (.+)$", README, re.M)
 TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 

@@ -5,14 +5,19 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import safetensors.torch
 import torch
 
 from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
-from vitdistill.config import Config, VitdistillError, preset, save
+from forked_notebooks import analyse
+from vitdistill.config import Config, VitdistillError, config_hash, preset, save
 from vitdistill.grids import grid_cells
+from vitdistill.launch import configure
+from vitdistill.losses import criterion
+from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
 from vitdistill.runs import find_runs
 from vitdistill.setup import create_optimizer, prepare, resolve
@@ -140,11 +145,64 @@ def test_presets_can_be_prepared(name, tmp_path):
 
 
 def test_grids_name_the_published_arms():
-    arms = [cell.chosen for cell in grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")]
-    kinds = [arm.get("objective_kwargs", {}) for arm in arms if "role" in arm]
-    assert [kind.get("weights") for kind in kinds] == [None, None, [0.03, 0.67, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    passes = [arm.get("epochs", 30) * kind.get("views", 2) for arm, kind in zip(arms, kinds)]
-    assert set(passes) == {60}  # equal encoder passes
+    """At equal encoder passes, with the same crops and colours, each part beside the arm that lacks only it."""
+    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+    arms = [configure("pretrain", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e06"]
+    made = [criterion(arm) for arm in arms]
+    weights = [list(one.parts[0]) for one in made]
+    assert weights == [[0.03, 0.67, 0.3]] * 2 + [[0.03, 0.67, 0.0]] * 2 + [[1, 0, 0], [0, 1, 0]]
+    assert [one.sigma for one in made] == [0.05] * 3 + [0.0] * 3
+    assert [one.parts[2] for one in made] == [True] + [False] * 5  # is the decoder told sigma?
+    assert {arm.epochs * one.copies for arm, one in zip(arms, made)} == {60}
+    assert {(one.area, one.jitter) for one in made} == {(0.25, 0.4)}  # published: the same augmentations
+    assert {one.parts[3] for one in made if any(one.parts[0][1:])} == {True}  # targets normalized
+
+
+def test_scratch_is_a_fair_beginning():
+    """As long as fine-tuning, as long as both together, and every layer at the rate: there is nothing to keep."""
+    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+    scratch = [configure("teacher", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e00"]
+    tuned, before = preset("can", "teacher"), preset("can", "pretrain")
+    assert [one.epochs for one in scratch] == [tuned.epochs, tuned.epochs + 2 * before.epochs]
+    for one in scratch:
+        assert replace(one, epochs=tuned.epochs, layer_decay=tuned.layer_decay) == tuned
+        model = create_student(one, 100, 32).model
+        assert {group.get("lr_scale", 1.0) for group in create_optimizer(one, model).param_groups} == {1.0}
+
+
+def record(config, metrics="epoch\n", **result):
+    """A finished run's folder, without having run."""
+    folder = run_of(config).folder
+    folder.mkdir(parents=True)
+    save(config, folder / "config.yaml")
+    (folder / "metrics.csv").write_text(metrics)
+    (folder / "result.json").write_text(json.dumps(dict(hash=config_hash(config), seconds=60.0, **result)))
+
+
+def test_analysis_compares_like_with_like(tmp_path):
+    """Arms of as many encoder passes, on held-out and on test images; each length of training from scratch apart."""
+    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+    values = {key: str(tmp_path / key[:4]) for key in ("runs_dir", "work_dir")}
+
+    def probes(value):
+        return dict(linear_val_top1=value, linear_test_top1=value - 0.05, knn_val_top1=0.1, knn_test_top1=0.1)
+    for number, cell in enumerate(cells):
+        scratch = cell.notebook.stem == "e00_teacher"
+        config = configure("teacher" if scratch else "pretrain", cell.declared | cell.chosen | values)
+        if scratch:
+            record(config, held_out_top1=0.3, test_top1=0.25 + config.epochs / 1000)
+        else:
+            record(config, encoder_hash=str(number), **probes(0.3 - number / 100))
+            if not config.objective_kwargs.get("mask", 0.5):  # SimCLR once more, for so long that it wins
+                record(replace(config, epochs=300), encoder_hash="long", **probes(0.9))
+    analyse("a08_can", tmp_path / "a08.ipynb", reports=values["runs_dir"], out=str(tmp_path / "out"))
+    rows = pd.read_csv(tmp_path / "out/tables/can_differences.csv").set_index("pair")
+    assert rows.loc["CAN over SimCLR", ["difference", "test"]].tolist() == pytest.approx([0.04, 0.04])
+    assert rows.difference["CAN over no noise"] == pytest.approx(0.03) and set(rows.on) == {"held-out images"}
+    arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv")
+    scratch = arms[arms.arm == "from scratch"]
+    assert sorted(zip(scratch.epochs, scratch["fine-tuned, test"].astype(float))) == [(20, 0.27), (80, 0.33)]
+    assert all(f"from scratch, {n} epochs" in (tmp_path / "out/figures/can_arms.svg").read_text() for n in (20, 80))
 
 
 @pytest.mark.slow
