@@ -150,7 +150,7 @@ def long_gap(
     arms:dict,        # of `long_run`
     other:str=TAUGHT, # the arm beside the plain one
     least:int=20,     # epochs: of a shorter beginning nothing is told
-)->dict|None:      # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise in five epochs, log line
+)->dict|None: # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise, log line; `widest` gap
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     pair = plain, taught = arms[PLAIN], arms[other]
     if not plain or not taught: return None
@@ -162,11 +162,13 @@ def long_gap(
     epochs = last['epochs'] if decided else common
     seen, tops = [mean.loc[:epochs] for mean in means], [float(mean.asof(epochs)) for mean in means]
     rises = [float(mean.iloc[-5:].mean() - mean.iloc[-10:-5].mean()) for mean in seen]
+    gaps = seen[1] - seen[0]
+    widest = int(gaps.abs().idxmax()), float(gaps[gaps.abs().idxmax()])
     ahead_from = measured_crossover(*seen) if decided and last['low'] > 0 else None
     slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
     return dict(last if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
-                r2=r2, ahead_from=ahead_from, runs=run_names(pair))
+                r2=r2, widest=widest, ahead_from=ahead_from, runs=run_names(pair))
 
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
