@@ -334,10 +334,13 @@ def test_readme_shows_the_forest_until_the_long_run_has_twenty_epochs():
 
 def test_the_readmes_picture_is_told_by_its_record():
     """Its caption has the epoch, the difference and the interval of the study's."""
+    study_page = (ROOT / "reports/study.md").read_text()
     caption = r"At epoch (\d+) taught less plain is (\S+) points \((\S+ to \S+ over test images)\)"
-    epoch, gap, interval = re.search(caption, (ROOT / "reports/study.md").read_text()).groups()
+    epoch, gap, interval = re.search(caption, study_page).groups()
     first = " ".join(README.split("## Two commands")[0].split())
     assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first
+    size, at = re.search(r"at the paper's size (\S+) after (\d+) epochs", study_page).groups()
+    assert re.search(rf"\[{re.escape(size)}\]\(\S+\) at full size, epoch {at}\.", first)
 
 
 def test_links_of_the_readme_are_there():

@@ -39,15 +39,15 @@ def test_superclasses_are_those_of_the_data(real_data):
 
 
 def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
-    """The fine-tuned ViT-Tiny at the study's 160 px: a card, the health check, a small ResNet taught for a few steps."""
+    """The fine-tuned ViT-Tiny at the study's 160 px: its card, its health, a small ResNet taught for a few steps."""
     teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=160,
                      student_kwargs=dict(img_size=224, dynamic_img_size=True), val_rows=HELD_OUT)
     weights = real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors"
     card = adopt(teacher, weights, tmp_path / "teacher", cifar, precision=auto_precision("cpu"), most=300)
     assert card["top1_held_out"] > 0.7 and card["n_held_out"] == 6000 and card["n_train"] == 44_000
-    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0,
-                      student_kwargs={}, teacher_kwargs=teacher.student_kwargs, teacher_size=160, epochs=2, batch_size=32,
-                      teacher="vit_tiny_patch16_224", teacher_weights=str(tmp_path / "teacher"), distillation="hard",
+    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, student_kwargs={},
+                      teacher=teacher.student, teacher_kwargs=teacher.student_kwargs, teacher_size=160,
+                      teacher_weights=str(tmp_path / "teacher"), distillation="hard", epochs=2, batch_size=32,
                       data_fraction=0.005, lr=0.02, device="cpu", runs_dir=str(tmp_path / "runs"),
                       work_dir=str(tmp_path / "work"))
     run = launch(student)
