@@ -339,7 +339,7 @@ def test_the_readmes_picture_is_told_by_its_record():
     epoch, gap, interval = re.search(caption, study_page).groups()
     first = " ".join(README.split("## Two commands")[0].split())
     assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first
-    size, at = re.search(r"at the paper's size (\S+) after (\d+) epochs", study_page).groups()
+    size, at = re.search(r"\[(\S+) \([^)]*\)\]\([^)]*\) at the paper's size after (\d+) epochs", study_page).groups()
     assert re.search(rf"\[{re.escape(size)}\]\(\S+\) at full size, epoch {at}\.", first)
 
 

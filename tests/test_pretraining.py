@@ -19,7 +19,7 @@ from vitdistill.launch import configure
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
-from vitdistill.runs import find_runs
+from vitdistill.runs import Run, find_runs
 from vitdistill.setup import create_optimizer, prepare, resolve
 from vitdistill.train import batches, train_epoch
 
@@ -172,7 +172,7 @@ def test_scratch_is_a_fair_beginning():
 
 def record(config, metrics="epoch\n", **result):
     """A finished run's folder, without having run."""
-    folder = run_of(config).folder
+    folder = Run.of(config).folder
     folder.mkdir(parents=True)
     save(config, folder / "config.yaml")
     (folder / "metrics.csv").write_text(metrics)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'need', 'repo_root', 'from_root', 'shipped',
            'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'Config', 'field_names', 'check', 'from_dict',
-           'read_yaml', 'load', 'preset', 'save', 'defining', 'config_hash', 'run_name']
+           'read_yaml', 'load', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import dataclasses, difflib, errno, functools, hashlib, importlib.util, json, math, os, shutil, typing
@@ -366,8 +366,12 @@ def config_hash(config:Config)->str:
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_config.ipynb #01c08748
+def student_name(config:Config)->str:
+    "The student by the name under which timm has it, of whichever stem."
+    return config.student + '_cifar'*(config.stem == 'cifar')
+
 def run_name(config:Config)->str:
     "The run folder's name: experiment-student-teacher-s<seed>-<hash8>; `labels` stands for no teacher."
-    student = config.student + ('_cifar' if config.stem == 'cifar' else '')
-    parts = config.experiment, student, config.teacher or 'labels', f's{config.seed}', config_hash(config)[:8]
+    parts = (config.experiment, student_name(config), config.teacher or 'labels', f's{config.seed}',
+             config_hash(config)[:8])
     return '-'.join(part.replace('/', '_').replace(':', '_') for part in parts)

@@ -39,11 +39,11 @@ def setting_letters(
 # %% ../nbs/08g_findings.ipynb #5d6d8db2
 def apart(one:tuple, other:tuple)->str: # of `setting`
     "In what the second setting differs from the first, in words."
-    says = '{}', '{} images', '{} epochs', '{}', 'rate {:g}', 'batch {}'
-    told = ', '.join(said.format(b) for said, a, b in zip(says, one, other) if a != b)
-    number, _, part = other[1].partition(', ') # part 2, say, of as many images
-    of_part = part if one[1] == number else f'{number} images of {part}'
-    return told.replace(f'{other[1]} images', of_part) if part else told
+    model, images, epochs, schedule, lr, batch = other
+    number, _, part = images.partition(', ') # part 2, say
+    drawn = part if part and one[1] == number else f'{number} images' + f' of {part}'*bool(part)
+    told = model, drawn, f'{epochs} epochs', schedule, f'rate {lr:g}', f'batch {batch}'
+    return ', '.join(words for words, a, b in zip(told, one, other) if a != b)
 
 # %% ../nbs/08g_findings.ipynb #f6ee7b55
 SETTING = 'setting', 'model', 'images', 'epochs', 'schedule', 'learning rate', 'batch'

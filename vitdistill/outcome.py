@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
-from .config import Config, VitdistillError, from_root, repo_root
+from .config import Config, VitdistillError, from_root, repo_root, student_name
 from .data import Data
 from .hub import push, weights_place
 from .losses import OBJECTIVES, Batch
@@ -106,8 +106,7 @@ def model_card(
     "The README.md beside a saved model: what it is, how it was made, how to get it back, how to learn from it."
     c = run.config
     place, folder = (f'hf-hub:{c.hub_repo}',)*2 if c.hub_repo else ('local-dir:PATH', 'PATH')
-    name = c.student + '_cifar'*(c.stem == 'cifar') # as the folder's config.json has it
-    teaches = dict(teacher=name, teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
+    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
     labels = 'on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels'
