@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHING', 'FOLD_ANSWERS', 'ON_LABELS', 'LOOKS', 'readable', 'curves', 'summary', 'settings', 'on_labels', 'teaching',
-           'repeats', 'mean_curve', 'published', 'published_value', 'significant', 'style', 'look', 'plot_curves',
-           'plot_trend', 'save_figure', 'format_cell', 'save_table', 'Showing']
+           'repeats', 'mean_curve', 'published', 'published_value', 'significant', 'RoundedLog', 'RoundedLogScale',
+           'style', 'look', 'plot_curves', 'plot_trend', 'save_figure', 'format_cell', 'save_table', 'Showing']
 
 # %% ../nbs/08_analysis.ipynb #baa3866f
 import json, math, textwrap
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
+from matplotlib.scale import LogScale, LogTransform, register_scale
 from matplotlib.ticker import PercentFormatter
 from .config import Config, VitdistillError, defining, field_names, nearest, shipped, write_atomic
 from .runs import Run, all_metrics
@@ -154,6 +155,15 @@ def significant(
     if not isinstance(values, (float, np.floating)) or not math.isfinite(values): return values
     return float(f'{round(float(values), 15):.{digits}g}') # what is nothing but for rounding is nothing
 
+# %% ../nbs/08_analysis.ipynb #2bd7e03a
+class RoundedLog(LogTransform):
+    "Logarithms to twelve digits: what another processor agrees on."
+    def transform_non_affine(self, values): return np.round(super().transform_non_affine(values), 12)
+
+class RoundedLogScale(LogScale):
+    "In the place of matplotlib's 'log', once `register_scale` has it."
+    def get_transform(self): return RoundedLog(self.base)
+
 # %% ../nbs/08_analysis.ipynb #5035eb8b
 def style()->None:
     "Set the look of every figure of the study."
@@ -163,6 +173,7 @@ def style()->None:
         'grid.color': '#e6e6e6', 'grid.linewidth': .6,
         'axes.titlesize': 'medium', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
         'lines.linewidth': 1.6, 'lines.markersize': 4.5, 'legend.frameon': False, 'legend.handlelength': 3.2})
+    register_scale(RoundedLogScale) # as 'log'
 
 # %% ../nbs/08_analysis.ipynb #f89d9c23
 LOOKS = dict(baseline=dict(color='#0072B2', marker='o', linestyle=(0, (5, 2))),
