@@ -143,11 +143,13 @@ def teacher_of(
 )->Run|None:
     "The record of the student's teacher; None where it is not among the runs."
     path, card = Path(student.config.teacher_weights), teacher_card(student)
-    def adopted(run): # the same weights, asked at the student's size
+    def adopted(run): # the same weights, asked for the same pixels
+        its, asked = run.config, student.config
         same = card.get('weights_hash') and (run.result or {}).get('weights_hash') == card['weights_hash']
-        return same and run.config.student_size in (0, student.config.teacher_size)
+        return (same and its.student_size in (0, asked.teacher_size)
+                and its.student_normalization == asked.teacher_normalization)
     teacher = next((run for run in runs if run.name in path.parts), None) or next(filter(adopted, runs), None)
-    if teacher is None: return None
+    if teacher is None or adopted(teacher): return teacher # its accuracies may be those of another processor
     result = teacher.result or {}
     for inside, outside in dict(top1_held_out='held_out_top1', top1_train_views='train_views_top1').items():
         if None not in (one := card.get(inside), other := result.get(outside)) and one != other:

@@ -162,6 +162,7 @@ class RoundedLog(LogTransform):
 
 class RoundedLogScale(LogScale):
     "In the place of matplotlib's 'log', once `register_scale` has it."
+    def __init__(self, **kwargs): super().__init__(**kwargs) # without an axis, as matplotlib wants it from 3.13 on
     def get_transform(self): return RoundedLog(self.base)
 
 # %% ../nbs/08_analysis.ipynb #5035eb8b

@@ -132,14 +132,15 @@ def adopt_record(
     new = run.metrics()[:files['metrics.csv'].count(b'\n') - 1] # an epoch may have ended since
     both, longer = min(len(old), len(new)), len(new) > len(old)
     same = list(old.train_loss[:both]) == list(new.train_loss[:both])
-    if not longer and (len(new) < len(old) or not same or not len(new)):
+    has_none = not len(new) and run.status != 'done' # a teacher that was adopted has no epochs
+    if not longer and (len(new) < len(old) or not same or has_none):
         another = '' if same else ' of another training'
         raise VitdistillError(f'{source} has {len(new)} epochs and {folder} has {len(old)}{another}: '
                               'a record is replaced only by one with more epochs, so go on with the run first.')
     kept = {file.name for file in folder.glob('predictions-*.npz' if longer else '*') if same or not longer}
     for file in (*folder.glob('predictions*.npz'), folder/'result.json'):
         if file.name not in kept | set(files): file.unlink(missing_ok=True)
-    written = [name for name in files if name not in kept]
+    written = [name for name in files if name not in kept and files[name]]
     for name in written: write_atomic(folder/name, files[name])
     return written
 
