@@ -259,8 +259,8 @@ def is_cell(config, experiment, given):
     """Whether a record's config is what a cell gives, and the defaults; paths and what a machine decides aside."""
     usual, aside = Config(), {*field_names(group="found"), "data_root", "image_size", *(config.auto or ())}
     names = [name for name in field_names(hashed=True) if name not in aside and not name.endswith("_weights")]
-    return experiment == config.experiment and all(getattr(config, name) == given.get(name, getattr(usual, name))
-                                                   for name in names)
+    same = experiment == config.experiment and bool(config.fold_weights) == bool(given.get("out_of_fold"))
+    return same and all(getattr(config, name) == given.get(name, getattr(usual, name)) for name in names)
 
 
 def test_cells_of_a_commit_are_told_from_others():
