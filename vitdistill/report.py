@@ -33,6 +33,7 @@ a { color: var(--link) }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; border-block: 1px solid var(--line) }
 code { background: var(--shade); border-radius: 4px; padding: .1em .35em; font-size: .9em; white-space: nowrap }
 figure, .table { margin: 1.5rem 0 2.2rem; break-inside: avoid }
+img { max-width: 100% }
 figure img { display: block; box-sizing: border-box; width: 100%; min-width: 36rem; background: #fff;
   border: 1px solid var(--line); border-radius: 6px; padding: .5rem }
 figcaption, .caption { color: var(--soft); font-size: .9rem; margin: .5rem 0; white-space: pre-line }
