@@ -73,6 +73,7 @@ def test_the_top_of_the_study_is_read_in_three_minutes(page):
     assert len(re.findall(r"^- ", unsettled, re.M)) == 5
     for section in sections:
         assert len(re.findall(r"^\| ", section, re.M)) <= 9, section[:40]  # a head and eight rows
+        assert not section[:1].isdigit() or section.count("![") == section.count("\n|---") == 1, section[:40]
     assert words(next(s for s in sections if s.startswith("Discussion"))) <= 305
 
 
@@ -363,7 +364,8 @@ def test_links_of_the_readme_are_there():
         assert (ROOT / path).exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M)
-            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+            named = re.findall(r'<a id="(\w+)">', (ROOT / path).read_text())
+            assert anchor in [*named, *(re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings)], target
 
 
 def test_accuracies_of_the_readme_are_those_of_the_study():
@@ -372,6 +374,13 @@ def test_accuracies_of_the_readme_are_those_of_the_study():
     rows = README.split("## Results")[1].split("## ")[0]
     told = re.findall(r"\| (\d+\.\d%) \|", rows)
     assert len(told) == 6 and set(told) <= known
+    sources = {key: re.findall(r"\[([^\]]+)\]\(runs/", line) for key, line in
+               re.findall(r'^- <a id="(\w+)"></a>(.*)$', (ROOT / "reports/study.md").read_text(), re.M)}
+    linked = re.findall(r"\| (\d+\.\d%) \|.*\| \[(\d+)\]\(reports/study\.md#(\w+)\) \|", rows)
+    assert [top for top, *_ in linked] == told
+    for top, seeds, key in linked:
+        tops = [json.loads((RECORDS / name / "result.json").read_text())["test_top1"] for name in sources[key]]
+        assert (f"{np.mean(tops):.1%}", str(len(tops))) == (top, seeds)
 
 
 def test_bench_rows_of_the_readme_are_measured():

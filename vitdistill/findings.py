@@ -9,6 +9,7 @@ __all__ = ['SETTING', 'QUESTIONS', 'FIRST_SEEDS', 'UNTRAINED', 'MARKS', 'setting
 
 # %% ../nbs/08g_findings.ipynb #cf9447f1
 from collections import Counter
+from zlib import crc32
 import numpy as np, pandas as pd
 from scipy.stats import t as student_t
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
@@ -150,7 +151,7 @@ def long_gap(
     arms:dict,        # of `long_run`
     other:str=TAUGHT, # the arm beside the plain one
     least:int=20,     # epochs: of a shorter beginning nothing is told
-)->dict|None: # of `paired_at`; is there an interval (`decided`)?; of each arm top, rise, log line; `widest` gap
+)->dict|None: # of `paired_at`; is there an interval (`decided`)?; tops, rises, log lines; gap: `widest`, `lately`
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     pair = plain, taught = arms[PLAIN], arms[other]
     if not plain or not taught: return None
@@ -162,13 +163,13 @@ def long_gap(
     epochs = last['epochs'] if decided else common
     seen, tops = [mean.loc[:epochs] for mean in means], [float(mean.asof(epochs)) for mean in means]
     rises = [float(mean.iloc[-5:].mean() - mean.iloc[-10:-5].mean()) for mean in seen]
-    gaps = seen[1] - seen[0]
+    gaps, lately = seen[1] - seen[0], float((means[1] - means[0]).dropna().iloc[-5:].mean())
     widest = int(gaps.abs().idxmax()), float(gaps[gaps.abs().idxmax()])
     ahead_from = measured_crossover(*seen) if decided and last['low'] > 0 else None
     slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
     return dict(last if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
-                r2=r2, widest=widest, ahead_from=ahead_from, runs=run_names(pair))
+                r2=r2, widest=widest, lately=lately, ahead_from=ahead_from, runs=run_names(pair))
 
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
@@ -227,9 +228,9 @@ class Words:
     def __init__(self): self.misfits, self.sources = [], {}
 
     def link(self, text, runs:str)->str: # runs: names, as `run_names` has them; '': none
-        "A number that leads to its runs, which stand at the page's end under a short name."
+        "A number that leads to its runs, which stand at the page's end under a short name of theirs."
         if not runs: return str(text)
-        return f"[{text}](#{self.sources.setdefault(runs, f'r{len(self.sources) + 1}')})"
+        return f"[{text}](#{self.sources.setdefault(runs, f'r{crc32(runs.encode()):08x}')})"
 
     def gap(self,
         row,          # of a table, or a dict
