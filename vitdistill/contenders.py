@@ -101,7 +101,8 @@ def autocast(config:Config): # for the student, as in a `Setup`
 # %% ../nbs/09_contenders.ipynb #00bc5cae
 def bare(config:Config, ranks:Ranks, data:Data, watch:Watch, memory=torch.channels_last, products=True, **kernels):
     "The student's step on a ready batch, nothing else; `kernels` are the optimizer's, such as `fused=True`."
-    student = placed(create_student(config, len(data.classes), 32), ranks.device, memory, products).train()
+    student = placed(create_student(config, len(data.classes), 32), ranks.device, memory, products,
+                     config.precision).train()
     optimizer = create_optimizer(config, student.model, **kernels)
     objective = create_objective(student, criterion(config), config.compile, ranks)
     size, rows = student_size(config, 32), torch.arange(config.batch_size, device=ranks.device)
@@ -193,7 +194,7 @@ def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
 # %% ../nbs/09_contenders.ipynb #40edc69a
 def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "What `prepare` makes of a config, for data in memory and a teacher whose health is no matter."
-    student = placed(create_student(config, len(data.classes), 32), ranks.device)
+    student = placed(create_student(config, len(data.classes), 32), ranks.device, precision=config.precision)
     views, rows = Views(data.train_images, config.padding, ranks.device), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
     if answers and unnumbered(config): answers.teacher.chunk = config.batch_size # is asked a batch at a time

@@ -21,7 +21,7 @@ from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
-from .layers import with_matrix_products
+from .layers import with_matrix_products, with_plain_attention
 from .losses import HardLabel, criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
 from .models import weights_file
@@ -318,10 +318,12 @@ def placed(
     model:nn.Module, # of any convolutions
     device:str,
     memory:torch.memory_format=torch.channels_last,
-    products:bool=True # on a CPU, small convolutions as matrix products
+    products:bool=True, # on a CPU, small convolutions as matrix products
+    precision:str='fp32' # that it trains in: in bf16 on a CPU few tokens attend step by step
 )->nn.Module:
     "A student on its device, as it trains fastest there."
     if device == 'cpu' and products: with_matrix_products(model)
+    if device == 'cpu' and precision == 'bf16': with_plain_attention(model)
     return model.to(device, memory_format=memory)
 
 # %% ../nbs/05b_setup.ipynb #f357b114
@@ -334,7 +336,8 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     views = Views(data.train_images, config.padding, place)
     if not objective.labelled: refuse_unfit(config, objective, len(train), ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
-    student, objective = placed(student, ranks.device), objective.to(ranks.device)
+    student = placed(student, ranks.device, precision=config.precision)
+    objective = objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
