@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -204,6 +205,13 @@ def test_nothing_large_or_foreign_is_committed():
     for name in tracked.split("\n"):
         if name and (ROOT / name).is_file():
             assert (ROOT / name).stat().st_size < 3e6 and Path(name).suffix not in foreign, name
+
+
+def test_records_are_committed_without_their_logits():
+    """Nine tenths of a record; what they say of calibration stands beside it."""
+    records = sorted((ROOT / "reports/runs").glob("*/predictions*.npz"))
+    heavy = [str(file) for file in records if any("_logits" in name for name in np.load(file).files)]
+    assert records and not heavy, "python -m vitdistill.calibration FOLDER ... takes them out"
 
 
 def test_readme_names_commands_that_exist():

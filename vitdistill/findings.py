@@ -42,7 +42,7 @@ def apart(one:tuple, other:tuple)->str: # of `setting`
     "In what the second setting differs from the first, in words."
     model, images, epochs, schedule, lr, batch = other
     number, _, part = images.partition(', ') # part 2, say
-    drawn = part if part and one[1] == number else f'{number} images' + f' of {part}'*bool(part)
+    drawn = f'other images ({part})' if part and one[1] == number else f'{number} images' + f' of {part}'*bool(part)
     told = model, drawn, f'{epochs} epochs', schedule, f'rate {lr:g}', f'batch {batch}'
     return ', '.join(words for words, a, b in zip(told, one, other) if a != b)
 
@@ -74,8 +74,8 @@ def question(config:Config)->str:
 FIRST_SEEDS = 1, 2, 3
 
 def added_later(config:Config)->bool:
-    "Whether its seed was named when others of its arm had been seen."
-    return config.seed not in FIRST_SEEDS and config.fold_answers == 'unseen' and not config.split_seed
+    "Whether its seed was named when others of its arm had been seen, on these images or on others."
+    return config.seed not in FIRST_SEEDS and config.fold_answers == 'unseen'
 
 def forest_row(
     one:list[Run],   # the plain arm
