@@ -355,7 +355,8 @@ def test_the_readmes_picture_is_told_by_its_record():
     first = " ".join(README.split("## Two commands")[0].split())
     assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first
     size, at = re.search(r"\[(\S+) \([^)]*\)\]\([^)]*\) at the paper's size after (\d+) epochs", study_page).groups()
-    assert re.search(rf"\[{re.escape(size)}\]\(\S+\) at full size, epoch {at}\.", first)
+    assert re.search(rf"\[{re.escape(size)}\]\(\S+\) at full size, epoch {at}, closing since; ", first)
+    assert "The gap has been closing since" in study_page
 
 
 def test_links_of_the_readme_are_there():
