@@ -65,6 +65,11 @@ def test_no_sentence_has_lost_its_number(page):
     assert ANEW not in page[1]
 
 
+def test_paragraphs_stand_apart(page):
+    """A tag at the end of a line takes the line's end with it, and glues two paragraphs."""
+    assert not re.search(r"[^\n]\n\*[A-Z]", page[1])
+
+
 def test_the_top_of_the_study_is_read_in_three_minutes(page):
     head, sections = top(page[1]), re.split(r"\n## ", page[1])
     assert len(head.split()) <= 500 and head.count("![") <= 2 and head.count("\n|---|") == 1  # captions, table and all

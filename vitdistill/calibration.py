@@ -112,6 +112,7 @@ def calibration(
 # %% ../nbs/08f_calibration.ipynb #d8a4743d
 def keep_scores(run:Run)->list: # names of the files that were written
     "Write a record's calibration beside its predictions, and take the logits out of these."
+    if not run.folder.is_dir(): raise VitdistillError(f'{run.folder} is no folder: name one of a run that has ended.')
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     write_atomic(run.folder/'predictions.npz', without_logits(run.folder/'predictions.npz'))

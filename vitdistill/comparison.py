@@ -334,7 +334,7 @@ def contrast(
     what:str,        # in words
 )->dict:
     "`other` less `one` as a row of the table of all differences."
-    return dict(what=what, **paired_difference(one, other), runs=run_names((one, other)))
+    return dict(what=what, **paired_difference(one, other), runs=run_names(zip(*pairs_by_seed(one, other))))
 
 # %% ../nbs/08b_comparison.ipynb #35ef681c
 def budget_families(

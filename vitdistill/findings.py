@@ -89,7 +89,7 @@ def forest_row(
     return dict(question=question(other[0].config), arm=name(other), setting=letters[setting(other)],
                 **paired_difference(one, other), interval='over seeds', seeds=[a.config.seed for a, _ in pairs],
                 later=[added_later(b.config) for _, b in pairs],
-                gaps=[round(gap, 6) for gap in gaps], runs=run_names([one, other]))
+                gaps=[round(gap, 6) for gap in gaps], runs=run_names(zip(*pairs)))
 
 # %% ../nbs/08g_findings.ipynb #7cf2daeb
 UNTRAINED = 'taught, head never trained'

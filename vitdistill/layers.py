@@ -58,9 +58,8 @@ class LoFi(nn.Module):
         bias:bool=True # of queries, keys and values
     ):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads, self.window, self.fused_attn = heads, window, True
         self.q = nn.Linear(dim, heads*width, bias)
-        self.fused_attn = True
         self.kv = nn.Linear(dim, 2*heads*width, bias)
         self.proj = nn.Linear(heads*width, heads*width)
 

@@ -109,7 +109,7 @@ def clean_record(folder:str|Path)->list:
     return list(changed)
 
 # %% ../nbs/06b_records.ipynb #3bf5b193
-def without_logits(file:Path)->bytes: # of an epoch's predictions, which are asked for decisions alone
+def without_logits(file:Path)->bytes: # of predictions that are asked for decisions alone
     "Predictions without the logits, which are nine tenths of them."
     with np.load(file) as arrays: kept = {name: arrays[name] for name in arrays if not name.endswith('_logits')}
     np.savez_compressed(written := io.BytesIO(), **kept)
