@@ -29,7 +29,7 @@ def tracked():
 def same_as_committed(out):
     """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned.
 
-    Not study.html: it is study.md with the pictures that lie beside it, those of other notebooks too.
+    Not study.html: it is study.md with the pictures that lie beside it, those of other notebooks too (test_pages).
     """
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()

@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vitdistill.analysis import settings
 from vitdistill.config import Config, config_hash, load, run_name, save
 from vitdistill.grids import grid_cells, not_here
 from vitdistill.launch import configure
+from vitdistill.report import write_page
 from vitdistill.runs import find_runs
 
 RECORDS = ROOT / "reports/runs"
@@ -63,6 +65,13 @@ def arms_of(names):
 
 def test_no_sentence_has_lost_its_number(page):
     assert ANEW not in page[1]
+
+
+def test_the_page_for_a_browser_is_the_same_page(page, tmp_path):
+    """study.html is study.md with the pictures as they are committed, also those that were drawn after it."""
+    shutil.copytree(ROOT / "reports/figures", tmp_path / "figures")
+    write_page(page[1], tmp_path, "study")
+    assert (tmp_path / "study.html").read_bytes() == (ROOT / "reports/study.html").read_bytes(), "run make figures"
 
 
 def test_paragraphs_stand_apart(page):

@@ -232,6 +232,7 @@ def analysis_parameters(
 # %% ../nbs/10_cli.ipynb #0ce52bdc
 def figures(words:list[str])->int:
     "figures, tables and pages from run records, by the analysis notebooks"
+    from vitdistill.report import write_page
     parser = argparse.ArgumentParser(prog='vitdistill figures', description=inspect.getdoc(figures))
     parser.add_argument('--reports', default='reports/runs', help='folder of run folders (default: %(default)s)')
     parser.add_argument('--out', default='reports', help='for figures/, tables/ and pages (default: %(default)s)')
@@ -240,6 +241,8 @@ def figures(words:list[str])->int:
     for name in sorted(shipped_names('nbs/analysis', '.ipynb'), key=lambda name: (name.startswith('a01'), name)):
         given = analysis_parameters(name, args.reports, args.out, args.dataset)
         print('its notebook:', run_notebook(name, from_root('out/figures')/f'{name}.ipynb', given), flush=True)
+    if (page := from_root(args.out)/'study.md').is_file(): # once more, with the pictures that were drawn after it
+        write_page(page.read_text(encoding='utf-8'), page.parent, 'study')
     return 0
 
 # %% ../nbs/10_cli.ipynb #92fb5587
