@@ -258,7 +258,7 @@ def test_the_long_runs_beginning_is_named_as_such(tmp_path):
     record(tmp_path, [0.04, 0.09], t_max=2000, planned=150)
     record(tmp_path, [0.04], t_max=2000, planned=150, **TAUGHT)
     section = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits").split("## 2. ")[1].split("## 3. ")[0]
-    assert "Too early to say" in section and "now at epoch 2 (plain) and 1 (taught) of 150" in section
+    assert "Too early to say" in section and "now at epoch 1 of 150" in section
     assert "is told at epoch 150" in section
 
 
@@ -364,7 +364,7 @@ def test_readme_shows_the_forest_until_the_long_run_has_twenty_epochs():
 def test_the_readmes_picture_is_told_by_its_record():
     """Its caption has the epoch, the difference and the interval of the study's."""
     study_page = (ROOT / "reports/study.md").read_text()
-    caption = r"At epoch (\d+) taught less plain is (\S+) points \((\S+ to \S+ over test images)\)"
+    caption = r"to epoch (\d+): taught less plain is (\S+) points \((\S+ to \S+ over test images)\)"
     epoch, gap, interval = re.search(caption, study_page).groups()
     first = " ".join(README.split("## Two commands")[0].split())
     assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first

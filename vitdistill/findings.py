@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SETTING', 'QUESTIONS', 'FIRST_SEEDS', 'UNTRAINED', 'MARKS', 'setting', 'setting_letters', 'apart', 'setting_table',
            'question', 'added_later', 'forest_row', 'long_run', 'long_table', 'paired_at', 'long_gap', 'seed_noise',
-           'teacher_calls', 'cost_table', 'mean_ece', 'Words']
+           'teacher_calls', 'read_rates', 'minutes', 'cost_table', 'mean_ece', 'Words']
 
 # %% ../nbs/08g_findings.ipynb #cf9447f1
 from collections import Counter
+from pathlib import Path
 from zlib import crc32
 import numpy as np, pandas as pd
 from scipy.stats import t as student_t
@@ -201,18 +202,43 @@ def teacher_calls(
     shown = expected_views(n_views(config.padding, flip), epochs*sharing)
     return dict(heard=heard, online=heard, memo=images*shown/sharing)
 
+# %% ../nbs/08g_findings.ipynb #aed72967
+def read_rates(
+    folder:Path, # of a bench of one pair
+)->tuple:        # contender -> images a second; the machine, in words: {} and '' where there is no bench
+    "The rates that a bench measured."
+    for text in sorted(folder.glob('*.txt')):
+        table = pd.read_csv(text.with_suffix('.csv')).set_index('contender')
+        return table.images_per_second.dropna().to_dict(), text.read_text().partition(', torch')[0]
+    return {}, ''
+
+def minutes(
+    images:float, # that the student is trained on, over all epochs
+    passes:float, # of its teacher
+    taught:bool,
+    rates:dict,   # of `read_rates`
+)->float:
+    "How long that takes at measured rates: the student's steps, then its teacher's passes."
+    steps = images/rates['vitdistill full memo' if taught else 'vitdistill plain']
+    return (steps + passes/rates['teacher alone'])/60
+
 # %% ../nbs/08g_findings.ipynb #c79ed925
 def cost_table(
     arms:list[list[Run]], # done
     name,                 # of `arm_namer`
+    rates:dict={},        # of `read_rates`, for columns of minutes
 )->pd.DataFrame:          # a row an arm; none where no predictions tell its number of images
-    "What an arm reaches and a run of it takes: steps, answers heard, passes of its teacher by how it is asked."
+    "What an arm reaches and a run of it takes: steps, answers heard, passes of its teacher by how it is asked, time."
     def row(arm):
         facts, c = arm_facts(arm, name), arm[0].config
         alone, together = (teacher_calls(c, facts['images'], c.epochs, sharing) for sharing in (1, len(arm)))
+        calls = dict(alone, shared=together['memo'])
+        def spent(way): return significant(minutes(facts['images']*c.epochs, calls[way], bool(c.teacher), rates))
         return dict(facts, top1=np.mean([run.result['test_top1'] for run in arm]), steps=int(facts['steps']),
-                    **{k: round(significant(v)) for k, v in alone.items()}, shared=round(significant(together['memo'])))
-    columns = ['arm', 'top1', 'seeds', 'steps', 'heard', 'online', 'memo', 'shared', 'runs']
+                    **{k: round(significant(v)) for k, v in calls.items()},
+                    **({f'minutes, {way}': spent(way) for way in ('online', 'memo', 'shared')} if rates else {}))
+    columns = ['arm', 'top1', 'seeds', 'steps', 'heard', 'online', 'memo', 'shared']
+    columns += [f'minutes, {way}' for way in ('online', 'memo', 'shared')]*bool(rates) + ['runs']
     return pd.DataFrame([row(arm) for arm in arms if images(arm[0]) > 0], columns=columns)
 
 # %% ../nbs/08g_findings.ipynb #b160a7a8
