@@ -396,6 +396,11 @@ def test_accuracies_of_the_readme_are_those_of_the_study():
     for top, seeds, key in linked:
         tops = [json.loads((RECORDS / name / "result.json").read_text())["test_top1"] for name in sources[key]]
         assert (f"{np.mean(tops):.1%}", str(len(tops))) == (top, seeds)
+    assert "only the out-of-fold, the soft and the untrained head's row stay" in rows
+    pairs = pd.read_csv(ROOT / "reports/tables/study_pairs.csv")
+    stay = set(pairs.arm[pairs.holm <= 0.05])
+    assert {"taught, out of fold", "taught, soft targets at tau 4", "taught, head never trained"} < stay
+    assert "taught" not in stay
 
 
 def test_bench_rows_of_the_readme_are_measured():

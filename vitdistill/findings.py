@@ -202,11 +202,11 @@ def teacher_calls(
     shown = expected_views(n_views(config.padding, flip), epochs*sharing)
     return dict(heard=heard, online=heard, memo=images*shown/sharing)
 
-# %% ../nbs/08g_findings.ipynb #aed72967
+# %% ../nbs/08g_findings.ipynb #bb9c541d
 def read_rates(
     folder:Path, # of a bench of one pair
 )->tuple:        # contender -> images a second; the machine, in words: {} and '' where there is no bench
-    "The rates that a bench measured."
+    "The rates that a bench measured; of several machines, those of the first by name."
     for text in sorted(folder.glob('*.txt')):
         table = pd.read_csv(text.with_suffix('.csv')).set_index('contender')
         return table.images_per_second.dropna().to_dict(), text.read_text().partition(', torch')[0]
