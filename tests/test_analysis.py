@@ -23,14 +23,11 @@ def tracked():
     """What is committed of reports/ that a notebook writes, by its path in there."""
     names = subprocess.run(["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [name.removeprefix("reports/") for name in names.split()]
-    return {path for path in paths if re.match(r"(figures|tables)/|study\.(md|html)$", path)}
+    return {path for path in paths if re.match(r"(figures|tables)/|study\.md$", path)}
 
 
 def same_as_committed(out):
-    """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned.
-
-    Not study.html: it is study.md with the pictures that lie beside it, those of other notebooks too (test_pages).
-    """
+    """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned."""
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
     ours = {name: path for name, path in files.items()
@@ -38,7 +35,7 @@ def same_as_committed(out):
     differ = [name for name, path in ours.items() if name not in tracked()
               or path.read_bytes() != (ROOT / "reports" / name).read_bytes()]
     assert ours and not differ, f"run make figures and look at {', '.join(sorted(differ))}"
-    return {name for name in files if name.startswith(("figures/", "tables/", "study."))}
+    return {name for name in files if name.startswith(("figures/", "tables/", "study.md"))}
 
 
 @pytest.fixture(scope="module")
