@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['STANDING', 'Cell', 'grid_cells', 'slot_environment', 'place_of', 'write_jobs', 'read_jobs', 'write_record',
            'read_record', 'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'look', 'tally',
-           'table', 'refuse_busy', 'begun', 'not_here', 'run_batch', 'teachers_of', 'records_of_jobs', 'submit_batch',
-           'parser', 'main']
+           'table', 'refuse_busy', 'begun', 'is_here', 'makes', 'not_here', 'run_batch', 'teachers_of',
+           'records_of_jobs', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
-import argparse, itertools, json, os, queue, signal, socket, subprocess, sys, time
+import argparse, glob, itertools, json, os, queue, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 import torch, yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, queued, read_ask, submit
-from .config import (VitdistillError, field_names, from_root, nearest, repo_root, shipped, shipped_names,
-                               write_atomic)
+from .config import (VitdistillError, field_names, from_root, nearest, repo_root, run_name, shipped,
+                               shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, configure, makes_teacher, stop, teacher_of_preset
 from .runs import Run, cores, is_locked
 
@@ -261,14 +262,24 @@ def begun(cells:list, folder:Path):
         yield
 
 # %% ../nbs/07a_grids.ipynb #0c689f5a
+def is_here(path:str)->bool: # or a pattern of paths, as `setup.the_only` takes it
+    "Does that lie here, or on the hub?"
+    return path.startswith('hf-hub:') or from_root(path).exists() or bool(glob.glob(str(from_root(path))))
+
+def makes(cell:Cell, path:str)->bool:
+    "Is it the folder of a model that this cell makes? One that it trains has to be named by a pattern."
+    given, parts = {**(cell.declared or {}), **cell.chosen}, Path(path).parts
+    if 'adopted' in given: return given['adopted'] in parts
+    if 'role' not in given or not (patterns := [part for part in parts if glob.has_magic(part)]): return False
+    name = run_name(configure(given['role'], given))
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
 def not_here(cells:list)->list:
     "Weights that cells name, which are neither here, nor on the hub, nor made by another of them."
     kinds = 'weights', 'student_weights', 'teacher_weights', 'fold_weights'
-    made = {cell.chosen.get('adopted') for cell in cells}
     named = [cell.chosen.get(kind) or [] for cell in cells for kind in kinds]
     files = dict.fromkeys(str(file) for some in named for file in (some if isinstance(some, list) else [some]))
-    def known(file): return file.startswith('hf-hub:') or made & {*Path(file).parts} or from_root(file).exists()
-    return [file for file in files if not known(file)]
+    return [file for file in files if not is_here(file) and not any(makes(cell, file) for cell in cells)]
 
 # %% ../nbs/07a_grids.ipynb #af786b39
 def run_batch(
@@ -303,8 +314,8 @@ def teachers_of(cell:Cell, teachers:list)->list: # cells each
     if makes_teacher(cell.notebook.stem) or 'teacher' not in cell.declared: return []
     given = {**cell.declared, **cell.chosen}
     if weights := [given[name] for name in ('teacher_weights', 'fold_weights') if given.get(name)]:
-        named = [t for t in teachers if any(t.chosen.get('adopted') in Path(w).parts for w in weights)]
-        if named or all(str(w).startswith('hf-hub:') or from_root(w).exists() for w in weights): return named
+        named = [teacher for teacher in teachers if any(makes(teacher, str(path)) for path in weights)]
+        if named or all(is_here(str(path)) for path in weights): return named
         return teachers
     def fits(teacher): # as `finished_teacher` looks for it
         its = {**teacher.declared, **teacher.chosen}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
-           'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'resolve', 'compiled',
-           'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'question', 'question_all', 'placed',
-           'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
+           'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'the_only', 'resolve',
+           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'question', 'question_all',
+           'placed', 'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
-import functools, hashlib, inspect, math, os, shutil, typing
+import functools, glob, hashlib, inspect, math, os, shutil, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 import timm.optim, torch
@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from .answers import Answers, DrawnAnswers, Memo, NoRoom, OutOfFold, memo_key
 from .augment import Augment, augments, image_parts, unnumbered
-from .config import Config, VitdistillError, nearest
+from .config import Config, VitdistillError, from_root, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
 from .layers import with_matrix_products, with_plain_attention
@@ -166,10 +166,21 @@ def file_hash(path:str)->str: # of a weights file, or of a model folder
     if not path: return ''
     with open(weights_file(weights_place(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
+# %% ../nbs/05b_setup.ipynb #e382977d
+def the_only(pattern:str)->str: # of a weights file or a model folder
+    "The one path that fits, such as out/work/teacher-vit_base-labels-s1-*/model; what is no pattern, as it is."
+    if not glob.has_magic(pattern) or from_root(pattern).exists(): return pattern
+    match sorted(glob.glob(str(from_root(pattern)))):
+        case [path]: return path
+        case []: raise VitdistillError(f"{pattern!r} fits nothing here: train it first, or name another.")
+        case several: raise VitdistillError(f"{pattern!r} fits {len(several)} paths: name one, {' or '.join(several)}.")
+
 # %% ../nbs/05b_setup.ipynb #10a3b8ad
 def resolve(config:Config)->Config:
-    "Fill `auto` values and file hashes; a run that was begun keeps what it began with."
+    "Fill `auto` values, patterns of paths and file hashes; a run that was begun keeps what it began with."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
+    weights = 'student_weights', 'teacher_weights', 'fold_weights'
+    config = replace(config, **{name: the_only(getattr(config, name)) for name in weights})
     refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
