@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
 from vitdistill.config import VitdistillError, config_hash, preset
-from vitdistill.data import load_data, split_rows
+from vitdistill.data import image_side, load_data, split_rows
 from vitdistill.grids import grid_cells
 from vitdistill.launch import makes_teacher
 from vitdistill.models import create_student
@@ -77,7 +77,7 @@ def test_stochastic_depth_of_presets():
     assert rates("small_deit3", student_size=32, student_kwargs=kwargs) == pytest.approx([0.1] * 12)
 
 
-@pytest.mark.parametrize("name", ["deit_strengths", "deit_table2", "deit_table3", "deit_table8"])
+@pytest.mark.parametrize("name", ["deit_strengths", "deit_table2", "deit_table3", "deit_table8", "deit_lengths"])
 def test_grids_make_configs(name):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")
@@ -86,7 +86,7 @@ def test_grids_make_configs(name):
         given = {key: value for key, value in cell.chosen.items() if key != "preset"}
         role = given.pop("role", None) or arms[cell.notebook.stem[:3]]
         made.append(preset(cell.chosen["preset"], role, **given))
-    assert len(made) == len({str(config) for config in made}) >= 6
+    assert len(made) == len({str(config) for config in made}) >= 4
     if name == "deit_strengths":  # chosen on held-out images
         assert {config.val_rows for config in made} == {"44000:50000"}
         labels = torch.arange(50_000) % 100
@@ -97,24 +97,31 @@ def test_grids_make_configs(name):
     if name == "deit_table8":  # one factor each
         whole = vars(preset("small_deit", "baseline"))
         changed = [[key for key, value in vars(config).items() if value != whole[key]] for config in made]
-        assert all(map(one_factor, changed))  # so Table 8 tells them
+        assert not changed[0] and all(map(one_factor, changed[1:]))  # the recipe, and what Table 8 tells
 
 
-def test_a_finetuned_students_teacher_keeps_its_size():
-    """A larger student raises the size, a smaller one leaves it as the preset says; what is given is taken."""
+def test_finetuning_follows_its_preset():
+    """Sizes and stochastic depth are its; a larger student raises the teacher's size; what is given is taken."""
     notebook = nbformat.read(ROOT / "nbs/experiments/e07_finetune.ipynb", 4)
     declared, begins = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
     exec(declared, names := {})
     names = {name: value for name, value in names.items() if not name.startswith("__")}
 
-    def teacher_size(**more):
+    def begun(**more):
         given = names | dict(preset="small_deit_finetune", student_weights="a.pth", teacher_weights="b.pth") | more
         with mock.patch("vitdistill.launch.parameters", lambda: dict(given)), \
                 mock.patch("vitdistill.launch.launch") as launched:
             exec(begins, dict(given))
-        return launched.call_args.args[0].teacher_size
+        return launched.call_args.args[0]
 
-    assert [teacher_size(), teacher_size(student_size=192), teacher_size(teacher_size=96)] == [160, 192, 96]
+    sizes = [begun().teacher_size, begun(student_size=192).teacher_size, begun(teacher_size=96).teacher_size]
+    assert sizes == [160, 192, 96] and begun().student_size == 48
+    large = begun(preset="deit_finetune", role="baseline", data_root="images")
+    assert (large.student_size, image_side(large), large.student_kwargs) == (0, 384, {"drop_path_rate": 0.1})
+    control = begun(distillation="none")
+    assert not (control.teacher or control.teacher_weights) and control.student == begun().student
+    with pytest.raises(VitdistillError, match="student_weights = None"):  # a name alone trains from scratch
+        begun(student_weights=None, student="hf-hub:me/vit")
 
 
 def test_both_heads_are_measured(recipe):

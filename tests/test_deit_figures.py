@@ -1,5 +1,6 @@
 """DeiT's figures, drawn of records that are made up here."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -55,12 +56,15 @@ def test_figures_of_made_up_records(records):
     """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map; cosines need a model, and say so."""
     notebook = analyse("a06_deit", records / "a06.ipynb", reports=str(records / "runs"), out=str(records / "out"))
     drawn = {path.stem for path in (records / "out/figures").glob("*.png") if path.stat().st_size > 10_000}
-    assert drawn == {f"deit_{name}" for name in ("heads", "disagreement", "throughput", "lengths")}
+    assert drawn == {f"deit_{name}" for name in ("heads", "disagreement", "throughput", "lengths", "positions")}
     assert "No cosines were measured" in said(notebook) and "was not drawn" not in said(notebook)
     lengths = (records / "out/figures/deit_lengths.svg").read_text()
     assert "means over 2 to 2 seeds" in lengths
     shares = pd.read_csv(records / "out/tables/deit_disagreement.csv").set_index("answer")
-    assert list(shares) == ["teacher", "class", "distillation", "softmax"] and (shares.loc["teacher"][1:] > 0.1).all()
+    assert list(shares) == ["label", "teacher", "class", "distillation", "softmax"]
+    assert (shares.loc["teacher"][2:] > 0.1).all()
+    rows = pd.read_csv(records / "out/tables/deit_methods.csv")
+    assert all(Path(text.split()[3]).is_file() for text in rows.reproduce) and len(rows) == 6  # each from its record
     table = pd.read_csv(records / "out/tables/deit_variants.csv").set_index("model")
     assert table.parameters.tolist() == [5_717_416, 22_050_664, 86_567_656]
     assert table["published parameters (M)"].tolist() == [5, 22, 86] and table.heads.tolist() == [3, 6, 12]
@@ -72,14 +76,18 @@ def test_figures_that_are_measured(tmp_path):
     """Asked to measure, it times Figure 1's models here and reads the tokens of a model that lies beside its record."""
     run = record(tmp_path, 0.7, **TAUGHT)
     data = load_data(run.config)
-    card = dict(classes=data.classes, input_size=32)
+    card = dict(classes=data.classes, input_size=32, constants=data.mean_std)
     model = create(run.config.student, 10, 32, **TINY)
     save_model(model, run.model, TINY, card, "", data.mean_std, 32)
     notebook = analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
-                       measure=True, batch=1, passes=1)
+                       bench=str(tmp_path / "bench"), measure=True, batch=1, passes=1)
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
     assert {"deit_cosines", "deit_throughput"} <= drawn and "No cosines" not in said(notebook)
-    assert "of this machine" in (tmp_path / "out/figures/deit_throughput.svg").read_text()
+    paces = pd.read_csv(tmp_path / "bench/paces.csv").set_index("model")
+    told = pd.read_csv(tmp_path / "out/tables/deit_cost.csv").set_index("model")
+    assert (paces.images_per_second > 0).all() and paces.machine.nunique() == 1
+    assert told["images a second"].to_dict() == paces.images_per_second.to_dict() and len(told) == 14
+    assert paces.machine.iloc[0] in (tmp_path / "out/figures/deit_throughput.svg").read_text()
 
 
 def test_tables_of_one_recipe(tmp_path):

@@ -109,7 +109,7 @@ def test_finetuning_notebook(study, tmp_path):
     """A trained transformer goes on at 48 px with its head: on labels alone, and taught at that size."""
     begun = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5, epochs=4, lr=1e-3)
-    where |= dict(student_weights=str(begun.model), warmup_epochs=0)
+    where |= dict(student_weights=str(begun.model), student_size=48, warmup_epochs=0)
     execute("e07_finetune", tmp_path / "alone.ipynb", distillation="none", **where)
     execute("e07_finetune", tmp_path / "taught.ipynb", teacher=begun.config.student, teacher_kwargs=SMALL_VIT,
             teacher_weights=str(begun.model), allow_untrained=True, **where)

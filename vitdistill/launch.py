@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from .config import Config, VitdistillError, field_names, from_root, nearest, preset, save
 from .data import fingerprint, image_side
+from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
 from .runs import Run, check_folders, find_runs
@@ -294,7 +295,9 @@ def with_teacher(
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
-    "The config with its teacher's weights: named, timm's, or a finished teacher's that fits (two, with `out_of_fold`)."
+    "With its teacher's weights: named, timm's, or a finished teacher's that fits (two: `out_of_fold`); or without one."
+    if getattr(OBJECTIVES.get(config.distillation), 'wants', True) is None: # it hears no teacher
+        return replace(config, **{name: getattr(Config(), name) for name in field_names(group='teacher')})
     if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
             raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: '
