@@ -122,6 +122,7 @@ def test_a_config_makes_and_slows_it():
 @pytest.mark.parametrize("given, words", [
     (dict(alpha=1.5), "alpha = 1.5 is no share of heads: choose it in"),
     (dict(num_heads=[3, 6, 11]), "11 heads do not divide 384 channels"),
+    (dict(num_heads=[3, 0, 12]), "0 heads do not divide 192 channels"),
     (dict(depths=[2, 6]), "of different numbers of stages"),
     (dict(alhpa=0.5), "takes no such argument"),
 ])
@@ -132,9 +133,13 @@ def test_a_wrong_argument_is_one_sentence(given, words):
 
 
 def test_a_window_larger_than_the_map_is_one_sentence():
-    model = create("litv2_cifar", 10, 16, windows=[0, 8, 1], depths=[1, 1, 1], embed_dim=24)
+    """Where the model is made for a size, so before anything is written; and of one that is made otherwise."""
+    given = dict(windows=[0, 8, 1], depths=[1, 1, 1], embed_dim=24)
+    with pytest.raises(VitdistillError, match="8 x 8 tokens is larger than the map of 4 x 4 that stage 2 has at 16 px"):
+        create("litv2_cifar", 10, 16, **given)
+    assert create("litv2_cifar", 10, 32, **given)(images(side=32)).shape == (4, 10)
     with pytest.raises(VitdistillError, match="8 x 8 tokens is larger than the map of 4 x 4: take"):
-        model(images(side=16))
+        timm.create_model("litv2_cifar", **given)(images(side=16))
 
 
 def test_it_learns():

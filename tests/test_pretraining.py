@@ -147,7 +147,9 @@ def test_presets_can_be_prepared(name, tmp_path):
 def test_grids_name_the_published_arms():
     """At equal encoder passes, with the same crops and colours, each part beside the arm that lacks only it."""
     cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
-    arms = [configure("pretrain", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e06"]
+    cells = [cell for cell in cells if cell.notebook.stem[:3] == "e06"]
+    *arms, pictures = [configure("pretrain", cell.declared | cell.chosen) for cell in cells]
+    assert (pictures.dataset, pictures.runs_dir) == ("digits", arms[0].runs_dir)  # of which the report shows some
     made = [criterion(arm) for arm in arms]
     weights = [list(one.parts[0]) for one in made]
     assert weights == [[0.03, 0.67, 0.3]] * 2 + [[0.03, 0.67, 0.0]] * 2 + [[1, 0, 0], [0, 1, 0]]
@@ -199,6 +201,7 @@ def test_analysis_compares_like_with_like(tmp_path):
     rows = pd.read_csv(tmp_path / "out/tables/can_differences.csv").set_index("pair")
     assert rows.loc["CAN over SimCLR", ["difference", "test"]].tolist() == pytest.approx([0.04, 0.04])
     assert rows.difference["CAN over no noise"] == pytest.approx(0.03) and set(rows.on) == {"held-out images"}
+    assert rows.difference["noise as augmentation only over no noise"] == pytest.approx(0.01) and len(rows) == 6
     arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv")
     scratch = arms[arms.arm == "from scratch"]
     assert sorted(zip(scratch.epochs, scratch["fine-tuned, test"].astype(float))) == [(20, 0.27), (80, 0.33)]

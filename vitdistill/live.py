@@ -20,9 +20,11 @@ def live_figure(metrics, text:str):
     import matplotlib as mpl, matplotlib.pyplot as plt
     with plt.rc_context(mpl.rcParamsDefault | {'backend': mpl.rcParams['backend']}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
-        for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-')):
+        for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-'),
+                           ('knn_test_top1', '--'), ('linear_test_top1', '-')): # probes of a pre-training
             if name not in metrics or metrics[name].isna().all(): continue
-            left.plot(metrics.epoch + 1, metrics[name], look, marker='.', label=name[:-5])
+            shown = metrics.dropna(subset=[name]) # every few epochs
+            left.plot(shown.epoch + 1, shown[name], look, marker='.', label=name[:-5].replace('_', ' probe, '))
         right.plot(metrics.epoch + 1, metrics.train_loss, color='0.3', marker='.')
         left.set(xlabel='epoch', ylabel='top-1', ylim=(0, 1))
         right.set(xlabel='epoch', ylabel='training loss')

@@ -21,7 +21,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, load_model
 from torch import nn
 from .config import Config, VitdistillError, nearest, no_space, write_atomic
 from .hub import weights_place
-from .layers import LITv2
+from .layers import LITv2, check_windows
 
 # %% ../nbs/02_models.ipynb #8fee561b
 def with_cifar_stem(model:nn.Module)->nn.Module:
@@ -83,7 +83,7 @@ def _patch_sides(model:nn.Module)->tuple: # (image side, patch side) of a model 
 
 # %% ../nbs/02_models.ipynb #8066de93
 def check_size(model:nn.Module, name:str, size:int)->None:
-    "Raise `VitdistillError` where images of `size` px don't fit the model's patches."
+    "Raise `VitdistillError` where images of `size` px don't fit the model's patches, or windows."
     if (sides := _patch_sides(model)) is None: return
     built, patch = sides
     if size % patch:
@@ -91,6 +91,7 @@ def check_size(model:nn.Module, name:str, size:int)->None:
                               f'choose a multiple of {patch}.')
     if built != size and not getattr(model, 'dynamic_img_size', False):
         raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: set img_size to {size}.')
+    if isinstance(model, LITv2): check_windows(model, size)
 
 # %% ../nbs/02_models.ipynb #9366f156
 def check_name(name:str)->None:

@@ -10,7 +10,7 @@ __all__ = ['reduced', 'predictions', 'head_accuracies', 'true_answers', 'teacher
 import argparse, sys
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, torch, yaml
+import numpy as np, pandas as pd, timm, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from .config import Config, VitdistillError, from_root, repo_root, student_name
 from .data import Data
@@ -112,7 +112,9 @@ def model_card(
     labels = 'on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels'
     if not c.teacher: taught = f'trained {labels}'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
-    imports = 'import timm, vitdistill.models' if c.stem == 'cifar' else 'import timm'
+    name = student_name(c)
+    ours = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('vitdistill') # registered by us
+    imports = 'import timm, vitdistill.models' if ours else 'import timm'
     recipe = yaml.safe_dump({k: v for k, v in asdict(c).items() if v != getattr(Config(), k)}, sort_keys=False)
     return f"""---
 {card_data(run, result).to_yaml()}

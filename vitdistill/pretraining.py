@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['splitmix64', 'uniform', 'normal', 'crops', 'cropped', 'coloured', 'pick', 'VisiblePatches', 'split_patches',
            'positions', 'MaskedEncoder', 'to_patches', 'to_images', 'sines', 'Decoder', 'nt_xent', 'Drawn', 'drawn',
-           'augmented', 'patch_error', 'CanTerms', 'can_faults', 'Pretraining', 'ContrastiveMaskedNoise',
-           'refuse_unfit', 'knn_probe', 'linear_probe', 'features', 'probed', 'reconstructions']
+           'augmented', 'patch_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
+           'ContrastiveMaskedNoise', 'refuse_unfit', 'knn_probe', 'linear_probe', 'features', 'probed',
+           'reconstructions']
 
 # %% ../nbs/03a_pretraining.ipynb #50150e2a
 import math, typing, warnings
@@ -248,6 +249,14 @@ def patch_error(
     if normalize: target = (target - target.mean(-1, keepdim=True))/(target.var(-1, keepdim=True) + 1e-6).sqrt()
     return F.mse_loss(pick(said, where), pick(target, where))
 
+# %% ../nbs/03a_pretraining.ipynb #7289c9c7
+def whole_numbers(name:str, value, parts:str)->tuple: # parts: what its numbers are, with commas between
+    "The value, if it is as many whole numbers above 0 as there are parts; a `VitdistillError` else."
+    fits = isinstance(value, (list, tuple)) and len(value) == len(parts.split(',')) and \
+        all(type(number) is int and number > 0 for number in value)
+    if fits: return tuple(value)
+    raise VitdistillError(f'{name} = {value}: give a list of whole numbers above 0: {parts}.')
+
 # %% ../nbs/03a_pretraining.ipynb #cd09f6f9
 class CanTerms(nn.Module):
     "Projector and decoder of an encoder, and the three terms; a part whose weight is 0 is not made."
@@ -261,8 +270,9 @@ class CanTerms(nn.Module):
         super().__init__()
         self.weights, self.tau, self.normalize = weights, tau, normalize
         self.side, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
-        if weights[0]: self.projector = Mlp(model.embed_dim, *projector)
+        if weights[0]: self.projector = Mlp(model.embed_dim, *whole_numbers('projector', projector, 'hidden, output'))
         if not any(weights[1:]): return
+        decoder = whole_numbers('decoder', decoder, 'width, depth, heads')
         if decoder[0] % decoder[2]:
             raise VitdistillError(f'decoder = {list(decoder)}: {decoder[2]} heads do not divide width {decoder[0]}.')
         self.decoder = Decoder(model.embed_dim, grid, 3*math.prod(self.side), *decoder, told)
@@ -345,8 +355,16 @@ class ContrastiveMaskedNoise(nn.Module):
 OBJECTIVES['can'] = ContrastiveMaskedNoise
 
 # %% ../nbs/03a_pretraining.ipynb #9e483fef
-def refuse_unfit(config:Config, can:nn.Module, images:int, world:int)->None: # images: to train on; world: ranks
-    "Raise `VitdistillError` for a batch or a mixture that pre-training can't use."
+def refuse_unfit(
+    config:Config, can:nn.Module,
+    images:int, # to train on
+    size:int,   # side of the student's input, px
+    world:int   # ranks
+)->None:
+    "Raise `VitdistillError` for a batch, a size or a mixture that pre-training can't use."
+    if (built := config.student_kwargs.get('img_size', size)) != size:
+        raise VitdistillError(f'student_kwargs build a transformer for {built} px, and it would see {size} px: '
+                              f'pre-training has a position for each patch, so set img_size to {size}.')
     least = min(config.batch_size, images)
     if can.needs_two and least//world < 2:
         raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, and a contrast needs '
