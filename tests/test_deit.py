@@ -18,7 +18,7 @@ from vitdistill.grids import grid_cells
 from vitdistill.launch import makes_teacher
 from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
-from vitdistill.setup import prepare, resolve
+from vitdistill.setup import create_schedule, prepare, resolve
 from vitdistill.tables import one_factor
 from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
@@ -98,6 +98,21 @@ def test_grids_make_configs(name):
         whole = vars(preset("small_deit", "baseline"))
         changed = [[key for key, value in vars(config).items() if value != whole[key]] for config in made]
         assert not changed[0] and all(map(one_factor, changed[1:]))  # the recipe, and what Table 8 tells
+
+
+@pytest.mark.parametrize("part", ["baseline", "deit"])
+def test_the_recipes_learning_rate_is_the_public_codes(part):
+    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5 (main.py of facebookresearch/deit), begun anywhere."""
+    recipe = preset("deit", part)
+    assert recipe.lr == 5e-4 * recipe.batch_size / 512
+    for order in (range(300), (150, 3, 299, 5)):  # step by step, and as a run that is resumed there
+        optimizer = torch.optim.SGD([torch.zeros(1)], recipe.lr)
+        schedule = create_schedule(recipe, optimizer)
+        for epoch in order:
+            schedule.step(epoch)
+            cosine = 1e-5 + (recipe.lr - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
+            expected = 1e-6 + (recipe.lr - 1e-6) * epoch / 5 if epoch < 5 else cosine
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_finetuning_follows_its_preset():

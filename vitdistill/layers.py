@@ -234,7 +234,7 @@ class LITv2(nn.Module):
     def lr_scales(self): # name of a parameter -> its share of the learning rate, where that isn't 1
         return {name: self.offset_lr for name, _ in self.named_parameters() if '.offset.' in name}
 
-# %% ../nbs/02a_layers.ipynb #6f168adb
+# %% ../nbs/02a_layers.ipynb #ae6a9854
 def check_windows(model:LITv2, size:int)->None: # side of the image, px
     "Raise `VitdistillError` where a window would be larger than the map of its stage."
     for i, window in enumerate(model.windows):

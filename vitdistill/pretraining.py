@@ -249,7 +249,7 @@ def patch_error(
     if normalize: target = (target - target.mean(-1, keepdim=True))/(target.var(-1, keepdim=True) + 1e-6).sqrt()
     return F.mse_loss(pick(said, where), pick(target, where))
 
-# %% ../nbs/03a_pretraining.ipynb #7289c9c7
+# %% ../nbs/03a_pretraining.ipynb #a1d9e302
 def whole_numbers(name:str, value, parts:str)->tuple: # parts: what its numbers are, with commas between
     "The value, if it is as many whole numbers above 0 as there are parts; a `VitdistillError` else."
     fits = isinstance(value, (list, tuple)) and len(value) == len(parts.split(',')) and \

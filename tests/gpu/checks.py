@@ -4,6 +4,7 @@
 a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the first GPU, by gloo,
 since NCCL refuses two processes on one.
 """
+import copy
 import functools
 import os
 import signal
@@ -30,7 +31,9 @@ from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
 from vitdistill import train  # noqa: E402
 from vitdistill.config import Config, field_names, save  # noqa: E402
 from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
+from vitdistill.layers import DeformableMerging  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
+from vitdistill.models import Student, create  # noqa: E402
 from vitdistill.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
 from vitdistill.setup import create_optimizer  # noqa: E402
@@ -94,6 +97,49 @@ def check_losses(device, folder):
         assert difference < 1e-3, f"{name}: loss or gradient differs by {difference:.2g} of it"
         worst = max(worst, difference)
     return f"{len(cases)} objectives differ by {worst:.1g} of loss and gradient at most"
+
+
+def check_litv2(device, folder):
+    """LITv2's logits and gradients, those of its offsets too, are the CPU's, and nearly those under bf16 autocast."""
+    torch.manual_seed(0)
+    small = dict(embed_dim=16, depths=(1, 1, 1), num_heads=(2, 4, 8), windows=(0, 2, 1))
+    model = create("litv2_cifar", 10, 32, **small).train()
+    for module in model.modules():
+        if isinstance(module, DeformableMerging):
+            torch.nn.init.normal_(module.offset.weight, std=0.05)
+    images, targets, found = torch.randn(16, 3, 32, 32), torch.arange(16) % 10, []
+    for place, low in (("cpu", False), (device, False), (device, True)):
+        its = copy.deepcopy(model).to(place)
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            loss = torch.nn.functional.cross_entropy(its(images.to(place)), targets.to(place))
+        loss.backward()
+        found.append(torch.cat([loss[None].detach(), *(p.grad.flatten() for p in its.parameters())]).float().cpu())
+    same, close = (torch.cosine_similarity(found[0], other, dim=0).item() for other in found[1:])
+    assert same > 0.9999 and close > 0.99, f"cosines of the gradients: fp32 {same:.5f}, bf16 {close:.3f}"
+    return f"cosines of loss and gradients with the CPU's: fp32 {same:.5f}, bf16 {close:.4f}"
+
+
+def check_pretraining(device, folder):
+    """CAN draws the CPU's masks and noise, and has its loss and gradients; under bf16 autocast nearly."""
+    own = dict(projector=[64, 16], decoder=[32, 1, 2], normalize_targets=True)
+    can = criterion(Config(distillation="can", objective_kwargs=own))
+    torch.manual_seed(0)
+    whole = can.objective(can.fit(Student(create("vit_tiny_patch16_224", 10, 32, **TINY))), can)
+    pixels, image, found = torch.randn(32, 3, 32, 32), torch.arange(16), []
+    for place, low in (("cpu", False), (device, False), (device, True)):
+        its = copy.deepcopy(whole).to(place)
+        batch = Batch(pixels.to(place), torch.zeros(16, device=place), epoch=3, image=image.to(place))
+        drawn = its.draw(batch)
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            loss = its(batch).loss
+        loss.backward()
+        learned = [p.grad.flatten() for p in its.parameters() if p.grad is not None]
+        found.append((drawn.keep.cpu(), drawn.noise.cpu(), torch.cat([loss[None].detach(), *learned]).float().cpu()))
+    (keep, noise, first), (its_keep, its_noise, second), (*_, third) = found
+    assert its_keep.equal(keep) and (its_noise - noise).abs().max() < 1e-4, "other masks or noise"
+    same, close = (torch.cosine_similarity(first, other, dim=0).item() for other in (second, third))
+    assert same > 0.9999 and close > 0.98, f"cosines of the gradients: fp32 {same:.5f}, bf16 {close:.3f}"
+    return f"equal masks; cosines of loss and gradients with the CPU's: fp32 {same:.5f}, bf16 {close:.4f}"
 
 
 def epochs_of(device, folder, mode, epochs=2, batch=16):
@@ -312,6 +358,7 @@ def check_ranks_agree(device, folder, epochs=2, seconds=170):
 
 
 CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_losses,
+          "LITv2 equals the CPU's": check_litv2, "pre-training equals the CPU's": check_pretraining,
           "compiled equals eager": check_compiled, "CUDA graphs, with the last batch": check_graph,
           "a memo on the device": check_memo,
           "a killed run resumes": check_resume, "two processes have one's losses": check_ranks_agree,
