@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
-from vitdistill.config import VitdistillError, config_hash, preset
+from vitdistill.config import Config, VitdistillError, config_hash, preset
 from vitdistill.data import image_side, load_data, split_rows
 from vitdistill.grids import grid_cells
 from vitdistill.launch import makes_teacher
 from vitdistill.models import create_student
 from vitdistill.ranks import Ranks
-from vitdistill.setup import create_schedule, prepare, resolve
+from vitdistill.setup import create_schedule, predict, prepare, resolve
 from vitdistill.tables import one_factor
 from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
@@ -113,6 +113,21 @@ def test_the_recipes_learning_rate_is_the_public_codes(part):
             cosine = 1e-5 + (recipe.lr - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
             expected = 1e-6 + (recipe.lr - 1e-6) * epoch / 5 if epoch < 5 else cosine
             assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_training_at_one_size_and_evaluation_at_another():
+    """Batches have the one side, what is evaluated the other: the same weights at that size say the same."""
+    vit = dict(student="vit_tiny_patch16_224", student_kwargs=TINY | dict(dynamic_img_size=True))
+    small = Config(dataset="digits", test_size=48, batch_size=64, compile="none", device="cpu", precision="fp32", **vit)
+    setup, rows = prepare(resolve(small), Ranks()), torch.arange(20)
+    assert next(iter(batches(setup, 0))).pixels.shape[-1] == 32
+    large = prepare(resolve(replace(small, test_size=0, student_size=48)), Ranks())
+    large.student.load_state_dict(setup.student.state_dict())
+    (at_48,), (expected,) = (predict(one, one.test_views, rows) for one in (setup, large))
+    assert torch.allclose(at_48, expected, atol=1e-6)
+    fixed = replace(small, student_kwargs=TINY)
+    with pytest.raises(VitdistillError, match="built for 32 px but would be given 48 px: .* dynamic_img_size to true"):
+        prepare(resolve(fixed), Ranks())
 
 
 def test_finetuning_follows_its_preset():

@@ -160,6 +160,7 @@ class Config:
     student_kwargs:dict=_student(dict) # passed to timm.create_model
     stem:str=_student('imagenet', ('imagenet', 'cifar')) # timm's own, or 3x3, stride 1, no pooling (ResNets)
     student_size:int=_student(0, '[0, inf)') # input side in px, bilinear; 0: the data's own
+    test_size:int=_student(0, '[0, inf)') # the same for evaluations (FixRes, DeiT III); 0: as in training
     student_weights:str=_student('', hashed=False) # to start from: a safetensors/pth file or a model folder; '': none
     student_pretrained:bool=_student(False) # start from timm's weights on the hub
     student_head:str=_student('new', ('new', 'keep')) # untrained, or the one that student_weights have

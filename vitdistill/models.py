@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file',
            'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
-           'student_size', 'check_start', 'with_constant_drop_path', 'create_student', 'pretrained_constants',
-           'Mixture', 'started_from', 'save_model']
+           'student_size', 'evaluation_size', 'check_start', 'with_constant_drop_path', 'create_student',
+           'pretrained_constants', 'Mixture', 'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
@@ -90,7 +90,8 @@ def check_size(model:nn.Module, name:str, size:int)->None:
         raise VitdistillError(f'{name} at {size} px: its patch of {patch} px does not divide the image; '
                               f'choose a multiple of {patch}.')
     if built != size and not getattr(model, 'dynamic_img_size', False):
-        raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: set img_size to {size}.')
+        raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: set img_size to {size}, '
+                              'or dynamic_img_size to true.')
     if isinstance(model, LITv2): check_windows(model, size)
 
 # %% ../nbs/02_models.ipynb #9366f156
@@ -256,6 +257,11 @@ def student_size(config:Config, image_size:int)->int:
     "Side of the student's input in px."
     return config.student_size or image_size
 
+# %% ../nbs/02_models.ipynb #0bf2c0fb
+def evaluation_size(config:Config, image_size:int)->int:
+    "Side of its input in px where it is evaluated."
+    return config.test_size or student_size(config, image_size)
+
 # %% ../nbs/02_models.ipynb #faa3d094
 def check_start(
     config:Config,
@@ -290,6 +296,7 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     size = student_size(config, image_size)
     model = create(config.student, classes, size, config.stem, config.student_pretrained, **config.student_kwargs)
     check_start(config, model, classes)
+    if config.test_size: check_size(model, config.student, config.test_size)
     if config.student_weights:
         file = weights_place(config.student_weights)
         load_weights(model, file, config.student_head == 'new', config.student_resampling)

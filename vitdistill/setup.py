@@ -24,7 +24,7 @@ from .hub import weights_place
 from .layers import with_matrix_products, with_plain_attention
 from .losses import HardLabel, criterion
 from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
-from .models import weights_file
+from .models import evaluation_size, weights_file
 from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
@@ -237,8 +237,8 @@ class Setup:
     teacher_measured_on:str='' # images that it held out, or training images
     pass_images:int=0 # in a pass of an evaluation; 0: what suits device and size, as `pass_size` says
 
-    def input(self, pixels:torch.Tensor, scale=scaled)->torch.Tensor: # views in [0, 255] -> as the student takes them
-        size = student_size(self.config, pixels.shape[-1])
+    def input(self, pixels:torch.Tensor, scale=scaled, size:int=0)->torch.Tensor: # [0, 255] -> as the student takes it
+        size = size or student_size(self.config, pixels.shape[-1]) # size: in px; 0: that of training
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     def plan(self, epoch:int)->Plan: # its rows: (image, copy, view), in order
@@ -371,18 +371,18 @@ def predict(
 )->list:
     "Logits per head, (n, C) float32 on the device, of the centre views of `rows`."
     student = (student or setup.student).eval()
-    side = student_size(setup.config, setup.data.train_images.shape[1])
+    side = evaluation_size(setup.config, setup.data.train_images.shape[1])
     batch, outputs = batch or setup.pass_images or pass_size(side, setup.ranks.device), []
     rows = rows.to(setup.ranks.device)
     while (done := sum(len(heads[0]) for heads in outputs)) < len(rows):
         try:
-            pixels = setup.input(views(rows[done:done + batch]))
+            pixels = setup.input(views(rows[done:done + batch]), size=side)
             with setup.autocast(): outputs.append([head.float() for head in student(pixels)])
         except torch.OutOfMemoryError: pass # tried again outside, where nothing holds the tensors of the failed pass
         else: continue
         if batch == 1:
             raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} on one '
-                                  f'image of {side} px: stop what else uses it, or take a smaller student_size.')
+                                  f'image of {side} px: stop what else uses it, or take a smaller student_size (test_size).')
         setup.pass_images = batch = batch//2
     return [torch.cat(heads) for heads in zip(*outputs)]
 
