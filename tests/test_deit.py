@@ -102,7 +102,7 @@ def test_grids_make_configs(name):
 
 @pytest.mark.parametrize("part", ["baseline", "deit"])
 def test_the_recipes_learning_rate_is_the_public_codes(part):
-    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5 (main.py of facebookresearch/deit), begun anywhere."""
+    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5 (main.py of facebookresearch/deit); also resumed."""
     recipe = preset("deit", part)
     assert recipe.lr == 5e-4 * recipe.batch_size / 512
     for order in (range(300), (150, 3, 299, 5)):  # step by step, and as a run that is resumed there
@@ -118,7 +118,8 @@ def test_the_recipes_learning_rate_is_the_public_codes(part):
 def test_training_at_one_size_and_evaluation_at_another():
     """Batches have the one side, what is evaluated the other: the same weights at that size say the same."""
     vit = dict(student="vit_tiny_patch16_224", student_kwargs=TINY | dict(dynamic_img_size=True))
-    small = Config(dataset="digits", test_size=48, batch_size=64, compile="none", device="cpu", precision="fp32", **vit)
+    small = Config(dataset="digits", test_size=48, batch_size=64, compile="none", device="cpu", precision="fp32",
+                   **vit)
     setup, rows = prepare(resolve(small), Ranks()), torch.arange(20)
     assert next(iter(batches(setup, 0))).pixels.shape[-1] == 32
     large = prepare(resolve(replace(small, test_size=0, student_size=48)), Ranks())

@@ -233,6 +233,7 @@ def test_readme_differences_are_those_of_the_study():
 
 ASKED_FIRST = "7b98faa"  # records that came later than this commit had their question before their answer
 ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit")  # notebook -> the experiment that it runs
+HANDED_ON = {*field_names(shared=True), *field_names(split=True), *field_names(group="student"), "seed"}  # by e06
 
 
 def git(*words):
@@ -256,10 +257,12 @@ def cells_at(commit):
             fixed, vary = grid.get("parameters") or {}, grid.get("vary") or {}
             for values in itertools.product(*vary.values()):
                 cell = {**fixed, **dict(zip(vary, values))}
-                experiment = cell.get("role") or ARMS.get(grid["notebook"][:3])
+                parts = [cell.get("role") or ARMS.get(grid["notebook"][:3])]
+                if grid["notebook"] == "e06_pretrain":  # an encoder, and perhaps the model that is fine-tuned from it
+                    parts = ["pretrain", *filter(None, [cell.get("role")])]
                 recipe = yaml_at(commit, f"nbs/presets/{cell.get('preset')}.yaml")
-                given = (recipe.get("common") or {}) | (recipe.get(experiment) or {}) | cell
-                found.append((experiment, given))
+                for part, given in zip(parts, (cell, {key: cell[key] for key in cell.keys() & HANDED_ON})):
+                    found.append((part, (recipe.get("common") or {}) | (recipe.get(part) or {}) | given))
     return found
 
 

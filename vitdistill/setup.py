@@ -382,7 +382,7 @@ def predict(
         else: continue
         if batch == 1:
             raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} on one '
-                                  f'image of {side} px: stop what else uses it, or take a smaller student_size (test_size).')
+                                  f'image of {side} px: stop what else uses it, or take a smaller student_size.')
         setup.pass_images = batch = batch//2
     return [torch.cat(heads) for heads in zip(*outputs)]
 
