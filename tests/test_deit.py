@@ -102,7 +102,7 @@ def test_grids_make_configs(name):
 
 @pytest.mark.parametrize("part", ["baseline", "deit"])
 def test_the_recipes_learning_rate_is_the_public_codes(part):
-    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5 (main.py of facebookresearch/deit); also resumed."""
+    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5 (main.py of facebookresearch/deit), resumed."""
     recipe = preset("deit", part)
     assert recipe.lr == 5e-4 * recipe.batch_size / 512
     for order in (range(300), (150, 3, 299, 5)):  # step by step, and as a run that is resumed there

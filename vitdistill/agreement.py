@@ -311,10 +311,10 @@ def seed_interval(
 )->tuple:           # (mean, low, high); NaN for an interval that can't be had
     "The mean difference over seeds with its t interval."
     differences = np.asarray(differences, float)
-    mean = float(differences.mean()) if len(differences) else np.nan
+    mean = round(float(differences.mean()), 12) if len(differences) else np.nan # .0415 is told as 4.2, not as 4.1
     if len(differences) < 2 or np.ptp(differences) < 1e-9: return mean, np.nan, np.nan
     found = ttest_1samp(differences, 0).confidence_interval(level)
-    return mean, float(found.low), float(found.high)
+    return mean, round(float(found.low), 12), round(float(found.high), 12)
 
 # %% ../nbs/08c_agreement.ipynb #7024105f
 def verdict(
