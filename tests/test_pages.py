@@ -452,6 +452,17 @@ def test_watching_as_the_readme_does(tmp_path, monkeypatch, capsys):
     assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 
 
+def test_the_readme_says_what_hilo_saves():
+    """As the table of its record has it, at the sizes that are named."""
+    told = re.findall(r"\[(\S+) times \((\S+) to (\S+)\)\]\(reports/tables/hilo_goal.md\)[^;]*? at (\S+) px", README)
+    table = pd.read_csv(ROOT / "reports/tables/hilo_goal.csv")
+    table = table[table.contender == "HiLo, alpha 0.5"].set_index("image (px)")
+    assert {size for *_, size in told} == {"1,024", "384"} and table["goal met"][224] == "not resolved"
+    for *numbers, size in told:
+        row = table.loc[int(size.replace(",", ""))]
+        assert numbers == [f"{row[name]:.1f}" for name in ("faster (times)", "low", "high")]
+
+
 def test_grids_of_the_readme_need_nothing_that_a_clone_has_not():
     named = re.findall(r"^vitdistill grid (\S+)", README, re.M)
     assert named and not any(not_here(grid_cells(ROOT / path)) for path in named)

@@ -58,7 +58,7 @@ def setting_table(letters:dict)->pd.DataFrame:
 QUESTIONS = ( # titles of the forest, in order
     'Labels of images that the teachers had not seen',
     'The paper’s way: one teacher’s hard labels, half of the loss',
-    'Other answers of that teacher',
+    'That teacher: other answers, then other weights',
     'Controls',
     'What may have gone wrong in the paper')
 
