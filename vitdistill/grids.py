@@ -19,7 +19,7 @@ import torch, yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, queued, read_ask, submit
-from .config import (VitdistillError, field_names, from_root, nearest, repo_root, run_name, shipped,
+from .config import (VitdistillError, field_names, fitting, from_root, nearest, repo_root, run_name, shipped,
                                shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, configure, makes_teacher, stop, teacher_of_preset
 from .runs import Run, cores, is_locked
@@ -262,9 +262,9 @@ def begun(cells:list, folder:Path):
         yield
 
 # %% ../nbs/07a_grids.ipynb #0c689f5a
-def is_here(path:str)->bool: # or a pattern of paths, as `setup.the_only` takes it
+def is_here(path:str)->bool: # or a pattern of paths
     "Does that lie here, or on the hub?"
-    return path.startswith('hf-hub:') or from_root(path).exists() or bool(glob.glob(str(from_root(path))))
+    return path.startswith('hf-hub:') or bool(fitting(path))
 
 def makes(cell:Cell, path:str)->bool:
     "Is it the folder of a model that this cell makes? One that it trains has to be named by a pattern."

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from .answers import Answers, DrawnAnswers, Memo, NoRoom, OutOfFold, memo_key
 from .augment import Augment, augments, image_parts, unnumbered
-from .config import Config, VitdistillError, from_root, nearest
+from .config import Config, VitdistillError, fitting, nearest
 from .data import Data, fingerprint, load_data, split_rows
 from .hub import weights_place
 from .layers import with_matrix_products, with_plain_attention
@@ -169,8 +169,8 @@ def file_hash(path:str)->str: # of a weights file, or of a model folder
 # %% ../nbs/05b_setup.ipynb #e382977d
 def the_only(pattern:str)->str: # of a weights file or a model folder
     "The one path that fits, such as out/work/teacher-vit_base-labels-s1-*/model; what is no pattern, as it is."
-    if not glob.has_magic(pattern) or from_root(pattern).exists(): return pattern
-    match sorted(glob.glob(str(from_root(pattern)))):
+    if not glob.has_magic(pattern): return pattern
+    match fitting(pattern):
         case [path]: return path
         case []: raise VitdistillError(f"{pattern!r} fits nothing here: train it first, or name another.")
         case several: raise VitdistillError(f"{pattern!r} fits {len(several)} paths: name one, {' or '.join(several)}.")
