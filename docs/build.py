@@ -3,6 +3,7 @@
 Notebooks are executed once and kept in out/docs-work until they, the package or the records change.
 """
 import argparse
+import base64
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK, OUT = ROOT / "out/docs-work", ROOT / "out/docs"
@@ -102,6 +104,13 @@ def execute(name):
     return kept
 
 
+def in_few_colours(picture):
+    """A picture of an output, PNG in base64, with a palette, rare colours too: a third of the bytes, kept by git."""
+    image, out = Image.open(io.BytesIO(base64.b64decode(picture))), io.BytesIO()
+    image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+
 def keep(name):
     """Renew a committed copy: the analysis that was executed just now, or the demo's taught student (minutes)."""
     if name.startswith("analysis"):
@@ -115,6 +124,9 @@ def keep(name):
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = in_few_colours(output.data["image/png"])
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     EXECUTED.mkdir(exist_ok=True)
     text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"

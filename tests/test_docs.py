@@ -1,9 +1,12 @@
 """How the site's pages are made from notebooks and from Markdown; `make docs` builds it and follows its links."""
+import base64
 import importlib.util
+import io
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from conftest import ROOT
 
@@ -48,6 +51,18 @@ def test_links_of_a_page_are_there(page):
         cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown"]
     for text in texts:
         build.relink(text, build.PAGES[page], page, set())
+
+
+def test_pictures_of_committed_notebooks_are_light():
+    """A study that is executed anew is committed anew: its pictures have a palette, and a blue dot stays blue."""
+    drawn, picture = Image.effect_noise((200, 200), 90).convert("RGB"), io.BytesIO()
+    drawn.paste((0, 114, 178), (9, 9, 13, 13))
+    drawn.save(picture, "PNG")
+    light = build.in_few_colours(base64.b64encode(picture.getvalue()).decode())
+    with Image.open(io.BytesIO(base64.b64decode(light))) as image:
+        assert (image.mode, image.size) == ("P", drawn.size)
+        assert image.convert("RGB").getpixel((10, 10)) == (0, 114, 178)
+    assert (build.EXECUTED / "a02_study.ipynb").stat().st_size < 1.2e6
 
 
 def test_broken_links_of_a_site_are_found(tmp_path):
