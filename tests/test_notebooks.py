@@ -94,6 +94,9 @@ def test_deit_notebook(tmp_path):
     heads = pd.read_csv(tmp_path / "out/tables/deit_heads.csv").set_index("answer").top1
     for name, head in {"class head": "class", "softmaxes added": "softmax"}.items():
         assert heads[name] == run.result["heads"][head]
+    beside = pd.read_csv(tmp_path / "out/tables/deit_methods.csv").set_index("row")
+    assert beside.top1["measured"] == pytest.approx(run.result["test_top1"])
+    assert beside.published["published: DeiT-B soft distillation, ImageNet top-1"] == 0.818
     published = (tmp_path / "out/tables/deit_published.md").read_text()
     assert "| DeiT-B hard distillation | DeiT | ImageNet top-1 | 83.0 |" in published
 
