@@ -9,7 +9,7 @@ __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'seed_host', 'Data', '
            'fingerprint', 'held_out', 'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
-import functools, hashlib, importlib.util, io, math, os, pickle, random, tempfile, typing
+import functools, hashlib, importlib.util, io, json, math, os, pickle, random, tempfile, typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,8 @@ DATASETS = {
         needs='flowers-102/ with jpg/, imagelabels.mat and setid.mat, as published'),
     'stanford_cars': Dataset('Stanford Cars', lambda c: load_images(c), lambda c: image_lines(c), package='scipy',
         needs='stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, as published'),
+    'inaturalist': Dataset('iNaturalist', lambda c: load_images(c), lambda c: image_lines(c),
+        needs='train.json and val.json, or train2018.json and so on, and the images that they name, as published'),
     'imagefolder': Dataset('Image folder', lambda c: load_images(c), lambda c: image_lines(c),
         needs='train/<class>/* and val/<class>/* (or test), or the tars train.tar and val.tar of such folders'),
     'hfds/': Dataset('Hub dataset', lambda c: load_images(c), lambda c: image_lines(c), package='datasets',
@@ -236,18 +238,34 @@ def load_digits()->Data:
 # %% ../nbs/01_data.ipynb #37ae4548
 _official = {'flowers102': ('Flowers102', ['train', 'val']), 'stanford_cars': ('StanfordCars', ['train'])}
 
+def _in_torchvision(name, root, split): # [(path, label)], classes; none where it has no such split
+    from torchvision import datasets
+    kind, train = _official[name]
+    if not (files := dict(train=train, test=['test']).get(split)): return [], []
+    parts = [getattr(datasets, kind)(root, part) for part in files]
+    pairs = [getattr(part, '_samples', None) or zip(part._image_files, part._labels) for part in parts]
+    return [(str(path), int(label)) for part in pairs for path, label in part], parts[0].classes
+
+def _in_json(root, split): # the same of iNaturalist; its test*.json have no labels
+    files = [path for year in ('', '20??') for path in root.glob(f'{split}{year}.json')]
+    if not files or split == 'test': return [], []
+    if len(files) > 1: raise ValueError(f'{" and ".join(sorted(path.name for path in files))} are of several years')
+    told = json.loads(files[0].read_text())
+    classes = {kind['id']: f"{kind['id']:05} {kind['name']}" for kind in told['categories']} # names repeat
+    label = {kind: i for i, kind in enumerate(sorted(classes))}
+    paths = {image['id']: image['file_name'] for image in told['images']}
+    samples = [(str(root/paths[row['image_id']]), label[row['category_id']]) for row in told['annotations']]
+    return samples, [classes[kind] for kind in label]
+
 class OfficialReader:
-    "Files and labels of a dataset in torchvision, as timm's readers give them."
+    "Files and labels of a dataset in its own layout, as timm's readers give them."
     def __init__(self,
         name:str,   # of a row of `DATASETS`
-        root:Path,  # holds the dataset's own folder
-        split:str): # train or test
-        from torchvision import datasets
-        (kind, train), self.root = _official[name], str(root)
-        parts = [getattr(datasets, kind)(root, part) for part in (train if split == 'train' else ['test'])]
-        pairs = [getattr(part, '_samples', None) or zip(part._image_files, part._labels) for part in parts]
-        self.samples = [(str(path), int(label)) for part in pairs for path, label in part]
-        self.class_to_idx = {name: label for label, name in enumerate(parts[0].classes)}
+        root:Path,  # holds the dataset's own folder, or its files
+        split:str): # train, val or test; no images where the dataset has no such split
+        found = _in_json(root, split) if name == 'inaturalist' else _in_torchvision(name, root, split)
+        self.root, (self.samples, classes) = str(root), found
+        self.class_to_idx = {name: label for label, name in enumerate(classes)}
     def __len__(self): return len(self.samples)
     def __getitem__(self, row:int): return open(self.samples[row][0], 'rb'), self.samples[row][1]
     def filename(self, row:int, absolute:bool=False)->str: return self.samples[row][0]
@@ -255,7 +273,7 @@ class OfficialReader:
 # %% ../nbs/01_data.ipynb #f950e8fd
 def _reader(name:str, root:Path|None, split:str): # timm's reader of a split; None where there is no such split
     from timm.data.readers import create_reader
-    if name in _official: return OfficialReader(name, root, split) if split in ('train', 'test') else None
+    if name in _official or name == 'inaturalist': return OfficialReader(name, root, split) or None
     if name.startswith('hfds/'):
         try: return create_reader(name, root and str(root), split)
         except ValueError as e:
