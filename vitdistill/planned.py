@@ -6,12 +6,12 @@
 __all__ = ['PLAN', 'plan_rows', 'plan_key', 'PlanMemo', 'Planned']
 
 # %% ../nbs/04b_planned.ipynb #db3f97b1
-import hashlib
+import hashlib, math
 import torch
 from .answers import Answers, Memo, memo_key, shared
 from .augment import AUGMENTATIONS
 from .config import Config, VitdistillError
-from .data import Data
+from .data import Data, generator
 from .losses import HardLabel
 from .teachers import Teacher, view_count
 from .views import Views
@@ -49,7 +49,7 @@ class Planned(Answers):
         teacher:Teacher, views:Views, kind=HardLabel(), # as in `Answers`
         memo:PlanMemo|None=None): # rank 0 holds it
         super().__init__(teacher, views, kind)
-        self.plan_memo, self.epoch, self.checked = memo, None, memo is None
+        self.plan_memo, self.epoch, self.doubts = memo, None, memo is not None # are some rows asked again?
 
     def open(self, epoch:int, first:int, last:int)->None: # rows of the plan: on all ranks
         self.close()
@@ -61,6 +61,7 @@ class Planned(Answers):
         self.sure = shared(known.to(torch.uint8), self.teacher.device, 0).bool()
         self.told, self.fresh = torch.zeros_like(self.answers), torch.zeros(len(rows), dtype=torch.uint8)
         self.epoch, self.first = epoch, first
+        self.doubted = int(torch.randint(first, last, (), generator=generator(epoch, first))) # asked again, from here
 
     def told_of(self,
         rows:slice,          # of the plan: this rank's part of a batch
@@ -70,15 +71,17 @@ class Planned(Answers):
         here = slice(rows.start - self.first, rows.stop - self.first)
         if self.sure[here].all():
             self.asked, self.hits = self.asked + len(pixels), self.hits + len(pixels)
-            if not self.checked: self._check(pixels[:16], self.answers[here][:16])
+            if self.doubts and rows.stop > self.doubted: self._check(pixels, self.answers[here])
             return self.answers[here].to(pixels.device)
         answers = self.online(pixels, None)
         if counts: self.told[here], self.fresh[here] = answers.cpu(), 1
         return answers
 
     def _check(self, pixels, kept):
-        said, self.checked = self.kind.make(self.teacher.logits(pixels)).cpu(), True
-        differ, n = int((self.kind.decision(said) != self.kind.decision(kept)).sum()), len(pixels)
+        some = torch.randperm(len(pixels), generator=generator(self.epoch, self.doubted))[:16]
+        self.doubted = math.inf # until the next stretch
+        said, n = self.kind.make(self.teacher.logits(pixels[some])).cpu(), len(some)
+        differ = int((self.kind.decision(said) != self.kind.decision(kept[some])).sum())
         if differ <= max(1, n//8): return
         raise VitdistillError(f'{self.plan_memo.file} differs from the teacher in {differ} of {n} answers: remove it, '
                               'and they are asked anew.')
