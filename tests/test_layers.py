@@ -8,7 +8,9 @@ from torch import nn
 from forked_notebooks import analyse
 from test_notebooks import said
 from vitdistill.attention_bench import cases, costs
-from vitdistill.config import Config, VitdistillError
+from vitdistill.complexity import complexity
+from vitdistill.config import Config, VitdistillError, repo_root
+from vitdistill.grids import grid_cells
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.setup import create_optimizer
@@ -214,3 +216,13 @@ def test_notebook_without_a_record_says_so(tmp_path):
     assert "only what can be counted is shown. Run make bench-attention" in said(notebook)
     assert (tmp_path / "out/figures/hilo_networks.png").is_file()
     assert not (tmp_path / "out/tables/hilo_goal.csv").exists()
+
+
+def test_litv2_stands_beside_a_transformer_of_equal_cost():
+    """In multiply-adds, within 3%: the two students and the two teachers of small_litv2.yaml."""
+    cells = [cell.chosen for cell in grid_cells(repo_root() / "nbs/experiments/grids/small_litv2.yaml")]
+    equal = [cell["student_kwargs"] for cell in cells if cell.get("student") == "deit_tiny_patch16_224"]
+    assert len(equal) == 7 and all(given == equal[0] for given in equal)
+    litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
+                   (("litv2_cifar", {}), ("deit_tiny_patch16_224", equal[0])))
+    assert litv2 == pytest.approx(2.60e8, rel=0.002) and deit == pytest.approx(litv2, rel=0.03)
