@@ -77,7 +77,8 @@ def test_stochastic_depth_of_presets():
     assert rates("small_deit3", student_size=32, student_kwargs=kwargs) == pytest.approx([0.1] * 12)
 
 
-@pytest.mark.parametrize("name", ["deit_strengths", "deit_table2", "deit_table3", "deit_table8", "deit_lengths"])
+@pytest.mark.parametrize("name", ["deit_strengths", "deit3_strengths", "deit_table2", "deit_table3", "deit_table8",
+                                  "deit_lengths", "deit_resolution"])
 def test_grids_make_configs(name):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")
@@ -87,7 +88,7 @@ def test_grids_make_configs(name):
         role = given.pop("role", None) or arms[cell.notebook.stem[:3]]
         made.append(preset(cell.chosen["preset"], role, **given))
     assert len(made) == len({str(config) for config in made}) >= 4
-    if name == "deit_strengths":  # chosen on held-out images
+    if name in ("deit_strengths", "deit3_strengths", "deit_resolution"):  # chosen on held-out images
         assert {config.val_rows for config in made} == {"44000:50000"}
         labels = torch.arange(50_000) % 100
         assert {len(split_rows(labels, config)[0]) for config in made} == {10_000}  # as many steps as the others have
