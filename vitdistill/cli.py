@@ -128,7 +128,9 @@ def configured(
     if not colon or Path(source).is_file():
         config = load(source)
         return replace(config, **given, auto=[name for name in config.auto or () if name not in given] or None)
-    config = preset(name, experiment, **given)
+    given, called = {**given}, given.get('experiment', experiment) # a run of that part, under another name perhaps
+    given.pop('experiment', None)
+    config = replace(preset(name, experiment, **given), experiment=called)
     if not config.teacher: return config
     from vitdistill.launch import with_teacher
     return with_teacher(config, {**given, 'preset': name}, 'deit_teacher' if experiment == 'deit' else 'teacher')
@@ -168,7 +170,7 @@ def experiment_values(
 )->dict:
     "Parameters for experiment notebooks; a name that none of them can take is a `VitdistillError`."
     from vitdistill.launch import check_names, notebook_names
-    values = {name: yaml.safe_load(value) for name, value in given}
+    values = {name: _read(name, value) for name, value in given}
     check_names(values, notebook_names)
     return values
 
@@ -183,10 +185,11 @@ def run_pair(
     "The paper's experiment: a teacher, a student on labels alone, the same student taught, figures."
     config = preset(preset_name, 'baseline', **{k: v for k, v in given.items() if k in ('dataset', 'runs_dir')})
     begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
+    others = {name: None for name in ('student', 'student_kwargs', 'stem') if name in given} # it is the two ResNets'
     shown = dict(reports=config.runs_dir, out=str(out), dataset=config.dataset)
-    steps = {'e00_teacher': ('a teacher', begun), 'e01_baseline_resnet50': ('a student on labels alone', {}),
+    steps = {'e00_teacher': ('a teacher', others | begun), 'e01_baseline_resnet50': ('a student on labels alone', {}),
              'e02_distilled_resnet50': ('the same student, taught', {}),
-             **({'e03_deit_from_regnet': ('the reverse: a convnet teaches a DeiT', {})} if deit else {}),
+             **({'e03_deit_from_regnet': ('the reverse: a convnet teaches a DeiT', others)} if deit else {}),
              'a01_paper': ('figures and tables', shown)}
     for n, (name, (what, own)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps)}] {what}', flush=True)

@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX'
            'run_names', 'images', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings', 'counterpart',
            'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
            'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table',
-           'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pair_table', 'contrast', 'budget_families',
+           'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pooled', 'pair_table', 'contrast', 'budget_families',
            'curves_to_draw', 'foretold', 'forecast_table']
 
 # %% ../nbs/08b_comparison.ipynb #76410fd8
@@ -298,9 +298,11 @@ def arm_table(
         slope, r2 = log_line(mean)
         return dict(arm_facts(arm, name), measured_epochs=len(mean), top1=top1.mean(), std=top1.std(),
                     train_top1=np.mean([run.result['train_top1'] for run in arm]), slope=slope, r2=r2,
+                    processor=' and '.join(sorted({run.environment.get('processor') or '' for run in arm})),
                     **teacher_facts(arm, trained_on))
-    columns = ('arm student images epochs steps schedule lr batch_size seeds measured_epochs top1 std train_top1 slope '
-               'r2 true_answers teacher teacher_as_asked teacher_images teacher_held_out teacher_train_views runs')
+    columns = ('arm student images part epochs steps schedule lr batch_size seeds measured_epochs top1 std train_top1 '
+               'slope r2 true_answers teacher teacher_as_asked teacher_images teacher_held_out teacher_train_views '
+               'processor runs')
     return _table(map(row, arms), columns, ['student', 'images', 'schedule', 'epochs', 'arm'])
 
 # %% ../nbs/08b_comparison.ipynb #f3e4f37d
@@ -309,6 +311,17 @@ def mean_tops(*arms)->list[pd.Series]: # lists of runs
     return [mean_curve(curves(list(arm))).set_index('epoch')['mean'] for arm in arms]
 
 # %% ../nbs/08b_comparison.ipynb #00988824
+def pooled(
+    table:pd.DataFrame # rows of pairs: their setting, pairs, difference, std
+)->pd.DataFrame:       # with pooled_low, pooled_high
+    "The 95% interval of each difference if all of its setting scatter alike: rough, for they share their plain arm."
+    apart = ['student', 'images', 'part', 'epochs', 'schedule', 'lr', 'batch_size']
+    freedom = (table.pairs - 1).where(table['std'].notna(), 0).astype(float)
+    def summed(values): return values.groupby([table[name] for name in apart], dropna=False).transform('sum')
+    total, squares = summed(freedom), summed(freedom*table['std'].fillna(0).astype(float)**2)
+    half = student_t.ppf(.975, total.where(total > 0))*np.sqrt(squares/total/table.pairs.astype(float))
+    return table.assign(pooled_low=table.difference - half, pooled_high=table.difference + half)
+
 def pair_table(
     pairs:list[tuple[list[Run], list[Run]]], # plain and taught arms, done, with a seed in common
     name:Callable[[list[Run]], str],         # of `arm_namer`
@@ -323,9 +336,10 @@ def pair_table(
         return dict(arm_facts(taught, name) | gap, plain_top1=plain_top1, taught_top1=taught_top1, taught_is=found,
                     ahead_from=ahead_from, runs=run_names(sides))
     columns = ('arm student images part epochs steps schedule lr batch_size pairs plain_top1 taught_top1 difference '
-               'low high taught_is welch_low welch_high welch_p correlation std detectable p q holm ahead_from runs')
+               'low high taught_is pooled_low pooled_high welch_low welch_high welch_p correlation std detectable p q '
+               'holm ahead_from runs')
     table = _table((row(*pair) for pair in pairs), columns, ['student', 'images', 'schedule', 'arm', 'epochs'])
-    return table.assign(q=adjusted(table.p), holm=holm(table.p))
+    return pooled(table).assign(q=adjusted(table.p), holm=holm(table.p))
 
 # %% ../nbs/08b_comparison.ipynb #57e28a34
 def contrast(
@@ -389,6 +403,6 @@ def forecast_table(
                     most=max(errors, default=np.nan))
         told = dict(law=law.name, fitted_until=int(mean.epoch.max()*share), measured=measured, seeds_fitted=len(errors))
         return arm_facts(arm, name) | told | {key: significant(value) for key, value in fits.items()}
-    columns = ('arm student epochs schedule lr law fitted_until r2 slope forecast measured error least most '
+    columns = ('arm student part epochs schedule lr law fitted_until r2 slope forecast measured error least most '
                'seeds_fitted runs').split()
     return pd.DataFrame([row(arm, law) for arm in arms for law in laws], columns=columns)

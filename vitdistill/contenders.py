@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
-from .answers import Answers, Memo, memo_key
+from .answers import Answers, Memo, Stopwatch, memo_key
 from .augment import AUGMENTATIONS, unnumbered
 from .config import Config, from_dict, preset
 from .data import Data, cifar100_constants
@@ -51,20 +51,15 @@ def random_data(n:int=50_000)->Data: # training images
                 constants=cifar100_constants)
 
 # %% ../nbs/09_contenders.ipynb #ed88b96e
-class Watch:
+class Watch(Stopwatch):
     "Adds up the seconds inside a module's forward passes; knows the work of a step where that is asked for."
     def __init__(self, device:str):
-        self.cuda, self.spans, self.known = device.startswith('cuda'), [], 0.
+        super().__init__(device)
+        self.known = 0. # seconds
         self.flop_per_step = self.resident_mb = math.nan # of a step; of images and memo
 
     def wait(self): # until the device has done what it was given
         if self.cuda: torch.cuda.synchronize()
-
-    def now(self): # a moment: seconds, or an event on the stream
-        if not self.cuda: return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def on(self, module:nn.Module)->nn.Module: # the module, watched from here on
         module.register_forward_pre_hook(lambda *_: self.spans.append([self.now()]))
@@ -72,8 +67,7 @@ class Watch:
         return module
 
     def take(self)->float: # seconds since the last call
-        seconds = self.known + sum(a.elapsed_time(b)/1000 if self.cuda else b - a for a, b in self.spans)
-        self.spans, self.known = [], 0.
+        seconds, self.known = self.known + super().take(), 0.
         return seconds
 
 # %% ../nbs/09_contenders.ipynb #5767dd22
@@ -294,7 +288,7 @@ def rank_counts(config:Config, wished:tuple=(2, 8))->tuple:
 def contenders(config:Config)->dict:
     "Name -> `Contender`, in the order of their turns."
     config = replace(config, **auto_values(config)) # each rank for itself
-    plain, on_cpu = replace(config, distillation='none'), config.device == 'cpu'
+    plain, on_cpu = replace(config, distillation='none', teacher=''), config.device == 'cpu'
     one_size = replace(config, student_size=config.teacher_size, precision='fp32',
                        batch_size=min(config.batch_size, 32 if on_cpu else config.batch_size))
     terms, full = f'{config.precision}, channels_last', functools.partial(vitdistill, full=True)
@@ -316,7 +310,7 @@ def contenders(config:Config)->dict:
 # %% ../nbs/09_contenders.ipynb #8ac827fe
 def tries(config:Config)->dict:
     "Name -> `Contender`: the bare step with one thing changed."
-    plain = replace(config, distillation='none', **auto_values(config)) # on one rank
+    plain = replace(config, distillation='none', teacher='', **auto_values(config)) # on one rank
     def one(what, kernels={}, **changes):
         return Contender(functools.partial(bare, **kernels), replace(plain, **changes), what)
     found = {'bare': one('as the study runs it'),
@@ -360,7 +354,7 @@ def timm_recipe(config:Config, ranks:Ranks, data:Data, watch:Watch):
 def recipe(config:Config)->dict: # of `recipe_config`
     "Name -> `Contender`: a step of DeiT's recipe, as the package does it and as timm's parts do."
     config = replace(config, **auto_values(config))
-    alone = replace(config, distillation='none', token='auto')
+    alone = replace(config, distillation='none', teacher='', token='auto')
     n = loading_processes(config, Ranks(device=config.device))
     terms = f'{n} loading processes, {config.precision}'
     full = functools.partial(vitdistill, full=True)

@@ -479,6 +479,9 @@ def split_rows(
         part = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
     else:
         train, val = held_out(labels, config.val_fraction, config.split_seed)
+        if config.val_fraction and not len(val):
+            raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image of a class: give a larger '
+                                  'one, or 0.')
         part = stratified(labels, config.data_fraction, config.split_seed)[1]
     train = torch.from_numpy(np.intersect1d(train.numpy(), part.numpy()))
     if config.fold:

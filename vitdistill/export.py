@@ -23,6 +23,9 @@ def trained_student(run:Run)->tuple: # of a finished run
     card = read_card(str(run.model)) if run.status == 'done' else None
     if card is None:
         raise VitdistillError(f'{run.name} has no model in {run.model}: train it here, or put its model folder there.')
+    if 'pretrained_by' in card:
+        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained: fine-tune it '
+                              f'with e00_teacher (student_weights: {run.model}), and export that.')
     c = run.config
     model = create(c.student, len(card['classes']), card['input_size'], c.stem, **c.student_kwargs)
     return Student(load_weights(model, run.model)).eval(), card

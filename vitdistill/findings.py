@@ -152,7 +152,7 @@ def long_gap(
     arms:dict,        # of `long_run`
     other:str=TAUGHT, # the arm beside the plain one
     least:int=20,     # epochs: of a shorter beginning nothing is told
-)->dict|None: # of `paired_at`; is there an interval (`decided`)?; tops, rises, log lines; gap: `widest`, `lately`
+)->dict|None: # of `paired_at`; is there an interval (`decided`)?; tops, rises, log lines; gap: `widest`, `lately`, ..
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     pair = plain, taught = arms[PLAIN], arms[other]
     if not plain or not taught: return None
@@ -165,12 +165,15 @@ def long_gap(
     seen, tops = [mean.loc[:epochs] for mean in means], [float(mean.asof(epochs)) for mean in means]
     rises = [float(mean.iloc[-5:].mean() - mean.iloc[-10:-5].mean()) for mean in seen]
     gaps, lately = seen[1] - seen[0], float((means[1] - means[0]).dropna().iloc[-5:].mean())
+    led = (gaps.dropna() > 0)[::-1].cummin()
     widest = int(gaps.abs().idxmax()), float(gaps[gaps.abs().idxmax()])
     ahead_from = measured_crossover(*seen) if decided and last['low'] > 0 else None
     slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
     return dict(last if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
-                r2=r2, widest=widest, lately=lately, ahead_from=ahead_from, runs=run_names(pair))
+                r2=r2, widest=widest, lately=lately, last_ten=float(gaps.dropna().iloc[-10:].mean()),
+                ahead_from=ahead_from, leads_from=int(led[led].index.min()) if ahead_from and led.any() else None,
+                runs=run_names(pair))
 
 # %% ../nbs/08g_findings.ipynb #3f772bc3
 def seed_noise(
@@ -215,12 +218,10 @@ def read_rates(
 def minutes(
     images:float, # that the student is trained on, over all epochs
     passes:float, # of its teacher
-    taught:bool,
     rates:dict,   # of `read_rates`
 )->float:
     "How long that takes at measured rates: the student's steps, then its teacher's passes."
-    steps = images/rates['vitdistill full memo' if taught else 'vitdistill plain']
-    return (steps + passes/rates['teacher alone'])/60
+    return (images/rates['vitdistill plain'] + passes/rates['teacher alone'])/60
 
 # %% ../nbs/08g_findings.ipynb #c79ed925
 def cost_table(
@@ -233,7 +234,7 @@ def cost_table(
         facts, c = arm_facts(arm, name), arm[0].config
         alone, together = (teacher_calls(c, facts['images'], c.epochs, sharing) for sharing in (1, len(arm)))
         calls = dict(alone, shared=together['memo'])
-        def spent(way): return significant(minutes(facts['images']*c.epochs, calls[way], bool(c.teacher), rates))
+        def spent(way): return significant(minutes(facts['images']*c.epochs, calls[way], rates))
         return dict(facts, top1=np.mean([run.result['test_top1'] for run in arm]), steps=int(facts['steps']),
                     **{k: round(significant(v)) for k, v in calls.items()},
                     **({f'minutes, {way}': spent(way) for way in ('online', 'memo', 'shared')} if rates else {}))
@@ -266,8 +267,9 @@ class Words:
         found = verdict(row['low'], row['high'])
         if says and found != says:
             self.misfits.append(f"a sentence says {says} of {row['what']}, its interval says {found}")
-        ends = f" ({100*row['low']:.1f} to {100*row['high']:.1f})" if row['low'] == row['low'] else ' (no interval)'
-        return self.link(f"{100*row['difference']:+.1f}{ends}", row['runs'])
+        difference, low, high = (round(100*row[name], 1) + 0 for name in ('difference', 'low', 'high')) # no -0.0
+        ends = f' ({low:.1f} to {high:.1f})' if low == low else ' (no interval)'
+        return self.link(f'{difference:+.1f}{ends}', row['runs'])
 
     def share(self, value:float, runs:str='')->str:
         "A share in percent; a dash for what is not known."

@@ -52,6 +52,9 @@ def grid_cells(path:str|Path)->list[Cell]:
         if not isinstance(grid, dict) or 'notebook' not in grid:
             raise VitdistillError(f'{path} names no notebook in {str(grid)[:60]!r}: write "notebook: e00_teacher".')
         name, fixed, vary = grid['notebook'], grid.get('parameters') or {}, grid.get('vary') or {}
+        for key, given in (('parameters', fixed), ('vary', vary)):
+            if not isinstance(given, dict):
+                raise VitdistillError(f'{key} of {name} are no names with values: write "{key}: {{seed: ...}}".')
         notebook = shipped(f'nbs/experiments/{name}.ipynb')
         if not notebook.is_file():
             known = shipped_names('nbs/experiments', '.ipynb')

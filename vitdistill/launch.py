@@ -6,13 +6,14 @@
 __all__ = ['notebook_names', 'settable', 'check_names', 'parameters', 'configure', 'check_ranks', 'rank_count', 'better_alone',
            'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'has_model',
            'note_run', 'ended', 'check_launch', 'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset',
-           'with_teacher']
+           'one_at_a_time', 'with_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
-import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
+import ast, collections, contextlib, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
 from dataclasses import replace
 from pathlib import Path
 import torch
+from filelock import FileLock, Timeout
 from .config import Config, VitdistillError, field_names, from_root, nearest, preset, save
 from .data import fingerprint, image_side
 from .losses import OBJECTIVES
@@ -24,7 +25,7 @@ from .track import tracker_names
 
 # %% ../nbs/07_launch.ipynb #bd45b26d
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
-                  'teacher_data_fraction', 'onnx', 'keep_record')
+                  'teacher_data_fraction', 'onnx', 'keep_record', 'sizes', 'images', 'out')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 
 # %% ../nbs/07_launch.ipynb #ecb4f3bd
@@ -269,12 +270,14 @@ def launch_fill(
 
 # %% ../nbs/07_launch.ipynb #6303ad4e
 def finished_teacher(wanted:Config)->Run|None:
-    "The newest finished run of the same model, data and split, with its weights here, however it was trained."
-    same = 'experiment', 'student', 'student_kwargs', 'student_size', 'data_hash', *field_names(split=True)
+    "The finished run of this config, or the newest of the same model, data and split, with its weights here."
+    same = ('experiment', 'student', 'stem', 'student_kwargs', 'student_size', 'student_normalization', 'data_hash',
+            *field_names(split=True))
     wanted = replace(wanted, data_hash=fingerprint(wanted))
     def fits(run):
         alike = all(getattr(run.config, name) == getattr(wanted, name) for name in same)
         return alike and image_side(run.config) == image_side(wanted)
+    if (own := Run.of(resolve(wanted))).status == 'done' and has_model(own): return own
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run) and fits(run)]
     return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
 
@@ -290,6 +293,18 @@ def teacher_of_preset(
     return preset(given['preset'], experiment, **values)
 
 # %% ../nbs/07_launch.ipynb #89eba505
+@contextlib.contextmanager
+def one_at_a_time(work:Path): # the folder of the work
+    "Of students that begin together, the first trains their teacher, and the others wait for it."
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work/'.teacher.lock')
+    try: lock.acquire(blocking=False)
+    except Timeout:
+        print('Another process looks for a teacher, or trains it: waiting.', flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
@@ -307,9 +322,11 @@ def with_teacher(
         raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
                               'weights a list of theirs, and give that as teacher_weights.')
     wanted = teacher_of_preset(given, experiment)
+    nproc = given['nproc'] if isinstance(given.get('nproc'), int) else None # 'auto' is None's
     def trained(wanted): # now, where none is there
-        if run := finished_teacher(wanted): print(f'teacher: {run.name}')
-        return str((run or launch(wanted, given.get('nproc'))).model)
+        with one_at_a_time(from_root(wanted.work_dir)):
+            if run := finished_teacher(wanted): print(f'teacher: {run.name}')
+            return str((run or launch(wanted, nproc)).model)
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained(wanted))
     return replace(config, teacher_weights=trained(replace(wanted, fold='1/2')),
                    fold_weights=trained(replace(wanted, fold='2/2')))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'HardLabel', 'Logits', 'TopK', 'soft_loss', 'soft_loss_top_k', 'decoupled_loss', 'standardize',
-           'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within', 'BinaryLabels',
+           'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within', 'term_weight', 'BinaryLabels',
            'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation',
            'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output', 'Objective']
 
@@ -192,6 +192,10 @@ def within(name:str, value:float, low:float=0., high:float=1.)->float:
     if low <= value <= high: return value
     raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
 
+def term_weight(name:str, value:float)->float:
+    "A term's weight, at least 0, or a `VitdistillError`."
+    return within(name, value, 0., float('inf'))
+
 # %% ../nbs/03_losses.ipynb #27bfa406
 class BinaryLabels(Labels):
     "Binary cross-entropy of each class: is it in the image? (DeiT III, 2204.07118)"
@@ -263,7 +267,8 @@ class DecoupledDistillation(SwitchedDistillationLoss):
         others_weight:float=8., # its beta, among the others
         ramp_epochs:int=20):    # epochs until the term has its full weight; 0: from the start
         super().__init__(alpha, label_smoothing)
-        self.temperature, self.weights, self.ramp_epochs = temperature, (target_weight, others_weight), ramp_epochs
+        self.weights = term_weight('target_weight', target_weight), term_weight('others_weight', others_weight)
+        self.temperature, self.ramp_epochs = temperature, ramp_epochs
     def term(self, logits, batch):
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(-1) # mixed: the larger part's
         ramp = min(1., (batch.epoch + 1)/self.ramp_epochs) if self.ramp_epochs else 1.
@@ -276,7 +281,7 @@ class StandardizedDistillation(SwitchedDistillationLoss):
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         kl_weight:float=9.): # of the KL beside cross-entropy
         super().__init__(alpha, label_smoothing)
-        self.temperature, self.kl_weight = temperature, kl_weight
+        self.temperature, self.kl_weight = temperature, term_weight('kl_weight', kl_weight)
     def term(self, logits, batch):
         return self.kl_weight*soft_loss(standardize(logits), standardize(batch.answer), self.temperature)
 
@@ -288,7 +293,8 @@ class RelationalDistillation(SwitchedDistillationLoss):
         between_weight:float=2., # the paper's beta, of relations between the classes of an image
         within_weight:float=2.): # its gamma, of relations within a class over the batch
         super().__init__(alpha, label_smoothing)
-        self.temperature, self.weights = temperature, (between_weight, within_weight)
+        self.weights = term_weight('between_weight', between_weight), term_weight('within_weight', within_weight)
+        self.temperature = temperature
     def term(self, logits, batch):
         sides = (whole_batch(side, batch.weight > 0) for side in (logits, batch.answer))
         return sum(weight*part for weight, part in zip(self.weights, relation_losses(*sides, self.temperature)))
@@ -310,13 +316,18 @@ def criterion(config:Config)->nn.Module:
         raise VitdistillError(f'objective_kwargs: {name!r} has no argument {argument!r} beside those of a config: '
                               f'{nearest(argument, own, "leave it out.")}')
     try: made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
-    except TypeError as e:
-        raise VitdistillError(f'objective_kwargs = {given} has a value of a type that {name!r} does not take ({e}): '
+    except VitdistillError: raise
+    except (TypeError, ValueError) as e:
+        values = {field: getattr(config, field) for field in ('memo_temperatures', 'objective_kwargs')}
+        raise VitdistillError(f'{values} have a value of a type that {name!r} does not take ({e}): '
                               'give numbers, or lists of them.') from None
     made.token = config.token
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '
                               "or set distillation = 'none'.")
+    if config.teacher and not made.wants:
+        raise VitdistillError(f'distillation = {name!r} hears no teacher, and teacher = {config.teacher!r} is given: '
+                              "leave teacher out, or set distillation = 'hard'.")
     if made.wants == Logits() and config.soft_top_k:
         raise VitdistillError(f'distillation = {name!r} needs all logits, not the {config.soft_top_k} likeliest: '
                               'set soft_top_k to 0.')

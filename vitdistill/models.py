@@ -250,7 +250,8 @@ class Student(nn.Module):
     def forward(self, x):
         if len(self.heads) == 1: return (self.model(x),)
         tokens = self.model.forward_features(x)
-        return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
+        one, other = map(self.model.head_drop, (tokens[:, 0], tokens[:, 1]))
+        return self.model.head(one), self.model.head_dist(other)
 
 # %% ../nbs/02_models.ipynb #0a7f5ca7
 def student_size(config:Config, image_size:int)->int:

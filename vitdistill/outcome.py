@@ -106,7 +106,8 @@ def model_card(
     "The README.md beside a saved model: what it is, how it was made, how to get it back, how to learn from it."
     c = run.config
     place, folder = (f'hf-hub:{c.hub_repo}',)*2 if c.hub_repo else ('local-dir:PATH', 'PATH')
-    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder)
+    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder,
+                   teacher_normalization=c.student_normalization)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
     labels = 'on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels'
@@ -246,7 +247,7 @@ def predictions_at(
 )->Path: # the file, predictions-<epochs>.npz
     "Write what a checkpoint decides on the test set, as `predictions` has it, into the record of a run that may go on."
     state = checkpoint_at(run, epochs)
-    alone = dict(distillation='none', objective_kwargs={}, student_weights='', student_pretrained=False,
+    alone = dict(distillation='none', teacher='', objective_kwargs={}, student_weights='', student_pretrained=False,
                  student_head='new', student_resampling='bicubic')
     device = auto_device() if 'device' in (run.config.auto or ()) else run.config.device # perhaps another machine's
     setup = prepare(replace(run.config, **alone), start_ranks(device))

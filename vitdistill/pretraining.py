@@ -17,7 +17,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed, freq_bands
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from .augment import AUGMENTATIONS, augments
-from .config import Config, VitdistillError
+from .config import Config, VitdistillError, need
 from .losses import OBJECTIVES, Batch, Output, whole_batch, within
 from .models import Student
 
@@ -369,6 +369,10 @@ def refuse_unfit(
     if can.needs_two and least//world < 2:
         raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, and a contrast needs '
                               'another to tell an image from: use a larger batch_size or fewer ranks.')
+    for name, why in (('test_size', 'its probes see the size of training'), ('label_smoothing', 'it has no labels')):
+        if getattr(config, name): raise VitdistillError(f'{name} = {getattr(config, name)}: pre-training does without, '
+                                                        f'for {why}. Set it to 0.')
+    need('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
     if config.mixup or config.cutmix:
         raise VitdistillError('mixup and cutmix share labels out, and pre-training has none: set both to 0.')
     if augments(config) or config.repeats > 1:

@@ -12,7 +12,7 @@ __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'c
 import functools, glob, hashlib, inspect, math, os, shutil, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-import timm.optim, torch
+import numpy as np, timm.optim, torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -29,7 +29,7 @@ from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run, cores
-from .teachers import Teacher, check_health, load_teacher, seen_by, view_count
+from .teachers import Teacher, check_health, load_teacher, refuse_begun_on, seen_by, view_count
 from .views import Plan, Views, epoch_plan, normalize, scaled
 
 # %% ../nbs/05b_setup.ipynb #2d7e40b9
@@ -303,6 +303,9 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     "(Answers, (top-1, of which images) on rank 0, card) of the config's teacher."
     teacher, card = load_teacher(config, data, ranks.device)
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
+    if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
+        print(f"The teacher learned pixels normalized by {card['constants']} and is given {teacher.constants}: "
+              'teacher_normalization says which.', flush=True)
     kind = criterion(config).wants
     planned = rows is not None and config.plan_memo and unnumbered(config)
     memo = open_memo(config, data, teacher, ranks, kind, rows if planned else None)
@@ -346,6 +349,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     size = student_size(config, data.train_images.shape[1])
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
+    refuse_begun_on(config, data)
     if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
     student = placed(student, ranks.device, precision=config.precision)

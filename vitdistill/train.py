@@ -8,7 +8,7 @@ __all__ = ['Step', 'epoch_steps', 'Cuts', 'cut_ahead', 'answer_window', 'copy_vi
            'train_epochs', 'train', 'fill_memo', 'rank_main', 'main']
 
 # %% ../nbs/06_train.ipynb #73b7b303
-import argparse, copy, os, sys, threading, time, traceback, typing
+import argparse, copy, math, os, sys, threading, time, traceback, typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 import torch, torch.distributed as dist
@@ -171,8 +171,8 @@ class Meter:
 
     def row(self, setup:Setup, epoch:int, lr:float)->dict: # of metrics, over all ranks; not finite: a `VitdistillError`
         (loss, right, n), (steps, bad) = setup.ranks.sum(self.sums).tolist(), self.steps.tolist()
-        if bad < steps:
-            raise VitdistillError(f'the loss is not finite from epoch {epoch}, step {bad} on (learning rate {lr:.3g}): '
+        if bad < steps or not math.isfinite(loss):
+            raise VitdistillError(f'the loss is not finite from epoch {epoch}, step {min(bad, steps)} on (learning rate {lr:.3g}): '
                                   'lower lr or add warmup_epochs; the last checkpoint is kept.')
         asked, hit_rate = setup.answers.take() if setup.answers else (None, None)
         rate = n/(time.perf_counter() - self.begun - (asked or 0.))

@@ -156,7 +156,7 @@ def step_pace(job):
     small = dict(student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, batch_size=2)
     taught = contenders.bench_config(job.device, compile=job.compile, **(small if job.toy else {}))
     data, steps = contenders.random_data(16 if job.toy else 50_000), 1 if job.toy else 390
-    plain, goals = replace(taught, distillation="none"), dict(imagenet="<= 0.6", cifar="<= 4.5")
+    plain, goals = replace(taught, distillation="none", teacher=""), dict(imagenet="<= 0.6", cifar="<= 4.5")
     known = {"bare": (contenders.bare, plain), "plain": (contenders.vitdistill, plain),
              "full memo": (functools.partial(contenders.vitdistill, full=True), taught)}
     for stem, benchmark in (("imagenet", False), ("cifar", False), ("imagenet", True), ("cifar", True)):
@@ -215,8 +215,8 @@ def step_peak(job):
     product = contenders.matmul(config, job.ranks, data, watch)
     peak = rate(job, product(1 if job.toy else 10), (1 if job.toy else 10) * watch.flop_per_step, least)
     job.found(f"matrix product, {config.teacher_precision}", round(peak / 1e12, 3), "TFLOP/s")
-    heavy = replace(config, distillation="none", student=config.teacher, student_kwargs=config.teacher_kwargs,
-                    student_size=config.teacher_size, optimizer="adamw", lr=1e-4)
+    heavy = replace(config, distillation="none", teacher="", student=config.teacher, optimizer="adamw", lr=1e-4,
+                    student_kwargs=config.teacher_kwargs, student_size=config.teacher_size)
     for mode in dict.fromkeys(("none", heavy.compile)):
         def step():
             torch._dynamo.reset()
