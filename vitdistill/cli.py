@@ -185,11 +185,13 @@ def run_pair(
     "The paper's experiment: a teacher, a student on labels alone, the same student taught, figures."
     config = preset(preset_name, 'baseline', **{k: v for k, v in given.items() if k in ('dataset', 'runs_dir')})
     begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
-    others = {name: None for name in ('student', 'student_kwargs', 'stem') if name in given} # it is the two ResNets'
+    def theirs(group): return {name: None for name in field_names(group=group) if name in given} # of other steps
+    own, alone = theirs('student'), theirs('teacher')
     shown = dict(reports=config.runs_dir, out=str(out), dataset=config.dataset)
-    steps = {'e00_teacher': ('a teacher', others | begun), 'e01_baseline_resnet50': ('a student on labels alone', {}),
+    steps = {'e00_teacher': ('a teacher', own | alone | begun),
+             'e01_baseline_resnet50': ('a student on labels alone', alone),
              'e02_distilled_resnet50': ('the same student, taught', {}),
-             **({'e03_deit_from_regnet': ('the reverse: a convnet teaches a DeiT', others)} if deit else {}),
+             **({'e03_deit_from_regnet': ('the reverse: a convnet teaches a DeiT', own | alone)} if deit else {}),
              'a01_paper': ('figures and tables', shown)}
     for n, (name, (what, own)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps)}] {what}', flush=True)

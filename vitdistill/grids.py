@@ -19,9 +19,10 @@ import torch, yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, queued, read_ask, submit
-from .config import (VitdistillError, field_names, fitting, from_root, nearest, repo_root, run_name, shipped,
+from .config import (VitdistillError, fitting, from_root, nearest, repo_root, run_name, shipped,
                                shipped_names, write_atomic)
-from .launch import bind_to_parent, check_names, configure, makes_teacher, stop, teacher_of_preset
+from .launch import TEACHER_FIELDS, bind_to_parent, check_names, configure, makes_teacher, stop
+from .launch import teacher_of_preset
 from .runs import Run, cores, is_locked
 
 # %% ../nbs/07a_grids.ipynb #2ce04fbc
@@ -320,13 +321,12 @@ def teachers_of(cell:Cell, teachers:list)->list: # cells each
         named = [teacher for teacher in teachers if any(makes(teacher, str(path)) for path in weights)]
         if named or all(is_here(str(path)) for path in weights): return named
         return teachers
-    def fits(teacher): # as `finished_teacher` looks for it
+    def fits(teacher): # as `finished_teacher` looks for it, but of any fold
         its = {**teacher.declared, **teacher.chosen}
         if 'role' not in its: return False
         try: wanted, there = teacher_of_preset(given, its['role']), configure(its['role'], its)
         except VitdistillError: return False
-        same = {'student', 'student_kwargs', 'student_size', *field_names(split=True)} - {'fold'}
-        return all(getattr(wanted, name) == getattr(there, name) for name in same)
+        return all(getattr(wanted, name) == getattr(there, name) for name in TEACHER_FIELDS if name != 'fold')
     return [teacher for teacher in teachers if fits(teacher)] or teachers
 
 # %% ../nbs/07a_grids.ipynb #55bd2cba

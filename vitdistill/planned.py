@@ -50,6 +50,7 @@ class Planned(Answers):
         memo:PlanMemo|None=None): # rank 0 holds it
         super().__init__(teacher, views, kind)
         self.plan_memo, self.epoch, self.doubts = memo, None, memo is not None # are some rows asked again?
+        self.differ = self.compared = 0
 
     def open(self, epoch:int, first:int, last:int)->None: # rows of the plan: on all ranks
         self.close()
@@ -80,11 +81,12 @@ class Planned(Answers):
     def _check(self, pixels, kept):
         some = torch.randperm(len(pixels), generator=generator(self.epoch, self.doubted))[:16]
         self.doubted = math.inf # until the next stretch
-        said, n = self.kind.make(self.teacher.logits(pixels[some])).cpu(), len(some)
-        differ = int((self.kind.decision(said) != self.kind.decision(kept[some])).sum())
-        if differ <= max(1, n//8): return
-        raise VitdistillError(f'{self.plan_memo.file} differs from the teacher in {differ} of {n} answers: remove it, '
-                              'and they are asked anew.')
+        said = self.kind.make(self.teacher.logits(pixels[some])).cpu()
+        self.compared += len(some)
+        self.differ += int((self.kind.decision(said) != self.kind.decision(kept[some])).sum())
+        if self.differ <= max(1, self.compared//8): return
+        raise VitdistillError(f'{self.plan_memo.file} differs from the teacher in {self.differ} of {self.compared} '
+                              'answers: remove it, and they are asked anew.')
 
     def close(self)->None: # on all ranks
         epoch, self.epoch = self.epoch, None

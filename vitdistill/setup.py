@@ -305,7 +305,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
         print(f"The teacher learned pixels normalized by {card['constants']} and is given {teacher.constants}: "
-              'teacher_normalization says which.', flush=True)
+              "set teacher_normalization to 'own' or 'data', whichever these are.", flush=True)
     kind = criterion(config).wants
     planned = rows is not None and config.plan_memo and unnumbered(config)
     memo = open_memo(config, data, teacher, ranks, kind, rows if planned else None)

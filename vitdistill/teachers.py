@@ -137,13 +137,13 @@ def refuse_overlap(
                           f'give the run the same split ({split}).')
 
 def refuse_begun_on(config:Config, data:Data)->None:
-    "The same of the model that a student begins with, where it has a card and learned labels of these images."
+    "Raise `VitdistillError` where the run would validate on images whose labels its starting weights have learned."
     card = read_card(config.student_weights) if config.student_weights else None
     if card and 'pretrained_by' not in card and card['train_hash'] == data.train_hash:
         refuse_overlap(config, data, card, "its student_weights'")
 
 def refuse_seen(config:Config, data:Data, card:dict|None)->None:
-    "The same of its teacher; one without a card may have seen anything."
+    "Raise `VitdistillError` where the run would validate on images that its teacher has seen, or may have: no card."
     _, val = split_rows(data.train_labels, config)
     if not len(val) or not config.teacher_weights: return
     if card is None:
@@ -180,8 +180,8 @@ def refuse_other_classes(card:dict|None, data:Data)->None:
 # %% ../nbs/04_teachers.ipynb #87ba8b24
 def refuse_other_weights(teacher:Teacher, card:dict|None, config:Config)->None: # of the student
     "Raise `VitdistillError` where the card beside a teacher's weights was written for others."
-    same_size = card and (card.get('input_size'), card.get('kwargs')) == (teacher.size, config.teacher_kwargs)
-    if not same_size or config.teacher_precision == 'bf16-weights': return # embeddings are resampled, or all is rounded
+    if not card or card.get('input_size') != teacher.size or config.teacher_precision == 'bf16-weights':
+        return # it was resampled, or rounded, when it was loaded
     if (its := card.get('weights_hash')) and its != (found := teacher.weights_hash()):
         raise VitdistillError(f'{config.teacher_weights}: its card.json is of other weights ({its}, here {found}): '
                               'put it beside its own, or write one with `vitdistill.teachers.adopt`.')
