@@ -40,6 +40,13 @@ def plan_key(
 class PlanMemo(Memo):
     "A frozen teacher's answers for (epoch, row of the plan)."
     about = 'epochs', 'rows'
+    differ = compared = 0 # of the answers that were asked again
+    def compare(self, said:torch.Tensor, kept:torch.Tensor)->None: # (n,) decisions each
+        "Raise `VitdistillError` where it turns out to be another teacher's."
+        self.differ, self.compared = self.differ + int((said != kept).sum()), self.compared + len(said)
+        if self.differ > max(1, self.compared//8):
+            raise VitdistillError(f'{self.file} differs from the teacher in {self.differ} of {self.compared} answers: '
+                                  'remove it, and they are asked anew.')
 
 # %% ../nbs/04b_planned.ipynb #9d74fc04
 class Planned(Answers):
@@ -50,7 +57,6 @@ class Planned(Answers):
         memo:PlanMemo|None=None): # rank 0 holds it
         super().__init__(teacher, views, kind)
         self.plan_memo, self.epoch, self.doubts = memo, None, memo is not None # are some rows asked again?
-        self.differ = self.compared = 0
 
     def open(self, epoch:int, first:int, last:int)->None: # rows of the plan: on all ranks
         self.close()
@@ -82,11 +88,7 @@ class Planned(Answers):
         some = torch.randperm(len(pixels), generator=generator(self.epoch, self.doubted))[:16]
         self.doubted = math.inf # until the next stretch
         said = self.kind.make(self.teacher.logits(pixels[some])).cpu()
-        self.compared += len(some)
-        self.differ += int((self.kind.decision(said) != self.kind.decision(kept[some])).sum())
-        if self.differ <= max(1, self.compared//8): return
-        raise VitdistillError(f'{self.plan_memo.file} differs from the teacher in {self.differ} of {self.compared} '
-                              'answers: remove it, and they are asked anew.')
+        self.plan_memo.compare(*map(self.kind.decision, (said, kept[some])))
 
     def close(self)->None: # on all ranks
         epoch, self.epoch = self.epoch, None
