@@ -534,7 +534,8 @@ def test_foretelling_grid_says_what_it_asks(grid):
     for cell in grid_cells(grid):
         own = "weights", "adopted", "new_head", "fill_memo", "keep_record", "out_of_fold", "teacher_data_fraction"
         values = {k: v for k, v in cell.chosen.items() if k not in own}
-        assert configure(PARTS[cell.notebook.stem], values).experiment == PARTS[cell.notebook.stem]
+        part = values.pop("role", None) or PARTS[cell.notebook.stem]
+        assert configure(part, values).experiment == part
 
 
 FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # by the run itself
