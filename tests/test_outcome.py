@@ -17,7 +17,7 @@ from vitdistill.train import train
 
 def test_decisions_of_a_checkpoint(tiny, tmp_path):
     """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics counted."""
-    config = replace(tiny, epochs=2, keep_checkpoints=[1], distillation="none", data_fraction=1.0)
+    config = replace(tiny, epochs=2, keep_checkpoints=[1], distillation="none", teacher="", data_fraction=1.0)
     run = train(elsewhere(config, tmp_path))
     command = [sys.executable, "-m", "vitdistill.outcome", run.folder, "--epochs", "1"]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True)
