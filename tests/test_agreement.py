@@ -131,8 +131,8 @@ def test_many_arms_by_several_teachers(tmp_path):
     assert "Here only the first 4 runs, by seed, of: labels alone." in drawn["disagreement"]
 
     table = pd.read_csv(out / "tables" / "agreement_teacher.csv").query("student == 'labels alone' and part == 'test'")
-    assert set(table.teacher) == {"teacher mobilenetv2_100, seed 1", "teachers of two folds (mobilenetv2_100)",
-                                  "teachers of two folds (vit_tiny_patch16_224)"}
+    assert set(table.teacher) == {"teacher mobilenetv2_100, seed 1", "teachers of two folds (mobilenetv2_100), seed 1",
+                                  "teachers of two folds (vit_tiny_patch16_224), seed 1"}
     texts = re.findall("<!-- (.*) -->", drawn["teacher"])  # matplotlib names the paths of each text so
     under = [texts[i + 1] for i, text in enumerate(texts) if text == "labels alone, test"]
     assert under == [f"{n:,.0f} answers" for n in table["teacher against label (images)"]]

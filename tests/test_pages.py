@@ -321,7 +321,7 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     for section in re.split(r"\n## ", text):
         assert len(re.findall(r"^\| ", section, re.M)) <= 9, section[:40]
     third = text.split("## 3. ")[1].split("## 4. ")[0]
-    assert "less *swapped folds*" in third and "less *labels drawn as folds err*" in third
+    assert "*swapped folds* less *out" in third and "*labels drawn as folds err* less *out" in third
     arms = pd.read_csv(tmp_path / "tables/study_arms.csv")
     assert set(arms.student) == {"resnet50 (imagenet stem)"}
     assert set(pd.read_csv(tmp_path / "tables/study_pairs.csv").part) == {1, 2}

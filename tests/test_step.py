@@ -28,6 +28,7 @@ from vitdistill.teachers import load_teacher
 from vitdistill.views import Views
 
 BATCH = 8
+TEACHERS = {name: "vit_tiny_patch16_224" if made.wants else "" for name, made in OBJECTIVES.items()}
 LABELLED = [name for name, made in OBJECTIVES.items() if made.labelled]  # test_pretraining has the others
 SMALL = dict(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=3)
 PACKAGE = str(Path(vitdistill.__file__).parent)
@@ -206,7 +207,7 @@ def test_operators_of_a_step(kind, mode, tmp_path, no_numbers):
 @pytest.mark.parametrize("name", [name for name, made in OBJECTIVES.items() if made.compiles])
 def test_an_objective_is_one_program(name):
     """It is compiled once, whatever the epoch, without a break, and says what it says eagerly."""
-    own = criterion(Config(distillation=name, teacher="vit_tiny_patch16_224", epochs=1))
+    own = criterion(Config(distillation=name, teacher=TEACHERS[name], epochs=1))
     g, programs = torch.Generator().manual_seed(0), []
     logits, answer = (torch.randn(16, 10, generator=g) for _ in range(2))
     batch = Batch(None, torch.randint(10, (16,), generator=g), own.wants.make(answer) if own.wants else None)
@@ -253,8 +254,8 @@ class Told:
 def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
     """Fakes hold no numbers, but know their device: none meets one of another, and nothing needs a number of them."""
     mixes = dict(mixup=0.8, cutmix=1.0) if name == "none" else {}
-    config = Config(dataset="cifar100", distillation=name, teacher="" if name == "none" else "vit_tiny_patch16_224",
-                    val_fraction=0.0, batch_size=BATCH, student="resnet10t", student_size=48, compile="none", **mixes)
+    config = Config(dataset="cifar100", distillation=name, teacher=TEACHERS[name], val_fraction=0.0,
+                    batch_size=BATCH, student="resnet10t", student_size=48, compile="none", **mixes)
     monkeypatch.setattr(train, "seed_step", lambda *_: None)  # there is no generator
     monkeypatch.setattr(train, "cut_ahead", lambda setup, cut, steps: map(cut, steps))  # nor fakes in a thread
     data = random_data(2 * BATCH + 3)

@@ -318,9 +318,9 @@ def criterion(config:Config)->nn.Module:
     try: made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
     except VitdistillError: raise
     except (TypeError, ValueError) as e:
-        values = {field: getattr(config, field) for field in ('memo_temperatures', 'objective_kwargs')}
-        raise VitdistillError(f'{values} have a value of a type that {name!r} does not take ({e}): '
-                              'give numbers, or lists of them.') from None
+        more = f' or memo_temperatures = {config.memo_temperatures}' if config.memo_temperatures else ''
+        raise VitdistillError(f'objective_kwargs = {given}{more} has a value of a type that {name!r} does not take '
+                              f'({e}): give numbers, or lists of them.') from None
     made.token = config.token
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '

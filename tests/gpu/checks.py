@@ -83,7 +83,8 @@ def check_losses(device, folder):
     targets, cases = torch.randint(100, (32,), generator=g), [(name, 0) for name, made in OBJECTIVES.items() if made.labelled]
     cases += [(name, 8) for name in ("soft", "hard+soft")]
     for name, top_k in cases:
-        config = Config(distillation=name, teacher="" if name == "none" else "vit_tiny_patch16_224", soft_top_k=top_k)
+        teacher = "vit_tiny_patch16_224" if OBJECTIVES[name].wants else ""
+        config = Config(distillation=name, teacher=teacher, soft_top_k=top_k)
         found = []
         for place in ("cpu", device):
             own, z = criterion(config).to(place), logits.to(place).requires_grad_()
