@@ -236,11 +236,8 @@ def load_digits()->Data:
     return Data('digits', images[train], labels[train], images[test], labels[test], classes, DATASETS['digits'].flip)
 
 # %% ../nbs/01_data.ipynb #37ae4548
-_official = {'flowers102': ('Flowers102', ['train', 'val']), 'stanford_cars': ('StanfordCars', ['train'])}
-
-def _in_torchvision(name, root, split): # [(path, label)], classes; none where it has no such split
+def _in_torchvision(kind, train, root, split): # [(path, label)], classes; none where it has no such split
     from torchvision import datasets
-    kind, train = _official[name]
     if not (files := dict(train=train, test=['test']).get(split)): return [], []
     parts = [getattr(datasets, kind)(root, part) for part in files]
     pairs = [getattr(part, '_samples', None) or zip(part._image_files, part._labels) for part in parts]
@@ -257,14 +254,16 @@ def _in_json(root, split): # the same of iNaturalist; its test*.json have no lab
     samples = [(str(root/paths[row['image_id']]), label[row['category_id']]) for row in told['annotations']]
     return samples, [classes[kind] for kind in label]
 
+_official = {'flowers102': functools.partial(_in_torchvision, 'Flowers102', ['train', 'val']),
+             'stanford_cars': functools.partial(_in_torchvision, 'StanfordCars', ['train']), 'inaturalist': _in_json}
+
 class OfficialReader:
     "Files and labels of a dataset in its own layout, as timm's readers give them."
     def __init__(self,
         name:str,   # of a row of `DATASETS`
         root:Path,  # holds the dataset's own folder, or its files
         split:str): # train, val or test; no images where the dataset has no such split
-        found = _in_json(root, split) if name == 'inaturalist' else _in_torchvision(name, root, split)
-        self.root, (self.samples, classes) = str(root), found
+        self.root, (self.samples, classes) = str(root), _official[name](root, split)
         self.class_to_idx = {name: label for label, name in enumerate(classes)}
     def __len__(self): return len(self.samples)
     def __getitem__(self, row:int): return open(self.samples[row][0], 'rb'), self.samples[row][1]
@@ -273,7 +272,7 @@ class OfficialReader:
 # %% ../nbs/01_data.ipynb #f950e8fd
 def _reader(name:str, root:Path|None, split:str): # timm's reader of a split; None where there is no such split
     from timm.data.readers import create_reader
-    if name in _official or name == 'inaturalist': return OfficialReader(name, root, split) or None
+    if name in _official: return OfficialReader(name, root, split) or None
     if name.startswith('hfds/'):
         try: return create_reader(name, root and str(root), split)
         except ValueError as e:

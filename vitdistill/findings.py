@@ -152,7 +152,7 @@ def long_gap(
     arms:dict,        # of `long_run`
     other:str=TAUGHT, # the arm beside the plain one
     least:int=20,     # epochs: of a shorter beginning nothing is told
-)->dict|None: # of `paired_at`; is there an interval (`decided`)?; tops, rises, log lines; gap: `widest`, `lately`, ..
+)->dict|None: # of `paired_at`; `decided`: is there an interval?; tops, rises, log lines; how the gap went, and the lead
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     pair = plain, taught = arms[PLAIN], arms[other]
     if not plain or not taught: return None

@@ -327,11 +327,12 @@ def with_teacher(
     wanted = teacher_of_preset(given, experiment)
     nproc = given['nproc'] if isinstance(given.get('nproc'), int) else None # 'auto' is None's
     def trained(wanted): # now, where none is there
-        lock = from_root(wanted.work_dir)/f'.{Run.of(resolve(wanted)).name}.lock'
-        alone = nullcontext() if finished_teacher(wanted) or wanted.nnodes > 1 else one_at_a_time(lock) # nodes meet
-        with alone:
-            if run := finished_teacher(wanted): print(f'teacher: {run.name}')
-            return str((run or launch(wanted, nproc)).model)
+        if not (run := finished_teacher(wanted)):
+            lock = from_root(wanted.work_dir)/f'.{Run.of(resolve(wanted)).name}.lock'
+            with nullcontext() if wanted.nnodes > 1 else one_at_a_time(lock): # nodes train it together
+                run = finished_teacher(wanted) or launch(wanted, nproc)
+        print(f'teacher: {run.name}')
+        return str(run.model)
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained(wanted))
     return replace(config, teacher_weights=trained(replace(wanted, fold='1/2')),
                    fold_weights=trained(replace(wanted, fold='2/2')))
