@@ -55,7 +55,7 @@ def grid_cells(path:str|Path)->list[Cell]:
         name, fixed, vary = grid['notebook'], grid.get('parameters') or {}, grid.get('vary') or {}
         for key, given in (('parameters', fixed), ('vary', vary)):
             if not isinstance(given, dict):
-                raise VitdistillError(f'{key} of {name} are no names with values: write "{key}: {{seed: ...}}".')
+                raise VitdistillError(f'{key} = {given!r} of {name} names no parameters: write "{key}: {{seed: ...}}".')
         notebook = shipped(f'nbs/experiments/{name}.ipynb')
         if not notebook.is_file():
             known = shipped_names('nbs/experiments', '.ipynb')
