@@ -328,7 +328,7 @@ def with_teacher(
     nproc = given['nproc'] if isinstance(given.get('nproc'), int) else None # 'auto' is None's
     def trained(wanted): # now, where none is there
         if not (run := finished_teacher(wanted)):
-            lock = from_root(wanted.work_dir)/f'.{Run.of(resolve(wanted)).name}.lock'
+            lock = from_root(wanted.work_dir)/Run.of(resolve(wanted)).name/'waiting.lock'
             with nullcontext() if wanted.nnodes > 1 else one_at_a_time(lock): # nodes train it together
                 run = finished_teacher(wanted) or launch(wanted, nproc)
         print(f'teacher: {run.name}')
