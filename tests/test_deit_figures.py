@@ -24,7 +24,7 @@ def decide(seed, right):
     return np.where(rng.random(360) < right, label, (label + 1) % 10)
 
 
-def record(root, top1, heads=("class", "distillation", "softmax"), **over):
+def record(root, top1, heads=("class", "distillation", "softmax"), val_top1=None, **over):
     """A finished run, whose answers are right as often as said, and its predictions."""
     c = Config(**dict(dataset="digits", student="deit_tiny_distilled_patch16_224", student_kwargs=TINY,
                       work_dir=str(root / "work"), experiment="baseline") | over)
@@ -33,6 +33,7 @@ def record(root, top1, heads=("class", "distillation", "softmax"), **over):
     (folder / "metrics.csv").write_text(f"epoch,test_top1\n{c.epochs - 1},{top1}\n")
     told = dict.fromkeys((*heads, "logits"), top1)
     result = dict(hash=config_hash(c), test_top1=top1, heads=told, teacher_top1=0.9 if c.teacher else None)
+    result |= dict(val_top1=val_top1) if val_top1 else {}
     (folder / "result.json").write_text(json.dumps(result))
     arrays = {f"test_{head}_decision": decide([c.seed, len(head)], top1) for head in heads}
     arrays |= {f"test_{head}_confidence": np.full(360, 0.9, np.float16) for head in heads}
@@ -94,7 +95,8 @@ def test_tables_of_one_recipe(tmp_path):
     """What a recipe was chosen by, and Table 8's arms, are not told among the ways of teaching; soft is no Table 2."""
     recipe = dict(student="deit_tiny_patch16_224", mixup=0.2, cutmix=0.5, lr=0.001, optimizer="adamw")
     record(tmp_path, 0.50, ("class",), **recipe)
-    record(tmp_path, 0.48, ("class",), **recipe | dict(val_rows="0:99"))  # of choosing
+    for lr, held_out in (0.001, 0.41), (0.002, 0.43):  # what chose the rate
+        record(tmp_path, 0.48, ("class",), **recipe | dict(val_rows="0:99", lr=lr), val_top1=held_out)
     record(tmp_path, 0.40, ("class",), **recipe | dict(mixup=0.0, cutmix=0.0))
     record(tmp_path, 0.30, ("class",), **recipe | dict(optimizer="sgd", lr=0.05))
     two = TAUGHT | recipe | dict(student="deit_tiny_distilled_patch16_224", token="distillation")
@@ -112,6 +114,29 @@ def test_tables_of_one_recipe(tmp_path):
     assert table("epochs").top1.tolist() == [0.7, 0.6, 0.5] and table("epochs").alpha.notna().any()
     assert table("one_out").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
     assert table("heads").distillation.tolist() == ["hard"] * 4 + ["soft"] * 4
+    choices = table("choices")
+    assert choices[["lr", "held_out_top1", "chosen"]].values.tolist() == [[0.002, 0.43, "yes"], [0.001, 0.41, "no"]]
+    told = "".join(path.read_text() for path in (tmp_path / "out/tables").glob("*.md"))
+    assert "top1" not in choices and "0.48" not in told  # what chose is told on no test image
+
+
+def test_claims_are_differences_of_arms(tmp_path):
+    """Table 3's arms, two seeds: what each claim adds, beside what was published; the picture has a row each."""
+    plain = dict(student="deit_tiny_patch16_224", mixup=0.2)
+    one, two = plain | TAUGHT, plain | TAUGHT | dict(student="deit_tiny_distilled_patch16_224", token="distillation")
+    arms = (0.50, plain), (0.56, one), (0.53, one | dict(distillation="soft", alpha=0.1)), (0.57, two), \
+           (0.54, two | dict(teacher="resnet18")), (0.51, plain | dict(student=two["student"]))
+    for seed in 1, 2, 3:
+        for top1, arm in arms:
+            record(tmp_path, top1 + 0.001 * seed * len(arm), seed=seed, **arm)
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    claims = pd.read_csv(tmp_path / "out/tables/deit_claims.csv").set_index("what")
+    assert claims.difference["hard labels"] == pytest.approx(0.06 + 0.002 * (len(one) - len(plain)))
+    assert claims.difference["hard labels and a token"] == pytest.approx(0.07 + 0.002 * (len(two) - len(plain)))
+    assert claims.published["a token of its own for hard labels"] == pytest.approx(0.4)
+    assert "regnety_002 instead of resnet18 as teacher" in claims.index and len(claims) == 7
+    drawn = (tmp_path / "out/figures/deit_claims.svg").read_text()
+    assert all(what in drawn for what in claims.index)
     assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()
 
 

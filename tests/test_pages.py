@@ -325,6 +325,9 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     arms = pd.read_csv(tmp_path / "tables/study_arms.csv")
     assert set(arms.student) == {"resnet50 (imagenet stem)"}
     assert set(pd.read_csv(tmp_path / "tables/study_pairs.csv").part) == {1, 2}
+    assert "## 9. And the other way round" in text
+    hard = re.search(r"^\| hard labels \| \[(.*?)\]", text.split("## 9. ")[1], re.M)
+    assert hard[1].startswith("+1.0")  # of the students that see mixed images
     rows = re.findall(r"^\| resnet50.*$", text.split("## 1. ")[1].split("## 2. ")[0], re.M)
     assert ["part 2" in row for row in rows] == [False] * (len(rows) - 1) + [True]
 

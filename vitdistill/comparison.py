@@ -121,13 +121,14 @@ def held_out_top1(arm:list[Run])->float: # of runs that hold images out
 
 # %% ../nbs/08b_comparison.ipynb #cea1de5a
 def families_to_choose_from(
-    runs:list[Run] # done
+    runs:list[Run], # done
+    free=CHOSEN,    # fields between whose values was to be chosen
 )->list[list[list[Run]]]: # families of arms
-    "Arms that hold images out, together where they share all but `CHOSEN` and teaching: where there is a choice."
+    "Arms that hold images out, together where they share all but these fields and teaching: where there is a choice."
     families = {}
     for arm in repeats(runs):
         if 'val_top1' in arm[0].result:
-            families.setdefault(settings(arm[0].config, CHOSEN | TEACHING), []).append(arm)
+            families.setdefault(settings(arm[0].config, free | TEACHING), []).append(arm)
     return [family for family in families.values() if len(family) > len({arm[0].config.distillation for arm in family})]
 
 # %% ../nbs/08b_comparison.ipynb #a0be0fc8
