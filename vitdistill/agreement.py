@@ -167,7 +167,7 @@ def teachers_of(
     first = teacher_of(student, runs)
     folds = Path(student.config.fold_weights).parts
     second = [run for run in runs if run.name in folds]
-    return [] if first is None or len(folds) > 0 == len(second) else [first, *second[:1]]
+    return [] if first is None or folds and not second else [first, *second[:1]]
 
 # %% ../nbs/08c_agreement.ipynb #9df4c5d6
 def answers_given(

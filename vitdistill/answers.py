@@ -15,8 +15,8 @@ from tqdm import tqdm
 from .config import Config, VitdistillError, write_atomic
 from .data import Data, generator
 from .losses import HardLabel, criterion
-from .teachers import Teacher, view_count
-from .views import Plan, Views, centre_view, expected_views
+from .teachers import Teacher
+from .views import Plan, Views, centre_view, expected_views, view_count
 
 # %% ../nbs/04a_answers.ipynb #1d5fcd18
 def memo_key(
@@ -28,7 +28,7 @@ def memo_key(
     return dict(version=2, architecture=config.teacher + f' {config.teacher_kwargs}'*bool(config.teacher_kwargs),
                 weights=teacher.weights_hash(), train_images=data.train_hash,
                 images=len(data.train_labels), classes=len(data.classes),
-                padding=config.padding, views=view_count(config, data),
+                padding=config.padding, views=view_count(config),
                 image_size=data.train_images.shape[1], teacher_size=teacher.size, resize='bilinear',
                 constants=[list(c) for c in teacher.constants], dtype=teacher.precision + ' compiled'*teacher.compile,
                 **criterion(config).wants.key())

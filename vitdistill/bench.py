@@ -18,7 +18,7 @@ import pandas as pd, torch, torch.distributed as dist, yaml
 from .config import Config, VitdistillError, from_root, load, read_yaml, save, write_atomic
 from .contenders import Contender, Watch, bare, bench_config, clock, contenders, random_data
 from .contenders import rank_counts, recipe, recipe_config, tries, vitdistill
-from .views import expected_views, n_views
+from .views import expected_views, view_count
 from .models import student_size
 from .ranks import Ranks, check_device, end_with_parent, start_ranks, threads_per_rank
 from .runs import environment
@@ -193,7 +193,7 @@ def result(
     columns = ['images_per_second', 'teacher_share', 'tflops', 'memory_mb', 'start_seconds']
     table = groups[columns].median().reindex(entries)
     rate, epoch = groups.images_per_second, 50_000/table.images_per_second
-    hours = projected_hours(epoch, table.teacher_share, n_views(config.padding, config.flip is not False))
+    hours = projected_hours(epoch, table.teacher_share, view_count(config))
     table = table.assign(spread=(rate.max() - rate.min())/rate.median(), epoch_seconds=epoch,
         share_of_bare=rates.div(rates['bare'], axis=0).median(), memory_mb=groups.memory_mb.max(),
         projected_hours=pd.Series(hours), images_a_turn=groups.images.median(), turns=groups.size(),
@@ -375,7 +375,7 @@ def record(
     from vitdistill.analysis import save_figure
     name, table, goals = machine_name(about, config.device), result(turns, config), ratios(turns, config)
     parts = [headline(config, about, noise), _show(table.drop(columns='what')), _show(table[['contender', 'what']]),
-             _show(goals), HOW_MET, fill_pays_after(table, goals, n_views(config.padding, config.flip is not False)),
+             _show(goals), HOW_MET, fill_pays_after(table, goals, view_count(config)),
              *left_out, rank_counts(config)[1]]
     text = '\n\n'.join(filter(None, parts)) + '\n'
     files = {'.csv': table.to_csv(index=False), '-ratios.csv': goals.to_csv(index=False), '.txt': text}
@@ -447,10 +447,11 @@ def recipe_ratios(turns:pd.DataFrame)->pd.DataFrame: # of `measure` with `recipe
                          ('recipe, full planned memo / no teacher', planned/alone, '>=', .95)])
 
 def record_recipe(turns:pd.DataFrame, config:Config, out, about:dict, noise:str='', left_out:list=())->str:
-    "Write and return the recipe's table: images/s, peak memory and the ratios beside their goals."
+    "Write and return the recipe's table: images/s, peak memory, first step and the ratios beside their goals."
     entries, groups = recipe(config), turns.assign(rate=turns.images/turns.seconds).groupby('contender', sort=False)
     table = pd.DataFrame({'images_per_second': groups.rate.median(), 'memory_mb': groups.memory_mb.max(),
-        'spread': (groups.rate.max() - groups.rate.min())/groups.rate.median(), 'turns': groups.size()})
+        'spread': (groups.rate.max() - groups.rate.min())/groups.rate.median(),
+        'start_seconds': groups.start_seconds.median(), 'turns': groups.size()})
     table = table.assign(what=[entries[name].what for name in table.index]).reset_index()
     goals = recipe_ratios(turns)
     _write(goals, 'recipe-ratios', config, out, about, noise)

@@ -17,20 +17,20 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from .answers import Answers, Memo, Stopwatch, memo_key
 from .augment import AUGMENTATIONS, unnumbered
+from .complexity import layers
 from .config import Config, from_dict, preset
 from .data import Data, cifar100_constants
-from .views import Views, epoch_plan, normalize
+from .views import Views, epoch_plan, normalize, view_count
 from .losses import Batch, criterion
 from .models import create, create_student, student_size
 from .planned import Planned, PlanMemo, plan_key
 from .ranks import Ranks
 from .runs import cores
 from .setup import Setup, auto_values, create_optimizer, loading_processes, placed
-from .teachers import load_teacher, view_count
+from .teachers import load_teacher
 from .train import Progress, create_objective, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #a0af9b2a
@@ -47,7 +47,7 @@ def random_data(n:int=50_000)->Data: # training images
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=g)
     labels = torch.randint(100, (n,), generator=g)
-    return Data('cifar100', images, labels, images[:n//5], labels[:n//5], [str(c) for c in range(100)], flip=True,
+    return Data('cifar100', images, labels, images[:n//5], labels[:n//5], [str(c) for c in range(100)],
                 constants=cifar100_constants)
 
 # %% ../nbs/09_contenders.ipynb #ed88b96e
@@ -241,10 +241,7 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
 # %% ../nbs/09_contenders.ipynb #5ecd1f68
 def flops(model:nn.Module, size:int)->int:
     "Floating-point operations of a forward pass of one image of `size` px; a multiply-add is two."
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    image = next(model.parameters()).new_zeros(1, 3, size, size)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: model(image)
-    return counter.get_total_flops()
+    return 2*int(layers(model, (3, size, size)).multiply_adds.sum())
 
 # %% ../nbs/09_contenders.ipynb #20429914
 def teacher_alone(config:Config, ranks:Ranks, data:Data, watch:Watch):
@@ -253,7 +250,7 @@ def teacher_alone(config:Config, ranks:Ranks, data:Data, watch:Watch):
     watch.flop_per_step = flops(setup.answers.teacher.model, config.teacher_size)*config.batch_size
     def ready(steps:int):
         rows = torch.arange(steps*config.batch_size)
-        plan = epoch_plan(rows, len(data.train_labels), view_count(config, data), config.seed, next(numbers))
+        plan = epoch_plan(rows, len(data.train_labels), view_count(config), config.seed, next(numbers))
         def turn(): watch.known += clock(watch, lambda: setup.answers(plan))
         return turn
     return ready

@@ -16,8 +16,8 @@ from scipy.stats import t as student_t
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
                                   reliability, same_data, verdict)
 from .analysis import TEACHING, curves, mean_curve, settings, significant
-from .comparison import (PLAIN, TAUGHT, arm_facts, comparable_pair, epochs_together, foretold, images,
-                                   log_line, model_name, paired_difference, puzzling, run_names, schedule_name)
+from .comparison import (PLAIN, TAUGHT, arm_facts, comparable_pair, epochs_together, foretold, images, log_line,
+                                   mean_tops, model_name, paired_difference, puzzling, run_names, schedule_name)
 from .config import Config
 from .runs import Run
 from .trends import LOG, measured_crossover
@@ -156,7 +156,7 @@ def long_gap(
     "The pair at the last epoch at which it can be told, and the course of both arms up to there; None before `least`."
     pair = plain, taught = arms[PLAIN], arms[other]
     if not plain or not taught: return None
-    means = [mean_curve(curves(arm)).set_index('epoch')['mean'] for arm in pair]
+    means = mean_tops(*pair)
     common = max({*means[0].index} & {*means[1].index}, default=0) # evaluated in both
     if common < least: return None
     last = paired_at(plain[0], taught[0])
@@ -165,14 +165,13 @@ def long_gap(
     seen, tops = [mean.loc[:epochs] for mean in means], [float(mean.asof(epochs)) for mean in means]
     rises = [float(mean.iloc[-5:].mean() - mean.iloc[-10:-5].mean()) for mean in seen]
     gaps, lately = seen[1] - seen[0], float((means[1] - means[0]).dropna().iloc[-5:].mean())
-    led = (gaps.dropna() > 0)[::-1].cummin()
     widest = int(gaps.abs().idxmax()), float(gaps[gaps.abs().idxmax()])
     ahead_from = measured_crossover(*seen) if decided and last['low'] > 0 else None
     slopes, r2 = zip(*(map(significant, log_line(mean.reset_index(), epochs)) for mean in means))
     by_epoch = dict(epochs=epochs, difference=tops[1] - tops[0], low=np.nan, high=np.nan)
     return dict(last if decided else by_epoch, decided=decided, common=common, tops=tops, rises=rises, slopes=slopes,
                 r2=r2, widest=widest, lately=lately, last_ten=float(gaps.dropna().iloc[-10:].mean()),
-                ahead_from=ahead_from, leads_from=int(led[led].index.min()) if ahead_from and led.any() else None,
+                ahead_from=ahead_from, leads_from=measured_crossover(*seen, 1) if ahead_from else None,
                 runs=run_names(pair))
 
 # %% ../nbs/08g_findings.ipynb #3f772bc3
@@ -196,13 +195,12 @@ def teacher_calls(
 )->dict:          # heard: answers; online: the teacher's passes without a memo; memo: with one, a run
     "How many answers a run hears, and how often its teacher computes one, as is expected of views drawn by chance."
     from vitdistill.augment import unnumbered # here, so that the rest of the analysis starts without torch
-    from vitdistill.data import check_dataset
-    from vitdistill.views import expected_views, n_views
+    from vitdistill.views import expected_views, view_count
     if not config.teacher: return dict(heard=0., online=0., memo=0.)
-    heard, flip = images*epochs, check_dataset(config.dataset).flip if config.flip is None else config.flip
+    heard = images*epochs
     if config.fold_answers == 'drawn': return dict(heard=heard, online=images, memo=images/sharing) # centre views, once
     if unnumbered(config): return dict(heard=heard, online=heard, memo=heard) # a plan's memo is of one seed
-    shown = expected_views(n_views(config.padding, flip), epochs*sharing)
+    shown = expected_views(view_count(config), epochs*sharing)
     return dict(heard=heard, online=heard, memo=images*shown/sharing)
 
 # %% ../nbs/08g_findings.ipynb #bb9c541d

@@ -215,7 +215,7 @@ def note_run(run:Run)->None:
 def ended(run:Run, nodes:int, patience:float=60.)->bool: # seconds that the disk of several nodes has
     "Is the run done?"
     give_up = time.monotonic() + (patience if nodes > 1 else 0)
-    while (done := Run(run.folder).status == 'done') is False and time.monotonic() < give_up: time.sleep(.5)
+    while not (done := Run(run.folder).status == 'done') and time.monotonic() < give_up: time.sleep(.5)
     return done
 
 # %% ../nbs/07_launch.ipynb #e1a6f73c

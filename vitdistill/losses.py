@@ -60,6 +60,10 @@ class TopK(Logits):
         return np.dtype(np.float16 if classes <= 2048 else np.float32)
 
 # %% ../nbs/03_losses.ipynb #2c02cf52
+def _kl(log_p, log_q, temperature, reduction, classes): # log-probabilities of student and teacher
+    kl = F.kl_div(log_p, log_q, reduction='batchmean', log_target=True)*temperature**2
+    return kl/classes if reduction == 'public' else kl
+
 def soft_loss(
     logits:torch.Tensor,         # (B, C) of the student
     teacher_logits:torch.Tensor, # (B, C)
@@ -68,8 +72,7 @@ def soft_loss(
 )->torch.Tensor:
     "tau² KL(teacher || student), DeiT (2012.12877) eq. 2."
     log_p, log_q = (z.float().div(temperature).log_softmax(-1) for z in (logits, teacher_logits))
-    kl = F.kl_div(log_p, log_q, reduction='batchmean', log_target=True)*temperature**2
-    return kl/logits.shape[-1] if reduction == 'public' else kl
+    return _kl(log_p, log_q, temperature, reduction, logits.shape[-1])
 
 # %% ../nbs/03_losses.ipynb #40d6fee4
 def soft_loss_top_k(
@@ -87,8 +90,7 @@ def soft_loss_top_k(
     if index.shape[-1] < logits.shape[-1]:
         outcomes = torch.cat([outcomes, log_p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)], -1)
         log_q = torch.cat([value, tail], -1).log_softmax(-1)
-    kl = F.kl_div(outcomes, log_q, reduction='batchmean', log_target=True)*temperature**2
-    return kl/logits.shape[-1] if reduction == 'public' else kl
+    return _kl(outcomes, log_q, temperature, reduction, logits.shape[-1])
 
 # %% ../nbs/03_losses.ipynb #6aa19c83
 def decoupled_loss(

@@ -203,8 +203,7 @@ def finish(setup:Setup, run:RunWriter)->None:
 # %% ../nbs/06a_outcome.ipynb #b206e82c
 def record_adopted(
     config:Config,    # of the teacher, resolved, as it was adopted
-    folder:str|Path,  # its model folder
-    parts:tuple=('test', 'val', 'train') # of the images, that it is asked about: a pass over each
+    folder:str|Path   # its model folder
 )->RunWriter:
     "The run record of a teacher that was trained elsewhere: predictions and, as its result, its card."
     card = read_card(str(folder))
@@ -216,8 +215,8 @@ def record_adopted(
     with run.lock():
         run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
         run.note_machine()
-        run.save_predictions(**(arrays := predictions(setup, parts)))
-        heads = head_accuracies(arrays) if 'test' in parts else {}
+        run.save_predictions(**(arrays := predictions(setup)))
+        heads = head_accuracies(arrays)
         run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.get('top1_held_out'),
                         train_views_top1=card['top1_train_views'], weights_hash=card['weights_hash'], heads=heads,
                         card={name: value for name, value in card.items() if name != 'classes'}))

@@ -13,8 +13,8 @@ from .augment import AUGMENTATIONS
 from .config import Config, VitdistillError
 from .data import Data, generator
 from .losses import HardLabel
-from .teachers import Teacher, view_count
-from .views import Views
+from .teachers import Teacher
+from .views import Views, view_count
 
 # %% ../nbs/04b_planned.ipynb #8422493b
 PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', *AUGMENTATIONS, 'repeats', 'repeats_mode')
@@ -35,7 +35,7 @@ def plan_key(
     order = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     return memo_key(teacher, config, data) | dict(
         recipe=recipe, rows=order, noise=noise if isinstance(noise, str) else [list(c) for c in noise],
-        drawn_from=view_count(config, data), images=config.epochs, views=plan_rows(config, len(rows)))
+        drawn_from=view_count(config), images=config.epochs, views=plan_rows(config, len(rows)))
 
 class PlanMemo(Memo):
     "A frozen teacher's answers for (epoch, row of the plan)."

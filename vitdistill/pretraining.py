@@ -40,7 +40,7 @@ def uniform(
     start = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0].astype(np.int64))
     stream = splitmix64(start + image[:, None]*_golden)
     bits = splitmix64(stream + torch.arange(1, numbers + 1, device=image.device)*_golden)
-    return ((bits >> 41 & 2**23 - 1) + .5)/2**23
+    return (((bits >> 41) & (2**23 - 1)) + .5)/2**23
 
 # %% ../nbs/03a_pretraining.ipynb #1f224642
 def normal(u:torch.Tensor)->torch.Tensor: # in (0, 1)
@@ -85,7 +85,7 @@ def coloured(
 # %% ../nbs/03a_pretraining.ipynb #ef064441
 def pick(tokens:torch.Tensor, index:torch.Tensor)->torch.Tensor: # (B, N, D), (B, K) -> (B, K, D)
     "Each image's tokens at the given places, in the order of these."
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens.take_along_dim(index[..., None], 1)
 
 # %% ../nbs/03a_pretraining.ipynb #d375c242
 class VisiblePatches(nn.Module):

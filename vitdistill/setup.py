@@ -29,8 +29,8 @@ from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run, cores
-from .teachers import Teacher, check_health, load_teacher, refuse_begun_on, seen_by, view_count
-from .views import Plan, Views, epoch_plan, normalize, scaled
+from .teachers import Teacher, check_health, load_teacher, refuse_begun_on, seen_by
+from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #2d7e40b9
 def optimizer_class(config:Config)->tuple:
@@ -244,7 +244,7 @@ class Setup:
     def plan(self, epoch:int)->Plan: # its rows: (image, copy, view), in order
         c, n_images = self.config, len(self.data.train_labels)
         together = c.batch_size if c.repeats > 1 and c.repeats_mode == 'public' else 0
-        return epoch_plan(self.train_rows, n_images, view_count(c, self.data), c.seed, epoch, c.repeats, together)
+        return epoch_plan(self.train_rows, n_images, view_count(c), c.seed, epoch, c.repeats, together)
 
     @property
     def rows(self)->int: # of an epoch's plan

@@ -103,7 +103,7 @@ def published_gains()->dict[str, float]: # points; only those of whose two sides
 # %% ../nbs/08h_tables.ipynb #a4409824
 def claim_rows(
     runs:list[Run] # any mixture; those that have ended are told
-)->pd.DataFrame:   # what, student, dataset, epochs, recipe (1, ...), published (points), gaps by seed, `contrast`'s, holm
+)->pd.DataFrame:   # what, student, dataset, epochs, recipe (1, ...), published (points), gaps by seed, `contrast`'s
     "What each claim adds, a row for each claim that some recipe's arms can answer; the recipe of most rows first."
     gains, families, frames = published_gains(), {}, []
     for arm in repeats([run for run in runs if run.status == 'done']):

@@ -20,11 +20,8 @@ def token_cosines(
     "The cosine of class token and distillation token, from the input through every layer."
     if not isinstance(model, VisionTransformerDistilled):
         raise VitdistillError(f'{type(model).__name__} has one token: give a distilled vision transformer of timm.')
-    cosines = [F.cosine_similarity(model.cls_token, model.dist_token, dim=-1).item()]
-    def read(block, given, out): cosines.append(F.cosine_similarity(out[:, 0], out[:, 1]).mean().item())
-    hooks, training = [block.register_forward_hook(read) for block in model.blocks], model.training
-    try: model.eval().forward_features(pixels)
-    finally:
-        model.train(training)
-        for hook in hooks: hook.remove()
-    return cosines
+    training = model.training
+    try: seen = model.eval().forward_intermediates(pixels, return_prefix_tokens=True, intermediates_only=True)
+    finally: model.train(training)
+    pairs = [torch.cat([model.cls_token, model.dist_token], 1), *(tokens for _, tokens in seen)]
+    return [F.cosine_similarity(two[:, 0], two[:, 1], dim=-1).mean().item() for two in pairs]

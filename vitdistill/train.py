@@ -28,8 +28,7 @@ from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_ran
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, compiled, create_optimizer, create_schedule, evaluate
 from .setup import prepare, program, resolve, weight_average
-from .teachers import view_count
-from .views import Plan, cut_views, scaled
+from .views import Plan, cut_views, scaled, view_count
 
 # %% ../nbs/06_train.ipynb #5c1e08d4
 class Step(typing.NamedTuple):
@@ -107,7 +106,7 @@ def batches(
     config, ranks, data, answers, learner = setup.config, setup.ranks, setup.data, setup.answers, setup.criterion
     plan, augment = setup.plan(epoch), setup.augment or (lambda pixels, *_: pixels)
     labels, image = data.train_labels[plan.image].to(ranks.device), plan.image.to(setup.views.device)
-    views = copy_views(plan, view_count(config, data), learner.copies, config.seed, epoch)
+    views = copy_views(plan, view_count(config), learner.copies, config.seed, epoch)
     views = [view.to(setup.views.device) for view in views]
     numbers = None if learner.labelled else plan.image.to(ranks.device) # what an objective draws by
     steps, scale = epoch_steps(setup, len(plan.image)), program(scaled, config.compile)
@@ -290,7 +289,7 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     if answers: say(f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}')
     if answers and answers.by_view:
         known = answers.known(setup.train_rows)
-        size = images, view_count(c, setup.data), c.epochs, ranks.world, known
+        size = images, view_count(c), c.epochs, ranks.world, known
         say(f'memo: {known:.1%} of its answers known; {break_even(answers.teacher, setup.views, *size)}')
     elif answers and answers.plan_memo: say(f"memo of the plan: {answers.plan_memo.known():.1%} of its answers known; "
                                             'the teacher is asked the others online, once for all students of the plan')
@@ -411,7 +410,7 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     if not (setup.answers and setup.answers.by_view):
         raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}, memo = '
                               f'{config.memo}: fill one for a teacher whose answers are kept by view.')
-    views = view_count(config, setup.data)
+    views = view_count(config)
     with tqdm(total=views*len(setup.train_rows), unit=' answers', unit_scale=True, desc='memo', disable=ranks.rank > 0,
               mininterval=10 if not sys.stderr.isatty() else .1, file=sys.stdout, ascii=True) as bar:
         for n in fill(setup.answers, setup.train_rows, views): bar.update(n)
