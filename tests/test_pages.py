@@ -204,12 +204,16 @@ def record(root, curve, seed=1, right=None, planned=None, **over):
     return folder
 
 
+def tell(folder, **more):
+    """Let a record's result say more."""
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | more))
+
+
 def test_study_chooses_by_held_out_images(tmp_path):
     """Of two learning rates the better on held-out images is chosen, whatever test images say; neither is an arm."""
     for lr, held_out, test in (0.01, 0.4, 0.1), (0.1, 0.3, 0.9):
-        folder = record(tmp_path, [0.05, test], lr=lr)
-        result = json.loads((folder / "result.json").read_text())
-        (folder / "result.json").write_text(json.dumps(result | dict(val_top1=held_out)))
+        tell(record(tmp_path, [0.05, test], lr=lr), val_top1=held_out)
     text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
     choices = pd.read_csv(tmp_path / "tables/study_choices.csv").set_index("lr")
     assert choices.chosen.to_dict() == {0.01: "yes", 0.1: "no"} and "90.0%" not in text.split("## 2.")[0]
@@ -317,6 +321,14 @@ def test_arms_still_to_come_have_their_place(tmp_path):
             record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, split_seed=1, **part, **way)
             record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, **part, **way, **deit)
         record(tmp_path, [0.1, 0.4], seed, lr=0.02, **part, **deit | dict(mixup=0.0))  # of the same model
+        pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **TAUGHT | dict(alpha=0.9))
+        tell(pupil, teacher_card=dict(top1_held_out=0.8, top1_train_views=0.9))
+    vit = dict(student="vit_tiny_patch16_224", distillation="can", experiment="pretrain")
+    for name, given, probe in ("c", {}, 0.6), ("m", dict(weights=[0, 1, 0], mask=0.75, sigma=0.0), 0.5):
+        encoder = record(tmp_path, [0.1, 0.1], objective_kwargs=given, **vit)
+        tell(encoder, encoder_hash=name, linear_val_top1=probe, linear_test_top1=probe)
+    teacher = record(tmp_path, [0.1, 0.8], student=vit["student"], experiment="teacher", weights_hash="c")
+    tell(teacher, held_out_top1=0.8, train_views_top1=0.9)
     text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
     for section in re.split(r"\n## ", text):
         assert len(re.findall(r"^\| ", section, re.M)) <= 9, section[:40]
@@ -328,6 +340,9 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert "## 9. And the other way round" in text
     hard = re.search(r"^\| hard labels \| \[(.*?)\]", text.split("## 9. ")[1], re.M)
     assert hard[1].startswith("+1.0")  # of the students that see mixed images
+    tenth = text.split("## 10. ")[1].split("## Disc")[0]
+    assert "that CAN pre-trained" in tenth and "80.0%" in tenth and re.search(r"lie \[\+3\.2 \(", tenth)
+    assert "| CAN over MAE | +10.0 | +6.8 | 1 |" in tenth
     rows = re.findall(r"^\| resnet50.*$", text.split("## 1. ")[1].split("## 2. ")[0], re.M)
     assert ["part 2" in row for row in rows] == [False] * (len(rows) - 1) + [True]
 
