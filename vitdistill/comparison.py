@@ -120,6 +120,10 @@ def held_out_top1(arm:list[Run])->float: # of runs that hold images out
     return np.mean([run.result['val_top1'] for run in arm])
 
 # %% ../nbs/08b_comparison.ipynb #cea1de5a
+def _of_common_seeds(arms): # a seed that one arm has and another has not would tilt the choice
+    shared = set.intersection(*({run.config.seed for run in arm} for arm in arms))
+    return [[run for run in arm if run.config.seed in shared] for arm in arms] if shared else arms
+
 def families_to_choose_from(
     runs:list[Run], # done
     free=CHOSEN,    # fields between whose values was to be chosen
@@ -129,6 +133,7 @@ def families_to_choose_from(
     for arm in repeats(runs):
         if 'val_top1' in arm[0].result:
             families.setdefault(settings(arm[0].config, free | TEACHING), []).append(arm)
+    families = {key: _of_common_seeds(family) for key, family in families.items()}
     return [family for family in families.values() if len(family) > len({arm[0].config.distillation for arm in family})]
 
 # %% ../nbs/08b_comparison.ipynb #a0be0fc8

@@ -58,7 +58,7 @@ def _forward(model, shape): # {name: [(output shape, bytes) of each call]} in or
         module.register_forward_pre_hook(lambda *_, name=name: enter(name))
         module.register_forward_hook(lambda _, inputs, output, name=name: leave(name, inputs, output))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *shape, device='meta'))
+        model(torch.empty(1, *shape, device='meta', dtype=next(model.parameters(), torch.empty(0)).dtype))
     counts = counter.get_flop_counts()
     return calls, {name: sum(counts.get(f'{root}.{name}'.rstrip('.'), {}).values()) for name in calls}
 

@@ -10,7 +10,7 @@ __all__ = ['ARMS', 'STEPS', 'arm_of', 'passes', 'alike', 'encoders', 'comparable
 import numpy as np, pandas as pd
 from .agreement import comparisons, seed_interval, teacher_card, verdict
 from .analysis import published, repeats
-from .comparison import paired_difference, run_names
+from .comparison import EXPERIMENTS, paired_difference, run_names
 from .config import Config, shipped
 from .runs import Run
 
@@ -122,7 +122,7 @@ def pupil_rows(
 )->pd.DataFrame:   # teacher (its arm), data, student, teacher_held_out, taught, alone, answer; `paired_difference`'s
     "A row for each arm that such a teacher taught: less labels alone, shares of test images, or why that says nothing."
     rows, done = [], [run for run in runs if run.status == 'done']
-    for plain, pupils in comparisons([run for run in done if run.config.experiment in ('baseline', 'distilled')]):
+    for plain, pupils in comparisons([run for run in done if run.config.experiment in EXPERIMENTS]):
         teacher = taught_by(pupils[0], done)
         if teacher is None: continue
         origin = next(run for run in encoders(done) if teacher in tuned_from(run, done))

@@ -15,7 +15,7 @@ from .agreement import decisions, disagreement, pairs_by_seed, seed_interval, ve
 from .analysis import TEACHING, published, repeats, settings, teaching
 from .comparison import CHOSEN, chosen, contrast, held_out_top1, holm, run_names
 from .complexity import build
-from .config import Config, field_names, preset, repo_root, shipped
+from .config import Config, field_names, preset, repo_root
 from .runs import Run
 
 # %% ../nbs/08h_tables.ipynb #172337c5
@@ -71,6 +71,8 @@ def length_rows(
         if run.status == 'done': families.setdefault(settings(run.config, {'epochs', 't_max'}), []).append(run)
     frames = [pd.DataFrame()]
     for family in families.values():
+        common = set.intersection(*({run.config.seed for run in arm} for arm in repeats(family)))
+        family = [run for run in family if run.config.seed in common] or family # else seeds would be compared
         rows, c = arm_rows(family, 'student', 'dataset', 'epochs'), family[0].config
         arm = teaching(c) + f' by {c.teacher}'*bool(c.teacher)
         if rows.epochs.nunique() > 1: frames.append(rows.sort_values('epochs').assign(arm=arm))
@@ -94,16 +96,16 @@ def way(config:Config)->tuple[bool, str]: # (has it a distillation token?, disti
     return 'distilled' in config.student, config.distillation
 
 def published_gains()->dict[str, float]: # points; only those of whose two sides a number is at hand
-    "Claim -> what it adds to the ImageNet top-1 of DeiT-B: the paper's numbers, and those that timm measured."
-    known = pd.concat([published(), published(shipped('reports/reference/timm.csv'))])
-    top1 = known[known.quantity == 'ImageNet top-1'].groupby('item').value.first().astype(float)
+    "Claim -> what it adds to the ImageNet top-1 of DeiT-B, by the paper and its public code."
+    known = published()
+    top1 = known[known.quantity == 'ImageNet top-1'].set_index('item').value.astype(float)
     sides = {what: [top1.get(_published_as.get(arm)) for arm in arms] for what, arms in CLAIMS.items()}
     return {what: after - before for what, (before, after) in sides.items() if None not in (before, after)}
 
 # %% ../nbs/08h_tables.ipynb #a4409824
 def claim_rows(
     runs:list[Run] # any mixture; those that have ended are told
-)->pd.DataFrame:   # what, student, dataset, epochs, recipe (1, ...), published (points), gaps by seed, `contrast`'s
+)->pd.DataFrame:   # what, the arms' facts, recipe (1, ...), published (points), gaps by seed, `contrast`'s, holm
     "What each claim adds, a row for each claim that some recipe's arms can answer; the recipe of most rows first."
     gains, families, frames = published_gains(), {}, []
     for arm in repeats([run for run in runs if run.status == 'done']):
@@ -111,22 +113,23 @@ def claim_rows(
         recipe = c.student.replace('_distilled', ''), settings(c, TEACHING | {'student'})
         families.setdefault(recipe, []).append(arm)
     for (model, _), family in families.items():
-        c = family[0][0].config
-        rows = [dict(contrast(one, other, what), student=model, dataset=c.dataset, epochs=c.epochs,
-                     published=gains.get(what), gaps=_gaps(one, other)) for what, one, other in _claims(family)]
+        c, (teacher, claims) = family[0][0].config, _claims(family)
+        rows = [dict(contrast(one, other, what), student=model, student_kwargs=str(c.student_kwargs), teacher=teacher,
+                     dataset=c.dataset, epochs=c.epochs, published=gains.get(what, np.nan), gaps=_gaps(one, other))
+                for what, one, other in claims]
         frames.append(pd.DataFrame(rows))
     frames.sort(key=len, reverse=True)
     numbered = [frame.assign(recipe=n, holm=holm(frame.p)) for n, frame in enumerate(frames, 1) if len(frame)]
     return pd.concat([pd.DataFrame(), *numbered], ignore_index=True)
 
-def _claims(family): # arms of one recipe -> what, arm without, arm with: of those with a seed in common
+def _claims(family): # arms of one recipe -> most runs' teacher; what, arm without, arm with: with a seed in common
     taught = pd.Series([run.config.teacher for arm in family for run in arm if run.config.teacher], dtype=str)
     usual = taught.mode().iloc[0] if len(taught) else ''
     by_way = {way(arm[0].config): arm for arm in sorted(family, key=len) if arm[0].config.teacher in ('', usual)}
     told = [(what, by_way.get(one, []), by_way.get(other, [])) for what, (one, other) in CLAIMS.items()]
-    told += [(f'{usual} instead of {arm[0].config.teacher} as teacher', arm, by_way.get((True, 'hard'), []))
+    swaps = [(f'{usual} instead of {arm[0].config.teacher} as teacher', arm, by_way.get((True, 'hard'), []))
              for arm in family if way(arm[0].config) == (True, 'hard') and arm[0].config.teacher != usual]
-    return [(what, one, other) for what, one, other in told if pairs_by_seed(one, other)]
+    return usual, [row for row in told[:5] + swaps + told[5:] if pairs_by_seed(*row[1:])] # Table 2's before controls
 
 def _gaps(one, other): return [b.result['test_top1'] - a.result['test_top1'] for a, b in pairs_by_seed(one, other)]
 
@@ -135,22 +138,25 @@ RECIPE = CHOSEN | {*field_names(group='data'), *field_names(group='optimization'
                    'label_smoothing'} - {'epochs', 't_max', 'seed', *field_names(split=True)} # what may be chosen
 
 def choice_rows(
-    family:list[list[Run]] # arms of `families_to_choose_from(runs, RECIPE)`
-)->pd.DataFrame:           # the fields in which they differ, held_out_top1 (a fraction), chosen, seeds, runs, reproduce
-    "What was to be chosen between, the best first."
-    given = pd.json_normalize([json.loads(settings(arm[0].config)) for arm in family])
-    given = given.loc[:, given.astype(str).nunique(dropna=False) > 1]
-    best = chosen(family).values()
-    told = [dict(held_out_top1=held_out_top1(arm), chosen='yes' if arm in best else 'no', seeds=len(arm),
-                 runs=run_names([arm]), reproduce=again(arm[0])) for arm in family]
-    return given.join(pd.DataFrame(told)).sort_values('held_out_top1', ascending=False, ignore_index=True)
+    families:list[list[list[Run]]] # of `families_to_choose_from(runs, RECIPE)`
+)->pd.DataFrame: # choice (1, ...), student, epochs, what differs in some choice, held_out_top1 (fraction), chosen, ...
+    "What was to be chosen between, choice by choice, the best first."
+    told = [dict(choice=n, held_out_top1=held_out_top1(arm), chosen='yes' if arm in chosen(family).values() else 'no',
+                 seeds=len(arm), runs=run_names([arm]), reproduce=again(arm[0]))
+            for n, family in enumerate(families, 1) for arm in family]
+    if not told: return pd.DataFrame()
+    told = pd.DataFrame(told).sort_values(['choice', 'held_out_top1'], ascending=[True, False])
+    given = pd.json_normalize([json.loads(settings(arm[0].config)) for family in families for arm in family])
+    apart = given.astype(str).groupby(told.choice.sort_index()).nunique(dropna=False).gt(1).any()
+    about = ['student', 'epochs', *given.columns[apart].difference(['student', 'epochs'])]
+    return told[['choice']].join(given[about]).join(told.drop(columns='choice')).reset_index(drop=True)
 
 # %% ../nbs/08h_tables.ipynb #2ee75fcb
 FACTORS = ('mixup', 'cutmix'), ('optimizer', 'opt_kwargs', 'lr', 'momentum', 'weight_decay') # that change as one
 
 def one_factor(differs:list)->bool: # names of the fields in which two configs differ
     "Whether they are one thing in a recipe."
-    if {'student', 'stem', *field_names(split=True)} & {*differs}: return False # another model, or other images
+    if {'student', 'stem', 'epochs', 't_max', *field_names(split=True)} & {*differs}: return False # no part of a recipe
     return len(differs) == 1 or any(factor[0] in differs and {*differs} <= {*factor} for factor in FACTORS)
 
 # %% ../nbs/08h_tables.ipynb #8bb7e676
