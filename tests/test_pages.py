@@ -309,8 +309,9 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
 
 def test_arms_still_to_come_have_their_place(tmp_path):
     """No table grows beyond eight rows, other images have rows of their own, DeiT's recipe is no arm here."""
-    folds = dict(TAUGHT, teacher_weights="a", fold_weights="b")
-    ways = ({}, 0.5), (TAUGHT, 0.51), (folds, 0.52), (folds | dict(fold_answers="seen"), 0.515), \
+    usual = dict(TAUGHT, teacher_weights="a", teacher_hash="a")
+    folds = dict(usual, fold_weights="b", teacher_hash="b")
+    ways = ({}, 0.5), (usual, 0.51), (folds, 0.52), (folds | dict(fold_answers="seen"), 0.515), \
            (folds | dict(fold_answers="drawn"), 0.505), (TAUGHT | dict(allow_untrained=True), 0.3)
     part, deit = dict(data_fraction=0.2), dict(student="deit_tiny_patch16_224", mixup=0.2)
     for seed in 1, 2:
@@ -321,8 +322,13 @@ def test_arms_still_to_come_have_their_place(tmp_path):
             record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, split_seed=1, **part, **way)
             record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, **part, **way, **deit)
         record(tmp_path, [0.1, 0.4], seed, lr=0.02, **part, **deit | dict(mixup=0.0))  # of the same model
-        pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **TAUGHT | dict(alpha=0.9))
+        pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9))
         tell(pupil, teacher_card=dict(top1_held_out=0.8, top1_train_views=0.9))
+        other = record(tmp_path, [0.1, 0.52 + seed / 500], seed, lr=0.02, **part, **usual | dict(teacher="resnet18"))
+        tell(other, teacher_card=dict(top1_held_out=0.4, n_train=44_000, weights_hash="r"))
+    for run in find_runs(tmp_path / "runs"):
+        if run.config.teacher == TAUGHT["teacher"] and run.config.alpha == 0.5:
+            tell(run.folder, teacher_card=dict(top1_held_out=0.7, n_train=44_000, weights_hash="v"))
     vit = dict(student="vit_tiny_patch16_224", distillation="can", experiment="pretrain")
     for name, given, probe in ("c", {}, 0.6), ("m", dict(weights=[0, 1, 0], mask=0.75, sigma=0.0), 0.5):
         encoder = record(tmp_path, [0.1, 0.1], objective_kwargs=given, **vit)
@@ -332,6 +338,7 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
     for section in re.split(r"\n## ", text):
         assert len(re.findall(r"^\| ", section, re.M)) <= 9, section[:40]
+    assert "resnet18 at 224 px, trained on 44,000 images, has 40.0% of held-out images right. That is no more" in text
     third = text.split("## 3. ")[1].split("## 4. ")[0]
     assert "*swapped folds* less *out" in third and "*labels drawn as folds err* less *out" in third
     arms = pd.read_csv(tmp_path / "tables/study_arms.csv")

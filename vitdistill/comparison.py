@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX', 'stays_up', 'schedule_name', 'model_name',
            'run_names', 'images', 'own_images_only', 'arm_namer', 'puzzling', 'same_settings', 'counterpart',
-           'differing', 'held_out_top1', 'families_to_choose_from', 'chosen', 'rejected', 'detectable',
-           'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts', 'choice_table',
-           'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pooled', 'pair_table', 'contrast', 'budget_families',
-           'curves_to_draw', 'foretold', 'forecast_table']
+           'differing', 'held_out_top1', 'of_common_seeds', 'families_to_choose_from', 'chosen', 'rejected',
+           'detectable', 'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts',
+           'choice_table', 'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pooled', 'pair_table', 'contrast',
+           'budget_families', 'curves_to_draw', 'foretold', 'forecast_table']
 
 # %% ../nbs/08b_comparison.ipynb #76410fd8
 from collections.abc import Callable
@@ -120,7 +120,8 @@ def held_out_top1(arm:list[Run])->float: # of runs that hold images out
     return np.mean([run.result['val_top1'] for run in arm])
 
 # %% ../nbs/08b_comparison.ipynb #cea1de5a
-def _of_common_seeds(arms): # a seed that one arm has and another has not would tilt the choice
+def of_common_seeds(arms:list[list[Run]])->list[list[Run]]:
+    "The runs of those seeds that all arms have, for another would tilt a comparison; all of them where there is none."
     shared = set.intersection(*({run.config.seed for run in arm} for arm in arms))
     return [[run for run in arm if run.config.seed in shared] for arm in arms] if shared else arms
 
@@ -133,7 +134,7 @@ def families_to_choose_from(
     for arm in repeats(runs):
         if 'val_top1' in arm[0].result:
             families.setdefault(settings(arm[0].config, free | TEACHING), []).append(arm)
-    families = {key: _of_common_seeds(family) for key, family in families.items()}
+    families = {key: of_common_seeds(family) for key, family in families.items()}
     return [family for family in families.values() if len(family) > len({arm[0].config.distillation for arm in family})]
 
 # %% ../nbs/08b_comparison.ipynb #a0be0fc8
@@ -172,14 +173,14 @@ def paired_difference(
     one:list[Run],   # an arm that is done
     other:list[Run], # another
     seeds:int=None,  # only so many pairs, the lowest seeds; None: all
-)->dict:             # pairs (a count); difference and ends of intervals (shares); p. NaN for what too few can't tell
+)->dict:             # pairs (a count); gaps by seed, their mean and ends of intervals (shares); p. NaN: too few for it
     "Last test top-1 of `other` less that of `one`, by seed: mean, t interval, p; Welch's; what was detectable."
     pairs = pairs_by_seed(one, other)[:seeds]
     tops = np.array([[run.result['test_top1'] for run in pair] for pair in pairs]).reshape(-1, 2)
     found = tops[:, 1] - tops[:, 0]
     mean, low, high = seed_interval(found)
-    told = dict(pairs=len(found), difference=mean, low=low, high=high, p=np.nan, welch_low=np.nan, welch_high=np.nan,
-                welch_p=np.nan, correlation=np.nan, std=np.nan, detectable=np.nan)
+    told = dict(pairs=len(found), gaps=found.round(6).tolist(), difference=mean, low=low, high=high, p=np.nan,
+                welch_low=np.nan, welch_high=np.nan, welch_p=np.nan, correlation=np.nan, std=np.nan, detectable=np.nan)
     if np.isnan(low): return told
     spread = found.std(ddof=1)
     told |= dict(p=ttest_1samp(found, 0).pvalue, std=spread, detectable=detectable(spread, len(found)))

@@ -99,6 +99,7 @@ def check_dataset(name:str)->Dataset:
     if (row := DATASETS.get(prefix + slash)) and bool(slash) == bool(rest): return row
     raise VitdistillError(f'dataset = {name!r} is not known: {nearest(name, DATASETS)}')
 
+# %% ../nbs/01_data.ipynb #e196a4f5
 def flips(config:Config)->bool:
     "Whether training images are mirrored: as the config says, else where that leaves the dataset's labels as they are."
     return check_dataset(config.dataset).flip if config.flip is None else config.flip

@@ -87,11 +87,9 @@ def forest_row(
 )->dict:
     "A row of the forest: who, in which setting, the difference with its interval, and each seed's."
     pairs = pairs_by_seed(one, other)
-    gaps = [float(b.result['test_top1'] - a.result['test_top1']) for a, b in pairs]
     return dict(question=question(other[0].config), arm=name(other), setting=letters[setting(other)],
                 **paired_difference(one, other), interval='over seeds', seeds=[a.config.seed for a, _ in pairs],
-                later=[added_later(b.config) for _, b in pairs],
-                gaps=[round(gap, 6) for gap in gaps], runs=run_names(zip(*pairs)))
+                later=[added_later(b.config) for _, b in pairs], runs=run_names(zip(*pairs)))
 
 # %% ../nbs/08g_findings.ipynb #7cf2daeb
 UNTRAINED = 'taught, head never trained'

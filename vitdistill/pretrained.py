@@ -8,7 +8,7 @@ __all__ = ['ARMS', 'STEPS', 'arm_of', 'passes', 'alike', 'encoders', 'comparable
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 import numpy as np, pandas as pd
-from .agreement import comparisons, seed_interval, teacher_card, verdict
+from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card, verdict
 from .analysis import published, repeats
 from .comparison import EXPERIMENTS, paired_difference, run_names
 from .config import Config, shipped
@@ -109,13 +109,14 @@ def _step(one, other, there, known): # arms; name -> seed -> accuracies; publish
 def taught_by(
     student:Run,
     runs:list[Run] # any mixture
-)->Run|None:
-    "The model made of an encoder that taught a student, known by its card's accuracies; None: another teacher did."
+)->tuple[Run, Run]|None:
+    "The encoder, and the model made of it, that taught a student; known by its card. None: another teacher did."
     card, c = teacher_card(student), student.config
     asked = c.teacher, c.teacher_kwargs, card.get('top1_held_out'), card.get('top1_train_views')
-    made = [model for encoder in encoders(runs) for model in tuned_from(encoder, runs)]
-    return next((model for model in made if asked == (model.config.student, model.config.student_kwargs,
-                 model.result['held_out_top1'], model.result['train_views_top1'])), None)
+    def of(model): return (model.config.student, model.config.student_kwargs, model.result['held_out_top1'],
+                           model.result['train_views_top1'])
+    made = ((encoder, model) for encoder in encoders(runs) for model in tuned_from(encoder, runs))
+    return next(((encoder, model) for encoder, model in made if of(model) == asked), None)
 
 def pupil_rows(
     runs:list[Run] # any mixture
@@ -123,14 +124,15 @@ def pupil_rows(
     "A row for each arm that such a teacher taught: less labels alone, shares of test images, or why that says nothing."
     rows, done = [], [run for run in runs if run.status == 'done']
     for plain, pupils in comparisons([run for run in done if run.config.experiment in EXPERIMENTS]):
-        teacher = taught_by(pupils[0], done)
-        if teacher is None: continue
-        origin = next(run for run in encoders(done) if teacher in tuned_from(run, done))
-        found, held_out = paired_difference(plain, pupils), teacher.result['held_out_top1']
-        alone = np.mean([run.result['test_top1'] for run in plain]) if plain else np.nan
-        answer = 'the plain student: not run yet' if not found['pairs'] else verdict(found['low'], found['high'])
+        found = taught_by(pupils[0], done)
+        if found is None: continue
+        encoder, teacher = found
+        gap, held_out = paired_difference(plain, pupils), teacher.result['held_out_top1']
+        taught = np.mean([run.result['test_top1'] for run in pupils])
+        alone = np.mean([run.result['test_top1'] for run, _ in pairs_by_seed(plain, pupils)] or np.nan)
+        answer = 'the plain student: not run yet' if not gap['pairs'] else verdict(gap['low'], gap['high'])
         if held_out <= alone: answer = 'not answered: the teacher is no better than the plain student'
-        rows.append(dict(teacher=arm_of(origin.config), data=pupils[0].config.dataset, student=pupils[0].config.student,
-                         teacher_held_out=held_out, taught=np.mean([run.result['test_top1'] for run in pupils]),
-                         alone=alone, answer=answer, **found, runs=run_names([plain, pupils])))
+        c = pupils[0].config
+        rows.append(dict(teacher=arm_of(encoder.config), data=c.dataset, student=c.student, teacher_held_out=held_out,
+                         taught=taught, alone=alone, answer=answer, **gap, runs=run_names([plain, pupils])))
     return pd.DataFrame(rows)

@@ -17,6 +17,7 @@ def n_views(padding:int, flip:bool)->int:
     "How many different views crop padding and flip give."
     return (2*padding + 1)**2*(1 + flip)
 
+# %% ../nbs/01a_views.ipynb #f3c72c01
 def view_count(config:Config)->int:
     "How many views of an image a run draws from."
     return n_views(config.padding, flips(config))
