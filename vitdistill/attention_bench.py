@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
 from torch.profiler import ProfilerActivity, profile
-from .bench import busy_gpus, goal_met, instruction_set, machine_name, median_interval
-from .bench import noise_sentence, other_work
+from .bench import goal_met, instruction_set, machine_name, median_interval, ready
 from .complexity import layers
 from .config import VitdistillError, from_root, write_atomic
 from .contenders import Watch, clock, loop
 from .layers import HiLo
 from .models import create
-from .ranks import check_device
 from .runs import environment
 
 # %% ../nbs/09b_attention_bench.ipynb #aaf99cbf
@@ -181,14 +179,10 @@ def main(arguments:list=None)->int:
     add('--keep', dest='out', action='store_const', const=kept, help=f'write to {kept}')
     add('--anyway', action='store_true', help='run although other processes compute, and say so in the record')
     args = parser.parse_args(arguments)
-    device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        check_device(device)
+        device, noise = ready(args)
         if wrong := next((size for size in args.sizes if size < 128 or size % 32), None):
             raise VitdistillError(f'{wrong} px is no size for all of them: choose multiples of 32, from 128 on.')
-        noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
-        if noise and not args.anyway:
-            raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
         say = functools.partial(print, flush=True)
         turns = measure(cases(tuple(args.sizes)), device, args.rounds, args.seconds,
                         args.batch or (32 if device == 'cuda' else 1), say)

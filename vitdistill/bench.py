@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLOSE', 'HOW_MET', 'orders', 'peak_memory', 'everyone', 'serve', 'Worker', 'steps_a_turn', 'start', 'measure',
            'projected_hours', 'by_round', 'median_interval', 'result', 'goal_met', 'beside_goals', 'ratios',
-           'fill_pays_after', 'other_work', 'busy_gpus', 'noise_sentence', 'instruction_set', 'machine_name',
+           'fill_pays_after', 'other_work', 'busy_gpus', 'noise_sentence', 'ready', 'instruction_set', 'machine_name',
            'headline', 'draw', 'record', 'versus', 'record_tries', 'recipe_ratios', 'record_recipe', 'milliseconds',
            'profile', 'main', 'bench']
 
@@ -295,6 +295,15 @@ def noise_sentence(work:list, gpus:list, most:float=.2)->str: # cores that other
     if cores > most: return f'other processes keep {cores:.1f} cores busy ({names})'
     return f'a GPU is {max(gpus)}% busy' if gpus else ''
 
+# %% ../nbs/09a_bench.ipynb #54891193
+def ready(args:argparse.Namespace)->tuple[str, str]: # with device and anyway, of a bench's command line
+    "(device, what else the machine does): where it does something, only as one that is to be measured anyway."
+    device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    check_device(device)
+    noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
+    if noise and not args.anyway: raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
+    return device, noise
+
 # %% ../nbs/09a_bench.ipynb #f26ce424
 def instruction_set()->str:
     "The widest instructions that torch computes with on this CPU, such as 'avx2', 'avx512', 'avx512-bf16' or 'amx'."
@@ -511,16 +520,13 @@ def main(arguments:list=None)->int:
 # %% ../nbs/09a_bench.ipynb #4989a4b1
 def bench(args:argparse.Namespace)->str: # of `main`
     "The bench of the command line; returns its text."
-    device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    check_device(device)
+    device, noise = ready(args)
     usual = recipe_config if args.recipe else bench_config
     config = usual(device, **(read_yaml(Path(args.config)) if args.config else {}))
     if args.images < config.batch_size:
         raise VitdistillError(f'images = {args.images} is less than a batch: give {config.batch_size} or more.')
     if args.against and not (Path(args.against)/'vitdistill').is_dir():
         raise VitdistillError(f'--against {args.against}: no checkout of vitdistill is there, give the root of one.')
-    noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
-    if noise and not args.anyway: raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
     seconds, say = args.seconds or (30. if device == 'cuda' else 4.), functools.partial(print, flush=True)
     out, about = from_root(args.out), environment() | dict(instructions=instruction_set())
     if args.profile: return _write(profile(config, args.images), 'profile', config, out, about, noise)

@@ -128,7 +128,7 @@ def main(arguments:list=None)->int:
     for run in map(Run, map(from_root, parser.parse_args(arguments).folder)):
         try: print(f"{run.name}: {', '.join(keep_scores(run)) or 'nothing to do'}")
         except VitdistillError as e:
-            refused = 2
+            refused = 1
             print(e, file=sys.stderr)
     return refused
 

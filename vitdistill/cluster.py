@@ -11,7 +11,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
-from .config import VitdistillError, from_root, nearest, need, repo_root
+from .config import VitdistillError, from_root, nearest, need, read_yaml, repo_root
 from .launch import bind_to_parent
 
 # %% ../nbs/07_cluster.ipynb #119778c4
@@ -37,15 +37,8 @@ def read_ask(
     **given        # fields that replace the file's; None means as the file says
 )->Ask:
     "What jobs ask for; an unknown or ill-typed name is a `VitdistillError`."
-    values = {}
-    if path:
-        try: values = yaml.load(from_root(path).read_text(), yaml.BaseLoader) or {} # else 1:00:00 would be 3600
-        except (OSError, ValueError, yaml.YAMLError) as e:
-            raise VitdistillError(f'{path} is no YAML file of a cluster ({str(e).splitlines()[0]}): '
-                                  'write lines such as "partition: gpu".') from None
-    if not isinstance(values, dict):
-        raise VitdistillError(f'{path} holds no keys: write lines such as "partition: gpu".')
-    values = {**values, **{name: value for name, value in given.items() if value is not None}}
+    values = read_yaml(from_root(path), yaml.BaseLoader) if path else {} # another loader reads 1:00:00 as 3600
+    values |= {name: value for name, value in given.items() if value is not None}
     known = {f.name: f.type for f in fields(Ask)}
     for name, value in values.items():
         if name not in known: raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, known)}')

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'need', 'repo_root', 'from_root', 'fitting',
            'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'Config', 'field_names', 'check',
-           'from_dict', 'read_yaml', 'load', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
+           'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset', 'save', 'defining', 'config_hash', 'student_name',
+           'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, shutil, typing
@@ -315,13 +316,17 @@ def from_dict(values:dict, source:str='')->Config:
 # %% ../nbs/00_config.ipynb #2eb0b684
 _safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the same in C, eight times as fast, where PyYAML has it
 
-def read_yaml(path:Path)->dict:
-    "The keys and values of a YAML file; one that is missing, damaged or without keys is a `VitdistillError`."
-    try: values = yaml.load(path.read_text(encoding='utf-8'), _safe_loader)
+def load_yaml(path:Path, loader:type=_safe_loader): # -> what is in it
+    "What a YAML file holds; one that is missing or damaged is a `VitdistillError`."
+    try: return yaml.load(path.read_text(encoding='utf-8'), loader)
     except (FileNotFoundError, IsADirectoryError):
         raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise VitdistillError(f'{path} is not YAML ({str(e).splitlines()[0]}): mend that line.') from None
+
+def read_yaml(path:Path, loader:type=_safe_loader)->dict:
+    "The keys and values of a YAML file; one that is missing, damaged or without keys is a `VitdistillError`."
+    values = load_yaml(path, loader)
     if not isinstance(values, dict):
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values

@@ -87,9 +87,7 @@ def main(arguments:list=None)->int:
     try:
         if args.to not in FORMATS: raise VitdistillError(f'--to {args.to} is not known: {nearest(args.to, FORMATS)}')
         print(FORMATS[args.to](Run(from_root(args.run)), args.out and from_root(args.out)))
-    except VitdistillError as e:
-        print(e, file=sys.stderr)
-        return 2
+    except VitdistillError as e: sys.exit(f'{e}')
     return 0
 
 # %% ../nbs/06d_export.ipynb #7f88583d

@@ -19,7 +19,7 @@ import torch, yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, queued, read_ask, submit
-from .config import (VitdistillError, fitting, from_root, nearest, repo_root, run_name, shipped,
+from .config import (VitdistillError, fitting, from_root, load_yaml, nearest, repo_root, run_name, shipped,
                                shipped_names, write_atomic)
 from .launch import TEACHER_FIELDS, bind_to_parent, check_names, configure, makes_teacher, stop
 from .launch import teacher_of_preset
@@ -44,11 +44,8 @@ def grid_cells(path:str|Path)->list[Cell]:
     import papermill
     if not Path(path).is_file():
         raise VitdistillError(f'no grid at {path}: name a YAML file such as those of nbs/experiments/grids.')
-    try: grids = yaml.safe_load(Path(path).read_text())
-    except (ValueError, yaml.YAMLError) as e:
-        raise VitdistillError(f'{path} is no YAML ({str(e).splitlines()[0]}): write it as those of '
-                              'nbs/experiments/grids.') from None
-    grids, cells = grids if grids and isinstance(grids, list) else [grids], []
+    grids, cells = load_yaml(Path(path)), []
+    grids = grids if grids and isinstance(grids, list) else [grids]
     for grid in grids:
         if not isinstance(grid, dict) or 'notebook' not in grid:
             raise VitdistillError(f'{path} names no notebook in {str(grid)[:60]!r}: write "notebook: e00_teacher".')

@@ -267,9 +267,7 @@ def main(arguments:list=None)->int:
     try:
         torch.set_num_threads(threads_per_rank(run.config, 1))
         print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
-    except VitdistillError as e:
-        print(e, file=sys.stderr)
-        return 2
+    except VitdistillError as e: sys.exit(f'{e}')
     return 0
 
 # %% ../nbs/06a_outcome.ipynb #7f88583d

@@ -164,7 +164,7 @@ def main(arguments:list=None)->int:
     for folder in args.adopt or [run.folder for run in find_runs(args.folder)]:
         try: written = task(folder)
         except VitdistillError as e:
-            refused = 2
+            refused = 1
             print(e, file=sys.stderr)
         else: print(f"{Path(folder).name}: {', '.join(written) or 'nothing to do'}")
     return refused
