@@ -1,9 +1,11 @@
 """The pages that people read: numbers against the records, sentences against their numbers, and how long they are."""
+import io
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -568,28 +570,31 @@ FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # by the run i
 
 @pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
 def test_grid_stood_before_its_runs(grid, tmp_path):
-    """The commit in each record of a grid that foretells holds the cell of the grid that made it."""
+    """The commit in each record of a grid that foretells holds the cell, and the preset, that made it."""
     own = "weights", "adopted", "new_head", "fill_memo", "keep_record", "out_of_fold", "teacher_data_fraction"
 
-    def configs(path):
-        for cell in grid_cells(path):
+    def configs(root):
+        for cell in grid_cells(root / grid.relative_to(ROOT)):
             if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50"):
                 values = {k: v for k, v in cell.chosen.items() if k not in own}
+                values["preset"] = str(root / f"nbs/presets/{values['preset']}.yaml")
                 c = configure(PARTS[cell.notebook.stem], values)
                 yield c.experiment, c.seed, settings(c, FOUND), bool(cell.chosen.get("out_of_fold"))
-    made = set(configs(grid))
+    made = set(configs(ROOT))
     for run in find_runs(RECORDS):
         c = run.config
         cell = c.experiment, c.seed, settings(c, FOUND), bool(c.fold_weights)
         if cell not in made:
             continue
-        commit = f"{run.environment['commit']}:{grid.relative_to(ROOT).as_posix()}"
-        shown = subprocess.run(["git", "show", commit], cwd=ROOT, capture_output=True, text=True)
-        if "unknown revision" in shown.stderr or "bad object" in shown.stderr or "invalid object" in shown.stderr:
+        commit = run.environment["commit"]
+        if subprocess.run(["git", "cat-file", "-e", commit], cwd=ROOT).returncode:
             pytest.skip("a shallow clone: the commit of the record is not here")
-        assert not shown.returncode, f"{run.name} was run before {grid.name} was committed"
-        (tmp_path / grid.name).write_text(shown.stdout)
-        assert cell in set(configs(tmp_path / grid.name)), run.name
+        archive = ["git", "archive", commit, "nbs/presets", str(grid.relative_to(ROOT))]
+        then = subprocess.run(archive, cwd=ROOT, capture_output=True)
+        assert not then.returncode, f"{run.name} was run before {grid.name} was committed"
+        with tarfile.open(fileobj=io.BytesIO(then.stdout)) as files:
+            files.extractall(tmp_path / commit, filter="data")
+        assert cell in set(configs(tmp_path / commit)), run.name
 
 
 def test_a_grids_cells_meet_the_records_that_they_are_to_be_paired_with():

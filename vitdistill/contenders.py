@@ -331,7 +331,7 @@ def tries(config:Config)->dict:
 def recipe_config(device:str, **given)->Config:
     "A small DeiT that MobileNetV2 teaches, at the full strength of DeiT's recipe."
     full = vars(preset('deit', 'deit'))
-    strengths = {name: full[name] for name in (*AUGMENTATIONS, 'mixup', 'cutmix', 'padding')}
+    strengths = {name: full[name] for name in (*AUGMENTATIONS, 'mixup', 'cutmix', 'label_smoothing', 'padding')}
     batch = dict(batch_size=512) if device == 'cuda' else {}
     config = preset('small_deit', 'deit', **strengths | batch | dict(device=device) | given)
     return replace(config, **auto_values(config) | dict(compile=config.compile)) # as in `bench_config`
