@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
+from vitdistill.augment import AUGMENTATIONS
 from vitdistill.config import Config, VitdistillError, config_hash, preset
 from vitdistill.data import image_side, load_data, split_rows
 from vitdistill.grids import grid_cells
@@ -26,6 +27,9 @@ from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
 
 PRESETS = "deit", "deit3", "deit_finetune", "small_deit", "small_deit3", "small_deit_finetune"
+
+
+STRENGTHS = *AUGMENTATIONS[1:], "mixup", "cutmix", "label_smoothing", "repeats"  # all but the crop
 
 
 def parts_of(name):
@@ -43,6 +47,8 @@ def test_presets_are_one_recipe(name):
         assert (student.token == "distillation") == ("distilled" in student.student)
         assert bool(student.teacher) == (student.distillation == "hard")
     if name.startswith("small"):
+        recipe = [getattr(preset(name.removesuffix("_finetune"), "baseline"), field) for field in (*STRENGTHS, "padding")]
+        assert recipe == [getattr(students[0], field) for field in (*STRENGTHS, "padding")]  # of the training before
         steps = math.ceil(10_000 / students[0].batch_size) * students[0].epochs
         assert steps == (1252 if "finetune" in name else 10_016)
     if name == "deit":
@@ -56,8 +62,9 @@ def test_presets_are_one_recipe(name):
         teachers = {timm.models.get_pretrained_cfg(its.teacher).url.split("/")[-1] for its in students if its.teacher}
         assert teachers <= {"regnety_160-a5fe301d.pth"}  # the public code's, by the name in its README
     elif name == "small_deit":  # as held-out images chose, of what deit_strengths.yaml asks
-        choices = pd.read_csv(ROOT / "reports/tables/deit_choices.csv")
-        best = Run(ROOT / "reports/runs" / choices[choices.choice == 1].iloc[0].runs).config
+        choices, its = pd.read_csv(ROOT / "reports/tables/deit_choices.csv"), students[0]
+        row, = choices[(choices.student == its.student) & (choices.epochs == its.epochs) & (choices.chosen == "yes")].itertuples()
+        best = Run(ROOT / "reports/runs" / row.runs.split(", ")[0]).config
         recipe = {field: value for field, value in vars(best).items() if field in RECIPE}
         assert all(recipe == {field: getattr(student, field) for field in recipe} for student in students)
 
@@ -82,9 +89,10 @@ def test_stochastic_depth_of_presets():
     assert rates("small_deit3", student_size=32, student_kwargs=kwargs) == pytest.approx([0.1] * 12)
 
 
-@pytest.mark.parametrize("name", ["deit_strengths", "deit3_strengths", "deit_table2", "deit_table3", "deit_table8",
-                                  "deit_lengths", "deit_resolution", "deit_gpu", "deit_gpu_strengths"])
-def test_grids_make_configs(name):
+@pytest.mark.parametrize("name, cells", [
+    ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 18), ("deit_table8", 11),
+    ("deit_lengths", 4), ("deit_resolution", 6), ("deit_gpu", 21), ("deit_gpu_strengths", 3)])
+def test_grids_make_configs(name, cells):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")
     made = []
@@ -92,11 +100,14 @@ def test_grids_make_configs(name):
         given = {key: value for key, value in cell.chosen.items() if key != "preset"}
         role = given.pop("role", None) or arms[cell.notebook.stem[:3]]
         made.append(preset(cell.chosen["preset"], role, **given))
-    assert len(made) == len({str(config) for config in made}) >= 3
-    if name in ("deit_strengths", "deit3_strengths", "deit_resolution"):  # chosen on held-out images
+    assert len(made) == len({str(config) for config in made}) == cells
+    if "strengths" in name or name == "deit_resolution":  # chosen on held-out images, with as many steps as the others
         assert {config.val_rows for config in made} == {"44000:50000"}
         labels = torch.arange(50_000) % 100
-        assert {len(split_rows(labels, config)[0]) for config in made} == {10_000}  # as many steps as the others have
+        assert {len(split_rows(labels, config)[0]) for config in made} == {44_000 if "gpu" in name else 10_000}
+    if "gpu" in name:  # Table 9 in full, the last of those to choose from
+        full = vars(preset("deit", "baseline"))
+        assert all(getattr(made[-1], field) == full[field] for field in STRENGTHS)
     if name == "deit_table2":  # the weakest teacher is trained first, also where all cells could start at once
         cells = grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")
         assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9

@@ -112,7 +112,7 @@ def test_tables_of_one_recipe(tmp_path):
     assert table("methods")[["distillation", "top1"]].values.tolist() == [["soft", 0.7], ["hard", 0.6], ["none", 0.5]]
     assert table("methods").alpha.isna().tolist() == [False, False, True]
     assert table("epochs").top1.tolist() == [0.7, 0.6, 0.5] and table("epochs").alpha.notna().any()
-    assert table("one_out").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
+    assert table("one_changed").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
     assert table("heads").distillation.tolist() == ["hard"] * 4 + ["soft"] * 4
     choices = table("choices")
     assert choices[["lr", "held_out_top1", "chosen"]].values.tolist() == [[0.002, 0.43, "yes"], [0.001, 0.41, "no"]]
@@ -144,7 +144,7 @@ def test_commands_of_rows_end_where_they_are_read(tmp_path):
     """What a row says to run makes a run of reports/runs, where the next look finds it, or is a grid that is there."""
     (tmp_path / "runs").mkdir()
     analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
-    for name in ("transfer", "resolution", "one_out", "methods"):
+    for name in ("transfer", "resolution", "one_changed", "methods"):
         words = pd.read_csv(tmp_path / f"out/tables/deit_{name}.csv").reproduce[0].split()
         if "papermill" not in words:
             assert (ROOT / words[-1]).is_file()

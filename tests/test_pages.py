@@ -315,15 +315,18 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     folds = dict(usual, fold_weights="b", teacher_hash="b")
     ways = ({}, 0.5), (usual, 0.51), (folds, 0.52), (folds | dict(fold_answers="seen"), 0.515), \
            (folds | dict(fold_answers="drawn"), 0.505), (TAUGHT | dict(allow_untrained=True), 0.3)
-    part, deit = dict(data_fraction=0.2), dict(student="deit_tiny_patch16_224", mixup=0.2)
+    part, deit = dict(data_fraction=0.2), dict(student="deit_tiny_patch16_224", lr=0.02)
+    two = dict(deit, student="deit_tiny_distilled_patch16_224", experiment="deit", token="distillation")
     for seed in 1, 2:
         for lr, t_max in (0.02, 0), (0.02, 2000), (0.005, 0), (0.005, 2000):
             for way, top1 in ways[:2] if lr == 0.005 else ways:
                 record(tmp_path, [0.1, top1 + seed * (top1 - 0.3) / 100], seed, lr=lr, t_max=t_max, **part, **way)
         for way, top1 in ways[:2]:
             record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, split_seed=1, **part, **way)
-            record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, **part, **way, **deit)
-        record(tmp_path, [0.1, 0.4], seed, lr=0.02, **part, **deit | dict(mixup=0.0))  # of the same model
+            record(tmp_path, [0.1, top1 + seed / 100], seed, **part, **way, **deit)
+        record(tmp_path, [0.1, 0.505 + seed / 80], seed, **part, **usual | deit | dict(distillation="soft"))
+        record(tmp_path, [0.1, 0.53 + seed / 80], seed, **part, **usual | two)
+        record(tmp_path, [0.1, 0.4], seed, **part, **deit | dict(mixup=0.2))  # of the same model
         pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9))
         tell(pupil, teacher_card=dict(top1_held_out=0.8, top1_train_views=0.9))
         other = record(tmp_path, [0.1, 0.52 + seed / 500], seed, lr=0.02, **part, **usual | dict(teacher="resnet18"))
@@ -348,7 +351,9 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert set(pd.read_csv(tmp_path / "tables/study_pairs.csv").part) == {1, 2}
     assert "## 9. And the other way round" in text
     hard = re.search(r"^\| hard labels \| \[(.*?)\]", text.split("## 9. ")[1], re.M)
-    assert hard[1].startswith("+1.0")  # of the students that see mixed images
+    assert hard[1].startswith("+1.0")  # of the students that see no mixed images
+    assert "only cropped and mirrored" in text and "alone, hard labels add [+1.0" in text
+    assert re.search(r"and soft ones \[\+0\.9 .* With a token of their own hard labels add \[\+3\.4 \(", text)
     tenth = text.split("## 10. ")[1].split("## Disc")[0]
     assert "that CAN pre-trained" in tenth and "80.0%" in tenth and re.search(r"lie \[\+3\.2 \(", tenth)
     assert "| CAN over MAE | +10.0 | +6.8 | 1 |" in tenth
@@ -550,13 +555,19 @@ def tiny_weights(folder):
 
 
 GRIDS = ROOT / "nbs/experiments/grids"
-FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", path.read_text())]
+
+
+def head_of(grid):
+    return " ".join(line.lstrip("# ") for line in grid.read_text().splitlines() if line.startswith("#"))
+
+
+FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", head_of(path))]
 
 
 @pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
 def test_foretelling_grid_says_what_it_asks(grid):
     """Its head says what is asked, what is expected and which seeds; each cell is a config."""
-    head = " ".join(line.lstrip("# ") for line in grid.read_text().splitlines() if line.startswith("#"))
+    head = head_of(grid)
     assert "?" in head and re.search("[Ee]xpected", head) and re.search(r"[Ss]eeds? \d|[Oo]ne seed", head)
     for cell in grid_cells(grid):
         own = "weights", "adopted", "new_head", "fill_memo", "keep_record", "out_of_fold", "teacher_data_fraction"
@@ -575,7 +586,7 @@ def test_grid_stood_before_its_runs(grid, tmp_path):
 
     def configs(root):
         for cell in grid_cells(root / grid.relative_to(ROOT)):
-            if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50"):
+            if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50", "e03_deit_from_regnet"):
                 values = {k: v for k, v in cell.chosen.items() if k not in own}
                 values["preset"] = str(root / f"nbs/presets/{values['preset']}.yaml")
                 c = configure(PARTS[cell.notebook.stem], values)

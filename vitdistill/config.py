@@ -215,7 +215,7 @@ class Config:
     beta:float=_objective(.5, '[0, 1]') # weight of the soft part within 'hard+soft'
     temperature:float=_objective(3., '(0, inf)') # tau of soft distillation
     objective_kwargs:dict=_objective(dict) # further arguments of the objective, checked against its signature
-    soft_top_k:int=_objective(0, '[0, inf)') # logits that soft answers keep, beside the rest's mass; 0: all, online
+    soft_top_k:int=_objective(0, '[0, inf)') # logits that soft answers keep, beside the rest's mass; 0: all of them
     kl_reduction:str=_objective('batchmean', ('batchmean', 'public')) # or the DeiT code's, over batch x classes
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # of the true labels
     # The optimization
@@ -319,9 +319,8 @@ _safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the same in C, ei
 def load_yaml(path:Path, loader:type=_safe_loader): # -> what is in it
     "What a YAML file holds; one that is missing or damaged is a `VitdistillError`."
     try: return yaml.load(path.read_text(encoding='utf-8'), loader)
-    except (FileNotFoundError, IsADirectoryError):
-        raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except OSError: raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
+    except (yaml.YAMLError, ValueError) as e: # of a date, or of bytes that are no text
         raise VitdistillError(f'{path} is not YAML ({str(e).splitlines()[0]}): mend that line.') from None
 
 def read_yaml(path:Path, loader:type=_safe_loader)->dict:

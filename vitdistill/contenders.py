@@ -329,7 +329,7 @@ def tries(config:Config)->dict:
 
 # %% ../nbs/09_contenders.ipynb #f769b5a0
 def recipe_config(device:str, **given)->Config:
-    "A small DeiT that MobileNetV2 teaches, at the full strength of DeiT's recipe."
+    "A small DeiT that MobileNetV2 teaches, with the augmentation of DeiT's recipe."
     full = vars(preset('deit', 'deit'))
     strengths = {name: full[name] for name in (*AUGMENTATIONS, 'mixup', 'cutmix', 'label_smoothing', 'padding')}
     batch = dict(batch_size=512) if device == 'cuda' else {}

@@ -128,8 +128,8 @@ def pupil_rows(
         if found is None: continue
         encoder, teacher = found
         gap, held_out = paired_difference(plain, pupils), teacher.result['held_out_top1']
-        taught = np.mean([run.result['test_top1'] for run in pupils])
-        alone = np.mean([run.result['test_top1'] for run, _ in pairs_by_seed(plain, pupils)] or np.nan)
+        pairs = pairs_by_seed(plain, pupils) or [(None, run) for run in pupils]
+        alone, taught = (np.mean([run.result['test_top1'] if run else np.nan for run in side]) for side in zip(*pairs))
         answer = 'the plain student: not run yet' if not gap['pairs'] else verdict(gap['low'], gap['high'])
         if held_out <= alone: answer = 'not answered: the teacher is no better than the plain student'
         c = pupils[0].config
