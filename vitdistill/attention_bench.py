@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
 from torch.profiler import ProfilerActivity, profile
-from .bench import goal_met, instruction_set, machine_name, median_interval, ready
+from .bench import device_and_noise, goal_met, instruction_set, machine_name, median_interval
 from .complexity import layers
 from .config import VitdistillError, from_root, write_atomic
 from .contenders import Watch, clock, loop
@@ -180,7 +180,7 @@ def main(arguments:list=None)->int:
     add('--anyway', action='store_true', help='run although other processes compute, and say so in the record')
     args = parser.parse_args(arguments)
     try:
-        device, noise = ready(args)
+        device, noise = device_and_noise(args)
         if wrong := next((size for size in args.sizes if size < 128 or size % 32), None):
             raise VitdistillError(f'{wrong} px is no size for all of them: choose multiples of 32, from 128 on.')
         say = functools.partial(print, flush=True)

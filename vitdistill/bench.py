@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLOSE', 'STARTS', 'HOW_MET', 'orders', 'peak_memory', 'everyone', 'serve', 'Worker', 'steps_a_turn', 'start',
            'measure', 'projected_hours', 'by_round', 'median_interval', 'result', 'goal_met', 'beside_goals', 'ratios',
-           'fill_pays_after', 'other_work', 'busy_gpus', 'noise_sentence', 'ready', 'instruction_set', 'machine_name',
-           'headline', 'draw', 'record', 'versus', 'record_tries', 'recipe_ratios', 'record_recipe', 'milliseconds',
-           'profile', 'main', 'bench']
+           'fill_pays_after', 'other_work', 'busy_gpus', 'noise_sentence', 'device_and_noise', 'instruction_set',
+           'machine_name', 'headline', 'draw', 'record', 'versus', 'record_tries', 'recipe_ratios', 'record_recipe',
+           'milliseconds', 'profile', 'main', 'bench']
 
 # %% ../nbs/09a_bench.ipynb #79f67ae8
 import argparse, contextlib, dataclasses, functools, json, math, os, re, resource, statistics, subprocess, sys, tempfile
@@ -297,8 +297,8 @@ def noise_sentence(work:list, gpus:list, most:float=.2)->str: # cores that other
     return f'a GPU is {max(gpus)}% busy' if gpus else ''
 
 # %% ../nbs/09a_bench.ipynb #54891193
-def ready(args:argparse.Namespace)->tuple[str, str]: # with device and anyway, of a bench's command line
-    "(device, what else the machine does): where it does something, only as one that is to be measured anyway."
+def device_and_noise(args:argparse.Namespace)->tuple[str, str]: # args: a bench's device and anyway
+    "What to measure on, and what else the machine does: a `VitdistillError` unless that is nothing, or `anyway` is on."
     device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     check_device(device)
     noise = noise_sentence(other_work(), busy_gpus() if device == 'cuda' else [])
@@ -525,7 +525,7 @@ def main(arguments:list=None)->int:
 # %% ../nbs/09a_bench.ipynb #4989a4b1
 def bench(args:argparse.Namespace)->str: # of `main`
     "The bench of the command line; returns its text."
-    device, noise = ready(args)
+    device, noise = device_and_noise(args)
     usual = recipe_config if args.recipe else bench_config
     config = usual(device, **(read_yaml(Path(args.config)) if args.config else {}))
     if args.images < config.batch_size:

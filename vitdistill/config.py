@@ -155,10 +155,10 @@ def _field(
 _student, _data, _teacher, _objective, _optimization, _machine, _record, _found = (
     functools.partial(_field, group=group, teaching=group in ('teacher', 'objective')) for group in GROUPS)
 
-# %% ../nbs/00_config.ipynb #de604553
 _precisions, _norms = ('auto', 'fp32', 'bf16'), ('data', 'own')
 _compile_modes = 'auto', 'none', 'default', 'reduce-overhead', 'max-autotune'
 
+# %% ../nbs/00_config.ipynb #de604553
 @dataclass(frozen=True)
 class Config:
     "Everything that defines a run; `preset` and `load` make one, dataclasses' `replace` varies it."
@@ -317,9 +317,10 @@ def from_dict(values:dict, source:str='')->Config:
 _safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the same in C, eight times as fast, where PyYAML has it
 
 def load_yaml(path:Path, loader:type=_safe_loader): # -> what is in it
-    "What a YAML file holds; one that is missing or damaged is a `VitdistillError`."
+    "What a YAML file holds; one that can't be read or is damaged is a `VitdistillError`."
     try: return yaml.load(path.read_text(encoding='utf-8'), loader)
-    except OSError: raise VitdistillError(f'no config file at {path}: give the path of a YAML file.') from None
+    except OSError as e:
+        raise VitdistillError(f'no config file at {path} ({e.strerror}): give the path of a YAML file.') from None
     except (yaml.YAMLError, ValueError) as e: # of a date, or of bytes that are no text
         raise VitdistillError(f'{path} is not YAML ({str(e).splitlines()[0]}): mend that line.') from None
 

@@ -128,8 +128,9 @@ def pupil_rows(
         if found is None: continue
         encoder, teacher = found
         gap, held_out = paired_difference(plain, pupils), teacher.result['held_out_top1']
-        pairs = pairs_by_seed(plain, pupils) or [(None, run) for run in pupils]
-        alone, taught = (np.mean([run.result['test_top1'] if run else np.nan for run in side]) for side in zip(*pairs))
+        alone, taught = np.nan, np.mean([run.result['test_top1'] for run in pupils])
+        if pairs := pairs_by_seed(plain, pupils):
+            alone, taught = np.mean([[run.result['test_top1'] for run in pair] for pair in pairs], axis=0)
         answer = 'the plain student: not run yet' if not gap['pairs'] else verdict(gap['low'], gap['high'])
         if held_out <= alone: answer = 'not answered: the teacher is no better than the plain student'
         c = pupils[0].config
