@@ -241,6 +241,10 @@ class Setup:
         size = size or student_size(self.config, pixels.shape[-1]) # size: in px; 0: that of training
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
+    @property
+    def test_size(self)->int: # side of the student's input where it is evaluated, px
+        return evaluation_size(self.config, self.data.train_images.shape[1])
+
     def plan(self, epoch:int)->Plan: # its rows: (image, copy, view), in order
         c, n_images = self.config, len(self.data.train_labels)
         together = c.batch_size if c.repeats > 1 and c.repeats_mode == 'public' else 0
@@ -375,7 +379,7 @@ def predict(
 )->list:
     "Logits per head, (n, C) float32 on the device, of the centre views of `rows`."
     student = (student or setup.student).eval()
-    side = evaluation_size(setup.config, setup.data.train_images.shape[1])
+    side = setup.test_size
     batch, outputs = batch or setup.pass_images or pass_size(side, setup.ranks.device), []
     rows = rows.to(setup.ranks.device)
     while (done := sum(len(heads[0]) for heads in outputs)) < len(rows):
