@@ -184,7 +184,7 @@ def paired_difference(
     if np.isnan(low): return told
     spread = found.std(ddof=1)
     told |= dict(p=ttest_1samp(found, 0).pvalue, std=spread, detectable=detectable(spread, len(found)))
-    if np.ptp(tops, axis=0).min() > 1e-9: told |= dict(correlation=float(np.corrcoef(tops.T)[0, 1]))
+    if np.ptp(tops, axis=0).min() > 1e-9: told |= dict(correlation=round(float(np.corrcoef(tops.T)[0, 1]), 6) + 0)
     welch = ttest_ind(tops[:, 1], tops[:, 0], equal_var=False)
     ends = welch.confidence_interval()
     return told | dict(welch_low=float(ends.low), welch_high=float(ends.high), welch_p=float(welch.pvalue))
@@ -289,7 +289,8 @@ def teacher_facts(
     true_answers = np.mean([run.result.get('true_answers') or np.nan for run in arm])
     return dict(true_answers=true_answers, teacher_as_asked=run.result.get('teacher_top1'),
                 teacher=f'{run.config.teacher} at {run.config.teacher_size} px' if run.config.teacher else None,
-                teacher_images=trained_on.get(card.get('weights_hash'), np.nan),
+                teacher_images=np.nan if run.config.allow_untrained # its head has seen none
+                else trained_on.get(card.get('weights_hash'), np.nan),
                 teacher_held_out=known.get('top1_held_out'), teacher_train_views=known.get('top1_train_views'))
 
 # %% ../nbs/08b_comparison.ipynb #0170549b

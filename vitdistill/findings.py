@@ -111,9 +111,11 @@ def long_table(
     arms:dict,     # of `long_run`
     least:int=20,  # epochs: of a shorter beginning no line is fitted
 )->pd.DataFrame:   # a row an arm that has begun
-    "How far each arm has come: accuracies by epoch, its log line, what the line of the first 60% said of the rest."
+    "Each arm, as far as the pair has come: accuracies, log line, what the line of the first 60% said of the rest."
+    means = {arm: mean_curve(curves(runs)) for arm, runs in arms.items() if runs}
+    common = min((means[arm].epoch.max() for arm in (PLAIN, TAUGHT) if arm in means), default=np.inf)
     def row(arm, runs):
-        mean = mean_curve(curves(runs))
+        mean = means[arm][means[arm].epoch <= common]
         tops, n = mean.set_index('epoch')['mean'], int(mean.epoch.max())
         slope, r2 = log_line(mean) if n >= least else (np.nan, np.nan)
         early = foretold(LOG, mean, .6)[0] if n >= least else None
