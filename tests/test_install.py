@@ -165,6 +165,23 @@ def test_recipes_call_commands_that_exist():
             assert (ROOT / grids.parser().parse_args(words[1:]).grid).is_file()
 
 
+@pytest.mark.slow
+def test_commands_of_the_readme_train_and_export(tmp_path):
+    """As they stand, but small: a student on a tenth of the digits, its curves, and the ONNX file that it becomes."""
+    lines = re.findall(r"^vitdistill ((?:train|export) .+)$", (ROOT / "README.md").read_text(), re.M)
+    train, export = (shlex.split(line) for line in lines)
+    train[train.index("--runs_dir") + 1] = str(tmp_path / "runs")
+    small = dict(work_dir=tmp_path / "work", student="resnet18", data_fraction=0.1, epochs=1)
+
+    def vitdistill(*words):
+        subprocess.run([sys.executable, "-m", "vitdistill.cli", *map(str, words)], cwd=ROOT, check=True)
+    vitdistill(*train, *(word for name, value in small.items() for word in (f"--{name}", value)))
+    [run] = find_runs(tmp_path / "runs")
+    assert run.status == "done" and run.config.lr == 0.02 and list(tmp_path.rglob("events.out.tfevents*"))
+    vitdistill(*(str(run.folder) if word.startswith("reports/runs/") else word for word in export))
+    assert list((tmp_path / "work").rglob("*.onnx"))
+
+
 def imports(tree):
     """Names of modules that a syntax tree imports, of other packages."""
     for node in ast.walk(tree):

@@ -136,6 +136,14 @@ def test_differences_of_the_study_are_those_of_the_records(page):
         assert [float(x) for x in (mean, low, high)] == pytest.approx(found, abs=0.0501), (key, sources[key][0])
 
 
+def test_every_number_of_the_study_leads_to_its_runs(page):
+    """Shares and differences in its prose; published ones, correlations, and what a mean is of aside."""
+    prose = [part for part in page[1].split("\n## How it was done")[0].split("\n\n") if part[0] not in "|!"]
+    alone = re.sub(r"\[[^\]]*\]\([^)]*\)", "", "\n".join(prose))
+    found = re.findall(r".{30}(?<![\w.,])(?:[+-]\d+\.\d+|\d+\.\d%).{9}", alone)
+    assert not [text for text in found if not re.search("correlate by|-0.77 to|published|[+-]0.0% |its line", text)]
+
+
 def test_every_picture_says_whom_it_shows(page):
     for name in re.findall(r"\]\(figures/(\w+)\.png\)", page[1]):
         words_of = " ".join(re.findall("<!-- (.*?) -->", (page[0] / f"figures/{name}.svg").read_text()))
@@ -176,7 +184,7 @@ def test_students_are_held_against_the_answers_that_they_were_given(page):
 
 
 def test_back_tests_are_of_all_pairs(page):
-    """Also of the pair that Figure 4 draws; the finding names the learning rate, on which the error depends."""
+    """Of either learning rate, which the finding names, for on it the error depends."""
     table = pd.read_csv(page[0] / "tables/study_forecasts.csv")
     logs = table[(table.law == "logarithm") & (table.schedule == "T_max 2,000")].set_index(["lr", "arm"]).error
     assert {(0.02, "taught"), (0.02, "labels alone"), (0.005, "taught"), (0.005, "labels alone")} <= set(logs.index)
@@ -448,6 +456,15 @@ def test_accuracies_of_the_readme_are_those_of_the_study():
     stay = set(pairs.arm[pairs.holm <= 0.05])
     assert {"taught, out of fold", "taught, soft targets at tau 4", "taught, head never trained"} < stay
     assert "taught" not in stay
+
+
+def test_the_readme_says_which_images_the_small_runs_learned():
+    """Most of them one subset, some another, on which out of fold and soft answers add as much, as the study holds."""
+    parts = pd.read_csv(ROOT / "reports/tables/study_pairs.csv").part
+    assert parts.eq(1).sum() > parts.ne(1).sum() > 0 and "most of them one subset of CIFAR-100" in README
+    answers = re.findall(r"^[13]\. \*\*.*$", (ROOT / "reports/study.md").read_text(), re.M)
+    assert len(answers) == 2 and all("as much on other images" in told for told in answers)
+    assert README.split("## Two commands")[0].count("as much on other images") == 2
 
 
 def test_bench_rows_of_the_readme_are_measured():
