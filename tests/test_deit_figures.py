@@ -1,5 +1,6 @@
 """DeiT's figures, drawn of records that are made up here."""
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ from conftest import ROOT, TINY
 
 from forked_notebooks import analyse
 from test_notebooks import said
+from vitdistill.cli import configured, field_values
 from vitdistill.config import Config, config_hash, preset, run_name, save
 from vitdistill.data import load_data
 from vitdistill.models import create, save_model
-from vitdistill.runs import Run
+from vitdistill.runs import Run, find_runs
+from vitdistill.tables import again, weights_maker
 
 CLASSES = [str(digit) for digit in range(10)]
 TAUGHT = dict(experiment="deit", teacher="regnety_002", distillation="hard", teacher_weights="out/{}/model")
@@ -62,6 +65,7 @@ def test_figures_of_made_up_records(records):
     lengths = (records / "out/figures/deit_lengths.svg").read_text()
     assert "means over 2 to 2 seeds" in lengths
     shares = pd.read_csv(records / "out/tables/deit_disagreement.csv").set_index("answer")
+    assert shares.pop("reproduce").str.fullmatch(r"vitdistill train --config \S+ .* && vitdistill train .*").all()
     assert list(shares) == ["label", "teacher", "class", "distillation", "softmax"]
     assert (shares.loc["teacher"][2:] > 0.1).all()
     rows = pd.read_csv(records / "out/tables/deit_methods.csv").query("row == 'measured'")  # the rest is published
@@ -138,6 +142,26 @@ def test_claims_are_differences_of_arms(tmp_path):
     drawn = (tmp_path / "out/figures/deit_claims.svg").read_text()
     assert all(what in drawn for what in claims.index)
     assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()
+
+
+def test_commands_that_train_again_find_their_weights():
+    """All weights that a recorded run's command names are beside the data, or a command before has written them."""
+    for run in find_runs():
+        if not weights_maker(run, "teacher"):
+            continue
+        written = {""}
+        for part in again(run).split(" && "):
+            words = shlex.split(part)
+            if words[0] == "papermill":  # e04: a teacher that was adopted
+                given = dict(zip(words[words.index("."):][2::3], words[words.index("."):][3::3]))
+                written.add(f"{given['work_dir']}/{given['adopted']}/model")
+                continue
+            given, source = field_values(words[2:])
+            config = configured(source, given)
+            named = {getattr(config, f"{role}_weights") for role in ("student", "teacher", "fold")}
+            assert {path for path in named if not path.startswith("$VITDISTILL_DATA/weights/")} <= written
+            written.add(f"{config.work_dir}/{run_name(config)}/model")  # its name holds the hashes of its files
+        assert run_name(config) == run.name and config.runs_dir == "out/again"
 
 
 def test_commands_of_rows_end_where_they_are_read(tmp_path):
