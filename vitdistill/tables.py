@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADOPTED', 'CLAIMS', 'CONTROLS', 'RECIPE', 'FACTORS', 'beside_taught', 'teacher_accuracy', 'command', 'weights_maker',
            'again', 'arm_rows', 'length_rows', 'way', 'published_gains', 'claim_rows', 'leading_claims', 'choice_rows',
-           'one_factor', 'one_changed', 'head_disagreement', 'recipe_rows', 'variant_rows', 'or_command']
+           'one_factor', 'one_changed', 'head_disagreement', 'token_rows', 'recipe_rows', 'variant_rows', 'or_command']
 
 # %% ../nbs/08h_tables.ipynb #bcc4124d
 import json
@@ -237,6 +237,20 @@ def head_disagreement(
         names = ['label', *asked]
         frames.append(disagreement(decisions([*asked.values()])).set_axis(names).set_axis(names, axis=1))
     return sum(frames)/len(frames)
+
+# %% ../nbs/08h_tables.ipynb #71f927e0
+def token_rows(
+    runs:list[Run] # any mixture; those that have ended and have it are told
+)->pd.DataFrame:   # arm, student, dataset, epochs, seeds, input and last (cosines), by_layer (from input to last), ...
+    "A row an arm: the cosine of its students' two tokens, means over seeds."
+    rows = []
+    for group in repeats([run for run in runs if run.status == 'done' and run.result.get('token_cosines')]):
+        c, cosines = group[0].config, np.mean([run.result['token_cosines'] for run in group], axis=0)
+        arm = f'{teaching(c)} by {c.teacher}' if c.teacher else f'control, {teaching(c)}'
+        rows.append(dict(arm=arm, student=c.student, dataset=c.dataset, epochs=c.epochs, seeds=len(group),
+                         input=cosines[0], last=cosines[-1], by_layer=cosines.tolist(), runs=run_names([group]),
+                         reproduce=again(group[0])))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/08h_tables.ipynb #600a71b4
 def recipe_rows(
