@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, TINY
+from safetensors.torch import save_file
 
 from forked_notebooks import analyse
 from test_notebooks import said
@@ -76,14 +78,18 @@ def test_figures_of_made_up_records(records):
 
 @pytest.mark.slow
 def test_figures_that_are_measured(tmp_path):
-    """Asked to measure, it times Figure 1's models here."""
+    """Asked to measure, it times Figure 1's models here; of named weights it tells how position embeddings shorten."""
     (tmp_path / "runs").mkdir()
+    save_file(dict(pos_embed=torch.ones(1, 2 + 14 * 14, 8)), tmp_path / "alike.safetensors")
     analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
-            bench=str(tmp_path / "bench"), measure=True, batch=1, passes=1)
+            bench=str(tmp_path / "bench"), measure=True, batch=1, passes=1,
+            trained_positions=str(tmp_path / "alike.safetensors"))
+    positions = pd.read_csv(tmp_path / "bench/positions.csv").set_index("positions")
+    assert set(positions.index) == {"alike"} and (positions[["bicubic", "bilinear"]] == 1).all(axis=None)
     paces = pd.read_csv(tmp_path / "bench/paces.csv").set_index("model")
     told = pd.read_csv(tmp_path / "out/tables/deit_cost.csv").set_index("model")
     assert (paces.images_per_second > 0).all() and paces.machine.nunique() == 1
-    assert told["images a second"].to_dict() == paces.images_per_second.to_dict() and len(told) == 14
+    assert told["images a second"].to_dict() == paces.images_per_second.to_dict() and len(told) == 18
     assert paces.machine.iloc[0] in (tmp_path / "out/figures/deit_throughput.svg").read_text()
 
 
