@@ -1,20 +1,22 @@
 """DeiT's figures, drawn of records that are made up here."""
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, TINY
+from safetensors.torch import save_file
 
 from forked_notebooks import analyse
 from test_notebooks import said
+from vitdistill.cli import configured, field_values
 from vitdistill.config import Config, config_hash, preset, run_name, save
-from vitdistill.data import load_data
-from vitdistill.models import create, save_model
-from vitdistill.runs import Run
+from vitdistill.runs import Run, find_runs
+from vitdistill.tables import again, weights_maker
 
-CLASSES = [str(digit) for digit in range(10)]
 TAUGHT = dict(experiment="deit", teacher="regnety_002", distillation="hard", teacher_weights="out/{}/model")
 
 
@@ -24,7 +26,7 @@ def decide(seed, right):
     return np.where(rng.random(360) < right, label, (label + 1) % 10)
 
 
-def record(root, top1, heads=("class", "distillation", "softmax"), val_top1=None, **over):
+def record(root, top1, heads=("class", "distillation", "softmax"), val_top1=None, cosines=None, **over):
     """A finished run, whose answers are right as often as said, and its predictions."""
     c = Config(**dict(dataset="digits", student="deit_tiny_distilled_patch16_224", student_kwargs=TINY,
                       work_dir=str(root / "work"), experiment="baseline") | over)
@@ -34,6 +36,7 @@ def record(root, top1, heads=("class", "distillation", "softmax"), val_top1=None
     told = dict.fromkeys((*heads, "logits"), top1)
     result = dict(hash=config_hash(c), test_top1=top1, heads=told, teacher_top1=0.9 if c.teacher else None)
     result |= dict(val_top1=val_top1) if val_top1 else {}
+    result |= dict(token_cosines=cosines) if cosines else {}
     (folder / "result.json").write_text(json.dumps(result))
     arrays = {f"test_{head}_decision": decide([c.seed, len(head)], top1) for head in heads}
     arrays |= {f"test_{head}_confidence": np.full(360, 0.9, np.float16) for head in heads}
@@ -54,14 +57,15 @@ def records(tmp_path):
 
 
 def test_figures_of_made_up_records(records):
-    """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map; cosines need a model, and say so."""
+    """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map; no record has cosines, it says."""
     notebook = analyse("a06_deit", records / "a06.ipynb", reports=str(records / "runs"), out=str(records / "out"))
     drawn = {path.stem for path in (records / "out/figures").glob("*.png") if path.stat().st_size > 10_000}
     assert drawn == {f"deit_{name}" for name in ("heads", "disagreement", "throughput", "lengths", "positions")}
-    assert "No cosines were measured" in said(notebook) and "was not drawn" not in said(notebook)
+    assert "No cosines were drawn" in said(notebook) and "was not drawn" not in said(notebook)
     lengths = (records / "out/figures/deit_lengths.svg").read_text()
     assert "means over 2 to 2 seeds" in lengths
     shares = pd.read_csv(records / "out/tables/deit_disagreement.csv").set_index("answer")
+    assert shares.pop("reproduce").str.fullmatch(r"vitdistill train --config \S+ .* && vitdistill train .*").all()
     assert list(shares) == ["label", "teacher", "class", "distillation", "softmax"]
     assert (shares.loc["teacher"][2:] > 0.1).all()
     rows = pd.read_csv(records / "out/tables/deit_methods.csv").query("row == 'measured'")  # the rest is published
@@ -74,21 +78,34 @@ def test_figures_of_made_up_records(records):
 
 @pytest.mark.slow
 def test_figures_that_are_measured(tmp_path):
-    """Asked to measure, it times Figure 1's models here and reads the tokens of a model that lies beside its record."""
-    run = record(tmp_path, 0.7, **TAUGHT)
-    data = load_data(run.config)
-    card = dict(classes=data.classes, input_size=32, constants=data.mean_std)
-    model = create(run.config.student, 10, 32, **TINY)
-    save_model(model, run.model, TINY, card, "", data.mean_std, 32)
-    notebook = analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
-                       bench=str(tmp_path / "bench"), measure=True, batch=1, passes=1)
-    drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
-    assert {"deit_cosines", "deit_throughput"} <= drawn and "No cosines" not in said(notebook)
+    """Asked to measure, it times Figure 1's models here; of named weights it tells how position embeddings shorten."""
+    (tmp_path / "runs").mkdir()
+    save_file(dict(pos_embed=torch.ones(1, 2 + 14 * 14, 8)), tmp_path / "alike.safetensors")
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+            bench=str(tmp_path / "bench"), measure=True, batch=1, passes=1,
+            trained_positions=str(tmp_path / "alike.safetensors"))
+    positions = pd.read_csv(tmp_path / "bench/positions.csv").set_index("positions")
+    assert set(positions.index) == {"alike"} and (positions[["bicubic", "bilinear"]] == 1).all(axis=None)
     paces = pd.read_csv(tmp_path / "bench/paces.csv").set_index("model")
     told = pd.read_csv(tmp_path / "out/tables/deit_cost.csv").set_index("model")
     assert (paces.images_per_second > 0).all() and paces.machine.nunique() == 1
-    assert told["images a second"].to_dict() == paces.images_per_second.to_dict() and len(told) == 14
+    assert told["images a second"].to_dict() == paces.images_per_second.to_dict() and len(told) == 18
     assert paces.machine.iloc[0] in (tmp_path / "out/figures/deit_throughput.svg").read_text()
+
+
+def test_tokens_are_drawn_of_records(tmp_path):
+    """A line an arm of those records that tell cosines, the published ones beside them; two class tokens: control."""
+    for seed in (1, 2):
+        record(tmp_path, 0.6, seed=seed, **TAUGHT, cosines=[0.1, 0.5, 0.8 + 0.1 * seed])
+        record(tmp_path, 0.5, seed=seed, cosines=[0.0, 0.9, 0.99])
+    record(tmp_path, 0.6, seed=3, **TAUGHT)  # an older record
+    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    table = pd.read_csv(tmp_path / "out/tables/deit_tokens.csv")
+    measured = table[table.row == "measured"].set_index("arm")
+    assert measured["last"].to_dict() == pytest.approx({"taught by regnety_002": 0.95, "control, labels alone": 0.99})
+    assert table.published.dropna().tolist() == [0.06, 0.93, 0.999] and set(measured.seeds) == {2}
+    drawn = (tmp_path / "out/figures/deit_cosines.svg").read_text()
+    assert all(arm in drawn for arm in measured.index) and "two class tokens with the same target" in drawn
 
 
 def test_tables_of_one_recipe(tmp_path):
@@ -138,6 +155,26 @@ def test_claims_are_differences_of_arms(tmp_path):
     drawn = (tmp_path / "out/figures/deit_claims.svg").read_text()
     assert all(what in drawn for what in claims.index)
     assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()
+
+
+def test_commands_that_train_again_find_their_weights():
+    """All weights that a recorded run's command names are beside the data, or a command before has written them."""
+    for run in find_runs():
+        if not weights_maker(run, "teacher"):
+            continue
+        written = {""}
+        for part in again(run).split(" && "):
+            words = shlex.split(part)
+            if words[0] == "papermill":  # e04: a teacher that was adopted
+                given = dict(zip(words[words.index("."):][2::3], words[words.index("."):][3::3]))
+                written.add(f"{given['work_dir']}/{given['adopted']}/model")
+                continue
+            given, source = field_values(words[2:])
+            config = configured(source, given)
+            named = {getattr(config, f"{role}_weights") for role in ("student", "teacher", "fold")}
+            assert {path for path in named if not path.startswith("$VITDISTILL_DATA/weights/")} <= written
+            written.add(f"{config.work_dir}/{run_name(config)}/model")  # its name holds the hashes of its files
+        assert run_name(config) == run.name and config.runs_dir == "out/again"
 
 
 def test_commands_of_rows_end_where_they_are_read(tmp_path):

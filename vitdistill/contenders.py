@@ -214,7 +214,7 @@ def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
     elif full:
         memo = PlanMemo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
         answers = Planned(teacher, setup.views, memo=memo)
-        answers.doubts = False # of a few rows, once an epoch: random ones would be refused
+        answers.checks = False # of a few rows, once an epoch: random ones would be refused
     else: return Answers(teacher, setup.views)
     if full: fill_randomly(memo)
     return answers
