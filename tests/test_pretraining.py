@@ -160,7 +160,7 @@ def test_grids_name_the_published_arms():
     assert {arm.epochs * one.copies for arm, one in zip(arms, made)} == {60}
     assert {(one.area, one.jitter) for one in made} == {(0.25, 0.4)}  # published: the same augmentations
     targets = {one.parts[3:5] for one in made if any(one.parts[0][1:])}
-    assert targets == {(True, False)}  # of unit variance are the pixels alone, not the noise, whose strength sigma tells
+    assert targets == {(True, False)}  # of unit variance are the pixels, not the noise, whose strength sigma tells
 
 
 def test_scratch_is_a_fair_beginning():

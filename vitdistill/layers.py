@@ -21,7 +21,7 @@ FEW = 128 # tokens that attend to one another: up to so many, step by step is fa
 
 def attend(
     q, k, v,        # (..., tokens, width) each
-    fused:bool=True # by torch's kernel; else step by step where tokens are few, as timm's models do without `fused_attn`
+    fused:bool=True # by torch's kernel; else step by step where tokens are few, as timm does without `fused_attn`
 ):
     "Scaled dot-product attention: softmax(q k / sqrt(width)) v."
     if fused or q.shape[-2]*k.shape[-2] > FEW**2: return F.scaled_dot_product_attention(q, k, v)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'alike', 'encoders', 'comparable_arms',
-           'tuned_from', 'from_scratch', 'step_rows', 'taught_by', 'pupil_rows']
+           'tuned_from', 'from_scratch', 'step_rows', 'taught_by', 'answered', 'pupil_rows']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 from inspect import signature
@@ -136,6 +136,15 @@ def taught_by(
     made += [(f'from scratch, {model.config.epochs} epochs', model) for model in from_scratch(runs)]
     return next(((name, model) for name, model in made if of(model) == asked), None)
 
+def answered(
+    gap:dict,       # of `paired_difference`: a teacher's students less labels alone
+    held_out:float, # the teacher's accuracy on held-out images
+    alone:float     # the plain student's, on test images; NaN: unknown
+)->str:
+    "Higher, lower or not resolved; or that such a teacher's students answer nothing."
+    if held_out <= alone: return 'not answered: the teacher is no better than the plain student'
+    return verdict(gap['low'], gap['high'])
+
 def pupil_rows(
     runs:list[Run] # any mixture
 )->pd.DataFrame:   # teacher (began as), data, student, teacher_held_out, taught, alone, answer; `paired_difference`'s
@@ -149,8 +158,7 @@ def pupil_rows(
         alone, taught = np.nan, np.mean([run.result['test_top1'] for run in pupils])
         if pairs := pairs_by_seed(plain, pupils):
             alone, taught = np.mean([[run.result['test_top1'] for run in pair] for pair in pairs], axis=0)
-        answer = 'the plain student: not run yet' if not gap['pairs'] else verdict(gap['low'], gap['high'])
-        if held_out <= alone: answer = 'not answered: the teacher is no better than the plain student'
+        answer = answered(gap, held_out, alone) if gap['pairs'] else 'the plain student: not run yet'
         c = pupils[0].config
         rows.append(dict(teacher=name, data=c.dataset, student=c.student, teacher_held_out=held_out,
                          taught=taught, alone=alone, answer=answer, **gap, runs=run_names([plain, pupils])))
