@@ -1,4 +1,6 @@
 """HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
+from collections import Counter
+
 import pandas as pd
 import pytest
 import timm
@@ -7,10 +9,11 @@ from torch import nn
 
 from forked_notebooks import analyse
 from test_notebooks import said
+from vitdistill.analysis import published
 from vitdistill.attention_bench import cases, costs
 from vitdistill.complexity import complexity
-from vitdistill.config import Config, VitdistillError, repo_root
-from vitdistill.grids import grid_cells
+from vitdistill.config import Config, VitdistillError, repo_root, shipped
+from vitdistill.grids import grid_cells, not_here
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.setup import create_optimizer
@@ -219,10 +222,27 @@ def test_notebook_without_a_record_says_so(tmp_path):
 
 
 def test_litv2_stands_beside_a_transformer_of_equal_cost():
-    """In multiply-adds, within 3%: the two students and the two teachers of small_litv2.yaml."""
-    cells = [cell.chosen for cell in grid_cells(repo_root() / "nbs/experiments/grids/small_litv2.yaml")]
-    equal = [cell["student_kwargs"] for cell in cells if cell.get("student") == "deit_tiny_patch16_224"]
-    assert len(equal) == 7 and all(given == equal[0] for given in equal)
+    """In multiply-adds, within 3%: the two students, at each rate that is tried, and the two teachers of its grids."""
+    folder = repo_root() / "nbs/experiments/grids"
+    rates, alone, resnets = ([cell.chosen for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
+                             for name in ("_rates", "", "_resnets"))
+    transformer = "deit_tiny_patch16_224"
+    equal = [cell[f"{part}_kwargs"] for part in ("student", "teacher") for cell in [*rates, *alone, *resnets]
+             if cell.get(part) == transformer]
+    assert len(equal) == 13 and all(given == equal[0] for given in equal)
     litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
-                   (("litv2_cifar", {}), ("deit_tiny_patch16_224", equal[0])))
+                   (("litv2_cifar", {}), (transformer, equal[0])))
     assert litv2 == pytest.approx(2.60e8, rel=0.002) and deit == pytest.approx(litv2, rel=0.03)
+
+
+def test_litv2s_grid_leaves_nothing_to_chance():
+    """Every teacher is named, of MobileNetV2 the folder; the seven published shares of Lo-Fi heads are there."""
+    folder = repo_root() / "nbs/experiments/grids"
+    cells = [cell for name in ("", "_resnets") for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
+    named = Counter(cell.chosen["teacher_weights"].split("-")[1] for cell in cells if cell.notebook.stem[:3] == "e02")
+    assert named == {"mobilenetv2_100": 6, "litv2_cifar": 3, "deit_tiny_patch16_224": 3}
+    assert [name for name in not_here(cells) if "mobilenetv2" not in name] == []  # the grid makes the others
+    known = published(shipped("reports/reference/litv2.csv"))
+    shares = known[known["where"] == "effect of alpha on LITv2-S"].item.astype(float)
+    asked = {cell.chosen.get("student_kwargs", {}).get("alpha", 0.9) for cell in cells}  # 0.9 is the usual one
+    assert asked == {*shares}

@@ -23,8 +23,8 @@ TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis"
 LAYERS = ["config", "data", "views", "augment", "track", "runs", "records", "live", "layers", "hub", "models", "tokens",
           "complexity", "losses", "pretraining", "teachers", "answers", "planned", "ranks", "setup", "outcome",
           "share", "export", "train", "launch", "cluster", "grids", "analysis", "trends", "agreement", "calibration",
-          "comparison", "findings", "tables", "pretrained", "watch", "report", "contenders", "bench", "attention_bench",
-          "cli"]
+          "comparison", "findings", "tables", "pretrained", "architectures", "watch", "report", "contenders", "bench",
+          "attention_bench", "cli"]
 
 
 SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
