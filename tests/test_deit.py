@@ -36,37 +36,72 @@ def parts_of(name):
     return {part for part in yaml.safe_load((ROOT / f"nbs/presets/{name}.yaml").read_text()) if part != "common"}
 
 
+def students_of(name):
+    return [preset(name, part) for part in sorted(parts_of(name) - {"deit_teacher"})]
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_one_recipe(name):
-    """A preset's students are augmented and optimized alike; its heads and tokens fit; what one reads of them is so."""
-    students = [preset(name, part) for part in sorted(parts_of(name) - {"deit_teacher"})]
+def test_a_presets_students_are_trained_alike(name):
+    """They are augmented and optimized by one recipe."""
     alike = ("optimizer lr weight_decay epochs batch_size randaugment mixup cutmix random_erasing repeats "
              "label_smoothing padding").split()
-    assert len({tuple(getattr(student, field) for field in alike) for student in students}) == 1
-    for student in students:
+    assert len({tuple(getattr(student, field) for field in alike) for student in students_of(name)}) == 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_heads_fit_what_they_learn(name):
+    """A distillation token goes with a student that has one, a teacher with hard labels."""
+    for student in students_of(name):
         assert (student.token == "distillation") == ("distilled" in student.student)
         assert bool(student.teacher) == (student.distillation == "hard")
-    if name.startswith("small"):
-        before = preset(name.removesuffix("_finetune"), "baseline")
-        assert all(getattr(before, field) == getattr(students[0], field) for field in (*STRENGTHS, "padding"))
-        steps = math.ceil(10_000 / students[0].batch_size) * students[0].epochs
-        assert steps == (1252 if "finetune" in name else 10_016)
-    if name == "deit":
-        assert {student.lr for student in students} == {5e-4 * 1024 / 512}
-    if not name.startswith("small"):  # pixels as hub checkpoints expect them; DeiT III's crop is the simple one
-        cut = (0.0, 4) if name == "deit3" else (0.08, 0)
-        assert {(its.student_normalization, its.resized_crop, its.padding) for its in students} == {("own", *cut)}
-        cfgs = [timm.models.get_pretrained_cfg(model) for student in students for model in
-                (student.student, student.teacher) if model]
-        assert {(cfg.mean, cfg.std) for cfg in cfgs} == {(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
-        teachers = {timm.models.get_pretrained_cfg(its.teacher).url.split("/")[-1] for its in students if its.teacher}
-        assert teachers <= {"regnety_160-a5fe301d.pth"}  # the public code's, by the name in its README
-    elif name == "small_deit":  # as held-out images chose, of what deit_strengths.yaml asks
-        choices, its = pd.read_csv(ROOT / "reports/tables/deit_choices.csv"), students[0]
-        choices = choices[(choices.student == its.student) & (choices.epochs == its.epochs)].query("chosen == 'yes'")
-        best = Run(ROOT / "reports/runs" / choices.runs.item().split(", ")[0]).config
-        recipe = {field: value for field, value in vars(best).items() if field in RECIPE}
-        assert all(recipe == {field: getattr(student, field) for field in recipe} for student in students)
+
+
+@pytest.mark.parametrize("name, steps", dict(small_deit=10_016, small_deit3=10_016, small_deit_finetune=1252).items())
+def test_small_presets_take_so_many_steps(name, steps):
+    student = students_of(name)[0]
+    assert math.ceil(10_000 / student.batch_size) * student.epochs == steps
+
+
+def test_small_finetuning_is_as_strong_as_the_training_before():
+    before, after = (preset(name, "baseline") for name in ("small_deit", "small_deit_finetune"))
+    assert all(getattr(before, field) == getattr(after, field) for field in (*STRENGTHS, "padding"))
+
+
+@pytest.mark.parametrize("name", ["deit", "deit3", "deit_finetune"])
+def test_large_presets_give_pixels_as_hub_checkpoints_expect(name):
+    """ImageNet's constants, and images that are cropped by size; DeiT III's crop is the simple one."""
+    cut, students = (0.0, 4) if name == "deit3" else (0.08, 0), students_of(name)
+    assert {(its.student_normalization, its.resized_crop, its.padding) for its in students} == {("own", *cut)}
+    models = [model for its in students for model in (its.student, its.teacher) if model]
+    cfgs = map(timm.models.get_pretrained_cfg, models)
+    assert {(cfg.mean, cfg.std) for cfg in cfgs} == {(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
+
+
+@pytest.mark.parametrize("name", ["deit", "deit_finetune"])
+def test_large_presets_teacher_is_the_public_codes(name):
+    """By the file's name in its README."""
+    teachers = {its.teacher for its in students_of(name) if its.teacher}
+    files = {timm.models.get_pretrained_cfg(teacher).url.split("/")[-1] for teacher in teachers}
+    assert files == {"regnety_160-a5fe301d.pth"}
+
+
+def test_the_small_recipe_is_what_held_out_images_chose():
+    """Of what deit_strengths.yaml asks."""
+    students = students_of("small_deit")
+    choices, its = pd.read_csv(ROOT / "reports/tables/deit_choices.csv"), students[0]
+    choices = choices[(choices.student == its.student) & (choices.epochs == its.epochs)].query("chosen == 'yes'")
+    best = Run(ROOT / "reports/runs" / choices.runs.item().split(", ")[0]).config
+    recipe = {field: value for field, value in vars(best).items() if field in RECIPE}
+    assert all(recipe == {field: getattr(student, field) for field in recipe} for student in students)
+
+
+def test_deit3_can_be_evaluated_at_another_size():
+    """As its head says: trained at 192 px, evaluated at 224."""
+    sizes = dict(image_size=224, student_size=192, test_size=224)
+    with torch.device("meta"):
+        student = create_student(preset("deit3", "baseline", **sizes), 1000, 224).eval()
+        logits = [student(torch.zeros(2, 3, side, side))[0] for side in (192, 224)]
+    assert [tuple(its.shape) for its in logits] == [(2, 1000)] * 2
 
 
 def test_stochastic_depth_of_presets():
