@@ -246,3 +246,13 @@ def test_litv2s_grid_leaves_nothing_to_chance():
     shares = known[known["where"] == "effect of alpha on LITv2-S"].item.astype(float)
     asked = {cell.chosen.get("student_kwargs", {}).get("alpha", 0.9) for cell in cells}  # 0.9 is the usual one
     assert asked == {*shares}
+
+
+def test_published_effect_of_alpha_is_shown():
+    """All seven accuracies, in the reference and beside ours in the committed table of a07."""
+    told = {0: 81.16, 0.2: 81.89, 0.4: 81.81, 0.5: 81.88, 0.7: 81.94, 0.9: 82.03, 1: 81.89}
+    known = published(shipped("reports/reference/litv2.csv"))
+    known = known[known["where"] == "effect of alpha on LITv2-S"]
+    assert dict(zip(known.item.astype(float), known.value.astype(float))) == told
+    table = pd.read_csv(repo_root() / "reports/tables/hilo_alpha.csv", na_values="–").set_index("alpha")
+    assert table["published ImageNet top-1 (%)"].dropna().astype(float).to_dict() == told

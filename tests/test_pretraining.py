@@ -265,3 +265,13 @@ def test_chain_of_notebooks(tmp_path):
     assert (tmp_path / "out/figures/can_reconstructions.png").stat().st_size > 5_000
     table = (tmp_path / "out/tables/can_arms.md").read_text()
     assert f"{encoder.result['linear_test_top1']:.4g}" in table and "not run yet" in table
+
+
+def test_published_figures_of_can_are_shown():
+    """ViT-B's linear probe and its leads, in the reference and in the committed tables of a08."""
+    for file in "reference/can.csv", "tables/can_published.csv":
+        known = pd.read_csv(ROOT / "reports" / file).set_index("item").value.astype(float)
+        items = "CAN ViT-B", "CAN ViT-B over MAE", "CAN ViT-B over SimCLR"
+        assert [known[item] for item in items] == [74.8, 6.8, 1.3], file
+    steps = pd.read_csv(ROOT / "reports/tables/can_differences.csv").drop_duplicates("pair").set_index("pair").published
+    assert [steps[f"CAN over {other}"] for other in ("MAE", "SimCLR")] == pytest.approx([0.068, 0.013])
