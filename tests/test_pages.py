@@ -486,6 +486,7 @@ def test_the_readmes_picture_is_told_by_its_record():
     caption = r"to epoch (\d+): taught less plain is (\S+) points \((\S+ to \S+ over test images)\)"
     epoch, gap, interval = re.search(caption, study_page).groups()
     first = " ".join(README.split("## Two commands")[0].split())
+    assert "which is at the edge" in study_page and "one seed, at chance's edge" in first
     assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first
     size, at = re.search(r"at the paper's size: \[(\S+) \([^)]*\)\]\([^)]*\) at epoch (\d+)", study_page).groups()
     assert re.search(rf"\[{re.escape(size)}\]\(\S+\) at the paper's size, epoch {at}, closing; ", first)
