@@ -253,7 +253,7 @@ SECTIONS = (
     Section("DeiT's tables",
             'The system that the paper reverses: a convnet teaches a vision transformer through a distillation token.',
             ('deit_heads', 'deit_*'), 'a06_deit', needs='runs of nbs/experiments/e03_deit_from_regnet',
-            without_runs=('deit_published', 'deit_cost', 'deit_positions', 'deit_recipe', 'deit_tokens')),
+            without_runs=('deit_published', 'deit_cost', 'deit_positions', 'deit_recipe')),
     Section('Trendlines', 'How far a law that is fitted to the first epochs can be trusted beyond them.',
             ('trends_*',), 'a03_trends'),
     Section('Agreement',
