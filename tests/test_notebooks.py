@@ -75,7 +75,8 @@ def test_study_page_says_what_the_runs_say(study, tmp_path):
     execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
     page, runs = (tmp_path / "study.md").read_text(), {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
-    pair = rf"\| {plain:.1%} \| {taught:.1%} \| \[\{100 * (taught - plain):+.1f} \(no interval\)\]"
+    linked = [rf"\[{told}\]\(#\w+\)" for told in (f"{plain:.1%}", f"{taught:.1%}")]
+    pair = rf"\| {linked[0]} \| {linked[1]} \| \[\{100 * (taught - plain):+.1f} \(no interval\)\]"
     assert re.search(pair, page) and "none is resolved" in page
     assert all(runs[arm].name in page for arm in ("baseline", "distilled"))
     assert "data:image/png" in (tmp_path / "study.html").read_text()
