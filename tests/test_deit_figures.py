@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from forked_notebooks import analyse
 from test_notebooks import said
 from vitdistill.cli import configured, field_values
-from vitdistill.config import Config, config_hash, preset, run_name, save
+from vitdistill.config import Config, VitdistillError, config_hash, preset, run_name, save
 from vitdistill.runs import Run, find_runs
 from vitdistill.tables import again, weights_maker
 
@@ -74,6 +74,16 @@ def test_figures_of_made_up_records(records):
     assert table.parameters.tolist() == [5_717_416, 22_050_664, 86_567_656]
     assert table["published parameters (M)"].tolist() == [5, 22, 86] and table.heads.tolist() == [3, 6, 12]
     assert (table.parameters / 1e6 - table["published parameters (M)"]).abs().max() < 1
+
+
+@pytest.mark.slow
+def test_weights_without_position_embeddings_are_one_sentence(tmp_path):
+    (tmp_path / "runs").mkdir()
+    save_file(dict(weight=torch.ones(1)), tmp_path / "other.safetensors")
+    with pytest.raises(VitdistillError, match="holds no position embeddings of 14 x 14 patches: name the weights"):
+        analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+                bench=str(tmp_path / "bench"), trained_positions=str(tmp_path / "other.safetensors"))
+    assert not (tmp_path / "bench/positions.csv").exists()
 
 
 @pytest.mark.slow

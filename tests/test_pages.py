@@ -139,12 +139,12 @@ def test_differences_of_the_study_are_those_of_the_records(page):
 
 
 def test_every_number_of_the_study_leads_to_its_runs(page):
-    """Shares and differences in its prose; published ones, correlations, and what a mean is of aside."""
+    """Shares and differences in its prose, correlations aside."""
     parts = page[1].split("\n## How it was done")[0].split("\n\n")
     prose = [part for part in parts if part[0] not in "|!" and not part.startswith("*Figure 4")]
     alone = re.sub(r"\[[^\]]*\]\([^)]*\)", "", "\n".join(prose))
     found = re.findall(r".{30}(?<![\w.,])(?:[+-]\d+\.\d+|\d+\.\d%).{9}", alone)
-    assert not [text for text in found if not re.search("correlate by|-0.77 to|published|[+-]0.0% |its line", text)]
+    assert not [text for text in found if "correlate by" not in text]
 
 
 def test_every_picture_says_whom_it_shows(page):
@@ -500,9 +500,11 @@ def test_the_readmes_picture_is_told_by_its_record():
     caption = r"to epoch (\d+): taught less plain is (\S+) points \((\S+ to \S+ over test images)\)"
     epoch, gap, interval = re.search(caption, study_page).groups()
     first = " ".join(README.split("## Two commands")[0].split())
+    small = re.search(r"a small ResNet-50, annealed: \[(\S+) \(", study_page)[1]
+    assert f"small ResNet-50s ({small})" in first
     assert "which is at the edge" in study_page and "one seed, at chance's edge" in first
     assert f"{gap} ({interval})" in first and f"epoch {epoch} of 150" in first
-    size, at = re.search(r"at the paper's size: \[(\S+) \([^)]*\)\]\([^)]*\) at epoch (\d+)", study_page).groups()
+    size, at = re.search(r"at the paper's size by \[(\S+) \([^)]*\)\]\([^)]*\) at epoch (\d+)", study_page).groups()
     assert re.search(rf"\[{re.escape(size)}\]\(\S+\) at the paper's size, epoch {at}, closing; ", first)
     assert "From there the gap has been closing" in study_page
 

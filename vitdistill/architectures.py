@@ -7,10 +7,10 @@ __all__ = ['MODEL', 'side_by_side', 'students', 'gain_gap', 'student_rows', 'res
 
 # %% ../nbs/08j_architectures.ipynb #7b817016
 import numpy as np, pandas as pd
-from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card, verdict
+from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
 from .analysis import TEACHING, on_labels, repeats
 from .comparison import EXPERIMENTS, contrast, counterpart, paired_difference, run_names, same_settings
-from .pretrained import answered
+from .pretrained import answered, learned_from
 from .runs import Run
 
 # %% ../nbs/08j_architectures.ipynb #5f161cea
@@ -60,11 +60,6 @@ def student_rows(runs:list[Run])->pd.DataFrame: # any mixture
     return pd.DataFrame([row | dict(answer=verdict(row['low'], row['high'])) for row in rows])
 
 # %% ../nbs/08j_architectures.ipynb #e7b5d9d8
-def _taught_by(student, teacher): # known by its card
-    c, its = student.config, teacher.config
-    known = c.teacher, c.teacher_kwargs, teacher_card(student).get('top1_held_out')
-    return known == (its.student, its.student_kwargs, teacher.result['held_out_top1'])
-
 def resnet_rows(
     runs:list[Run],       # any mixture
     alone:float=np.nan    # test top-1 of the plain ResNet, for teachers whose students did not run
@@ -73,7 +68,7 @@ def resnet_rows(
     made = repeats([run for run in runs if run.status == 'done' and run.config.experiment == 'teacher'])
     pairs, rows, pupils = comparisons([run for arm in students(runs) for run in arm]), [], {}
     for kind, (teacher, *_) in side_by_side(made).items():
-        plain, taught = next((pair for pair in pairs if _taught_by(pair[1][0], teacher)), ([], []))
+        plain, taught = next((pair for pair in pairs if learned_from(pair[1][0], teacher)), ([], []))
         both, held_out = pairs_by_seed(plain, taught), teacher.result['held_out_top1']
         gap = paired_difference(plain, taught)
         if both: alone = np.mean([run.result['test_top1'] for run, _ in both]) # of the other teacher's students too

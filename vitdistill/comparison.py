@@ -184,7 +184,8 @@ def paired_difference(
     if np.isnan(low): return told
     spread = found.std(ddof=1)
     told |= dict(p=ttest_1samp(found, 0).pvalue, std=spread, detectable=detectable(spread, len(found)))
-    if np.ptp(tops, axis=0).min() > 1e-9: told |= dict(correlation=round(float(np.corrcoef(tops.T)[0, 1]), 6) + 0)
+    if np.ptp(tops, axis=0).min() > 1e-9: # six decimals, and no -0.0: what another processor gives too
+        told |= dict(correlation=round(float(np.corrcoef(tops.T)[0, 1]), 6) + 0)
     welch = ttest_ind(tops[:, 1], tops[:, 0], equal_var=False)
     ends = welch.confidence_interval()
     return told | dict(welch_low=float(ends.low), welch_high=float(ends.high), welch_p=float(welch.pvalue))

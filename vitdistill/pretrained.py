@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'alike', 'encoders', 'comparable_arms',
-           'tuned_from', 'from_scratch', 'step_rows', 'taught_by', 'answered', 'pupil_rows']
+           'tuned_from', 'from_scratch', 'step_rows', 'learned_from', 'taught_by', 'answered', 'pupil_rows']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 from inspect import signature
@@ -123,18 +123,20 @@ def _step(one, other, there, known): # arms; name -> seed -> accuracies; publish
                       on='held-out images' if len(held_out) else 'test images', **more)
 
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
+def learned_from(student:Run, model:Run)->bool:
+    "Did this model teach the student? Known by its card: what it is, and its accuracies."
+    card, c, its, result = teacher_card(student), student.config, model.config, model.result
+    said = c.teacher, c.teacher_kwargs, card.get('top1_held_out'), card.get('top1_train_views')
+    return said == (its.student, its.student_kwargs, result.get('held_out_top1'), result.get('train_views_top1'))
+
 def taught_by(
     student:Run,
     runs:list[Run] # any mixture
 )->tuple[str, Run]|None:
     "What the model that taught a student began with, and the model; known by its card. None: another teacher did."
-    card, c = teacher_card(student), student.config
-    asked = c.teacher, c.teacher_kwargs, card.get('top1_held_out'), card.get('top1_train_views')
-    def of(model): return (model.config.student, model.config.student_kwargs, model.result['held_out_top1'],
-                           model.result['train_views_top1'])
     made = [(arm_of(encoder.config), model) for encoder in encoders(runs) for model in tuned_from(encoder, runs)]
     made += [(f'from scratch, {model.config.epochs} epochs', model) for model in from_scratch(runs)]
-    return next(((name, model) for name, model in made if of(model) == asked), None)
+    return next(((name, model) for name, model in made if learned_from(student, model)), None)
 
 def answered(
     gap:dict,       # of `paired_difference`: a teacher's students less labels alone
