@@ -151,6 +151,11 @@ def test_every_picture_says_whom_it_shows(page):
     for name in re.findall(r"\]\(figures/(\w+)\.png\)", page[1].split(". HiLo and LITv2\n")[0]):
         words_of = " ".join(re.findall("<!-- (.*?) -->", (page[0] / f"figures/{name}.svg").read_text()))
         assert re.search(r"(resnet|ResNet-)\d+.*images", words_of), name
+        if name == "agreement_reliability":  # plain, taught, and of the others the worst and the best calibrated
+            arms = pd.read_csv(page[0] / "tables/study_calibration.csv").set_index("arm").ece
+            others = arms.drop(["labels alone", "taught"])
+            assert all(arm in words_of for arm in ("labels alone", "taught", others.idxmax(), others.idxmin()))
+            assert words_of.count("ECE ") == 4
 
 
 def test_students_are_held_against_the_answers_that_they_were_given(page):
