@@ -232,8 +232,8 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
         setup.train_rows = torch.arange(steps*config.batch_size)
         if setup.answers and not (full and turn_number):
             setup.answers = bench_answers(setup, folder.name, turn_number, full)
-            images, memo = setup.views.images.nbytes + setup.test_views.images.nbytes, setup.answers.memo
-            if memo: watch.resident_mb = (images + memo.bytes)/1e6
+            images = setup.views.images.nbytes + setup.test_views.images.nbytes
+            if memo := setup.answers.memo or setup.answers.plan_memo: watch.resident_mb = (images + memo.bytes)/1e6
         def turn(): watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
         return turn
     return ready
