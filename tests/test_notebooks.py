@@ -16,7 +16,7 @@ from conftest import ROOT, environment, run_of, train_command
 from vitdistill.config import preset, save
 from vitdistill.grids import grid_cells, run_batch
 from vitdistill.runs import find_runs
-from vitdistill.teachers import untrained
+from vitdistill.teachers import answers_head, untrained
 
 EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
@@ -159,7 +159,7 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
     ran = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="new", new_head=True,
-                  seed=7, fill_memo=True, padding=0, keep_record=True,  # seed 1 is the head that it began with
+                  seed=7, fill_memo=True, padding=0, keep_answers=True,  # seed 1 is the head that it began with
                   weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT,
                   work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
     assert re.search(r"on \d+ held-out images \(10% of train\)", said(ran))  # of which it can't know: they are told
@@ -170,6 +170,7 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
     assert record.status == "done" and record.result["weights_hash"] == card["weights_hash"]
     decided = set(np.load(record.folder / "predictions.npz"))
     assert decided >= {f"{part}_class_decision" for part in ("test", "val", "train")}
+    assert answers_head(record.folder / "answers.npz")["card"] == card and "answers.npz'" in said(ran)
 
 
 def test_several_weights_are_adopted_as_a_mixture(tmp_path):

@@ -20,7 +20,7 @@ from test_notebooks import EXPERIMENTS, execute
 from vitdistill.analysis import settings
 from vitdistill.config import Config, config_hash, load, run_name, save
 from vitdistill.grids import grid_cells, not_here
-from vitdistill.launch import configure
+from vitdistill.launch import configure, notebook_names
 from vitdistill.report import write_page
 from vitdistill.runs import find_runs
 
@@ -681,14 +681,16 @@ def head_of(grid):
 FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", head_of(path))]
 
 
+OWN = {*notebook_names} - {"preset", "role"}  # parameters that only a notebook knows
+
+
 @pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
 def test_foretelling_grid_says_what_it_asks(grid):
     """Its head says what is asked, what is expected and which seeds; each cell is a config."""
     head = head_of(grid)
     assert "?" in head and re.search("[Ee]xpected", head) and re.search(r"[Ss]eeds? \d|[Oo]ne seed", head)
     for cell in grid_cells(grid):
-        own = "weights", "adopted", "new_head", "fill_memo", "keep_record", "out_of_fold", "teacher_data_fraction"
-        values = {k: v for k, v in cell.chosen.items() if k not in own}
+        values = {k: v for k, v in cell.chosen.items() if k not in OWN}
         part = values.pop("role", None) or PARTS[cell.notebook.stem]
         assert configure(part, values).experiment == part
 
@@ -699,12 +701,10 @@ FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # by the run i
 @pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
 def test_grid_stood_before_its_runs(grid, tmp_path):
     """The commit in each record of a grid that foretells holds the cell, and the preset, that made it."""
-    own = "weights", "adopted", "new_head", "fill_memo", "keep_record", "out_of_fold", "teacher_data_fraction"
-
     def configs(root):
         for cell in grid_cells(root / grid.relative_to(ROOT)):
             if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50", "e03_deit_from_regnet"):
-                values = {k: v for k, v in cell.chosen.items() if k not in own}
+                values = {k: v for k, v in cell.chosen.items() if k not in OWN}
                 values["preset"] = str(root / f"nbs/presets/{values['preset']}.yaml")
                 c = configure(PARTS[cell.notebook.stem], values)
                 yield c.experiment, c.seed, settings(c, FOUND), bool(cell.chosen.get("out_of_fold"))

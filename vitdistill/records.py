@@ -118,7 +118,7 @@ def without_logits(file:Path)->bytes: # of predictions that are asked for decisi
 def small_files(run:Run)->dict:
     "What of a run's record is committed, by file name, as bytes; it may be written meanwhile."
     # whether there is a result is asked first: it is written last
-    done = ('predictions.npz', 'reconstructions.npz', 'result.json') if run.result else ()
+    done = ('predictions.npz', 'reconstructions.npz', 'answers.npz', 'result.json') if run.result else ()
     names = 'config.yaml', 'environment.json', *sorted(p.name for p in run.folder.glob('predictions-*.npz')), *done
     def read(file): return without_logits(file) if file.name.startswith('predictions-') else file.read_bytes()
     files = {name: read(run.folder/name) for name in names if (run.folder/name).is_file()}
@@ -145,7 +145,7 @@ def adopt_record(
         raise VitdistillError(f'{source} has {len(new)} epochs and {folder} has {len(old)}{another}: '
                               'a record is replaced only by one with more epochs, so go on with the run first.')
     kept = {file.name for file in folder.glob('predictions-*.npz' if longer else '*') if same or not longer}
-    for file in (*folder.glob('predictions*.npz'), folder/'result.json'):
+    for file in (*folder.glob('predictions*.npz'), folder/'answers.npz', folder/'result.json'):
         if file.name not in kept | set(files): file.unlink(missing_ok=True)
     written = [name for name in files if name not in kept and files[name]]
     for name in written: write_atomic(folder/name, files[name])

@@ -16,7 +16,7 @@ import numpy as np, timm.optim, torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from .answers import Answers, DrawnAnswers, Memo, NoRoom, OutOfFold, memo_key
+from .answers import Answers, DrawnAnswers, KeptMemo, Memo, NoRoom, OutOfFold, memo_key
 from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, fitting, nearest
 from .data import Data, fingerprint, load_data, split_rows
@@ -29,7 +29,8 @@ from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run, cores
-from .teachers import Teacher, check_health, load_teacher, refuse_begun_on, seen_by
+from .teachers import Absent, Teacher, answers_head, check_health, is_answers, load_teacher
+from .teachers import refuse_begun_on, seen_by
 from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #2d7e40b9
@@ -161,9 +162,10 @@ def refuse_unfit_folds(config:Config)->None:
                               "wants other answers: set distillation to 'hard', or leave fold_answers out.")
 
 # %% ../nbs/05b_setup.ipynb #e28065ae
-def file_hash(path:str)->str: # of a weights file, or of a model folder
-    "Sixteen hexadecimal digits over the weights; '' for no path."
+def file_hash(path:str)->str: # of a weights file, of a model folder, or of answers
+    "Sixteen hexadecimal digits over the weights, as answers name them too; '' for no path."
     if not path: return ''
+    if is_answers(path): return answers_head(weights_place(path))['teacher_hash']
     with open(weights_file(weights_place(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../nbs/05b_setup.ipynb #e382977d
@@ -296,6 +298,7 @@ def open_memo(
     "The memo beside the teacher, on rank 0; None (it is asked online) where it is off, of no use, or has no room."
     if ranks.rank or rows is None and (not config.memo or unnumbered(config)): return None
     weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
+    if isinstance(teacher, Absent): return KeptMemo(weights, memo_key(teacher, config, data), kind)
     folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
     try:
         if rows is None: return Memo(folder, memo_key(teacher, config, data), kind)
@@ -311,6 +314,10 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         print(f"The teacher learned pixels normalized by {card['constants']} and is given {teacher.constants}: "
               "set teacher_normalization to 'own' or 'data', whichever these are.", flush=True)
     kind = criterion(config).wants
+    if isinstance(teacher, Absent) and (unnumbered(config) or not config.memo):
+        raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
+                              "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
+                              'weights.')
     planned = rows is not None and config.plan_memo and unnumbered(config)
     memo = open_memo(config, data, teacher, ranks, kind, rows if planned else None)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
@@ -329,6 +336,10 @@ def question_all(
         seen = [seen_by(c, data) for c in (card, other_card)]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
         if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
+    elif not ranks.rank and isinstance(answers.teacher, Absent) and (known := answers.known(rows)) < 1:
+        raise VitdistillError(f"{config.teacher_weights} answers {known:.1%} of what may be asked about the run's "
+                              f'{len(rows):,} images: train on those that it is about (data_fraction, split_seed, '
+                              "val_fraction), or name the teacher's weights.")
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
 # %% ../nbs/05b_setup.ipynb #fcbf15de

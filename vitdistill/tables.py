@@ -18,6 +18,7 @@ from .comparison import chosen, contrast, held_out_top1, holm, of_common_seeds, 
 from .complexity import build
 from .config import Config, field_names, preset, repo_root
 from .runs import Run, find_runs
+from .teachers import is_answers
 
 # %% ../nbs/08h_tables.ipynb #172337c5
 def beside_taught(
@@ -68,6 +69,7 @@ def again(run:Run)->str:
         return command('e04_adopted_teacher', weights='FILE', adopted=name, work_dir=work, **asked)
     for role in ('student', 'teacher', 'fold'):
         path = getattr(c, f'{role}_weights')
+        if is_answers(path): continue # of a teacher's record, where they stay
         if maker := weights_maker(run, role):
             before.append(again(maker))
             weights += f' --{role}_weights {work}/{Path(path).parent.name}/model'

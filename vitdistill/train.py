@@ -290,7 +290,8 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     if answers and answers.by_view:
         known = answers.known(setup.train_rows)
         size = images, view_count(c), c.epochs, ranks.world, known
-        say(f'memo: {known:.1%} of its answers known; {break_even(answers.teacher, setup.views, *size)}')
+        rest = break_even(answers.teacher, setup.views, *size) if known < 1 else 'the teacher is not asked'
+        say(f'memo: {known:.1%} of its answers known; {rest}')
     elif answers and answers.plan_memo: say(f"memo of the plan: {answers.plan_memo.known():.1%} of its answers known; "
                                             'the teacher is asked the others online, once for all students of the plan')
     elif answers: say("the teacher is asked online, about each batch's pixels")
