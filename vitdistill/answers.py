@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .config import Config, VitdistillError, write_atomic
 from .data import Data, generator
 from .losses import HardLabel, criterion
-from .teachers import Teacher, answers_head
+from .teachers import Teacher, answers_head, answers_in
 from .views import Plan, Views, centre_view, expected_views, view_count
 
 # %% ../nbs/04a_answers.ipynb #1d5fcd18
@@ -25,7 +25,8 @@ def memo_key(
     data:Data
 )->dict:
     "Everything that an answer depends on, and how it is stored."
-    return dict(version=2, architecture=config.teacher + f' {config.teacher_kwargs}'*bool(config.teacher_kwargs),
+    kwargs = dict(sorted(config.teacher_kwargs.items())) # as a grid hands them over
+    return dict(version=2, architecture=config.teacher + f' {kwargs}'*bool(kwargs),
                 weights=teacher.weights_hash(), train_images=data.train_hash,
                 images=len(data.train_labels), classes=len(data.classes),
                 padding=config.padding, views=view_count(config),
@@ -127,7 +128,7 @@ class KeptMemo(Memo):
             raise VitdistillError(f'{file} has answers to other questions (its {differ} differ): ask as they were '
                                   "asked, or name the teacher's weights.")
         self.stored = np.full(self.bytes, 255, np.uint8).view(self.dtype).reshape(self.shape)
-        with np.load(file) as arrays: self.stored[arrays['images']] = arrays['answers']
+        self.stored[answers_in(file, 'images')] = answers_in(file, 'answers')
 
 # %% ../nbs/04a_answers.ipynb #2b9f3e10
 def shared(

@@ -197,7 +197,7 @@ class Config:
     # The teacher; '' is none
     teacher:str=_teacher('') # timm architecture
     teacher_kwargs:dict=_teacher(dict) # passed to timm.create_model
-    teacher_weights:str=_teacher('', hashed=False) # model folder (with card), file, pattern; '': untrained head
+    teacher_weights:str=_teacher('', hashed=False) # model folder (with card), file, answers.npz, pattern; '': untrained
     fold_weights:str=_teacher('', hashed=False) # of a second one: each image is answered by one that has not seen it
     fold_answers:str=_teacher('unseen', ('unseen', 'seen', 'drawn')) # or by one that has; or drawn as the two err
     teacher_pretrained:bool=_teacher(False) # timm's hub weights; another number of classes gets an untrained head

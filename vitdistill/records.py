@@ -70,8 +70,9 @@ def clean_config(
         if not is_outside(value): return without_places(value, {})
         if name in ('data_root', 'runs_dir', 'work_dir'): return getattr(Config(), name)
         if (role := name.removesuffix('_weights')) not in hashes: return without_places(value, places)
-        parts = Path(value).parts # a folder called model says less than the run's above it
-        return '/'.join((f'{role}-{hashes[role]}'.rstrip('-'), *parts[-2 if parts[-1] == 'model' else -1:]))
+        parts = Path(value).parts # what is called model or answers.npz says less than the run's folder above it
+        told = 2 if parts[-1] in ('model', 'answers.npz') else 1
+        return '/'.join((f'{role}-{hashes[role]}'.rstrip('-'), *parts[-told:]))
     return {name: clean(name, value) for name, value in values.items()}
 
 # %% ../nbs/06b_records.ipynb #59adbfbb

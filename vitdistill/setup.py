@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'the_only', 'resolve',
-           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'question', 'question_all',
-           'placed', 'prepare', 'pass_size', 'predict', 'evaluate', 'weight_average']
+           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'question',
+           'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate',
+           'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, glob, hashlib, inspect, math, os, shutil, typing
@@ -144,6 +145,8 @@ def auto_values(config:Config)->dict:
     device = auto_device() if config.device == 'auto' else config.device
     precision = auto_precision(device)
     values = dict(device=device, precision=precision, teacher_precision=precision, compile=auto_compile(config, device))
+    if is_answers(file := config.teacher_weights): # as they were asked
+        values['teacher_precision'] = answers_head(weights_place(file))['key']['dtype'].split()[0]
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
 
 # %% ../nbs/05b_setup.ipynb #45804704
@@ -324,6 +327,20 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     if not answers.by_view: teacher.chunk = min(teacher.chunk, -(-config.batch_size//ranks.world)) # a batch at a time
     return answers, health, card
 
+# %% ../nbs/05b_setup.ipynb #2bdeb035
+def refuse_unanswered(
+    answers,          # of one teacher or two
+    rows:torch.Tensor # that will be asked about
+)->None:
+    "Raise `VitdistillError` where a teacher whose weights are elsewhere has not been asked all that it may be asked."
+    which = getattr(answers, 'which', torch.zeros(int(rows.max()) + 1, dtype=torch.int64))[rows] # of the parts
+    for number, part in enumerate(getattr(answers, 'parts', [answers])):
+        its = rows[which == number]
+        if isinstance(part.teacher, Absent) and len(its) and part.by_view and (known := part.known(its)) < 1:
+            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(its):,} '
+                                  'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
+                                  "or name the teacher's weights.")
+
 # %% ../nbs/05b_setup.ipynb #6d9c0e41
 def question_all(
     config:Config, data:Data, views:Views, ranks:Ranks,
@@ -336,10 +353,7 @@ def question_all(
         seen = [seen_by(c, data) for c in (card, other_card)]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
         if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
-    elif not ranks.rank and isinstance(answers.teacher, Absent) and (known := answers.known(rows)) < 1:
-        raise VitdistillError(f"{config.teacher_weights} answers {known:.1%} of what may be asked about the run's "
-                              f'{len(rows):,} images: train on those that it is about (data_fraction, split_seed, '
-                              "val_fraction), or name the teacher's weights.")
+    if not ranks.rank: refuse_unanswered(answers, rows)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
 # %% ../nbs/05b_setup.ipynb #fcbf15de

@@ -71,11 +71,15 @@ def keep_answers(
     record:str|Path  # folder of its record
 )->Path: # record/answers.npz
     "Keep a teacher's hard labels where its record is: `teacher_weights` for those who haven't the weights."
-    labels = {file: memo_head(file) for file in sorted(Path(folder).glob('memo-*.bin'))}
-    labels = {file: head for file, head in labels.items() if isinstance(memo_kind(head), HardLabel)}
-    if len(labels) != 1:
-        raise VitdistillError(f'{told(Path(folder))} holds {len(labels)} memos of hard labels, and one is kept: '
+    folder = Path(folder)
+    refuse_other_memos(folder, told(folder))
+    if not (card := read_card(folder)):
+        raise VitdistillError(f'{told(folder)} has no card.json, so nobody would know whom they hear: write one with '
+                              '`vitdistill.teachers.adopt`.')
+    heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
+    by_view = [head for head in heads if isinstance(memo_kind(head), HardLabel) and 'recipe' not in head]
+    if len(by_view) != 1:
+        raise VitdistillError(f'{told(folder)} holds {len(by_view)} memos of hard labels by view, and one is kept: '
                               'ask ahead (fill_memo), or move the others away.')
-    (file, head), = labels.items()
-    memo, card = Memo(file.parent, head), read_card(str(folder))
+    memo = Memo(folder, by_view[0])
     return keep(memo, Path(record)/'answers.npz', card=card, teacher_hash=file_hash(str(folder)))

@@ -24,11 +24,11 @@ from .teachers import is_answers
 def beside_taught(
     runs:list[Run] # any mixture
 )->list[Run]:
-    "Those whose recipe some taught student has: students and teaching may differ, and epochs."
+    "Those whose recipe some taught student has, or a control of two heads: students, teaching and epochs may differ."
     but = {'student', 'epochs', 't_max', *field_names(teaching=True)}
     recipes = {run: settings(run.config, but) for run in runs}
-    taught = {recipes[run] for run in runs if run.config.teacher}
-    return [run for run in runs if recipes[run] in taught]
+    methods = {recipes[run] for run in runs if run.config.teacher or 'distilled' in run.config.student}
+    return [run for run in runs if recipes[run] in methods]
 
 # %% ../nbs/08h_tables.ipynb #5ffb6c1b
 def teacher_accuracy(run:Run)->float: # of a student that has ended; NaN where it names a teacher and asks it nothing
@@ -69,7 +69,7 @@ def again(run:Run)->str:
         return command('e04_adopted_teacher', weights='FILE', adopted=name, work_dir=work, **asked)
     for role in ('student', 'teacher', 'fold'):
         path = getattr(c, f'{role}_weights')
-        if is_answers(path): continue # of a teacher's record, where they stay
+        if is_answers(path) and not path.startswith(f'{role}-'): continue # they stay in the teacher's record
         if maker := weights_maker(run, role):
             before.append(again(maker))
             weights += f' --{role}_weights {work}/{Path(path).parent.name}/model'
@@ -96,8 +96,9 @@ def arm_rows(
         row |= answers.mean().to_dict()
         if group[0].config.teacher: row['teacher_top1'] = np.mean([teacher_accuracy(run) for run in group])
         rows.append(row | dict(runs=run_names([group]), reproduce=again(group[0])))
-    frame = pd.DataFrame(rows)
-    return frame.sort_values('top1', ascending=False, kind='stable', ignore_index=True) if rows else frame
+    if not rows: return pd.DataFrame()
+    frame, last = pd.DataFrame(rows).sort_values('top1', ascending=False, kind='stable'), ['runs', 'reproduce']
+    return frame[[*frame.columns.drop(last), *last]].reset_index(drop=True)
 
 # %% ../nbs/08h_tables.ipynb #a7187dd0
 def length_rows(
@@ -163,9 +164,9 @@ def claim_rows(
 
 def leading_claims(
     claims:pd.DataFrame # of `claim_rows`
-)->pd.DataFrame:        # none where no recipe has two seeds of two arms
+)->pd.DataFrame:        # none where it has no teacher, or no two arms of two seeds
     "The claims of the first recipe that have an interval: those that a page tells."
-    return claims[(claims.recipe == 1) & (claims.pairs > 1)] if len(claims) else claims
+    return claims[(claims.recipe == 1) & (claims.pairs > 1) & (claims.teacher != '')] if len(claims) else claims
 
 def _claims(family): # arms of one recipe -> most runs' teacher; what, arm without, arm with: with a seed in common
     taught = pd.Series([run.config.teacher for arm in family for run in arm if run.config.teacher], dtype=str)

@@ -28,6 +28,7 @@ from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_ran
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, compiled, create_optimizer, create_schedule, evaluate
 from .setup import prepare, program, resolve, weight_average
+from .teachers import Absent
 from .views import Plan, cut_views, scaled, view_count
 
 # %% ../nbs/06_train.ipynb #5c1e08d4
@@ -290,7 +291,8 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     if answers and answers.by_view:
         known = answers.known(setup.train_rows)
         size = images, view_count(c), c.epochs, ranks.world, known
-        rest = break_even(answers.teacher, setup.views, *size) if known < 1 else 'the teacher is not asked'
+        asks = known < 1 and not isinstance(answers.teacher, Absent)
+        rest = break_even(answers.teacher, setup.views, *size) if asks else 'this teacher is not asked'
         say(f'memo: {known:.1%} of its answers known; {rest}')
     elif answers and answers.plan_memo: say(f"memo of the plan: {answers.plan_memo.known():.1%} of its answers known; "
                                             'the teacher is asked the others online, once for all students of the plan')
