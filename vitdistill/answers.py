@@ -170,6 +170,9 @@ class Online:
         self.asked = self.hits = self.seconds = 0
         self.watch = Stopwatch(teacher.device)
 
+    def divided(self, rows:torch.Tensor)->list: # (who answers, (n,) rows about which)
+        return [(self, rows)]
+
     def take(self)->tuple: # since the last call: (seconds of the teacher, share of the questions that a memo answered)
         rate, seconds = self.hits/max(1, self.asked), self.seconds + self.watch.take()
         self.asked = self.hits = self.seconds = 0
@@ -287,9 +290,12 @@ class OutOfFold:
         for i, part in enumerate(self.parts):
             if len(where := torch.nonzero(self.which[image] == i).flatten()): yield part, where
 
+    def divided(self, rows:torch.Tensor)->list: # (who answers, (n,) rows about which)
+        mine = [(part, rows[self.which[rows] == i]) for i, part in enumerate(self.parts)]
+        return [(part, its) for part, its in mine if len(its)]
+
     def known(self, rows:torch.Tensor)->float: # share of the answers about these images that the memos have
-        mine = [rows[self.which[rows] == i] for i in range(len(self.parts))]
-        return sum(part.known(its)*len(its) for part, its in zip(self.parts, mine) if len(its))/len(rows)
+        return sum(part.known(its)*len(its) for part, its in self.divided(rows))/len(rows)
 
     def take(self)->tuple:
         asked = [part.asked for part in self.parts]

@@ -333,10 +333,8 @@ def refuse_unanswered(
     rows:torch.Tensor # that will be asked about
 )->None:
     "Raise `VitdistillError` where a teacher whose weights are elsewhere has not been asked all that it may be asked."
-    which = getattr(answers, 'which', torch.zeros(int(rows.max()) + 1, dtype=torch.int64))[rows] # of the parts
-    for number, part in enumerate(getattr(answers, 'parts', [answers])):
-        its = rows[which == number]
-        if isinstance(part.teacher, Absent) and len(its) and part.by_view and (known := part.known(its)) < 1:
+    for part, its in answers.divided(rows):
+        if isinstance(part.teacher, Absent) and (known := part.known(its)) < 1:
             raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(its):,} '
                                   'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
                                   "or name the teacher's weights.")

@@ -196,7 +196,8 @@ class Absent(Teacher):
         if config.teacher_precision not in ('auto', precision):
             raise VitdistillError(f'teacher_precision = {config.teacher_precision!r}, and {self.file} has what was '
                                   f'asked in {precision}: leave it out, or name the weights.')
-        super().__init__(model, constants, config.teacher_size, precision, device, compile=bool(compiled))
+        super().__init__(model, constants, config.teacher_size, precision, compile=bool(compiled)) # on the host
+        self.device = torch.device(device)
 
     def logits(self, pixels:torch.Tensor)->torch.Tensor:
         "Raise `VitdistillError`."
