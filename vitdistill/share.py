@@ -74,8 +74,8 @@ def keep_answers(
     folder = Path(folder)
     refuse_other_memos(folder, told(folder))
     if not (card := read_card(folder)):
-        raise VitdistillError(f'{told(folder)} has no card.json, which says who answers and what it has seen: write one '
-                              'with `vitdistill.teachers.adopt`.')
+        raise VitdistillError(f'{told(folder)} has no card.json, which says who answers and what it has seen: write '
+                              'one with `vitdistill.teachers.adopt`.')
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
     by_view = [head for head in heads if isinstance(memo_kind(head), HardLabel) and 'recipe' not in head]
     if len(by_view) != 1:
