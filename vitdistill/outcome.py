@@ -127,7 +127,7 @@ def model_card(
     if not c.teacher: taught = f'trained {labels}'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     name = student_name(c)
-    ours = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('vitdistill') # registered by us
+    ours = timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith('timm.') # registered by us
     imports = 'import timm, vitdistill.models' if ours else 'import timm'
     recipe = yaml.safe_dump({k: v for k, v in asdict(c).items() if v != getattr(Config(), k)}, sort_keys=False)
     return f"""---
