@@ -35,7 +35,7 @@ demo: venv ## the paper's experiment in minutes: digits, teacher, two ResNet-50,
 
 test: venv ## export drift, notebooks and tests, on two cores in minutes
 	@mkdir -p out/home/runtime
-	$(BIN)/python -m pytest -q tests/test_repository.py
+	$(BIN)/python -m pytest -q tests/test_repository.py -k drifted
 	OMP_NUM_THREADS=1 $(call limit,900) $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
