@@ -243,17 +243,23 @@ def git(*words):
 
 
 @functools.cache
-def yaml_at(commit, path):
-    return yaml.safe_load(git("show", f"{commit}:{path}") or "{}")
+def files_at(commit):
+    """The grids and presets of a commit: path -> git's name for its bytes, which most commits share."""
+    listed = (git("ls-tree", "-r", commit, "nbs/experiments/grids", "nbs/presets") or "").splitlines()
+    return {path: told.split()[2] for told, path in (line.split("\t") for line in listed)}
+
+
+@functools.cache
+def yaml_of(blob):
+    return yaml.load(git("cat-file", "blob", blob), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 @functools.cache
 def cells_at(commit):
     """Every cell of every grid of a commit: experiment, and the fields that its preset and the cell itself give."""
-    found = []
-    folder = (git("ls-tree", "--name-only", commit, "nbs/experiments/grids/") or "").split()
-    for path in (path for path in folder if path.endswith(".yaml")):
-        grids = yaml_at(commit, path)
+    found, files = [], files_at(commit)
+    for path in (path for path in files if re.fullmatch(r"nbs/experiments/grids/[^/]+\.yaml", path)):
+        grids = yaml_of(files[path])
         for grid in grids if isinstance(grids, list) else [grids]:
             fixed, vary = grid.get("parameters") or {}, grid.get("vary") or {}
             for values in itertools.product(*vary.values()):
@@ -261,18 +267,23 @@ def cells_at(commit):
                 parts = [cell.get("role") or ARMS.get(grid["notebook"][:3])]
                 if grid["notebook"] == "e06_pretrain":  # an encoder, and perhaps the model that is fine-tuned from it
                     parts = ["pretrain", *filter(None, [cell.get("role")])]
-                recipe = yaml_at(commit, f"nbs/presets/{cell.get('preset')}.yaml")
+                preset = files.get(f"nbs/presets/{cell.get('preset')}.yaml")
+                recipe = yaml_of(preset) if preset else {}
                 for part, given in zip(parts, (cell, {key: cell[key] for key in cell.keys() & HANDED_ON})):
                     found.append((part, (recipe.get("common") or {}) | (recipe.get(part) or {}) | given))
     return found
 
 
+USUAL, ASIDE = Config(), {*field_names(group="found"), "data_root", "image_size"}
+ASKED = [name for name in field_names(hashed=True) if name not in ASIDE and not name.endswith("_weights")]
+
+
 def is_cell(config, experiment, given):
     """Whether a record's config is what a cell gives, and the defaults; paths and what a machine decides aside."""
-    usual, aside = Config(), {*field_names(group="found"), "data_root", "image_size", *(config.auto or ())}
-    names = [name for name in field_names(hashed=True) if name not in aside and not name.endswith("_weights")]
-    same = experiment == config.experiment and bool(config.fold_weights) == bool(given.get("out_of_fold"))
-    return same and all(getattr(config, name) == given.get(name, getattr(usual, name)) for name in names)
+    if experiment != config.experiment or bool(config.fold_weights) != bool(given.get("out_of_fold")):
+        return False
+    return all(getattr(config, name) == given.get(name, getattr(USUAL, name))
+               for name in ASKED if name not in (config.auto or ()))
 
 
 def test_cells_of_a_commit_are_told_from_others():
