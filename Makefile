@@ -37,7 +37,8 @@ test: venv ## export drift, notebooks and tests, on two cores in minutes
 	@mkdir -p out/home/runtime
 	$(BIN)/python -m pytest -q tests/test_repository.py -k drifted
 	OMP_NUM_THREADS=1 $(call limit,900) $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "not slow" tests
 
 test-all: test ## also what takes longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests

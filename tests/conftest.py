@@ -15,12 +15,19 @@ from vitdistill.setup import resolve
 from vitdistill.teachers import untrained
 
 ROOT = repo_root(Path(__file__).parent)
+LONGEST = "notebooks analysis kill ranks real_data deit_figures agreement pages outcome hub".split()
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: not in `make test`, but in `make test-all`")
     config.addinivalue_line("markers", "cuda: needs a GPU, and is skipped without one (`make gpu`, `pytest -m cuda`)")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first: of several workers, none idles while another begins one of them."""
+    order = {f"test_{name}": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
