@@ -47,8 +47,8 @@ def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
     assert card["top1_held_out"] > 0.7 and card["n_held_out"] == 6000 and card["n_train"] == 44_000
     student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, student_kwargs={},
                       teacher=teacher.student, teacher_kwargs=teacher.student_kwargs, teacher_size=160,
-                      teacher_weights=str(tmp_path / "teacher"), distillation="hard", epochs=2, batch_size=32,
-                      data_fraction=0.005, lr=0.02, device="cpu", runs_dir=str(tmp_path / "runs"),
+                      teacher_weights=str(tmp_path / "teacher"), distillation="hard", epochs=2, evaluate_every=2,
+                      batch_size=32, data_fraction=0.005, lr=0.02, device="cpu", runs_dir=str(tmp_path / "runs"),
                       work_dir=str(tmp_path / "work"))
     run = launch(student)
     loss = run.metrics().train_loss
