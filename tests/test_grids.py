@@ -1,6 +1,5 @@
 """Grids as processes: a cell that is told to stop, a machine without Slurm, a folder that is in use."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import execute, grid_cells, held, noted_runs, place_of, read_record, write_record
+from vitdistill.grids import grid_cells, held, noted_runs, place_of, read_record, write_record
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 
@@ -87,22 +86,6 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
                                      capture_output=True, text=True)
         assert refused.returncode == 1 and told in refused.stderr and refused.stderr.count("\n") == 1
     assert sorted(file.name for file in folder.glob("*.json")) == ["000-e09_another.json"]
-
-
-def test_a_cell_names_its_runs(tmp_path):
-    """Whatever a notebook launches is written down beside it."""
-    cell = grid_cells(write_minimal(tmp_path))[0]
-    place = tmp_path / "000-e01.ipynb"
-    execute(cell, place, dict(OMP_NUM_THREADS="1"))
-    run, = noted_runs(place)
-    assert cell.state == "done" and run.status == "done" and os.path.dirname(run.folder) == str(tmp_path / "runs")
-
-
-def write_minimal(folder):
-    given = dict(preset="demo", student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.1, epochs=1,
-                 threads=1, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
-    (folder / "g.yaml").write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
-    return folder / "g.yaml"
 
 
 def test_no_term_is_still_warming_up_when_a_run_of_a_grid_ends():

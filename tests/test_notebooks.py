@@ -14,7 +14,7 @@ import yaml
 
 from conftest import ROOT, environment, run_of, train_command
 from vitdistill.config import preset, save
-from vitdistill.grids import grid_cells, run_batch
+from vitdistill.grids import grid_cells, noted_runs, place_of, run_batch
 from vitdistill.runs import find_runs
 from vitdistill.teachers import answers_head, untrained
 
@@ -226,7 +226,7 @@ def test_unknown_parameter_is_refused(tmp_path):
 
 
 def test_batch_survives_a_failing_cell(tmp_path, capsys):
-    """A grid of two: one that can't be, one that is done; the part that is done is not repeated."""
+    """A grid of two: one that can't be, one that is done and names its run; what is done is not repeated."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     fixed = dict(student_kwargs=SMALL_VIT, data_fraction=0.1, epochs=1, **where)
 
@@ -237,6 +237,8 @@ def test_batch_survives_a_failing_cell(tmp_path, capsys):
     grid("resnet5", "vit_tiny_patch16_224")
     failed, done = run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")
     assert "unknown model 'resnet5'" in failed.state and done.state == "done"
+    run, = noted_runs(place_of(tmp_path / "out/grid", 1, done))
+    assert run.status == "done" and run.folder.parent == tmp_path / "runs"
     assert "1 done, 1 failed, 0 running, 0 left" in capsys.readouterr().out
     grid("vit_tiny_patch16_224")
     assert run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")[0].state == "done"
