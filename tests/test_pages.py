@@ -1,4 +1,5 @@
 """The pages that people read: numbers against the records, sentences against their numbers, and how long they are."""
+import functools
 import io
 import json
 import re
@@ -27,6 +28,11 @@ from vitdistill.runs import find_runs
 RECORDS = ROOT / "reports/runs"
 TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
 ANEW = "Sentences to be written anew"
+
+
+@functools.cache
+def records():
+    return find_runs(RECORDS)
 
 
 def study(folder, **parameters):
@@ -167,7 +173,7 @@ def test_students_are_held_against_the_answers_that_they_were_given(page):
         card = json.loads((RECORDS / run / "result.json").read_text())["teacher_card"]
         folders = [Path(weights).parts[-2] for weights in (config.teacher_weights, config.fold_weights) if weights]
         if len(folders) == 1:
-            folders = [run.name for run in find_runs(RECORDS) if run.config.experiment == "adopted_teacher"
+            folders = [run.name for run in records() if run.config.experiment == "adopted_teacher"
                        and run.result["weights_hash"] == card["weights_hash"]]
         parts = ("val",) if len(folders) == 2 else ("train", "val")
         teachers = [np.load(RECORDS / folder / "predictions.npz") for folder in folders]
@@ -492,7 +498,7 @@ def test_readme_is_decided_in_one_screen():
 
 def test_readme_shows_the_forest_until_the_long_run_has_twenty_epochs():
     """Then Figure 4 is the picture that leads: both arms at the paper's own size."""
-    long = [run.epochs_done for run in find_runs(RECORDS)
+    long = [run.epochs_done for run in records()
             if run.config.data_fraction == 1 and run.config.dataset == "cifar100" and not run.config.allow_untrained
             and run.config.experiment in ("baseline", "distilled")]
     led_by = "figure4" if len(long) > 1 and min(long) >= 20 else "study_forest"
@@ -708,26 +714,33 @@ def test_grid_stood_before_its_runs(grid, tmp_path):
                 values["preset"] = str(root / f"nbs/presets/{values['preset']}.yaml")
                 c = configure(PARTS[cell.notebook.stem], values)
                 yield c.experiment, c.seed, settings(c, FOUND), bool(cell.chosen.get("out_of_fold"))
-    made = set(configs(ROOT))
-    for run in find_runs(RECORDS):
-        c = run.config
-        cell = c.experiment, c.seed, settings(c, FOUND), bool(c.fold_weights)
-        if cell not in made:
-            continue
-        commit = run.environment["commit"]
+
+    @functools.cache
+    def cells_at(commit):
         if subprocess.run(["git", "cat-file", "-e", commit], cwd=ROOT).returncode:
             pytest.skip("a shallow clone: the commit of the record is not here")
         archive = ["git", "archive", commit, "nbs/presets", str(grid.relative_to(ROOT))]
         then = subprocess.run(archive, cwd=ROOT, capture_output=True)
-        assert not then.returncode, f"{run.name} was run before {grid.name} was committed"
+        if then.returncode:
+            return None
         with tarfile.open(fileobj=io.BytesIO(then.stdout)) as files:
             files.extractall(tmp_path / commit, filter="data")
-        assert cell in set(configs(tmp_path / commit)), run.name
+        return set(configs(tmp_path / commit))
+
+    made = set(configs(ROOT))
+    for run in records():
+        c = run.config
+        cell = c.experiment, c.seed, settings(c, FOUND), bool(c.fold_weights)
+        if cell not in made:
+            continue
+        then = cells_at(run.environment["commit"])
+        assert then is not None, f"{run.name} was run before {grid.name} was committed"
+        assert cell in then, run.name
 
 
 @pytest.mark.parametrize("grid, run", [("small_tuned", 10), ("deit_strengths", 8)])
 def test_a_grids_cells_meet_the_records_that_they_are_to_be_paired_with(grid, run):
     """Whatever fields or presets changed since: today's cells of a grid that has run are its records."""
     cells = [configure(PARTS[cell.notebook.stem], cell.chosen) for cell in grid_cells(GRIDS / f"{grid}.yaml")]
-    here = {(run.config.experiment, run.config.seed, settings(run.config, FOUND)) for run in find_runs(RECORDS)}
+    here = {(run.config.experiment, run.config.seed, settings(run.config, FOUND)) for run in records()}
     assert len({(c.experiment, c.seed, settings(c, FOUND)) for c in cells} & here) >= run

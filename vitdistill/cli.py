@@ -8,7 +8,7 @@ __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train
            'new_folder', 'new', 'grid', 'report', 'bench', 'export', 'main']
 
 # %% ../nbs/10_cli.ipynb #598bd3f4
-import argparse, inspect, logging, re, shutil, sys, tempfile
+import argparse, functools, inspect, logging, re, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -63,6 +63,7 @@ def _told(f, comment:str)->str: # a field's line in the help
 def _kind(f)->str: return getattr(f.type, '__name__', str(f.type)) # float, int | str
 
 # %% ../nbs/10_cli.ipynb #573fb193
+@functools.cache
 def train_parser()->argparse.ArgumentParser:
     "Of `vitdistill train`: a config, and each field of `Config` in its group."
     parser = argparse.ArgumentParser(prog='vitdistill train', usage='%(prog)s [--config F] [--FIELD VALUE ...]',
