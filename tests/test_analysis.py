@@ -154,7 +154,7 @@ def test_trends_analysis_says_what_is_cut_short(tmp_path):
         file.write("50,0.")
     (curve_run(tmp_path / "runs", np.sqrt, seed=3) / "config.yaml").write_text("learning_rat: 1")
     text = said(analyse("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
-                        out=str(tmp_path / "out")))
+                        out=str(tmp_path / "out"), bootstraps=20))
     assert f"Cut short: {last.name} is interrupted, 50 of 60" in text and "Left out: the config of baseline" in text
     for name in ("published", "plateau", "laws", "backtest", "crossover"):
         assert (tmp_path / f"out/figures/trends_{name}.png").stat().st_size > 10_000
@@ -176,7 +176,7 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
         for way in ({}, taught):
             curve_run(tmp_path / "runs", lambda e: 0.1 + 0.15 * np.log(e) + 0.002 * len(way), seed, done=12, **way)
     text = said(analyse("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
-                        out=str(tmp_path / "out")))
+                        out=str(tmp_path / "out"), bootstraps=20))
     assert "Measured crossover (difference averaged over 5 epochs): not read" in text
     crossings = pd.read_csv(tmp_path / "out/tables/trends_crossovers.csv")
     assert len(crossings) and set(crossings.measured) == {"not resolved"}
