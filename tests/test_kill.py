@@ -28,9 +28,12 @@ def kill(process):
 
 
 def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
-    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for bit."""
+    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for bit.
+
+    Its images are augmented by two processes, those of the one left alone by itself."""
     config = replace(recipe, epochs=8, batch_size=16)
-    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    alone = elsewhere(config, tmp_path / "alone")
+    cut = replace(elsewhere(config, tmp_path / "cut"), workers=2)
     assert start(alone, tmp_path / "alone.yaml").wait(120) == 0
     process = start(cut, tmp_path / "cut.yaml")
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 90)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'need', 'repo_root', 'from_root', 'fitting',
            'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'Config', 'field_names', 'check',
-           'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset', 'save', 'defining', 'config_hash', 'student_name',
-           'run_name']
+           'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
+           'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
-import dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, shutil, typing
+import dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, shutil, socket, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -109,7 +109,8 @@ def write_atomic(
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise VitdistillError(f'{path.parent} can not be made ({e.strerror}): name another folder.') from None
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    own = f'{socket.gethostname()}.{os.getpid()}' # nodes may share a disk
+    temporary = path.with_name(f'.{path.name}.{own}.tmp')
     try:
         if callable(content): content(temporary)
         else: temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -337,21 +338,25 @@ def load(path:str|Path)->Config:
     return from_dict(read_yaml(Path(path)), str(path))
 
 # %% ../nbs/00_config.ipynb #2052d357
+def preset_parts(name:str)->dict: # name: a file of nbs/presets without its ending, or a path to a YAML file
+    "The parts of a preset, `common` and its experiments, each with its fields."
+    path = Path(name) if str(name).endswith(('.yaml', '.yml')) else shipped(f'nbs/presets/{name}.yaml')
+    if not path.is_file():
+        raise VitdistillError(f'unknown preset {name!r}: {nearest(name, shipped_names("nbs/presets", ".yaml"))}')
+    return read_yaml(path)
+
 def preset(
-    name:str,       # a file of nbs/presets without its ending, or a path to a YAML file
+    name:str,       # as `preset_parts` takes it
     experiment:str, # the part of it: teacher, baseline, distilled, deit_teacher, deit
     **given         # fields that replace the preset's; None means as the preset says
 )->Config:
     "The config of one experiment of a preset; an unknown preset, part or key names the nearest right one."
-    path = Path(name) if str(name).endswith(('.yaml', '.yml')) else shipped(f'nbs/presets/{name}.yaml')
-    if not path.is_file():
-        raise VitdistillError(f'unknown preset {name!r}: {nearest(name, shipped_names("nbs/presets", ".yaml"))}')
-    parts = read_yaml(path)
+    parts = preset_parts(name)
     if experiment not in (known := set(parts) - {'common'}):
         raise VitdistillError(f'preset {name!r} has no experiment {experiment!r}: {nearest(experiment, known)}')
     given = {key: value for key, value in given.items() if value is not None}
     values = {'experiment': experiment, **(parts.get('common') or {}), **(parts[experiment] or {}), **given}
-    return from_dict(values, path.name)
+    return from_dict(values, f'preset {name}')
 
 # %% ../nbs/00_config.ipynb #ad8ba557
 def save(config:Config, path:str|Path)->Path:

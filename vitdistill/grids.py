@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STANDING', 'Cell', 'grid_cells', 'slot_environment', 'place_of', 'write_jobs', 'read_jobs', 'write_record',
            'read_record', 'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'look', 'tally',
-           'table', 'refuse_busy', 'begun', 'is_here', 'makes', 'not_here', 'run_batch', 'teachers_of',
-           'records_of_jobs', 'submit_batch', 'parser', 'main']
+           'table', 'refuse_busy', 'begun', 'is_here', 'makes', 'named_weights', 'not_here', 'waits_for', 'waiting',
+           'waves', 'run_batch', 'records_of_jobs', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
 import argparse, glob, itertools, json, os, queue, signal, socket, subprocess, sys, time
@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 import torch, yaml
 from filelock import FileLock, Timeout
@@ -24,6 +25,7 @@ from .config import (VitdistillError, fitting, from_root, load_yaml, nearest, re
 from .launch import TEACHER_FIELDS, bind_to_parent, check_names, configure, makes_teacher, stop
 from .launch import teacher_of_preset
 from .runs import Run, cores, is_locked
+from .teachers import is_answers
 
 # %% ../nbs/07a_grids.ipynb #2ce04fbc
 @dataclass
@@ -270,17 +272,61 @@ def is_here(path:str)->bool: # or a pattern of paths
 def makes(cell:Cell, path:str)->bool:
     "Is it the folder of a model that this cell makes? One that it trains has to be named by a pattern."
     given, parts = {**(cell.declared or {}), **cell.chosen}, Path(path).parts
+    if is_answers(path) and not given.get('keep_answers'): return False
     if 'adopted' in given: return given['adopted'] in parts
     if 'role' not in given or not (patterns := [part for part in parts if glob.has_magic(part)]): return False
     name = run_name(configure(given['role'], given))
     return any(fnmatch(name, pattern) for pattern in patterns)
 
+def named_weights(cell:Cell)->list: # of paths and patterns
+    "Weights that a cell begins with, or asks."
+    kinds = 'weights', 'student_weights', 'teacher_weights', 'fold_weights'
+    named = [cell.chosen.get(kind) or [] for kind in kinds]
+    return [str(file) for some in named for file in (some if isinstance(some, list) else [some])]
+
 def not_here(cells:list)->list:
     "Weights that cells name, which are neither here, nor on the hub, nor made by another of them."
-    kinds = 'weights', 'student_weights', 'teacher_weights', 'fold_weights'
-    named = [cell.chosen.get(kind) or [] for cell in cells for kind in kinds]
-    files = dict.fromkeys(str(file) for some in named for file in (some if isinstance(some, list) else [some]))
+    files = dict.fromkeys(file for cell in cells for file in named_weights(cell))
     return [file for file in files if not is_here(file) and not any(makes(cell, file) for cell in cells)]
+
+# %% ../nbs/07a_grids.ipynb #1f3c0efc
+def waits_for(cell:Cell, cells:list)->list: # all of a grid; those of them
+    "Those that have to end before: they make weights that it names, or the teacher that its preset trains."
+    others, named = [other for other in cells if other is not cell], named_weights(cell)
+    makers = [other for other in others if any(makes(other, path) for path in named)]
+    teachers = [other for other in others if makes_teacher(other.notebook.stem)]
+    given = {**cell.declared, **cell.chosen}
+    if 'teacher' not in given or makes_teacher(cell.notebook.stem): return makers
+    if given.get('teacher_weights') or given.get('fold_weights'):
+        return makers if makers or all(map(is_here, named)) else teachers
+    def fits(teacher): # as `finished_teacher` looks for it, but of any fold
+        its = {**teacher.declared, **teacher.chosen}
+        if 'role' not in its: return False
+        try: wanted, there = teacher_of_preset(given, its['role']), configure(its['role'], its)
+        except VitdistillError: return False
+        return all(getattr(wanted, name) == getattr(there, name) for name in TEACHER_FIELDS if name != 'fold')
+    fit = [teacher for teacher in teachers if fits(teacher)] or teachers
+    return [other for other in others if any(other is its for its in (*makers, *fit))]
+
+def waiting(cells:dict[int, Cell])->dict: # number -> numbers of those that it waits for; in a possible order
+    "Who waits for whom; those that wait for each other are a `VitdistillError`."
+    every = list(cells.values())
+    number = {id(cell): n for n, cell in cells.items()}
+    after = {n: tuple(number[id(first)] for first in waits_for(cell, every)) for n, cell in cells.items()}
+    try: return {n: after[n] for n in TopologicalSorter(after).static_order()}
+    except CycleError as e:
+        circle = ' and '.join(str(cells[n])[:200] for n in sorted({*e.args[1]}))
+        raise VitdistillError(f"{circle} wait for each other's weights: name weights by a pattern that fits no run of "
+                              'those that begin with it.') from None
+
+def waves(cells:list[Cell])->list: # of lists of numbers
+    "What to execute together, one wave after the other: first what others wait for, and teachers."
+    after, depth = waiting(dict(enumerate(cells))), {}
+    for n, first in after.items(): depth[n] = 1 + max((depth[m] for m in first), default=-1)
+    needed = {m for first in after.values() for m in first}
+    early = [n for n, cell in enumerate(cells) if n in needed or makes_teacher(cell.notebook.stem)]
+    levels = [[n for n in early if depth[n] == level] for level in sorted({depth[n] for n in early})]
+    return [*levels, [n for n in range(len(cells)) if n not in early]]
 
 # %% ../nbs/07a_grids.ipynb #af786b39
 def run_batch(
@@ -289,8 +335,9 @@ def run_batch(
     at_once:int|None=None, # cells side by side; None: one a GPU, or one a core
     dry:bool=False # only list the combinations
 )->list[Cell]:
-    "Execute a grid here, the teachers' notebooks first; returns its cells, each with how it ended."
+    "Execute a grid here, first what others wait for; returns its cells, each with how it ended."
     cells, folder, gpus = grid_cells(path), from_root(out)/Path(path).stem, torch.cuda.device_count()
+    turns = waves(cells)
     slots, free = min(len(cells), at_once or gpus or cores()), queue.SimpleQueue()
     for slot in range(slots): free.put(slot)
     def turn(number, cell):
@@ -298,33 +345,15 @@ def run_batch(
         try: execute(cell, place_of(folder, number, cell), slot_environment(slot, slots, gpus))
         finally: free.put(slot)
         print(f'{cell.state[:200]}: {cell} ({tqdm.format_interval(cell.seconds)}; {tally(cells, slots)})', flush=True)
-    def both_waves():
+    def all_waves():
         print(f'{len(cells)} cells, {slots} at once, into {folder}', flush=True)
-        for teachers in (True, False): # students find their teachers done
-            wave = [(n, cell) for n, cell in enumerate(cells) if makes_teacher(cell.notebook.stem) == teachers]
-            with ThreadPoolExecutor(slots) as pool: list(pool.map(lambda item: turn(*item), wave))
+        for wave in turns:
+            with ThreadPoolExecutor(slots) as pool: list(pool.map(lambda n: turn(n, cells[n]), wave))
     if not dry:
-        with begun(cells, folder): both_waves()
+        with begun(cells, folder): all_waves()
     elif absent := not_here(cells): print(f"Not here, and needed (see the head of {path}): {', '.join(absent)}.")
     for cell in cells: print(f'{cell.state[:100]:6}  {tqdm.format_interval(cell.seconds)}  {cell}')
     return cells
-
-# %% ../nbs/07a_grids.ipynb #1f3c0efc
-def teachers_of(cell:Cell, teachers:list)->list: # cells each
-    "The teachers' cells that a student's has to wait for."
-    if makes_teacher(cell.notebook.stem) or 'teacher' not in cell.declared: return []
-    given = {**cell.declared, **cell.chosen}
-    if weights := [given[name] for name in ('teacher_weights', 'fold_weights') if given.get(name)]:
-        named = [teacher for teacher in teachers if any(makes(teacher, str(path)) for path in weights)]
-        if named or all(is_here(str(path)) for path in weights): return named
-        return teachers
-    def fits(teacher): # as `finished_teacher` looks for it, but of any fold
-        its = {**teacher.declared, **teacher.chosen}
-        if 'role' not in its: return False
-        try: wanted, there = teacher_of_preset(given, its['role']), configure(its['role'], its)
-        except VitdistillError: return False
-        return all(getattr(wanted, name) == getattr(there, name) for name in TEACHER_FIELDS if name != 'fold')
-    return [teacher for teacher in teachers if fits(teacher)] or teachers
 
 # %% ../nbs/07a_grids.ipynb #55bd2cba
 @contextmanager
@@ -349,15 +378,16 @@ def submit_batch(
     cells, folder = grid_cells(path), from_root(out)/Path(path).stem
     with begun(cells, folder):
         todo = [number for number, cell in enumerate(look(cells, folder)) if cell.state != 'done']
-        teachers = [cells[number] for number in todo if makes_teacher(cells[number].notebook.stem)]
-        after = {n: tuple(m for m in todo if any(cells[m] is t for t in teachers_of(cells[n], teachers))) for n in todo}
-        firsts = sorted({*after.values()}, key=lambda first: (len(first), first))
-        waves = [([n for n in todo if after[n] == first], first) for first in firsts]
+        after = waiting({n: cells[n] for n in todo})
+        place = {n: at for at, n in enumerate(after)} # in their order
+        last = lambda first: (max(map(place.get, first), default=-1), len(first), first)
+        firsts = sorted({*after.values()}, key=last)
+        turns = [([n for n in todo if after[n] == first], first) for first in firsts]
         places = {n: place_of(folder, n, cells[n]) for n in todo}
         with records_of_jobs({place: replace(cells[n], state='waiting', seconds=0.) for n, place in places.items()}):
             commands = {n: ([sys.executable, '-u', '-m', 'vitdistill.grids', str(place.with_suffix('.json'))],
                             str(place.with_suffix('.job'))) for n, place in places.items()}
-            ids = submit(commands, waves, folder/'slurm', ask, Path(path).stem) if todo else {}
+            ids = submit(commands, turns, folder/'slurm', ask, Path(path).stem) if todo else {}
         write_jobs(folder, {place.stem: dict(job=ids[n], after=list(after[n])) for n, place in places.items()})
         return look(cells, folder)
 

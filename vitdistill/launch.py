@@ -6,7 +6,7 @@
 __all__ = ['notebook_names', 'settable', 'TEACHER_FIELDS', 'check_names', 'parameters', 'configure', 'check_ranks', 'rank_count',
            'better_alone', 'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun',
            'makes_teacher', 'has_model', 'note_run', 'ended', 'check_launch', 'launch', 'launch_fill',
-           'finished_teacher', 'teacher_of_preset', 'one_at_a_time', 'with_teacher']
+           'finished_teacher', 'teacher_of_preset', 'told_teacher', 'one_at_a_time', 'with_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
@@ -15,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
-from .config import Config, VitdistillError, field_names, from_root, nearest, preset, save
+from .config import Config, VitdistillError, field_names, from_root, nearest, preset, preset_parts, save
+from .config import shipped_names
 from .data import fingerprint, image_side
 from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
 from .runs import Run, check_folders, find_runs
-from .setup import resolve, uses_batch_norm
+from .setup import resolve, the_only, uses_batch_norm
+from .teachers import as_teacher, read_card
 from .track import tracker_names
 
 # %% ../nbs/07_launch.ipynb #bd45b26d
@@ -289,11 +291,25 @@ def teacher_of_preset(
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
     "The teacher of a student's preset, on the student's images or, with `teacher_data_fraction`, on that part of all."
+    if experiment not in preset_parts(given['preset']):
+        able = [name for name in shipped_names('nbs/presets', '.yaml') if experiment in preset_parts(name)]
+        raise VitdistillError(f"preset {given['preset']!r} trains no teacher: give teacher_weights, which e00_teacher "
+                              f"makes with role {experiment} and preset {', '.join(able)}, and e04 of a file.")
     values = {name: given.get(name) for name in field_names(shared=True)}
     values |= {its: given.get(field) for its, field in (('student', 'teacher'), ('student_kwargs', 'teacher_kwargs'),
                                                         ('student_normalization', 'teacher_normalization'))}
     if given.get('teacher_data_fraction'): values['data_fraction'] = given['teacher_data_fraction']
     return preset(given['preset'], experiment, **values)
+
+# %% ../nbs/07_launch.ipynb #435053ff
+def told_teacher(
+    weights:str, # that were named; '' for none
+    given:dict   # the notebook's parameters, which win
+)->dict:
+    "What the card beside a teacher's weights says of it, as fields of its student's config; {} where it says nothing."
+    told = as_teacher(read_card(the_only(weights))) if weights else {}
+    if told and given.get('teacher') not in (None, told['teacher']): return {} # loading it will say what doesn't fit
+    return {name: value for name, value in told.items() if given.get(name) is None}
 
 # %% ../nbs/07_launch.ipynb #89eba505
 @contextmanager
@@ -313,14 +329,14 @@ def with_teacher(
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # the part of the preset that trains it
 )->Config:
-    "With its teacher's weights: named, timm's, or a finished teacher's that fits (two: `out_of_fold`); or without one."
+    "With its teacher: as named weights tell it, timm's, or a finished one that fits (two: `out_of_fold`); or without."
     if getattr(OBJECTIVES.get(config.distillation), 'wants', True) is None: # it hears no teacher
         return replace(config, **{name: getattr(Config(), name) for name in field_names(group='teacher')})
     if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
             raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: '
                                   'leave teacher_weights, teacher_pretrained and allow_untrained out.')
-        return config
+        return replace(config, **told_teacher(config.teacher_weights, given))
     if config.teacher == 'mixture':
         raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
                               'weights a list of theirs, and give that as teacher_weights.')

@@ -13,7 +13,7 @@ from timm.layers import ClassifierHead, DropPath, PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import DeformConv2d
+from torchvision.ops import DeformConv2d, deform_conv2d
 from .config import VitdistillError
 
 # %% ../nbs/02a_layers.ipynb #79da953b
@@ -151,8 +151,11 @@ class DeformableMerging(nn.Module):
 
     def forward(self, x):
         with _without_autocast(x.device.type):
-            x = x.permute(0, 3, 1, 2).to(self.conv.weight.dtype)
-            return self.act(self.norm(self.conv(x, self.offset(x)))).permute(0, 2, 3, 1)
+            x = x.permute(0, 3, 1, 2).to(own := self.conv.weight.dtype)
+            wide = torch.promote_types(own, torch.float32) # there is no sampling in bf16
+            parts = (t.to(wide) for t in (x, self.offset(x), self.conv.weight, self.conv.bias))
+            x = deform_conv2d(*parts, stride=self.conv.stride).to(own)
+            return self.act(self.norm(x)).permute(0, 2, 3, 1)
 
 # %% ../nbs/02a_layers.ipynb #cc36c2ee
 class LITBlock(nn.Module):

@@ -114,7 +114,7 @@ def end_by_signal()->None:
         for number in signals: signal.signal(number, signal.SIG_DFL)
     os.register_at_fork(after_in_child=default)
     def wait():
-        number = os.read(read, 1)[0]
+        while (number := os.read(read, 1)[0]) not in signals: pass # a loader's processes have SIGCHLD tell of their end
         try:
             for call in at_signal: call()
             sys.stdout.flush()

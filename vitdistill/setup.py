@@ -157,6 +157,9 @@ def refuse_unfit_folds(config:Config)->None:
         raise VitdistillError(f'fold_answers = {how!r} needs two fold teachers: give fold_weights beside '
                               "teacher_weights (e02's out_of_fold does), or leave fold_answers out.")
     if not config.fold_weights: return
+    if config.plan_memo and unnumbered(config):
+        raise VitdistillError('plan_memo keeps the answers of one teacher, and out of fold there are two: leave '
+                              'plan_memo out, or fold_weights.')
     if config.mixup or config.cutmix:
         raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both folds: '
                               'set mixup and cutmix to 0, or leave fold_weights out.')

@@ -145,7 +145,7 @@ def published_gains()->dict[str, float]: # points; only those of whose two sides
 # %% ../nbs/08h_tables.ipynb #a4409824
 def claim_rows(
     runs:list[Run] # any mixture; those that have ended are told
-)->pd.DataFrame:   # what, the arms' facts, recipe (1, ...), published (points), `contrast`'s, holm
+)->pd.DataFrame:   # what, the arms' facts, recipe (1, ...), published (points), `contrast`'s, reproduce, holm
     "What each claim adds, a row for each claim that some recipe's arms can answer; the recipe of most rows first."
     gains, families, frames = published_gains(), {}, []
     for arm in repeats([run for run in runs if run.status == 'done']):
@@ -155,7 +155,8 @@ def claim_rows(
     for (model, _), family in families.items():
         c = family[0][0].config
         teacher, claims = _claims(family)
-        rows = [dict(contrast(one, other, what), published=gains.get(what, np.nan)) for what, one, other in claims]
+        rows = [dict(contrast(one, other, what), published=gains.get(what, np.nan),
+                     reproduce=' && '.join(again(arm[0]) for arm in (one, other))) for what, one, other in claims]
         frames.append(pd.DataFrame(rows).assign(student=model, student_kwargs=str(c.student_kwargs), teacher=teacher,
                                                 dataset=c.dataset, epochs=c.epochs))
     frames.sort(key=len, reverse=True)

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'some', 'top1', 'agreement', 'card_facts', 'make_card', 'is_answers', 'answers_in', 'answers_head',
-           'read_card', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'seen_by', 'Absent', 'refuse_other_classes',
-           'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images',
-           'with_members', 'adopt', 'same_teacher']
+           'read_card', 'as_teacher', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'seen_by', 'Absent',
+           'refuse_other_classes', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'check_health',
+           'refuse_test_images', 'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
 import hashlib, json, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
-from .config import Config, VitdistillError, field_names, from_dict
+from .config import Config, VitdistillError, field_names, from_dict, student_name
 from .data import Data, load_data, split_rows
 from .hub import weights_place
 from .views import Views, epoch_plan, normalize, view_count
@@ -84,8 +84,9 @@ def card_facts(
     "What every card says of a model without asking it: what it is, and the images that it was trained on."
     train, val = split_rows(data.train_labels, config)
     return dict(architecture=config.student, kwargs=config.student_kwargs, stem=config.stem, classes=data.classes,
-                input_size=size, train_hash=data.train_hash, constants=constants, n_train=len(train),
-                n_held_out=len(val), split={f: getattr(config, f) for f in field_names(split=True)})
+                input_size=size, normalization=config.student_normalization, constants=constants,
+                train_hash=data.train_hash, n_train=len(train), n_held_out=len(val),
+                split={f: getattr(config, f) for f in field_names(split=True)})
 
 # %% ../nbs/04_teachers.ipynb #2ac0be18
 def make_card(
@@ -134,6 +135,15 @@ def read_card(weights:str)->dict|None:
     except ValueError:
         raise VitdistillError(f'{file} is damaged: train the teacher again, or write its card anew with '
                               '`vitdistill.teachers.adopt`.') from None
+
+# %% ../nbs/04_teachers.ipynb #2177a726
+def as_teacher(card:dict|None)->dict: # of `read_card`
+    "The model of a card by the names that a student's config has for its teacher; {} of no card."
+    if not card: return {}
+    told = dict(teacher=student_name(Config(student=card['architecture'], stem=card.get('stem', 'imagenet'))),
+                teacher_kwargs=card['kwargs'], teacher_size=card['input_size'])
+    if how := card.get('normalization'): told['teacher_normalization'] = how # of earlier versions' none says it
+    return told
 
 # %% ../nbs/04_teachers.ipynb #74d0f45c
 def refuse_overlap(
@@ -229,13 +239,12 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     card = read_card(config.teacher_weights)
     refuse_other_classes(card, data)
     refuse_seen(config, data, card)
-    named = config.teacher.startswith('hf-hub:') and not config.teacher_weights # the name says where weights are
-    away = is_answers(config.teacher_weights)
-    pretrained = (config.teacher_pretrained or named) and not away
+    elsewhere = config.teacher_pretrained or config.teacher.startswith('hf-hub:') # where weights are, if none are named
+    pretrained = elsewhere and not config.teacher_weights
     model = create(config.teacher, len(data.classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
-    if away: return Absent(config, model, constants, device), card
+    if is_answers(config.teacher_weights): return Absent(config, model, constants, device), card
     if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))
     auto = 'compile' in (config.auto or ()) # what it is resolved to is about the student: ranks, batch norm
     compile = str(device).startswith('cuda') if auto else config.compile not in ('none', 'auto')

@@ -61,7 +61,9 @@ class Cuts(Dataset):
     "What is cut for each step, as torch's loader asks its processes for it."
     def __init__(self, cut:typing.Callable, steps:list): self.cut, self.steps = cut, steps
     def __len__(self): return len(self.steps)
-    def __getitem__(self, number): return self.cut(self.steps[number])
+    def __getitem__(self, number):
+        try: return self.cut(self.steps[number])
+        except VitdistillError as e: return e # raised here it would reach its reader as a traceback
 
 def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
     "`cut` of each step; where the images are not on the device, further ones are cut, and pinned, while a step runs."
@@ -69,9 +71,11 @@ def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
     def pinned(step): return [part.pin_memory() if on_host else part for part in cut(step)]
     if setup.workers: # forked, so that a closure will do; a pool of threads doesn't outlive that
         def begin(_): setup.views.images.pool = ThreadPoolExecutor(1)
-        return (yield from DataLoader(Cuts(cut, steps), batch_size=None, num_workers=setup.workers, pin_memory=on_host,
-                                      worker_init_fn=None if setup.views.resident else begin,
-                                      multiprocessing_context='fork'))
+        for part in DataLoader(Cuts(cut, steps), batch_size=None, num_workers=setup.workers, pin_memory=on_host,
+                               worker_init_fn=None if setup.views.resident else begin, multiprocessing_context='fork'):
+            if isinstance(part, VitdistillError): raise part
+            yield part
+        return
     if setup.beside or setup.augment: return (yield from map(cut, steps))
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(pinned, steps[0])
