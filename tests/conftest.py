@@ -1,8 +1,11 @@
 """What several tests share: tiny runs, subprocesses, the real data where it lies."""
+import functools
 import os
+import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -78,13 +81,27 @@ def train_command(file, ranks=1):
     return [sys.executable, *launcher, "-m", "vitdistill.train", "--config", str(file)]
 
 
+@functools.cache
+def forked_ranks():
+    """The process that trains on ranks, one for all tests, and its log; it ends when this one does."""
+    log = tempfile.TemporaryFile("a+")
+    return subprocess.Popen([sys.executable, str(ROOT / "tests/forked_ranks.py")], env=environment(), text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log), log
+
+
 def on_ranks(config, folder, *counts):
     """The finished runs of a config, each on so many gloo ranks."""
     places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
-    pairs = [str(x) for ranks, here in zip(counts, places) for x in (ranks, save(here, folder / f"{ranks}.yaml"))]
-    done = subprocess.run([sys.executable, str(ROOT / "tests/forked_ranks.py"), *pairs], env=environment(),
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process, log = forked_ranks()
+    for ranks, here in zip(counts, places):
+        print(ranks, save(here, folder / f"{ranks}.yaml"), file=process.stdin, flush=True)
+        answered = select.select([process.stdout], [], [], 240)[0]
+        if not answered:  # nor may it answer the next test instead; its ranks end with it
+            process.kill()
+            forked_ranks.cache_clear()
+        said = process.stdout.readline() if answered else f"no answer of {ranks} ranks in 240 s"
+        log.seek(0)
+        assert said == "ok\n", said + log.read()[-2000:]
     return [run_of(here) for here in places]
 
 
