@@ -12,11 +12,12 @@ import pytest
 import timm
 import yaml
 
-from conftest import ROOT, environment, run_of, train_command
-from vitdistill.config import preset, save
+from conftest import ROOT, environment
+from vitdistill.config import preset
 from vitdistill.grids import grid_cells, noted_runs, place_of, run_batch
 from vitdistill.runs import find_runs
 from vitdistill.teachers import answers_head, untrained
+from vitdistill.train import train
 
 EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
@@ -210,8 +211,7 @@ def test_notebook_on_several_ranks(tmp_path, ranks):
     several, = find_runs(tmp_path / "runs")
     assert f"nproc-per-node {ranks} " in several.environment["command"]
     alone = replace(several.config, runs_dir=str(tmp_path / "alone/runs"), work_dir=str(tmp_path / "alone/work"))
-    subprocess.run(train_command(save(alone, tmp_path / "alone.yaml")), env=environment(), check=True, timeout=300)
-    one, many = run_of(alone).metrics(), several.metrics()
+    one, many = train(alone).metrics(), several.metrics()
     assert len(one) == 3 and one.train_loss.iloc[-1] < one.train_loss.iloc[0] - 0.05  # it learned
     names = ["lr", "train_loss", *(name for name in one if "top" in name), "memo_hit_rate"]
     pd.testing.assert_frame_equal(one[names], many[names], rtol=0, atol=1e-5)
