@@ -126,7 +126,7 @@ def test_stochastic_depth_of_presets():
 
 @pytest.mark.parametrize("name, cells", [
     ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 18), ("deit_table8", 11),
-    ("deit_lengths", 4), ("deit_resolution", 6), ("deit_gpu", 21), ("deit_gpu_strengths", 3)])
+    ("deit_lengths", 4), ("deit_resolution", 9), ("deit_gpu", 21), ("deit_gpu_strengths", 3)])
 def test_grids_make_configs(name, cells):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")

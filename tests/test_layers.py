@@ -43,9 +43,9 @@ def images(batch=4, side=32):
 @DEVICES
 def test_autocast_merges_in_full_precision(device):
     """Linear layers compute in bf16, offsets and merging in fp32; logits are those of fp32 to bf16's digits."""
-    model, x, found = tiny().to(device).eval(), images().to(device), {"offset": set(), "conv": set(), "fc1": set()}
+    model, x, found = tiny().to(device).eval(), images().to(device), {"offset": set(), "merged": set(), "fc1": set()}
     for name, module in model.named_modules():
-        kinds = found.get(name.rpartition(".")[2])
+        kinds = found.get("merged" if isinstance(module, torch.nn.BatchNorm2d) else name.rpartition(".")[2])
         if kinds is not None:
             module.register_forward_hook(lambda _, inputs, output, kinds=kinds: kinds.add(output.dtype))
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_autocast_merges_in_full_precision(device):
         assert {kind for kinds in found.values() for kind in kinds} == {torch.float32}
         with torch.autocast(device, torch.bfloat16):
             rough = model(x)
-    assert found == {"offset": {torch.float32}, "conv": {torch.float32}, "fc1": {torch.float32, torch.bfloat16}}
+    assert found == {"offset": {torch.float32}, "merged": {torch.float32}, "fc1": {torch.float32, torch.bfloat16}}
     assert 0 < (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 

@@ -640,7 +640,12 @@ def test_recipe_of_the_readme_runs(recipe, tmp_path):
     template, given = given_of(recipe)
     small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     student = dict(student="resnet18") if template[:3] in ("e01", "e02") else dict(student_kwargs=TINY_VIT)
-    small |= student if "student" not in given else {}
+    convnet = given.get("role") == "deit_teacher"
+    small |= student if "student" not in given and not convnet else {}
+    if given.get("student", "").startswith("deit"):
+        small |= dict(student_kwargs=TINY_VIT)
+    if template.startswith("e03"):
+        small |= dict(allow_untrained=True, teacher_weights=None)
     if template.startswith("e02"):
         folds = given.get("out_of_fold")  # whose two teachers are trained here, in earnest: on all digits
         small |= dict(teacher_kwargs=TINY_VIT, data_fraction=1.0 if folds else 0.5)
