@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STANDING', 'Cell', 'grid_cells', 'slot_environment', 'place_of', 'write_jobs', 'read_jobs', 'write_record',
            'read_record', 'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'look', 'tally',
-           'table', 'refuse_busy', 'begun', 'is_here', 'makes', 'named_weights', 'not_here', 'waits_for', 'waiting',
-           'waves', 'run_batch', 'records_of_jobs', 'submit_batch', 'parser', 'main']
+           'table', 'refuse_busy', 'begun', 'is_here', 'configured', 'makes', 'named_weights', 'not_here', 'waits_for',
+           'waiting', 'waves', 'run_batch', 'records_of_jobs', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
 import argparse, glob, itertools, json, os, queue, signal, socket, subprocess, sys, time
@@ -269,14 +269,20 @@ def is_here(path:str)->bool: # or a pattern of paths
     "Does that lie here, or on the hub?"
     return path.startswith('hf-hub:') or bool(fitting(path))
 
+def configured(cell:Cell): # -> Config or None
+    "The config of a cell that says its role; None of one that says none, or whose own notebook will refuse it."
+    given = {**(cell.declared or {}), **cell.chosen}
+    try: return configure(given['role'], given) if 'role' in given else None
+    except VitdistillError: return None
+
 def makes(cell:Cell, path:str)->bool:
     "Is it the folder of a model that this cell makes? One that it trains has to be named by a pattern."
     given, parts = {**(cell.declared or {}), **cell.chosen}, Path(path).parts
     if is_answers(path) and not given.get('keep_answers'): return False
     if 'adopted' in given: return given['adopted'] in parts
-    if 'role' not in given or not (patterns := [part for part in parts if glob.has_magic(part)]): return False
-    name = run_name(configure(given['role'], given))
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    patterns = [part for part in parts if glob.has_magic(part)]
+    if not patterns or (config := configured(cell)) is None: return False
+    return any(fnmatch(run_name(config), pattern) for pattern in patterns)
 
 def named_weights(cell:Cell)->list: # of paths and patterns
     "Weights that a cell begins with, or asks."
@@ -292,21 +298,21 @@ def not_here(cells:list)->list:
 # %% ../nbs/07a_grids.ipynb #1f3c0efc
 def waits_for(cell:Cell, cells:list)->list: # all of a grid; those of them
     "Those that have to end before: they make weights that it names, or the teacher that its preset trains."
-    others, named = [other for other in cells if other is not cell], named_weights(cell)
-    makers = [other for other in others if any(makes(other, path) for path in named)]
+    others, given = [other for other in cells if other is not cell], {**cell.declared, **cell.chosen}
+    makers = {path: [other for other in others if makes(other, path)] for path in named_weights(cell)}
+    needed = [other for some in makers.values() for other in some]
     teachers = [other for other in others if makes_teacher(other.notebook.stem)]
-    given = {**cell.declared, **cell.chosen}
-    if 'teacher' not in given or makes_teacher(cell.notebook.stem): return makers
-    if given.get('teacher_weights') or given.get('fold_weights'):
-        return makers if makers or all(map(is_here, named)) else teachers
     def fits(teacher): # as `finished_teacher` looks for it, but of any fold
-        its = {**teacher.declared, **teacher.chosen}
-        if 'role' not in its: return False
-        try: wanted, there = teacher_of_preset(given, its['role']), configure(its['role'], its)
+        if (there := configured(teacher)) is None: return False
+        try: wanted = teacher_of_preset(given, there.experiment)
         except VitdistillError: return False
         return all(getattr(wanted, name) == getattr(there, name) for name in TEACHER_FIELDS if name != 'fold')
-    fit = [teacher for teacher in teachers if fits(teacher)] or teachers
-    return [other for other in others if any(other is its for its in (*makers, *fit))]
+    alone = (config := configured(cell)) is not None and not config.teacher
+    if 'teacher' in given and not (alone or makes_teacher(cell.notebook.stem)):
+        if not (given.get('teacher_weights') or given.get('fold_weights')):
+            needed += [teacher for teacher in teachers if fits(teacher)] or teachers
+        elif not all(some or is_here(path) for path, some in makers.items()): needed += teachers
+    return [other for other in others if any(other is its for its in needed)]
 
 def waiting(cells:dict[int, Cell])->dict: # number -> numbers of those that it waits for; in a possible order
     "Who waits for whom; those that wait for each other are a `VitdistillError`."

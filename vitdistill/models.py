@@ -295,7 +295,8 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
     torch.manual_seed(config.seed)
     size = student_size(config, image_size)
-    model = create(config.student, classes, size, config.stem, config.student_pretrained, **config.student_kwargs)
+    pretrained = config.student_pretrained and not config.student_weights
+    model = create(config.student, classes, size, config.stem, pretrained, **config.student_kwargs)
     check_start(config, model, classes)
     if config.test_size: check_size(model, config.student, config.test_size)
     if config.student_weights:
