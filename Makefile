@@ -65,7 +65,7 @@ docs: venv .venv/docs ## the documentation site -> out/docs/index.html; ARGS=--k
 	$(BIN)/uv pip install -q --system-certs --no-cache --python $(BIN)/python -e '.[dev,docs]' || $(BIN)/python -m pip install -q --no-cache-dir -e '.[dev,docs]'
 	touch $@
 
-bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench
+bench: venv ## what an epoch costs here, beside the usual ways: DEVICE=cuda for a GPU, ARGS=--keep to keep it in reports/bench, ARGS=--recipe a step of DeiT's recipe
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
 
 bench-attention: venv ## what HiLo costs here beside plain attention, a ViT and a ResNet: DEVICE=cuda, ARGS=--keep as in bench

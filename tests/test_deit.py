@@ -126,7 +126,8 @@ def test_stochastic_depth_of_presets():
 
 @pytest.mark.parametrize("name, cells", [
     ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 18), ("deit_table8", 11),
-    ("deit_lengths", 4), ("deit_resolution", 9), ("deit_gpu", 21), ("deit_gpu_strengths", 3)])
+    ("deit_lengths", 4), ("deit_resolution", 17), ("deit_gpu", 21), ("deit_gpu_strengths", 3),
+    ("deit_gpu_parts", 15)])
 def test_grids_make_configs(name, cells):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")
@@ -146,10 +147,22 @@ def test_grids_make_configs(name, cells):
     if name == "deit_table2":  # the weakest teacher is trained first, also where all cells could start at once
         cells = grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")
         assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9
-    if name == "deit_table8":  # one factor each
-        whole = vars(preset("small_deit", "baseline"))
-        changed = [[key for key, value in vars(config).items() if value != whole[key]] for config in made]
-        assert not changed[0] and all(map(one_factor, changed[1:]))  # the recipe, and what Table 8 tells
+    if name in ("deit_table8", "deit_gpu_parts"):  # one factor each; then other lengths
+        changed = [[key for key, value in vars(config).items() if value != getattr(made[0], key)] for config in made]
+        assert not changed[0] and all(map(one_factor, changed[1:11]))  # the recipe, and what Table 8 tells
+        assert all("epochs" in fields for fields in changed[11:])
+        assert name != "deit_table8" or made[0] == preset("small_deit", "baseline")
+
+
+@pytest.mark.parametrize("part", ["baseline", "deit"])
+def test_the_students_first_weights_are_the_public_codes(part):
+    """A truncated normal of deviation 0.02, no biases; and no dropout (arXiv 2012.12877, section 6 and Table 9)."""
+    model = create_student(preset("small_deit", part), 100, 32).model
+    linear = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    weights = torch.cat([module.weight.detach().flatten() for module in linear])
+    assert len(linear) == 24 and weights.std() == pytest.approx(0.02, rel=0.02) and abs(weights.mean()) < 1e-3
+    assert not any(module.bias.any() for module in linear)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} <= {0.0}
 
 
 @pytest.mark.parametrize("part", ["baseline", "deit"])

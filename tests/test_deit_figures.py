@@ -99,7 +99,7 @@ def test_figures_that_are_measured(tmp_path):
     assert set(positions.index) == {"alike"} and (positions[["bicubic", "bilinear"]] == 1).all(axis=None)
     paces = pd.read_csv(tmp_path / "bench/paces.csv").set_index("model")
     told = pd.read_csv(tmp_path / "out/tables/deit_cost.csv").set_index("model")
-    assert (paces.images_per_second > 0).all() and paces.machine.nunique() == 1
+    assert (paces.images_per_second > 0).all() and paces.machine.nunique() == 1 and set(paces.images) == {1}
     assert told["images a second"].to_dict() == paces.images_per_second.to_dict() and len(told) == 18
     assert paces.machine.iloc[0] in (tmp_path / "out/figures/deit_throughput.svg").read_text()
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import grid_cells, held, main, noted_runs, place_of, read_record, write_record
+from vitdistill.grids import grid_cells, held, main, noted_runs, place_of, read_record, waves
+from vitdistill.grids import write_record
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 
@@ -23,6 +24,16 @@ def grid(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
     return file
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "nbs/experiments/grids").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_grid_has_an_order(file):
+    """No cells wait for each other; a student that goes on waits for the run that it begins with."""
+    order = waves(cells := grid_cells(file))
+    assert sorted(n for wave in order for n in wave) == list(range(len(cells)))
+    if file.stem == "deit_resolution":
+        first = [n for n, cell in enumerate(cells) if cell.notebook.stem == "e00_teacher"]
+        assert order[0] == first and len(order) == 2 and len(first) == 2
 
 
 def command(*words):

@@ -156,7 +156,7 @@ def test_every_number_of_the_study_leads_to_its_runs(page):
 def test_every_picture_says_whom_it_shows(page):
     for name in re.findall(r"\]\(figures/(\w+)\.png\)", page[1].split(". HiLo and LITv2\n")[0]):
         words_of = " ".join(re.findall("<!-- (.*?) -->", (page[0] / f"figures/{name}.svg").read_text()))
-        assert re.search(r"(resnet|ResNet-)\d+.*images", words_of), name
+        assert re.search(r"(resnet\d|ResNet-\d|deit_).*images", words_of), name
         if name == "agreement_reliability":  # plain, taught, and of the others the worst and the best calibrated
             arms = pd.read_csv(page[0] / "tables/study_calibration.csv").set_index("arm").ece
             others = arms.drop(["labels alone", "taught"])
@@ -384,7 +384,8 @@ def test_arms_still_to_come_have_their_place(tmp_path):
             record(tmp_path, [0.1, top1 + seed / 100], seed, lr=0.02, split_seed=1, **part, **way)
             record(tmp_path, [0.1, top1 + seed / 100], seed, **part, **way, **deit)
         record(tmp_path, [0.1, 0.505 + seed / 80], seed, **part, **usual | deit | dict(distillation="soft"))
-        record(tmp_path, [0.1, 0.53 + seed / 80], seed, **part, **usual | two)
+        tell(record(tmp_path, [0.1, 0.53 + seed / 80], seed, **part, **usual | two), token_cosines=[0.1, 0.5, 0.8])
+        record(tmp_path, [0.1, 0.2, 0.3, 0.51], seed, **part, **deit)  # twice as long
         record(tmp_path, [0.1, 0.4], seed, **part, **deit | dict(mixup=0.2))  # of the same model
         pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9))
         tell(pupil, teacher_card=dict(top1_held_out=0.8, top1_train_views=0.9))
@@ -394,7 +395,10 @@ def test_arms_still_to_come_have_their_place(tmp_path):
         tell(other, teacher_card=dict(top1_held_out=0.4, n_train=44_000, weights_hash="r"))
     for run in find_runs(tmp_path / "runs"):
         if run.config.teacher == TAUGHT["teacher"] and run.config.alpha == 0.5:
-            tell(run.folder, teacher_card=dict(top1_held_out=0.7, n_train=44_000, weights_hash="v"))
+            tell(run.folder, teacher_top1=0.7, teacher_card=dict(top1_held_out=0.7, n_train=44_000, weights_hash="v"))
+    for size, top1 in (0, 0.5), (48, 0.6):
+        on = dict(student_size=size, student_head="keep", student_weights="w/model", weights_hash="w") if size else {}
+        record(tmp_path, [0.1, top1], 21, **deit | on, data_fraction=0.1, val_rows="0:99")
     vit = dict(student="vit_tiny_patch16_224", distillation="can", experiment="pretrain")
     for name, given, probe in ("c", {}, 0.6), ("m", dict(weights=[0, 1, 0], mask=0.75, sigma=0.0), 0.5):
         encoder = record(tmp_path, [0.1, 0.1], objective_kwargs=given, **vit)
@@ -417,6 +421,14 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert hard[1].startswith("+1.0")  # of the students that see no mixed images
     assert "only cropped and mirrored" in text and "alone, hard labels add [+1.0" in text
     assert re.search(r"and soft ones \[\+0\.9 .* With a token of their own hard labels add \[\+3\.4 \(", text)
+    ninth = text.split("## 9. ")[1].split("## 10. ")[0]
+    assert "With *mixup* at 0.2 instead of 0.0 a student lies [-1" in ninth
+    assert re.search(r"Labels alone, deit_tiny_patch16_224 has \[.*?after 2 epochs and .*?after 4 epochs", ninth)
+    assert "cosine of [0.10]" in ninth
+    assert re.search(r"has \[50.0%\].* before it goes on, \[60.0%\].* after 2 epochs at 48 px, bicubic", ninth)
+    assert ninth.count("![") == ninth.count("\n|---") == 1
+    prose = re.sub(r"^\|.*$", "", ninth, flags=re.M)
+    assert not re.findall(r"(?<![\[\w.,(])[+-]\d+\.\d", prose)  # each leads to its runs
     tenth = text.split("## 10. ")[1].split("## Disc")[0]
     assert "that CAN pre-trained" in tenth and "80.0%" in tenth and re.search(r"lie \[\+3\.2 \(", tenth)
     assert "| CAN over MAE | +10.0 | +10.0 | +6.8 | 1 |" in tenth and "![" in tenth  # held-out, test, published
@@ -434,6 +446,7 @@ def test_litv2s_answers_have_their_place(tmp_path):
             (usual | dict(allow_untrained=True, teacher_hash="u"), 0.3, -0.001), (convnet, 0.36, 0.002)]
     litv2, deit = (dict(student=name, optimizer="adamw", lr=lr, t_max=0) for name, lr in
                    (("litv2_cifar", 0.002), ("deit_tiny_patch16_224", 0.001)))
+    deit["student_kwargs"] = dict(img_size=32, patch_size=4, embed_dim=256, depth=5, num_heads=4)  # that costs as much
     cifar = dict(dataset="cifar100", data_fraction=0.2, lr=0.02, t_max=0)
     for model, held_out in (litv2, 0.6), (deit, 0.3):
         tell(record(tmp_path, [0.1, held_out], experiment="teacher", **cifar | model), held_out_top1=held_out)
@@ -644,6 +657,8 @@ def test_recipe_of_the_readme_runs(recipe, tmp_path):
     small |= student if "student" not in given and not convnet else {}
     if given.get("student", "").startswith("deit"):
         small |= dict(student_kwargs=TINY_VIT)
+    if template.startswith("e06"):  # with its own preset's small transformer
+        small |= dict(preset=given["preset"], student_kwargs=None)
     if template.startswith("e03"):
         small |= dict(allow_untrained=True, teacher_weights=None)
     if template.startswith("e02"):

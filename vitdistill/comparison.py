@@ -61,17 +61,19 @@ def own_images_only(run:Run)->bool:
 
 # %% ../nbs/08b_comparison.ipynb #1ed23ed6
 def arm_namer(
-    runs:list[Run] # of the study
+    runs:list[Run],                          # of the study
+    made:Callable[[Run], str]=lambda run: '' # how its teacher was made, where that tells it from others of its kind
 )->Callable[[list[Run]], str]: # arm -> its name
     "A function that names arms by their teaching, and by what else sets them apart in this study."
     asked = [run for run in runs if run.config.teacher]
     usual = pd.Series([run.config.teacher for run in asked], dtype=str).mode().tolist()[:1]
     both_kinds = len({own_images_only(run) for run in asked}) > 1
     def name(arm):
-        config = arm[0].config
+        config, its = arm[0].config, made(arm[0])
         words = [(config.label_smoothing, f'labels smoothed by {config.label_smoothing:g}'),
                  (config.teacher not in ('', *usual), f'by {config.teacher}'),
-                 (both_kinds and own_images_only(arm[0]), 'by a teacher of these images only')]
+                 (its, f'by a teacher {its}'),
+                 (both_kinds and own_images_only(arm[0]) and not its, 'by a teacher of these images only')]
         return ', '.join([teaching(config), *(said for differs, said in words if differs)])
     return name
 

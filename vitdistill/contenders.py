@@ -29,7 +29,7 @@ from .models import create, create_student, student_size
 from .planned import Planned, PlanMemo, plan_key
 from .ranks import Ranks
 from .runs import cores
-from .setup import Setup, auto_values, create_optimizer, loading_processes, placed
+from .setup import Setup, auto_values, create_optimizer, image_device, loading_processes, placed
 from .teachers import load_teacher
 from .train import Progress, create_objective, train_epoch
 
@@ -189,10 +189,11 @@ def timm_way(config:Config, ranks:Ranks, data:Data, watch:Watch):
 def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "What `prepare` makes of a config, for data in memory and a teacher whose health is no matter."
     student = placed(create_student(config, len(data.classes), 32), ranks.device, precision=config.precision)
-    views, rows = Views(data.train_images, config.padding, ranks.device), torch.arange(len(data.train_labels))
+    place = image_device(config, data.train_images.shape, ranks.device)
+    views, rows = Views(data.train_images, config.padding, place), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
     if answers and unnumbered(config): answers.teacher.chunk = config.batch_size # is asked a batch at a time
-    test_views = Views(data.test_images, 0, ranks.device)
+    test_views = Views(data.test_images, 0, place)
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=test_views,
                  train_rows=rows, val_rows=rows[:0], criterion=criterion(config).to(ranks.device), answers=answers)
 

@@ -272,8 +272,9 @@ def is_here(path:str)->bool: # or a pattern of paths
 def configured(cell:Cell): # -> Config or None
     "The config of a cell that says its role; None of one that says none, or whose own notebook will refuse it."
     given = {**(cell.declared or {}), **cell.chosen}
-    try: return configure(given['role'], given) if 'role' in given else None
+    try: config = configure(given['role'], given) if 'role' in given else None
     except VitdistillError: return None
+    return replace(config, experiment='finetune') if config and cell.notebook.stem == 'e07_finetune' else config
 
 def makes(cell:Cell, path:str)->bool:
     "Is it the folder of a model that this cell makes? One that it trains has to be named by a pattern."

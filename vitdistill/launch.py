@@ -234,7 +234,8 @@ def check_launch(config:Config, nproc:int|None)->None:
 def launch(
     config:Config,
     nproc:int=None,   # ranks on this node; None: the config's wish, limited to the visible GPUs
-    show:bool=True    # a line an epoch here, or in JupyterLab a live curve
+    show:bool=True,   # a line an epoch here, or in JupyterLab a live curve
+    needed:bool=False # the model, whatever the experiment; a teacher's always is
 )->Run:
     "Train a config under torchrun and wait for it; a run that is done is not repeated. Failures are `VitdistillError`."
     check_launch(config, nproc)
@@ -242,7 +243,7 @@ def launch(
     run, said = Run.of(config), ''
     note_run(run)
     if run.status == 'done':
-        if makes_teacher(config.experiment) and not has_model(run): # a clone has the record only
+        if (needed or makes_teacher(config.experiment)) and not has_model(run): # a clone has the record only
             raise VitdistillError(f'{run.name} is done, but its model is not in {run.model}: put it there, '
                                   f'or remove {run.folder} to train it again.')
         if show: print(f'{run.name} is done already')

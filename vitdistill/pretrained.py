@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'alike', 'encoders', 'comparable_arms',
-           'tuned_from', 'from_scratch', 'step_rows', 'learned_from', 'taught_by', 'answered', 'pupil_rows']
+           'tuned_from', 'from_scratch', 'step_rows', 'scratch_rows', 'learned_from', 'models_made', 'taught_by',
+           'answered', 'pupil_rows']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 from inspect import signature
@@ -19,7 +20,8 @@ from .pretraining import ContrastiveMaskedNoise, split_patches
 from .runs import Run
 
 # %% ../nbs/08i_pretrained.ipynb #aa6f57dd
-ARMS = ('CAN', 'noise loss, sigma not told', 'noise as augmentation only', 'no noise', 'SimCLR', 'MAE', 'another')
+ARMS = ('CAN', 'noise loss, sigma not told', 'noise loss of unit variance', 'noise as augmentation only', 'no noise',
+        'SimCLR', 'MAE', 'another')
 
 def can_settings(config:Config)->dict: # of a pre-training
     "The settings of its objective, by name: those that its config gives, and the others' defaults."
@@ -32,9 +34,10 @@ def arm_of(config:Config)->str: # of a pre-training
     (contrast, reconstruction, denoising), mask, sigma = (given[name] for name in ('weights', 'mask', 'sigma'))
     if not (reconstruction or denoising): return 'SimCLR' if not (mask or sigma) else 'another'
     if not contrast: return 'MAE' if not (denoising or sigma) else 'another'
-    if denoising and given['normalize_noise']: return 'another' # whose target does not tell sigma
-    if denoising: return 'CAN' if given['embed_sigma'] else 'noise loss, sigma not told'
-    return 'noise as augmentation only' if sigma else 'no noise'
+    if not denoising: return 'noise as augmentation only' if sigma else 'no noise'
+    told, normalized = given['embed_sigma'], given['normalize_noise'] # sigma; by patch
+    if told: return 'CAN' if not normalized else 'another'
+    return 'noise loss of unit variance' if normalized else 'noise loss, sigma not told'
 
 def passes(config:Config)->int: # of a pre-training
     "How often an encoder sees each image."
@@ -85,11 +88,13 @@ def tuned_from(
 
 def from_scratch(runs:list[Run])->list[Run]: # any mixture
     "The models that began with random weights, of a kind that was pre-trained."
+    before = encoders(runs)
     return [run for run in _classifiers(runs) if not (run.config.weights_hash or run.config.student_pretrained)
-            and any(alike(run, encoder) for encoder in encoders(runs))]
+            and any(alike(run, encoder) for encoder in before)]
 
 # %% ../nbs/08i_pretrained.ipynb #f4052f02
 STEPS = (('noise as augmentation only', 'no noise'), ('noise loss, sigma not told', 'noise as augmentation only'),
+         ('noise loss of unit variance', 'noise as augmentation only'),
          ('CAN', 'noise loss, sigma not told'), *(('CAN', other) for other in ('no noise', 'SimCLR', 'MAE')))
 _tuned = {'fine-tuned, held out': 'held_out_top1', 'fine-tuned, test': 'test_top1'}
 
@@ -122,6 +127,23 @@ def _step(one, other, there, known): # arms; name -> seed -> accuracies; publish
     return row | dict(difference=mean, low=low, high=high, resolved=verdict(low, high), test=test.mean(),
                       on='held-out images' if len(held_out) else 'test images', **more)
 
+# %% ../nbs/08i_pretrained.ipynb #9e5ba1e7
+def scratch_rows(
+    runs:list[Run], # any mixture
+    dataset:str
+)->pd.DataFrame:    # pair, seeds, difference, low, high, resolved (held-out images), test
+    "Models fine-tuned from CAN less those from scratch, a row for each length of these; shares, 95% t intervals."
+    made = {can.config.seed: tuned_from(can, runs) for can in comparable_arms(runs, dataset).get('CAN', [])}
+    tuned, rows = {seed: models[0] for seed, models in made.items() if models}, []
+    for group in repeats([run for run in from_scratch(runs) if run.config.dataset == dataset]):
+        pairs = [(tuned[run.config.seed], run) for run in group if run.config.seed in tuned]
+        if not pairs: continue
+        held_out, test = ([one.result[name] - other.result[name] for one, other in pairs] for name in _tuned.values())
+        mean, low, high = seed_interval(held_out)
+        rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {group[0].config.epochs} epochs', seeds=len(pairs),
+                         difference=mean, low=low, high=high, resolved=verdict(low, high), test=np.mean(test)))
+    return pd.DataFrame(rows)
+
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
 def learned_from(student:Run, model:Run)->bool:
     "Did this model teach the student? Known by its card: what it is, and its accuracies."
@@ -129,13 +151,16 @@ def learned_from(student:Run, model:Run)->bool:
     said = c.teacher, c.teacher_kwargs, card.get('top1_held_out'), card.get('top1_train_views')
     return said == (its.student, its.student_kwargs, result.get('held_out_top1'), result.get('train_views_top1'))
 
+def models_made(runs:list[Run])->list[tuple[str, Run]]: # any mixture
+    "The models that were fine-tuned from encoders, and their controls: what each began with, and the model."
+    made = [(arm_of(encoder.config), model) for encoder in encoders(runs) for model in tuned_from(encoder, runs)]
+    return made + [(f'from scratch, {model.config.epochs} epochs', model) for model in from_scratch(runs)]
+
 def taught_by(
     student:Run,
-    runs:list[Run] # any mixture
+    made:list[tuple[str, Run]] # of `models_made`
 )->tuple[str, Run]|None:
-    "What the model that taught a student began with, and the model; known by its card. None: another teacher did."
-    made = [(arm_of(encoder.config), model) for encoder in encoders(runs) for model in tuned_from(encoder, runs)]
-    made += [(f'from scratch, {model.config.epochs} epochs', model) for model in from_scratch(runs)]
+    "Which of these models taught a student; known by its card. None: another teacher did."
     return next(((name, model) for name, model in made if learned_from(student, model)), None)
 
 def answered(
@@ -152,8 +177,9 @@ def pupil_rows(
 )->pd.DataFrame:   # teacher (began as), data, student, teacher_held_out, taught, alone, answer; `paired_difference`'s
     "A row for each arm that such a teacher, or its control, taught: less labels alone, or why that says nothing."
     rows, done = [], [run for run in runs if run.status == 'done']
+    made = models_made(done)
     for plain, pupils in comparisons([run for run in done if run.config.experiment in EXPERIMENTS]):
-        found = taught_by(pupils[0], done)
+        found = taught_by(pupils[0], made)
         if found is None: continue
         name, teacher = found
         gap, held_out = paired_difference(plain, pupils), teacher.result['held_out_top1']
@@ -163,5 +189,6 @@ def pupil_rows(
         answer = answered(gap, held_out, alone) if gap['pairs'] else 'the plain student: not run yet'
         c = pupils[0].config
         rows.append(dict(teacher=name, data=c.dataset, student=c.student, teacher_held_out=held_out,
-                         taught=taught, alone=alone, answer=answer, **gap, runs=run_names([plain, pupils])))
+                         taught=taught, alone=alone, answer=answer, **gap,
+                         runs=run_names(zip(*pairs) if pairs else [pupils])))
     return pd.DataFrame(rows)

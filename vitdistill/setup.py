@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'c
            'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
-import functools, glob, hashlib, inspect, math, os, shutil, typing
+import functools, glob, hashlib, inspect, math, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 import numpy as np, timm.optim, torch
@@ -29,7 +29,7 @@ from .models import evaluation_size, weights_file
 from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
-from .runs import Run, cores
+from .runs import Run, compiler_missing, cores
 from .teachers import Absent, Teacher, answers_head, check_health, is_answers, load_teacher
 from .teachers import refuse_begun_on, seen_by
 from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
@@ -136,6 +136,7 @@ def uses_batch_norm(config:Config)->bool:
 def auto_compile(config:Config, device:str)->str:
     "How a student is compiled: as the config says; 'auto' is CUDA graphs on one GPU (launches are the bottleneck)."
     if config.compile != 'auto' or device != 'cuda': return config.compile.replace('auto', 'none')
+    if compiler_missing(device): return 'none'
     if place_among_ranks()[2] == 1: return 'reduce-overhead'
     return 'none' if uses_batch_norm(config) else 'default' # compiled, a synchronized batch norm hangs or is wrong
 
@@ -195,9 +196,9 @@ def resolve(config:Config)->Config:
     optimizer_class(config)
     check_device(device := (chosen := auto_values(config)).get('device', config.device))
     asked = config.compile not in ('auto', 'none')
-    if asked and device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
-        raise VitdistillError(f'compile = {config.compile!r} needs a C++ compiler on a CPU and none is here: '
-                              "install g++, or set compile to 'none'.")
+    if asked and (lacks := compiler_missing(device)):
+        raise VitdistillError(f"compile = {config.compile!r} needs {lacks}, which is not here: install it, or set "
+                              "compile to 'none'.")
     if asked and device == 'cuda' and auto_compile(replace(config, compile='auto'), device) == 'none':
         raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, where '
                               "compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
@@ -315,6 +316,9 @@ def open_memo(
 def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor=None)->tuple: # rows: in the plan
     "(Answers, (top-1, of which images) on rank 0, card) of the config's teacher."
     teacher, card = load_teacher(config, data, ranks.device)
+    at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # of a batch
+    planned = rows is not None and config.plan_memo and unnumbered(config)
+    if not planned and (unnumbered(config) or not config.memo): teacher.chunk = at_once # before each size is compiled
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
         print(f"The teacher learned pixels normalized by {card['constants']} and is given {teacher.constants}: "
@@ -324,10 +328,9 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
                               "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
                               'weights.')
-    planned = rows is not None and config.plan_memo and unnumbered(config)
     memo = open_memo(config, data, teacher, ranks, kind, rows if planned else None)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
-    if not answers.by_view: teacher.chunk = min(teacher.chunk, -(-config.batch_size//ranks.world)) # a batch at a time
+    if not answers.by_view: teacher.chunk = at_once # perhaps the memo found no room
     return answers, health, card
 
 # %% ../nbs/05b_setup.ipynb #2bdeb035

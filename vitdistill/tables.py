@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ADOPTED', 'CLAIMS', 'CONTROLS', 'RECIPE', 'FACTORS', 'beside_taught', 'teacher_accuracy', 'command', 'weights_maker',
            'again', 'arm_rows', 'length_rows', 'way', 'published_gains', 'claim_rows', 'leading_claims', 'choice_rows',
-           'one_factor', 'one_changed', 'head_disagreement', 'token_rows', 'recipe_rows', 'variant_rows', 'or_command']
+           'sorted_out', 'one_factor', 'one_changed', 'most_changed', 'size_rows', 'head_disagreement', 'token_rows',
+           'recipe_rows', 'variant_rows', 'or_command']
 
 # %% ../nbs/08h_tables.ipynb #bcc4124d
 import json
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .agreement import decisions, disagreement, pairs_by_seed, seed_interval, teacher_of, verdict
 from .analysis import TEACHING, published, repeats, settings, teaching
-from .comparison import chosen, contrast, held_out_top1, holm, of_common_seeds, run_names
+from .comparison import chosen, contrast, families_to_choose_from, held_out_top1, holm, of_common_seeds
+from .comparison import run_names
 from .complexity import build
 from .config import Config, field_names, preset, repo_root
 from .runs import Run, find_runs
@@ -166,8 +168,11 @@ def claim_rows(
 def leading_claims(
     claims:pd.DataFrame # of `claim_rows`
 )->pd.DataFrame:        # none where it has no teacher, or no two arms of two seeds
-    "The claims of the first recipe that have an interval: those that a page tells."
-    return claims[(claims.recipe == 1) & (claims.pairs > 1) & (claims.teacher != '')] if len(claims) else claims
+    "The claims of the first recipe that have an interval, some of them about a teacher: those that a page tells."
+    if not len(claims): return claims
+    told = claims[(claims.recipe == 1) & (claims.pairs > 1) & (claims.teacher != '')].reset_index(drop=True)
+    untaught = [what for what, arms in CONTROLS.items() if all(distillation == 'none' for _, distillation in arms)]
+    return told[:0] if told.what.isin(untaught).all() else told
 
 def _claims(family): # arms of one recipe -> most runs' teacher; what, arm without, arm with: with a seed in common
     taught = pd.Series([run.config.teacher for arm in family for run in arm if run.config.teacher], dtype=str)
@@ -190,12 +195,37 @@ def choice_rows(
     if not families: return pd.DataFrame()
     arms = [(n, arm, arm in chosen(family).values()) for n, family in enumerate(families, 1) for arm in family]
     given = pd.json_normalize([json.loads(settings(arm[0].config)) for _, arm, _ in arms])
+    first = ['student', 'epochs', 'batch_size', 'student_size']
+    first += ['student_resampling']*(given.student_resampling.nunique() > 1) # choices that differ in it alone
     choice = pd.Series([n for n, *_ in arms], name='choice')
     apart = given.astype(str).groupby(choice).nunique(dropna=False).gt(1).any()
     told = [dict(held_out_top1=held_out_top1(arm), chosen='yes' if best else 'no', seeds=len(arm),
                  runs=run_names([arm]), reproduce=again(arm[0])) for _, arm, best in arms]
-    rows = pd.concat([choice, given[['student', 'epochs']], given.loc[:, apart], pd.DataFrame(told)], axis=1)
+    apart &= ~apart.index.isin(first)
+    rows = pd.concat([choice, given[first], given.loc[:, apart], pd.DataFrame(told)], axis=1)
     return rows.sort_values(['choice', 'held_out_top1'], ascending=[True, False], ignore_index=True)
+
+# %% ../nbs/08h_tables.ipynb #c991b82b
+def sorted_out(
+    runs:list[Run] # any mixture
+)->tuple[list, list[Run], list[Run]]: # `families_to_choose_from`; begun anew; begun with trained weights
+    "The runs by what they can be told of."
+    students = [run for run in runs if run.status == 'done' and 'teacher' not in run.config.experiment]
+    choices = [arms for family in families_to_choose_from(students, RECIPE) for arms in _taught_alike(family)]
+    in_choice = {run for family in choices for arm in family for run in arm}
+    choosing = {run for arm in repeats(students) if in_choice & {*arm} for run in arm} # seeds of one's own too
+    best = {run for family in choices for arm in chosen(family).values() for run in arm}
+    begun = [run for run in runs if run.config.weights_hash or run.config.student_pretrained]
+    told = [run for run in runs if run not in choosing or run in best]
+    return (choices, [run for run in told if run not in begun and not run.config.val_rows],
+            [run for run in told if run in begun])
+
+def _taught_alike(family): # of `families_to_choose_from` -> of each way of teaching its arms, where they are several
+    ways = {}
+    for arm in family:
+        way = tuple(str(getattr(arm[0].config, name)) for name in sorted(TEACHING - RECIPE))
+        ways.setdefault(way, []).append(arm)
+    return [arms for arms in ways.values() if len(arms) > 1]
 
 # %% ../nbs/08h_tables.ipynb #2ee75fcb
 FACTORS = ('mixup', 'cutmix'), ('optimizer', 'opt_kwargs', 'lr', 'momentum', 'weight_decay') # that change as one
@@ -206,6 +236,10 @@ def one_factor(differs:list)->bool: # names of the fields in which two configs d
     return len(differs) == 1 or any(factor[0] in differs and {*differs} <= {*factor} for factor in FACTORS)
 
 # %% ../nbs/08h_tables.ipynb #8bb7e676
+def _worded(value, other): # of a field in two configs -> of kwargs what differs, as words
+    if not isinstance(value, dict): return str(value) or 'none'
+    return ', '.join(f'{name}={x}' for name, x in value.items() if x != (other or {}).get(name)) or 'default'
+
 def one_changed(
     runs:list[Run],   # any mixture
     reference:Config, # the recipe
@@ -219,11 +253,33 @@ def one_changed(
         column = 'ema_test_top1' if differs == ['ema_decay'] else 'test_top1'
         tops = np.array([[run.result.get(column, run.result['test_top1']) for run in pair] for pair in pairs])
         mean, low, high = seed_interval(tops[:, 1] - tops[:, 0])
-        words = [', '.join(str(values[name]) for name in differs) for values in (told, its)]
-        rows.append(dict(field=', '.join(differs), recipe=words[0], here=words[1], seeds=len(tops),
+        words = [', '.join(_worded(a[name], b[name]) for name in differs) for a, b in ((told, its), (its, told))]
+        field = ', '.join(differs) + ' (averaged weights)'*(differs == ['ema_decay'])
+        rows.append(dict(field=field, recipe=words[0], here=words[1], seeds=len(tops),
                          top1=tops[:, 1].mean(), difference=mean, low=low, high=high, resolved=verdict(low, high),
                          runs=run_names([group]), reproduce=again(group[0])))
     return pd.DataFrame(rows).sort_values('difference', ignore_index=True) if rows else pd.DataFrame()
+
+# %% ../nbs/08h_tables.ipynb #80024bbf
+def most_changed(
+    runs:list[Run] # any mixture
+)->pd.DataFrame:   # as of `one_changed`; none where no two arms differ in one thing
+    "The recipe that has the most neighbours, and these."
+    recipes = [arm[0].config for arm in repeats([run for run in runs if run.status == 'done'])]
+    return max((one_changed(runs, recipe) for recipe in recipes), key=len, default=pd.DataFrame())
+
+# %% ../nbs/08h_tables.ipynb #97c379dc
+def size_rows(
+    runs:list[Run], # any mixture, with what they began with
+    tuned:list[Run] # of `sorted_out`
+)->pd.DataFrame:    # student_size (px; 0: before), student_resampling, lr, distillation, ..., as of `arm_rows`
+    "A row an arm that went on at a size of its own, and one for what it began with."
+    def line(run): return run.config.student, run.config.seed, run.config.val_rows
+    grown = [run for run in tuned if run.config.student_size and run.config.student_head == 'keep']
+    going = {line(run) for run in grown if run.config.val_rows}
+    before = [run for run in runs if line(run) in going and not run.config.weights_hash]
+    return arm_rows(before + grown, 'student_size', 'student_resampling', 'lr', 'distillation', 'dataset', 'student',
+                    'epochs')
 
 # %% ../nbs/08h_tables.ipynb #84d58fb2
 def head_disagreement(

@@ -16,6 +16,7 @@ import numpy as np, torch
 from .config import Config, VitdistillError, field_names, from_dict, student_name
 from .data import Data, load_data, split_rows
 from .hub import weights_place
+from .runs import compiler_missing
 from .views import Views, epoch_plan, normalize, view_count
 from .models import create, load_weights, pretrained_constants, save_model, started_from, weights_file
 
@@ -247,7 +248,8 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     if is_answers(config.teacher_weights): return Absent(config, model, constants, device), card
     if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))
     auto = 'compile' in (config.auto or ()) # what it is resolved to is about the student: ranks, batch norm
-    compile = str(device).startswith('cuda') if auto else config.compile not in ('none', 'auto')
+    compile = str(device).startswith('cuda') and not compiler_missing(device) if auto else \
+        config.compile not in ('none', 'auto')
     teacher = Teacher(model, constants, config.teacher_size, config.teacher_precision, device, compile=compile)
     refuse_other_weights(teacher, card, config)
     return teacher, card

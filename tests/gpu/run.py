@@ -7,6 +7,7 @@ that is skipped or fails is an error there.
 """
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -38,7 +39,9 @@ def has_gpu():
 
 
 def start(step, work, dry, seconds, data):
-    """A step in a process group of its own."""
+    """A step in a process group of its own; one that was begun before goes on where it can, others begin anew."""
+    if step != "study":
+        shutil.rmtree(work / step, ignore_errors=True)
     command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds)]
     command += ["--data", data, *(["--toy", "--device", "cpu"] if dry else [])]
     # A CPU compiles for minutes: one step of the dry run does, and the others go the same way without.
@@ -66,8 +69,10 @@ def end(process):
 def follow(steps, work, dry, seconds, data):
     """Run steps side by side to their end or the end of their time: (step, seconds, 'done', 'failed' or 'cut')."""
     begun = time.monotonic()
-    running, ended = {step: start(step, work, dry, seconds, data) for step in steps}, []
+    running, ended = {}, []
     try:
+        for step in steps:
+            running[step] = start(step, work, dry, seconds, data)
         while running:
             time.sleep(0.1)
             late = time.monotonic() - begun > seconds
@@ -85,9 +90,10 @@ def follow(steps, work, dry, seconds, data):
 
 
 def rows(work):
-    """What the steps found."""
+    """What the steps found; of what was found again, by another call, the last."""
     file = work / "found.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return list({(row["step"], row["what"]): row for row in found}.values())
 
 
 def log_files(work):
@@ -208,7 +214,8 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="at toy size on the CPU, as without a GPU")
     parser.add_argument("--out", default="out/gpu", help="folder of what is kept; what was there is removed")
-    parser.add_argument("--work", default="", help="folder for checkpoints and the like; default: a temporary one")
+    parser.add_argument("--work", default="", help="folder of checkpoints and compiled programs, where the next call "
+                        "finds them; default: a temporary one")
     data = os.environ.get("VITDISTILL_DATA", "")
     parser.add_argument("--data", default=data, help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
     parser.add_argument("--minutes", type=float, default=24, help="after which all is over")
@@ -229,25 +236,27 @@ def main(arguments=None):
     for file in ("page.md", "found.json", "logs.tar.gz", *(f"records-{i}.tar.gz" for i in range(PARTS))):
         (out / file).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    if args.work:
-        Path(args.work).mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="vitdistill-gpu-", dir=args.work or None))
+    work = Path(args.work or tempfile.mkdtemp(prefix="vitdistill-gpu-")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
     about, ended, all_seconds = about_here(dry), [], 60 * args.minutes
     left = lambda: all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
     scale = min(1.0, all_seconds / (60 * 24)) if len(plan) == len(PLAN) else 1.0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     try:
-        for steps, most in plan:
-            seconds = max(GRACE, min(left() - GRACE, most * scale if most else left() - GRACE))
-            if dry:
-                seconds = most
-            print(f"{', '.join(steps)}: at most {seconds:.0f} s", flush=True)
-            ended += follow(steps, work, dry, seconds, args.data)
-            for step, spent, status in ended[-len(steps):]:
-                print(f"{step} {status} after {spent:.0f} s", flush=True)
-            tell(work, out, about, ended, wanted)
+        with contextlib.suppress(SystemExit):  # steps have sessions of their own: `follow` ends them; the rest is kept
+            for steps, most in plan:
+                seconds = max(GRACE, min(left() - GRACE, most * scale if most else left() - GRACE))
+                if dry:
+                    seconds = most
+                print(f"{', '.join(steps)}: at most {seconds:.0f} s", flush=True)
+                ended += follow(steps, work, dry, seconds, args.data)
+                for step, spent, status in ended[-len(steps):]:
+                    print(f"{step} {status} after {spent:.0f} s", flush=True)
+                tell(work, out, about, ended, wanted)
         left_out = pack(work, out)
         text = tell(work, out, about, ended, wanted)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if not args.work:
             shutil.rmtree(work, ignore_errors=True)
     print(f"\n{text}")

@@ -21,6 +21,7 @@ from checks import TINY, pair
 from vitdistill import bench, contenders
 from vitdistill.config import preset
 from vitdistill.data import load_data
+from vitdistill.outcome import predictions_at
 from vitdistill.runs import find_runs
 from vitdistill.setup import resolve
 from vitdistill.teachers import Teacher, adopt
@@ -38,7 +39,7 @@ class Job:
         self.end, self.failed = time.monotonic() + seconds, []
         self.compile, self.ranks = "reduce-overhead" if device == "cuda" else "none", checks.alone(device)
         self.work = self.base / step
-        self.work.mkdir(parents=True)
+        self.work.mkdir(parents=True, exist_ok=True)  # the study goes on in what an earlier call left
 
     def left(self):
         return self.end - time.monotonic()
@@ -370,16 +371,20 @@ def step_study(job):
         run = run_of(running[name][1])
         return run.epochs_done if run else 0
     try:
-        while (queue or running) and job.left() > 8:
+        while (queue or running) and job.left() > 15:
             while queue and len(running) < width:
                 name, config, target = queue.pop(0)
                 running[name] = job.train(config, file_name(name)), config, target
             time.sleep(0.2 if job.toy else 1.0)
             for name, (process, config, target) in list(running.items()):
                 done[name] = epochs_of(name)
-                if done[name] >= target or process.poll() is not None:
+                over = target < config.epochs and done[name] >= target  # a whole run ends by itself, with a result
+                if over or process.poll() is not None:
                     close(job, name, *running.pop(name)[:2])
+                    keep_decisions(job, name, config)
             now = time.monotonic()
+            if any(done[name] < 2 for name in running):  # it compiles
+                tick, before = now, sum(done.values())
             if now - tick > window:
                 images = (sum(done.values()) - before) * 50_000 / (now - tick)
                 job.found(f"images/s of {len(running)} runs side by side", round(images))
@@ -388,8 +393,10 @@ def step_study(job):
     finally:
         for process, *_ in running.values():
             process.send_signal(signal.SIGTERM)  # it has its last checkpoint
-        for name in list(running):
-            close(job, name, *running.pop(name)[:2])
+        for name, (process, config, _) in running.items():
+            close(job, name, process, config)
+        for name, (_, config, _) in running.items():  # last: it may be cut
+            keep_decisions(job, name, config)
 
 
 def close(job, name, process, config):
@@ -412,6 +419,13 @@ def close(job, name, process, config):
                 f"(median, beside others), {middle.images_per_second:,.0f} images/s"
                 + (f", memo hits {memo:.0%}" if memo == memo else ""))
     job.attempt(name, far)
+
+
+def keep_decisions(job, name, config):
+    """What the last checkpoint of a run that makes room decides on each test image, for intervals over images."""
+    run = run_of(config)
+    if run and run.status != "done" and (run.work / "checkpoint.pt").is_file():
+        job.attempt(f"{name}, decisions of its last checkpoint", lambda: predictions_at(run).name)
 
 
 STEPS = {name.removeprefix("step_"): step for name, step in list(globals().items()) if name.startswith("step_")}

@@ -1,7 +1,9 @@
 """`make gpu` itself: it goes on after a step that fails or takes too long, says which, and leaves few small files."""
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import run
@@ -32,13 +34,45 @@ def short(monkeypatch):
 def test_it_goes_on_and_says_which_failed(short, monkeypatch, tmp_path, capsys):
     """As on a GPU: a failed step and one that was cut leave the others their turn; the exit status tells."""
     monkeypatch.setattr(run, "has_gpu", lambda: True)
-    assert run.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    assert run.main(["--out", str(tmp_path), "--minutes", "24"]) == 1
     found = json.loads((tmp_path / "found.json").read_text())
     ended = {step["step"]: step["ended"] for step in found["steps"]}
     assert ended == dict.fromkeys(SCRIPTS, "done") | dict(digits="failed", pace="cut")
     assert {row["step"] for row in found["found"]} == {"checks", "ranks", "peak", "study"}
     assert "failed: digits" in capsys.readouterr().err and "digits" in (tmp_path / "page.md").read_text()
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+ENDLESS = """
+import subprocess, sys, run
+def start(*_):
+    step = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    print(step.pid, flush=True)
+    return step
+run.start, run.has_gpu, run.about_here = start, lambda: True, lambda dry: dict(title="Title", what="What.")
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
+    """A step has a session of its own, and would go on beside whatever the device is asked next."""
+    command = [sys.executable, "-c", ENDLESS, "--out", str(tmp_path), "--steps", "peak"]
+    whole = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=run.HERE)
+    assert "at most" in whole.stdout.readline()
+    step = int(whole.stdout.readline())
+    time.sleep(0.5)  # until it is followed
+    whole.terminate()
+    assert whole.wait(60) == 1 and "peak | 0 | not run" in (tmp_path / "page.md").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(step, 0)
+
+
+def test_a_second_call_finds_what_the_first_left(short, tmp_path):
+    """Compiled programs and the study's checkpoints; other steps begin anew, and each finding is told once."""
+    work = tmp_path / "work"
+    for _ in range(2):
+        assert run.main(["--dry", "--out", str(tmp_path / "out"), "--work", str(work), "--steps", "peak,study"]) == 0
+    assert len(json.loads((tmp_path / "out/found.json").read_text())["found"]) == 2 and (work / "study.log").is_file()
 
 
 @pytest.mark.parametrize(("steps", "status"), [("checks,ranks", 0), ("checks,digits", 1)])
