@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
+from vitdistill.analysis import published
 from vitdistill.augment import AUGMENTATIONS
 from vitdistill.config import Config, VitdistillError, config_hash, preset
 from vitdistill.data import image_side, load_data, split_rows
@@ -85,6 +86,27 @@ def test_large_presets_teacher_is_the_public_codes(name):
     assert files == {"regnety_160-a5fe301d.pth"}
 
 
+def test_preset_deit_is_the_papers_table_9():
+    """Its plain, its usual and its distilled student, field by field."""
+    table = published().query("where == 'Table 9'").set_index("quantity").value
+    for its in students_of("deit"):
+        fields = vars(its) | its.student_kwargs
+        said = {**table.drop("lr"), "randaugment": "rand-m{}-mstd{}-inc1".format(*table.randaugment.split("/"))}
+        assert len(said) == 13 and its.lr == float(table.lr.split(" ")[0]) * its.batch_size / 512
+        assert {name: type(fields[name])(value.lower()) for name, value in said.items()} == {
+            name: fields[name] for name in said}
+
+
+def test_preset_deit3_is_the_papers():
+    """Section 3 of arXiv 2204.07118, and its public command for ImageNet-1k."""
+    said = dict(epochs=800, batch_size=2048, optimizer="lamb", lr=3e-3, weight_decay=0.05, warmup_epochs=5,
+                distillation="bce", label_smoothing=0.0, three_augment=True, color_jitter=0.3, random_erasing=0.0,
+                mixup=0.8, cutmix=1.0, repeats=3, ema_decay=0.0, student_drop_path="constant", image_size=192)
+    its = preset("deit3", "baseline")
+    assert {name: getattr(its, name) for name in said} == said
+    assert its.student_kwargs["init_values"] == 1e-4 and its.student_kwargs["drop_path_rate"] == 0.2
+
+
 def test_the_small_recipe_is_what_held_out_images_chose():
     """Of what deit_strengths.yaml asks."""
     students = students_of("small_deit")
@@ -126,7 +148,7 @@ def test_stochastic_depth_of_presets():
 
 @pytest.mark.parametrize("name, cells", [
     ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 18), ("deit_table8", 11),
-    ("deit_lengths", 4), ("deit_resolution", 17), ("deit_gpu", 21), ("deit_gpu_strengths", 3),
+    ("deit_lengths", 4), ("deit_resolution", 17), ("deit_transfer", 18), ("deit_gpu", 21), ("deit_gpu_strengths", 3),
     ("deit_gpu_parts", 15)])
 def test_grids_make_configs(name, cells):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""

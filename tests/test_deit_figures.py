@@ -1,5 +1,6 @@
 """DeiT's figures, drawn of records that are made up here."""
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from forked_notebooks import analyse
 from test_notebooks import said
+from vitdistill.analysis import repeats
 from vitdistill.cli import configured, field_values
 from vitdistill.config import Config, VitdistillError, config_hash, preset, run_name, save
 from vitdistill.runs import Run, find_runs
@@ -130,6 +132,10 @@ def test_tables_of_one_recipe(tmp_path):
     two = TAUGHT | recipe | dict(student="deit_tiny_distilled_patch16_224", token="distillation")
     record(tmp_path, 0.6, **two)
     record(tmp_path, 0.7, **two | dict(distillation="soft", alpha=0.1))
+    other = dict(student="deit_tiny_patch16_224", dataset="cifar10")
+    on = dict(student_weights="out/work/x/model", weights_hash="1a2b", student_head="new", experiment="finetune")
+    for top1, more in (0.9, on), (0.8, {}), (0.85, dict(epochs=99)):  # transferred, from scratch, and for longer
+        record(tmp_path, top1, ("class",), **other | more)
     analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
 
     def table(name):
@@ -142,6 +148,8 @@ def test_tables_of_one_recipe(tmp_path):
     assert table("epochs").top1.tolist() == [0.7, 0.6, 0.5] and table("epochs").alpha.notna().any()
     assert table("one_changed").field.tolist() == ["lr, optimizer", "cutmix, mixup"]
     assert table("heads").distillation.tolist() == ["hard"] * 4 + ["soft"] * 4
+    transfer = table("transfer")
+    assert transfer[["weights", "top1"]].values.tolist() == [["trained", 0.9], ["random", 0.8]]
     choices = table("choices")
     assert choices[["lr", "held_out_top1", "chosen"]].values.tolist() == [[0.002, 0.43, "yes"], [0.001, 0.41, "no"]]
     told = "".join(path.read_text() for path in (tmp_path / "out/tables").glob("*.md"))
@@ -174,7 +182,7 @@ def test_commands_that_train_again_find_their_weights():
         if not weights_maker(run, "teacher"):
             continue
         written = {""}
-        for part in again(run).split(" && "):
+        for part in again([run]).split(" && "):
             words = shlex.split(part)
             if words[0] == "papermill":  # e04: a teacher that was adopted
                 given = dict(zip(words[words.index("."):][2::3], words[words.index("."):][3::3]))
@@ -187,6 +195,30 @@ def test_commands_that_train_again_find_their_weights():
             assert {path for path in made if not (is_answers(path) and (ROOT / path).is_file())} <= written
             written.add(f"{config.work_dir}/{run_name(config)}/model")  # its name holds the hashes of its files
         assert run_name(config) == run.name and config.runs_dir == "out/again"
+
+
+def test_an_arms_command_trains_its_seeds():
+    """The loop over seeds makes the very runs of the row, by name, from the first one's config."""
+    arms = [arm for arm in repeats(find_runs()) if len(arm) > 1 and arm[0].config.student.startswith("deit")]
+    assert len(arms) > 3
+    for arm in arms:
+        loop = re.fullmatch(r"for seed in ([\d ]+); do (.*) --seed \$seed; done", again(arm).split(" && ")[-1])
+        words = shlex.split(loop[2])[2:]
+        made = [configured(*reversed(field_values([*words, "--seed", seed]))) for seed in loop[1].split()]
+        if not weights_maker(arm[0], "teacher") or is_answers(arm[0].config.teacher_weights):
+            assert [run_name(config) for config in made] == [run.name for run in arm]
+        assert [config.seed for config in made] == [run.config.seed for run in arm]
+
+
+def test_every_row_of_the_committed_tables_has_its_command():
+    """Measured, published or counted; no word stands for what a reader must find, but a file that no record knows."""
+    files = sorted((ROOT / "reports/tables").glob("deit_*.csv"))
+    assert len(files) > 12
+    for file in files:
+        commands = pd.read_csv(file).reproduce
+        assert commands.notna().all(), file.name
+        words = set(re.findall(r"(?<![$/.\w])[A-Z_]{3,}\b", " ".join(commands)))
+        assert words <= {"FILE"} and not commands.str.contains("measure True(?! -p bench out/)").any(), file.name
 
 
 def test_commands_of_rows_end_where_they_are_read(tmp_path):
