@@ -425,7 +425,7 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert "With *mixup* at 0.2 instead of 0.0 a student lies [-1" in ninth
     assert re.search(r"Labels alone, deit_tiny_patch16_224 has \[.*?after 2 epochs and .*?after 4 epochs", ninth)
     assert "cosine of [0.10]" in ninth
-    assert re.search(r"has \[50.0%\].* before it goes on, \[60.0%\].* after 2 epochs at 48 px, bicubic", ninth)
+    assert re.search(r"has \[50.0%\].* before it goes on, \[60.0%\].* after 2 epochs at 48 px \(bicubic\)", ninth)
     assert ninth.count("![") == ninth.count("\n|---") == 1
     prose = re.sub(r"^\|.*$", "", ninth, flags=re.M)
     assert not re.findall(r"(?<![\[\w.,(])[+-]\d+\.\d", prose)  # each leads to its runs

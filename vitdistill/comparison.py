@@ -50,7 +50,8 @@ def run_names(arms)->str: # lists or tuples of runs
 def images(run:Run)->float:
     "How many images it trained on, by its predictions; NaN where it has none."
     predictions = run.folder/'predictions.npz'
-    return np.load(predictions)['train_image'].size if predictions.is_file() else np.nan
+    if not predictions.is_file(): return np.nan
+    with np.load(predictions) as told: return told['train_image'].size if 'train_image' in told else np.nan
 
 # %% ../nbs/08b_comparison.ipynb #7ee56bac
 def own_images_only(run:Run)->bool:

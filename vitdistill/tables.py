@@ -18,7 +18,7 @@ from .analysis import TEACHING, published, repeats, settings, teaching
 from .comparison import chosen, contrast, families_to_choose_from, held_out_top1, holm, of_common_seeds
 from .comparison import run_names
 from .complexity import build
-from .config import Config, field_names, preset, repo_root
+from .config import Config, defining, field_names, preset, repo_root
 from .runs import Run, find_runs
 from .teachers import is_answers
 
@@ -117,8 +117,8 @@ def arm_rows(
 # %% ../nbs/08h_tables.ipynb #a7187dd0
 def length_rows(
     runs:list[Run] # any mixture; those that have ended are told
-)->pd.DataFrame:   # arm, student, dataset, epochs, seeds, top1 and std over seeds (fractions), runs, reproduce
-    "A row for each length of the arms that were trained at several, by arm and epochs."
+)->pd.DataFrame:   # curve (1, ...), arm, student, dataset, epochs, seeds, top1 and std (fractions), runs, reproduce
+    "A row for each length of the arms that were trained at several, curve by curve, by epochs."
     families = {}
     for run in runs:
         if run.status == 'done': families.setdefault(settings(run.config, {'epochs', 't_max'}), []).append(run)
@@ -127,7 +127,7 @@ def length_rows(
         family = sum(of_common_seeds(repeats(family)), [])
         rows, c = arm_rows(family, 'student', 'dataset', 'epochs'), family[0].config
         arm = teaching(c) + f' by {c.teacher}'*bool(c.teacher)
-        if rows.epochs.nunique() > 1: frames.append(rows.sort_values('epochs').assign(arm=arm))
+        if rows.epochs.nunique() > 1: frames.append(rows.sort_values('epochs').assign(arm=arm, curve=len(frames)))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/08h_tables.ipynb #469fe3a2
@@ -223,21 +223,18 @@ def sorted_out(
 )->tuple[list, list[Run], list[Run]]: # `families_to_choose_from`; begun anew; begun with trained weights
     "The runs by what they can be told of."
     students = [run for run in runs if run.status == 'done' and 'teacher' not in run.config.experiment]
-    choices = [arms for family in families_to_choose_from(students, RECIPE) for arms in _taught_alike(family)]
-    in_choice = {run for family in choices for arm in family for run in arm}
-    choosing = {run for arm in repeats(students) if in_choice & {*arm} for run in arm} # seeds of one's own too
-    best = {run for family in choices for arm in chosen(family).values() for run in arm}
+    ways, arms = {}, repeats(students)
+    for run in students:
+        way = str({name: value for name, value in defining(run.config).items() if name in TEACHING})
+        ways.setdefault(way, []).append(run)
+    choices = [family for alike in ways.values() for family in families_to_choose_from(alike, RECIPE)]
+    def whole(some): return {run for arm in arms if some & {*arm} for run in arm} # with seeds of an arm's own
+    choosing = whole({run for family in choices for arm in family for run in arm})
+    best = whole({run for family in choices for arm in chosen(family).values() for run in arm})
     begun = [run for run in runs if run.config.weights_hash or run.config.student_pretrained]
     told = [run for run in runs if run not in choosing or run in best]
     return (choices, [run for run in told if run not in begun and not run.config.val_rows],
             [run for run in told if run in begun])
-
-def _taught_alike(family): # of `families_to_choose_from` -> of each way of teaching its arms, where they are several
-    ways = {}
-    for arm in family:
-        way = tuple(str(getattr(arm[0].config, name)) for name in sorted(TEACHING - RECIPE))
-        ways.setdefault(way, []).append(arm)
-    return [arms for arms in ways.values() if len(arms) > 1]
 
 # %% ../nbs/08h_tables.ipynb #2ee75fcb
 FACTORS = ('mixup', 'cutmix'), ('optimizer', 'opt_kwargs', 'lr', 'momentum', 'weight_decay') # that change as one
@@ -276,9 +273,10 @@ def one_changed(
 def most_changed(
     runs:list[Run] # any mixture
 )->pd.DataFrame:   # as of `one_changed`; none where no two arms differ in one thing
-    "The recipe that has the most neighbours, and these."
-    recipes = [arm[0].config for arm in repeats([run for run in runs if run.status == 'done'])]
-    return max((one_changed(runs, recipe) for recipe in recipes), key=len, default=pd.DataFrame())
+    "The recipe that has the most neighbours, and these; of several the one of a taught student, then of most seeds."
+    beside, arms = beside_taught(runs), repeats([run for run in runs if run.status == 'done'])
+    arms.sort(key=lambda arm: (arm[0] in beside, len(arm)), reverse=True)
+    return max((one_changed(runs, arm[0].config) for arm in arms), key=len, default=pd.DataFrame())
 
 # %% ../nbs/08h_tables.ipynb #97c379dc
 def size_rows(
