@@ -147,7 +147,7 @@ def test_stochastic_depth_of_presets():
 
 
 @pytest.mark.parametrize("name, cells", [
-    ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 18), ("deit_table8", 11),
+    ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 21), ("deit_table8", 11),
     ("deit_lengths", 4), ("deit_resolution", 17), ("deit_transfer", 18), ("deit_gpu", 21), ("deit_gpu_strengths", 3),
     ("deit_gpu_parts", 15)])
 def test_grids_make_configs(name, cells):

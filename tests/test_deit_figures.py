@@ -171,7 +171,7 @@ def test_claims_are_differences_of_arms(tmp_path):
     assert claims.difference["hard labels"] == pytest.approx(0.06 + 0.002 * (len(one) - len(plain)))
     assert claims.difference["hard labels and a token"] == pytest.approx(0.07 + 0.002 * (len(two) - len(plain)))
     assert claims.published["a token of its own for hard labels"] == pytest.approx(0.4)
-    assert "regnety_002 instead of resnet18 as teacher" in claims.index and len(claims) == 7
+    assert "regnety_002 instead of resnet18 as teacher" in claims.index and len(claims) == 8
     drawn = (tmp_path / "out/figures/deit_claims.svg").read_text()
     assert all(what in drawn for what in claims.index)
     assert "taught by regnety_002" in (tmp_path / "out/tables/deit_disagreement.md").read_text()

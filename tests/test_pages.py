@@ -385,6 +385,8 @@ def test_arms_still_to_come_have_their_place(tmp_path):
             record(tmp_path, [0.1, top1 + seed / 100], seed, **part, **way, **deit)
         record(tmp_path, [0.1, 0.505 + seed / 80], seed, **part, **usual | deit | dict(distillation="soft"))
         tell(record(tmp_path, [0.1, 0.53 + seed / 80], seed, **part, **usual | two), token_cosines=[0.1, 0.5, 0.8])
+        convnet = record(tmp_path, [0.1, 0.52 + seed / 70], seed, **part, **usual | two | dict(teacher="regnety_002"))
+        tell(convnet, teacher_top1=0.65, teacher_card=dict(top1_held_out=0.65, n_train=44_000, weights_hash="y"))
         record(tmp_path, [0.1, 0.2, 0.3, 0.51], seed, **part, **deit)  # twice as long
         record(tmp_path, [0.1, 0.4], seed, **part, **deit | dict(mixup=0.2))  # of the same model
         pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9))
@@ -422,6 +424,7 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert "only cropped and mirrored" in text and "alone, hard labels add [+1.0" in text
     assert re.search(r"and soft ones \[\+0\.9 .* With a token of their own hard labels add \[\+3\.4 \(", text)
     ninth = text.split("## 9. ")[1].split("## 10. ")[0]
+    assert re.search(r"by it instead of regnety_002, which has \[65.0%\].* right, a student .* gains \[\+0\.7 ", ninth)
     assert "With *mixup* at 0.2 instead of 0.0 a student lies [-1" in ninth
     assert re.search(r"Labels alone, deit_tiny_patch16_224 has \[.*?after 2 epochs and .*?after 4 epochs", ninth)
     assert "cosine of [0.10]" in ninth
