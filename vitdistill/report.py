@@ -266,7 +266,7 @@ SECTIONS = (
             ('hilo_*',), 'a07_hilo', without_runs=('*',)),
     Section('Pre-training without labels',
             'What contrast, masking and noise (CAN) add to one another: published, and ours where it has run.',
-            ('can_*',), 'a08_can', needs='grids can_pretrain and can_students', without_runs=('can_published',)),
+            ('can_*',), 'a08_can', needs='grids can_pretrain, can_scratch and can_students', without_runs=('can_published',)),
     Section('The data', 'What the models are given: images, views, splits.', ('data_*',), 'a00_data',
             without_runs=('*',)),
     Section('Bench', 'What an epoch costs here, beside the usual ways to distil.', ('*',),
