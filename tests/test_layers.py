@@ -1,5 +1,7 @@
 """HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -12,11 +14,13 @@ from test_notebooks import said
 from vitdistill.analysis import published
 from vitdistill.attention_bench import cases, costs
 from vitdistill.complexity import complexity
-from vitdistill.config import Config, VitdistillError, repo_root, shipped
+from vitdistill.config import Config, VitdistillError, config_hash, preset, repo_root, run_name, save, shipped
 from vitdistill.grids import grid_cells, not_here
 from vitdistill.layers import DeformableMerging, LITv2
+from vitdistill.launch import configure
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.setup import create_optimizer
+from vitdistill.teachers import is_answers
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
@@ -221,13 +225,17 @@ def test_notebook_without_a_record_says_so(tmp_path):
     assert not (tmp_path / "out/tables/hilo_goal.csv").exists()
 
 
+def asked(*names):
+    """What the cells of small_litv2's grids give, of each by the end of its name."""
+    folder = repo_root() / "nbs/experiments/grids"
+    return [cell for name in names for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
+
+
 def test_litv2_stands_beside_a_transformer_of_equal_cost():
     """In multiply-adds, within 3%: the two students, at each rate that is tried, and the two teachers of its grids."""
-    folder = repo_root() / "nbs/experiments/grids"
-    rates, alone, resnets = ([cell.chosen for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
-                             for name in ("_rates", "", "_resnets"))
     transformer = "deit_tiny_patch16_224"
-    equal = [cell[f"{part}_kwargs"] for part in ("student", "teacher") for cell in [*rates, *alone, *resnets]
+    cells = [cell.chosen for cell in asked("_rates", "", "_teachers", "_resnets")]
+    equal = [cell[f"{part}_kwargs"] for part in ("student", "teacher") for cell in cells
              if cell.get(part) == transformer]
     assert len(equal) == 13 and all(given == equal[0] for given in equal)
     litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
@@ -235,17 +243,51 @@ def test_litv2_stands_beside_a_transformer_of_equal_cost():
     assert litv2 == pytest.approx(2.60e8, rel=0.002) and deit == pytest.approx(litv2, rel=0.03)
 
 
-def test_litv2s_grid_leaves_nothing_to_chance():
-    """Every teacher is named, of MobileNetV2 the folder; the seven published shares of Lo-Fi heads are there."""
-    folder = repo_root() / "nbs/experiments/grids"
-    cells = [cell for name in ("", "_resnets") for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
-    named = Counter(cell.chosen["teacher_weights"].split("-")[1] for cell in cells if cell.notebook.stem[:3] == "e02")
+def test_litv2s_grids_leave_nothing_to_chance():
+    """Every teacher is named by its answers, which are kept; seeds are whole; the published shares of Lo-Fi heads."""
+    cells = asked("", "_teachers", "_resnets")
+    taught = [cell.chosen["teacher_weights"] for cell in cells if cell.notebook.stem[:3] == "e02"]
+    assert all(map(is_answers, taught))  # for weights are lost with a machine
+    named = Counter(path.split("-")[1] for path in taught)
     assert named == {"mobilenetv2_100": 6, "litv2_cifar": 3, "deit_tiny_patch16_224": 3}
-    assert [name for name in not_here(cells) if "mobilenetv2" not in name] == []  # the grid makes the others
+    assert [name for name in not_here(cells) if "mobilenetv2" not in name] == []  # the grids make the others
+    students = [cell.chosen for cell in asked("")]
+    assert [cell["seed"] for cell in students] == [1] * 4 + [2] * 4 + [3] * 4
+    assert all({**cell, "seed": 1} == students[n % 4] for n, cell in enumerate(students))
     known = published(shipped("reports/reference/litv2.csv"))
     shares = known[known["where"] == "effect of alpha on LITv2-S"].item.astype(float)
-    asked = {cell.chosen.get("student_kwargs", {}).get("alpha", 0.9) for cell in cells}  # 0.9 is the usual one
-    assert asked == {*shares}
+    assert sorted(cell.chosen["student_kwargs"]["alpha"] for cell in asked("_alpha")) == sorted(shares)
+
+
+def test_rates_are_tried_on_both_sides_of_the_expected():
+    """The expected rate of each student lies between two others; what the students have is one of the three."""
+    tried = {}
+    for cell in asked("_rates"):
+        tried.setdefault(cell.chosen["student"], []).append(cell.chosen["lr"])
+    for cell in asked(""):
+        assert cell.chosen["lr"] in tried[cell.chosen["student"]]
+    assert {name: sorted(rates)[1] for name, rates in tried.items()} == {
+        "litv2_cifar": 0.0005, "deit_tiny_patch16_224": 0.00025}
+
+
+@pytest.mark.slow
+def test_notebook_says_a_failed_precondition(tmp_path):
+    """A teacher below the plain ResNet has a row that says so, though it taught none."""
+    def ended(config, **result):
+        folder = tmp_path / "runs" / run_name(config)
+        save(config, folder / "config.yaml")
+        (folder / "metrics.csv").write_text("epoch\n0\n")
+        (folder / "result.json").write_text(json.dumps(dict(hash=config_hash(config), **result)))
+    for cell, right in zip(asked("_teachers"), (0.6, 0.3)):
+        ended(configure("teacher", cell.declared | cell.chosen), held_out_top1=right, test_top1=right)
+    for seed in (1, 2):
+        ended(replace(preset("small", "baseline"), t_max=0, lr=0.02, seed=seed), test_top1=0.35)
+    analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"),
+            reports=str(tmp_path / "runs"))
+    rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index("what")
+    assert rows.loc["a ResNet taught by LITv2, less alone", "answer"] == "its students: not run yet"
+    failed = rows.loc["a ResNet taught by DeiT, less alone"]
+    assert failed.answer.startswith("not answered") and float(failed["plain student, test"]) == 0.35
 
 
 def test_published_effect_of_alpha_is_shown():

@@ -434,8 +434,8 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert not re.findall(r"(?<![\[\w.,(])[+-]\d+\.\d", prose)  # each leads to its runs
     tenth = text.split("## 10. ")[1].split("## Disc")[0]
     assert "that CAN pre-trained" in tenth and "80.0%" in tenth and re.search(r"lie \[\+3\.2 \(", tenth)
-    assert "| CAN over MAE | +10.0 | +10.0 | +6.8 | 1 |" in tenth and "![" in tenth  # held-out, test, published
-    assert "same transformer from scratch, 2 epochs without pre-training, has 75.0% of held-out images right" in tenth
+    assert "| CAN over MAE | +10.0 | +10.0 | +6.8 | 1 |" in tenth and "![" in tenth  # test, held-out, published
+    assert "same transformer from scratch, 2 epochs without pre-training, has 75.0% of test images right" in tenth
     rows = re.findall(r"^\| resnet50.*$", text.split("## 1. ")[1].split("## 2. ")[0], re.M)
     assert ["part 2" in row for row in rows] == [False] * (len(rows) - 1) + [True]
 
@@ -473,6 +473,9 @@ def test_litv2s_answers_have_their_place(tmp_path):
     encoder = record(tmp_path, [0.1, 0.1], **cifar | dict(student="vit_tiny_patch16_224", experiment="pretrain",
                                                           distillation="can"))
     tell(encoder, encoder_hash="c", linear_val_top1=0.2, linear_test_top1=0.2)
+    weak = record(tmp_path, [0.1, 0.3], **cifar | dict(student="vit_tiny_patch16_224", experiment="teacher",
+                                                       weights_hash="c"))
+    tell(weak, held_out_top1=0.4)  # it has taught none, for on test images it is below the plain student
     text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="cifar100")
     section = text.split(". HiLo and LITv2\n")[1].split("\n## ")[0]
     assert re.search(r"^\| the gain of LITv2 less that of DeiT \| \[-2\.8 \(", section, re.M)
@@ -482,7 +485,9 @@ def test_litv2s_answers_have_their_place(tmp_path):
     assert "that has 30.0% of held-out images right is no better than the plain ResNet, which has 35.2%" in section
     assert text.count("A convnet's students gain too") == 1 and "a convnet as teacher" not in text
     waiting = re.search(r"^- Not run yet.*$", text, re.M)[0]
-    assert "can_students" in waiting and not re.search("litv2|can_pretrain", waiting)
+    assert "can_scratch, can_seeds" in waiting and not re.search("litv2|can_pretrain|can_students", waiting)
+    section = text.split(". Does a teacher teach that never saw ImageNet?\n")[1].split("\n## ")[0]
+    assert "has 30.0% of test images right. The plain resnet18 has 35.2%" in section and "not answered" in section
     assert "what would settle most" not in text.split("**The question.**")[0] and "which grids" not in text
 
 

@@ -15,13 +15,15 @@ import torch
 from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from forked_notebooks import analyse
 from vitdistill.config import Config, VitdistillError, config_hash, preset, save
-from vitdistill.grids import grid_cells, makes, not_here
-from vitdistill.launch import configure
+from vitdistill.grids import grid_cells, makes, not_here, waits_for, waves
+from vitdistill.launch import configure, makes_teacher
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
+from vitdistill.pretrained import ARMS, arm_of, comparable_arms, scratch_rows
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run, find_runs
 from vitdistill.setup import create_optimizer, prepare, resolve
+from vitdistill.teachers import is_answers
 from vitdistill.train import batches, train_epoch
 
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
@@ -145,15 +147,22 @@ def test_presets_can_be_prepared(name, tmp_path):
         "teacher", "teacher_kwargs", "teacher_size", "distillation")}, experiment="baseline") == parts["baseline"]
 
 
+def pretrained(name):
+    """The pre-trainings of a grid."""
+    cells = grid_cells(EXPERIMENTS / f"grids/{name}.yaml")
+    return [configure("pretrain", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e06"]
+
+
 def test_grids_name_the_published_arms():
     """At equal encoder passes, with the same crops and colours, each part beside the arm that lacks only it."""
-    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
-    cells = [cell for cell in cells if cell.notebook.stem[:3] == "e06"]
-    *arms, pictures, can2, can3, simclr2, simclr3, mae2, mae3 = [
-        configure("pretrain", cell.declared | cell.chosen) for cell in cells]
-    for first, again in ((arms[0], (can2, can3)), (arms[5], (simclr2, simclr3)), (arms[6], (mae2, mae3))):
-        assert [*again] == [replace(first, seed=seed) for seed in (2, 3)]  # of what was published: CAN, SimCLR, MAE
-    assert (pictures.dataset, pictures.runs_dir) == ("digits", arms[0].runs_dir)  # of which the report shows some
+    can, simclr, mae, floor, augmented, untold, quiet, pictures = pretrained("can_pretrain")
+    *more, unit = pretrained("can_seeds")
+    assert more == [replace(one, seed=seed) for seed in (2, 3) for one in (simclr, can, mae)]  # whole pairs, by seed
+    assert replace(floor, **{name: getattr(can, name) for name in ("epochs", "lr", "warmup_epochs")},
+                   evaluate_every=can.evaluate_every) == can
+    assert (pictures.dataset, pictures.runs_dir) == ("digits", can.runs_dir)  # of which the report shows some
+    arms = [can, untold, unit, augmented, quiet, simclr, mae]
+    assert [arm_of(arm) for arm in (*arms, floor)] == [name for name in ARMS if name != "another"]
     made = [criterion(arm) for arm in arms]
     weights = [list(one.parts[0]) for one in made]
     assert weights == [[0.03, 0.67, 0.3]] * 3 + [[0.03, 0.67, 0.0]] * 2 + [[1, 0, 0], [0, 1, 0]]
@@ -165,15 +174,40 @@ def test_grids_name_the_published_arms():
     assert targets == [(True, n == 2) for n in range(6)]  # of unit variance are pixels; noise in one arm
 
 
+def test_published_arms_come_first():
+    """CAN, SimCLR and MAE of seed 1, then what is fine-tuned from each; arms of noise become no teacher."""
+    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+    encoders, tuned, rest = ([cells[n] for n in wave] for wave in waves(cells))
+    assert [cell.chosen["adopted"] for cell in encoders] == ["can-s1", "simclr-s1", "mae-s1"]
+    assert [waits_for(cell, cells) for cell in tuned] == [[cell] for cell in encoders]
+    assert all(configure("teacher", cell.declared | cell.chosen).student_weights.endswith("model") for cell in tuned)
+    assert not any(cell.chosen.get("role") or makes_teacher(cell.notebook.stem) for cell in rest)
+    roles = [cell.chosen.get("role") for cell in grid_cells(EXPERIMENTS / "grids/can_seeds.yaml")]
+    assert roles == [None, "teacher", None] * 2 + [None]  # of seeds 2 and 3 CAN alone is fine-tuned
+
+
+def test_pretraining_has_the_published_betas():
+    """AdamW's (.9, .95), in every group of the optimizer that training makes; fine-tuning has the usual ones."""
+    for part, betas in ("pretrain", (0.9, 0.95)), ("teacher", (0.9, 0.999)):
+        config = preset("can", part)
+        model = create_student(config, 100, 32)
+        terms = criterion(config)
+        if part == "pretrain":
+            terms.fit(model)
+        optimizer = create_optimizer(config, model.model, terms)
+        assert isinstance(optimizer, torch.optim.AdamW)
+        assert {tuple(group["betas"]) for group in optimizer.param_groups} == {betas}
+
+
 def test_scratch_is_a_fair_beginning():
     """As long as fine-tuning, as long as both together, and every layer at the rate: there is nothing to keep."""
-    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
-    scratch = [configure("teacher", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e00"]
+    cells = grid_cells(EXPERIMENTS / "grids/can_scratch.yaml")
+    scratch = [configure("teacher", cell.declared | cell.chosen) for cell in cells]
     tuned, before = preset("can", "teacher"), preset("can", "pretrain")
     strong = "mixup", "cutmix", "label_smoothing", "random_erasing"  # lost by far on held-out images: deit_strengths
     assert not any(getattr(tuned, name) for name in strong) and not tuned.randaugment
-    lengths = tuned.epochs, tuned.epochs + 2 * before.epochs
-    assert {(one.epochs, one.seed) for one in scratch} == {(n, seed) for n in lengths for seed in (1, 2, 3)}
+    long = tuned.epochs + 2 * before.epochs
+    assert [(one.epochs, one.seed) for one in scratch] == [(long, 1), *((tuned.epochs, seed) for seed in (1, 2, 3))]
     for one in scratch:
         like = dict(epochs=tuned.epochs, layer_decay=tuned.layer_decay, seed=tuned.seed, work_dir=tuned.work_dir)
         assert replace(one, **like) == tuned
@@ -181,15 +215,18 @@ def test_scratch_is_a_fair_beginning():
         assert {group.get("lr_scale", 1.0) for group in create_optimizer(one, model).param_groups} == {1.0}
 
 
-def test_students_wait_for_their_teachers_cards():
-    """Three seeds each: of labels alone, of CAN's teacher and of its control; a grid's cells make both teachers."""
-    made = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
+def test_students_wait_for_their_teachers():
+    """Three seeds each: of labels alone, of CAN's answers and of its control; other grids' cells make both teachers."""
+    made = [cell for name in ("pretrain", "scratch") for cell in grid_cells(EXPERIMENTS / f"grids/can_{name}.yaml")]
     students = grid_cells(EXPERIMENTS / "grids/can_students.yaml")
     taught = [cell.chosen["teacher_weights"] for cell in students if "teacher_weights" in cell.chosen]
-    assert len(students) == 9 and Counter(taught) == {taught[0]: 3, taught[-1]: 3}
+    assert len(students) == 9 and Counter(taught) == {taught[0]: 3, taught[-1]: 3} and is_answers(taught[0])
     assert not_here([*made, *students]) == []
+    answers, = (cell.chosen for cell in made if makes(cell, taught[0]))
+    assert answers["student_weights"].split("/")[-2] == "can-s1"
     makers = [cell.chosen for cell in made if makes(cell, taught[-1])]
-    assert [(cell["epochs"], cell["seed"]) for cell in makers if "work_dir" in cell] == [(80, 1)]
+    aside = [(cell["epochs"], cell["seed"]) for cell in makers if cell.get("work_dir") == "out/work/scratch"]
+    assert aside == [(80, 1)]
 
 
 def record(config, metrics="epoch\n", **result):
@@ -201,39 +238,64 @@ def record(config, metrics="epoch\n", **result):
     (folder / "result.json").write_text(json.dumps(dict(hash=config_hash(config), seconds=60.0, **result)))
 
 
-def test_analysis_compares_like_with_like(tmp_path):
-    """Arms of as many encoder passes, on held-out and on test images; each length of training from scratch apart."""
-    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
-    values = {key: str(tmp_path / key[:4]) for key in ("runs_dir", "work_dir")}
+def probes(value):
+    return dict(linear_val_top1=value - 0.05, linear_test_top1=value, knn_val_top1=0.1, knn_test_top1=0.1)
 
-    def probes(value):
-        return dict(linear_val_top1=value, linear_test_top1=value - 0.05, knn_val_top1=0.1, knn_test_top1=0.1)
-    for number, cell in enumerate(cells):
-        scratch = cell.notebook.stem == "e00_teacher"
-        config = configure("teacher" if scratch else "pretrain", cell.declared | cell.chosen | values)
-        if scratch:
-            record(config, held_out_top1=0.3, test_top1=0.25 + config.epochs / 1000)
-        else:
-            record(config, encoder_hash=str(number), **probes(0.3 - number / 100))
-            tuned = preset("can", "teacher", seed=config.seed, weights_hash=str(number), **values)
-            record(tuned, held_out_top1=0.4, test_top1=0.4)
-            if not config.objective_kwargs.get("mask", 0.5):  # SimCLR once more, for so long that it wins
-                record(replace(config, epochs=300), encoder_hash="long", **probes(0.9))
-    analyse("a08_can", tmp_path / "a08.ipynb", reports=values["runs_dir"], out=str(tmp_path / "out"))
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Runs of CAN's grids: probes worse from cell to cell, 0.4 once fine-tuned, from scratch 0.25 and more."""
+    values = {key: str(tmp_path / key[:4]) for key in ("runs_dir", "work_dir")}
+    for number, config in enumerate(pretrained("can_pretrain") + pretrained("can_seeds")):
+        record(replace(config, **values), encoder_hash=str(number), **probes(0.3 - number / 100))
+        if arm_of(config) in ("CAN", "SimCLR", "MAE") and config.dataset == "cifar100":
+            record(preset("can", "teacher", seed=config.seed, weights_hash=str(number), **values), held_out_top1=0.5,
+                   train_views_top1=0.9, test_top1=0.4)
+    for cell in grid_cells(EXPERIMENTS / "grids/can_scratch.yaml"):
+        config = configure("teacher", cell.declared | cell.chosen | values)
+        record(config, held_out_top1=0.3, train_views_top1=0.9, test_top1=0.25 + config.epochs / 1000)
+    return values
+
+
+def test_analysis_compares_like_with_like(made_up, tmp_path):
+    """Arms of as many encoder passes, on test images, beside the floor; each length from scratch apart; the gate."""
+    long = next(config for config in pretrained("can_pretrain") if arm_of(config) == "SimCLR")
+    record(replace(long, epochs=300, **made_up), encoder_hash="long", **probes(0.9))  # for so long that it wins
+    for seed in 1, 2:
+        record(preset("can", "baseline", seed=seed, **made_up), test_top1=0.41)  # better than its teacher would be
+    analyse("a08_can", tmp_path / "a08.ipynb", reports=made_up["runs_dir"], out=str(tmp_path / "out"))
     rows = pd.read_csv(tmp_path / "out/tables/can_differences.csv").set_index("pair")
-    assert rows.loc["CAN over SimCLR", ["difference", "test"]].tolist() == pytest.approx([0.17 / 3] * 2)
-    assert rows.difference["CAN over no noise"] == pytest.approx(0.04) and set(rows.on) == {"held-out images"}
-    assert rows.difference["noise as augmentation only over no noise"] == pytest.approx(0.01) and len(rows) == 7
+    simclr = np.mean([0.01, -0.01, -0.01])  # of the seeds, by the places of their cells
+    assert rows.loc["CAN over SimCLR", ["difference", "held_out"]].tolist() == pytest.approx([simclr] * 2)
+    assert rows.difference["CAN over no noise"] == pytest.approx(0.06) and rows.seeds["CAN over hardly trained"] == 1
+    assert rows.difference["noise as augmentation only over no noise"] == pytest.approx(0.02) and len(rows) == 8
     arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv")
     scratch = arms[arms.arm == "from scratch"]
     test = scratch["fine-tuned, test"].str.split(" ± ").str[0].astype(float)
-    assert sorted(zip(scratch.epochs, test, scratch.seeds)) == [(20, 0.27, 3), (80, 0.33, 3)]
+    assert sorted(zip(scratch.epochs, test, scratch.seeds)) == [(20, 0.27, 3), (80, 0.33, 1)]
     cost = arms[arms.data == "cifar100"].drop_duplicates("arm").set_index("arm")["patches a pass"].astype(int)
     assert cost[["CAN", "SimCLR", "MAE", "from scratch"]].tolist() == [32, 64, 16, 64]
     gains = pd.read_csv(tmp_path / "out/tables/can_scratch.csv").set_index("pair")
-    assert gains.seeds.tolist() == [3, 3] and gains.test["CAN, fine-tuned, over scratch of 80 epochs"] > 0
+    assert gains.seeds.tolist() == [3, 1] and gains.difference["CAN, fine-tuned, over scratch of 80 epochs"] > 0
     assert {"linear probe, held out", "linear probe, test", "fine-tuned, held out", "fine-tuned, test"} < set(arms)
     assert all(f"from scratch, {n} epochs" in (tmp_path / "out/figures/can_arms.svg").read_text() for n in (20, 80))
+    gate = pd.read_csv(tmp_path / "out/tables/can_students.csv").set_index("teacher")
+    assert gate.index.tolist() == ["CAN", "from scratch, 80 epochs"] and set(gate.alone) == {0.41}
+    assert gate.answer.str.startswith("not answered").all() and gate.teacher_held_out["CAN"] == 0.5
+
+
+def test_scratch_is_held_beside_can_alone(made_up):
+    """Where no second arm has run too; runs of another width, or another rate, are not trained alike."""
+    runs = [run for run in find_runs(made_up["runs_dir"])
+            if run.config.experiment == "teacher" or arm_of(run.config) == "CAN"]
+    assert comparable_arms(runs, "cifar100") == {}
+    told = scratch_rows(runs, "cifar100")
+    assert told.seeds.tolist() == [3, 1] and told.difference.tolist() == pytest.approx([0.13, 0.07])
+    can, wide = preset("can", "pretrain", seed=9), dict(preset("can", "teacher").student_kwargs, embed_dim=96)
+    record(replace(can, student_kwargs=wide, **made_up), encoder_hash="wide", **probes(0.9))
+    for other in dict(student_kwargs=wide), dict(lr=0.01):
+        record(preset("can", "teacher", layer_decay=1.0, **made_up, **other), held_out_top1=0.9, test_top1=0.9)
+    assert scratch_rows(find_runs(made_up["runs_dir"]), "cifar100").equals(told)
 
 
 @pytest.mark.slow

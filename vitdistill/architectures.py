@@ -13,7 +13,7 @@ from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
 from .analysis import TEACHING, on_labels, repeats, settings
 from .comparison import EXPERIMENTS, contrast, counterpart, paired_difference, run_names, same_settings
 from .complexity import complexity
-from .pretrained import answered, learned_from
+from .pretrained import answered, learned_from, mean_test
 from .runs import Run
 
 # %% ../nbs/08j_architectures.ipynb #5f161cea
@@ -41,9 +41,11 @@ def side_by_side(
 def beside_litv2(runs:list[Run])->list[Run]: # any mixture
     "The LITv2s, and the DeiTs of a LITv2's cost and recipe, however taught and at what rate: `a07_hilo` tells them."
     def rest(run): return settings(run.config, MODEL | TEACHING)
-    recipes = {rest(run): run.config for run in runs if run.config.student.startswith('litv2')}
+    recipes = {} # of one LITv2s of several sizes may have been trained
+    for run in runs:
+        if run.config.student.startswith('litv2'): recipes.setdefault(rest(run), []).append(run.config)
     return [run for run in runs if run.config.student.startswith('litv2') or run.config.student.startswith('deit')
-            and rest(run) in recipes and _cost_alike(recipes[rest(run)], run.config)]
+            and any(_cost_alike(config, run.config) for config in recipes.get(rest(run), []))]
 
 def students(runs:list[Run])->list[list[Run]]: # any mixture
     "The arms that have ended and held no rows out to choose by."
@@ -81,17 +83,18 @@ def student_rows(runs:list[Run])->pd.DataFrame: # any mixture
 
 # %% ../nbs/08j_architectures.ipynb #e7b5d9d8
 def resnet_rows(
-    runs:list[Run],       # any mixture
-    alone:float=np.nan    # test top-1 of the plain ResNet, for teachers whose students did not run
-)->pd.DataFrame:          # held_out (the teacher's), alone, answer; `paired_difference`'s
+    runs:list[Run],     # any mixture
+    plain:list[Run]=()  # ResNets on labels alone, beside whom teachers stand whose students did not run
+)->pd.DataFrame:        # held_out (the teacher's), alone, answer; `paired_difference`'s
     "What LITv2 and the DeiT beside it add to a ResNet as teachers, and how far apart; or why that says nothing."
     made = repeats([run for run in runs if run.status == 'done' and run.config.experiment == 'teacher'])
     pairs, rows, pupils = comparisons([run for arm in students(runs) for run in arm]), [], {}
+    alone = mean_test(plain)
     for kind, (teacher, *_) in side_by_side(made).items():
-        plain, taught = next((pair for pair in pairs if learned_from(pair[1][0], teacher)), ([], []))
-        both, held_out = pairs_by_seed(plain, taught), teacher.result['held_out_top1']
-        gap = paired_difference(plain, taught)
-        if both: alone = np.mean([run.result['test_top1'] for run, _ in both]) # of the other teacher's students too
+        labels, taught = next((pair for pair in pairs if learned_from(pair[1][0], teacher)), ([], []))
+        both, held_out = pairs_by_seed(labels, taught), teacher.result['held_out_top1']
+        gap = paired_difference(labels, taught)
+        if both: alone = mean_test([run for run, _ in both]) # of the other teacher's students too
         answer = answered(gap, held_out, alone) if both or held_out <= alone else 'its students: not run yet'
         if both and not answer.startswith('not answered'): pupils[kind] = taught
         rows.append(dict(what=f'a ResNet taught by {kind}, less alone', held_out=held_out, alone=alone, answer=answer,
