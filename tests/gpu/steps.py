@@ -112,21 +112,20 @@ def step_digits(job):
 
 
 def step_ranks(job):
-    """Two processes on the one device by gloo, killed and resumed, and one alike; with and without determinism."""
+    """Two processes on the one device by gloo, killed and resumed, and one alike; with and without determinism. One
+    that trains by all of a recipe."""
     cases = {f"two ranks, compile {mode}": dict(world=2, mode=mode) for mode in ("none", "default")}
     cases["one process"] = {}
     if checks.can_be_deterministic() and not job.toy:
         cases |= {f"{name}, deterministic": given | dict(deterministic=True) for name, given in cases.items()}
     with ThreadPoolExecutor(1 if job.toy else 3) as pool:
-        def start(name, number):
-            folder = job.work / str(number)
-            folder.mkdir()
-            return pool.submit(checks.check_resume, job.device, folder, seconds=max(1, job.left() - 5), **cases[name])
-        both = job.work / "agree"
-        both.mkdir()
-        agreed = pool.submit(checks.check_ranks_agree, job.device, both, seconds=job.left() - 5)
-        waiting = {"two ranks have one's losses": agreed}
-        waiting |= {name: start(name, number) for number, name in enumerate(cases)}
+        def start(folder, check, **given):
+            (job.work / folder).mkdir()
+            return pool.submit(check, job.device, job.work / folder, seconds=max(1, job.left() - 5), **given)
+        waiting = {"two ranks have one's losses": start("agree", checks.check_ranks_agree),
+                   "one process, all of a recipe": start("recipe", checks.check_recipe)}
+        waiting |= {name: start(str(number), checks.check_resume, **given)
+                    for number, (name, given) in enumerate(cases.items())}
         for name, future in waiting.items():
             job.attempt(name, future.result)
 

@@ -20,8 +20,9 @@ class Asked(Exception):
     """What a rank would be asked was found fit."""
 
 
-@pytest.mark.parametrize("mode", ["none", "default"])
-def test_two_ranks_are_asked_what_a_run_takes(mode, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("world", "given"), [(2, dict(mode="none")), (2, dict(mode="default")),
+                                              (1, dict(mode="auto", made=checks.recipe))])
+def test_ranks_are_asked_what_a_run_takes(world, given, monkeypatch, tmp_path):
     """Compiled batch norm is refused among several GPUs: there the student has none."""
     def start(config, log, world):
         resolve(config)
@@ -29,10 +30,10 @@ def test_two_ranks_are_asked_what_a_run_takes(mode, monkeypatch, tmp_path):
 
     monkeypatch.setattr(checks, "start_ranks", start)
     monkeypatch.setattr("vitdistill.setup.compiler_missing", lambda device: "")
-    ranks = mock.patch.dict(os.environ, RANK="0", WORLD_SIZE="2")
+    ranks = mock.patch.dict(os.environ, RANK="0", WORLD_SIZE=str(world))
     gpu = dict(is_available=lambda: True, is_bf16_supported=lambda including_emulation: True)
     with ranks, mock.patch.multiple("torch.cuda", **gpu), pytest.raises(Asked):
-        checks.check_resume("cuda", tmp_path, 2, mode)
+        checks.check_resume("cuda", tmp_path, world, **given)
 
 
 @pytest.fixture
