@@ -7,7 +7,7 @@ __all__ = ['columns', 'is_locked', 'whole_lines', 'Run', 'find_runs', 'all_metri
            'environment', 'machine', 'append_row', 'locked', 'check_folders', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
-import contextlib, io, json, os, platform, shutil, subprocess
+import contextlib, io, json, os, platform, shutil, subprocess, sysconfig
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,9 +131,12 @@ def cores()->int:
 def compiler_missing(device:str)->str: # 'cpu', 'cuda', 'cuda:0', ...
     "What torch.compile needs for a device and does not find here; nothing where it may begin."
     if not str(device).startswith('cuda'):
-        return '' if shutil.which(os.environ.get('CXX', 'g++')) else 'a C++ compiler (g++)'
-    if not find_spec('triton'): return 'Triton (pip install triton)'
-    return '' if os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang') else 'a C compiler (gcc)'
+        if not shutil.which(os.environ.get('CXX', 'g++')): return 'a C++ compiler (g++)'
+    elif not find_spec('triton'): return 'Triton (pip install triton)'
+    elif not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')): return 'a C compiler (gcc)'
+    headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default names /usr/local, which has none
+    there = platform.system() != 'Linux' or (headers/'Python.h').is_file()
+    return '' if there else "Python.h, of Python's headers (python3-dev)"
 
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:

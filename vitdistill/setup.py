@@ -318,7 +318,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     teacher, card = load_teacher(config, data, ranks.device)
     at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # of a batch
     planned = rows is not None and config.plan_memo and unnumbered(config)
-    if not planned and (unnumbered(config) or not config.memo): teacher.chunk = at_once # before each size is compiled
+    if unnumbered(config) or not config.memo: teacher.chunk = at_once # for its health too: each size is compiled
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
         print(f"The teacher learned pixels normalized by {card['constants']} and is given {teacher.constants}: "

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Teacher', 'some', 'top1', 'agreement', 'card_facts', 'make_card', 'is_answers', 'answers_in', 'answers_head',
            'read_card', 'as_teacher', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'seen_by', 'Absent',
-           'refuse_other_classes', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'check_health',
-           'refuse_test_images', 'with_members', 'adopt', 'same_teacher']
+           'refuse_other_classes', 'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained',
+           'check_health', 'refuse_test_images', 'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
 import hashlib, json, zipfile, zlib
@@ -225,6 +225,18 @@ def refuse_other_classes(card:dict|None, data:Data)->None:
                               f'{len(data.classes)} ({data.classes[0]}, ...): fine-tune the teacher on {data.name} '
                               'with e00_teacher.')
 
+def refuse_new_head(
+    model:torch.nn.Module, # the config's teacher, with the pretrained weights of its name
+    config:Config,
+    data:Data
+)->None:
+    "Raise `VitdistillError` where timm left the head out, for it is of another number of classes than the data's."
+    for part in getattr(model, 'members', [model]): # of a mixture, each
+        if (its := part.pretrained_cfg['num_classes']) != len(data.classes) and not config.allow_untrained:
+            raise VitdistillError(f'the pretrained head of {config.teacher} is for {its} classes, {data.name} has '
+                                  f'{len(data.classes)}: fine-tune it on {data.name} with e00_teacher and name its '
+                                  'folder as teacher_weights, or set allow_untrained=True to teach with a new head.')
+
 # %% ../nbs/04_teachers.ipynb #87ba8b24
 def refuse_other_weights(teacher:Teacher, card:dict|None, config:Config)->None: # of the student
     "Raise `VitdistillError` where the card beside a teacher's weights was written for others."
@@ -244,6 +256,7 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     pretrained = elsewhere and not config.teacher_weights
     model = create(config.teacher, len(data.classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
+    if pretrained: refuse_new_head(model, config, data)
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     if is_answers(config.teacher_weights): return Absent(config, model, constants, device), card
     if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))

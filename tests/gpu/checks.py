@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
 from vitdistill import train  # noqa: E402
-from vitdistill.config import Config, field_names, save  # noqa: E402
+from vitdistill.config import Config, field_names, preset, save  # noqa: E402
 from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
 from vitdistill.layers import DeformableMerging  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
@@ -56,6 +56,13 @@ def pair(device, folder, **given):
                   teacher_precision="fp32", compile="none", device=device, runs_dir=f"{folder}/runs",
                   work_dir=f"{folder}/work")
     return Config(**values | at_once | (small if device == "cpu" else {}) | given)
+
+
+def recipe(device, folder, **given):
+    """The config of preset `recipe`: two processes augment, and a plan's memo keeps what the teacher says."""
+    ours = "device", "threads", "data_fraction", "precision", "teacher_precision", "checkpoint_seconds"
+    places = {name: getattr(pair(device, folder), name) for name in (*ours, "runs_dir", "work_dir")}
+    return preset("recipe", "distilled", **places | dict(workers=2, plan_memo=True) | given)
 
 
 def alone(device):
@@ -301,12 +308,12 @@ def epochs_done(config):
     return max((run.epochs_done for run in find_runs(config.runs_dir)), default=0)
 
 
-def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170):
+def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170, made=pair):
     """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte."""
     given = dict(epochs=epochs, batch_size=32, compile=mode) | ({"deterministic": True} if deterministic else {})
     if world > 1 and mode != "none" and device != "cpu":  # where a compiled batch norm is refused
         given |= dict(student="vit_tiny_patch16_224", student_kwargs=TINY)
-    whole, cut = (pair(device, folder / name, **given) for name in ("alone", "cut"))
+    whole, cut = (made(device, folder / name, **given) for name in ("alone", "cut"))
     logs = {name: folder / f"{name}.log" for name in ("alone", "cut")}
     for name in logs:
         (folder / name).mkdir(parents=True)
@@ -344,6 +351,19 @@ def check_two_processes(device, folder, mode="none", deterministic=False):
     return check_resume(device, folder, world=2, mode=mode, deterministic=deterministic)
 
 
+def check_recipe(device, folder, seconds=170):
+    """All of a recipe, killed and resumed, compiled on a GPU; then another student finds all answers in the memo."""
+    end = time.monotonic() + seconds
+    told = check_resume(device, folder, mode="auto", seconds=seconds, made=recipe)
+    run, = find_runs(folder / "cut/runs")
+    other = replace(run.config, lr=2 * run.config.lr, runs_dir=f"{folder}/other")
+    ended(start_ranks(other, folder / "other.log"), end - time.monotonic(), folder / "other.log")
+    average, hits = run.metrics().ema_test_top1, find_runs(other.runs_dir)[0].metrics().memo_hit_rate
+    assert average.notna().all(), f"top-1 of the weight average: {average.tolist()}"
+    assert hits.eq(1).all(), f"memo hits of another student of the plan: {hits.tolist()}"
+    return f"{told}, of the weight average {average.iloc[-1]:.1%}; another student's memo hits {hits.min():.0%}"
+
+
 def check_ranks_agree(device, folder, epochs=2, seconds=170):
     """Two processes on the one device have the losses of one."""
     one, two = (pair(device, folder / str(world), epochs=epochs, data_fraction=0.2) for world in (1, 2))
@@ -365,7 +385,8 @@ CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_
           "LITv2 equals the CPU's": check_litv2, "pre-training equals the CPU's": check_pretraining,
           "compiled equals eager": check_compiled, "CUDA graphs, with the last batch": check_graph,
           "a memo on the device": check_memo,
-          "a killed run resumes": check_resume, "two processes have one's losses": check_ranks_agree,
+          "a killed run resumes": check_resume, "all of a recipe, killed and resumed": check_recipe,
+          "two processes have one's losses": check_ranks_agree,
           "two processes, killed and resumed": check_two_processes}
 
 

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # What runs side by side, and the most seconds that it gets; the study gets what the others left.
 PLAN = [(("checks", "digits"), 180), (("ranks",), 180), (("pace",), 300), (("peak",), 170), (("study",), 0)]
+STEPS = [step for steps, _ in PLAN for step in steps]
 PACKING = 40  # seconds kept for the end
 PART = 15 * 2**20  # bytes of a part of the records, at most
 PARTS = 4
@@ -38,10 +39,17 @@ def has_gpu():
     return subprocess.run([sys.executable, "-c", probe], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def start(step, work, dry, seconds, data):
-    """A step in a process group of its own; one that was begun before goes on where it can, others begin anew."""
-    if step != "study":
+def begin_anew(steps, work):
+    """Remove what an earlier call left of steps, and what they found; only the study goes on in it."""
+    anew = set(steps) - {"study"}
+    for step in anew:
         shutil.rmtree(work / step, ignore_errors=True)
+    kept = rows(work, set(STEPS) - anew)
+    (work / "found.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def start(step, work, dry, seconds, data):
+    """A step in a process group of its own."""
     command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds)]
     command += ["--data", data, *(["--toy", "--device", "cpu"] if dry else [])]
     # A CPU compiles for minutes: one step of the dry run does, and the others go the same way without.
@@ -66,10 +74,11 @@ def end(process):
             pass
 
 
-def follow(steps, work, dry, seconds, data):
-    """Run steps side by side to their end or the end of their time: (step, seconds, 'done', 'failed' or 'cut')."""
-    begun = time.monotonic()
-    running, ended = {}, []
+def follow(steps, ended, work, dry, seconds, data):
+    """Run steps side by side to their end or the end of their time; `ended` gets (step, seconds, 'done', 'failed' or
+    'cut') of each, as it ends."""
+    begun, running = time.monotonic(), {}
+    begin_anew(steps, work)
     try:
         for step in steps:
             running[step] = start(step, work, dry, seconds, data)
@@ -84,16 +93,16 @@ def follow(steps, work, dry, seconds, data):
                 ended.append((step, time.monotonic() - begun, status))
                 del running[step]
     finally:
-        for process in running.values():
+        for step, process in running.items():
             end(process)
-    return ended
+            ended.append((step, time.monotonic() - begun, "cut"))
 
 
-def rows(work):
-    """What the steps found; of what was found again, by another call, the last."""
+def rows(work, steps):
+    """What these steps found; of what was found again, by another call, the last."""
     file = work / "found.jsonl"
     found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return list({(row["step"], row["what"]): row for row in found}.values())
+    return list({(row["step"], row["what"]): row for row in found if row["step"] in steps}.values())
 
 
 def log_files(work):
@@ -118,7 +127,8 @@ def cell(value):
 
 def page(work, about, ended, wanted):
     """The findings beside their goals, as Markdown."""
-    found, seen = rows(work), {step: (seconds, status) for step, seconds, status in ended}
+    seen = {step: (seconds, status) for step, seconds, status in ended}
+    found = rows(work, seen)  # not what an earlier call left
     good = [row for row in found if row["met"] == "yes"]
     missed = [row for row in found if row["met"] == "no"]
     bad = [step for step in wanted if seen.get(step, (0, "not run"))[1] in ("failed", "not run")]
@@ -197,15 +207,15 @@ def tell(work, out, about, ended, wanted):
     text = page(work, about, ended, wanted)
     (out / "page.md").write_text(text)
     steps = [dict(zip(("step", "seconds", "ended"), row)) for row in ended]
-    (out / "found.json").write_text(json.dumps(dict(about=about, steps=steps, found=rows(work)), indent=1))
+    found = rows(work, [step for step, *_ in ended])
+    (out / "found.json").write_text(json.dumps(dict(about=about, steps=steps, found=found), indent=1))
     return text
 
 
 def choose(plan, names):
     """The plan's steps of these names; a wrong name is an error."""
-    known = [step for steps, _ in plan for step in steps]
-    if wrong := set(names) - set(known):
-        sys.exit(f"no step {', '.join(sorted(wrong))}: choose from {', '.join(known)}")
+    if wrong := set(names) - set(STEPS):
+        sys.exit(f"no step {', '.join(sorted(wrong))}: choose from {', '.join(STEPS)}")
     kept = [(tuple(step for step in steps if step in names), seconds) for steps, seconds in plan]
     return [(steps, seconds) for steps, seconds in kept if steps]
 
@@ -226,9 +236,7 @@ def parse(arguments=None):
 def main(arguments=None):
     args, begun = parse(arguments), time.monotonic()
     dry = args.dry or not has_gpu()
-    wanted = [step for steps, _ in PLAN for step in steps]
-    if args.steps:
-        wanted = [step for step in wanted if step in args.steps.split(",")]
+    wanted = [step for step in STEPS if not args.steps or step in args.steps.split(",")]
     plan = choose(PLAN, args.steps.split(",") if args.steps else wanted)
     if dry:  # side by side; a CPU that others use too is slow, and nothing waits for it
         plan = [(tuple(wanted), 600)]
@@ -238,7 +246,7 @@ def main(arguments=None):
     out.mkdir(parents=True, exist_ok=True)
     work = Path(args.work or tempfile.mkdtemp(prefix="vitdistill-gpu-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    about, ended, all_seconds = about_here(dry), [], 60 * args.minutes
+    about, ended, whole, all_seconds = about_here(dry), [], False, 60 * args.minutes
     left = lambda: all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
     scale = min(1.0, all_seconds / (60 * 24)) if len(plan) == len(PLAN) else 1.0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
@@ -249,10 +257,11 @@ def main(arguments=None):
                 if dry:
                     seconds = most
                 print(f"{', '.join(steps)}: at most {seconds:.0f} s", flush=True)
-                ended += follow(steps, work, dry, seconds, args.data)
+                follow(steps, ended, work, dry, seconds, args.data)
                 for step, spent, status in ended[-len(steps):]:
                     print(f"{step} {status} after {spent:.0f} s", flush=True)
                 tell(work, out, about, ended, wanted)
+            whole = True
         left_out = pack(work, out)
         text = tell(work, out, about, ended, wanted)
     finally:
@@ -266,7 +275,7 @@ def main(arguments=None):
     bad = [step for step, _, status in ended if status == "failed" or dry and status == "cut"]
     if bad:
         print(f"failed: {', '.join(bad)}", file=sys.stderr)
-    return 1 if bad or len(ended) < len(wanted) else 0
+    return 0 if whole and len(ended) == len(wanted) and not bad else 1
 
 
 if __name__ == "__main__":

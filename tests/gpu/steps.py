@@ -29,6 +29,7 @@ from vitdistill.views import Views, epoch_plan
 
 MARKS = {"recompiles": "Recompiling function", "graph breaks": "Graph break", "graphs skipped": "skipping cudagraphs"}
 SENSES = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
+WINDOW = 30.0  # seconds over which the study counts its images
 
 
 class Job:
@@ -111,21 +112,20 @@ def step_digits(job):
 
 
 def step_ranks(job):
-    """Two processes on the one device by gloo, killed and resumed, and one alike; with and without determinism."""
+    """Two processes on the one device by gloo, killed and resumed, and one alike; with and without determinism. One
+    that trains by all of a recipe."""
     cases = {f"two ranks, compile {mode}": dict(world=2, mode=mode) for mode in ("none", "default")}
     cases["one process"] = {}
     if checks.can_be_deterministic() and not job.toy:
         cases |= {f"{name}, deterministic": given | dict(deterministic=True) for name, given in cases.items()}
     with ThreadPoolExecutor(1 if job.toy else 3) as pool:
-        def start(name, number):
-            folder = job.work / str(number)
-            folder.mkdir()
-            return pool.submit(checks.check_resume, job.device, folder, seconds=max(1, job.left() - 5), **cases[name])
-        both = job.work / "agree"
-        both.mkdir()
-        agreed = pool.submit(checks.check_ranks_agree, job.device, both, seconds=job.left() - 5)
-        waiting = {"two ranks have one's losses": agreed}
-        waiting |= {name: start(name, number) for number, name in enumerate(cases)}
+        def start(folder, check, **given):
+            (job.work / folder).mkdir()
+            return pool.submit(check, job.device, job.work / folder, seconds=max(1, job.left() - 5), **given)
+        waiting = {"two ranks have one's losses": start("agree", checks.check_ranks_agree),
+                   "one process, all of a recipe": start("recipe", checks.check_recipe)}
+        waiting |= {name: start(str(number), checks.check_resume, **given)
+                    for number, (name, given) in enumerate(cases.items())}
         for name, future in waiting.items():
             job.attempt(name, future.result)
 
@@ -356,6 +356,16 @@ def run_of(config):
     return next(filter(fits, find_runs(config.runs_dir)), None)
 
 
+def epochs_of(config):
+    run = run_of(config)
+    return run.epochs_done if run else 0
+
+
+def makes_room(config, target):
+    """Has a run come as far as is wanted? A whole one ends by itself, some time after its last epoch."""
+    return target < config.epochs and epochs_of(config) >= target
+
+
 def file_name(name):
     """A run's name as a file's."""
     return name.replace(", ", "-").replace(" ", "-")
@@ -364,28 +374,27 @@ def file_name(name):
 def step_study(job):
     """The long run's three arms, then other seeds, as many side by side as make the images a second of all rise."""
     queue, running, width = seeds_of(job, arms(job)), {}, 3
-    tick, before, last, window = time.monotonic(), 0, 0.0, 30.0
+    tick, before, last = time.monotonic(), 0, 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut"))
-    done = {}
-    def epochs_of(name):
-        run = run_of(running[name][1])
-        return run.epochs_done if run else 0
+    begun, done = {}, {}  # epochs that an earlier call left, and those of this one
     try:
         while (queue or running) and job.left() > 15:
             while queue and len(running) < width:
                 name, config, target = queue.pop(0)
+                if makes_room(config, target) or (run := run_of(config)) and run.status == "done":
+                    continue
+                begun[name], done[name] = epochs_of(config), 0
                 running[name] = job.train(config, file_name(name)), config, target
             time.sleep(0.2 if job.toy else 1.0)
             for name, (process, config, target) in list(running.items()):
-                done[name] = epochs_of(name)
-                over = target < config.epochs and done[name] >= target  # a whole run ends by itself, with a result
-                if over or process.poll() is not None:
+                done[name] = epochs_of(config) - begun[name]
+                if makes_room(config, target) or process.poll() is not None:
                     close(job, name, *running.pop(name)[:2])
                     keep_decisions(job, name, config)
             now = time.monotonic()
             if any(done[name] < 2 for name in running):  # it compiles
                 tick, before = now, sum(done.values())
-            if now - tick > window:
+            if now - tick > WINDOW:
                 images = (sum(done.values()) - before) * 50_000 / (now - tick)
                 job.found(f"images/s of {len(running)} runs side by side", round(images))
                 width += (images > 1.1 * last) and width < 8

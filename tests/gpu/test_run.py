@@ -9,9 +9,12 @@ import pytest
 import run
 
 GOOD = """
-import json, sys
+import json, pathlib, sys, time
+work = pathlib.Path(sys.argv[2])
 row = dict(step=sys.argv[1], what="a rate", value=3.0, unit="images/s", goal=">= 2", met="yes")
-open(sys.argv[2] + "/found.jsonl", "a").write(json.dumps(row) + chr(10))
+open(work / "found.jsonl", "a").write(json.dumps(row) + chr(10))
+(work / sys.argv[1]).mkdir(exist_ok=True)
+(work / sys.argv[1] / f"{time.time_ns()}.csv").touch()
 """
 SCRIPTS = dict(checks=GOOD, digits="raise SystemExit(3)", ranks=GOOD, pace="import time; time.sleep(60)", peak=GOOD,
                study=GOOD)
@@ -45,10 +48,11 @@ def test_it_goes_on_and_says_which_failed(short, monkeypatch, tmp_path, capsys):
 
 ENDLESS = """
 import subprocess, sys, run
-def start(*_):
-    step = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-    print(step.pid, flush=True)
-    return step
+def start(step, *_):
+    seconds = 0 if step == "digits" else 60
+    process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"], start_new_session=True)
+    print(process.pid, flush=True)
+    return process
 run.start, run.has_gpu, run.about_here = start, lambda: True, lambda dry: dict(title="Title", what="What.")
 sys.exit(run.main(sys.argv[1:]))
 """
@@ -56,23 +60,35 @@ sys.exit(run.main(sys.argv[1:]))
 
 def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
     """A step has a session of its own, and would go on beside whatever the device is asked next."""
-    command = [sys.executable, "-c", ENDLESS, "--out", str(tmp_path), "--steps", "peak"]
+    command = [sys.executable, "-c", ENDLESS, "--out", str(tmp_path), "--steps", "checks,digits"]
     whole = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=run.HERE)
     assert "at most" in whole.stdout.readline()
-    step = int(whole.stdout.readline())
-    time.sleep(0.5)  # until it is followed
-    whole.terminate()
-    assert whole.wait(60) == 1 and "peak | 0 | not run" in (tmp_path / "page.md").read_text()
+    steps = [int(whole.stdout.readline()) for _ in range(2)]
     with pytest.raises(ProcessLookupError):
-        os.kill(step, 0)
+        for _ in range(600):  # until one of the two has ended
+            os.kill(steps[1], 0)
+            time.sleep(0.05)
+    time.sleep(0.3)  # and is noted
+    whole.terminate()
+    assert whole.wait(60) == 1
+    ended = {step["step"]: step["ended"] for step in json.loads((tmp_path / "found.json").read_text())["steps"]}
+    assert ended == dict(checks="cut", digits="done") and "No step failed" in (tmp_path / "page.md").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(steps[0], 0)
 
 
-def test_a_second_call_finds_what_the_first_left(short, tmp_path):
-    """Compiled programs and the study's checkpoints; other steps begin anew, and each finding is told once."""
-    work = tmp_path / "work"
+def test_a_second_call_finds_what_the_first_left(short, monkeypatch, tmp_path):
+    """The study's checkpoints; other steps begin anew, and a call tells of its own steps, each finding once."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    def call(steps):
+        status = run.main(["--dry", "--out", str(out), "--work", str(work), "--steps", steps])
+        return status, sorted(row["step"] for row in json.loads((out / "found.json").read_text())["found"])
     for _ in range(2):
-        assert run.main(["--dry", "--out", str(tmp_path / "out"), "--work", str(work), "--steps", "peak,study"]) == 0
-    assert len(json.loads((tmp_path / "out/found.json").read_text())["found"]) == 2 and (work / "study.log").is_file()
+        assert call("peak,study") == (0, ["peak", "study"])
+    assert [len(list((work / step).iterdir())) for step in ("peak", "study")] == [1, 2]
+    monkeypatch.setitem(SCRIPTS, "peak", "")
+    assert call("ranks,peak") == (0, ["ranks"]) and "\n1 of 1 goals met" in (out / "page.md").read_text()
+    assert [row["step"] for row in run.rows(work, run.STEPS)] == ["study", "ranks"]
 
 
 @pytest.mark.parametrize(("steps", "status"), [("checks,ranks", 0), ("checks,digits", 1)])
@@ -83,5 +99,6 @@ def test_a_dry_run_fails_with_its_steps(short, steps, status, tmp_path):
 
 def test_a_dry_run_fails_where_a_step_is_left_out(short, monkeypatch, tmp_path):
     """A step that is not run is not one that passed."""
-    monkeypatch.setattr(run, "follow", lambda steps, *_: [(step, 1.0, "done") for step in steps if step != "peak"])
+    well = lambda steps, ended, *_: ended.extend((step, 1.0, "done") for step in steps if step != "peak")
+    monkeypatch.setattr(run, "follow", well)
     assert run.main(["--dry", "--out", str(tmp_path)]) == 1
