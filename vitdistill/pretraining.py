@@ -345,6 +345,9 @@ class ContrastiveMaskedNoise(nn.Module):
     def fit(self, student:Student)->MaskedEncoder: # makes the parts that have its size
         encoder = MaskedEncoder(student)
         self.patches = encoder.model.patch_embed.num_patches
+        if self.mask and self.patches < 2:
+            raise VitdistillError(f'mask = {self.mask} of {self.patches} patch hides none: take smaller patches '
+                                  '(patch_size in student_kwargs), or a mask of 0.')
         torch.manual_seed(self.seed)
         self.terms = CanTerms(encoder.model, *self.parts)
         return encoder # what is trained in the student's place
@@ -377,6 +380,9 @@ def refuse_unfit(
         if getattr(config, name): raise VitdistillError(f'{name} = {getattr(config, name)}: pre-training does without, '
                                                         f'for {why}. Set it to 0.')
     need('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
+    if config.student_weights or config.student_pretrained:
+        raise VitdistillError('pre-training begins with random weights, for its positions are fixed and what it began '
+                              'with may have seen labels: leave student_weights and student_pretrained out.')
     if config.mixup or config.cutmix:
         raise VitdistillError('mixup and cutmix share labels out, and pre-training has none: set both to 0.')
     if augments(config) or config.repeats > 1:

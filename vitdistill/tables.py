@@ -6,7 +6,7 @@
 __all__ = ['ADOPTED', 'ROLES', 'CLAIMS', 'CONTROLS', 'UNTAUGHT', 'RECIPE', 'FACTORS', 'beside_taught', 'teacher_accuracy',
            'command', 'weights_maker', 'again', 'arm_rows', 'length_rows', 'way', 'published_gains', 'claim_rows',
            'leading_claims', 'choice_rows', 'sorted_out', 'one_factor', 'one_changed', 'most_changed', 'size_rows',
-           'head_disagreement', 'token_rows', 'recipe_rows', 'variant_rows', 'or_command']
+           'transfer_rows', 'head_disagreement', 'token_rows', 'recipe_rows', 'variant_rows', 'or_command']
 
 # %% ../nbs/08h_tables.ipynb #bcc4124d
 import json
@@ -295,6 +295,20 @@ def size_rows(
     before = [run for run in runs if line(run) in going and not run.config.weights_hash]
     return arm_rows(before + grown, 'student_size', 'student_resampling', 'lr', 'distillation', 'dataset', 'student',
                     'epochs')
+
+# %% ../nbs/08h_tables.ipynb #dfcee337
+def transfer_rows(
+    fresh:list[Run], # of `sorted_out`
+    tuned:list[Run]  # likewise
+)->pd.DataFrame:     # weights (trained, random), distillation, lr, dataset, student, epochs, ..., as of `arm_rows`
+    "A row an arm that went on with other data and a new head, and one for the same model and task from random weights."
+    def task(run): return run.config.student, run.config.dataset, run.config.data_fraction, run.config.epochs
+    trained = [run for run in tuned if run.config.student_head == 'new']
+    random = [run for run in fresh if task(run) in {*map(task, trained)}]
+    columns = 'distillation', 'lr', 'dataset', 'student', 'epochs'
+    frames = [arm_rows(runs, *columns).assign(weights=weights)
+              for weights, runs in (('trained', trained), ('random', random))]
+    return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/08h_tables.ipynb #84d58fb2
 def head_disagreement(
