@@ -14,6 +14,7 @@ import torch
 
 from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from forked_notebooks import analyse
+from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, config_hash, preset, save
 from vitdistill.grids import grid_cells, makes, not_here, waits_for, waves
 from vitdistill.launch import configure, makes_teacher
@@ -296,6 +297,20 @@ def test_scratch_is_held_beside_can_alone(made_up):
     for other in dict(student_kwargs=wide), dict(lr=0.01):
         record(preset("can", "teacher", layer_decay=1.0, **made_up, **other), held_out_top1=0.9, test_top1=0.9)
     assert scratch_rows(find_runs(made_up["runs_dir"]), "cifar100").equals(told)
+
+
+def test_notebook_pretrains_and_fine_tunes(tmp_path):
+    """e06 in its own folder, as JupyterLab runs it: the probes, the fine-tuned model, its copy by a name."""
+    vit = dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), device="cpu")
+    notebook = execute("e06_pretrain", tmp_path / "e06.ipynb", cwd=EXPERIMENTS, student_kwargs=vit, role="teacher",
+                       objective_kwargs=SMALL, epochs=1, data_fraction=0.1, adopted="mine", **where)
+    encoder, tuned = (next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == name)
+                      for name in ("pretrain", "teacher"))
+    assert f"{encoder.result['linear_test_top1']:.1%} test" in said(notebook)
+    held_out, test = tuned.result["held_out_top1"], tuned.result["test_top1"]
+    assert f"fine-tuned: {held_out:.1%} top-1 on held-out images {test:.1%} top-1 on test images" in said(notebook)
+    assert tuned.config.weights_hash == encoder.result["encoder_hash"] and (tmp_path / "work/mine/model").is_dir()
 
 
 @pytest.mark.slow
