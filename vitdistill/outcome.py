@@ -258,8 +258,8 @@ def predictions_at(
 )->Path: # the file, predictions-<epochs>.npz
     "Write what a checkpoint decides on the test set, as `predictions` has it, into the record of a run that may go on."
     if not OBJECTIVES[run.config.distillation].labelled:
-        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it decides '
-                              'nothing: fine-tune it with e00_teacher, and ask that.')
+        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it '
+                              'decides nothing: fine-tune it with e00_teacher, and ask that.')
     state = checkpoint_at(run, epochs)
     alone = dict(distillation='none', teacher='', objective_kwargs={}, student_weights='', student_pretrained=False,
                  student_head='new', student_resampling='bicubic')
