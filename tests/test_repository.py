@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
@@ -270,8 +271,10 @@ def cells_at(commit):
                     parts = ["pretrain", *filter(None, [cell.get("role")])]
                 preset = files.get(f"nbs/presets/{cell.get('preset')}.yaml")
                 recipe = yaml_of(preset) if preset else {}
+                goes_on = grid["notebook"] == "e07_finetune"  # a student is built as its weights' card says
                 for part, given in zip(parts, (cell, {key: cell[key] for key in cell.keys() & HANDED_ON})):
-                    found.append((part, (recipe.get("common") or {}) | (recipe.get(part) or {}) | given))
+                    asked = (recipe.get("common") or {}) | (recipe.get(part) or {}) | given
+                    found.append(("finetune", asked | dict(student_kwargs=ANY)) if goes_on else (part, asked))
     return found
 
 
