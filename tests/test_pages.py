@@ -639,6 +639,22 @@ def test_the_readme_says_what_hilo_saves():
         assert numbers == [f"{row[name]:.1f}" for name in ("faster (times)", "low", "high")]
 
 
+def test_the_readme_says_what_changes_a_deit():
+    """As the tables of Tables 3, 2 and 8 have it, with their seeds; none of the three claims stays by Holm's test."""
+    told = README.split("Into it ")[1].split("none of these three stays by Holm's test")[0]
+    changed = pd.read_csv(ROOT / "reports/tables/deit_one_changed.csv").set_index("field")
+    costs = re.search(r"costs (\S+) points\]\S+ cutmix (\S+), RandAugment (\S+) \(one seed each\)", told).groups()
+    rows = changed.loc[["lr, optimizer, weight_decay", "cutmix", "randaugment"]]
+    assert [*costs] == [f"{-100 * lost:.1f}" for lost in rows.difference] and set(rows.seeds) == {1}
+    claims = pd.read_csv(ROOT / "reports/tables/deit_claims.csv").set_index("what")
+    teachers, = (what for what in claims.index if what.startswith("mobilenetv2_100 instead of vit_tiny"))
+    claims = claims.loc[["hard labels", "hard labels and a token", teachers]]
+    assert re.findall(r"[+-]\d+\.\d", told) == [f"{100 * gap:+.1f}" for gap in claims.difference]
+    words = {"two": 2, "three": 3}
+    seeds = re.findall(r"\((two|three)(?: seeds)?\)", told)
+    assert [words[word] for word in seeds] == claims.pairs.tolist() and (claims.holm > 0.05).all()
+
+
 def test_grids_of_the_readme_need_nothing_that_a_clone_has_not():
     named = re.findall(r"^vitdistill grid (\S+)", README, re.M)
     assert named and not any(not_here(grid_cells(ROOT / path)) for path in named)

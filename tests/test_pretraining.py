@@ -309,7 +309,7 @@ def test_notebook_pretrains_and_fine_tunes(tmp_path):
                       for name in ("pretrain", "teacher"))
     assert f"{encoder.result['linear_test_top1']:.1%} test" in said(notebook)
     held_out, test = tuned.result["held_out_top1"], tuned.result["test_top1"]
-    assert f"fine-tuned: {held_out:.1%} top-1 on held-out images {test:.1%} top-1 on test images" in said(notebook)
+    assert f"fine-tuned, top-1: {held_out:.1%} on held-out images, {test:.1%} on test images" in said(notebook)
     assert tuned.config.weights_hash == encoder.result["encoder_hash"] and (tmp_path / "work/mine/model").is_dir()
 
 

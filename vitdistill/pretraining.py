@@ -380,9 +380,10 @@ def refuse_unfit(
         if getattr(config, name): raise VitdistillError(f'{name} = {getattr(config, name)}: pre-training does without, '
                                                         f'for {why}. Set it to 0.')
     need('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
-    if config.student_weights or config.student_pretrained:
-        raise VitdistillError('pre-training begins with random weights, for its positions are fixed and what it began '
-                              'with may have seen labels: leave student_weights and student_pretrained out.')
+    for name in ('student_weights', 'student_pretrained'):
+        if begun := getattr(config, name):
+            raise VitdistillError(f'{name} = {begun}: pre-training begins with random weights, for these may have seen '
+                                  'labels, and its positions would replace theirs. Leave it out.')
     if config.mixup or config.cutmix:
         raise VitdistillError('mixup and cutmix share labels out, and pre-training has none: set both to 0.')
     if augments(config) or config.repeats > 1:

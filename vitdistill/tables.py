@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .agreement import decisions, disagreement, paired_score, pairs_by_seed, seed_interval, teacher_of
-from .agreement import verdict, with_predictions
+from .agreement import decisions, disagreement, pairs_by_seed, seed_interval, teacher_of, verdict
 from .analysis import TEACHING, published, repeats, settings, teaching
 from .comparison import chosen, contrast, families_to_choose_from, held_out_top1, holm, of_common_seeds
 from .comparison import run_names
 from .complexity import build
 from .config import Config, defining, field_names, preset, repo_root
+from .findings import paired_at
 from .runs import Run, find_runs
 from .teachers import is_answers
 
@@ -255,17 +255,12 @@ def _worded(value, other): # of a field in two configs -> of kwargs what differs
     if not isinstance(value, dict): return str(value) or 'none'
     return ', '.join(f'{name}={x}' for name, x in value.items() if x != (other or {}).get(name)) or 'default'
 
-def _over_images(one, other): # two runs -> ends of the score interval of their difference, NaN without predictions
-    if len(with_predictions([one, other])[0]) < 2: return np.nan, np.nan
-    both = decisions([one, other])
-    return paired_score(*both.drop(columns='label').eq(both.label, axis=0).to_numpy().T)[1:]
-
 def one_changed(
     runs:list[Run],   # any mixture
     reference:Config, # the recipe
 )->pd.DataFrame:      # field, recipe and here (its values), seeds of both, top1; difference from the recipe, low, high
-    "The arms that differ from the reference in one thing, each against the reference's runs of the same seeds."
-    # recipe_std: of the reference's own seeds; images_low, images_high: of one pair, over test images
+    "The arms that differ from the reference in one thing, each against the reference's runs of the same seeds. \
+    `recipe_std` is of the reference's own seeds; of one pair `images_low` and `images_high` are over test images."
     arms = {settings(group[0].config): group for group in repeats([run for run in runs if run.status == 'done'])}
     usual, told, rows = arms.pop(settings(reference), []), json.loads(settings(reference)), []
     spread = pd.Series([run.result['test_top1'] for run in usual], dtype=float).std()
@@ -276,14 +271,14 @@ def one_changed(
         tops = np.array([[run.result.get(column, run.result['test_top1']) for run in pair] for pair in pairs])
         mean, low, high = seed_interval(tops[:, 1] - tops[:, 0])
         alone = len(pairs) == 1
-        ends = _over_images(*pairs[0]) if alone and column == 'test_top1' else (np.nan, np.nan)
+        over_images = (paired_at(*pairs[0]) if alone and column == 'test_top1' else None) or {}
         words = [', '.join(_worded(a[name], b[name]) for name in differs) for a, b in ((told, its), (its, told))]
         field = ', '.join(differs) + ' (averaged weights)'*(differs == ['ema_decay'])
         rows.append(dict(field=field, recipe=words[0], here=words[1], seeds=len(tops),
                          top1=tops[:, 1].mean(), difference=mean, low=low, high=high,
                          resolved='one seed' if alone else verdict(low, high), recipe_std=spread,
-                         images_low=ends[0], images_high=ends[1], runs=run_names([group]),
-                         reproduce=again(*of_common_seeds([usual, group]))))
+                         images_low=over_images.get('low', np.nan), images_high=over_images.get('high', np.nan),
+                         runs=run_names([group]), reproduce=again(*of_common_seeds([usual, group]))))
     return pd.DataFrame(rows).sort_values('difference', ignore_index=True) if rows else pd.DataFrame()
 
 # %% ../nbs/08h_tables.ipynb #80024bbf
