@@ -640,8 +640,8 @@ def test_the_readme_says_what_hilo_saves():
 
 
 def test_the_readme_says_what_changes_a_deit():
-    """As the tables of Tables 3, 2 and 8 have it, with their seeds; none of the three claims stays by Holm's test."""
-    told = README.split("It loses ")[1].split("none of these three stays by Holm's test")[0]
+    """As the tables of Tables 3, 2 and 8 have it, with their seeds; none of the three claims is resolved."""
+    told = README.split("It loses ")[1].split("none of these three is resolved")[0]
     changed = pd.read_csv(ROOT / "reports/tables/deit_one_changed.csv").set_index("field")
     costs = re.search(r"\[(\S+) points by SGD.* (\S+) by cutmix, (\S+) by RandAugment \(one seed each\)", told).groups()
     rows = changed.loc[["lr, optimizer, weight_decay", "cutmix", "randaugment"]]
@@ -652,7 +652,8 @@ def test_the_readme_says_what_changes_a_deit():
     assert re.findall(r"[+-]\d+\.\d", told) == [f"{100 * gap:+.1f}" for gap in claims.difference]
     words = {"two": 2, "three": 3}
     seeds = re.findall(r"\((two|three)(?: seeds)?\)", told)
-    assert [words[word] for word in seeds] == claims.pairs.tolist() and (claims.holm > 0.05).all()
+    assert [words[word] for word in seeds] == claims.pairs.tolist()
+    assert (claims.low < 0).all() and (claims.high > 0).all()
 
 
 def test_grids_of_the_readme_need_nothing_that_a_clone_has_not():
