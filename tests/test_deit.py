@@ -187,9 +187,22 @@ def test_the_students_first_weights_are_the_public_codes(part):
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} <= {0.0}
 
 
+@pytest.mark.parametrize("preset_of, part", [("deit", "baseline"), ("deit", "deit"), ("deit3", "baseline")])
+def test_tokens_and_positions_begin_as_the_public_codes(preset_of, part):
+    """Truncated normals of deviation 0.02 (timm 0.3.2, which DeiT pins; models_v2.py), the class token's too."""
+    recipe = preset(preset_of, part)
+    small = recipe.student_kwargs | dict(img_size=224, depth=1)
+    model = create_student(replace(recipe, student_kwargs=small), 10, 224).model
+    drawn = [getattr(model, name, None) for name in ("cls_token", "dist_token", "pos_embed")]
+    assert [tensor is not None for tensor in drawn] == [True, part == "deit", True]
+    for tensor in (tensor for tensor in drawn if tensor is not None):
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.1) and tensor.abs().max() < 2
+
+
 @pytest.mark.parametrize("part", ["baseline", "deit"])
-def test_the_recipes_learning_rate_is_the_public_codes(part):
-    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5 (main.py of facebookresearch/deit), resumed."""
+def test_the_recipes_learning_rate_is_timms(part):
+    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5, step by step and resumed. facebookresearch/deit
+    has the same numbers an epoch later: its main.py steps the schedule after epoch 0 with 0, and so on."""
     recipe = preset("deit", part)
     assert recipe.lr == 5e-4 * recipe.batch_size / 512
     for order in (range(300), (150, 3, 299, 5)):  # step by step, and as a run that is resumed there

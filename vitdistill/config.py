@@ -174,6 +174,7 @@ class Config:
     student_head:str=_student('new', ('new', 'keep')) # untrained, or the one that student_weights have
     student_resampling:str=_student('bicubic', ('bicubic', 'bilinear')) # of position embeddings to another grid
     student_drop_path:str=_student('growing', ('growing', 'constant')) # over depth: to drop_path_rate, or always it
+    student_class_token_std:float=_student(0., '[0, inf)') # of a new class token, DeiT .02; 0: timm's own, nearly 0
     student_normalization:str=_student('data', _norms) # the dataset's mean and std, or the pretrained model's own
     # The data
     dataset:str=_data('cifar100', shared=True, split=True) # a name that `vitdistill.data` knows

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file',
            'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
-           'student_size', 'evaluation_size', 'check_start', 'with_constant_drop_path', 'create_student',
-           'pretrained_constants', 'Mixture', 'started_from', 'save_model']
+           'student_size', 'evaluation_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token',
+           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
@@ -182,8 +182,10 @@ def fit_positions(
     model:nn.Module,            # that it is for, perhaps at another size
     interpolation:str='bicubic' # or 'bilinear', whose vectors are shorter
 )->dict:
-    "The state, a vision transformer's position embeddings resampled to the model's grid by timm's filter."
+    "The state in timm's names (DeiT III's code has gamma_1 for ls1.gamma), position embeddings resampled by its filter."
     if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None: return state
+    if 'blocks.0.gamma_1' in state:
+        state = {re.sub(r'[.]gamma_([12])$', r'.ls\1.gamma', name): tensor for name, tensor in state.items()}
     own, patches = model.state_dict(), 'patch_embed.proj.weight'
     side = math.sqrt(state['pos_embed'].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens))
     same = state['pos_embed'].shape[1] == own['pos_embed'].shape[1]
@@ -290,6 +292,18 @@ def with_constant_drop_path(model:nn.Module)->nn.Module:
             if hasattr(block, name): setattr(block, name, DropPath(rate))
     return model
 
+# %% ../nbs/02_models.ipynb #d2645366
+def with_drawn_class_token(
+    model:nn.Module, # a vision transformer; without a class token it is a `VitdistillError`
+    std:float        # of a truncated normal
+)->nn.Module:
+    "Draw the class token as DeiT's public code does, in place: timm begins with nearly zero (1e-6)."
+    if getattr(model, 'cls_token', None) is None:
+        name = model.pretrained_cfg.get('architecture', 'the student')
+        raise VitdistillError(f'student_class_token_std = {std}: {name} has no class token: leave it at 0.')
+    nn.init.trunc_normal_(model.cls_token, std=std)
+    return model
+
 # %% ../nbs/02_models.ipynb #e2dcb59d
 def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
@@ -298,6 +312,7 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     pretrained = config.student_pretrained and not config.student_weights
     model = create(config.student, classes, size, config.stem, pretrained, **config.student_kwargs)
     check_start(config, model, classes)
+    if config.student_class_token_std and not pretrained: with_drawn_class_token(model, config.student_class_token_std)
     if config.test_size: check_size(model, config.student, config.test_size)
     if config.student_weights:
         file = weights_place(config.student_weights)

@@ -7,6 +7,7 @@ __all__ = ['PLAN', 'plan_rows', 'student_constants', 'plan_key', 'PlanMemo', 'Pl
 
 # %% ../nbs/04b_planned.ipynb #db3f97b1
 import hashlib, math
+from importlib.metadata import version
 import torch
 from timm.models import get_pretrained_cfg
 from .answers import Answers, Memo, memo_key, shared
@@ -38,10 +39,11 @@ def plan_key(
 )->dict:
     "Everything that an answer to a row of the plan depends on; its memo has epochs x rows in place of images x views."
     recipe = {name: getattr(config, name) for name in PLAN}
+    drawn_by = {name: version(name).split('+')[0] for name in ('numpy', 'pillow', 'timm', 'torch', 'torchvision')}
     order = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     return memo_key(teacher, config, data) | dict(
-        recipe=recipe, rows=order, noise=student_constants(config, data), drawn_from=view_count(config),
-        images=config.epochs, views=plan_rows(config, len(rows)))
+        recipe=recipe, drawn_by=drawn_by, rows=order, noise=student_constants(config, data),
+        drawn_from=view_count(config), images=config.epochs, views=plan_rows(config, len(rows)))
 
 class PlanMemo(Memo):
     "A frozen teacher's answers for (epoch, row of the plan)."

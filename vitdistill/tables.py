@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADOPTED', 'ROLES', 'CLAIMS', 'CONTROLS', 'UNTAUGHT', 'RECIPE', 'FACTORS', 'beside_taught', 'teacher_accuracy',
            'command', 'weights_maker', 'again', 'arm_rows', 'length_rows', 'way', 'published_gains', 'claim_rows',
-           'leading_claims', 'choice_rows', 'sorted_out', 'one_factor', 'one_changed', 'most_changed', 'size_rows',
-           'transfer_rows', 'head_disagreement', 'token_rows', 'recipe_rows', 'variant_rows', 'or_command']
+           'leading_claims', 'choice_rows', 'sorted_out', 'one_factor', 'architecture', 'one_changed', 'most_changed',
+           'size_rows', 'transfer_rows', 'head_disagreement', 'token_rows', 'recipe_rows', 'variant_rows', 'or_command']
 
 # %% ../nbs/08h_tables.ipynb #bcc4124d
 import json
@@ -20,6 +20,7 @@ from .comparison import run_names
 from .complexity import build
 from .config import Config, defining, field_names, preset, repo_root
 from .findings import paired_at
+from .models import OF_TRAINING
 from .runs import Run, find_runs
 from .teachers import is_answers
 
@@ -251,6 +252,10 @@ def one_factor(differs:list)->bool: # names of the fields in which two configs d
     return len(differs) == 1 or any(factor[0] in differs and {*differs} <= {*factor} for factor in FACTORS)
 
 # %% ../nbs/08h_tables.ipynb #8bb7e676
+def architecture(kwargs:dict)->dict: # kwargs: of a student
+    "Without what is of its training."
+    return {name: value for name, value in kwargs.items() if name not in OF_TRAINING}
+
 def _worded(value, other): # of a field in two configs -> of kwargs what differs, as words
     if not isinstance(value, dict): return str(value) or 'none'
     return ', '.join(f'{name}={x}' for name, x in value.items() if x != (other or {}).get(name)) or 'default'
@@ -267,6 +272,7 @@ def one_changed(
     for text, group in arms.items():
         its, pairs = json.loads(text), pairs_by_seed(usual, group)
         if not pairs or not one_factor(differs := [name for name in its if its[name] != told[name]]): continue
+        if architecture(its['student_kwargs']) != architecture(told['student_kwargs']): continue # another model
         column = 'ema_test_top1' if differs == ['ema_decay'] else 'test_top1'
         tops = np.array([[run.result.get(column, run.result['test_top1']) for run in pair] for pair in pairs])
         mean, low, high = seed_interval(tops[:, 1] - tops[:, 0])
@@ -292,16 +298,17 @@ def most_changed(
 
 # %% ../nbs/08h_tables.ipynb #97c379dc
 def size_rows(
-    runs:list[Run], # any mixture, with what they began with
     tuned:list[Run] # of `sorted_out`
 )->pd.DataFrame:    # student_size (px; 0: before), student_resampling, lr, distillation, ..., as of `arm_rows`
-    "A row an arm that went on at a size of its own, and one for what it began with."
-    def line(run): return run.config.student, run.config.seed, run.config.val_rows
-    grown = [run for run in tuned if run.config.student_size and run.config.student_head == 'keep']
-    going = {line(run) for run in grown if run.config.val_rows}
-    before = [run for run in runs if line(run) in going and not run.config.weights_hash]
-    return arm_rows(before + grown, 'student_size', 'student_resampling', 'lr', 'distillation', 'dataset', 'student',
-                    'epochs')
+    "A row an arm that went on at a size that it names, and one for what it began with, where its record is beside."
+    grown = [run for run in tuned if run.config.student_head == 'keep'
+             and (run.config.student_size or run.config.image_size)]
+    began = {maker.name: maker for run in grown if (maker := weights_maker(run, 'student'))}
+    columns = 'student_size', 'student_resampling', 'lr', 'distillation', 'dataset', 'student', 'epochs', 'image_size'
+    before, after = arm_rows(list(began.values()), *columns), arm_rows(grown, *columns)
+    if len(before): before['student_size'] = 0
+    if len(after): after['student_size'] = after.student_size.where(after.student_size > 0, after.image_size)
+    return pd.concat([after, before], ignore_index=True).drop(columns='image_size', errors='ignore')
 
 # %% ../nbs/08h_tables.ipynb #dfcee337
 def transfer_rows(
@@ -309,7 +316,10 @@ def transfer_rows(
     tuned:list[Run]  # likewise
 )->pd.DataFrame:     # weights (trained, random), distillation, lr, dataset, student, epochs, ..., as of `arm_rows`
     "A row an arm that went on with other data and a new head, and one for the same model and task from random weights."
-    def task(run): return run.config.student, run.config.dataset, run.config.data_fraction, run.config.epochs
+    def task(run):
+        c = run.config
+        model = c.student, c.stem, json.dumps(architecture(c.student_kwargs), sort_keys=True)
+        return *model, c.dataset, c.data_fraction, c.epochs
     trained = [run for run in tuned if run.config.student_head == 'new']
     random = [run for run in fresh if task(run) in {*map(task, trained)}]
     columns = 'distillation', 'lr', 'dataset', 'student', 'epochs'
