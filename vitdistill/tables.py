@@ -253,8 +253,8 @@ def one_factor(differs:list)->bool: # names of the fields in which two configs d
 
 # %% ../nbs/08h_tables.ipynb #8bb7e676
 def architecture(kwargs:dict)->dict: # kwargs: of a student
-    "Without what is of its training."
-    return {name: value for name, value in kwargs.items() if name not in OF_TRAINING}
+    "Without what is of its training or of its images, and without what timm writes of every model that it saves."
+    return {name: value for name, value in kwargs.items() if name not in (*OF_TRAINING, 'img_size', 'global_pool')}
 
 def _worded(value, other): # of a field in two configs -> of kwargs what differs, as words
     if not isinstance(value, dict): return str(value) or 'none'
