@@ -158,7 +158,7 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
         if NO_KERNEL.search(log.read_text()):
             process = begin()
             wait_until(lambda: trains() or process.poll() is not None, 150)
-        assert trains(), f"papermill ended with {process.poll()}: {log.read_text()[-3000:]}"
+        assert trains(), f"no epoch of it yet, and papermill's status is {process.poll()}: {log.read_text()[-3000:]}"
         kernels = [p.pid for p in psutil.Process(process.pid).children()]
         assert kernels and processes_mentioning(str(tmp_path / "work"))
     finally:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ROOT, elsewhere, environment, on_ranks, run_of, train_command, wait_until
+from conftest import ROOT, elsewhere, environment, on_ranks, processes_mentioning, run_of, train_command, wait_until
 from forked_notebooks import analyse
 from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, config_hash, preset, save
@@ -100,7 +100,8 @@ def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path, ranks):
     time.sleep(np.random.default_rng(0).uniform(0, 0.2))
     process.kill()
     process.wait()
-    assert wait_until(lambda: run_of(cut).status == "interrupted", 30)  # ranks end with what started them
+    assert wait_until(lambda: not processes_mentioning(str(tmp_path / "cut.yaml")), 30)  # ranks end with their launcher
+    assert run_of(cut).status == "interrupted"
     assert start(cut, tmp_path / "cut.yaml").wait(180) == 0
     one, two = run_of(alone), run_of(cut)
     assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8

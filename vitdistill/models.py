@@ -182,7 +182,7 @@ def fit_positions(
     model:nn.Module,            # that it is for, perhaps at another size
     interpolation:str='bicubic' # or 'bilinear', whose vectors are shorter
 )->dict:
-    "The state in timm's names (DeiT III's code has gamma_1 for ls1.gamma), position embeddings resampled by its filter."
+    "The state in timm's names (DeiT III's code has gamma_1 for ls1.gamma), position embeddings resampled by timm."
     if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None: return state
     if 'blocks.0.gamma_1' in state:
         state = {re.sub(r'[.]gamma_([12])$', r'.ls\1.gamma', name): tensor for name, tensor in state.items()}
@@ -271,7 +271,10 @@ def check_start(
     model:nn.Module, # of the config, as it was created
     classes:int      # of the data
 )->None:
-    "Raise `VitdistillError` for a head or a resampling that there is no checkpoint for."
+    "Raise `VitdistillError` for a head or a resampling that has no checkpoint, a class token that one would replace."
+    if config.student_class_token_std and (config.student_weights or config.student_pretrained):
+        raise VitdistillError(f'student_class_token_std = {config.student_class_token_std}: this student begins with '
+                              'trained weights, which have a class token: set it to 0.')
     if config.student_weights: return
     if config.student_resampling != 'bicubic':
         raise VitdistillError(f'student_resampling = {config.student_resampling!r} is of student_weights: name a file '
@@ -312,7 +315,7 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     pretrained = config.student_pretrained and not config.student_weights
     model = create(config.student, classes, size, config.stem, pretrained, **config.student_kwargs)
     check_start(config, model, classes)
-    if config.student_class_token_std and not pretrained: with_drawn_class_token(model, config.student_class_token_std)
+    if config.student_class_token_std: with_drawn_class_token(model, config.student_class_token_std)
     if config.test_size: check_size(model, config.student, config.test_size)
     if config.student_weights:
         file = weights_place(config.student_weights)

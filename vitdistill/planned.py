@@ -7,8 +7,7 @@ __all__ = ['PLAN', 'plan_rows', 'student_constants', 'plan_key', 'PlanMemo', 'Pl
 
 # %% ../nbs/04b_planned.ipynb #db3f97b1
 import hashlib, math
-from importlib.metadata import version
-import torch
+import numpy, PIL, timm, torch, torchvision
 from timm.models import get_pretrained_cfg
 from .answers import Answers, Memo, memo_key, shared
 from .augment import AUGMENTATIONS
@@ -39,7 +38,8 @@ def plan_key(
 )->dict:
     "Everything that an answer to a row of the plan depends on; its memo has epochs x rows in place of images x views."
     recipe = {name: getattr(config, name) for name in PLAN}
-    drawn_by = {name: version(name).split('+')[0] for name in ('numpy', 'pillow', 'timm', 'torch', 'torchvision')}
+    libraries = numpy, PIL, timm, torch, torchvision # which draw the images
+    drawn_by = {library.__name__: library.__version__.split('+')[0] for library in libraries}
     order = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     return memo_key(teacher, config, data) | dict(
         recipe=recipe, drawn_by=drawn_by, rows=order, noise=student_constants(config, data),

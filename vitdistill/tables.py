@@ -254,7 +254,8 @@ def one_factor(differs:list)->bool: # names of the fields in which two configs d
 # %% ../nbs/08h_tables.ipynb #8bb7e676
 def architecture(kwargs:dict)->dict: # kwargs: of a student
     "Without what is of its training or of its images, and without what timm writes of every model that it saves."
-    return {name: value for name, value in kwargs.items() if name not in (*OF_TRAINING, 'img_size', 'global_pool')}
+    told = {name: value for name, value in kwargs.items() if name not in (*OF_TRAINING, 'img_size')}
+    return {name: value for name, value in told.items() if (name, value) != ('global_pool', 'token')}
 
 def _worded(value, other): # of a field in two configs -> of kwargs what differs, as words
     if not isinstance(value, dict): return str(value) or 'none'
@@ -354,8 +355,8 @@ def token_rows(
         c, cosines = group[0].config, np.mean([run.result['token_cosines'] for run in group], axis=0)
         arm = f'{teaching(c)} by {c.teacher}' if c.teacher else f'control, {teaching(c)}'
         rows.append(dict(arm=arm, student=c.student, dataset=c.dataset, epochs=c.epochs, seeds=len(group),
-                         input=cosines[0], last=cosines[-1], by_layer=cosines.tolist(), runs=run_names([group]),
-                         reproduce=again(group)))
+                         class_token_std=c.student_class_token_std, input=cosines[0], last=cosines[-1],
+                         by_layer=cosines.tolist(), runs=run_names([group]), reproduce=again(group)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08h_tables.ipynb #600a71b4
