@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['bench_config', 'random_data', 'Watch', 'clock', 'loop', 'autocast', 'bare', 'PilImages', 'frozen_teacher', 'endless',
-           'naive', 'timm_steps', 'timm_way', 'bench_setup', 'fill_randomly', 'bench_answers', 'vitdistill', 'flops',
-           'teacher_alone', 'matmul', 'Contender', 'rank_counts', 'contenders', 'tries', 'recipe_config', 'timm_recipe',
-           'recipe']
+           'naive', 'timm_steps', 'timm_way', 'bench_setup', 'fill_randomly', 'bench_answers', 'leave_checkpoint',
+           'vitdistill', 'flops', 'teacher_alone', 'matmul', 'Contender', 'rank_counts', 'contenders', 'tries',
+           'recipe_config', 'timm_recipe', 'recipe']
 
 # %% ../nbs/09_contenders.ipynb #05c38cf8
 import functools, itertools, math, tempfile, time, typing
@@ -28,10 +28,10 @@ from .losses import Batch, criterion
 from .models import create, create_student, student_size
 from .planned import Planned, PlanMemo, plan_key
 from .ranks import Ranks
-from .runs import cores
+from .runs import RunWriter, cores
 from .setup import Setup, auto_values, create_optimizer, image_device, loading_processes, placed
 from .teachers import load_teacher
-from .train import Progress, create_objective, train_epoch
+from .train import Progress, create_objective, restore, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #a0af9b2a
 def bench_config(device:str, **given)->Config:
@@ -220,12 +220,21 @@ def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
     if full: fill_randomly(memo)
     return answers
 
+# %% ../nbs/09_contenders.ipynb #4b73308a
+def leave_checkpoint(run:RunWriter, config:Config, kept:dict)->None: # kept: name -> what has a state
+    "Begin a run that has one epoch behind it."
+    run.begin(config, 'bench')
+    run.append(dict(epoch=0))
+    run.save_checkpoint(dict(epochs=1, world=1, **{name: part.state_dict() for name, part in kept.items()}))
+
 # %% ../nbs/09_contenders.ipynb #07f65c8b
-def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False):
-    "The package's own epoch; distilled as `bench_answers` says."
+def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=False, resumed:bool=False):
+    "The package's own epoch; distilled as `bench_answers` says, `resumed` after what an earlier process left."
     setup, folder, numbers = bench_setup(config, ranks, data), tempfile.TemporaryDirectory(), itertools.count()
+    optimizer, run = create_optimizer(config, setup.student.model, setup.criterion), RunWriter.of(config)
+    kept = dict(model=setup.student.model, optimizer=optimizer, criterion=setup.criterion)
+    if resumed and run.status != 'new': restore(setup, run, kept)
     objective = create_objective(setup.student, setup.criterion, config.compile, ranks)
-    optimizer = create_optimizer(config, setup.student.model, setup.criterion)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
     def ready(steps:int):
         turn_number = next(numbers)
@@ -235,7 +244,9 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
             setup.answers = bench_answers(setup, folder.name, turn_number, full)
             images = setup.views.images.nbytes + setup.test_views.images.nbytes
             if memo := setup.answers.memo or setup.answers.plan_memo: watch.resident_mb = (images + memo.bytes)/1e6
-        def turn(): watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
+        def turn():
+            watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
+            if resumed and run.status == 'new': leave_checkpoint(run, config, kept)
         return turn
     return ready
 
@@ -355,8 +366,9 @@ def recipe(config:Config)->dict: # of `recipe_config`
     alone = replace(config, distillation='none', teacher='', token='auto')
     n = loading_processes(config, Ranks(device=config.device))
     terms = f'{n} loading processes, {config.precision}'
-    full = functools.partial(vitdistill, full=True)
+    full, resumed = (functools.partial(vitdistill, **{how: True}) for how in ('full', 'resumed'))
     return {'recipe': Contender(vitdistill, config, f'train_epoch, teacher online, {terms}'),
+        'recipe, resumed': Contender(resumed, config, f'the same after a checkpoint, {terms}'),
         'recipe, full planned memo': Contender(full, config, f'train_epoch, every row of the plan known, {terms}'),
         'recipe, no teacher': Contender(vitdistill, alone, f'train_epoch, both heads learn the labels, {terms}'),
         'timm recipe': Contender(timm_recipe, config, f'its loader and TokenDistillationTask, teacher online, {terms}')}
