@@ -368,6 +368,16 @@ def test_study_tells_smoothed_labels_from_a_teacher(tmp_path):
     assert control.arm == "labels alone, labels smoothed by 0.1" and control.difference == pytest.approx(0.102)
 
 
+def test_taught_deits_have_their_section_without_a_plain_one(tmp_path):
+    usual = dict(TAUGHT, teacher_weights="a", teacher_hash="a", student="deit_tiny_patch16_224", data_fraction=0.2)
+    two = usual | dict(student="deit_tiny_distilled_patch16_224", experiment="deit", token="distillation")
+    for seed in 1, 2:
+        for way, top1 in (usual, 0.50 + seed / 100), (two, 0.52 + seed / 80):
+            tell(record(tmp_path, [0.1, top1], seed, **way), teacher_top1=0.7)
+    text = study(tmp_path, reports=str(tmp_path / "runs"), dataset="digits")
+    assert re.search(r"^\| a token of its own for hard labels \| \[\+2\.\d", text, re.M)
+
+
 def test_arms_still_to_come_have_their_place(tmp_path):
     """No table grows beyond eight rows, other images have rows of their own, DeiT's recipe is no arm here."""
     usual = dict(TAUGHT, teacher_weights="a", teacher_hash="a")

@@ -271,10 +271,7 @@ def check_start(
     model:nn.Module, # of the config, as it was created
     classes:int      # of the data
 )->None:
-    "Raise `VitdistillError` for a head or a resampling that has no checkpoint, a class token that one would replace."
-    if config.student_class_token_std and (config.student_weights or config.student_pretrained):
-        raise VitdistillError(f'student_class_token_std = {config.student_class_token_std}: this student begins with '
-                              'trained weights, which have a class token: set it to 0.')
+    "Raise `VitdistillError` for a head or a resampling that there is no checkpoint for."
     if config.student_weights: return
     if config.student_resampling != 'bicubic':
         raise VitdistillError(f'student_resampling = {config.student_resampling!r} is of student_weights: name a file '
@@ -311,6 +308,9 @@ def with_drawn_class_token(
 def create_student(config:Config, classes:int, image_size:int)->Student:
     "The student of a config with its initial weights, a function of `seed`."
     torch.manual_seed(config.seed)
+    if config.student_class_token_std and (config.student_weights or config.student_pretrained): # before a download
+        raise VitdistillError(f'student_class_token_std = {config.student_class_token_std}: this student begins with '
+                              'trained weights, which have a class token: set it to 0.')
     size = student_size(config, image_size)
     pretrained = config.student_pretrained and not config.student_weights
     model = create(config.student, classes, size, config.stem, pretrained, **config.student_kwargs)

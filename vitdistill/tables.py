@@ -164,7 +164,8 @@ def published_gains()->dict[str, float]: # points; only those of whose two sides
 def claim_rows(
     runs:list[Run] # any mixture; those that have ended are told
 )->pd.DataFrame:   # what, the arms' facts, recipe (1, ...), published (points), `contrast`'s, reproduce, holm
-    "What each claim adds, a row for each claim that some recipe's arms can answer; the recipe of most rows first."
+    "What each claim adds, a row for each claim that some recipe's arms can answer; the recipe of most rows first. Of \
+    several arms of one teacher and way, which differ in alpha or temperature, those of most seeds are told."
     gains, families, frames = published_gains(), {}, []
     for arm in repeats([run for run in runs if run.status == 'done']):
         c = arm[0].config
