@@ -291,8 +291,7 @@ class OutOfFold:
             if len(where := torch.nonzero(self.which[image] == i).flatten()): yield part, where
 
     def divided(self, rows:torch.Tensor)->list: # (who answers, (n,) rows about which)
-        mine = [(part, rows[self.which[rows] == i]) for i, part in enumerate(self.parts)]
-        return [(part, its) for part, its in mine if len(its)]
+        return [(part, rows[where]) for part, where in self._divide(rows)]
 
     def known(self, rows:torch.Tensor)->float: # share of the answers about these images that the memos have
         return sum(part.known(its)*len(its) for part, its in self.divided(rows))/len(rows)

@@ -198,9 +198,7 @@ def cifar_root(config:Config)->Path:
 # %% ../nbs/01_data.ipynb #2f4b7444
 def cifar_bytes(config:Config)->typing.Iterator[bytes]:
     "What each file of the config's CIFAR holds, in order."
-    root, named = data_root(config)
-    folder, train, test, _, meta, _ = _cifar[config.dataset]
-    if not named: download_cifar(config.dataset, root)
+    root, (folder, train, test, _, meta, _) = cifar_root(config), _cifar[config.dataset]
     for path in (root/folder/file for file in [*train, *test, meta]):
         if not path.is_file():
             raise VitdistillError(f'no file {path}: name as data_root the folder that holds {folder}/.')
@@ -317,17 +315,23 @@ def _classes(reader)->list: # names, in the order of the labels; none where the 
     return list(getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', ()))
 
 # %% ../nbs/01_data.ipynb #f20434cb
+def _size(path)->int: # bytes of a file of the dataset
+    try: return os.path.getsize(path)
+    except OSError as e:
+        raise VitdistillError(f'{path} belongs to the dataset and can not be read ({e.strerror}): unpack its images '
+                              'again.') from None
+
 def _files(reader)->list: # [(path, bytes, label)] an image, undecoded; shards have labels inside, the hub all bytes
     if hasattr(reader, 'dataset'):
         size = (reader.dataset.info.splits or {}).get(reader.split)
         return [(reader.split, size and size.num_bytes, label) for label in reader.dataset[reader.label_key]]
     if hasattr(reader, 'split_info'):
-        return [(name, os.path.getsize(os.path.join(reader.root, name)), '') for name in reader.split_info.filenames]
+        return [(name, _size(os.path.join(reader.root, name)), '') for name in reader.split_info.filenames]
     place = os.path.basename(reader.root)
     if hasattr(reader, 'targets'):
         samples = zip(reader.samples, reader.targets)
         return [(f'{place}/{file.name}', file.size, int(label)) for (file, *_), label in samples]
-    return [(f'{place}/{os.path.relpath(path, reader.root)}', os.path.getsize(path), label)
+    return [(f'{place}/{os.path.relpath(path, reader.root)}', _size(path), label)
             for path, label in reader.samples]
 
 # %% ../nbs/01_data.ipynb #7fddc277
@@ -359,9 +363,8 @@ class DiskImages:
         return images
     def _decode(self, row)->np.ndarray:
         from PIL import Image
-        file, _ = self.reader[row]
         try:
-            with file: image = Image.open(file).convert('RGB')
+            with self.reader[row][0] as file: image = Image.open(file).convert('RGB')
         except OSError as e:
             raise VitdistillError(f'{self.reader.filename(row, absolute=True)} can not be read as an image ({e}): '
                                   'replace or remove it.') from None

@@ -9,7 +9,7 @@ __all__ = ['OBJECTIVES', 'HardLabel', 'Logits', 'TopK', 'soft_loss', 'soft_loss_
            'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
-import inspect, typing
+import inspect, math, typing
 from dataclasses import dataclass
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
@@ -205,7 +205,7 @@ class BinaryLabels(Labels):
         label_smoothing:float=0., # in [0, 1): answers are s/2 and 1 - s/2
         threshold:float=0.):      # share of a mixed image above which a class is there, in [0, 1)
         super().__init__(label_smoothing)
-        self.threshold = within('threshold', threshold)
+        self.threshold = within('threshold', threshold, high=.999)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
         shares = F.one_hot(targets, heads[0].shape[-1]) if targets.ndim == 1 else targets
         there = (shares > self.threshold).float()*(1 - self.label_smoothing) + self.label_smoothing/2
@@ -238,7 +238,8 @@ class SoftDistillation(SwitchedDistillationLoss):
         label_smoothing:float=0.):  # of the true labels, in [0, 1)
         super().__init__(alpha, label_smoothing)
         self.temperature, self.kl_reduction = within('temperature', temperature, 1e-6, float('inf')), kl_reduction
-        kept = tuple(map(float, memo_temperatures)) or (float(temperature),)
+        kept = tuple(within('memo_temperatures', float(t), 1e-6, math.inf)
+                     for t in memo_temperatures or [temperature])
         if soft_top_k and temperature not in kept:
             raise VitdistillError(f'temperature = {temperature} has no tail in a memo of temperatures {list(kept)}: '
                                   'add it to memo_temperatures (another memo is filled then), or leave these out.')
@@ -270,7 +271,7 @@ class DecoupledDistillation(SwitchedDistillationLoss):
         ramp_epochs:int=20):    # epochs until the term has its full weight; 0: from the start
         super().__init__(alpha, label_smoothing)
         self.weights = term_weight('target_weight', target_weight), term_weight('others_weight', others_weight)
-        self.temperature, self.ramp_epochs = temperature, ramp_epochs
+        self.temperature, self.ramp_epochs = temperature, term_weight('ramp_epochs', ramp_epochs)
     def term(self, logits, batch):
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(-1) # mixed: the larger part's
         ramp = min(1., (batch.epoch + 1)/self.ramp_epochs) if self.ramp_epochs else 1.

@@ -138,7 +138,7 @@ def create(
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except VitdistillError: raise # of a model of ours
-    except (AssertionError, TypeError, ValueError) as e:
+    except (AssertionError, KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise VitdistillError(f'{name} takes no such argument as in {kwargs} ({_why(e)}): mend student_kwargs or '
                               'teacher_kwargs; where a preset set them for another model, -y "student_kwargs: {}" '
                               'takes them back.') from None
@@ -383,13 +383,15 @@ def started_from(
     "The student, stem and student_kwargs of a model folder, here or on the hub; {} of a file."
     file = weights_place(weights)/'config.json'
     if not file.is_file(): return {}
-    told = json.loads(file.read_text())
-    base = told['architecture'].removesuffix('_cifar')
-    name = base if base in cifar_stems else told['architecture']
+    architecture = _architecture(f'local-dir:{file.parent}')
+    base = architecture.removesuffix('_cifar')
+    name = base if base in cifar_stems else architecture
     own = 'img_size', 'num_classes', 'in_chans' # the new run's to say; pixels have three channels
-    kwargs = {key: value for key, value in (told.get('model_args') or {}).items() if key not in own}
+    kwargs = json.loads(file.read_text()).get('model_args') or {}
+    kwargs = {key: value for key, value in kwargs.items() if key not in own}
     kwargs |= {key: value for key, value in usual.items() if key in OF_TRAINING}
-    return dict(student=name, stem='imagenet' if name == told['architecture'] else 'cifar', student_kwargs=kwargs)
+    stem = 'imagenet' if name == architecture else 'cifar'
+    return dict(student=name, stem=stem, student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
 def save_model(

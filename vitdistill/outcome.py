@@ -62,10 +62,9 @@ def predictions(
 # %% ../nbs/06a_outcome.ipynb #a74ee767
 def head_accuracies(arrays:dict)->dict:
     "Test top-1 per head and per way of combining heads, from `predictions`."
-    end = '_decision'
-    decided = {name.removesuffix(end): array for name, array in arrays.items() if name.endswith(end)}
-    return {name.removeprefix('test_'): round(float((array == arrays['test_label']).mean()), 5)
-            for name, array in decided.items() if name.startswith('test_')}
+    part, end = 'test_', '_decision'
+    return {name[len(part):-len(end)]: round(float((array == arrays['test_label']).mean()), 5)
+            for name, array in arrays.items() if name.startswith(part) and name.endswith(end)}
 
 # %% ../nbs/06a_outcome.ipynb #33be3f00
 def cosines(

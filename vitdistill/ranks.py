@@ -57,6 +57,7 @@ def start_ranks(device:str)->Ranks:
     local, rank, world = place_among_ranks()
     by_srun = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1') if world > 1 else '1' # such as 4, 2(x2) or 3,2
     here = re.match(r'\d+', os.environ.get('LOCAL_WORLD_SIZE', by_srun))[0]
+    if world > 1: os.environ['LOCAL_WORLD_SIZE'] = here # by which load_images shares the memory; srun doesn't tell it
     check_device(device)
     if device == 'cuda':
         device = f'cuda:{local}'

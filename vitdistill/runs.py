@@ -225,7 +225,7 @@ class RunWriter(Run):
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
         tracker_names(config.track) # refused here
         save(config, self.folder/'config.yaml')
-        self._write_json('environment.json', {**environment(), 'command': command})
+        self._write_json('environment.json', {**self.environment, **environment(), 'command': command})
         for name in ('config', 'trackers'): self.__dict__.pop(name, None)
 
     def note_machine(self)->None: # it takes a second: once training is on its way

@@ -52,7 +52,8 @@ def optimizer_class(config:Config)->tuple:
     arguments = [name for name in inspect.signature(found).parameters if name != 'params']
     if wrong := next((key for key in config.opt_kwargs if key not in arguments), None):
         raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {wrong!r}: {nearest(wrong, arguments)}')
-    try: found([nn.Parameter(torch.zeros(1, 1))], lr=config.lr, **config.opt_kwargs)
+    momentum = {'momentum': config.momentum} if 'momentum' in arguments else {}
+    try: found([nn.Parameter(torch.zeros(1, 1))], lr=config.lr, **momentum, **config.opt_kwargs)
     except (TypeError, ValueError) as e:
         raise VitdistillError(f'opt_kwargs = {config.opt_kwargs}: {config.optimizer!r} refuses a value ({e}): mend it, '
                               'or leave it out.') from None
@@ -79,6 +80,7 @@ def create_optimizer(
     "timm's optimizer of a config, which clips gradients where the config says so."
     name, found = optimizer_class(config)
     wished = {'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}
+    if {'fused', 'foreach'} & set(config.opt_kwargs): wished = {} # they exclude each other
     kernels = kernels or {key: value for key, value in wished.items() if key in inspect.signature(found).parameters}
     only_matrices = name not in ('momentum', 'nesterov') # are decayed
     optimizer = timm.optim.create_optimizer_v2(
@@ -112,7 +114,13 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     given = dict(sched=config.scheduler, num_epochs=config.t_max or config.epochs, min_lr=config.min_lr,
                  warmup_epochs=config.warmup_epochs, warmup_lr=config.lr/100)
     if config.scheduler == 'constant': given |= dict(sched='step', decay_epochs=config.epochs + 1, decay_rate=1.)
-    return create_scheduler_v2(optimizer, **given | config.sched_kwargs)[0]
+    try:
+        schedule = create_scheduler_v2(optimizer, **given | config.sched_kwargs)[0]
+        for epoch in (config.warmup_epochs, 0): schedule.step(epoch) # some values fail only here
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise VitdistillError(f'sched_kwargs = {config.sched_kwargs}: {config.scheduler!r} refuses a value ({e}): mend '
+                              'it (YAML reads 1e-6 as a word: write 1.0e-6), or leave it out.') from None
+    return schedule
 
 # %% ../nbs/05b_setup.ipynb #f0417754
 def auto_device()->str:
@@ -130,7 +138,7 @@ def auto_precision(device:str)->str:
 def uses_batch_norm(config:Config)->bool:
     "Has the config's student batch norm? Made for a look, without its weights."
     try: return has_batch_norm(timm.create_model(config.student, **config.student_kwargs))
-    except (AssertionError, TypeError, ValueError): return False # refused, with a sentence, where it is made in earnest
+    except (AssertionError, KeyError, TypeError, ValueError, ArithmeticError): return False # refused where it is made
 
 # %% ../nbs/05b_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
