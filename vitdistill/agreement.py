@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'prediction_arrays', 'heads', 'own_head', 'read_predictions', 'predicted_epochs', 'with_predictions',
            'same_data', 'decisions', 'disagreement', 'teacher_card', 'teacher_of', 'teachers_of', 'answers_given',
            'agreement', 'contradictions', 'reliability', 'ece', 'calibrated_ece', 'comparisons', 'pairs_by_seed',
-           'mcnemar', 'paired_score', 'seed_interval', 'verdict', 'class_names', 'class_gains']
+           'mcnemar', 'paired_score', 'seed_interval', 'verdict', 'resolved', 'class_names', 'class_gains']
 
 # %% ../nbs/08c_agreement.ipynb #d45dba46
 from pathlib import Path
@@ -323,6 +323,10 @@ def verdict(
 )->str:
     "'higher' or 'lower' where the interval leaves out 0, else 'not resolved'."
     return 'higher' if low > 0 else 'lower' if high < 0 else 'not resolved'
+
+def resolved(low:float, high:float)->str: # as of `verdict`; NaN: of one seed, which has no interval
+    "'one seed', or what `verdict` says."
+    return verdict(low, high) if low == low else 'one seed'
 
 # %% ../nbs/08c_agreement.ipynb #e1cf6130
 def class_names(

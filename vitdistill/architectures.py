@@ -9,7 +9,7 @@ __all__ = ['MODEL', 'side_by_side', 'beside_litv2', 'off_their_rate', 'students'
 import json
 from functools import cache
 import numpy as np, pandas as pd
-from .agreement import comparisons, pairs_by_seed, seed_interval, verdict
+from .agreement import comparisons, pairs_by_seed, resolved, seed_interval
 from .analysis import TEACHING, on_labels, repeats, settings
 from .comparison import EXPERIMENTS, chosen, contrast, counterpart, families_to_choose_from
 from .comparison import paired_difference, run_names, same_settings
@@ -29,6 +29,9 @@ def _cost_alike(lit, deit): # configs; at the DeiT's size, which its architectur
                             deit.student_kwargs.get('img_size', 224)) for c in (lit, deit)]
     return max(costs) <= 1.05*min(costs)
 
+def _rank(arms): # of LITv2s, alone or with what stands beside them: of most seeds, as timm has them
+    return min(map(len, arms)), not arms[0][0].config.student_kwargs
+
 def side_by_side(
     arms:list[list[Run]] # of one kind: alone, taught, or teachers
 )->dict[str, list[Run]]: # LITv2 and DeiT -> arm; {} where there is no such pair
@@ -36,8 +39,7 @@ def side_by_side(
     of = {kind: [arm for arm in arms if arm[0].config.student.startswith(kind.lower())] for kind in ('LITv2', 'DeiT')}
     def alike(arm): return [other for other in of['DeiT'] if _cost_alike(arm[0].config, other[0].config)]
     pairs = [(arm, other) for arm in of['LITv2'] if (other := counterpart(arm, alike(arm), MODEL))]
-    def rank(pair): return min(map(len, pair)), not pair[0][0].config.student_kwargs
-    return dict(zip(of, max(pairs, key=rank))) if pairs else {}
+    return dict(zip(of, max(pairs, key=_rank))) if pairs else {}
 
 def beside_litv2(runs:list[Run])->list[Run]: # any mixture
     "The LITv2s, and the DeiTs of a LITv2's cost and recipe, however taught and at what rate: `a07_hilo` tells them."
@@ -78,16 +80,18 @@ def gain_gap(
 
 def student_rows(runs:list[Run])->pd.DataFrame: # any mixture
     "LITv2 and DeiT on labels alone, what a teacher adds to each, and how far these gains lie apart; only what has run."
-    arms = students(runs)
-    alone = side_by_side([arm for arm in arms if on_labels(arm[0].config)])
-    taught = side_by_side([arm for arm in arms if arm[0].config.teacher and alone
-                           and any(same_settings(arm, plain, TEACHING) for plain in alone.values())])
-    rows = [contrast(alone['DeiT'], alone['LITv2'], 'LITv2 less DeiT, labels alone')] if alone else []
-    if taught:
-        rows += [contrast(alone[kind], taught[kind], f'{kind}, taught less alone') for kind in taught]
+    arms = sorted(students(runs), key=len, reverse=True)
+    plain = [arm for arm in arms if on_labels(arm[0].config)]
+    lone = [[arm] for arm in plain if arm[0].config.student.startswith('litv2')]
+    alone = side_by_side(plain) or (dict(LITv2=max(lone, key=_rank)[0]) if lone else {})
+    asked = [arm for arm in arms if arm[0].config.teacher]
+    taught = {kind: arm for kind, its in alone.items() if (arm := counterpart(its, asked, TEACHING))}
+    rows = [contrast(alone['DeiT'], alone['LITv2'], 'LITv2 less DeiT, labels alone')] if len(alone) == 2 else []
+    rows += [contrast(alone[kind], arm, f'{kind}, taught less alone') for kind, arm in taught.items()]
+    if len(taught) == 2 and same_settings(*taught.values(), MODEL):
         both = [(alone[kind], taught[kind]) for kind in ('DeiT', 'LITv2')]
         rows.append(gain_gap(*both, 'the gain of LITv2 less that of DeiT'))
-    return pd.DataFrame([row | dict(answer=verdict(row['low'], row['high'])) for row in rows])
+    return pd.DataFrame([row | dict(answer=resolved(row['low'], row['high'])) for row in rows])
 
 # %% ../nbs/08j_architectures.ipynb #e7b5d9d8
 def resnet_rows(
@@ -104,11 +108,11 @@ def resnet_rows(
         both, held_out = pairs_by_seed(labels, taught), teacher.result['held_out_top1']
         gap = paired_difference(labels, taught)
         if both: alone = mean_test([run for run, _ in both]) # of the other teacher's students too
-        answer = answered(gap, held_out, alone) if both or held_out <= alone else 'its students: not run yet'
+        answer = answered(gap, held_out, alone)
         if both and not answer.startswith('not answered'): pupils[kind] = taught
         rows.append(dict(what=f'a ResNet taught by {kind}, less alone', held_out=held_out, alone=alone, answer=answer,
                          **gap, runs=run_names(zip(*both))))
     if len(pupils) == 2:
         row = contrast(pupils['DeiT'], pupils['LITv2'], 'a ResNet taught by LITv2, less by DeiT')
-        rows.append(row | dict(answer=verdict(row['low'], row['high'])))
+        rows.append(row | dict(answer=resolved(row['low'], row['high'])))
     return pd.DataFrame(rows)

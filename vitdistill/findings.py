@@ -227,13 +227,14 @@ def cost_table(
     arms:list[list[Run]], # done
     name,                 # of `arm_namer`
     rates:dict={},        # of `read_rates`, for columns of minutes
+    timed:tuple=(),       # teacher and its input's side, in px, of these rates; minutes of others are not known
 )->pd.DataFrame:          # a row an arm; none where no predictions tell its number of images
     "What an arm reaches and a run of it takes: steps, answers heard, passes of its teacher by how it is asked, time."
     def row(arm):
         facts, c = arm_facts(arm, name), arm[0].config
         alone, together = (teacher_calls(c, facts['images'], c.epochs, sharing) for sharing in (1, len(arm)))
-        calls = dict(alone, shared=together['memo'])
-        def spent(way): return significant(minutes(facts['images']*c.epochs, calls[way], rates))
+        calls, known = dict(alone, shared=together['memo']), not c.teacher or timed in ((), (c.teacher, c.teacher_size))
+        def spent(way): return significant(minutes(facts['images']*c.epochs, calls[way], rates)) if known else np.nan
         return dict(facts, top1=np.mean([run.result['test_top1'] for run in arm]), steps=int(facts['steps']),
                     **{k: round(significant(v)) for k, v in calls.items()},
                     **({f'minutes, {way}': spent(way) for way in ('online', 'memo', 'shared')} if rates else {}))

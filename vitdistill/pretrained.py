@@ -10,7 +10,7 @@ __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'se
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 from inspect import signature
 import numpy as np, pandas as pd, torch
-from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card, verdict
+from .agreement import comparisons, pairs_by_seed, resolved, seed_interval, teacher_card
 from .analysis import TEACHING, published, repeats, settings
 from .comparison import EXPERIMENTS, paired_difference, run_names, same_settings
 from .config import Config, shipped
@@ -125,7 +125,7 @@ def _step(one, other, there, known): # arms; name -> seed -> accuracies; publish
     if not len(told): return row | dict(difference='not run yet')
     mean, low, high = seed_interval(told)
     more = {name: values.mean() for name, column in beside.items() if len(values := gaps(column))}
-    return row | dict(difference=mean, low=low, high=high, resolved=verdict(low, high), **more)
+    return row | dict(difference=mean, low=low, high=high, resolved=resolved(low, high), **more)
 
 # %% ../nbs/08i_pretrained.ipynb #9e5ba1e7
 BEGINNING = frozenset({'weights_hash', 'layer_decay', 'epochs'}) # what these models may differ in
@@ -144,7 +144,7 @@ def scratch_rows(
         test, held_out = ([one.result[name] - other.result[name] for one, other in pairs] for name in _tuned.values())
         mean, low, high = seed_interval(test)
         rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {group[0].config.epochs} epochs', seeds=len(pairs),
-                         difference=mean, low=low, high=high, resolved=verdict(low, high), held_out=np.mean(held_out)))
+                         difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
@@ -188,9 +188,9 @@ def answered(
     right:float, # the teacher's accuracy, on images that it has not seen
     alone:float  # the plain student's, on test images; NaN: unknown
 )->str:
-    "Higher, lower or not resolved; or that such a teacher's students answer nothing."
+    "Higher, lower or not resolved; or that such a teacher's students answer nothing, or have not run."
     if right <= alone: return 'not answered: the teacher is no better than the plain student'
-    return verdict(gap['low'], gap['high'])
+    return resolved(gap['low'], gap['high']) if gap['pairs'] else 'its students: not run yet'
 
 def mean_test(arm:list[Run])->float: # test top-1; NaN of none
     return np.mean([run.result['test_top1'] for run in arm]) if len(arm) else np.nan
@@ -224,8 +224,7 @@ def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has
     gap, pairs, c = paired_difference(plain, pupils), pairs_by_seed(plain, pupils), (pupils or plain)[0].config
     both = [*zip(*pairs)] if pairs else (plain, pupils)
     (alone, taught), right = map(mean_test, both), teacher.result['test_top1']
-    if pairs or right <= alone: answer = answered(gap, right, alone)
-    else: answer = 'the plain student: not run yet' if pupils else 'its students: not run yet'
+    answer = 'the plain student: not run yet' if pupils and not pairs else answered(gap, right, alone)
     return dict(teacher=name, data=c.dataset, student=c.student, teacher_held_out=teacher.result['held_out_top1'],
                 teacher_test=right, taught=taught, alone=alone, answer=answer, **gap,
                 runs=run_names([*both, [] if pupils else [teacher]]))
