@@ -208,7 +208,8 @@ def test_the_study_says_how_much_faster_hilo_is(page):
     assert list(told.groups()) == [f"{row[name]:.1f}" for name in columns] and row["goal met"] == "yes"
     rows = pd.read_csv(page[0] / "tables/hilo_students.csv")
     answers = re.findall(r"^\| (.+) \| \[(\S+) .+\]\(\S+\) \| (.+) \| – \| (\d+) \|$", section, re.M)
-    assert answers == [(row.what, f"{100 * row.difference:+.1f}", row.answer, str(row.pairs)) for row in rows.itertuples()]
+    assert answers == [(row.what, f"{100 * row.difference:+.1f}", row.answer, str(row.pairs))
+                       for row in rows.itertuples()]
 
 
 def test_back_tests_are_of_all_pairs(page):
