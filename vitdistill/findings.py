@@ -233,7 +233,8 @@ def cost_table(
     def row(arm):
         facts, c = arm_facts(arm, name), arm[0].config
         alone, together = (teacher_calls(c, facts['images'], c.epochs, sharing) for sharing in (1, len(arm)))
-        calls, known = dict(alone, shared=together['memo']), not c.teacher or timed in ((), (c.teacher, c.teacher_size))
+        calls = dict(alone, shared=together['memo'])
+        known = not c.teacher or timed in ((), (c.teacher, c.teacher_size))
         def spent(way): return significant(minutes(facts['images']*c.epochs, calls[way], rates)) if known else np.nan
         return dict(facts, top1=np.mean([run.result['test_top1'] for run in arm]), steps=int(facts['steps']),
                     **{k: round(significant(v)) for k, v in calls.items()},
