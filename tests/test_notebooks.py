@@ -111,6 +111,17 @@ def test_finetuning_asks_for_a_trained_student(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("room", ["02a_layers", "03a_pretraining"])
+def test_room_runs_from_top_to_bottom(room, tmp_path):
+    """As JupyterLab's "run all", cells for a GPU too; but for the last, which exports the package anew."""
+    notebook = json.loads((ROOT / f"nbs/{room}.ipynb").read_text())
+    assert "nbdev_export()" in "".join(notebook["cells"].pop()["source"])
+    (tmp_path / "room.ipynb").write_text(json.dumps(notebook))
+    papermill.execute_notebook(str(tmp_path / "room.ipynb"), str(tmp_path / "ran.ipynb"), cwd=str(ROOT / "nbs"),
+                               progress_bar=False)
+
+
+@pytest.mark.slow
 def test_finetuning_notebook(study, tmp_path):
     """A trained transformer goes on at 48 px with its head: on labels alone, and taught at that size."""
     begun = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")

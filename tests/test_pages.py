@@ -496,7 +496,7 @@ def test_litv2s_answers_have_their_place(tmp_path):
     taught = r"^\| a ResNet taught by LITv2, less alone \| \[\+1\.3 .* \| higher \| 60\.0% \| 3 \|$"
     assert re.search(taught, section, re.M)
     assert "| a ResNet taught by DeiT, less alone | – | not answered" in section and "less by DeiT" not in section
-    assert "that has 30.0% of held-out images right is no better than the plain ResNet, which has 35.2%" in section
+    assert "that has 30.0% of test images right is no better than the plain ResNet, which has 35.2%" in section
     assert text.count("A convnet's students gain too") == 1 and "a convnet as teacher" not in text
     waiting = re.search(r"^- Not run yet.*$", text, re.M)[0]
     assert "can_scratch, can_seeds" in waiting and not re.search("litv2(?!_alpha)|can_pretrain|can_students", waiting)

@@ -20,12 +20,12 @@ from vitdistill.grids import grid_cells, makes, not_here, waits_for, waves
 from vitdistill.launch import configure, makes_teacher
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
-from vitdistill.pretrained import ARMS, arm_of, comparable_arms, scratch_rows
+from vitdistill.pretrained import ARMS, arm_of, comparable_arms, noise_explained, scratch_rows
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run, find_runs
 from vitdistill.setup import create_optimizer, prepare, resolve
 from vitdistill.teachers import is_answers
-from vitdistill.train import batches, train_epoch
+from vitdistill.train import batches, train, train_epoch
 
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 SMALL = dict(projector=[32, 16], decoder=[32, 1, 2], colour_jitter=0.4)
@@ -71,6 +71,15 @@ def test_projector_and_decoder_learn(can):
         "train_loss", "train_contrast", "train_reconstruction", "train_denoising"}
     weights = dict(contrast=0.03, reconstruction=0.67, denoising=0.3)
     assert row["train_loss"] == pytest.approx(sum(w * row[f"train_{name}"] for name, w in weights.items()), rel=1e-4)
+
+
+def test_strong_noise_is_found(can, tmp_path):
+    """Where it weighs alone and is as strong as the pixels, its prediction errs less than none at all."""
+    noise = dict(SMALL, sigma=2.0, weights=[0.0, 0.0, 1.0], decoder=[64, 1, 2])
+    patches = can.student_kwargs | dict(patch_size=4)
+    run = train(replace(can, runs_dir=str(tmp_path), work_dir=str(tmp_path), student_kwargs=patches, batch_size=16,
+                        objective_kwargs=noise, epochs=6, evaluate_every=6, lr=3e-3))
+    assert noise_explained(run) > 0.1
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def memo_key(
                 weights=teacher.weights_hash(), train_images=data.train_hash,
                 images=len(data.train_labels), classes=len(data.classes),
                 padding=config.padding, views=view_count(config),
-                image_size=data.train_images.shape[1], teacher_size=teacher.size, resize='bilinear',
+                image_size=data.side, teacher_size=teacher.size, resize='bilinear',
                 constants=[list(c) for c in teacher.constants], dtype=teacher.precision + ' compiled'*teacher.compile,
                 **criterion(config).wants.key())
 

@@ -45,6 +45,10 @@ class Data:
     constants:tuple=None # ((mean), (std)) per channel in [0, 1], where they are published
     listing:str=''       # of the training images' files, where they are files
 
+    @property
+    def side(self)->int: # of its images, px
+        return self.train_images.shape[1]
+
     @functools.cached_property
     def mean_std(self)->tuple: # per channel, of the training pixels in [0, 1]
         if self.constants: return self.constants

@@ -104,17 +104,22 @@ def check_name(name:str)->None:
 
 # %% ../nbs/02_models.ipynb #0eabe335
 def _why(error:Exception)->str: # in a line, without the advice of torch and timm to run the code that a file holds
+    if isinstance(error, KeyError): return f'there is no {error}' # which says the key alone
     text = f'{error}\n{error.__cause__}'
     if 'weights_only' not in text: return (str(error).splitlines() or [type(error).__name__])[0]
     return f'it calls {found[1]}' if (found := re.search(r'GLOBAL (\S+)', text)) else 'it holds more than tensors'
 
 # %% ../nbs/02_models.ipynb #c7c2ec46
-def _architecture(name:str)->str: # timm's name of a model: this, or what config.json on the hub or in a folder says
+def _described(name:str)->tuple[str, dict]: # timm's name and arguments: this and none, or what its config.json says
     source, place = parse_model_name(name)
-    if not source: return name
+    if not source: return name, {}
     try:
-        if source == 'hf-hub': return load_model_config_from_hf(place)[1]
-        return json.loads((Path(place)/'config.json').read_text())['architecture']
+        if source == 'hf-hub': return load_model_config_from_hf(place)[1:]
+        told = json.loads((Path(place)/'config.json').read_text())
+        return told['architecture'], told.get('model_args') or {}
+    except KeyError as e: # transformers', for one
+        raise VitdistillError(f"{name} is not in timm's format, for in its config.json {_why(e)}: give a model that "
+                              'timm saved, or a weights file in its names.') from None
     except Exception as e: # the hub's, of a path, or of JSON
         raise VitdistillError(f'{name} could not be read ({_why(e)}): check the name and the network, or download '
                               'the files of the model and name their folder, local-dir:FOLDER.') from None
@@ -134,7 +139,7 @@ def create(
         if name not in cifar_stems:
             raise VitdistillError(f"stem = 'cifar' is for ResNets, not {name!r}: choose from {', '.join(cifar_stems)}.")
         name += '_cifar'
-    cfg = timm.models.get_pretrained_cfg(_architecture(name), allow_unregistered=True)
+    cfg = timm.models.get_pretrained_cfg(_described(name)[0], allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except VitdistillError: raise # of a model of ours
@@ -383,11 +388,10 @@ def started_from(
     "The student, stem and student_kwargs of a model folder, here or on the hub; {} of a file."
     file = weights_place(weights)/'config.json'
     if not file.is_file(): return {}
-    architecture = _architecture(f'local-dir:{file.parent}')
+    architecture, kwargs = _described(f'local-dir:{file.parent}')
     base = architecture.removesuffix('_cifar')
     name = base if base in cifar_stems else architecture
     own = 'img_size', 'num_classes', 'in_chans' # the new run's to say; pixels have three channels
-    kwargs = json.loads(file.read_text()).get('model_args') or {}
     kwargs = {key: value for key, value in kwargs.items() if key not in own}
     kwargs |= {key: value for key, value in usual.items() if key in OF_TRAINING}
     stem = 'imagenet' if name == architecture else 'cifar'

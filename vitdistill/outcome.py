@@ -21,7 +21,7 @@ from .models import combine, load_weights, save_model, student_size
 from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter
-from .setup import Setup, auto_device, file_hash, pass_size, predict, prepare, resolve
+from .setup import Setup, auto_device, file_hash, predict, prepare, resolve
 from .teachers import Teacher, card_facts, make_card, read_card, seen_by
 from .tokens import token_cosines
 
@@ -49,7 +49,7 @@ def predictions(
     "Arrays for predictions.npz: per part and head, decision, top-5 and confidence beside image id and label."
     data, arrays, keep = setup.data, {}, setup.config.keep_logits and len(setup.data.classes) <= 100
     rows = dict(test=torch.arange(len(data.test_labels)), val=setup.val_rows, train=setup.train_rows)
-    few = 16*pass_size(setup.test_size, setup.ranks.device)
+    few = 16*setup.images_a_pass
     for part in parts:
         views, labels = (setup.test_views, data.test_labels) if part == 'test' else (setup.views, data.train_labels)
         if not len(mine := rows[part]): continue
@@ -185,7 +185,7 @@ def _keep_model(setup:Setup, run:RunWriter, card:dict, readme:str)->None:
 def finish_encoder(setup:Setup, run:RunWriter)->None:
     "The end of a pre-training: pictures of the digits, the encoder, its card, and last of all the result."
     c, data, result = setup.config, setup.data, _measured(run.metrics())
-    size = student_size(c, data.train_images.shape[1])
+    size = student_size(c, data.side)
     if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
         run.save_predictions('reconstructions.npz', **pictures(setup))
     card = card_facts(c, data, size, setup.constants)

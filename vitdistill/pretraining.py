@@ -130,12 +130,15 @@ class MaskedEncoder(nn.Module):
             fixed = positions(model.patch_embed.grid_size, model.embed_dim)
             model.pos_embed.data = torch.cat([fixed.new_zeros(model.pos_embed.shape[1] - len(fixed), model.embed_dim),
                                               fixed])[None]
+        self.norms_pooled = isinstance(model.norm, nn.Identity) # timm's fc_norm norms means: here it norms tokens
+        unused = 'pos_embed', 'head', 'attn_pool', *(() if self.norms_pooled else ('fc_norm',))
         for name, parameter in model.named_parameters(): # what the terms don't reach would stop DDP
-            parameter.requires_grad_(not name.startswith(('pos_embed', 'head', 'fc_norm', 'attn_pool')))
+            parameter.requires_grad_(not name.startswith(unused))
     def forward(self, pixels:torch.Tensor, keep:torch.Tensor=None)->torch.Tensor: # (B, K, D); keep: (B, K), None: all
         self.model.patch_drop.keep = keep
         tokens = self.model.forward_features(pixels)
         self.model.patch_drop.keep = None
+        if self.norms_pooled: tokens = self.model.fc_norm(tokens)
         return tokens[:, self.model.num_prefix_tokens:]
 
 # %% ../nbs/03a_pretraining.ipynb #9c15bb08
@@ -412,7 +415,7 @@ def linear_probe(train:np.ndarray, labels:np.ndarray, test:np.ndarray)->np.ndarr
 def features(setup, views, rows:torch.Tensor, encoder:nn.Module)->np.ndarray: # setup: a `Setup`; views: `Views`
     "Mean tokens of the centre views of `rows`, (n, D) float32, in order; over ranks each computes a part."
     encoder, mine, parts = encoder.eval(), rows.tensor_split(setup.ranks.world)[setup.ranks.rank], []
-    for part in mine.split(setup.pass_images or 256):
+    for part in mine.split(setup.images_a_pass):
         with setup.autocast(): parts.append(encoder(setup.input(views(part))).mean(1).float())
     found = torch.cat(parts) if parts else torch.zeros(0, encoder.model.embed_dim, device=setup.ranks.device)
     return whole_batch(found).cpu().numpy()

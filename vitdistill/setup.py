@@ -20,11 +20,11 @@ from torch import nn
 from .answers import Answers, DrawnAnswers, KeptMemo, Memo, NoRoom, OutOfFold, memo_key
 from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, fitting, nearest
-from .data import Data, fingerprint, load_data, split_rows
+from .data import Data, fingerprint, image_side, load_data, split_rows
 from .hub import weights_place
 from .layers import with_matrix_products, with_plain_attention
 from .losses import HardLabel, criterion
-from .models import Student, check_name, combine, create_student, pretrained_constants, student_size
+from .models import Student, check_name, combine, create, create_student, pretrained_constants, student_size
 from .models import evaluation_size, weights_file
 from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
@@ -137,8 +137,10 @@ def auto_precision(device:str)->str:
 # %% ../nbs/05b_setup.ipynb #cec25c0c
 def uses_batch_norm(config:Config)->bool:
     "Has the config's student batch norm? Made for a look, without its weights."
-    try: return has_batch_norm(timm.create_model(config.student, **config.student_kwargs))
-    except (AssertionError, KeyError, TypeError, ValueError, ArithmeticError): return False # refused where it is made
+    try:
+        size = student_size(config, image_side(config))
+        return has_batch_norm(create(config.student, 1, size, config.stem, **config.student_kwargs))
+    except VitdistillError: return False # refused where it is made
 
 # %% ../nbs/05b_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
@@ -260,7 +262,11 @@ class Setup:
 
     @property
     def test_size(self)->int: # side of the student's input where it is evaluated, px
-        return evaluation_size(self.config, self.data.train_images.shape[1])
+        return evaluation_size(self.config, self.data.side)
+
+    @property
+    def images_a_pass(self)->int: # of an evaluation
+        return self.pass_images or pass_size(self.test_size, self.ranks.device)
 
     def plan(self, epoch:int)->Plan: # its rows: (image, copy, view), in order
         c, n_images = self.config, len(self.data.train_labels)
@@ -273,8 +279,7 @@ class Setup:
 
     @functools.cached_property
     def augment(self)->Augment|None: # what is done to views
-        side = self.data.train_images.shape[1]
-        return Augment(self.config, side, self.constants) if augments(self.config) else None
+        return Augment(self.config, self.data.side, self.constants) if augments(self.config) else None
 
     @property
     def workers(self)->int: return loading_processes(self.config, self.ranks)
@@ -387,12 +392,12 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     set_numerics(ranks.device, config.deterministic)
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
-    size = student_size(config, data.train_images.shape[1])
+    size = student_size(config, data.side)
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
     refuse_begun_on(config, data)
     if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
-    student = objective.fit(create_student(config, len(data.classes), data.train_images.shape[1]))
+    student = objective.fit(create_student(config, len(data.classes), data.side))
     student = placed(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # refused here
@@ -417,7 +422,7 @@ def predict(
     "Logits per head, (n, C) float32 on the device, of the centre views of `rows`."
     student = (student or setup.student).eval()
     side = setup.test_size
-    batch, outputs = batch or setup.pass_images or pass_size(side, setup.ranks.device), []
+    batch, outputs = batch or setup.images_a_pass, []
     rows = rows.to(setup.ranks.device)
     while (done := sum(len(heads[0]) for heads in outputs)) < len(rows):
         try:

@@ -363,7 +363,7 @@ def adopt(
     elif not len(split_rows(data.train_labels, config)[1]):
         raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
                               'which training images the weights have not seen, or give other images as held_out.')
-    size, config = config.student_size or data.train_images.shape[1], with_members(config, weights, data)
+    size, config = config.student_size or data.side, with_members(config, weights, data)
     torch.manual_seed(config.seed) # of a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     places = [weights_place(its) for its in (weights if isinstance(weights, list) else [weights])]

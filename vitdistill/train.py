@@ -115,7 +115,7 @@ def batches(
     views = [view.to(setup.views.device) for view in views]
     numbers = None if learner.labelled else plan.image.to(ranks.device) # what an objective draws by
     steps, scale = epoch_steps(setup, len(plan.image)), program(scaled, config.compile)
-    mixes = [drawn_mix(config, data.train_images.shape[1], epoch, number) for number in range(len(steps))]
+    mixes = [drawn_mix(config, data.side, epoch, number) for number in range(len(steps))]
     cutting = program(cut_views, config.compile if setup.beside and not setup.augment else 'none') # eager beside steps
     def cut(step): # pixels of each copy, and those that they are mixed with
         parts = (step.own, step.mirrored) if mixes[0] and not step.whole else (step.own,)

@@ -392,6 +392,8 @@ CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_
 
 def look(name, device="cuda"):
     """A check by its name, in a folder of its own: for those cells of the notebooks that need a GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA GPU here: not checked"
     with tempfile.TemporaryDirectory() as folder:
         return CHECKS[name](device, Path(folder))
 
