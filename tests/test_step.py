@@ -29,7 +29,7 @@ from vitdistill.views import Views
 
 BATCH = 8
 TEACHERS = {name: "vit_tiny_patch16_224" if made.wants else "" for name, made in OBJECTIVES.items()}
-LABELLED = [name for name, made in OBJECTIVES.items() if made.labelled]  # pre-training has two programs and its own tests
+LABELLED = [name for name, made in OBJECTIVES.items() if made.labelled]  # pre-training has its own
 SMALL = dict(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=3)
 PACKAGE = str(Path(vitdistill.__file__).parent)
 NO_LAUNCH = "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::detach"

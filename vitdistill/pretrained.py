@@ -58,7 +58,7 @@ def noise_explained(run:Run)->float: # a pre-training that has ended; NaN where 
     its = can_settings(run.config)
     if not its['weights'][2]: return np.nan
     variance = 1 if its['normalize_noise'] else its['sigma']**2/3 # of sigma uniform in [0, largest]
-    return 1 - run.metrics().train_denoising.iloc[-1]/variance
+    return 1 - run.result.get('train_denoising', np.nan)/variance
 
 # %% ../nbs/08i_pretrained.ipynb #ba2aedb3
 def alike(

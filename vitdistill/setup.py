@@ -261,12 +261,10 @@ class Setup:
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     @property
-    def test_size(self)->int: # side of the student's input where it is evaluated, px
-        return evaluation_size(self.config, self.data.side)
+    def test_size(self)->int: return evaluation_size(self.config, self.data.side) # of the student's input, px
 
     @property
-    def images_a_pass(self)->int: # of an evaluation
-        return self.pass_images or pass_size(self.test_size, self.ranks.device)
+    def images_a_pass(self)->int: return self.pass_images or pass_size(self.test_size, self.ranks.device)
 
     def plan(self, epoch:int)->Plan: # its rows: (image, copy, view), in order
         c, n_images = self.config, len(self.data.train_labels)
