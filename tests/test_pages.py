@@ -218,6 +218,12 @@ def test_the_study_says_how_much_faster_hilo_is(page):
                        for row, share in zip(rows.itertuples(), right)]
 
 
+def test_the_study_says_what_can_found_of_the_noise(page):
+    arms = pd.read_csv(ROOT / "reports/tables/can_arms.csv").query("data == 'cifar100'").set_index("arm")
+    told = re.search(r"The noise that CAN predicts errs more than predicting none would \(\[(\S+)\]", page[1])
+    assert told[1] == f"{float(arms.loc['CAN', 'noise explained']):.1f}" and float(told[1]) < 0
+
+
 def test_back_tests_are_of_all_pairs(page):
     """Of either learning rate, which the finding names, for on it the error depends."""
     table = pd.read_csv(page[0] / "tables/study_forecasts.csv")
@@ -689,6 +695,8 @@ def test_the_readme_says_what_a_teacher_adds_to_litv2():
     told = README.split("On labels alone LITv2")[1].split("(one seed: no interval)")[0]
     assert re.findall(r"[+-]\d+\.\d", told) == [f"{100 * gap:+.1f}" for gap in rows.difference]
     assert set(rows.answer) == {"one seed"}
+    for _, tried in pd.read_csv(ROOT / "reports/tables/hilo_choices.csv").groupby("student"):
+        assert len(tried) == 3 and tried.lr[tried.chosen == "yes"].item() in (tried.lr.min(), tried.lr.max())
 
 
 def test_the_readme_says_what_teachers_without_imagenet_add():
