@@ -22,6 +22,7 @@ from vitdistill.config import Config
 from vitdistill.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
 from vitdistill.models import create_student
+from vitdistill.pretraining import ContrastiveMaskedNoise
 from vitdistill.ranks import Ranks
 from vitdistill.setup import Setup, create_optimizer, predict
 from vitdistill.teachers import load_teacher
@@ -202,6 +203,17 @@ def test_operators_of_a_step(kind, mode, tmp_path, no_numbers):
     ceiling = CEILINGS[kind, mode]
     assert launches.total() <= ceiling, f"{launches.total():g} launches a {kind} step, at most {ceiling}:\n{table}"
     assert not host, table
+
+
+def test_operators_of_what_pretraining_draws():
+    """Crops, colours, masks and noise of both views, which no program holds: no more launches, nothing of the host."""
+    can, counter = ContrastiveMaskedNoise(colour_jitter=0.4), Operators()
+    can.patches = 64
+    image = torch.empty(BATCH, dtype=torch.int64, device="meta")
+    pixels = torch.empty(2 * BATCH, 3, 32, 32, dtype=torch.uint8, device="meta")
+    with counter:
+        can.draw(Batch(can.augment(pixels, image, 0), None, image=image))
+    assert counter.launches.total() <= 175 and not counter.host, counter.launches.most_common()
 
 
 @pytest.mark.parametrize("name", [name for name, made in OBJECTIVES.items() if made.compiles])

@@ -34,12 +34,12 @@ _golden = -0x61c8864680b583eb # 2**64 over the golden ratio, as int64
 def uniform(
     image:torch.Tensor, # (B,) int64, rows of the dataset
     numbers:int,        # drawn for each
-    *key:int            # seed, epoch, copy and what they are drawn for
-)->torch.Tensor:        # (B, numbers) float32 in (0, 1), on the images' device
+    *keys:tuple         # a key a copy: seed, epoch, copy and what they are drawn for
+)->torch.Tensor:        # (copies*B, numbers) float32 in (0, 1), on the images' device: copy after copy
     "Numbers that are a function of (key, image, position), of nothing else."
-    start = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0].astype(np.int64))
-    stream = splitmix64(start + image[:, None]*_golden)
-    bits = splitmix64(stream + torch.arange(1, numbers + 1, device=image.device)*_golden)
+    starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0].astype(np.int64)) for key in keys]
+    stream = splitmix64(torch.cat([start + image*_golden for start in starts]))
+    bits = splitmix64(stream[:, None] + torch.arange(1, numbers + 1, device=image.device)*_golden)
     return (((bits >> 41) & (2**23 - 1)) + .5)/2**23
 
 # %% ../nbs/03a_pretraining.ipynb #1f224642
@@ -219,7 +219,7 @@ def drawn(
 )->Drawn:
     "The patches that each view shows and the noise that lies on it, sigma uniform in [0, largest] a view."
     def numbers(n, purpose):
-        return torch.cat([uniform(image, n, *key, copy, purpose) for copy in range(len(pixels)//len(image))])
+        return uniform(image, n, *((*key, copy, purpose) for copy in range(len(pixels)//len(image))))
     share, order = numbers(1 + patches, 1).split([1, patches], 1)
     noise = torch.zeros_like(pixels)
     if sigma: noise = (sigma*share*normal(numbers(pixels[0].numel(), 2))).view(pixels.shape)
@@ -234,7 +234,7 @@ def augmented(
     *key:int             # seed and epoch
 )->torch.Tensor:         # (copies*B, 3, H, W): float32 where changed, else as it came
     "The views, cropped and coloured."
-    u = torch.cat([uniform(image, 8, *key, copy, 0) for copy in range(len(pixels)//len(image))])
+    u = uniform(image, 8, *((*key, copy, 0) for copy in range(len(pixels)//len(image))))
     if area < 1: pixels = cropped(pixels.float(), crops(u[:, :4], area))
     if not jitter: return pixels
     return coloured(pixels.float(), torch.cat([1 + jitter*(2*u[:, 4:7] - 1), (u[:, 7:] < .2).float()], -1))
@@ -302,7 +302,7 @@ def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterat
         yield f'weights = {list(weights)}: give three that are not negative, of contrast, reconstruction and denoising.'
         return
     contrast, reconstruction, denoising = weights
-    if views not in (1, 2): yield f'views = {views}: give 1 or 2 of an image.'
+    if type(views) is not int or views not in (1, 2): yield f'views = {views}: give 1 or 2 of an image.'
     if views == 1 and contrast: yield 'a contrast needs two views of an image: set views to 2, or its weight to 0.'
     if not 0 < mask < 1 and (mask or reconstruction):
         yield f'mask = {mask} is out of range: hide a share of the patches in (0, 1), or 0 without reconstruction.'
@@ -371,7 +371,7 @@ def refuse_unfit(
     size:int,   # side of the student's input, px
     world:int   # ranks
 )->None:
-    "Raise `VitdistillError` for a batch, a size or a mixture that pre-training can't use."
+    "Raise `VitdistillError` for settings that pre-training can't use: size, batch, labels, beginnings, augmentation."
     if (built := config.student_kwargs.get('img_size', size)) != size:
         raise VitdistillError(f'student_kwargs build a transformer for {built} px, and it would see {size} px: '
                               f'pre-training has a position for each patch, so set img_size to {size}.')

@@ -99,7 +99,7 @@ def copy_views(
 )->list:         # of (n,) view numbers, one a copy
     "The plan's views, and those of further copies: functions of (seed, epoch, image, copy)."
     others = range(1, copies)
-    return [plan.view, *((uniform(plan.image, 1, *key, copy, 3)[:, 0]*n_views).long() for copy in others)]
+    return [plan.view, *((uniform(plan.image, 1, (*key, copy, 3))[:, 0]*n_views).long() for copy in others)]
 
 # %% ../nbs/06_train.ipynb #6c0fc6bf
 def batches(
