@@ -135,6 +135,7 @@ def test_encoder_is_one_graph(can):
     (dict(objective_kwargs=dict(mask=1.5)), 1, "mask = 1.5 is out of range: hide a share of the patches in (0, 1)"),
     (dict(objective_kwargs=dict(mask=0.0)), 1, "mask = 0.0 is out of range"),
     (dict(objective_kwargs=dict(mask=None)), 1, "{'mask': None} has a value of a type that 'can' does not take"),
+    (dict(objective_kwargs=dict(views=2.0)), 1, "views = 2.0: give 1 or 2 of an image"),
     (dict(objective_kwargs=dict(weights="abc")), 1, "{'weights': 'abc'} has a value of a type"),
     (dict(batch_size=2), 2, "batches of 2 give 2 rank(s) fewer than 2 images each, and a contrast needs another"),
     (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
@@ -273,6 +274,10 @@ def test_analysis_compares_like_with_like(made_up, tmp_path):
     """Arms of as many encoder passes, on test images, beside the floor; each length from scratch apart; the gate."""
     long = next(config for config in pretrained("can_pretrain") if arm_of(config) == "SimCLR")
     record(replace(long, epochs=300, **made_up), encoder_hash="long", **probes(0.9))  # for so long that it wins
+    for seed in 1, 2, 3, 4:  # of another recipe, and of more seeds
+        record(replace(long, lr=0.01, seed=seed, **made_up), encoder_hash=f"fast {seed}", **probes(0.9))
+    record(preset("can", "teacher", seed=1, weights_hash="0", epochs=3, **made_up), held_out_top1=0.9, test_top1=0.9,
+           train_views_top1=0.9)  # what became of an encoder by another recipe than of the others
     for seed in 1, 2:
         record(preset("can", "baseline", seed=seed, **made_up), test_top1=0.41)  # better than its teacher would be
     analyse("a08_can", tmp_path / "a08.ipynb", reports=made_up["runs_dir"], out=str(tmp_path / "out"))
@@ -282,6 +287,8 @@ def test_analysis_compares_like_with_like(made_up, tmp_path):
     assert rows.difference["CAN over no noise"] == pytest.approx(0.06) and rows.seeds["CAN over hardly trained"] == 1
     assert rows.difference["noise as augmentation only over no noise"] == pytest.approx(0.02) and len(rows) == 8
     arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv")
+    can = arms[(arms.arm == "CAN") & (arms.data == "cifar100")].iloc[0]
+    assert can["fine-tuned, test"].startswith("0.4 ±") and can.seeds == 3
     scratch = arms[arms.arm == "from scratch"]
     test = scratch["fine-tuned, test"].str.split(" ± ").str[0].astype(float)
     assert sorted(zip(scratch.epochs, test, scratch.seeds)) == [(20, 0.27, 3), (80, 0.33, 1)]
@@ -322,6 +329,14 @@ def test_notebook_pretrains_and_fine_tunes(tmp_path):
     held_out, test = tuned.result["held_out_top1"], tuned.result["test_top1"]
     assert f"fine-tuned, top-1: {held_out:.1%} on held-out images, {test:.1%} on test images" in said(notebook)
     assert tuned.config.weights_hash == encoder.result["encoder_hash"] and (tmp_path / "work/mine/model").is_dir()
+
+
+def test_a_role_that_cannot_follow_is_refused_at_once(tmp_path):
+    """Of another student, before anything is trained."""
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    with pytest.raises(papermill.PapermillExecutionError, match="'baseline' is a resnet50, and a vit_tiny"):
+        execute("e06_pretrain", tmp_path / "e06.ipynb", role="baseline", **where)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'noise_explained', 'alike',
-           'encoders', 'comparable_arms', 'tuned_from', 'from_scratch', 'step_rows', 'scratch_rows', 'learned_from',
-           'models_made', 'taught_by', 'made_how', 'to_teach', 'answered', 'mean_test', 'plain_students', 'pupil_rows']
+           'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'from_scratch', 'step_rows', 'scratch_rows',
+           'learned_from', 'models_made', 'taught_by', 'made_how', 'to_teach', 'answered', 'mean_test',
+           'plain_students', 'pupil_rows']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 from collections.abc import Callable
@@ -73,16 +74,20 @@ def encoders(runs:list[Run])->list[Run]: # of any mixture
     "The pre-trainings that have ended."
     return [run for run in runs if run.status == 'done' and run.config.experiment == 'pretrain']
 
+def _views(config): return [can_settings(config)[name] for name in ('crop_area', 'colour_jitter')]
+
 def comparable_arms(
     runs:list[Run], # any mixture
     dataset:str,
     least:int=2     # arms; {} of fewer
 )->dict[str, list[Run]]: # name of `ARMS`, in their order -> the runs of most seeds
-    "The arms of a dataset that have CAN's model, images and number of encoder passes, and the floor."
+    "The arms of a dataset that have CAN's recipe, images and number of encoder passes, and the floor."
     groups = sorted(repeats([run for run in encoders(runs) if run.config.dataset == dataset]), key=len)
     can = next((group[0] for group in groups[::-1] if arm_of(group[0].config) == 'CAN'), None)
     def beside(run):
-        return alike(run, can) and (arm_of(run.config) == 'hardly trained' or passes(run.config) == passes(can.config))
+        if arm_of(run.config) == 'hardly trained': return alike(run, can)
+        same_passes, same_views = (of(run.config) == of(can.config) for of in (passes, _views))
+        return same_passes and same_views and same_settings([run], [can], {'objective_kwargs', 'epochs'})
     found = {arm_of(group[0].config): group for group in groups if can is None or beside(group[0])}
     return {name: found[name] for name in ARMS if name in found} if len(found) >= least else {}
 
@@ -96,6 +101,17 @@ def tuned_from(
 )->list[Run]:
     "The models that were fine-tuned from an encoder."
     return [run for run in _classifiers(runs) if run.config.weights_hash == encoder.result['encoder_hash']]
+
+def fine_tuned(
+    pretrained:list[Run], # of `encoders`, of any arms of one dataset
+    runs:list[Run]        # where their models are looked for
+)->dict[str, Run]:        # name of an encoder -> its model
+    "A model each that was fine-tuned from encoders, all by one recipe: that of most."
+    recipes = {}
+    for encoder in pretrained:
+        for model in tuned_from(encoder, runs):
+            recipes.setdefault(settings(model.config, {'weights_hash'}), {})[encoder.name] = model
+    return max(recipes.values(), key=len, default={})
 
 def from_scratch(runs:list[Run])->list[Run]: # any mixture
     "The models that began with random weights, of a kind that was pre-trained."
@@ -115,12 +131,14 @@ def step_rows(
 )->pd.DataFrame:    # data, pair, published, seeds, difference, low, high, resolved, held_out and what was fine-tuned
     "Each arm of `STEPS` over the other, shares of test images, paired by seed, with 95% t intervals."
     known = published(shipped('reports/reference/can.csv')).set_index('item').value
-    there = {name: {run.config.seed: _right(run, runs) for run in group}
-             for name, group in comparable_arms(runs, dataset).items()}
+    arms = comparable_arms(runs, dataset)
+    models = fine_tuned(sum(arms.values(), []), runs)
+    there = {name: {run.config.seed: _right(run, models) for run in group} for name, group in arms.items()}
     return pd.DataFrame([dict(data=dataset) | _step(one, other, there, known) for one, other in STEPS])
 
-def _right(encoder, runs): # accuracies of its probes, and of the first model that was made of it
-    return encoder.result | {its: run.result[its] for run in tuned_from(encoder, runs)[:1] for its in _tuned.values()}
+def _right(encoder, models): # accuracies of its probes, and of the model that was made of it
+    tuned = models.get(encoder.name)
+    return encoder.result | ({its: tuned.result[its] for its in _tuned.values()} if tuned else {})
 
 def _step(one, other, there, known): # arms; name -> seed -> accuracies; published differences
     first, second = there.get(one, {}), there.get(other, {})
@@ -143,8 +161,8 @@ def scratch_rows(
     dataset:str
 )->pd.DataFrame:    # pair, seeds, difference, low, high, resolved (test images), held_out
     "Models fine-tuned from CAN less those from scratch, a row for each length of these; shares, 95% t intervals."
-    made = {can.config.seed: tuned_from(can, runs) for can in comparable_arms(runs, dataset, 1).get('CAN', [])}
-    tuned, rows = {seed: models[0] for seed, models in made.items() if models}, []
+    models = fine_tuned(comparable_arms(runs, dataset, 1).get('CAN', []), runs)
+    tuned, rows = {model.config.seed: model for model in models.values()}, []
     for group in repeats([run for run in from_scratch(runs) if run.config.dataset == dataset]):
         pairs = [(tuned[run.config.seed], run) for run in group if run.config.seed in tuned]
         pairs = [pair for pair in pairs if same_settings(*([run] for run in pair), BEGINNING)]
@@ -190,12 +208,13 @@ def to_teach(
 )->dict[str, Run]:  # what it began with, as in `models_made` -> model; {} where none is made
     "What became of CAN's first encoder, and its control: from scratch, with as many passes as both together."
     scratch, cans = from_scratch(runs), [run for run in encoders(runs) if arm_of(run.config) == 'CAN']
+    models = fine_tuned(cans, [run for run in runs if run.config.dataset == dataset])
     for can in sorted(cans, key=lambda run: run.config.seed):
-        for model in tuned_from(can, runs):
-            if model.config.dataset != dataset: continue
-            long = model.config.epochs + passes(can.config)
-            return dict(CAN=model) | {_scratch(run): run for run in scratch[::-1] # the first of them last
-                                      if alike(run, model) and run.config.epochs == long}
+        if can.name not in models: continue
+        model = models[can.name]
+        long = model.config.epochs + passes(can.config)
+        return dict(CAN=model) | {_scratch(run): run for run in scratch[::-1] # the first of them last
+                                  if alike(run, model) and run.config.epochs == long}
     return {}
 
 # %% ../nbs/08i_pretrained.ipynb #a1c0de20
