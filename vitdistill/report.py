@@ -16,7 +16,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 from .analysis import format_cell
 from .config import VitdistillError, from_root, write_atomic
-from .runs import find_runs
+from .runs import find_runs, machine_in_words
 from .watch import standing
 
 # %% ../nbs/08e_report.ipynb #44400b0a
@@ -274,17 +274,14 @@ SECTIONS = (
             command='make bench ARGS=--keep', files=('bench/figures/*.svg', 'bench/*.csv'), without_runs=('*',)))
 
 # %% ../nbs/08e_report.ipynb #5889a420
-def _machine(about): # of `runs.environment`
-    if about.get('gpus'): return f"{len(about['gpus'])} x {about['gpus'][0]}"
-    return f"{about.get('cores', '?')} cores of {about.get('processor', 'an unknown processor')}"
-
 _record_columns = 'run', 'status', 'epochs', 'test top-1 at the last (%)', 'commit', 'machine', 'command'
 
 def _record(run, here): # of `_record_columns`; the first is its name, which leads to its folder
     row, about = standing(run), run.environment
+    device = '' if row['status'] == 'unreadable' else run.config.device
     commit = about.get('commit', '')[:8] + (' and changes' if about.get('uncommitted') else '')
     cells = [row['status'], f"{row['epochs_done']}/{row['epochs'] or '?'}", format_cell(100*row['test_top1']), commit,
-             _machine(about) if about else '', about.get('command', '')]
+             machine_in_words(about, device) if about else '', about.get('command', '')]
     return dict(name=run.name, link=_links(here, **{run.name: run.folder}), cells=[cell or '–' for cell in cells])
 
 # %% ../nbs/08e_report.ipynb #bb53a8e3

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'whole_lines', 'Run', 'find_runs', 'all_metrics', 'told', 'cores', 'compiler_missing',
-           'environment', 'machine', 'append_row', 'locked', 'check_folders', 'RunWriter']
+           'environment', 'machine_in_words', 'machine', 'append_row', 'locked', 'check_folders', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, io, json, os, platform, shutil, subprocess, sysconfig
+from collections import Counter
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,6 +160,17 @@ def environment()->dict:
 def _processor()->str:
     try: return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
+
+# %% ../nbs/05_runs.ipynb #a51c07d1
+def machine_in_words(
+    about:dict,    # of `environment`, or of a run's environment.json
+    device:str=''  # of a run's config: 'cpu' leaves the GPUs out
+)->str:
+    "What there was to compute with: GPUs, or so many cores of a processor."
+    gpus = about.get('gpus')
+    if gpus and device != 'cpu': return ', '.join(f'{n} x {name}' for name, n in Counter(gpus).items())
+    n = about.get('cores', '?')
+    return f"{n} core{'s'*(n != 1)} of {about.get('processor', 'an unknown processor')}"
 
 # %% ../nbs/05_runs.ipynb #3eb040e6
 def machine()->dict:
