@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
 from torch.profiler import ProfilerActivity, profile
-from .bench import device_and_noise, goal_met, instruction_set, machine_name, median_interval
+from .bench import device_and_noise, instruction_set, machine_name, over_rounds
 from .complexity import layers
 from .config import VitdistillError, from_root, write_atomic
 from .contenders import Watch, clock, loop
@@ -136,9 +136,8 @@ def speedups(
         if name == 'plain attention': continue
         ratio = plain.loc[size].seconds/one.droplevel(['contender', 'size']).seconds
         promised = plain.loc[size].multiply_adds.iloc[0]/one.multiply_adds.iloc[0]
-        about = dict(median=ratio.median(), rounds=len(ratio), **dict(zip(('low', 'high'), median_interval(ratio))))
         found.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
-                          **about, met=goal_met(**about, sense='>=', goal=goal*promised)))
+                          **over_rounds(ratio, '>=', goal*promised)))
     return pd.DataFrame(found)
 
 # %% ../nbs/09b_attention_bench.ipynb #e45a3ace
@@ -183,6 +182,9 @@ def main(arguments:list=None)->int:
         device, noise = device_and_noise(args)
         if wrong := next((size for size in args.sizes if size < 128 or size % 32), None):
             raise VitdistillError(f'{wrong} px is no size for all of them: choose multiples of 32, from 128 on.')
+        if args.rounds < 1 or args.batch < 0:
+            raise VitdistillError(f'rounds = {args.rounds}, batch = {args.batch}: give a round or more, and the images '
+                                  'of a pass, or 0 for the usual number.')
         say = functools.partial(print, flush=True)
         turns = measure(cases(tuple(args.sizes)), device, args.rounds, args.seconds,
                         args.batch or (32 if device == 'cuda' else 1), say)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLOSE', 'STARTS', 'HOW_MET', 'orders', 'peak_memory', 'everyone', 'serve', 'Worker', 'steps_a_turn', 'start',
-           'measure', 'projected_hours', 'by_round', 'median_interval', 'result', 'goal_met', 'beside_goals', 'ratios',
-           'fill_pays_after', 'other_work', 'busy_gpus', 'noise_sentence', 'device_and_noise', 'instruction_set',
-           'machine_name', 'headline', 'draw', 'record', 'versus', 'record_tries', 'recipe_ratios', 'record_recipe',
-           'milliseconds', 'profile', 'main', 'bench']
+           'measure', 'projected_hours', 'by_round', 'median_interval', 'result', 'goal_met', 'over_rounds',
+           'beside_goals', 'ratios', 'fill_pays_after', 'other_work', 'busy_gpus', 'noise_sentence', 'device_and_noise',
+           'instruction_set', 'machine_name', 'headline', 'draw', 'record', 'versus', 'record_tries', 'recipe_ratios',
+           'record_recipe', 'milliseconds', 'profile', 'main', 'bench']
 
 # %% ../nbs/09a_bench.ipynb #79f67ae8
 import argparse, contextlib, dataclasses, functools, json, math, os, re, resource, statistics, subprocess, sys, tempfile
@@ -214,6 +214,17 @@ def goal_met(median:float, low:float, high:float, rounds:int, sense:str, goal:fl
     if not math.isnan(better) and not reached(better): return f'no, by {abs(median/goal - 1):.1%}'
     return f'yes (median of {rounds} rounds)' if rounds >= 9 and reached(median) else 'not resolved'
 
+# %% ../nbs/09a_bench.ipynb #a51c07d3
+def over_rounds(
+    values:pd.Series|float,  # a ratio by round, or one that was counted
+    sense:str, goal:float    # as in `goal_met`
+)->dict: # median, low and high of its interval, rounds, met
+    "A ratio over rounds, and whether its goal is met."
+    low, high = median_interval(values) if isinstance(values, pd.Series) else (values, values)
+    values = pd.Series(values)
+    about = dict(median=values.median(), low=low, high=high, rounds=int(values.count()))
+    return about | dict(met=goal_met(**about, sense=sense, goal=goal))
+
 # %% ../nbs/09a_bench.ipynb #1b45f716
 def beside_goals(
     rows:list # of (name, values by round or one that was counted, '>=' or '<=', goal or NaN)
@@ -221,12 +232,9 @@ def beside_goals(
     "What was measured, beside what it was to be."
     found = []
     for name, values, sense, goal in rows:
-        low, high = median_interval(values) if isinstance(values, pd.Series) else (values, values)
-        values = pd.Series(values)
-        about = dict(median=values.median(), low=low, high=high, rounds=values.count())
-        met, goal = goal_met(**about, sense=sense, goal=goal), '' if math.isnan(goal) else f'{sense} {goal:g}'
-        found.append(dict(ratio=name, **about, goal=goal, met=met))
-    return pd.DataFrame(found)
+        about = over_rounds(values, sense, goal)
+        found.append(dict(ratio=name, goal='' if math.isnan(goal) else f'{sense} {goal:g}', **about))
+    return pd.DataFrame(found, columns=['ratio', 'median', 'low', 'high', 'rounds', 'goal', 'met'])
 
 # %% ../nbs/09a_bench.ipynb #77d5fbcb
 def ratios(
