@@ -30,6 +30,7 @@ def seconds_left(
 frame_columns = ['run', 'status', 'experiment', 'student', 'teacher', 'dataset', 'seed', 'epochs_done', 'epochs',
                  'eta',                                # local time
                  'train_loss', 'val_top1', 'test_top1', # at the last epoch; top-1 in [0, 1]
+                 'linear_test_top1',                    # and that of a pre-training's linear probe
                  'written']                            # local time
 
 def standing(
@@ -43,7 +44,7 @@ def standing(
     done, written = int(last.get('epoch', -1)) + 1, _written(run.folder)
     row = dict(run=run.name, status=status, epochs_done=done, written=_local(written), eta=pd.NaT)
     row |= {name: getattr(config, name, None) for name in (*frame_columns[2:7], 'epochs')}
-    row |= {name: _number(last.get(name)) for name in ('train_loss', 'val_top1', 'test_top1')}
+    row |= {name: _number(last.get(name)) for name in frame_columns[10:14]}
     pace = [seconds for seconds in (_number(past.get('seconds')) for past in rows[-5:]) if seconds >= 0]
     if status == 'running' and pace:
         row['eta'] = _local(now + seconds_left(statistics.median(pace), config.epochs - done, now - written))
@@ -102,7 +103,7 @@ def describe(row:dict)->str: # of `standing`
     of = f" of {row['epochs']}" if row['epochs'] else ''
     parts = [f"epoch {row['epochs_done']}{of}" if row['epochs_done'] else 'no epoch yet']
     for name, words, form in (('train_loss', 'loss', '.3g'), ('val_top1', 'validation top-1', '.1%'),
-                              ('test_top1', 'test top-1', '.1%')):
+                              ('test_top1', 'test top-1', '.1%'), ('linear_test_top1', 'linear probe', '.1%')):
         if not math.isnan(row[name]): parts.append(f'{words} {row[name]:{form}}')
     if row['eta'] is not pd.NaT:
         left = max(0, (row['eta'] - pd.Timestamp.now()).total_seconds())
