@@ -192,7 +192,7 @@ def _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate
 class LITv2(nn.Module):
     "LITv2 (Pan et al., 2022), as timm's models are: patches, stages with a merging at the head of each, norm, head."
     def __init__(self,
-        img_size:int=224, # that it is made for, in px; any multiple of the patch will do
+        img_size:int=224, # that it is made for, in px; it takes any whose maps hold its windows
         patch_size:int=4, # px
         in_chans:int=3, num_classes:int=1000, global_pool:str='avg',
         embed_dim:int=96, # channels of the first stage; each next one has twice as many

@@ -121,8 +121,9 @@ def _described(name:str)->tuple[str, dict]: # timm's name and arguments: this an
         raise VitdistillError(f"{name} is not in timm's format, for in its config.json {_why(e)}: give a model that "
                               'timm saved, or a weights file in its names.') from None
     except Exception as e: # the hub's, of a path, or of JSON
-        raise VitdistillError(f'{name} could not be read ({_why(e)}): check the name and the network, or download '
-                              'the files of the model and name their folder, local-dir:FOLDER.') from None
+        instead = 'name the folder of a model that timm saved' if source == 'local-dir' else \
+            'check the name and the network, or download the files of the model and name their folder, local-dir:FOLDER'
+        raise VitdistillError(f'{name} could not be read ({_why(e)}): {instead}.') from None
 
 # %% ../nbs/02_models.ipynb #edcd35cf
 def create(
