@@ -9,7 +9,7 @@ __all__ = ['FEW', 'attend', 'HiFi', 'LoFi', 'HiLo', 'hilo_flops', 'ConvFFN', 'De
 # %% ../nbs/02a_layers.ipynb #9fb98863
 from contextlib import nullcontext
 import torch
-from timm.layers import ClassifierHead, DropPath, PatchEmbed, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -180,11 +180,10 @@ class LITBlock(nn.Module):
 
 # %% ../nbs/02a_layers.ipynb #cedc2370
 def _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate): # of LITv2, a sequence each
-    last = max(1, sum(depths) - 1)
-    rates, stages = [drop_path_rate*i/last for i in range(sum(depths))], []
-    for i, (width, depth, heads, window) in enumerate(zip(widths, depths, num_heads, windows, strict=True)):
+    rates, stages = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), []
+    for i, (width, heads, window, its) in enumerate(zip(widths, num_heads, windows, rates, strict=True)):
         merging = [DeformableMerging(widths[i - 1], width)] if i else []
-        blocks = [LITBlock(width, heads, window, alpha, mlp_ratio, rates.pop(0)) for _ in range(depth)]
+        blocks = [LITBlock(width, heads, window, alpha, mlp_ratio, rate) for rate in its]
         stages.append(nn.Sequential(*merging, *blocks))
     return nn.Sequential(*stages)
 

@@ -164,7 +164,7 @@ class Labels(nn.Module):
     wants = None # kind of answer; None: no teacher
     labelled = True # False: pre-training, which is evaluated by probes of its features
     copies = 1 # of an image in a step, each a view of its own
-    needs_two = False # images on every rank
+    needs_two = False # images in a batch, over all ranks
     compiles = True # may be one program of torch.compile; False: it depends on the epoch, and would be compiled in each
     token = 'auto' # whose head learns the teacher's answers: class, distillation; auto: the last one
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)

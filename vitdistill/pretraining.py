@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'splitmix64', 'uniform', 'normal', 'crops', 'cropped', 'coloured', 'pick', 'VisiblePatches', 'split_patches',
            'positions', 'MaskedEncoder', 'to_patches', 'to_images', 'sines', 'Decoder', 'nt_xent', 'Drawn', 'drawn',
-           'augmented', 'patch_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
+           'augmented', 'patch_scale', 'patch_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
            'ContrastiveMaskedNoise', 'refuse_unfit', 'knn_probe', 'linear_probe', 'features', 'probed',
            'reconstructions']
 
@@ -168,12 +168,12 @@ class Decoder(nn.Module):
         grid:tuple,        # patches in a column and in a row
         values:int,        # of a patch: channels x its pixels
         width:int, depth:int, heads:int,
-        noise_levels:bool): # is it told sigma?
+        embed_sigma:bool): # is it told sigma?
         super().__init__()
         self.enter, self.leave, self.norm = nn.Linear(encoder, width), nn.Linear(width, values), nn.LayerNorm(width)
         self.hidden = nn.Parameter(torch.randn(1, 1, width)*.02)
         self.register_buffer('positions', positions(grid, width), persistent=False)
-        self.level = Mlp(width, width, width) if noise_levels else None
+        self.level = Mlp(width, width, width) if embed_sigma else None
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
         for part in self.modules():
             if isinstance(part, nn.Linear):
@@ -240,6 +240,10 @@ def augmented(
     return coloured(pixels.float(), torch.cat([1 + jitter*(2*u[:, 4:7] - 1), (u[:, 7:] < .2).float()], -1))
 
 # %% ../nbs/03a_pretraining.ipynb #54ed21f0
+def patch_scale(patches:torch.Tensor)->tuple: # (B, N, P) -> two of (B, N, 1)
+    "Mean and standard deviation of each patch, as MAE's targets are normalized."
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
 def patch_error(
     said:torch.Tensor,   # (B, N, P) by the decoder
     pixels:torch.Tensor, # (B, 3, S, S) that it should have said
@@ -249,16 +253,18 @@ def patch_error(
 )->torch.Tensor:
     "Mean squared error over some patches of each image."
     target = to_patches(pixels, side)
-    if normalize: target = (target - target.mean(-1, keepdim=True))/(target.var(-1, keepdim=True) + 1e-6).sqrt()
+    if normalize:
+        mean, deviation = patch_scale(target)
+        target = (target - mean)/deviation
     return F.mse_loss(pick(said, where), pick(target, where))
 
 # %% ../nbs/03a_pretraining.ipynb #a1d9e302
-def whole_numbers(name:str, value, parts:str)->tuple: # parts: what its numbers are, with commas between
+def whole_numbers(name:str, value, *parts:str)->tuple: # parts: what its numbers are
     "The value, if it is as many whole numbers above 0 as there are parts; a `VitdistillError` else."
-    fits = isinstance(value, (list, tuple)) and len(value) == len(parts.split(',')) and \
+    fits = isinstance(value, (list, tuple)) and len(value) == len(parts) and \
         all(type(number) is int and number > 0 for number in value)
     if fits: return tuple(value)
-    raise VitdistillError(f'{name} = {value}: give a list of whole numbers above 0: {parts}.')
+    raise VitdistillError(f'{name} = {value}: give a list of whole numbers above 0: {", ".join(parts)}.')
 
 # %% ../nbs/03a_pretraining.ipynb #cd09f6f9
 PARTS = 'contrast', 'reconstruction', 'denoising' # of the loss, in the order of their weights
@@ -268,7 +274,7 @@ class CanTerms(nn.Module):
     def __init__(self, model:VisionTransformer,
         weights:tuple,     # of contrast, reconstruction, denoising
         tau:float,         # temperature of the contrast
-        told:bool,         # is the decoder told sigma?
+        embed_sigma:bool,  # is the decoder told sigma?
         normalize:bool,    # the hidden patches that it is compared with
         normalize_noise:bool, # and the noise of the visible ones
         projector:tuple,   # widths: hidden, output
@@ -276,12 +282,12 @@ class CanTerms(nn.Module):
         super().__init__()
         self.weights, self.tau, self.normalize, self.normalize_noise = weights, tau, normalize, normalize_noise
         self.side, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
-        if weights[0]: self.projector = Mlp(model.embed_dim, *whole_numbers('projector', projector, 'hidden, output'))
+        if weights[0]: self.projector = Mlp(model.embed_dim, *whole_numbers('projector', projector, 'hidden', 'output'))
         if not any(weights[1:]): return
-        decoder = whole_numbers('decoder', decoder, 'width, depth, heads')
+        decoder = whole_numbers('decoder', decoder, 'width', 'depth', 'heads')
         if decoder[0] % decoder[2]:
             raise VitdistillError(f'decoder = {list(decoder)}: {decoder[2]} heads do not divide width {decoder[0]}.')
-        self.decoder = Decoder(model.embed_dim, grid, 3*math.prod(self.side), *decoder, told)
+        self.decoder = Decoder(model.embed_dim, grid, 3*math.prod(self.side), *decoder, embed_sigma)
 
     def forward(self, tokens:torch.Tensor, batch:Batch, drawn:Drawn)->tuple: # tokens: (copies*B, K, D)
         weights, parts = dict(zip(PARTS, self.weights)), {}
@@ -341,7 +347,7 @@ class ContrastiveMaskedNoise(nn.Module):
         super().__init__()
         for fault in can_faults(views, mask, sigma, weights): raise VitdistillError(fault)
         self.seed, self.copies, self.mask, self.sigma = seed, views, mask, sigma
-        self.needs_two = weights[0] > 0 # images on every rank, to tell one from another
+        self.needs_two = weights[0] > 0 # images in a batch, to tell one from another
         self.area, self.jitter = within('crop_area', crop_area, 1e-6), within('colour_jitter', colour_jitter)
         tau = within('tau', tau, 1e-6, float('inf'))
         self.parts = weights, tau, embed_sigma and sigma > 0, normalize_targets, normalize_noise, projector, decoder
@@ -453,8 +459,8 @@ def reconstructions(
     visible = torch.zeros(said.shape[:2] + (1,), device=said.device).scatter(1, drawn.keep[..., None], 1.).bool()
     for where, target, normalized in ((~visible, clean, terms.normalize), (visible, noise, terms.normalize_noise)):
         if not normalized: continue
-        spread = (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        said = torch.where(where, said*spread + target.mean(-1, keepdim=True), said)
+        mean, deviation = patch_scale(target)
+        said = torch.where(where, said*deviation + mean, said)
     if not terms.weights[2]: noisy, said = clean, torch.where(visible, 0., said)
     pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - said, said)
     return tuple(to_images(x, terms.side, pixels.shape[-2:]) for x in pictures)

@@ -52,9 +52,12 @@ class Step(typing.NamedTuple):
 def epoch_steps(setup:Setup, rows:int)->list: # rows: of the plan
     "The steps of an epoch, on this rank."
     ranks = setup.ranks
-    two = has_batch_norm(setup.student) or setup.criterion.needs_two
-    bounds = batch_bounds(rows, setup.config.batch_size, ranks.world, two)
-    return [Step(*part, *local_rows(*part, ranks.rank, ranks.world)) for part in bounds]
+    return [Step(*part, *local_rows(*part, ranks.rank, ranks.world)) for part in _bounds(setup, rows)]
+
+def _bounds(setup, rows): # (start, stop) of an epoch's batches: batch norm needs 2 images on every rank, a contrast 2
+    norm = has_batch_norm(setup.student)
+    world = setup.ranks.world if norm else 1
+    return batch_bounds(rows, setup.config.batch_size, world, norm or setup.criterion.needs_two)
 
 # %% ../nbs/06_train.ipynb #271625df
 class Cuts(Dataset):
@@ -301,12 +304,12 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     elif answers and answers.plan_memo: say(f"memo of the plan: {answers.plan_memo.known():.1%} of its answers known; "
                                             'the teacher is asked the others online, once for all students of the plan')
     elif answers: say("the teacher is asked online, about each batch's pixels")
-    norm, two = has_batch_norm(setup.student), setup.criterion.needs_two
+    norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
         say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
-    if (norm or two) and (left := images - batch_bounds(images, c.batch_size, ranks.world, True)[-1][1]):
-        who = 'batch norm' if norm else 'a contrast'
-        say(f'the last batch of {left} image(s) of each epoch is dropped: {who} needs 2 on every rank')
+    if left := images - _bounds(setup, images)[-1][1]:
+        who = 'batch norm needs 2 on every rank' if norm else 'a contrast needs 2'
+        say(f'the last batch of {left} image(s) of each epoch is dropped: {who}')
 
 # %% ../nbs/06_train.ipynb #3cc86d7f
 def settle(setup:Setup, objective:Objective)->None:
