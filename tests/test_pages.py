@@ -663,7 +663,8 @@ def test_watching_as_the_readme_does(tmp_path, monkeypatch, capsys):
 
 def beside(question):
     """(answer, seeds) of a row of the README's second table: of the one whose question has these words."""
-    rows = re.findall(r"^\| (.+) \| (.+) \| (\S+(?: and \d)?) \|$", README.split("### Beside it")[1].split("\n## ")[0], re.M)
+    table = README.split("### Beside it")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+) \| (.+) \| (\S+(?: and \d)?) \|$", table, re.M)
     (answer, seeds), = ((answer, seeds) for asked, answer, seeds in rows if question in asked)
     return answer, seeds
 
@@ -683,7 +684,8 @@ def of_table(name, *rows):
 def test_the_readme_says_what_hilo_saves():
     """As the table of its record has it, at the sizes that are named."""
     answer, _ = beside("What does a HiLo layer save")
-    told = re.findall(r"\[(\S+) times \((\S+) to (\S+)\)\]\(reports/tables/hilo_goal.md\)[^;]*? at (\S+) px", answer)
+    faster = r"\[(\S+) times \((\S+) to (\S+)\)\]\(reports/tables/hilo_goal.md\)[^;]*? at (\S+) px"
+    told = re.findall(faster, answer)
     table = pd.read_csv(ROOT / "reports/tables/hilo_goal.csv")
     table = table[table.contender == "HiLo, alpha 0.5"].set_index("image (px)")
     assert {size for *_, size in told} == {"1,024", "384"} and table["goal met"][224] == "not resolved"
