@@ -416,7 +416,7 @@ def test_arms_still_to_come_have_their_place(tmp_path):
         record(tmp_path, [0.1, 0.4], seed, **part, **deit | dict(mixup=0.2))  # of the same model
         pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9))
         tell(pupil, teacher_card=dict(top1_held_out=0.8, top1_train_views=0.9))
-        pupil = record(tmp_path, [0.1, 0.52 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.8))
+        pupil = record(tmp_path, [0.1, 0.52 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9, teacher_hash="s"))
         tell(pupil, teacher_card=dict(top1_held_out=0.75, top1_train_views=0.9))
         other = record(tmp_path, [0.1, 0.52 + seed / 500], seed, lr=0.02, **part, **usual | dict(teacher="resnet18"))
         tell(other, teacher_card=dict(top1_held_out=0.4, n_train=44_000, weights_hash="r"))
@@ -464,6 +464,8 @@ def test_arms_still_to_come_have_their_place(tmp_path):
     assert "| CAN over MAE | +10.0 | +10.0 | +6.8 | 1 |" in tenth and "![" in tenth  # test, held-out, published
     said = "same transformer from scratch, 2 epochs without pre-training, has 75.0% of test images right"
     assert said in unlinked(tenth)
+    assert "lies [+5.0 (no interval)]" in tenth and "from scratch of 2 epochs (paired seeds: 1)." in tenth
+    assert re.search(r"CAN's students lie \[\+1\.0 \(.* from those of one from scratch, 2 epochs", tenth)
     rows = re.findall(r"^\| resnet50.*$", text.split("## 1. ")[1].split("## 2. ")[0], re.M)
     assert ["part 2" in row for row in rows] == [False] * (len(rows) - 1) + [True]
 

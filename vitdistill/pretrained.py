@@ -6,11 +6,12 @@
 __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'noise_explained', 'alike',
            'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'from_scratch', 'step_rows', 'scratch_rows',
            'learned_from', 'models_made', 'taught_by', 'made_how', 'to_teach', 'answered', 'mean_test',
-           'plain_students', 'pupil_rows']
+           'plain_students', 'pupil_rows', 'over_control']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 from collections.abc import Callable
 from inspect import signature
+from itertools import product
 import numpy as np, pandas as pd, torch
 from .agreement import comparisons, pairs_by_seed, resolved, seed_interval, teacher_card
 from .analysis import TEACHING, published, repeats, settings
@@ -159,7 +160,7 @@ BEGINNING = frozenset({'weights_hash', 'layer_decay', 'epochs'}) # what these mo
 def scratch_rows(
     runs:list[Run], # any mixture
     dataset:str
-)->pd.DataFrame:    # pair, seeds, difference, low, high, resolved (test images), held_out
+)->pd.DataFrame:    # pair, seeds, difference, low, high, resolved (test images), held_out, runs
     "Models fine-tuned from CAN less those from scratch, a row for each length of these; shares, 95% t intervals."
     models = fine_tuned(comparable_arms(runs, dataset, 1).get('CAN', []), runs)
     tuned, rows = {model.config.seed: model for model in models.values()}, []
@@ -170,7 +171,8 @@ def scratch_rows(
         test, held_out = ([one.result[name] - other.result[name] for one, other in pairs] for name in _tuned.values())
         mean, low, high = seed_interval(test)
         rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {group[0].config.epochs} epochs', seeds=len(pairs),
-                         difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out)))
+                         difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out),
+                         runs=run_names(pairs)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
@@ -240,19 +242,21 @@ def plain_students(
             and recipe(run.config) == recipe(asked)]
 
 # %% ../nbs/08i_pretrained.ipynb #a1c0de22
+def _taught_arms(runs): # of each arm that such a model taught: what that began with, it, plain students, its students
+    made = models_made(runs)
+    done = [run for run in runs if run.status == 'done' and run.config.experiment in EXPERIMENTS]
+    return [(*found, plain, pupils) for plain, pupils in comparisons(done) if (found := taught_by(pupils[0], made))]
+
 def pupil_rows(
     runs:list[Run],     # any mixture
     plain:list[Run]=()  # students on labels alone, beside whom a teacher stands that has taught none
 )->pd.DataFrame: # teacher (began as), data, student, teacher_held_out, teacher_test, taught, alone, answer; and
     # what `paired_difference` says
     "A row for each arm that such a teacher, or its control, taught: less labels alone, or why that says nothing."
-    done = [run for run in runs if run.status == 'done']
-    made, rows = models_made(done), []
-    for beside, pupils in comparisons([run for run in done if run.config.experiment in EXPERIMENTS]):
-        if found := taught_by(pupils[0], made): rows.append(_pupil_row(*found, beside, pupils))
+    rows = [_pupil_row(*arm) for arm in _taught_arms(runs)]
     there = {(row['teacher'], row['data']) for row in rows}
     data = plain[0].config.dataset if len(plain) else ''
-    return pd.DataFrame(rows + [_pupil_row(name, model, plain, []) for name, model in to_teach(done, data).items()
+    return pd.DataFrame(rows + [_pupil_row(name, model, plain, []) for name, model in to_teach(runs, data).items()
                                 if (name, data) not in there])
 
 def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has taught none
@@ -263,3 +267,17 @@ def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has
     return dict(teacher=name, data=c.dataset, student=c.student, teacher_held_out=teacher.result['held_out_top1'],
                 teacher_test=right, taught=taught, alone=alone, answer=answer, **gap,
                 runs=run_names([*both, [] if pupils else [teacher]]))
+
+# %% ../nbs/08i_pretrained.ipynb #c0417a02
+def over_control(
+    runs:list[Run] # any mixture
+)->pd.DataFrame: # pair, data, student, control_test (shares); what `paired_difference` says; runs. A row a pair of arms
+    "Students of a pre-trained teacher less those of the same model from scratch, on test images, paired by seed."
+    rows = []
+    for (name, model, _, pupils), (control, other, _, theirs) in product(_taught_arms(runs), repeat=2):
+        if not model.config.weights_hash or other.config.weights_hash: continue
+        if not same_settings(pupils, theirs, {'teacher_hash'}): continue
+        rows.append(dict(pair=f"{name}'s students over those of one {control}", data=model.config.dataset,
+                         student=pupils[0].config.student, control_test=other.result['test_top1'],
+                         **paired_difference(theirs, pupils), runs=run_names([theirs, pupils])))
+    return pd.DataFrame(rows)

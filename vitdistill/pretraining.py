@@ -383,8 +383,8 @@ def refuse_unfit(
                               f'pre-training has a position for each patch, so set img_size to {size}.')
     least = min(config.batch_size, images)
     if can.needs_two and least//world < 2:
-        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, and a contrast needs '
-                              'another to tell an image from: use a larger batch_size or fewer ranks.')
+        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few to contrast: '
+                              'use a larger batch_size or fewer ranks.')
     for name, why in (('test_size', 'its probes see the size of training'), ('label_smoothing', 'it has no labels')):
         if getattr(config, name): raise VitdistillError(f'{name} = {getattr(config, name)}: pre-training does without, '
                                                         f'for {why}. Set it to 0.')
