@@ -416,7 +416,8 @@ def test_arms_still_to_come_have_their_place(tmp_path):
         record(tmp_path, [0.1, 0.4], seed, **part, **deit | dict(mixup=0.2))  # of the same model
         pupil = record(tmp_path, [0.1, 0.53 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9))
         tell(pupil, teacher_card=dict(top1_held_out=0.8, top1_train_views=0.9))
-        pupil = record(tmp_path, [0.1, 0.52 + seed**2 / 500], seed, lr=0.02, **part, **usual | dict(alpha=0.9, teacher_hash="s"))
+        control = usual | dict(alpha=0.9, teacher_hash="s")
+        pupil = record(tmp_path, [0.1, 0.52 + seed**2 / 500], seed, lr=0.02, **part, **control)
         tell(pupil, teacher_card=dict(top1_held_out=0.75, top1_train_views=0.9))
         other = record(tmp_path, [0.1, 0.52 + seed / 500], seed, lr=0.02, **part, **usual | dict(teacher="resnet18"))
         tell(other, teacher_card=dict(top1_held_out=0.4, n_train=44_000, weights_hash="r"))
