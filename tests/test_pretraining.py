@@ -334,7 +334,7 @@ def test_notebook_pretrains_and_fine_tunes(tmp_path):
 def test_a_role_that_cannot_follow_is_refused_at_once(tmp_path):
     """Of another student, before anything is trained."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
-    with pytest.raises(papermill.PapermillExecutionError, match="'baseline' is a resnet50, and a vit_tiny"):
+    with pytest.raises(papermill.PapermillExecutionError, match="'baseline' trains a resnet50, and a vit_tiny"):
         execute("e06_pretrain", tmp_path / "e06.ipynb", role="baseline", **where)
     assert not (tmp_path / "runs").exists()
 

@@ -106,7 +106,7 @@ def student_rows(runs:list[Run])->pd.DataFrame: # any mixture
 def resnet_rows(
     runs:list[Run],     # any mixture
     plain:list[Run]=()  # ResNets on labels alone, beside whom teachers stand whose students did not run
-)->pd.DataFrame:        # teacher_test, alone, answer; `paired_difference`'s
+)->pd.DataFrame:        # teacher_test, alone, answer, teacher_run, runs (students); `paired_difference`'s
     "What LITv2 and the DeiT beside it add to a ResNet as teachers, and how far apart; or why that says nothing."
     made = repeats([run for run in runs if run.status == 'done' and run.config.experiment == 'teacher'])
     pairs, rows, pupils = comparisons([run for arm in students(runs) for run in arm]), [], {}
@@ -120,7 +120,7 @@ def resnet_rows(
         answer = answered(gap, right, alone)
         if both and not answer.startswith('not answered'): pupils[kind] = taught
         rows.append(dict(what=f'a ResNet taught by {kind}, less alone', teacher_test=right, alone=alone, answer=answer,
-                         **gap, runs=run_names(zip(*both))))
+                         **gap, teacher_run=teacher.name, runs=run_names([*zip(*both)] or [plain])))
     if len(pupils) == 2:
         row = contrast(pupils['DeiT'], pupils['LITv2'], 'a ResNet taught by LITv2, less by DeiT')
         rows.append(row | dict(answer=resolved(row['low'], row['high'])))

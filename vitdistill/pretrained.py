@@ -9,6 +9,7 @@ __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'se
            'plain_students', 'pupil_rows', 'over_control']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
+import json
 from collections.abc import Callable
 from inspect import signature
 from itertools import product
@@ -16,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from .agreement import comparisons, pairs_by_seed, resolved, seed_interval, teacher_card
 from .analysis import TEACHING, published, repeats, settings
 from .comparison import EXPERIMENTS, paired_difference, run_names, same_settings
-from .config import Config, shipped
+from .config import Config, field_names, shipped
 from .data import image_side
 from .models import create, student_size
 from .pretraining import ContrastiveMaskedNoise, split_patches
@@ -29,7 +30,7 @@ ARMS = ('CAN', 'noise loss, sigma not told', 'noise loss of unit variance', 'noi
 def can_settings(config:Config)->dict: # of a pre-training
     "The settings of its objective, by name: those that its config gives, and the others' defaults."
     usual = {name: one.default for name, one in signature(ContrastiveMaskedNoise).parameters.items()}
-    return usual | config.objective_kwargs
+    return json.loads(json.dumps(usual | config.objective_kwargs)) # lists, as a config's file has them
 
 def arm_of(config:Config)->str: # of a pre-training
     "Which row of the ablation it is."
@@ -55,11 +56,11 @@ def seen_patches(config:Config)->int: # of a pre-training, or of a transformer t
         mask = can_settings(config)['mask'] if config.distillation == 'can' else 0
         return split_patches(torch.zeros(1, model.patch_embed.num_patches), mask)[0].shape[1]
 
-def noise_explained(run:Run)->float: # a pre-training that has ended; NaN where it predicts none
+def noise_explained(run:Run)->float: # a pre-training that has ended; NaN where it learns no noise as it was added
     "The share of the noise's variance that the last epoch's prediction explains; below 0: none at all errs less."
-    its = can_settings(run.config)
-    if not its['weights'][2]: return np.nan
-    variance = 1 if its['normalize_noise'] else its['sigma']**2/3 # of sigma uniform in [0, largest]
+    its, arm = can_settings(run.config), arm_of(run.config)
+    if arm == 'hardly trained' or not its['weights'][2] or its['normalize_noise']: return np.nan
+    variance = its['sigma']**2/3 # of sigma uniform in [0, largest]
     return 1 - run.result.get('train_denoising', np.nan)/variance
 
 # %% ../nbs/08i_pretrained.ipynb #ba2aedb3
@@ -68,27 +69,32 @@ def alike(
     other:Run
 )->bool:
     "Are they runs of one model on the same images?"
-    return all(getattr(one.config, name) == getattr(other.config, name)
-               for name in ('student', 'student_kwargs', 'data_hash', 'data_fraction'))
+    fields = {'student', 'student_kwargs', 'data_hash', 'data_fraction', *field_names(split=True)}
+    return all(getattr(one.config, name) == getattr(other.config, name) for name in fields)
 
 def encoders(runs:list[Run])->list[Run]: # of any mixture
     "The pre-trainings that have ended."
     return [run for run in runs if run.status == 'done' and run.config.experiment == 'pretrain']
 
-def _views(config): return [can_settings(config)[name] for name in ('crop_area', 'colour_jitter')]
+def _shared(config): # what arms have in common, of the parts that this one has
+    its = can_settings(config)
+    contrast, *decoded = its['weights']
+    names = ['crop_area', 'colour_jitter', *['tau', 'projector']*bool(contrast)]
+    return {name: its[name] for name in [*names, *['decoder', 'normalize_targets']*any(decoded)]}
 
 def comparable_arms(
     runs:list[Run], # any mixture
     dataset:str,
     least:int=2     # arms; {} of fewer
 )->dict[str, list[Run]]: # name of `ARMS`, in their order -> the runs of most seeds
-    "The arms of a dataset that have CAN's recipe, images and number of encoder passes, and the floor."
+    "The arms of a dataset that have CAN's recipe, parts, images and number of encoder passes, and the floor."
     groups = sorted(repeats([run for run in encoders(runs) if run.config.dataset == dataset]), key=len)
     can = next((group[0] for group in groups[::-1] if arm_of(group[0].config) == 'CAN'), None)
     def beside(run):
         if arm_of(run.config) == 'hardly trained': return alike(run, can)
-        same_passes, same_views = (of(run.config) == of(can.config) for of in (passes, _views))
-        return same_passes and same_views and same_settings([run], [can], {'objective_kwargs', 'epochs'})
+        same_passes, theirs = passes(run.config) == passes(can.config), _shared(can.config)
+        same_parts = all(theirs[name] == value for name, value in _shared(run.config).items())
+        return same_passes and same_parts and same_settings([run], [can], {'objective_kwargs', 'epochs'})
     found = {arm_of(group[0].config): group for group in groups if can is None or beside(group[0])}
     return {name: found[name] for name in ARMS if name in found} if len(found) >= least else {}
 
@@ -216,7 +222,7 @@ def to_teach(
         model = models[can.name]
         long = model.config.epochs + passes(can.config)
         return dict(CAN=model) | {_scratch(run): run for run in scratch[::-1] # the first of them last
-                                  if alike(run, model) and run.config.epochs == long}
+                                  if run.config.epochs == long and same_settings([run], [model], BEGINNING)}
     return {}
 
 # %% ../nbs/08i_pretrained.ipynb #a1c0de20
@@ -250,8 +256,8 @@ def _taught_arms(runs): # of each arm that such a model taught: what that began 
 def pupil_rows(
     runs:list[Run],     # any mixture
     plain:list[Run]=()  # students on labels alone, beside whom a teacher stands that has taught none
-)->pd.DataFrame: # teacher (began as), data, student, teacher_held_out, teacher_test, taught, alone, answer; and
-    # what `paired_difference` says
+)->pd.DataFrame: # teacher (began as), data, student, teacher_held_out, teacher_test, taught, alone, answer,
+    # teacher_run, runs (students); and what `paired_difference` says
     "A row for each arm that such a teacher, or its control, taught: less labels alone, or why that says nothing."
     rows = [_pupil_row(*arm) for arm in _taught_arms(runs)]
     there = {(row['teacher'], row['data']) for row in rows}
@@ -265,8 +271,8 @@ def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has
     (alone, taught), right = map(mean_test, both), teacher.result['test_top1']
     answer = 'the plain student: not run yet' if pupils and not pairs else answered(gap, right, alone)
     return dict(teacher=name, data=c.dataset, student=c.student, teacher_held_out=teacher.result['held_out_top1'],
-                teacher_test=right, taught=taught, alone=alone, answer=answer, **gap,
-                runs=run_names([*both, [] if pupils else [teacher]]))
+                teacher_test=right, taught=taught, alone=alone, answer=answer, **gap, teacher_run=teacher.name,
+                runs=run_names(both))
 
 # %% ../nbs/08i_pretrained.ipynb #c0417a02
 def over_control(
@@ -276,7 +282,8 @@ def over_control(
     rows = []
     for (name, model, _, pupils), (control, other, _, theirs) in product(_taught_arms(runs), repeat=2):
         if not model.config.weights_hash or other.config.weights_hash: continue
-        if not same_settings(pupils, theirs, {'teacher_hash'}): continue
+        taught_alike = same_settings(pupils, theirs, {'teacher_hash'})
+        if not (taught_alike and same_settings([other], [model], BEGINNING)): continue
         rows.append(dict(pair=f"{name}'s students over those of one {control}", data=model.config.dataset,
                          student=pupils[0].config.student, control_test=other.result['test_top1'],
                          **paired_difference(theirs, pupils), runs=run_names([theirs, pupils])))

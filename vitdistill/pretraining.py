@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'splitmix64', 'uniform', 'normal', 'crops', 'cropped', 'coloured', 'pick', 'VisiblePatches', 'split_patches',
-           'positions', 'MaskedEncoder', 'to_patches', 'to_images', 'sines', 'Decoder', 'nt_xent', 'Drawn', 'drawn',
-           'augmented', 'patch_scale', 'patch_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
-           'ContrastiveMaskedNoise', 'refuse_unfit', 'knn_probe', 'linear_probe', 'features', 'probed',
-           'reconstructions']
+           'positions', 'MaskedEncoder', 'to_patches', 'to_images', 'sines', 'Decoder', 'nt_xent', 'Views',
+           'draw_views', 'augmented', 'patch_scale', 'patch_error', 'whole_numbers', 'CanTerms', 'can_faults',
+           'Pretraining', 'ContrastiveMaskedNoise', 'refuse_unfit', 'refuse_another_model', 'knn_probe', 'linear_probe',
+           'features', 'probed', 'reconstructions']
 
 # %% ../nbs/03a_pretraining.ipynb #50150e2a
 import math, typing, warnings
@@ -18,8 +18,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from .augment import AUGMENTATIONS, augments
 from .config import Config, VitdistillError, need
+from .data import generator, image_side
 from .losses import OBJECTIVES, Batch, Output, whole_batch, within
-from .models import Student
+from .models import Student, create, student_size
 
 # %% ../nbs/03a_pretraining.ipynb #f1fd767b
 def splitmix64(state:torch.Tensor)->torch.Tensor: # int64 -> int64 of the same shape
@@ -200,7 +201,7 @@ def nt_xent(
         return F.cross_entropy(logits, torch.arange(2*n, device=z.device).roll(n))
 
 # %% ../nbs/03a_pretraining.ipynb #83624549
-class Drawn(typing.NamedTuple):
+class Views(typing.NamedTuple):
     "What was drawn for the views of a batch."
     pixels:torch.Tensor # (B, 3, S, S), with noise
     noise:torch.Tensor  # (B, 3, S, S), as it was added
@@ -209,25 +210,25 @@ class Drawn(typing.NamedTuple):
     hidden:torch.Tensor # (B, N - K)
 
 # %% ../nbs/03a_pretraining.ipynb #4804efde
-def drawn(
+def draw_views(
     pixels:torch.Tensor, # (copies*B, 3, S, S), normalized: all first copies, then the second
     image:torch.Tensor,  # (B,) rows of the dataset
     patches:int,         # of a view
     mask:float,          # share that is hidden, in [0, 1)
     sigma:float,         # largest standard deviation of the noise, >= 0
     *key:int             # seed and epoch
-)->Drawn:
+)->Views:
     "The patches that each view shows and the noise that lies on it, sigma uniform in [0, largest] a view."
     def numbers(n, purpose):
         return uniform(image, n, *((*key, copy, purpose) for copy in range(len(pixels)//len(image))))
     share, order = numbers(1 + patches, 1).split([1, patches], 1)
     noise = torch.zeros_like(pixels)
     if sigma: noise = (sigma*share*normal(numbers(pixels[0].numel(), 2))).view(pixels.shape)
-    return Drawn(pixels + noise, noise, share[:, 0], *split_patches(order, mask))
+    return Views(pixels + noise, noise, share[:, 0], *split_patches(order, mask))
 
 # %% ../nbs/03a_pretraining.ipynb #6cc6d2b0
 def augmented(
-    pixels:torch.Tensor, # (copies*B, 3, H, W) in [0, 255], as `drawn` takes them
+    pixels:torch.Tensor, # (copies*B, 3, H, W) in [0, 255], as `draw_views` takes them
     image:torch.Tensor,  # (B,) rows of the dataset
     area:float,          # smallest share that a crop keeps, in (0, 1]; 1: not cropped
     jitter:float,        # colours change by factors in 1 +- this, a fifth of the views become grey; 0: none
@@ -289,16 +290,16 @@ class CanTerms(nn.Module):
             raise VitdistillError(f'decoder = {list(decoder)}: {decoder[2]} heads do not divide width {decoder[0]}.')
         self.decoder = Decoder(model.embed_dim, grid, 3*math.prod(self.side), *decoder, embed_sigma)
 
-    def forward(self, tokens:torch.Tensor, batch:Batch, drawn:Drawn)->tuple: # tokens: (copies*B, K, D)
+    def forward(self, tokens:torch.Tensor, batch:Batch, views:Views)->tuple: # tokens: (copies*B, K, D)
         weights, parts = dict(zip(PARTS, self.weights)), {}
         if weights['contrast']:
             pooled = self.projector(tokens.mean(1)).chunk(2) # a view each
             parts['contrast'] = nt_xent(*(whole_batch(z, batch.weight > 0) for z in pooled), self.tau)
-        if any(self.weights[1:]): said = self.decoder(tokens, drawn.keep, drawn.share).float()
+        if any(self.weights[1:]): said = self.decoder(tokens, views.keep, views.share).float()
         if weights['reconstruction']:
-            parts['reconstruction'] = patch_error(said, batch.pixels, drawn.hidden, self.side, self.normalize)
+            parts['reconstruction'] = patch_error(said, batch.pixels, views.hidden, self.side, self.normalize)
         if weights['denoising']:
-            parts['denoising'] = patch_error(said, drawn.noise, drawn.keep, self.side, self.normalize_noise)
+            parts['denoising'] = patch_error(said, views.noise, views.keep, self.side, self.normalize_noise)
         return sum(weights[name]*part for name, part in parts.items()), parts
 
 # %% ../nbs/03a_pretraining.ipynb #48c8a097
@@ -318,12 +319,12 @@ def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterat
 # %% ../nbs/03a_pretraining.ipynb #81d0ace9
 class Pretraining(nn.Module):
     "An encoder and the terms it is trained by: maps a `Batch`, with its images' rows, to an `Output` without logits."
-    def __init__(self, student:nn.Module, criterion:nn.Module, draw:typing.Callable[[Batch], Drawn]):
+    def __init__(self, student:nn.Module, criterion:nn.Module, draw:typing.Callable[[Batch], Views]):
         super().__init__()
         self.student, self.criterion, self.draw = student, criterion, draw
     def forward(self, batch:Batch)->Output:
-        drawn = self.draw(batch)
-        loss, parts = self.criterion(self.student(drawn.pixels, drawn.keep), batch, drawn)
+        views = self.draw(batch)
+        loss, parts = self.criterion(self.student(views.pixels, views.keep), batch, views)
         return Output(loss, (), {name: part.detach() for name, part in parts.items()})
 
 # %% ../nbs/03a_pretraining.ipynb #7396c938
@@ -357,16 +358,16 @@ class ContrastiveMaskedNoise(nn.Module):
         if self.mask and self.patches < 2:
             raise VitdistillError(f'mask = {self.mask} of {self.patches} patch hides none: take smaller patches '
                                   '(patch_size in student_kwargs), or a mask of 0.')
-        torch.manual_seed(self.seed)
+        torch.manual_seed(generator(self.seed, 3).initial_seed()) # not the encoder's own numbers once more
         self.terms = CanTerms(encoder.model, *self.parts)
         return encoder # what is trained in the student's place
     def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: # (copies*B, ...), (B,)
         return augmented(pixels, image, self.area, self.jitter, self.seed, epoch)
-    def draw(self, batch:Batch)->Drawn:
-        return drawn(batch.pixels, batch.image, self.patches, self.mask, self.sigma, self.seed, batch.epoch)
+    def draw(self, batch:Batch)->Views:
+        return draw_views(batch.pixels, batch.image, self.patches, self.mask, self.sigma, self.seed, batch.epoch)
     def objective(self, student:nn.Module, criterion:nn.Module)->Pretraining: # each perhaps under DDP
         return Pretraining(student, criterion, self.draw)
-    def forward(self, tokens:torch.Tensor, batch:Batch, drawn:Drawn)->tuple: return self.terms(tokens, batch, drawn)
+    def forward(self, tokens:torch.Tensor, batch:Batch, views:Views)->tuple: return self.terms(tokens, batch, views)
 
 OBJECTIVES['can'] = ContrastiveMaskedNoise
 
@@ -398,6 +399,25 @@ def refuse_unfit(
     if augments(config) or config.repeats > 1:
         raise VitdistillError('pre-training draws crops, colours and copies of its own: leave repeats, '
                               f"{', '.join(AUGMENTATIONS)} at their defaults.")
+
+# %% ../nbs/03a_pretraining.ipynb #604c1c7b
+def refuse_another_model(
+    config:Config, # of the pre-training
+    tuning:Config  # of what begins with its encoder
+)->None:
+    "Raise `VitdistillError` where the encoder's weights do not fit the model that is to be made of it."
+    if tuning.student != config.student:
+        raise VitdistillError(f'{tuning.experiment!r} trains a {tuning.student}, and a {config.student} is '
+                              'pre-trained: name a part of the preset that has the same student.')
+    def shapes(c): # of all but head and positions, which may be others
+        with torch.device('meta'): model = create(c.student, 1, student_size(c, image_side(c)), **c.student_kwargs)
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != 'pos_embed'}
+    before, after = shapes(config), shapes(tuning)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise VitdistillError(f'{name} is {before.get(name, "missing")} in the encoder and '
+                                  f'{after.get(name, "missing")} in what is to be made of it: give both parts of the '
+                                  'preset the same student_kwargs.')
 
 # %% ../nbs/03a_pretraining.ipynb #1b98ca8d
 def knn_probe(train:np.ndarray, labels:np.ndarray, test:np.ndarray)->np.ndarray: # (n, D), (n,), (m, D) -> (m,)
@@ -450,13 +470,13 @@ def probed(setup, average:nn.Module|None=None)->dict: # setup: a `Setup`; averag
 def reconstructions(
     encoder:MaskedEncoder, terms:CanTerms,
     pixels:torch.Tensor, # (B, 3, S, S), normalized
-    drawn:Drawn          # of these
+    views:Views          # of these
 )->tuple:                # (what was seen, what was said), each (B, 3, S, S), normalized
     "Pictures before and after the decoder; where targets are normalized, a patch has its own mean and deviation again."
     encoder.eval()
-    said = terms.eval().decoder(encoder(drawn.pixels, drawn.keep), drawn.keep, drawn.share).float()
-    clean, noise, noisy = (to_patches(x, terms.side) for x in (pixels, drawn.noise, drawn.pixels))
-    visible = torch.zeros(said.shape[:2] + (1,), device=said.device).scatter(1, drawn.keep[..., None], 1.).bool()
+    said = terms.eval().decoder(encoder(views.pixels, views.keep), views.keep, views.share).float()
+    clean, noise, noisy = (to_patches(x, terms.side) for x in (pixels, views.noise, views.pixels))
+    visible = torch.zeros(said.shape[:2] + (1,), device=said.device).scatter(1, views.keep[..., None], 1.).bool()
     for where, target, normalized in ((~visible, clean, terms.normalize), (visible, noise, terms.normalize_noise)):
         if not normalized: continue
         mean, deviation = patch_scale(target)
