@@ -223,7 +223,8 @@ def test_the_study_says_how_much_faster_hilo_is(page):
 def test_the_study_says_what_can_found_of_the_noise(page):
     arms = pd.read_csv(ROOT / "reports/tables/can_arms.csv").query("data == 'cifar100'").set_index("arm")
     told = re.search(r"The noise that CAN predicts errs more than predicting none would \(\[(\S+)\]", page[1])
-    assert told[1] == f"{float(arms.loc['CAN', 'noise explained']):.1f}" and float(told[1]) < 0
+    explained = float(arms.loc["CAN", "noise explained"].split(" ± ")[0])
+    assert told[1] == f"{explained:.1f}" and explained < 0 and "hardly trained predicts" not in page[1]
 
 
 def test_back_tests_are_of_all_pairs(page):
@@ -673,7 +674,7 @@ def test_watching_as_the_readme_does(tmp_path, monkeypatch, capsys):
 def beside(question):
     """(answer, seeds) of a row of the README's second table: of the one whose question has these words."""
     table = README.split("### Beside it")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (.+) \| (.+) \| (\S+(?: and \d)?) \|$", table, re.M)
+    rows = re.findall(r"^\| (.+) \| (.+) \| ([^|]+) \|$", table, re.M)
     (answer, seeds), = ((answer, seeds) for asked, answer, seeds in rows if question in asked)
     return answer, seeds
 
@@ -749,12 +750,13 @@ def test_the_readme_says_what_a_teacher_adds_to_litv2():
 def test_the_readme_says_what_teachers_without_imagenet_add():
     """LITv2 from scratch and what CAN pre-trained: how good they are, and what their students gain."""
     litv2 = of_table("hilo_students", "a ResNet taught by LITv2, less alone").iloc[0]
-    can = of_table("can_students", "CAN").iloc[0]
-    for question, row, has in (("What does LITv2, from scratch", litv2, litv2["teacher, test"]),
-                               ("first without labels (by CAN)", can, can.teacher_test)):
+    can, control = (row for _, row in of_table("can_students", "CAN", "from scratch, 80 epochs").iterrows())
+    for question, row, *right in (("What does LITv2, from scratch", litv2, litv2["teacher, test"]),
+                                  ("first without labels (by CAN)", can, can.teacher_test, control.teacher_test)):
         told, seeds = beside(question)
-        assert re.findall(r"\[([^\]]+)\]", told) == [points(row), f"{100 * has:.1f}%"] and row.pairs == int(seeds)
-        assert row.answer == "higher"
+        assert re.findall(r"\[([^\]]+)\]", told) == [points(row), *(f"{100 * has:.1f}%" for has in right)]
+        assert row.answer == "higher" and row.pairs == int(seeds)
+    assert control.answer.startswith("not answered") and control.pairs == 0 and "so it did not teach" in told
     together = pd.read_csv(ROOT / "reports/tables/study_pairs.csv").set_index("arm").holm
     holm = re.search(r"do not stay \(p (\S+) and (\S+)\)", README).groups()
     arms = "taught, by litv2_cifar", "taught, by a teacher pre-trained by CAN"
@@ -764,12 +766,22 @@ def test_the_readme_says_what_teachers_without_imagenet_add():
 def test_the_readme_says_how_good_features_without_labels_are():
     told, seeds = beside("features learned without labels")
     arms = pd.read_csv(ROOT / "reports/tables/can_arms.csv").query("data == 'cifar100'").set_index("arm")
-    arms = arms.loc[["CAN", "SimCLR", "MAE"]].astype({"linear probe, test": float, "fine-tuned, test": float})
-    shares = [*arms["linear probe, test"], *arms["fine-tuned, test"]]
-    assert re.findall(r"\d+\.\d%", told) == [f"{100 * share:.1f}%" for share in shares]
-    assert set(arms.seeds) == {int(seeds)}
+    arms = arms.loc[["CAN", "SimCLR", "MAE"]]
+    columns = "linear probe, test", "fine-tuned, test", "fine-tuned, held out"
+    means = arms[[*columns]].map(lambda share: float(share.split(" ± ")[0]))
+    assert re.findall(r"\d+\.\d%", told) == [f"{100 * share:.1f}%" for name in columns[:2] for share in means[name]]
+    assert seeds == "{:.0f}, {:.0f} and {:.0f}".format(*arms.seeds)
     assert "of held-out images MAE's model has the most right" in told
-    assert arms["fine-tuned, held out"].astype(float).idxmax() == "MAE"
+    assert means["fine-tuned, held out"].idxmax() == "MAE"
+
+
+def test_the_readme_says_what_noise_adds():
+    told, seeds = beside("noise add to contrast and masks")
+    steps = pd.read_csv(ROOT / "reports/tables/can_differences.csv").set_index("pair").loc[[
+        "noise as augmentation only over no noise", "noise loss, sigma not told over noise as augmentation only",
+        "CAN over noise loss, sigma not told"]]
+    assert re.findall(r"\[(\S+)\]", told) == [f"{100 * float(gap):+.1f}" for gap in steps.difference]
+    assert set(steps.seeds) == {int(seeds)} == {1} and "one seed shows" in told
 
 
 def test_grids_of_the_readme_need_nothing_that_a_clone_has_not():
