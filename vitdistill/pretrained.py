@@ -178,7 +178,7 @@ def scratch_rows(
         mean, low, high = seed_interval(test)
         rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {group[0].config.epochs} epochs', seeds=len(pairs),
                          difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out),
-                         runs=run_names(pairs)))
+                         runs=run_names([*zip(*pairs)][::-1])))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
