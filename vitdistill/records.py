@@ -42,7 +42,9 @@ def find_places(
     "The folders of the machine that a record names: roots of a repository first, then those of runs."
     usual = Config()
     folders = {getattr(config, name): getattr(usual, name) for name in ('work_dir', 'runs_dir')}
-    within = '|'.join(re.escape(folder) for folder in folders if not is_outside(folder)) or '(?!)'
+    inside = [folder for folder in folders if not is_outside(folder)]
+    inside += [name for folder, name in folders.items() if f'/{name}/' in folder] # below the usual one of some clone
+    within = '|'.join(map(re.escape, inside)) or '(?!)'
     roots = {str(root), *re.findall(rf'{_begin}(~?/[^\s"\']*?)/(?:{within})/', text)}
     return {root: '' for root in sorted(roots, key=len, reverse=True)} | \
            {folder: name for folder, name in folders.items() if is_outside(folder)}
