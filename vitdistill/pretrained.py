@@ -166,7 +166,7 @@ BEGINNING = frozenset({'weights_hash', 'layer_decay', 'epochs'}) # what these mo
 def scratch_rows(
     runs:list[Run], # any mixture
     dataset:str
-)->pd.DataFrame:    # pair, seeds, difference, low, high, resolved (test images), held_out, runs
+)->pd.DataFrame:    # pair, epochs, seeds, difference, low, high, resolved (test images), held_out, runs
     "Models fine-tuned from CAN less those from scratch, a row for each length of these; shares, 95% t intervals."
     models = fine_tuned(comparable_arms(runs, dataset, 1).get('CAN', []), runs)
     tuned, rows = {model.config.seed: model for model in models.values()}, []
@@ -176,7 +176,8 @@ def scratch_rows(
         if not pairs: continue
         test, held_out = ([one.result[name] - other.result[name] for one, other in pairs] for name in _tuned.values())
         mean, low, high = seed_interval(test)
-        rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {group[0].config.epochs} epochs', seeds=len(pairs),
+        epochs = group[0].config.epochs
+        rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {epochs} epochs', epochs=epochs, seeds=len(pairs),
                          difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out),
                          runs=run_names([*zip(*pairs)][::-1])))
     return pd.DataFrame(rows)

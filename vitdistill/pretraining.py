@@ -405,7 +405,7 @@ def refuse_another_model(
     config:Config, # of the pre-training
     tuning:Config  # of what begins with its encoder
 )->None:
-    "Raise `VitdistillError` where the encoder's weights do not fit the model that is to be made of it."
+    "Raise `VitdistillError` where the encoder's weights do not fit the model that begins with them."
     if tuning.student != config.student:
         raise VitdistillError(f'{tuning.experiment!r} trains a {tuning.student}, and a {config.student} is '
                               'pre-trained: name a part of the preset that has the same student.')
@@ -416,8 +416,8 @@ def refuse_another_model(
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             raise VitdistillError(f'{name} is {before.get(name, "missing")} in the encoder and '
-                                  f'{after.get(name, "missing")} in what is to be made of it: give both parts of the '
-                                  'preset the same student_kwargs.')
+                                  f'{after.get(name, "missing")} in the model that begins with it: give both parts '
+                                  'of the preset the same student_kwargs.')
 
 # %% ../nbs/03a_pretraining.ipynb #1b98ca8d
 def knn_probe(train:np.ndarray, labels:np.ndarray, test:np.ndarray)->np.ndarray: # (n, D), (n,), (m, D) -> (m,)
