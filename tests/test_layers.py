@@ -133,7 +133,8 @@ def test_a_config_makes_and_slows_it():
     (dict(num_heads=[3, 6, 11]), "11 heads do not divide 384 channels"),
     (dict(num_heads=[3, 0, 12]), "0 heads do not divide 192 channels"),
     (dict(depths=[2, 6]), "of different numbers of stages"),
-    (dict(alhpa=0.5), "takes no such argument"),
+    (dict(alhpa=0.5), "takes no such argument or value"),
+    (dict(windows=[0, 2.5, 1]), "a window has a side of 2.5 tokens: choose a whole number"),
 ])
 def test_a_wrong_argument_is_one_sentence(given, words):
     with pytest.raises(VitdistillError, match=words) as refused:

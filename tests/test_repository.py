@@ -227,7 +227,7 @@ def test_readme_differences_are_those_of_the_study():
     """Each `+x.x (low to high` of the README, in points, is a row of the tables of differences."""
     readme = " ".join((ROOT / "README.md").read_text().split())
     told = re.findall(r"([+-]\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)", readme)
-    names = "study_together", "study_forest", "hilo_students", "can_students", "deit_claims"
+    names = "study_together", "study_forest", "hilo_students", "can_students", "can_differences", "deit_claims"
     tables = [pd.read_csv(ROOT / f"reports/tables/{name}.csv") for name in names]
     table = pd.concat(tables)[["difference", "low", "high"]]
     known = set(table.map(lambda x: float(f"{100 * x:.1f}")).itertuples(index=False, name=None))

@@ -84,7 +84,8 @@ class HiLo(nn.Module):
     ):
         super().__init__()
         if not 0 <= alpha <= 1: raise VitdistillError(f'alpha = {alpha} is no share of heads: choose it in [0, 1].')
-        if window < 1: raise VitdistillError(f'a window of {window} tokens holds none: choose 1 or more.')
+        if window < 1 or window % 1:
+            raise VitdistillError(f'a window has a side of {window} tokens: choose a whole number, 1 or more.')
         if heads < 1 or dim % heads:
             raise VitdistillError(f'{heads} heads do not divide {dim} channels: choose a number that does.')
         low = heads if window == 1 else int(heads*alpha)

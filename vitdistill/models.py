@@ -145,8 +145,8 @@ def create(
     try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except VitdistillError: raise # of a model of ours
     except (AssertionError, KeyError, TypeError, ValueError, ArithmeticError) as e:
-        raise VitdistillError(f'{name} takes no such argument as in {kwargs} ({_why(e)}): mend student_kwargs or '
-                              'teacher_kwargs; where a preset set them for another model, -y "student_kwargs: {}" '
+        raise VitdistillError(f'{name} takes no such argument or value as in {kwargs} ({_why(e)}): mend student_kwargs '
+                              'or teacher_kwargs; where a preset set them for another model, -y "student_kwargs: {}" '
                               'takes them back.') from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
@@ -233,7 +233,7 @@ def load_weights(
         listed = '; '.join(wrong[:4]) + (f' and {len(wrong) - 4} more' if len(wrong) > 4 else '')
         only_head = all(words.startswith(heads) for words in wrong)
         raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed}. "
-                              'Give the weights of this architecture and number of classes'
+                              'Give weights of this architecture, these student_kwargs or teacher_kwargs and classes'
                               + (', or a student a new head (student_head: new).' if only_head else '.'))
     model.load_state_dict(state)
     return model

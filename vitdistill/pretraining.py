@@ -305,15 +305,16 @@ class CanTerms(nn.Module):
 # %% ../nbs/03a_pretraining.ipynb #48c8a097
 def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterator[str]:
     "What is wrong with the settings of `can`, in sentences."
-    if len(weights) != 3 or min(weights) < 0 or not sum(weights):
-        yield f'weights = {list(weights)}: give three that are not negative, of contrast, reconstruction and denoising.'
+    if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        yield (f'weights = {list(weights)}: give three, of contrast, reconstruction and denoising, each of 0 or more '
+               'and not all 0.')
         return
     contrast, reconstruction, denoising = weights
     if type(views) is not int or views not in (1, 2): yield f'views = {views}: give 1 or 2 of an image.'
     if views == 1 and contrast: yield 'a contrast needs two views of an image: set views to 2, or its weight to 0.'
     if not 0 < mask < 1 and (mask or reconstruction):
         yield f'mask = {mask} is out of range: hide a share of the patches in (0, 1), or 0 without reconstruction.'
-    if sigma < 0 or not sigma and denoising:
+    if not 0 <= sigma < math.inf or not sigma and denoising:
         yield f'sigma = {sigma} is out of range: give noise above 0, or 0 without denoising.'
 
 # %% ../nbs/03a_pretraining.ipynb #81d0ace9
@@ -385,7 +386,7 @@ def refuse_unfit(
     least = min(config.batch_size, images)
     if can.needs_two and least//world < 2:
         raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few to contrast: '
-                              'use a larger batch_size or fewer ranks.')
+                              'use a larger batch_size, more images or fewer ranks.')
     for name, why in (('test_size', 'its probes see the size of training'), ('label_smoothing', 'it has no labels')):
         if getattr(config, name): raise VitdistillError(f'{name} = {getattr(config, name)}: pre-training does without, '
                                                         f'for {why}. Set it to 0.')
