@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'side_by_side', 'beside_litv2', 'rates_tried', 'off_their_rate', 'students', 'gain_gap', 'student_rows',
-           'resnet_rows']
+           'resnet_rows', 'alpha_of', 'but_alpha']
 
 # %% ../nbs/08j_architectures.ipynb #7b817016
 import json
+from dataclasses import replace
 from functools import cache
 import numpy as np, pandas as pd
 from .agreement import comparisons, pairs_by_seed, resolved, seed_interval
 from .analysis import TEACHING, on_labels, repeats, settings
 from .comparison import EXPERIMENTS, chosen, contrast, counterpart, families_to_choose_from
-from .comparison import paired_difference, run_names, same_settings
+from .comparison import of_common_seeds, paired_difference, run_names, same_settings
 from .complexity import complexity
 from .pretrained import answered, learned_from, mean_test
 from .runs import Run
@@ -125,3 +126,19 @@ def resnet_rows(
         row = contrast(pupils['DeiT'], pupils['LITv2'], 'a ResNet taught by LITv2, less by DeiT')
         rows.append(row | dict(answer=resolved(row['low'], row['high'])))
     return pd.DataFrame(rows)
+
+# %% ../nbs/08j_architectures.ipynb #a1fa0002
+def alpha_of(run:Run)->float: # of a LITv2
+    "Its share of Lo-Fi heads."
+    return run.config.student_kwargs.get('alpha', .9) # as timm's name alone has it
+
+def but_alpha(runs:list[Run])->list[Run]: # any mixture
+    "LITv2s on labels alone that differ in alpha and seed alone, as many of each share; none that holds rows out."
+    recipes = {}
+    for run in runs:
+        c = run.config
+        if not c.student.startswith('litv2') or c.experiment != 'baseline' or run.status != 'done' or c.val_rows: continue
+        rest = {name: value for name, value in c.student_kwargs.items() if name != 'alpha'}
+        recipes.setdefault(settings(replace(c, student_kwargs=rest)), []).append(run)
+    arms = max(map(repeats, recipes.values()), key=len, default=[]) # a share each
+    return sum(of_common_seeds(arms), []) if arms else []
