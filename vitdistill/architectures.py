@@ -135,10 +135,10 @@ def alpha_of(run:Run)->float: # of a LITv2
 def but_alpha(runs:list[Run])->list[Run]: # any mixture
     "LITv2s on labels alone that differ in alpha and seed alone, as many of each share; none that holds rows out."
     recipes = {}
-    for run in runs:
-        c = run.config
-        if not c.student.startswith('litv2') or c.experiment != 'baseline' or run.status != 'done' or c.val_rows: continue
-        rest = {name: value for name, value in c.student_kwargs.items() if name != 'alpha'}
-        recipes.setdefault(settings(replace(c, student_kwargs=rest)), []).append(run)
+    alone = [run for arm in students(runs) for run in arm if run.config.experiment == 'baseline']
+    for run in alone:
+        if not run.config.student.startswith('litv2'): continue
+        rest = {name: value for name, value in run.config.student_kwargs.items() if name != 'alpha'}
+        recipes.setdefault(settings(replace(run.config, student_kwargs=rest)), []).append(run)
     arms = max(map(repeats, recipes.values()), key=len, default=[]) # a share each
     return sum(of_common_seeds(arms), []) if arms else []
