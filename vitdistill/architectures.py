@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'side_by_side', 'beside_litv2', 'rates_tried', 'off_their_rate', 'students', 'gain_gap', 'student_rows',
-           'resnet_rows', 'alpha_of', 'but_alpha']
+           'resnet_rows', 'alpha_of', 'but_alpha', 'share_rows']
 
 # %% ../nbs/08j_architectures.ipynb #7b817016
 import json
 from dataclasses import replace
 from functools import cache
+from inspect import signature
 import numpy as np, pandas as pd
 from .agreement import comparisons, pairs_by_seed, resolved, seed_interval
-from .analysis import TEACHING, on_labels, repeats, settings
+from .analysis import TEACHING, on_labels, published, repeats, settings
 from .comparison import EXPERIMENTS, chosen, contrast, counterpart, families_to_choose_from
 from .comparison import of_common_seeds, paired_difference, run_names, same_settings
 from .complexity import complexity
+from .config import shipped
+from .findings import paired_at
+from .layers import LITv2
 from .pretrained import answered, learned_from, mean_test
 from .runs import Run
 
@@ -130,7 +134,7 @@ def resnet_rows(
 # %% ../nbs/08j_architectures.ipynb #a1fa0002
 def alpha_of(run:Run)->float: # of a LITv2
     "Its share of Lo-Fi heads."
-    return run.config.student_kwargs.get('alpha', .9) # as timm's name alone has it
+    return run.config.student_kwargs.get('alpha', signature(LITv2).parameters['alpha'].default)
 
 def but_alpha(runs:list[Run])->list[Run]: # any mixture
     "LITv2s on labels alone that differ in alpha and seed alone, as many of each share; none that holds rows out."
@@ -142,3 +146,20 @@ def but_alpha(runs:list[Run])->list[Run]: # any mixture
         recipes.setdefault(settings(replace(run.config, student_kwargs=rest)), []).append(run)
     arms = max(map(repeats, recipes.values()), key=len, default=[]) # a share each
     return sum(of_common_seeds(arms), []) if arms else []
+
+def share_rows(runs:list[Run])->pd.DataFrame: # any mixture
+    # alpha, seeds, top1, difference, low, high, over (seeds or test images), published (that difference), runs
+    "A row a share of `but_alpha`, beside the least of them: test top-1, 95% intervals over seeds, of one over images."
+    arms = sorted(repeats(but_alpha(runs)), key=lambda arm: alpha_of(arm[0]))
+    known = published(shipped('reports/reference/litv2.csv')).query("where == 'effect of alpha on LITv2-S'")
+    paper = pd.Series(known.value.astype(float).values/100, known.item.astype(float))
+    rows = []
+    for arm in arms:
+        gap, alpha = paired_difference(arms[0], arm), alpha_of(arm[0])
+        alone = paired_at(arms[0][0], arm[0]) if gap['pairs'] == 1 and arm is not arms[0] else None
+        its = alone or gap
+        rows.append(dict(alpha=alpha, seeds=len(arm), top1=mean_test(arm), difference=gap['difference'], low=its['low'],
+                         high=its['high'], over='test images' if alone else 'seeds',
+                         published=paper.get(alpha, np.nan) - paper.get(alpha_of(arms[0][0]), np.nan),
+                         runs=run_names([arms[0], arm] if arm is not arms[0] else [arm])))
+    return pd.DataFrame(rows)

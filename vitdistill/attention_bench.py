@@ -126,16 +126,18 @@ def table(turns:pd.DataFrame)->pd.DataFrame: # of `measure` -> a row a case
 
 # %% ../nbs/09b_attention_bench.ipynb #0fb85ccf
 def speedups(
-    turns:pd.DataFrame, # of `measure`
-    goal:float=.6       # share of the ratio of multiply-adds
-)->pd.DataFrame:        # a row a kind of attention and size
-    "How much faster each kind is than plain attention, beside what its multiply-adds promise."
-    rows = turns[turns.study == 'attention'].set_index(['contender', 'size', 'round'])
-    plain, found = rows.loc['plain attention'], []
+    turns:pd.DataFrame,         # of `measure`
+    than:str='plain attention', # a contender of one study
+    goal:float=.6               # share of the ratio of multiply-adds
+)->pd.DataFrame:                # a row for each other contender of that study and size
+    "How much faster each of them is, beside what its multiply-adds promise."
+    study = turns.study[turns.contender == than].iloc[0]
+    rows = turns[turns.study == study].set_index(['contender', 'size', 'round'])
+    usual, found = rows.loc[than], []
     for (name, size), one in rows.groupby(level=['contender', 'size'], sort=False):
-        if name == 'plain attention': continue
-        ratio = plain.loc[size].seconds/one.droplevel(['contender', 'size']).seconds
-        promised = plain.loc[size].multiply_adds.iloc[0]/one.multiply_adds.iloc[0]
+        if name == than: continue
+        ratio = usual.loc[size].seconds/one.droplevel(['contender', 'size']).seconds
+        promised = usual.loc[size].multiply_adds.iloc[0]/one.multiply_adds.iloc[0]
         found.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
                           **over_rounds(ratio, '>=', goal*promised)))
     return pd.DataFrame(found)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'noise_explained', 'alike',
-           'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'from_scratch', 'step_rows', 'scratch_rows',
-           'learned_from', 'models_made', 'taught_by', 'made_how', 'to_teach', 'answered', 'mean_test',
-           'plain_students', 'pupil_rows', 'over_control']
+           'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'models_of_encoders', 'from_scratch', 'step_rows',
+           'scratch_rows', 'spread', 'pretraining_rows', 'learned_from', 'models_made', 'taught_by', 'made_how',
+           'to_teach', 'answered', 'mean_test', 'plain_students', 'pupil_rows', 'over_control']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 import json
@@ -16,11 +16,11 @@ from itertools import product
 import numpy as np, pandas as pd, torch
 from .agreement import comparisons, pairs_by_seed, resolved, seed_interval, teacher_card
 from .analysis import TEACHING, published, repeats, settings
-from .comparison import EXPERIMENTS, paired_difference, run_names, same_settings
+from .comparison import EXPERIMENTS, images, paired_difference, run_names, same_settings
 from .config import Config, field_names, shipped
 from .data import image_side
 from .models import create, student_size
-from .pretraining import ContrastiveMaskedNoise, split_patches
+from .pretraining import ContrastiveMaskedNoise, silent_error, split_patches
 from .runs import Run
 
 # %% ../nbs/08i_pretrained.ipynb #aa6f57dd
@@ -49,19 +49,22 @@ def passes(config:Config)->int: # of a pre-training
     return config.epochs*can_settings(config)['views']
 
 # %% ../nbs/08i_pretrained.ipynb #6caffa3f
+def _embedding(config): # of its student's patches
+    with torch.device('meta'):
+        size = student_size(config, image_side(config))
+        return create(config.student, 1, size, **config.student_kwargs).patch_embed
+
 def seen_patches(config:Config)->int: # of a pre-training, or of a transformer that is trained on labels
     "How many patches of a view reach the encoder in a pass."
-    with torch.device('meta'):
-        model = create(config.student, 1, student_size(config, image_side(config)), **config.student_kwargs)
-        mask = can_settings(config)['mask'] if config.distillation == 'can' else 0
-        return split_patches(torch.zeros(1, model.patch_embed.num_patches), mask)[0].shape[1]
+    mask = can_settings(config)['mask'] if config.distillation == 'can' else 0
+    return split_patches(torch.zeros(1, _embedding(config).num_patches), mask)[0].shape[1]
 
-def noise_explained(run:Run)->float: # a pre-training that has ended; NaN where it learns no noise as it was added
+def noise_explained(run:Run)->float: # a pre-training that has ended; NaN where it learns no noise
     "The share of the noise's variance that the last epoch's prediction explains; below 0: none at all errs less."
-    its, arm = can_settings(run.config), arm_of(run.config)
-    if arm == 'hardly trained' or not its['weights'][2] or its['normalize_noise']: return np.nan
-    variance = its['sigma']**2/3 # of sigma uniform in [0, largest]
-    return 1 - run.result.get('train_denoising', np.nan)/variance
+    its = can_settings(run.config)
+    if arm_of(run.config) == 'hardly trained' or not its['weights'][2]: return np.nan
+    side = _embedding(run.config).patch_size
+    return 1 - run.result.get('train_denoising', np.nan)/silent_error(its['sigma'], side, its['normalize_noise'])
 
 # %% ../nbs/08i_pretrained.ipynb #ba2aedb3
 def alike(
@@ -119,6 +122,12 @@ def fine_tuned(
         for model in tuned_from(encoder, runs):
             recipes.setdefault(settings(model.config, {'weights_hash'}), {})[encoder.name] = model
     return max(recipes.values(), key=len, default={})
+
+def models_of_encoders(runs:list[Run])->dict[str, Run]: # any mixture; as `fine_tuned`, of each dataset
+    "What became of each encoder, by one recipe for all of a dataset."
+    pretrained = encoders(runs)
+    return {name: model for data in {run.config.dataset for run in pretrained} for name, model in
+            fine_tuned([run for run in pretrained if run.config.dataset == data], runs).items()}
 
 def from_scratch(runs:list[Run])->list[Run]: # any mixture
     "The models that began with random weights, of a kind that was pre-trained."
@@ -180,6 +189,48 @@ def scratch_rows(
         rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {epochs} epochs', epochs=epochs, seeds=len(pairs),
                          difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out),
                          runs=run_names([*zip(*pairs)][::-1])))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/08i_pretrained.ipynb #c0a10002
+def spread(values:list)->str: # numbers, or None where there is none
+    "Their mean, and standard deviation where there are several; 'not run yet' of none."
+    values = [value for value in values if value is not None]
+    if not values: return 'not run yet'
+    return f'{np.mean(values):.4g}' + (f' ± {np.std(values, ddof=1):.2g}' if len(values) > 1 else '')
+
+def _cost(runs, n): # of trainings of one recipe on n images
+    c = runs[0].config
+    steps = round(np.ceil(n/c.batch_size)*c.epochs) if np.isfinite(n) else '–'
+    return dict(epochs=c.epochs, passes=passes(c) if c.distillation == 'can' else c.epochs,
+                **{'patches a pass': seen_patches(c)}, steps=steps)
+
+def _arm_row(name, group=(), tuned=()): # encoders of an arm, the models that were made of them
+    trained, noise = group or tuned, [noise_explained(run) for run in group]
+    n = images(tuned[0]) if tuned else np.nan # as many as its encoder had
+    cost = _cost(trained, n) if trained else dict.fromkeys(['epochs', 'passes', 'patches a pass', 'steps'], '')
+    probes = {f'{probe} probe, {where}': spread([run.result.get(f'{probe}_{part}_top1') for run in group])
+              for probe in ('linear', 'knn') for part, where in (('test', 'test'), ('val', 'held out'))}
+    after = {name: spread([run.result[its] for run in tuned]) for name, its in _tuned.items()}
+    return dict(arm=name, data=trained[0].config.dataset if trained else '', **cost, seeds=len(trained) or '',
+                **probes, **after, **{'noise explained': '–' if np.isnan(noise).any() else spread(noise)},
+                hours=spread([run.result['seconds']/3600 for run in group]), runs=run_names([group, tuned]))
+
+def pretraining_rows(
+    runs:list[Run], # any mixture
+    dataset:str     # whose arms are to be there; others are told where they have run
+)->pd.DataFrame:    # arm, data, cost, seeds, probes, fine-tuned models, noise explained, hours, runs
+    "What each arm cost and reached, mean and standard deviation over seeds; then the same models from scratch."
+    models, rows, data = models_of_encoders(runs), [], set()
+    for group in repeats(encoders(runs)):
+        data.add(group[0].config.dataset)
+        rows.append(_arm_row(arm_of(group[0].config), group, [models[run.name] for run in group if run.name in models]))
+    asked = {dataset, *(one for one in data if comparable_arms(runs, one))}
+    there = {name for one in asked for name in comparable_arms(runs, one, 1)}
+    rows += [_arm_row(name) for name in ARMS if name not in {*there, 'another'}]
+    rows.sort(key=lambda row: (row['data'] == '', row['data'], ARMS.index(row['arm'])))
+    for group in repeats(from_scratch(runs)) or [[]]:
+        blank = {name: '' for name in rows[0] if 'probe' in name or name in ('hours', 'noise explained')}
+        rows.append(_arm_row('from scratch', tuned=group) | (blank if group else {}))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
