@@ -238,7 +238,7 @@ def test_litv2_stands_beside_a_transformer_of_equal_cost():
     cells = [cell.chosen for cell in asked("_rates", "", "_teachers", "_resnets")]
     equal = [cell[f"{part}_kwargs"] for part in ("student", "teacher") for cell in cells
              if cell.get(part) == transformer]
-    assert len(equal) == 13 and all(given == equal[0] for given in equal)
+    assert len(equal) == 14 and all(given == equal[0] for given in equal)
     litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
                    (("litv2_cifar", {}), (transformer, equal[0])))
     assert litv2 == pytest.approx(2.60e8, rel=0.002) and deit == pytest.approx(litv2, rel=0.03)
@@ -261,14 +261,14 @@ def test_litv2s_grids_leave_nothing_to_chance():
 
 
 def test_rates_are_tried_on_both_sides_of_the_expected():
-    """The expected rate of each student lies between two others; what the students have is one of the three."""
+    """The expected rate of each student lies between two others; what the students have is none of the outermost."""
     tried = {}
     for cell in asked("_rates"):
         tried.setdefault(cell.chosen["student"], []).append(cell.chosen["lr"])
     for cell in asked(""):
-        assert cell.chosen["lr"] in tried[cell.chosen["student"]]
-    assert {name: sorted(rates)[1] for name, rates in tried.items()} == {
-        "litv2_cifar": 0.0005, "deit_tiny_patch16_224": 0.00025}
+        assert cell.chosen["lr"] in sorted(tried[cell.chosen["student"]])[1:-1]
+    for name, expected in {"litv2_cifar": 0.0005, "deit_tiny_patch16_224": 0.00025}.items():
+        assert expected in sorted(tried[name])[1:-1] and len(tried[name]) == 4
 
 
 @pytest.mark.slow

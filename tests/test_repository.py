@@ -21,11 +21,11 @@ from vitdistill.config import Config, field_names, load
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
-LAYERS = ["config", "data", "views", "augment", "track", "runs", "records", "live", "layers", "hub", "models", "tokens",
-          "complexity", "losses", "pretraining", "teachers", "answers", "planned", "ranks", "setup", "outcome",
-          "share", "export", "train", "launch", "cluster", "grids", "analysis", "trends", "agreement", "calibration",
-          "comparison", "findings", "tables", "pretrained", "architectures", "watch", "report", "contenders", "bench",
-          "attention_bench", "cli"]
+LAYERS = ["config", "data", "views", "augment", "draws", "track", "runs", "records", "live", "layers", "hub",
+          "models", "tokens", "masked", "complexity", "losses", "pretraining", "probes", "teachers", "answers",
+          "planned", "ranks", "setup", "outcome", "share", "export", "train", "launch", "cluster", "grids",
+          "analysis", "trends", "agreement", "calibration", "comparison", "findings", "tables", "pretrained",
+          "architectures", "watch", "report", "contenders", "bench", "attention_bench", "cli"]
 
 
 SCRIPTS = [ROOT / "setup.py", *sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]

@@ -19,8 +19,9 @@ from .analysis import TEACHING, published, repeats, settings
 from .comparison import EXPERIMENTS, images, paired_difference, run_names, same_settings
 from .config import Config, field_names, shipped
 from .data import image_side
+from .masked import split_patches
 from .models import create, student_size
-from .pretraining import ContrastiveMaskedNoise, silent_error, split_patches
+from .pretraining import ContrastiveMaskedNoise, silent_error
 from .runs import Run
 
 # %% ../nbs/08i_pretrained.ipynb #aa6f57dd
