@@ -229,17 +229,18 @@ def test_scratch_is_a_fair_beginning():
 
 
 def test_students_wait_for_their_teachers():
-    """Three seeds each: of labels alone, of CAN's answers and of its control; other grids' cells make both teachers."""
-    made = [cell for name in ("pretrain", "scratch") for cell in grid_cells(EXPERIMENTS / f"grids/can_{name}.yaml")]
+    """Three seeds each: of labels alone, of CAN's answers and of two controls; other grids' cells make the teachers."""
+    grids = [EXPERIMENTS / f"grids/can_{name}.yaml" for name in ("pretrain", "scratch", "even")]
+    made = [cell for grid in grids for cell in grid_cells(grid)]
     students = grid_cells(EXPERIMENTS / "grids/can_students.yaml")
     taught = [cell.chosen["teacher_weights"] for cell in students if "teacher_weights" in cell.chosen]
-    assert len(students) == 9 and Counter(taught) == {taught[0]: 3, taught[-1]: 3} and is_answers(taught[0])
+    assert len(students) == 12 and [*Counter(taught).values()] == [3, 3, 3] and is_answers(taught[0])
     assert not_here([*made, *students]) == []
     answers, = (cell.chosen for cell in made if makes(cell, taught[0]))
     assert answers["student_weights"].split("/")[-2] == "can-s1"
-    makers = [cell.chosen for cell in made if makes(cell, taught[-1])]
-    aside = [(cell["epochs"], cell["seed"]) for cell in makers if cell.get("work_dir") == "out/work/scratch"]
-    assert aside == [(80, 1)]
+    for its, folder, epochs in (taught[3], "out/work/scratch", 80), (taught[-1], "out/work/even", None):  # as preset
+        makers = [cell.chosen for cell in made if makes(cell, its) and cell.chosen.get("work_dir") == folder]
+        assert [(cell.get("epochs"), cell["seed"]) for cell in makers] == [(epochs, 1)]
 
 
 def record(config, metrics="epoch\n", **result):
@@ -289,13 +290,13 @@ def test_analysis_compares_like_with_like(made_up, tmp_path):
     arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv")
     can = arms[(arms.arm == "CAN") & (arms.data == "cifar100")].iloc[0]
     assert can["fine-tuned, test"].startswith("0.4 ±") and can.seeds == 3
-    scratch = arms[arms.arm == "from scratch"]
+    scratch = arms[arms.arm.str.startswith("from scratch")]
     test = scratch["fine-tuned, test"].str.split(" ± ").str[0].astype(float)
     assert sorted(zip(scratch.epochs, test, scratch.seeds)) == [(20, 0.27, 3), (80, 0.33, 1)]
     cost = arms[arms.data == "cifar100"].drop_duplicates("arm").set_index("arm")["patches a pass"].astype(int)
-    assert cost[["CAN", "SimCLR", "MAE", "from scratch"]].tolist() == [32, 64, 16, 64]
+    assert cost[["CAN", "SimCLR", "MAE", "from scratch, 20 epochs"]].tolist() == [32, 64, 16, 64]
     gains = pd.read_csv(tmp_path / "out/tables/can_scratch.csv").set_index("pair")
-    assert gains.seeds.tolist() == [3, 1] and gains.difference["CAN, fine-tuned, over scratch of 80 epochs"] > 0
+    assert gains.seeds.tolist() == [3, 1] and gains.difference["CAN, fine-tuned, over one from scratch, 80 epochs"] > 0
     assert {"linear probe, held out", "linear probe, test", "fine-tuned, held out", "fine-tuned, test"} < set(arms)
     assert all(f"from scratch, {n} epochs" in (tmp_path / "out/figures/can_arms.svg").read_text() for n in (20, 80))
     gate = pd.read_csv(tmp_path / "out/tables/can_students.csv").set_index("teacher")

@@ -18,7 +18,7 @@ from .comparison import EXPERIMENTS, chosen, contrast, counterpart, families_to_
 from .comparison import of_common_seeds, paired_difference, run_names, same_settings
 from .complexity import complexity
 from .config import shipped
-from .findings import paired_at
+from .findings import paired_interval
 from .layers import LITv2
 from .pretrained import answered, learned_from, mean_test
 from .runs import Run
@@ -155,11 +155,9 @@ def share_rows(runs:list[Run])->pd.DataFrame: # any mixture
     paper = pd.Series(known.value.astype(float).values/100, known.item.astype(float))
     rows = []
     for arm in arms:
-        gap, alpha = paired_difference(arms[0], arm), alpha_of(arm[0])
-        alone = paired_at(arms[0][0], arm[0]) if gap['pairs'] == 1 and arm is not arms[0] else None
-        its = alone or gap
-        rows.append(dict(alpha=alpha, seeds=len(arm), top1=mean_test(arm), difference=gap['difference'], low=its['low'],
-                         high=its['high'], over='test images' if alone else 'seeds',
-                         published=paper.get(alpha, np.nan) - paper.get(alpha_of(arms[0][0]), np.nan),
+        low, high, over = paired_interval([pair[::-1] for pair in pairs_by_seed(arms[0], arm)])
+        alpha, least, top1 = alpha_of(arm[0]), alpha_of(arms[0][0]), mean_test(arm)
+        rows.append(dict(alpha=alpha, seeds=len(arm), top1=top1, difference=top1 - mean_test(arms[0]), low=low,
+                         high=high, over=over, published=paper.get(alpha, np.nan) - paper.get(least, np.nan),
                          runs=run_names([arms[0], arm] if arm is not arms[0] else [arm])))
     return pd.DataFrame(rows)

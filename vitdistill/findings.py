@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTING', 'QUESTIONS', 'FIRST_SEEDS', 'UNTRAINED', 'MARKS', 'setting', 'setting_letters', 'apart', 'setting_table',
-           'question', 'added_later', 'forest_row', 'long_run', 'long_table', 'paired_at', 'long_gap', 'seed_noise',
-           'teacher_calls', 'read_rates', 'minutes', 'cost_table', 'mean_ece', 'Words']
+           'question', 'added_later', 'forest_row', 'long_run', 'long_table', 'paired_at', 'paired_interval',
+           'long_gap', 'seed_noise', 'teacher_calls', 'read_rates', 'minutes', 'cost_table', 'mean_ece', 'Words']
 
 # %% ../nbs/08g_findings.ipynb #cf9447f1
 from collections import Counter
@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np, pandas as pd
 from scipy.stats import t as student_t
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
-                                  reliability, same_data, verdict)
+                                  reliability, same_data, verdict, seed_interval)
 from .analysis import TEACHING, curves, mean_curve, settings, significant
 from .comparison import (PLAIN, TAUGHT, arm_facts, comparable_pair, epochs_together, foretold,
                                    images, log_line, mean_tops, model_name, paired_difference, puzzling, run_names,
@@ -147,6 +147,12 @@ def paired_at(
     right = [both.decision == both.label, both.decision_too == both.label]
     difference, low, high = paired_score(*right)
     return dict(epochs=epochs, images=len(both), difference=difference, low=low, high=high, **mcnemar(*right))
+
+def paired_interval(pairs:list[tuple[Run, Run]])->tuple[float, float, str]: # the first's accuracy less the second's
+    "Ends of a 95% interval of the mean difference in test top-1: over seeds, of one pair over test images; and which."
+    if len(pairs) == 1 and (found := paired_at(*pairs[0][::-1])): return found['low'], found['high'], 'test images'
+    _, low, high = seed_interval([one.result['test_top1'] - other.result['test_top1'] for one, other in pairs])
+    return low, high, 'seeds'
 
 # %% ../nbs/08g_findings.ipynb #c2ac9e51
 def long_gap(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'noise_explained', 'alike',
-           'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'models_of_encoders', 'from_scratch', 'step_rows',
-           'scratch_rows', 'spread', 'pretraining_rows', 'learned_from', 'models_made', 'taught_by', 'made_how',
-           'to_teach', 'answered', 'mean_test', 'plain_students', 'pupil_rows', 'over_control']
+           'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'models_of_encoders', 'after_labels',
+           'from_scratch', 'controls', 'step_rows', 'scratch_rows', 'spread', 'pretraining_rows', 'learned_from',
+           'models_made', 'taught_by', 'made_how', 'to_teach', 'answered', 'mean_test', 'plain_students', 'pupil_rows',
+           'over_control']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 import json
@@ -19,8 +20,10 @@ from .analysis import TEACHING, published, repeats, settings
 from .comparison import EXPERIMENTS, images, paired_difference, run_names, same_settings
 from .config import Config, field_names, shipped
 from .data import image_side
+from .findings import paired_interval
 from .masked import split_patches
 from .models import create, student_size
+from .tables import weights_maker
 from .pretraining import ContrastiveMaskedNoise, silent_error
 from .runs import Run
 
@@ -130,11 +133,26 @@ def models_of_encoders(runs:list[Run])->dict[str, Run]: # any mixture; as `fine_
     return {name: model for data in {run.config.dataset for run in pretrained} for name, model in
             fine_tuned([run for run in pretrained if run.config.dataset == data], runs).items()}
 
+def after_labels(runs:list[Run])->dict[str, Run]: # any mixture; name of a model -> the one whose weights it began with
+    "The models that were fine-tuned after another had learned labels, from scratch."
+    makers = {run.name: weights_maker(run, 'student') for run in _classifiers(runs) if run.config.weights_hash}
+    return {name: maker for name, maker in makers.items() if maker and maker.config.experiment.endswith('teacher')}
+
 def from_scratch(runs:list[Run])->list[Run]: # any mixture
-    "The models that began with random weights, of a kind that was pre-trained."
-    before = encoders(runs)
+    "The models that began with random weights, of a kind that was pre-trained; none that another began with."
+    before, first = encoders(runs), {maker.name for maker in after_labels(runs).values()}
     return [run for run in _classifiers(runs) if not (run.config.weights_hash or run.config.student_pretrained)
-            and any(alike(run, encoder) for encoder in before)]
+            and run.name not in first and any(alike(run, encoder) for encoder in before)]
+
+def controls(runs:list[Run])->list[tuple[str, Run, int]]: # any mixture
+    "The models that no pre-training began: how each did, the model, and its epochs in all."
+    first, found = after_labels(runs), [(f'from scratch, {run.config.epochs} epochs', run, run.config.epochs)
+                                        for run in from_scratch(runs)]
+    for run in [run for run in runs if run.name in first]:
+        config = first[run.name].config
+        began = f'after {config.epochs} epochs of labels' + ' on crops and colours'*bool(config.resized_crop)
+        found.append((began, run, config.epochs + run.config.epochs))
+    return found
 
 # %% ../nbs/08i_pretrained.ipynb #f4052f02
 STEPS = (('noise as augmentation only', 'no noise'), ('noise loss, sigma not told', 'noise as augmentation only'),
@@ -176,19 +194,21 @@ BEGINNING = frozenset({'weights_hash', 'layer_decay', 'epochs'}) # what these mo
 def scratch_rows(
     runs:list[Run], # any mixture
     dataset:str
-)->pd.DataFrame:    # pair, epochs, seeds, difference, low, high, resolved (test images), held_out, runs
-    "Models fine-tuned from CAN less those from scratch, a row for each length of these; shares, 95% t intervals."
+)->pd.DataFrame:    # pair, control, seeds, difference, low, high, over (seeds or test images), resolved, held_out, runs
+    "Models fine-tuned from CAN less their controls, a row for each kind; shares of test images, 95% intervals."
     models = fine_tuned(comparable_arms(runs, dataset, 1).get('CAN', []), runs)
     tuned, rows = {model.config.seed: model for model in models.values()}, []
-    for group in repeats([run for run in from_scratch(runs) if run.config.dataset == dataset]):
+    began = {run.name: name for name, run, _ in controls(runs)}
+    for group in repeats([run for run in runs if run.name in began and run.config.dataset == dataset]):
         pairs = [(tuned[run.config.seed], run) for run in group if run.config.seed in tuned]
         pairs = [pair for pair in pairs if same_settings(*([run] for run in pair), BEGINNING)]
         if not pairs: continue
         test, held_out = ([one.result[name] - other.result[name] for one, other in pairs] for name in _tuned.values())
-        mean, low, high = seed_interval(test)
-        epochs = group[0].config.epochs
-        rows.append(dict(pair=f'CAN, fine-tuned, over scratch of {epochs} epochs', epochs=epochs, seeds=len(pairs),
-                         difference=mean, low=low, high=high, resolved=resolved(low, high), held_out=np.mean(held_out),
+        low, high, over = paired_interval(pairs)
+        control = began[group[0].name]
+        rows.append(dict(pair=f'CAN, fine-tuned, over one {control}', control=control, seeds=len(pairs),
+                         difference=seed_interval(test)[0], low=low, high=high, over=over, held_out=np.mean(held_out),
+                         resolved=resolved(low, high) if len(pairs) > 1 else 'one seed',
                          runs=run_names([*zip(*pairs)][::-1])))
     return pd.DataFrame(rows)
 
@@ -220,7 +240,7 @@ def pretraining_rows(
     runs:list[Run], # any mixture
     dataset:str     # whose arms are to be there; others are told where they have run
 )->pd.DataFrame:    # arm, data, cost, seeds, probes, fine-tuned models, noise explained, hours, runs
-    "What each arm cost and reached, mean and standard deviation over seeds; then the same models from scratch."
+    "What each arm cost and reached, mean and standard deviation over seeds; then the controls."
     models, rows, data = models_of_encoders(runs), [], set()
     for group in repeats(encoders(runs)):
         data.add(group[0].config.dataset)
@@ -229,10 +249,11 @@ def pretraining_rows(
     there = {name for one in asked for name in comparable_arms(runs, one, 1)}
     rows += [_arm_row(name) for name in ARMS if name not in {*there, 'another'}]
     rows.sort(key=lambda row: (row['data'] == '', row['data'], ARMS.index(row['arm'])))
-    for group in repeats(from_scratch(runs)) or [[]]:
-        blank = {name: '' for name in rows[0] if 'probe' in name or name in ('hours', 'noise explained')}
-        rows.append(_arm_row('from scratch', tuned=group) | (blank if group else {}))
-    return pd.DataFrame(rows)
+    began = {run.name: name for name, run, _ in controls(runs)}
+    blank = {name: '' for name in rows[0] if 'probe' in name or name in ('hours', 'noise explained')}
+    rows += [_arm_row(began[group[0].name], tuned=group) | blank
+             for group in repeats([run for run in runs if run.name in began])]
+    return pd.DataFrame(rows if began else [*rows, _arm_row('from scratch')])
 
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
 def learned_from(student:Run, model:Run)->bool:
@@ -241,12 +262,10 @@ def learned_from(student:Run, model:Run)->bool:
     said = c.teacher, c.teacher_kwargs, card.get('top1_held_out'), card.get('top1_train_views')
     return said == (its.student, its.student_kwargs, result.get('held_out_top1'), result.get('train_views_top1'))
 
-def _scratch(model): return f'from scratch, {model.config.epochs} epochs'
-
 def models_made(runs:list[Run])->list[tuple[str, Run]]: # any mixture
-    "The models that were fine-tuned from encoders, and their controls: what each began with, and the model."
+    "The models that were fine-tuned from encoders, and their controls: how each began, and the model."
     made = [(arm_of(encoder.config), model) for encoder in encoders(runs) for model in tuned_from(encoder, runs)]
-    return made + [(_scratch(model), model) for model in from_scratch(runs)]
+    return made + [(name, model) for name, model, _ in controls(runs)]
 
 def taught_by(
     student:Run,
@@ -259,23 +278,23 @@ def made_how(runs:list[Run])->Callable[[Run], str]: # any mixture
     "A function, for `arm_namer`, that says how a student's teacher was made where it is one of `models_made`; '' else."
     made = models_made(runs)
     def how(student):
-        name, model = taught_by(student, made) or ('', None)
-        return f'pre-trained by {name}' if model and model.config.weights_hash else name
+        name, _ = taught_by(student, made) or ('', None)
+        return f'pre-trained by {name}' if name in ARMS else name
     return how
 
 def to_teach(
     runs:list[Run], # any mixture
     dataset:str
-)->dict[str, Run]:  # what it began with, as in `models_made` -> model; {} where none is made
-    "What became of CAN's first encoder, and its control: from scratch, with as many passes as both together."
-    scratch, cans = from_scratch(runs), [run for run in encoders(runs) if arm_of(run.config) == 'CAN']
+)->dict[str, Run]:  # how it began, as in `models_made` -> model; {} where none is made
+    "What became of CAN's first encoder, and its controls of as many passes."
+    cans = [run for run in encoders(runs) if arm_of(run.config) == 'CAN']
     models = fine_tuned(cans, [run for run in runs if run.config.dataset == dataset])
     for can in sorted(cans, key=lambda run: run.config.seed):
         if can.name not in models: continue
         model = models[can.name]
         long = model.config.epochs + passes(can.config)
-        return dict(CAN=model) | {_scratch(run): run for run in scratch[::-1] # the first of them last
-                                  if run.config.epochs == long and same_settings([run], [model], BEGINNING)}
+        return dict(CAN=model) | {name: run for name, run, epochs in controls(runs)[::-1] # the first of a kind last
+                                  if epochs == long and same_settings([run], [model], BEGINNING)}
     return {}
 
 # %% ../nbs/08i_pretrained.ipynb #a1c0de20
@@ -309,8 +328,8 @@ def _taught_arms(runs): # of each arm that such a model taught: what that began 
 def pupil_rows(
     runs:list[Run],     # any mixture
     plain:list[Run]=()  # students on labels alone, beside whom a teacher stands that has taught none
-)->pd.DataFrame: # teacher (began as), data, student, teacher_held_out, teacher_test, taught, alone, answer,
-    # teacher_run, runs (students); and what `paired_difference` says
+)->pd.DataFrame: # teacher (how it began), control (is it one?), data, student, teacher_held_out, teacher_test, taught,
+    # alone, answer, teacher_run, runs (students); and what `paired_difference` says
     "A row for each arm that such a teacher, or its control, taught: less labels alone, or why that says nothing."
     rows = [_pupil_row(*arm) for arm in _taught_arms(runs)]
     there = {(row['teacher'], row['data']) for row in rows}
@@ -323,8 +342,9 @@ def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has
     both = [*zip(*pairs)] if pairs else (plain, pupils)
     (alone, taught), right = map(mean_test, both), teacher.result['test_top1']
     answer = 'the plain student: not run yet' if pupils and not pairs else answered(gap, right, alone)
-    return dict(teacher=name, data=c.dataset, student=c.student, teacher_held_out=teacher.result['held_out_top1'],
-                teacher_test=right, taught=taught, alone=alone, answer=answer, **gap, teacher_run=teacher.name,
+    return dict(teacher=name, control=name not in ARMS, data=c.dataset, student=c.student,
+                teacher_held_out=teacher.result['held_out_top1'], teacher_test=right,
+                taught=taught, alone=alone, answer=answer, **gap, teacher_run=teacher.name,
                 runs=run_names(both))
 
 # %% ../nbs/08i_pretrained.ipynb #c0417a02
@@ -334,7 +354,7 @@ def over_control(
     "Students of a pre-trained teacher less those of the same model from scratch, on test images, paired by seed."
     rows = []
     for (name, model, _, pupils), (control, other, _, theirs) in product(_taught_arms(runs), repeat=2):
-        if not model.config.weights_hash or other.config.weights_hash: continue
+        if name not in ARMS or control in ARMS: continue
         taught_alike = same_settings(pupils, theirs, {'teacher_hash'})
         if not (taught_alike and same_settings([other], [model], BEGINNING)): continue
         rows.append(dict(pair=f"{name}'s students over those of one {control}", data=model.config.dataset,
