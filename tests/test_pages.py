@@ -19,6 +19,7 @@ from conftest import ROOT
 from forked_notebooks import analyse
 from test_notebooks import EXPERIMENTS, execute
 from vitdistill.analysis import settings
+from vitdistill.architectures import litv2_scatter
 from vitdistill.config import Config, config_hash, load, run_name, save
 from vitdistill.grids import grid_cells, not_here
 from vitdistill.launch import configure, notebook_names
@@ -767,6 +768,7 @@ def test_the_readme_says_what_a_teacher_adds_to_litv2():
     more = shares.iloc[1:]
     ends = [f"{100 * gaps.min():.1f} to {100 * gaps.max():.1f}" for gaps in (more.difference, more.published)]
     assert told.startswith("Not resolved") and more.difference.min() > 0
+    assert re.search(r"scatter by \[(\S+)\]", told)[1] == f"{100 * litv2_scatter(records())['std']:.1f}"
     assert re.findall(r"\d\.\d to \d\.\d", told) == ends
 
 

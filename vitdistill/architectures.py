@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'side_by_side', 'beside_litv2', 'rates_tried', 'off_their_rate', 'students', 'gain_gap', 'student_rows',
-           'resnet_rows', 'alpha_of', 'but_alpha', 'share_rows']
+           'resnet_rows', 'alpha_of', 'but_alpha', 'litv2_scatter', 'share_rows']
 
 # %% ../nbs/08j_architectures.ipynb #7b817016
 import json
@@ -146,6 +146,13 @@ def but_alpha(runs:list[Run])->list[Run]: # any mixture
         recipes.setdefault(settings(replace(run.config, student_kwargs=rest)), []).append(run)
     arms = max(map(repeats, recipes.values()), key=len, default=[]) # a share each
     return sum(of_common_seeds(arms), []) if arms else []
+
+def litv2_scatter(runs:list[Run])->dict|None: # any mixture; None: too few seeds
+    "How far seeds of LITv2 on labels alone lie apart, by the arm of most: std of test top-1, seeds, runs."
+    arms = [arm for arm in students(runs) if on_labels(arm[0].config) and arm[0].config.student.startswith('litv2')]
+    arm = max(arms, key=len, default=[])
+    if len(arm) < 3: return None
+    return dict(std=np.std([run.result['test_top1'] for run in arm], ddof=1), seeds=len(arm), runs=run_names([arm]))
 
 def share_rows(runs:list[Run])->pd.DataFrame: # any mixture
     # alpha, seeds, top1, difference, low, high, over (seeds or test images), published (that difference), runs

@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np, pandas as pd
 from scipy.stats import t as student_t
 from .agreement import (ece, mcnemar, paired_score, pairs_by_seed, predicted_epochs, read_predictions,
-                                  reliability, same_data, verdict, seed_interval)
+                                  reliability, same_data, seed_interval, verdict)
 from .analysis import TEACHING, curves, mean_curve, settings, significant
 from .comparison import (PLAIN, TAUGHT, arm_facts, comparable_pair, epochs_together, foretold,
                                    images, log_line, mean_tops, model_name, paired_difference, puzzling, run_names,

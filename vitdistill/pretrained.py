@@ -23,9 +23,9 @@ from .data import image_side
 from .findings import paired_interval
 from .masked import split_patches
 from .models import create, student_size
-from .tables import weights_maker
 from .pretraining import ContrastiveMaskedNoise, silent_error
 from .runs import Run
+from .tables import weights_maker
 
 # %% ../nbs/08i_pretrained.ipynb #aa6f57dd
 ARMS = ('CAN', 'noise loss, sigma not told', 'noise loss of unit variance', 'noise as augmentation only', 'no noise',
@@ -135,7 +135,9 @@ def models_of_encoders(runs:list[Run])->dict[str, Run]: # any mixture; as `fine_
 
 def after_labels(runs:list[Run])->dict[str, Run]: # any mixture; name of a model -> the one whose weights it began with
     "The models that were fine-tuned after another had learned labels, from scratch."
-    makers = {run.name: weights_maker(run, 'student') for run in _classifiers(runs) if run.config.weights_hash}
+    known = {'', *(encoder.result.get('encoder_hash') for encoder in encoders(runs))} # weights of no classifier
+    begun = [run for run in _classifiers(runs) if run.config.weights_hash not in known]
+    makers = {run.name: weights_maker(run, 'student') for run in begun}
     return {name: maker for name, maker in makers.items() if maker and maker.config.experiment.endswith('teacher')}
 
 def from_scratch(runs:list[Run])->list[Run]: # any mixture
@@ -351,7 +353,7 @@ def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has
 def over_control(
     runs:list[Run] # any mixture
 )->pd.DataFrame: # pair, data, student, control_test (shares); what `paired_difference` says; runs. A row a pair of arms
-    "Students of a pre-trained teacher less those of the same model from scratch, on test images, paired by seed."
+    "Students of a pre-trained teacher less those of a control, on test images, paired by seed."
     rows = []
     for (name, model, _, pupils), (control, other, _, theirs) in product(_taught_arms(runs), repeat=2):
         if name not in ARMS or control in ARMS: continue

@@ -152,8 +152,8 @@ class CanTerms(nn.Module):
 def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterator[str]:
     "What is wrong with the settings of `can`, in sentences."
     if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        yield (f'weights = {list(weights)}: give three, of contrast, reconstruction and denoising, each of 0 or more '
-               'and not all 0.')
+        yield (f'weights = {list(weights)}: give three, of contrast, reconstruction and denoising, each finite, 0 '
+               'or more, and not all 0.')
         return
     contrast, reconstruction, denoising = weights
     if type(views) is not int or views not in (1, 2): yield f'views = {views}: give 1 or 2 of an image.'
