@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'prediction_arrays', 'heads', 'own_head', 'read_predictions', 'predicted_epochs', 'with_predictions',
            'same_data', 'decisions', 'disagreement', 'teacher_card', 'teacher_of', 'teachers_of', 'answers_given',
            'agreement', 'contradictions', 'reliability', 'ece', 'calibrated_ece', 'comparisons', 'pairs_by_seed',
-           'mcnemar', 'paired_score', 'seed_interval', 'verdict', 'resolved', 'class_names', 'class_gains']
+           'mcnemar', 'paired_score', 'seed_interval', 'verdict', 'class_names', 'class_gains']
 
 # %% ../nbs/08c_agreement.ipynb #d45dba46
 from pathlib import Path
@@ -316,17 +316,8 @@ def seed_interval(
     found = ttest_1samp(differences, 0).confidence_interval(level)
     return mean, round(float(found.low), 12), round(float(found.high), 12)
 
-# %% ../nbs/08c_agreement.ipynb #7024105f
-def verdict(
-    low:float,  # ends of the interval of a difference
-    high:float,
-)->str:
-    "'higher' or 'lower' where the interval leaves out 0, else 'not resolved'."
-    return 'higher' if low > 0 else 'lower' if high < 0 else 'not resolved'
-
-def resolved(low:float, high:float)->str: # as of `verdict`; NaN: of one seed, which has no interval
-    "'one seed', or what `verdict` says."
-    return verdict(low, high) if low == low else 'one seed'
+# %% ../nbs/08c_agreement.ipynb #tmpverdi
+def verdict(low, high): return 'higher' if low > 0 else 'lower' if high < 0 else 'not resolved'
 
 # %% ../nbs/08c_agreement.ipynb #e1cf6130
 def class_names(
@@ -343,7 +334,7 @@ def class_gains(
     pairs:list[tuple[Run, Run]], # of `pairs_by_seed`, at least one: plain, taught
     groups:pd.Series,            # index label: name of its class or superclass
     part:str='test',             # 'test', 'val' or 'train'
-)->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high; verdict
+)->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high
     "Accuracy per group of classes, plain and taught, and the difference over seeds; the largest gain first."
     frame = decisions([run for pair in pairs for run in pair], part)
     group, right = frame.label.map(groups).rename('group'), frame.iloc[:, 1:].eq(frame.label, axis=0).to_numpy()
@@ -355,5 +346,4 @@ def class_gains(
     gains = by_group(taught.astype(int) - plain)
     gains = pd.DataFrame([seed_interval(row) for row in gains.to_numpy()], gains.index, ['gain', 'low', 'high'])
     table = pd.concat([images, share, gains], axis=1)
-    table['verdict'] = [verdict(*ends) for ends in table[['low', 'high']].to_numpy()]
     return table.sort_values('gain', ascending=False, kind='stable')

@@ -6,17 +6,17 @@
 __all__ = ['TEACHING', 'FOLD_ANSWERS', 'ON_LABELS', 'RELATIVES', 'LOOKS', 'readable', 'curves', 'summary', 'settings',
            'on_labels', 'teaching', 'repeats', 'mean_curve', 'published', 'published_value', 'significant',
            'RoundedLog', 'RoundedLogScale', 'style', 'look', 'plot_curves', 'plot_trend', 'save_figure', 'format_cell',
-           'save_table', 'Showing']
+           'row_ids', 'save_table', 'Showing']
 
 # %% ../nbs/08_analysis.ipynb #baa3866f
-import json, math, textwrap
+import json, math, re, textwrap
 from collections.abc import Callable
-
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.scale import LogScale, LogTransform, register_scale
 from matplotlib.ticker import PercentFormatter
-from .config import Config, VitdistillError, defining, field_names, nearest, shipped, write_atomic
+from .config import (Config, VitdistillError, defining, field_names, from_root, nearest, shipped,
+                               write_atomic)
 from .runs import Run, all_metrics
 
 # %% ../nbs/08_analysis.ipynb #50dede41
@@ -229,18 +229,20 @@ def plot_trend(
 # %% ../nbs/08_analysis.ipynb #44fb6b50
 def save_figure(
     fig,            # a matplotlib figure
-    out,            # folder; the files go to its figures/
+    out,            # folder; the SVG goes to its figures/
     name:str,       # file name without ending
-    caption:str='', # what it shows: data, n, seeds; kept inside both files
-    runs:list[Run]=(), # that it was drawn from; their names are kept inside both files
-)->list[Path]:
-    "Write figures/<name>.png and .svg, atomically and reproducibly."
+    caption:str='', # what it shows: data, n, seeds; kept inside the file
+    runs:list[Run]=(), # that it was drawn from; their names are kept inside the file
+)->Path:
+    "Writes figures/<name>.svg atomically and reproducibly, and a PNG beside it (of reports/: in out/figures)."
     source = {'Source': ' '.join(run.name for run in runs)} if runs else {}
-    about = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None, 'Title': name}}
+    about = {'Date': None, 'Creator': None, 'Title': name, 'Description': caption, **source}
+    how, folder = dict(bbox_inches='tight', facecolor='white'), Path(out).resolve()/'figures'
+    kept = from_root('reports').resolve() in folder.parents
+    picture = (from_root('out/figures') if kept else folder)/f'{name}.png'
+    write_atomic(picture, lambda path: fig.savefig(path, format='png', **how))
     with plt.rc_context({'svg.hashsalt': 'vitdistill', 'svg.fonttype': 'path'}):
-        return [write_atomic(Path(out)/'figures'/f'{name}.{kind}', lambda path: fig.savefig(path, format=kind,
-                    bbox_inches='tight', facecolor='white', metadata={**meta, **source, 'Description': caption}))
-                for kind, meta in about.items()]
+        return write_atomic(folder/f'{name}.svg', lambda path: fig.savefig(path, format='svg', metadata=about, **how))
 
 # %% ../nbs/08_analysis.ipynb #038c632f
 def format_cell(value)->str:
@@ -250,17 +252,32 @@ def format_cell(value)->str:
     return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
 
 # %% ../nbs/08_analysis.ipynb #bae96db0
+def row_ids(
+    frame:pd.DataFrame,
+    key:list[str]=(), # columns that name a row; default: as many of the first ones as tell the rows apart
+)->list[str]:
+    "Returns a name for each row, such as 'out-of-fold', that a page can link to; equal names are numbered."
+    columns, ids = [name for name in frame if name != 'runs'], []
+    for n in [len(key)] if key else range(1, len(columns) + 1):
+        cells = frame[list(key) or columns[:n]].itertuples(index=False)
+        ids = [re.sub('[^a-z0-9.]+', '-', ' '.join(map(format_cell, row)).lower()).strip('-') for row in cells]
+        if len(set(ids)) == len(ids): break
+    return [f'{name}-{ids[:i].count(name) + 1}' if name in ids[:i] else name for i, name in enumerate(ids)]
+
+# %% ../nbs/08_analysis.ipynb #e712cce4
 def save_table(
     frame:pd.DataFrame, # columns named as a reader should see them
     out,                # folder; the files go to its tables/
     name:str,           # file name without ending
     caption:str='',     # what it shows
+    key:list[str]=(),   # columns that name a row, as `row_ids` takes them
 )->list[Path]:
-    "Write tables/<name>.csv (ten significant digits) and .md (for reading), atomically; the index is left out."
+    "Writes tables/<name>.csv (ten significant digits) and .md (for reading, each row with its id), atomically."
     frame, cell = significant(frame, 10), lambda value: format_cell(value).replace('|', r'\|').replace('\n', ' ')
-    rows = [map(cell, frame.columns), ['---']*len(frame.columns),
-            *(map(cell, row) for row in frame.itertuples(index=False))]
-    text = '\n'.join([*([caption, ''] if caption else []), *('| ' + ' | '.join(row) + ' |' for row in rows), ''])
+    rows = [[cell(value) for value in row] for row in frame.itertuples(index=False)]
+    for row, name_of_row in zip(rows, row_ids(frame, key)): row[0] = f'<a id="{name_of_row}"></a>{row[0]}'
+    lines = [map(cell, frame.columns), ['---']*len(frame.columns), *rows]
+    text = '\n'.join([*([caption, ''] if caption else []), *('| ' + ' | '.join(line) + ' |' for line in lines), ''])
     folder = Path(out)/'tables'
     return [write_atomic(folder/f'{name}.csv', frame.to_csv(index=False)), write_atomic(folder/f'{name}.md', text)]
 
@@ -271,12 +288,13 @@ class Showing:
         self.out = Path(out)
 
     def figure(self, fig, name:str, caption:str='', runs:list[Run]=())->None: # as `save_figure` takes them
-        from IPython.display import Image, display
+        from IPython.display import display
         save_figure(fig, self.out, name, caption, runs)
+        display(fig)
         plt.close(fig)
-        display(Image(self.out/'figures'/f'{name}.png', width=900))
         print(textwrap.fill(caption, 120))
 
-    def table(self, rows, name:str, caption:str='', most:int=50): # rows: a frame, or dicts; most: shown of all saved
-        save_table(frame := pd.DataFrame(rows), self.out, name, caption)
-        return frame.head(most).style.hide().format(format_cell)
+    def table(self, rows, name:str, caption:str='', most:int=50, # rows: a frame, or dicts; most: number of rows shown
+              key:list[str]=()): # as `save_table` takes it
+        save_table(frame := pd.DataFrame(rows), self.out, name, caption, key)
+        return frame.head(most).drop(columns='runs', errors='ignore').style.hide().format(format_cell)

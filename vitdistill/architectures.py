@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from inspect import signature
 import numpy as np, pandas as pd
-from .agreement import comparisons, pairs_by_seed, resolved, seed_interval
+from .agreement import comparisons, pairs_by_seed, seed_interval
 from .analysis import TEACHING, on_labels, published, repeats, settings
 from .comparison import EXPERIMENTS, chosen, contrast, counterpart, families_to_choose_from
 from .comparison import of_common_seeds, paired_difference, run_names, same_settings
@@ -20,7 +20,7 @@ from .complexity import complexity
 from .config import shipped
 from .findings import paired_interval
 from .layers import LITv2
-from .pretrained import answered, learned_from, mean_test
+from .pretrained import learned_from, mean_test
 from .runs import Run
 
 # %% ../nbs/08j_architectures.ipynb #5f161cea
@@ -105,14 +105,14 @@ def student_rows(runs:list[Run])->pd.DataFrame: # any mixture
     if len(taught) == 2 and same_settings(*taught.values(), MODEL):
         both = [(alone[kind], taught[kind]) for kind in ('DeiT', 'LITv2')]
         rows.append(gain_gap(*both, 'the gain of LITv2 less that of DeiT'))
-    return pd.DataFrame([row | dict(answer=resolved(row['low'], row['high'])) for row in rows])
+    return pd.DataFrame(rows)
 
 # %% ../nbs/08j_architectures.ipynb #e7b5d9d8
 def resnet_rows(
     runs:list[Run],     # any mixture
-    plain:list[Run]=()  # ResNets on labels alone, beside whom teachers stand whose students did not run
-)->pd.DataFrame:        # teacher_test, alone, answer, teacher_run, runs (students); `paired_difference`'s
-    "What LITv2 and the DeiT beside it add to a ResNet as teachers, and how far apart; or why that says nothing."
+    plain:list[Run]=()  # ResNets on labels alone, for teachers whose students did not run
+)->pd.DataFrame:        # teacher_test, alone, teacher_run, runs (students), and the columns of `paired_difference`
+    "Returns the gain of a ResNet by LITv2 and by the DeiT of its cost as teachers, and the difference of the two."
     made = repeats([run for run in runs if run.status == 'done' and run.config.experiment == 'teacher'])
     pairs, rows, pupils = comparisons([run for arm in students(runs) for run in arm]), [], {}
     alone = mean_test(plain)
@@ -122,13 +122,11 @@ def resnet_rows(
         both, right = pairs_by_seed(labels, taught), teacher.result['test_top1']
         gap = paired_difference(labels, taught)
         if both: alone = mean_test([run for run, _ in both]) # of the other teacher's students too
-        answer = answered(gap, right, alone)
-        if both and not answer.startswith('not answered'): pupils[kind] = taught
-        rows.append(dict(what=f'a ResNet taught by {kind}, less alone', teacher_test=right, alone=alone, answer=answer,
+        if both: pupils[kind] = taught
+        rows.append(dict(what=f'a ResNet taught by {kind}, less alone', teacher_test=right, alone=alone,
                          **gap, teacher_run=teacher.name, runs=run_names([*zip(*both)] or [plain])))
     if len(pupils) == 2:
-        row = contrast(pupils['DeiT'], pupils['LITv2'], 'a ResNet taught by LITv2, less by DeiT')
-        rows.append(row | dict(answer=resolved(row['low'], row['high'])))
+        rows.append(contrast(pupils['DeiT'], pupils['LITv2'], 'a ResNet taught by LITv2, less by DeiT'))
     return pd.DataFrame(rows)
 
 # %% ../nbs/08j_architectures.ipynb #a1fa0002

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np, pandas as pd
 from scipy.special import nctdtrinc
 from scipy.stats import false_discovery_control, t as student_t, ttest_1samp, ttest_ind
-from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card, verdict
+from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card
 from .analysis import TEACHING, curves, mean_curve, on_labels, readable, repeats, settings, significant
 from .analysis import teaching
 from .config import Config, VitdistillError
@@ -343,12 +343,11 @@ def pair_table(
         sides = list(zip(*pairs_by_seed(plain, taught)))
         plain_top1, taught_top1 = (np.mean([run.result['test_top1'] for run in side]) for side in sides)
         gap = paired_difference(*sides)
-        found = verdict(gap['low'], gap['high'])
-        ahead_from = measured_crossover(*mean_tops(*sides)) if found == 'higher' else np.nan
-        return dict(arm_facts(taught, name) | gap, plain_top1=plain_top1, taught_top1=taught_top1, taught_is=found,
+        ahead_from = measured_crossover(*mean_tops(*sides)) if gap['low'] > 0 else np.nan
+        return dict(arm_facts(taught, name) | gap, plain_top1=plain_top1, taught_top1=taught_top1,
                     ahead_from=ahead_from, runs=run_names(sides))
     columns = ('arm student images part epochs steps schedule lr batch_size pairs plain_top1 taught_top1 difference '
-               'low high taught_is pooled_low pooled_high welch_low welch_high welch_p correlation std detectable p q '
+               'low high pooled_low pooled_high welch_low welch_high welch_p correlation std detectable p q '
                'holm ahead_from runs')
     table = _table((row(*pair) for pair in pairs), columns, ['student', 'images', 'schedule', 'arm', 'epochs'])
     return pooled(table).assign(q=adjusted(table.p), holm=holm(table.p))

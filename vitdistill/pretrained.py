@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARMS', 'STEPS', 'BEGINNING', 'can_settings', 'arm_of', 'passes', 'seen_patches', 'noise_explained', 'alike',
            'encoders', 'comparable_arms', 'tuned_from', 'fine_tuned', 'models_of_encoders', 'after_labels',
-           'from_scratch', 'controls', 'step_rows', 'scratch_rows', 'spread', 'pretraining_rows', 'learned_from',
-           'models_made', 'taught_by', 'made_how', 'to_teach', 'answered', 'mean_test', 'plain_students', 'pupil_rows',
-           'over_control']
+           'from_scratch', 'controls', 'step_rows', 'scratch_rows', 'spread', 'pretraining_rows', 'view_cost',
+           'cost_rows', 'learned_from', 'models_made', 'taught_by', 'made_how', 'to_teach', 'mean_test',
+           'plain_students', 'pupil_rows', 'over_control']
 
 # %% ../nbs/08i_pretrained.ipynb #fa5a2d5d
 import json
@@ -15,14 +15,17 @@ from collections.abc import Callable
 from inspect import signature
 from itertools import product
 import numpy as np, pandas as pd, torch
-from .agreement import comparisons, pairs_by_seed, resolved, seed_interval, teacher_card
+from torch import nn
+from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card
 from .analysis import TEACHING, published, repeats, settings
 from .comparison import EXPERIMENTS, images, paired_difference, run_names, same_settings
+from .complexity import layers
 from .config import Config, field_names, shipped
 from .data import image_side
 from .findings import paired_interval
+from .losses import criterion
 from .masked import split_patches
-from .models import create, student_size
+from .models import create, create_student, student_size
 from .pretraining import ContrastiveMaskedNoise, silent_error
 from .runs import Run
 from .tables import weights_maker
@@ -159,13 +162,14 @@ def controls(runs:list[Run])->list[tuple[str, Run, int]]: # any mixture
 # %% ../nbs/08i_pretrained.ipynb #f4052f02
 STEPS = (('noise as augmentation only', 'no noise'), ('noise loss, sigma not told', 'noise as augmentation only'),
          ('noise loss of unit variance', 'noise as augmentation only'),
-         *(('CAN', other) for other in ('noise loss, sigma not told', 'no noise', 'SimCLR', 'MAE', 'hardly trained')))
+         *(('CAN', other) for other in ('noise loss, sigma not told', 'noise as augmentation only', 'no noise',
+                                        'SimCLR', 'MAE', 'hardly trained')))
 _tuned = {'fine-tuned, test': 'test_top1', 'fine-tuned, held out': 'held_out_top1'}
 
 def step_rows(
     runs:list[Run], # any mixture
     dataset:str
-)->pd.DataFrame:    # data, pair, published, seeds, difference, low, high, resolved, held_out and what was fine-tuned
+)->pd.DataFrame:    # data, pair, published, seeds, difference, low, high, held_out and what was fine-tuned
     "Each arm of `STEPS` over the other, shares of test images, paired by seed, with 95% t intervals."
     known = published(shipped('reports/reference/can.csv')).set_index('item').value
     arms = comparable_arms(runs, dataset)
@@ -188,7 +192,7 @@ def _step(one, other, there, known): # arms; name -> seed -> accuracies; publish
     if not len(told): return row | dict(difference='not run yet')
     mean, low, high = seed_interval(told)
     more = {name: values.mean() for name, column in beside.items() if len(values := gaps(column))}
-    return row | dict(difference=mean, low=low, high=high, resolved=resolved(low, high), **more)
+    return row | dict(difference=mean, low=low, high=high, **more)
 
 # %% ../nbs/08i_pretrained.ipynb #9e5ba1e7
 BEGINNING = frozenset({'weights_hash', 'layer_decay', 'epochs'}) # what these models may differ in
@@ -196,7 +200,7 @@ BEGINNING = frozenset({'weights_hash', 'layer_decay', 'epochs'}) # what these mo
 def scratch_rows(
     runs:list[Run], # any mixture
     dataset:str
-)->pd.DataFrame:    # pair, control, seeds, difference, low, high, over (seeds or test images), resolved, held_out, runs
+)->pd.DataFrame:    # pair, control, seeds, difference, low, high, over (seeds or test images), held_out, runs
     "Models fine-tuned from CAN less their controls, a row for each kind; shares of test images, 95% intervals."
     models = fine_tuned(comparable_arms(runs, dataset, 1).get('CAN', []), runs)
     tuned, rows = {model.config.seed: model for model in models.values()}, []
@@ -210,7 +214,6 @@ def scratch_rows(
         control = began[group[0].name]
         rows.append(dict(pair=f'CAN, fine-tuned, over one {control}', control=control, seeds=len(pairs),
                          difference=seed_interval(test)[0], low=low, high=high, over=over, held_out=np.mean(held_out),
-                         resolved=resolved(low, high) if len(pairs) > 1 else 'one seed',
                          runs=run_names([*zip(*pairs)][::-1])))
     return pd.DataFrame(rows)
 
@@ -257,6 +260,45 @@ def pretraining_rows(
              for group in repeats([run for run in runs if run.name in began])]
     return pd.DataFrame(rows if began else [*rows, _arm_row('from scratch')])
 
+# %% ../nbs/08i_pretrained.ipynb #7be0bcf8
+class _View(nn.Module): # the forward pass of one view, without the losses
+    def __init__(self, config):
+        super().__init__()
+        can = criterion(config)
+        self.patches, self.encoder = seen_patches(config), can.fit(create_student(config, 1, image_side(config)))
+        self.terms = can.terms
+    def forward(self, pixels):
+        keep = torch.zeros(len(pixels), self.patches, dtype=torch.int64, device=pixels.device)
+        tokens = self.encoder(pixels, keep)
+        if hasattr(self.terms, 'projector'): self.terms.projector(tokens.mean(1))
+        if hasattr(self.terms, 'decoder'): self.terms.decoder(tokens, keep, pixels[:, 0, 0, 0])
+        return tokens
+
+def view_cost(config:Config)->int: # of a pre-training
+    "Returns the multiply-adds of one view's forward pass through encoder, projector and decoder."
+    side = student_size(config, image_side(config))
+    return int(layers(_View(config), (3, side, side)).multiply_adds.sum())
+
+def cost_rows(
+    runs:list[Run], # any mixture
+    dataset:str
+)->pd.DataFrame:    # arm, data, seeds, passes, patches a pass, multiply-adds, hours, both over CAN's, runs
+    "Returns a row each for CAN, SimCLR and MAE: what their pre-training computes and how long it took."
+    arms = {name: group for name, group in comparable_arms(runs, dataset).items() if name in ('CAN', 'SimCLR', 'MAE')}
+    if 'CAN' not in arms: return pd.DataFrame()
+    known, configs = published(shipped('reports/reference/can.csv')), {name: arms[name][0].config for name in arms}
+    known = known[known.quantity == 'FLOPs'].set_index('item').value.astype(float)
+    view = {name: view_cost(c) for name, c in configs.items()}
+    hours = {name: np.array([run.result['seconds'] for run in group])/3600 for name, group in arms.items()}
+    rows = [dict(arm=name, data=dataset, seeds=len(arms[name]), passes=passes(c), **{
+        'patches a pass': seen_patches(c),
+        'multiply-adds a step (G)': view[name]*can_settings(c)['views']*c.batch_size/1e9, # forward
+        'multiply-adds over CAN': view[name]*passes(c)/(view['CAN']*passes(configs['CAN'])), # of the whole run
+        'published over CAN': 1 + known.get(f'{name} ViT-L over CAN', np.nan)/100,
+        'hours': spread(hours[name]), 'hours over CAN': hours[name].mean()/hours['CAN'].mean()},
+        runs=run_names([arms[name]])) for name, c in configs.items()]
+    return pd.DataFrame(rows)
+
 # %% ../nbs/08i_pretrained.ipynb #5584a60a
 def learned_from(student:Run, model:Run)->bool:
     "Did this model teach the student? Known by its card: what it is, and its accuracies."
@@ -300,15 +342,6 @@ def to_teach(
     return {}
 
 # %% ../nbs/08i_pretrained.ipynb #a1c0de20
-def answered(
-    gap:dict,    # of `paired_difference`: a teacher's students less labels alone
-    right:float, # the teacher's accuracy, on images that it has not seen
-    alone:float  # the plain student's, on test images; NaN: unknown
-)->str:
-    "Higher, lower or not resolved; or that such a teacher's students answer nothing, or have not run."
-    if right <= alone: return 'not answered: the teacher is no better than the plain student'
-    return resolved(gap['low'], gap['high']) if gap['pairs'] else 'its students: not run yet'
-
 def mean_test(arm:list[Run])->float: # test top-1; NaN of none
     return np.mean([run.result['test_top1'] for run in arm]) if len(arm) else np.nan
 
@@ -331,8 +364,8 @@ def pupil_rows(
     runs:list[Run],     # any mixture
     plain:list[Run]=()  # students on labels alone, beside whom a teacher stands that has taught none
 )->pd.DataFrame: # teacher (how it began), control (is it one?), data, student, teacher_held_out, teacher_test, taught,
-    # alone, answer, teacher_run, runs (students); and what `paired_difference` says
-    "A row for each arm that such a teacher, or its control, taught: less labels alone, or why that says nothing."
+    # alone, teacher_run, runs (students); and what `paired_difference` says
+    "A row for each arm that such a teacher, or its control, taught: less labels alone."
     rows = [_pupil_row(*arm) for arm in _taught_arms(runs)]
     there = {(row['teacher'], row['data']) for row in rows}
     data = plain[0].config.dataset if len(plain) else ''
@@ -343,10 +376,9 @@ def _pupil_row(name, teacher, plain, pupils): # pupils: [] of a teacher that has
     gap, pairs, c = paired_difference(plain, pupils), pairs_by_seed(plain, pupils), (pupils or plain)[0].config
     both = [*zip(*pairs)] if pairs else (plain, pupils)
     (alone, taught), right = map(mean_test, both), teacher.result['test_top1']
-    answer = 'the plain student: not run yet' if pupils and not pairs else answered(gap, right, alone)
     return dict(teacher=name, control=name not in ARMS, data=c.dataset, student=c.student,
                 teacher_held_out=teacher.result['held_out_top1'], teacher_test=right,
-                taught=taught, alone=alone, answer=answer, **gap, teacher_run=teacher.name,
+                taught=taught, alone=alone, **gap, teacher_run=teacher.name,
                 runs=run_names(both))
 
 # %% ../nbs/08i_pretrained.ipynb #c0417a02

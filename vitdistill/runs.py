@@ -26,21 +26,21 @@ columns = ('epoch', 'lr', 'train_loss', 'train_top1', 'val_top1', 'val_top5', 't
 
 # %% ../nbs/05_runs.ipynb #0333774f
 def is_locked(file:Path)->bool:
-    "Does a living process hold this lock file?"
+    "Returns whether a running process holds this lock file."
     if not file.is_file(): return False
     lock = FileLock(file)
     try: lock.acquire(timeout=.03, poll_interval=.005)
     except Timeout: return True
-    except PermissionError: return False # another user's, to be read only
+    except PermissionError: return False # another user's file, which we can only read
     lock.release()
     return False
 
 # %% ../nbs/05_runs.ipynb #25e64ad9
 def whole_lines(
     file:Path,  # a metrics.csv
-    size:int=0  # bytes that are read from its end; 0: all
-)->list[str]:   # with their ends, the header first; [] where no header is whole
-    "What reads metrics: the header, and the lines that are whole and begin with an epoch."
+    size:int=0  # bytes to read from its end; 0: all
+)->list[str]:   # with line ends, the header first; [] without a complete header
+    "Returns the header of metrics, and the complete lines that begin with an epoch."
     try:
         with open(file, 'rb') as f:
             head = f.readline()
@@ -48,25 +48,25 @@ def whole_lines(
             f.seek(start)
             text = f.read()
     except (FileNotFoundError, NotADirectoryError): return []
-    if start > len(head): text = text.partition(b'\n')[2] # it began within a line
+    if start > len(head): text = text.partition(b'\n')[2] # drop the rest of a cut line
     lines = (head + text).decode(errors='replace').split('\n')[:-1]
     row = lambda line: line.count(',') == lines[0].count(',') and line.partition(',')[0].isdigit()
     return [line + '\n' for i, line in enumerate(lines) if not i or row(line)]
 
 # %% ../nbs/05_runs.ipynb #56e80e0e
 class Run:
-    "A run folder, read; it knows nothing of training."
+    "Reads a run folder."
     def __init__(self, folder:str|Path): self.folder, self.name = Path(folder), Path(folder).name
     @classmethod
-    def of(cls, config:Config): return cls(from_root(config.runs_dir)/run_name(config)) # begun or not
+    def of(cls, config:Config): return cls(from_root(config.runs_dir)/run_name(config)) # started or not
     def __repr__(self): return f'Run({self.name}: {self.status}, {self.epochs_done} epochs)'
 
     @cached_property
     def config(self)->Config: return load(self.folder/'config.yaml')
     @property
-    def work(self)->Path: return from_root(self.config.work_dir)/self.name # the folder of its heavy files
+    def work(self)->Path: return from_root(self.config.work_dir)/self.name # the working folder
     @property
-    def model(self)->Path: return self.work/'model' # as timm shares models
+    def model(self)->Path: return self.work/'model' # folder in timm's layout
     @property
     def environment(self)->dict: return _read_json(self.folder/'environment.json') or {}
     @property
@@ -75,7 +75,7 @@ class Run:
         return result if result and result.get('hash') == config_hash(self.config) else None
 
     @property
-    def status(self)->str: # 'done', 'running', 'interrupted', 'new', or 'unreadable' (no config of this layout)
+    def status(self)->str: # 'done', 'running', 'interrupted', 'new' or 'unreadable' (config can't be read)
         if not (self.folder/'config.yaml').is_file(): return 'new'
         try: self.config
         except VitdistillError: return 'unreadable'
@@ -84,32 +84,32 @@ class Run:
     def _lines(self, size:int=0)->list[str]: return whole_lines(self.folder/'metrics.csv', size)
     @property
     def epochs_done(self)->int: return max(0, len(self._lines()) - 1)
-    def metrics(self)->pd.DataFrame: # a row an epoch
+    def metrics(self)->pd.DataFrame: # one row per epoch
         lines = self._lines()
         return pd.read_csv(io.StringIO(''.join(lines))) if lines else pd.DataFrame(columns=columns)
-    def last_rows(self, size:int=4096)->list[dict]: # column -> text, oldest first: what the file's last bytes hold
+    def last_rows(self, size:int=4096)->list[dict]: # column -> text, oldest first: rows in the file's last `size` bytes
         names, *rows = [line.strip().split(',') for line in self._lines(size)] or [[]]
         return [dict(zip(names, row)) for row in rows]
     def checkpoint(self)->dict|None:
-        import torch # here, so that the analysis of runs starts without it
+        import torch # here, so that analysis of runs doesn't import it
         file = self.work/'checkpoint.pt'
         return torch.load(file, map_location='cpu', weights_only=True) if file.is_file() else None
 
-def _read_json(file:Path)->dict|None: # None where there is none, or a part of one
+def _read_json(file:Path)->dict|None: # None if the file is missing or incomplete
     try: return json.loads(file.read_text())
     except (FileNotFoundError, ValueError): return None
 
 # %% ../nbs/05_runs.ipynb #de4d82e4
 def find_runs(folder:str|Path='reports/runs')->list:
-    "All runs below a folder, by name."
+    "Returns all runs in a folder, sorted by name."
     return [Run(file.parent) for file in sorted(from_root(folder).glob('*/config.yaml'))]
 
 # %% ../nbs/05_runs.ipynb #f8c7d366
 def all_metrics(
     runs:dict        # key -> Run
 )->pd.DataFrame:     # a row per run and epoch: `key`, then the columns of metrics.csv
-    "The metrics of many runs in one frame."
-    texts = {} # by header: layouts may differ
+    "Returns the metrics of many runs in one frame."
+    texts = {} # by header, since columns can differ
     for key, run in runs.items():
         for header, *lines in filter(None, [run._lines()]):
             texts.setdefault(header, []).extend(f'{key},{line}' for line in lines)
@@ -118,32 +118,32 @@ def all_metrics(
 
 # %% ../nbs/05_runs.ipynb #9d550f9f
 def told(path:str|Path)->str:
-    "A path as a record tells it: from the repository's root, or its last part where it lies elsewhere."
+    "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
     path = from_root(path)
     return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
 
 # %% ../nbs/05_runs.ipynb #a3759c3d
 def cores()->int:
-    "The processor cores that this process may use."
+    "Returns the number of processor cores that this process may use."
     here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return int(max(1, min(here, cgroup_limit('cpu.max'))))
 
 # %% ../nbs/05_runs.ipynb #c45547d5
 def compiler_missing(device:str)->str: # 'cpu', 'cuda', 'cuda:0', ...
-    "What torch.compile needs for a device and does not find here; nothing where it may begin."
+    "Returns the name of what torch.compile needs for a device and this machine lacks; '' if nothing."
     if not str(device).startswith('cuda'):
         if not shutil.which(os.environ.get('CXX', 'g++')): return 'a C++ compiler (g++)'
     elif not find_spec('triton'): return 'Triton (pip install triton)'
     elif not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')): return 'a C compiler (gcc)'
-    headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default names /usr/local, which has none
+    headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default is /usr/local, without headers
     there = platform.system() != 'Linux' or (headers/'Python.h').is_file()
     return '' if there else "Python.h, of Python's headers (python3-dev)"
 
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
-    "Versions, hardware and commit of this process: what is quick to tell."
+    "Returns versions, hardware and commit of this process, as far as they are quick to get."
     import timm, torch, torchvision, vitdistill
-    clone = (SHIPPED/'settings.ini').is_file() # a wheel may lie within somebody else's repository
+    clone = (SHIPPED/'settings.ini').is_file() # an installed wheel may be inside another repository
     def git(*words):
         command = ['git', '-C', str(Path(globals().get('__file__', 'here')).resolve().parent), *words]
         if not clone or not shutil.which('git'): return ''
@@ -154,7 +154,7 @@ def environment()->dict:
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 tf32=dict(products=torch.backends.cuda.matmul.allow_tf32, convolutions=torch.backends.cudnn.allow_tf32),
-                commit=git('rev-parse', 'HEAD') or os.environ.get('VITDISTILL_COMMIT', ''), # of a copy without .git
+                commit=git('rev-parse', 'HEAD') or os.environ.get('VITDISTILL_COMMIT', ''), # for a copy without .git
                 uncommitted=bool(git('status', '--porcelain', '--untracked-files=no')))
 
 def _processor()->str:
@@ -163,10 +163,10 @@ def _processor()->str:
 
 # %% ../nbs/05_runs.ipynb #a51c07d1
 def machine_in_words(
-    about:dict,    # of `environment`, or of a run's environment.json
-    device:str=''  # of a run's config: 'cpu' leaves the GPUs out
+    about:dict,    # from `environment`, or a run's environment.json
+    device:str=''  # device of the run's config; 'cpu': leave GPUs out
 )->str:
-    "What there was to compute with: GPUs, or so many cores of a processor."
+    "Returns the hardware in words: the GPUs, or the processor and its number of cores."
     gpus = about.get('gpus')
     if gpus and device != 'cpu': return ', '.join(f'{n} x {name}' for name, n in Counter(gpus).items())
     n = about.get('cores', '?')
@@ -174,7 +174,7 @@ def machine_in_words(
 
 # %% ../nbs/05_runs.ipynb #3eb040e6
 def machine()->dict:
-    "What torch's collect_env tells of this machine."
+    "Returns what torch's collect_env reports about this machine."
     import torch
     from torch.utils import collect_env as about
     cpu = [line.partition(':') for line in (about.get_cpu_info(about.run) or '').splitlines()]
@@ -185,10 +185,10 @@ def machine()->dict:
 
 # %% ../nbs/05_runs.ipynb #a2d717a0
 def append_row(
-    file:Path, # a metrics.csv, begun where there is none
+    file:Path, # a metrics.csv, created if missing
     row:dict   # name -> number, or None for an empty field
 )->None:
-    "Add a row to metrics, on the disk before it returns; a name without a column gets one, empty in earlier rows."
+    "Appends a row to metrics and syncs it to disk; adds missing columns, empty in earlier rows."
     lines = whole_lines(file, 1) # the header
     names = lines[0].strip().split(',') if lines else list(columns)
     more = sorted(row.keys() - set(names))
@@ -205,11 +205,11 @@ def append_row(
 # %% ../nbs/05_runs.ipynb #19781542
 @contextlib.contextmanager
 def locked(folder:Path):
-    "Hold a run folder, made where there is none, for the one process that writes to it; freed when that dies."
+    "Locks a run folder, created if missing, for the one process that writes to it, until that process ends."
     lock = FileLock(folder/'lock')
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=.5) # somebody's look at the status holds it for a moment
+        lock.acquire(timeout=.5) # a status check holds it for a moment
     except Timeout:
         raise VitdistillError(f'{folder} is being written by another process: wait for it, or stop it first.') from None
     except OSError as e:
@@ -219,7 +219,7 @@ def locked(folder:Path):
 
 # %% ../nbs/05_runs.ipynb #db755a78
 def check_folders(config:Config)->None:
-    "Raise `VitdistillError` where runs_dir or work_dir is no folder that can be written to, made or yet to be made."
+    "Raises `VitdistillError` if runs_dir or work_dir is not a folder that can be written to or created."
     for name in ('runs_dir', 'work_dir'):
         place = from_root(getattr(config, name))
         there = next(p for p in (place, *place.parents) if p.exists() or p.is_symlink())
@@ -229,48 +229,48 @@ def check_folders(config:Config)->None:
 
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
-    "A run folder, written by the one process that holds its lock."
+    "Writes a run folder, in the one process that holds its lock."
     def lock(self): return locked(self.folder)
     def _write_json(self, name:str, values:dict):
         write_atomic(self.folder/name, json.dumps(values, indent=1))
 
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
-        tracker_names(config.track) # refused here
+        tracker_names(config.track) # raises if a tracker is unknown
         save(config, self.folder/'config.yaml')
         self._write_json('environment.json', {**self.environment, **environment(), 'command': command})
         for name in ('config', 'trackers'): self.__dict__.pop(name, None)
 
-    def note_machine(self)->None: # it takes a second: once training is on its way
+    def note_machine(self)->None: # takes a second, so call it after training has started
         self._write_json('environment.json', {**self.environment, **machine()})
 
     @cached_property
-    def trackers(self)->Trackers: # begun with what is recorded so far
+    def trackers(self)->Trackers: # new ones get all rows recorded so far
         trackers = Trackers(self.name, self.work, self.config)
         for row in self.metrics().to_dict('records') if trackers.all else (): self._track(trackers, row)
         return trackers
     def _track(self, trackers, row): trackers.row(int(row['epoch']), {n: v for n, v in row.items() if v == v})
 
     def append(self, row:dict)->None:
-        trackers = self.trackers # before the row is there
+        trackers = self.trackers # created before the row is written, or they would get it twice
         append_row(self.folder/'metrics.csv', row)
         self._track(trackers, row)
 
-    def keep_epochs(self, n:int)->None: # drop what was written after a checkpoint that is resumed from
+    def keep_epochs(self, n:int)->None: # drops rows written after the checkpoint that a resume starts from
         file = self.folder/'metrics.csv'
         if lines := self._lines()[:n + 1]: write_atomic(file, ''.join(lines))
-        else: file.unlink(missing_ok=True) # torn within its header
+        else: file.unlink(missing_ok=True) # the header is incomplete
 
-    def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also under a name of its own
+    def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also as checkpoint-EPOCHS.pt
         import torch
         last, kept = self.work/'checkpoint.pt', self.work/f"checkpoint-{state['epochs']:04d}.pt"
         write_atomic(kept if keep else last, lambda p: torch.save(state, p))
-        if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second: a run goes on behind it
+        if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second, so that no resume misses it
 
-    def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # for test, validation, train, per head
+    def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # arrays by name, per split and head
         def write(path):
             with open(path, 'wb') as f: np.savez_compressed(f, **arrays)
         return write_atomic(self.folder/file, write)
 
-    def finish(self, result:dict)->None: # last of all
+    def finish(self, result:dict)->None: # call it last: result.json marks the run as done
         self._write_json('result.json', {'hash': config_hash(self.config), **result})
         self.trackers.end(result)

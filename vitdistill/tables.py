@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .agreement import decisions, disagreement, pairs_by_seed, seed_interval, teacher_of, verdict
+from .agreement import decisions, disagreement, pairs_by_seed, seed_interval, teacher_of
 from .analysis import TEACHING, published, repeats, settings, teaching
 from .comparison import chosen, contrast, families_to_choose_from, held_out_top1, holm, of_common_seeds
 from .comparison import run_names
@@ -284,7 +284,7 @@ def one_changed(
         field = ', '.join(differs) + ' (averaged weights)'*(differs == ['ema_decay'])
         rows.append(dict(field=field, recipe=words[0], here=words[1], seeds=len(tops),
                          top1=tops[:, 1].mean(), difference=mean, low=low, high=high,
-                         resolved='one seed' if alone else verdict(low, high), recipe_std=spread,
+                         recipe_std=spread,
                          images_low=over_images.get('low', np.nan), images_high=over_images.get('high', np.nan),
                          runs=run_names([group]), reproduce=again(*of_common_seeds([usual, group]))))
     return pd.DataFrame(rows).sort_values('difference', ignore_index=True) if rows else pd.DataFrame()
