@@ -1,6 +1,8 @@
-# A CPU:   docker build -t vitdistill .
-# A GPU:   docker build -t vitdistill --build-arg BASE=pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime .   (any image with Python, torch, torchvision)
-# Run it:  docker run --rm -it -v "$PWD:/work" vitdistill demo        (a GPU: --gpus all --shm-size 8g)
+# Build for a CPU:  docker build -t vitdistill .
+# Build for a GPU:  docker build -t vitdistill --build-arg BASE=pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime .
+#                   (any base image works that has Python, torch and torchvision)
+# Run on a CPU:     docker run --rm -it -v "$PWD:/work" vitdistill demo
+# Run on a GPU:     docker run --rm -it -v "$PWD:/work" --gpus all --shm-size 8g vitdistill demo
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 
@@ -9,7 +11,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 
 ENV PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
-# torch without CUDA, as tested (settings.ini says which), where the base image has none
+# If the base image has no torch, install the tested version (from settings.ini) without CUDA.
 COPY settings.ini /tmp/
 RUN python -c "import torch, torchvision" 2>/dev/null \
  || python -m pip install $(grep -oE '\btorch(vision)?==[0-9.]+' /tmp/settings.ini) --index-url https://download.pytorch.org/whl/cpu

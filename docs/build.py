@@ -1,12 +1,10 @@
-"""The documentation site: execute notebooks, lay out the pages, call Sphinx, follow every internal link (`make docs`).
+"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks links (`make docs`).
 
-Notebooks are executed once and kept in out/docs-work until they, the package or the records change.
+Executed notebooks are kept in out/docs-work until they, the package or the records change.
 """
 import argparse
-import base64
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -19,38 +17,40 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK, OUT = ROOT / "out/docs-work", ROOT / "out/docs"
 REPOSITORY = re.search(r"^git_url = (.*)$", (ROOT / "settings.ini").read_text(), re.M)[1]
-EXECUTED = ROOT / "docs/executed"  # copies that are committed: README links to them
 # page of the site, without its ending -> the file of the repository that it shows
-PAGES = {"recipes": "README.md", "study": "reports/study.md", "contributing": "CONTRIBUTING.md",
+PAGES = {"start": "README.md", "study": "reports/study.md", "contributing": "CONTRIBUTING.md",
          "changes": "CHANGELOG.md"}
+PAGES |= {name: f"docs/{name}.md" for name in ("recipes", "gpus", "library", "costs", "trouble")}
+for _file in sorted((ROOT / "reports").glob("*.md")):
+    if _file.stem != "study":
+        PAGES[f"studies/{_file.stem}"] = _file.relative_to(ROOT).as_posix()
 for _file in sorted((ROOT / "nbs").glob("*/[ae][0-9]*.ipynb")) + sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
     _part = {"nbs": "chapters"}.get(_file.parent.name, _file.parent.name)
     PAGES[f"{_part}/{_file.stem}"] = _file.relative_to(ROOT).as_posix()
 
 
 def directives(source):
-    """nbdev's directives in a cell: {'export': '', 'eval': 'false'}."""
+    """Returns nbdev's directives of a cell, such as {'export': '', 'eval': 'false'}."""
     found = re.findall(r"^#\| *(\w+)(?:: *(.*)| .*)?$", source, re.M)
     return {name: value.strip() for name, value in found}
 
 
 def is_run(cell):
-    """Is a cell executed, as nbdev_test would?"""
-    told = directives(cell.source)
-    return told.get("eval") != "false" and not {"slow", "cuda"} & told.keys() and "nbdev_export()" not in cell.source
+    """Returns whether nbdev_test would execute a cell."""
+    given = directives(cell.source)
+    return given.get("eval") != "false" and not {"slow", "cuda"} & given.keys() and "nbdev_export()" not in cell.source
 
 
 def as_page(notebook):
-    """What a reader sees of a source notebook: hidden cells and lines of directives are gone."""
+    """Returns a source notebook without hidden cells and without lines of directives."""
     shown = []
     for cell in notebook.cells:
-        told = directives(cell.source) if cell.cell_type == "code" else {}
-        if {"hide", "default_exp"} & told.keys() or "injected-parameters" in cell.metadata.get("tags", []):
+        given = directives(cell.source) if cell.cell_type == "code" else {}
+        if {"hide", "default_exp"} & given.keys() or "injected-parameters" in cell.metadata.get("tags", []):
             continue
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
         cell.metadata = {}
@@ -62,19 +62,20 @@ def as_page(notebook):
 
 
 def without_machine(text):
-    """Outputs tell no path of this machine."""
+    """Returns a text without paths of this machine."""
     return text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
 
 
 def digest(*files):
-    told = hashlib.sha256()
+    """Returns a hash of the names and contents of files."""
+    state = hashlib.sha256()
     for file in files:
-        told.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return told.hexdigest()[:16]
+        state.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def execute(name):
-    """Execute a source or analysis notebook, unless that is done; returns the executed copy's path."""
+    """Executes a source or analysis notebook, unless that was done before, and returns the path of the copy."""
     source = ROOT / PAGES[name]
     inputs = [source, *sorted((ROOT / "vitdistill").glob("*.py"))]
     if name.startswith("analysis"):
@@ -104,66 +105,35 @@ def execute(name):
     return kept
 
 
-def in_few_colours(picture):
-    """A picture of an output, PNG in base64, with a palette, rare colours too: a third of the bytes, kept by git."""
-    image, out = Image.open(io.BytesIO(base64.b64decode(picture))), io.BytesIO()
-    image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(out, "PNG", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def keep(name):
-    """Renew a committed copy: the analysis that was executed just now, or the demo's taught student (minutes)."""
-    if name.startswith("analysis"):
-        notebook = nbformat.read(execute(name), 4)
-    else:
-        from vitdistill.cli import run_notebook
-
-        draft = WORK / "drafts" / f"{Path(name).name}.ipynb"
-        notebook = nbformat.read(run_notebook(draft.stem, draft, {}), 4)
-    for cell in notebook.cells:
-        cell.metadata = {}
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                if "image/png" in output.get("data", {}):
-                    output.data["image/png"] = in_few_colours(output.data["image/png"])
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
-    EXECUTED.mkdir(exist_ok=True)
-    text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-    text = without_machine(text).replace("](figures/", "](../../reports/figures/")  # as pages of reports/ have them
-    (EXECUTED / f"{Path(name).name}.ipynb").write_text(text, encoding="utf-8")
-
-
 def relink(text, source, page, files):
-    """Links of a file of the repository as those of its page: to pages, to copied images, to the repository online."""
+    """Returns the text of a file with links to pages of the site, to copied images and to the repository online."""
     shown = {file: target for target, file in PAGES.items()}
-    shown_copies = {f"docs/executed/{Path(file).name}": target for target, file in PAGES.items()}
     up = "../" * page.count("/")
 
     def link(match):
         bang, label, target = match.groups()
         path, _, fragment = target.partition("#")
+        place = f"#{fragment}" if fragment else ""
         if "://" in target or not path or target.startswith("mailto:"):
             return match[0]
         file = os.path.normpath(os.path.join(os.path.dirname(source), unquote(path)))
         if not (ROOT / file).exists():
             raise SystemExit(f"{source} links to {target}, which is not in the repository: mend the link.")
-        known = shown.get(file) or shown_copies.get(file)
-        if known:
-            return f"{bang}[{label}]({up}{known}{Path(PAGES[known]).suffix}{'#' * bool(fragment)}{fragment})"
+        if known := shown.get(file):
+            return f"{bang}[{label}]({up}{known}{Path(file).suffix}{place})"
         if bang:
             files.add(file)
             return f"{bang}[{label}]({up}{file})"
-        return f"{bang}[{label}]({REPOSITORY}/{'tree' if (ROOT / file).is_dir() else 'blob'}/main/{file})"
+        return f"{bang}[{label}]({REPOSITORY}/{'tree' if (ROOT / file).is_dir() else 'blob'}/main/{file}{place})"
 
     return re.sub(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)", link, text)
 
 
 def lay_out(folder):
-    """The pages as Sphinx reads them."""
+    """Writes the pages as Sphinx reads them."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "_*", "executed"))
-    files = {"reports/figures/study_forest.png"}  # of docs/index.md
+    shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "_*"))
+    files = {"reports/figures/answer.svg"}  # the picture of docs/index.md
     for page, source in PAGES.items():
         target = folder / f"{page}{Path(source).suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,18 +141,13 @@ def lay_out(folder):
             text = relink((ROOT / source).read_text(encoding="utf-8"), source, page, files)
             target.write_text(text, encoding="utf-8")
             continue
-        copy = EXECUTED / f"{Path(source).name}"
-        if page.startswith(("chapters", "analysis")):
-            copy = execute(page)
-        notebook = nbformat.read(copy if copy.is_file() else ROOT / source, 4)
+        executed = page.startswith(("chapters", "analysis"))
+        notebook = nbformat.read(execute(page) if executed else ROOT / source, 4)
         module = re.search(r"^#\| *default_exp (\w+)", "\n".join(cell.source for cell in notebook.cells), re.M)
         notebook = as_page(notebook)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = relink(cell.source, source, page, files)
-            for data in (output.get("data", {}) for output in cell.get("outputs", [])):
-                if "text/markdown" in data:
-                    data["text/markdown"] = relink(data["text/markdown"], "reports/study.md", page, files)
         api = f"Module [`vitdistill.{module[1]}`](../api/{module[1]}.rst). " if module else ""
         notebook.cells[0].source += f"\n\n{api}Source: [{source}]({REPOSITORY}/blob/main/{source})."
         target.write_text(nbformat.writes(notebook), encoding="utf-8")
@@ -197,7 +162,7 @@ def lay_out(folder):
 
 
 class Links(HTMLParser):
-    """What a page links to and loads, and the places in it that can be linked to."""
+    """Collects what a page links to, what it loads, and the places in it that can be linked to."""
 
     def __init__(self, text):
         super().__init__()
@@ -205,17 +170,18 @@ class Links(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, pairs):
-        told = dict(pairs)
-        self.places |= {told.get("id"), told.get("name")}
-        loaded = told.get("src") or (told.get("href") if tag == "link" and told.get("rel") == "stylesheet" else None)
+        given = dict(pairs)
+        style = given.get("href") if tag == "link" and given.get("rel") == "stylesheet" else None
+        self.places |= {given.get("id"), given.get("name")}
+        loaded = given.get("src") or style
         if loaded:
             self.loads.append(loaded)
-        if told.get("href"):
-            self.links.append(told["href"])
+        if given.get("href"):
+            self.links.append(given["href"])
 
 
 def link_faults(folder):
-    """Links and files of a built site that lead nowhere, and what it would load from elsewhere."""
+    """Returns the broken links of a built site, and what it would load from another site."""
     found = [file.resolve() for file in folder.rglob("*.html") if "_static" not in file.parts]
     pages = {file: Links(file.read_text(encoding="utf-8")) for file in found}
     faults = []
@@ -235,16 +201,12 @@ def link_faults(folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Build the documentation site into out/docs.")
-    parser.add_argument("--keep", action="store_true", help="renew docs/executed too: trains the demo's taught student")
     parser.add_argument("--workers", type=int, default=2, help="notebooks at once (default: %(default)s)")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYDEVD_DISABLE_FILE_VALIDATION="1")
     os.chdir(ROOT)
     with ProcessPoolExecutor(args.workers) as pool:
         list(pool.map(execute, [name for name in PAGES if name.startswith(("chapters", "analysis"))]))
-    if args.keep:
-        keep("analysis/a02_study")
-        keep("experiments/e02_distilled_resnet50")
     lay_out(WORK / "source")
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs", "-d", WORK / "doctrees"]
     shutil.rmtree(OUT, ignore_errors=True)

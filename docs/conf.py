@@ -28,7 +28,8 @@ html_show_sourcelink = False
 html_copy_source = False
 html_css_files = ["extra.css"]
 html_static_path = ["_static"]
-html_sidebars = {page: [] for page in ("recipes", "study", "contributing", "changes")}  # no pages below them
+_single = "start", "study", "recipes", "gpus", "library", "costs", "trouble", "contributing", "changes"
+html_sidebars = {page: [] for page in _single}  # they have no pages below them
 html_theme_options = {"github_url": settings["git_url"], "show_toc_level": 2, "navigation_with_keys": False,
                       "header_links_before_dropdown": 8, "secondary_sidebar_items": ["page-toc"],
                       "navbar_persistent": ["search-button"],
@@ -40,7 +41,7 @@ autodoc_typehints = "signature"
 
 
 def as_rst(text):
-    """One of our docstrings or comments as reStructuredText: what is in backticks is code, the rest is plain."""
+    """Returns a docstring or comment as reStructuredText: text in backticks is code, the rest is plain."""
     parts = text.split("`")
     plain = [re.sub(r"([*|_\\])", r"\\\1", part) for part in parts]
     code = [rf"\ ``{part}``\ " if part.strip() == part and part else part for part in parts]
@@ -48,7 +49,7 @@ def as_rst(text):
 
 
 def field_lines():
-    """What `Config` says of its fields."""
+    """Yields each field of `Config` with its comment and its range."""
     from vitdistill.cli import field_comments
     from vitdistill.config import Config
 
@@ -59,24 +60,25 @@ def field_lines():
 
 
 def parameter_lines(thing, name):
-    """(parameter, its comment) of a function or class; 'return' for what it returns."""
+    """Returns (parameter, comment) pairs of a function or class; 'return' is the name of the returned value."""
     if name == "vitdistill.config.Config":
         return list(field_lines())
     try:
-        told = docments(thing, full=True, returns=True)
+        comments = docments(thing, full=True, returns=True)
     except (TypeError, ValueError, OSError, IndexError):  # of C, or made by a decorator
         return []
-    return [(key, " ".join(about["docment"].split())) for key, about in told.items() if about.get("docment")]
+    return [(key, " ".join(about["docment"].split())) for key, about in comments.items() if about.get("docment")]
 
 
 def process_docstring(app, what, name, thing, options, lines):
-    """Add the comments of parameters to a docstring, and read both as plain text."""
+    """Adds the comments of parameters to a docstring, both as plain text."""
     lines[:] = [as_rst(line) for line in lines]
     if what not in ("function", "class", "method"):
         return
-    told = parameter_lines(thing, name)
-    lines += [""] * bool(told)
-    lines += [f":returns: {as_rst(text)}" if key == "return" else f":param {key}: {as_rst(text)}" for key, text in told]
+    pairs = parameter_lines(thing, name)
+    lines += [""] if pairs else []
+    for key, text in pairs:
+        lines.append(f":{'returns' if key == 'return' else f'param {key}'}: {as_rst(text)}")
 
 
 def setup(app):

@@ -1,12 +1,9 @@
 """How the site's pages are made from notebooks and from Markdown; `make docs` builds it and follows its links."""
-import base64
 import importlib.util
-import io
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from PIL import Image
 
 from conftest import ROOT
 
@@ -32,15 +29,27 @@ def test_directives_are_honoured():
 
 def test_links_lead_to_pages_images_and_the_repository():
     files = set()
-    text = ("[a](reports/study.md#x) ![b](reports/figures/figure4.png) [c](reports/bench) "
-            "[d](https://e.org) [`f`](Makefile) [g](#h)")
+    text = ("[a](reports/study.md#x) ![b](reports/figures/answer.svg) [c](reports/bench) "
+            "[d](https://e.org) [`f`](Makefile#L1) [g](#h)")
     online = build.REPOSITORY
-    found = build.relink(text, "README.md", "sub/recipes", files)
-    assert found == (f"[a](../study.md#x) ![b](../reports/figures/figure4.png) [c]({online}/tree/main/reports/bench) "
-                     f"[d](https://e.org) [`f`]({online}/blob/main/Makefile) [g](#h)")
-    assert files == {"reports/figures/figure4.png"}
+    found = build.relink(text, "README.md", "sub/start", files)
+    assert found == (f"[a](../study.md#x) ![b](../reports/figures/answer.svg) [c]({online}/tree/main/reports/bench) "
+                     f"[d](https://e.org) [`f`]({online}/blob/main/Makefile#L1) [g](#h)")
+    assert files == {"reports/figures/answer.svg"}
     with pytest.raises(SystemExit, match="README.md links to nowhere.md, which is not in the repository"):
-        build.relink("[a](nowhere.md)", "README.md", "recipes", files)
+        build.relink("[a](nowhere.md)", "README.md", "start", files)
+
+
+def test_every_page_that_people_write_is_on_the_site():
+    """The pages of docs/ keep their names; README is `start`, and the side studies of reports/ have a folder."""
+    shown = {file: page for page, file in build.PAGES.items()}
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "index" or shown[f"docs/{page.name}"] == page.stem
+    assert shown["README.md"] == "start" and shown["reports/study.md"] == "study"
+    for page in (ROOT / "reports").glob("*.md"):
+        assert page.stem == "study" or shown[f"reports/{page.name}"] == f"studies/{page.stem}"
+    found = build.relink("[a](gpus.md#slurm) [b](../README.md)", "docs/recipes.md", "recipes", set())
+    assert found == "[a](gpus.md#slurm) [b](start.md)"
 
 
 @pytest.mark.parametrize("page", build.PAGES)
@@ -51,18 +60,6 @@ def test_links_of_a_page_are_there(page):
         cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown"]
     for text in texts:
         build.relink(text, build.PAGES[page], page, set())
-
-
-def test_pictures_of_committed_notebooks_are_light():
-    """A study that is executed anew is committed anew: its pictures have a palette, and a blue dot stays blue."""
-    drawn, picture = Image.effect_noise((200, 200), 90).convert("RGB"), io.BytesIO()
-    drawn.paste((0, 114, 178), (9, 9, 13, 13))
-    drawn.save(picture, "PNG")
-    light = build.in_few_colours(base64.b64encode(picture.getvalue()).decode())
-    with Image.open(io.BytesIO(base64.b64decode(light))) as image:
-        assert (image.mode, image.size) == ("P", drawn.size)
-        assert image.convert("RGB").getpixel((10, 10)) == (0, 114, 178)
-    assert (build.EXECUTED / "a02_study.ipynb").stat().st_size < 1.2e6
 
 
 def test_broken_links_of_a_site_are_found(tmp_path):

@@ -1,0 +1,328 @@
+"""Commands and snippets of the pages run, and grids meet their records."""
+import ast
+import functools
+import importlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import yaml
+
+from conftest import ROOT
+from test_notebooks import execute
+from vitdistill.analysis import settings
+from vitdistill.cli import COMMANDS, configured, field_values
+from vitdistill.config import Config, config_hash, field_names, run_name, save
+from vitdistill.grids import grid_cells, not_here, parser
+from vitdistill.launch import configure, notebook_names
+from vitdistill.models import read_weights
+from vitdistill.runs import find_runs
+
+RECORDS, GRIDS = ROOT / "reports/runs", ROOT / "nbs/experiments/grids"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
+             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain", e07_finetune="deit")
+OWN = {*notebook_names} - {"preset", "role"}  # parameters of notebooks that are no fields of Config
+
+
+def blocks(language, pages=PAGES):
+    """Returns the code blocks of pages in one language."""
+    fence = rf"^```{language}\n(.*?)^```$"
+    return [code for page in pages for code in re.findall(fence, page.read_text(encoding="utf-8"), re.M | re.S)]
+
+
+def commands(program):
+    """Returns the command lines of all pages that call a program, each once and as lists of words."""
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    calls = [shlex.split(line, comments=True) for line in lines if re.match(rf"(\S*/)?{program} ", line)]
+    return [list(words) for words in dict.fromkeys(map(tuple, calls))]
+
+
+def snippet(part):
+    """Returns the Python block of docs/library.md that holds this text."""
+    [code] = [code for code in blocks("python", [ROOT / "docs/library.md"]) if part in code]
+    return code
+
+
+def given_of(words):
+    """Returns the notebook's name and the parameters of a papermill command."""
+    pairs = {words[i + 1]: yaml.safe_load(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
+    for text in (words[i + 1] for i, word in enumerate(words) if word == "-y"):
+        pairs |= yaml.safe_load(text)
+    return re.search(r"(\w+)\.ipynb", words[1])[1], pairs
+
+
+def part_of(notebook, given):
+    """Returns the part of a preset that an experiment notebook trains first."""
+    return given.get("role", PARTS[notebook]) if notebook[:3] in ("e00", "e07") else PARTS[notebook]
+
+
+RECIPES = commands("papermill")
+EXPERIMENT_RECIPES = [words for words in RECIPES if "nbs/experiments/" in words[1]]
+
+
+def name_of(words):
+    """Returns the name of the notebook that a recipe writes."""
+    return re.search(r"(\w+)\.ipynb", words[2])[1]
+
+
+@pytest.mark.parametrize("words", RECIPES, ids=name_of)
+def test_recipe_names_a_notebook_and_its_parameters(words):
+    notebook, given = given_of(words)
+    declared = papermill.inspect_notebook(str(ROOT / words[1]))
+    assert (ROOT / words[1]).is_file() and words[2].startswith("out/")
+    assert given.keys() <= declared.keys() | ({*field_names()} if notebook in PARTS else set())
+
+
+@pytest.mark.parametrize("words", EXPERIMENT_RECIPES, ids=name_of)
+def test_recipe_makes_a_config(words):
+    """A value out of its range, or of another type, is an error of `configure`."""
+    notebook, given = given_of(words)
+    declared = papermill.inspect_notebook(str(ROOT / words[1]))
+    values = {"preset": ast.literal_eval(declared["preset"]["default"])} | given
+    part = part_of(notebook, given)
+    assert configure(part, {name: value for name, value in values.items() if name not in OWN}).experiment == part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", EXPERIMENT_RECIPES, ids=name_of)
+def test_recipe_runs(words, tmp_path):
+    """Runs a recipe with the digits, tiny models, one epoch, one process and files that are made here."""
+    notebook, given = given_of(words)
+    small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    student = dict(student="resnet18") if notebook[:3] in ("e01", "e02") else dict(student_kwargs=TINY_VIT)
+    convnet = given.get("role") == "deit_teacher"
+    small |= student if "student" not in given and not convnet else {}
+    if given.get("student", "").startswith("deit"):
+        small |= dict(student_kwargs=TINY_VIT)
+    if notebook.startswith("e06"):  # with the small transformer of its own preset
+        small |= dict(preset=given["preset"], student_kwargs=None)
+    if notebook.startswith("e03"):
+        small |= dict(allow_untrained=True, teacher_weights=None)
+    if notebook.startswith("e02"):
+        folds = given.get("out_of_fold")  # two teachers are trained here, on all digits
+        small |= dict(teacher_kwargs=TINY_VIT, data_fraction=1.0 if folds else 0.5)
+        small |= {} if folds else dict(allow_untrained=True, teacher_weights=None)
+    if given.get("dataset") == "imagefolder":
+        small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), batch_size=8)
+    if notebook.startswith("e04"):
+        small |= dict(weights=str(tiny_weights(tmp_path)), val_rows="1200:1438")
+    if notebook.startswith("e07"):
+        small |= dict(student="vit_tiny_patch16_224", student_weights=str(tiny_weights(tmp_path)), data_fraction=0.5)
+    if notebook.startswith("e00"):
+        small |= dict(student_pretrained=False)
+    execute(notebook, tmp_path / "run.ipynb", **given | small)
+    done = [run.status for run in find_runs(tmp_path / "runs")]
+    assert set(done) <= {"done"} and (done or list((tmp_path / "work").glob("*/model/card.json")))
+
+
+def folders(root):
+    """Writes two classes of a few random pictures, for training and validation."""
+    from PIL import Image
+    for part, n in dict(train=12, val=4).items():
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def tiny_weights(folder):
+    """Writes the weights of a small vision transformer and returns the file."""
+    import timm
+    from safetensors.torch import save_file
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
+    save_file(model.state_dict(), folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+VITDISTILL = commands("vitdistill")
+
+
+@pytest.mark.parametrize("words", VITDISTILL, ids=" ".join)
+def test_command_and_its_options_exist(words, capsys):
+    assert words[1] in COMMANDS
+    if words[1] == "train":
+        given, source = field_values(words[2:])
+        config = configured(source, given)
+        assert all(getattr(config, name) == value for name, value in given.items())
+    elif words[1] == "grid":
+        assert (ROOT / parser().parse_args(words[2:]).grid).is_file()
+    else:
+        with pytest.raises(SystemExit, match="0"):
+            COMMANDS[words[1]](["--help"])
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words[2:] if word.startswith("-"))
+
+
+def test_targets_of_make_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {words[1] for words in commands("make")}
+    assert {"demo", "test", "gpu", "bench"} <= named | {"demo", "test"} and named <= targets
+
+
+def test_grids_of_the_pages_need_nothing_that_a_clone_lacks():
+    named = {words[2] for words in VITDISTILL if words[1] == "grid"}
+    assert named and not any(not_here(grid_cells(ROOT / path)) for path in named)
+
+
+@pytest.mark.slow
+def test_commands_train_and_export(tmp_path):
+    """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands' options."""
+    train = next(words for words in VITDISTILL if words[1] == "train" and "--track" in words)
+    export = next(words for words in VITDISTILL if words[1] == "export")
+    train[train.index("--runs_dir") + 1] = str(tmp_path / "runs")
+    small = dict(work_dir=tmp_path / "work", student="resnet18", data_fraction=0.1, epochs=1)
+
+    def vitdistill(*words):
+        subprocess.run([sys.executable, "-m", "vitdistill.cli", *map(str, words)], cwd=ROOT, check=True)
+    vitdistill(*train[1:], *(word for name, value in small.items() for word in (f"--{name}", value)))
+    [run] = find_runs(tmp_path / "runs")
+    assert run.status == "done" and run.config.lr == 0.02 and list(tmp_path.rglob("events.out.tfevents*"))
+    vitdistill(*(str(run.folder) if "<run>" in word else word for word in export[1:]))
+    assert list((tmp_path / "work").rglob("*.onnx"))
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
+def test_snippet_imports_what_is_there(code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_training_loop_of_the_library_runs(tmp_path, capsys):
+    where = f"allow_untrained=True, work_dir={str(tmp_path)!r}, padding=0"
+    seen = {}
+    exec(snippet("vitdistill.setup").replace("allow_untrained=True", where), seen)
+    assert seen["loss"].isfinite() and {"label", "teacher"} <= set(seen["parts"])
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in seen["setup"].student.parameters())
+    assert "1438 images x 1 views" in (said := capsys.readouterr().out) and "images that it held out" in said
+
+
+def test_the_loss_of_the_library_is_both_cross_entropies():
+    from torch.nn.functional import cross_entropy
+    seen = {}
+    exec(snippet("SwitchedDistillationLoss"), seen)
+    halves = [cross_entropy(seen["student"], y) for y in (seen["labels"], seen["teacher"].argmax(1))]
+    assert seen["loss"].item() == pytest.approx(sum(halves).item() / 2, rel=1e-6)
+
+
+def test_a_trained_model_is_used_as_the_library_does(teacher, tmp_path, capsys):
+    """The model has its weights, and an image is prepared as in training: its own size, the run's mean and std."""
+    from PIL import Image
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    code, seen = snippet("local-dir:"), {}
+    code = re.sub(r"Path\('[^']*'\)", f"Path({str(teacher)!r})", code)
+    exec(code.replace("'image.png'", repr(str(tmp_path / "image.png"))), seen)
+    saved = read_weights(teacher)
+    assert all((value == saved[name]).all() for name, value in seen["model"].state_dict().items())
+    assert seen["prepare"](seen["image"]).shape == (3, 32, 32)
+    about = json.loads((seen["folder"] / "card.json").read_text())
+    assert seen["prepare"].transforms[-1].mean.tolist() == pytest.approx(about["constants"][0])
+    assert capsys.readouterr().out.split()[0] in about["classes"]
+
+
+def record(root, curve, seed=1, **over):
+    """Writes the record of a finished run on the digits with this test accuracy by epoch."""
+    c = Config(**{"dataset": "digits", "epochs": len(curve), "seed": seed, **over})
+    folder = root / "runs" / run_name(c)
+    save(c, folder / "config.yaml")
+    frame = pd.DataFrame(dict(epoch=np.arange(len(curve)), test_top1=curve, train_top1=curve))
+    frame.to_csv(folder / "metrics.csv", index=False)
+    result = dict(hash=config_hash(c), test_top1=float(curve[-1]), train_top1=0.9)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
+    """Each name fits one run of the demo, though the DeiT's has `distilled` in it too."""
+    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+    deit = dict(taught, experiment="deit", student="deit_tiny_distilled_patch16_224", teacher="regnety_002")
+    for made in {}, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
+        record(tmp_path, [0.1, 0.5], **made)
+    lines, seen = snippet("vitdistill.watch").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
+    exec(lines.replace("\ncompare", "\nfig = compare"), seen)
+    assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
+
+
+def head_of(grid):
+    """Returns the comments of a grid in one line."""
+    return " ".join(line.lstrip("# ") for line in grid.read_text().splitlines() if line.startswith("#"))
+
+
+FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", head_of(path))]
+
+
+@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
+def test_foretelling_grid_says_what_it_asks(grid):
+    """Its head says what is asked, what is expected and which seeds; each cell is a config."""
+    head = head_of(grid)
+    assert "?" in head and re.search("[Ee]xpected", head) and re.search(r"[Ss]eeds? \d|[Oo]ne seed", head)
+    for cell in grid_cells(grid):
+        values = {k: v for k, v in cell.chosen.items() if k not in OWN}
+        part = values.pop("role", None) or PARTS[cell.notebook.stem]
+        assert configure(part, values).experiment == part
+
+
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # fields that a run fills in itself
+
+
+@functools.cache
+def records():
+    return find_runs(RECORDS)
+
+
+def student_cells(grid, root):
+    """Yields what identifies the runs of a grid's students: experiment, seed, settings, whether out of fold."""
+    for cell in grid_cells(root / grid.relative_to(ROOT)):
+        if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50", "e03_deit_from_regnet"):
+            values = {k: v for k, v in cell.chosen.items() if k not in OWN}
+            values["preset"] = str(root / f"nbs/presets/{values['preset']}.yaml")
+            c = configure(PARTS[cell.notebook.stem], values)
+            yield c.experiment, c.seed, settings(c, FOUND), bool(cell.chosen.get("out_of_fold"))
+
+
+@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
+def test_grid_stood_before_its_runs(grid, tmp_path):
+    """The commit in each record of a grid that foretells holds the cell, and the preset, that made it.
+
+    Students of several teachers have the same settings, so the cell may be another grid's.
+    """
+    @functools.cache
+    def cells_at(commit, grid):
+        if subprocess.run(["git", "cat-file", "-e", commit], cwd=ROOT).returncode:
+            pytest.skip("a shallow clone: the commit of the record is not here")
+        archive = ["git", "archive", commit, "nbs/presets", str(grid.relative_to(ROOT))]
+        then = subprocess.run(archive, cwd=ROOT, capture_output=True)
+        if then.returncode:
+            return set()
+        with tarfile.open(fileobj=io.BytesIO(then.stdout)) as files:
+            files.extractall(tmp_path / commit, filter="data")
+        return set(student_cells(grid, tmp_path / commit))
+
+    made = set(student_cells(grid, ROOT))
+    for run in records():
+        c = run.config
+        cell = c.experiment, c.seed, settings(c, FOUND), bool(c.fold_weights)
+        if cell in made:
+            commit = run.environment["commit"]
+            assert any(cell in cells_at(commit, one) for one in (grid, *sorted(GRIDS.glob("*.yaml")))), run.name
+
+
+@pytest.mark.parametrize("grid, run", [("small_tuned", 10), ("deit_strengths", 8)])
+def test_a_grids_cells_meet_the_records_that_they_are_to_be_paired_with(grid, run):
+    """Whatever fields or presets changed since, today's cells of a grid that has run are its records."""
+    cells = [configure(PARTS[cell.notebook.stem], cell.chosen) for cell in grid_cells(GRIDS / f"{grid}.yaml")]
+    here = {(run.config.experiment, run.config.seed, settings(run.config, FOUND)) for run in records()}
+    assert len({(c.experiment, c.seed, settings(c, FOUND)) for c in cells} & here) >= run
