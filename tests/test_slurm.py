@@ -202,7 +202,7 @@ def test_a_teacher_that_fails_takes_its_students_along(slurm, tmp_path):
     assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     states, said = status(grid, grid.parent)
     assert [state for state, _ in states] == ["failed", "done", "failed"], said
-    assert "unknown model 'resnet5'" in said and "not begun, for its teacher failed" in said
+    assert "unknown model 'resnet5'" in said and "not started, because its teacher failed" in said
 
 
 def test_a_cell_on_two_nodes(slurm, tmp_path):
@@ -261,4 +261,4 @@ def test_a_folder_that_the_node_does_not_see(slurm, tmp_path):
     (tmp_path / "unseen").rename(out)
     states, said = status(grid, grid.parent)
     assert [state for state, _ in states] == ["failed"]
-    assert "left no word: does its node see" in said and f"See {out}/grid/slurm" in said
+    assert "ended without a record: does its node see" in said and f"See {out}/grid/slurm" in said
