@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'prediction_arrays', 'heads', 'own_head', 'read_predictions', 'predicted_epochs', 'with_predictions',
            'same_data', 'decisions', 'disagreement', 'teacher_card', 'teacher_of', 'teachers_of', 'answers_given',
            'agreement', 'contradictions', 'reliability', 'ece', 'calibrated_ece', 'comparisons', 'pairs_by_seed',
-           'mcnemar', 'paired_score', 'seed_interval', 'verdict', 'class_names', 'class_gains']
+           'mcnemar', 'paired_score', 'seed_interval', 'class_names', 'class_gains']
 
 # %% ../nbs/08c_agreement.ipynb #d45dba46
 from pathlib import Path
@@ -315,9 +315,6 @@ def seed_interval(
     if len(differences) < 2 or np.ptp(differences) < 1e-9: return mean, np.nan, np.nan
     found = ttest_1samp(differences, 0).confidence_interval(level)
     return mean, round(float(found.low), 12), round(float(found.high), 12)
-
-# %% ../nbs/08c_agreement.ipynb #tmpverdi
-def verdict(low, high): return 'higher' if low > 0 else 'lower' if high < 0 else 'not resolved'
 
 # %% ../nbs/08c_agreement.ipynb #e1cf6130
 def class_names(

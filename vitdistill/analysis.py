@@ -257,9 +257,10 @@ def row_ids(
     key:list[str]=(), # columns that name a row; default: as many of the first ones as tell the rows apart
 )->list[str]:
     "Returns a name for each row, such as 'out-of-fold', that a page can link to; equal names are numbered."
-    columns, ids = [name for name in frame if name != 'runs'], []
-    for n in [len(key)] if key else range(1, len(columns) + 1):
-        cells = frame[list(key) or columns[:n]].itertuples(index=False)
+    named = [name for name in key if name in frame] # a table without rows may lack them
+    columns, ids = named or [name for name in frame if name != 'runs'], []
+    for n in range(len(named) or 1, len(columns) + 1):
+        cells = frame[columns[:n]].itertuples(index=False)
         ids = [re.sub('[^a-z0-9.]+', '-', ' '.join(map(format_cell, row)).lower()).strip('-') for row in cells]
         if len(set(ids)) == len(ids): break
     return [f'{name}-{ids[:i].count(name) + 1}' if name in ids[:i] else name for i, name in enumerate(ids)]

@@ -8,7 +8,7 @@ __all__ = ['PLAIN', 'TAUGHT', 'EXPERIMENTS', 'CHOSEN', 'HELD_OUT', 'PAPER_T_MAX'
            'differing', 'held_out_top1', 'of_common_seeds', 'families_to_choose_from', 'chosen', 'rejected',
            'detectable', 'paired_difference', 'adjusted', 'holm', 'epochs_together', 'comparable_pair', 'arm_facts',
            'choice_table', 'log_line', 'teacher_facts', 'arm_table', 'mean_tops', 'pooled', 'pair_table', 'contrast',
-           'budget_families', 'curves_to_draw', 'foretold', 'forecast_table']
+           'curves_to_draw', 'foretold', 'forecast_table']
 
 # %% ../nbs/08b_comparison.ipynb #76410fd8
 from collections.abc import Callable
@@ -360,19 +360,6 @@ def contrast(
 )->dict:
     "`other` less `one` as a row of the table of all differences."
     return dict(what=what, **paired_difference(one, other), runs=run_names(zip(*pairs_by_seed(one, other))))
-
-# %% ../nbs/08b_comparison.ipynb #35ef681c
-def budget_families(
-    pairs:list[tuple[list[Run], list[Run]]], # plain and taught arms
-    name:Callable[[list[Run]], str],         # of `arm_namer`
-    tried=(),                                # of `families_to_choose_from`: what they rejected is left out
-)->list[list[tuple[list[Run], list[Run]]]]:
-    "The paper's pairs whose learning rate comes down, together where they differ in nothing but their length."
-    families = {}
-    for plain, taught in pairs:
-        if stays_up(plain[0].config) or name(taught) != TAUGHT or rejected(plain[0].config, tried): continue
-        families.setdefault(settings(plain[0].config, TEACHING | {'epochs', 't_max'}), []).append((plain, taught))
-    return list(families.values())
 
 # %% ../nbs/08b_comparison.ipynb #1429600f
 def curves_to_draw(
