@@ -21,15 +21,13 @@ from .runs import Run, all_metrics
 
 # %% ../nbs/08_analysis.ipynb #50dede41
 def readable(run:Run)->bool:
-    "Whether this version can read the run's config; one of another layout it cannot."
+    "Returns whether this version can read the run's config."
     try: return isinstance(run.config, Config)
     except VitdistillError: return False
 
 # %% ../nbs/08_analysis.ipynb #32efb38a
-def curves(
-    runs:list[Run] # as `find_runs` lists them
-)->pd.DataFrame:   # a row per run and epoch, from 1: what the run is, then the columns of its metrics.csv
-    "All epochs of all runs, tidy; top-1 and top-5 are fractions."
+def curves(runs:list[Run])->pd.DataFrame: # config fields of the run, epoch, columns of metrics.csv
+    "Returns a row per epoch, counted from 1, of each readable run; top-1 and top-5 are fractions."
     keys = 'experiment', 'dataset', 'student', 'stem', 'teacher', 'seed'
     parts = [frame.assign(epoch=frame.epoch + 1, run=run.name, **{key: getattr(run.config, key) for key in keys})
              for run in runs if readable(run) and len(frame := run.metrics())]
@@ -43,21 +41,19 @@ _summary_columns = [
     'test_top1', 'val_top1', 'train_top1', 'seconds_median', 'seconds_mean', 'seconds_first',
     'teacher_seconds_mean', 'teacher_seconds_first']
 
-def _described(run): # what it is
+def _described(run): # -> the columns that describe a run
     keys = ('experiment', 'dataset', 'student', 'stem', 'teacher', 'seed', 'epochs')
     return {'run': run.name, 'status': run.status,
             **({key: getattr(run.config, key) for key in keys} if readable(run) else {})}
 
 # %% ../nbs/08_analysis.ipynb #8f0ab521
-def summary(
-    runs:list[Run] # as `find_runs` lists them
-)->pd.DataFrame:   # a row per run; accuracies are fractions at the LAST epoch, never at the best; seconds are per epoch
-    "What each run is, how far it came, its last accuracies and its cost in seconds."
+def summary(runs:list[Run])->pd.DataFrame: # a row per run; accuracies are fractions; seconds are per epoch
+    "Returns what each run is, its epochs done, accuracies at the last epoch (never the best) and seconds."
     known = {i: run for i, run in enumerate(runs) if readable(run)}
     columns = ['test_top1', 'val_top1', 'train_top1', 'seconds', 'teacher_seconds']
     metrics = all_metrics(known).set_index('key').reindex(columns=columns).astype(float)
     epochs = metrics.groupby(level=0)
-    last, first = epochs.last(), epochs.first() # that are there: not every epoch is evaluated
+    last, first = epochs.last(), epochs.first() # without NaN: not every epoch is evaluated
     costs = dict(seconds_median=epochs.seconds.median(), seconds_mean=epochs.seconds.mean(),
                  seconds_first=first.seconds, teacher_seconds_mean=epochs.teacher_seconds.mean(),
                  teacher_seconds_first=first.teacher_seconds)
@@ -66,28 +62,25 @@ def summary(
     return frame.fillna({'epochs_done': 0}).astype({'epochs_done': int}).reindex(columns=_summary_columns)
 
 # %% ../nbs/08_analysis.ipynb #b10cc743
-TEACHING = frozenset(field_names(teaching=True)) # what a taught run and a plain one may differ in
+TEACHING = frozenset(field_names(teaching=True)) # fields in which taught and plain runs may differ
 
-def settings(
-    config:Config, # of a run
-    but=frozenset(), # fields left out besides the seed
-)->str:
-    "All that defines a run except its seed, as text that is equal for repeats; what was 'auto' counts as 'auto'."
+def settings(config:Config, but=frozenset())->str: # but: fields left out besides the seed
+    "Returns what defines a run, except the seed, as text that is equal for repeats; what was 'auto' counts as 'auto'."
     return json.dumps({name: value for name, value in defining(config).items() if name not in {'seed', *but}},
                       sort_keys=True)
 
 # %% ../nbs/08_analysis.ipynb #d59ae34b
-FOLD_ANSWERS = dict(unseen='out of fold', seen='swapped folds', drawn='labels drawn as folds err') # of fold_answers
+FOLD_ANSWERS = dict(unseen='out of fold', seen='swapped folds', drawn='labels drawn as folds err') # by fold_answers
 
-ON_LABELS = dict(bce='labels alone by binary cross-entropy', none='labels alone') # of distillation, in words
-RELATIVES = dict(dkd='DKD', standardized='standardized logits', dist='DIST') # of soft targets
+ON_LABELS = dict(bce='labels alone by binary cross-entropy', none='labels alone') # by distillation
+RELATIVES = dict(dkd='DKD', standardized='standardized logits', dist='DIST') # kinds of soft targets, by distillation
 
 def on_labels(config:Config)->bool:
-    "Whether a student learns from labels alone: neither from a teacher, nor from images without labels."
+    "Returns whether a student learns from labels alone: without a teacher and without pre-training."
     return config.distillation in ON_LABELS
 
 def teaching(config:Config)->str:
-    "How a student was taught, in words: 'labels alone', or 'taught' and what differs from the paper's way."
+    "Returns how a student was taught: 'labels alone', or 'taught' and what differs from the paper's way."
     if on_labels(config): return ON_LABELS[config.distillation]
     if not config.teacher: return f'no labels, {config.distillation}'
     answers = RELATIVES.get(config.distillation, f'{config.distillation} targets')
@@ -98,29 +91,22 @@ def teaching(config:Config)->str:
     return ', '.join(['taught', *(words for differs, words in ways if differs)])
 
 # %% ../nbs/08_analysis.ipynb #24a63e97
-def repeats(
-    runs:list[Run] # any mixture
-)->list[list[Run]]:
-    "The runs in groups that differ in nothing but the seed, each ordered by seed."
+def repeats(runs:list[Run])->list[list[Run]]:
+    "Returns the readable runs in groups that differ only in the seed, each ordered by seed."
     groups = {}
     for run in sorted(filter(readable, runs), key=lambda run: (run.config.experiment, run.config.seed, run.name)):
         groups.setdefault((run.config.experiment, settings(run.config)), []).append(run)
     return list(groups.values())
 
 # %% ../nbs/08_analysis.ipynb #8fa590d4
-def mean_curve(
-    frame:pd.DataFrame,         # of `curves`, the runs of one group
-    column:str='test_top1',     # what is averaged
-)->pd.DataFrame:                # epoch, mean, std (ddof 1; NaN for one run), n
-    "Mean and standard deviation over repeats at each epoch that all runs reached."
+def mean_curve(frame:pd.DataFrame, column:str='test_top1')->pd.DataFrame: # frame: of `curves`, one group's runs
+    "Returns epoch, mean, std (ddof 1; NaN for one run) and n at each epoch that all repeats reached."
     values = frame.dropna(subset=[column]).groupby('epoch')[column].agg(['mean', 'std', 'count'])
     return values[values['count'] == frame['run'].nunique()].rename(columns={'count': 'n'}).reset_index()
 
 # %% ../nbs/08_analysis.ipynb #3d95e01e
-def published(
-    reference=None # a CSV file of the same columns; None: the repository's
-)->pd.DataFrame:
-    "The published numbers: source, where, item, quantity, value, unit, all as text."
+def published(reference=None)->pd.DataFrame: # reference: a CSV file with the same columns; None: the repository's
+    "Returns the published numbers, all as text: source, where, item, quantity, value, unit."
     path = Path(reference or shipped('reports/reference/published.csv'))
     if not path.is_file(): raise VitdistillError(f'no published numbers at {path}: give the path of published.csv.')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -131,9 +117,9 @@ def published_value(
     source:str,         # such as 'J&A'
     item:str,           # such as 'baseline ResNet-50'
     quantity:str,       # such as 'wall time'
-    where:str='',       # place in the source; needed only where the same quantity stands in two
-)->float|str:           # a number where it is one
-    "One published value; one that is missing or ambiguous is an error that names what there is."
+    where:str='',       # place in the source; needed if the quantity stands in two
+)->float|str:
+    "Returns one published value, a number if it is one; raises a `VitdistillError` if it is missing or ambiguous."
     for column, wanted in dict(source=source, item=item, quantity=quantity, where=where).items():
         if column == 'where' and not where: continue
         known, table = table[column].unique(), table[table[column] == wanted]
@@ -146,31 +132,28 @@ def published_value(
     except ValueError: return value
 
 # %% ../nbs/08_analysis.ipynb #70255761
-def significant(
-    values,      # a number, an array, a Series or a frame; text and None are left as they are
-    digits:int=4 # significant ones
-):
-    "The values rounded to so many significant digits: what another processor agrees on."
+def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay as they are
+    "Returns the values rounded to `digits` significant digits, on which processors agree."
     if isinstance(values, pd.DataFrame): return values.apply(significant, digits=digits)
     if isinstance(values, pd.Series): return values.map(lambda value: significant(value, digits))
     if isinstance(values, np.ndarray):
         return np.reshape([significant(value, digits) for value in values.flat], values.shape)
     if not isinstance(values, (float, np.floating)) or not math.isfinite(values): return values
-    return float(f'{round(float(values), 15):.{digits}g}') # what is nothing but for rounding is nothing
+    return float(f'{round(float(values), 15):.{digits}g}') # a rounding error around 0 becomes 0
 
 # %% ../nbs/08_analysis.ipynb #2bd7e03a
 class RoundedLog(LogTransform):
-    "Logarithms to twelve digits: what another processor agrees on."
+    "Rounds logarithms to twelve digits, on which processors agree."
     def transform_non_affine(self, values): return np.round(super().transform_non_affine(values), 12)
 
 class RoundedLogScale(LogScale):
-    "In the place of matplotlib's 'log', once `register_scale` has it."
-    def __init__(self, **kwargs): super().__init__(**kwargs) # without an axis, as matplotlib wants it from 3.13 on
+    "Replaces matplotlib's 'log' scale once `register_scale` has it."
+    def __init__(self, **kwargs): super().__init__(**kwargs) # no axis parameter, as from matplotlib 3.13 on
     def get_transform(self): return RoundedLog(self.base)
 
 # %% ../nbs/08_analysis.ipynb #5035eb8b
 def style()->None:
-    "Set the look of every figure of the study."
+    "Sets the look of every figure of the study."
     sns.set_theme(context='paper', style='ticks', font='DejaVu Sans', font_scale=1.05, rc={
         'figure.dpi': 110, 'savefig.dpi': 200, 'figure.figsize': (5.2, 3.4),
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
@@ -184,23 +167,20 @@ LOOKS = dict(baseline=dict(color='#0072B2', marker='o', linestyle=(0, (5, 2))),
     distilled=dict(color='#D55E00', marker='s', linestyle=(0, (6, 2, 1, 2))),
     teacher=dict(color='#009E73', marker='^', linestyle=(0, (1, 1.5))))
 
-def look(
-    role:str,             # 'baseline', 'distilled' or 'teacher'
-    published:bool=False, # grey, for a number that was not measured here
-)->dict:
-    "Colour, marker and line style of a role, as keywords of `Axes.plot`."
+def look(role:str, published:bool=False)->dict: # role: 'baseline', 'distilled' or 'teacher'; published: in grey
+    "Returns colour, marker and line style of a role, as keywords of `Axes.plot`."
     if role not in LOOKS: raise VitdistillError(f'no look for {role!r}: {nearest(role, LOOKS)}')
     return {**LOOKS[role], **(dict(color='#8a8a8a') if published else {})}
 
 # %% ../nbs/08_analysis.ipynb #25256547
 def plot_curves(
-    ax,                     # the axes
+    ax,
     frame:pd.DataFrame,     # of `curves`, the runs of one group
-    role:str,               # whose look it gets
+    role:str,               # of `look`
     label:str='',           # in the legend
-    column:str='test_top1', # what is drawn
+    column:str='test_top1',
 )->pd.DataFrame:            # of `mean_curve`
-    "Draw the repeats of one experiment: their mean, and a thin line for each where there are several."
+    "Draws the mean of repeats and, if there are several, a thin line for each; returns the mean."
     mean, shape = mean_curve(frame, column), look(role)
     if frame['run'].nunique() > 1:
         for _, one in frame.dropna(subset=[column]).groupby('run'):
@@ -212,15 +192,15 @@ def plot_curves(
 
 # %% ../nbs/08_analysis.ipynb #4f33893d
 def plot_trend(
-    ax,              # the axes
+    ax,
     trend:Callable,  # the law: epochs -> accuracies, such as a `Trend` of `vitdistill.trends`
     last:float,      # last epoch that was fitted
     until:float,     # last epoch drawn
-    role:str,        # whose look it gets
+    role:str,        # of `look`
     published:bool=False, # grey
     label:str='',    # in the legend
 )->None:
-    "Draw a law from epoch 1: bold where it was fitted, thin where it is extrapolated."
+    "Draws a law from epoch 1: bold where it was fitted, thin where it is extrapolated."
     shape = {**look(role, published), 'marker': ''}
     inside, beyond = np.geomspace(1, last, 200), np.geomspace(last, max(until, last), 200)
     ax.plot(inside, significant(trend(inside)), **shape, linewidth=1.5, label=label)
@@ -231,10 +211,10 @@ def save_figure(
     fig,            # a matplotlib figure
     out,            # folder; the SVG goes to its figures/
     name:str,       # file name without ending
-    caption:str='', # what it shows: data, n, seeds; kept inside the file
-    runs:list[Run]=(), # that it was drawn from; their names are kept inside the file
+    caption:str='', # what it shows: data, n, seeds; stored in the SVG
+    runs:list[Run]=(), # that it shows; their names are stored in the SVG
 )->Path:
-    "Writes figures/<name>.svg atomically and reproducibly, and a PNG beside it (of reports/: in out/figures)."
+    "Writes figures/<name>.svg atomically and a PNG (of a figure in reports/: to out/figures); returns the SVG's path."
     source = {'Source': ' '.join(run.name for run in runs)} if runs else {}
     about = {'Date': None, 'Creator': None, 'Title': name, 'Description': caption, **source}
     how, folder = dict(bbox_inches='tight', facecolor='white'), Path(out).resolve()/'figures'
@@ -246,7 +226,7 @@ def save_figure(
 
 # %% ../nbs/08_analysis.ipynb #038c632f
 def format_cell(value)->str:
-    "A value for a reader: four significant digits, a dash for nothing; text as it is."
+    "Returns a value as text for readers: four significant digits, a dash for no value."
     if value is None or value is pd.NA or isinstance(value, float) and math.isnan(value) or value == '': return '–'
     if not isinstance(value, (float, np.floating)): return str(value)
     return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
@@ -254,7 +234,7 @@ def format_cell(value)->str:
 # %% ../nbs/08_analysis.ipynb #bae96db0
 def row_ids(
     frame:pd.DataFrame,
-    key:list[str]=(), # columns that name a row; default: as many of the first ones as tell the rows apart
+    key:list[str]=(), # columns that name a row; default: the first ones, until all rows differ
 )->list[str]:
     "Returns a name for each row, such as 'out-of-fold', that a page can link to; equal names are numbered."
     named = [name for name in key if name in frame] # a table without rows may lack them
@@ -267,13 +247,13 @@ def row_ids(
 
 # %% ../nbs/08_analysis.ipynb #e712cce4
 def save_table(
-    frame:pd.DataFrame, # columns named as a reader should see them
+    frame:pd.DataFrame, # columns named for readers
     out,                # folder; the files go to its tables/
     name:str,           # file name without ending
     caption:str='',     # what it shows
     key:list[str]=(),   # columns that name a row, as `row_ids` takes them
 )->list[Path]:
-    "Writes tables/<name>.csv (ten significant digits) and .md (for reading, each row with its id), atomically."
+    "Writes tables/<name>.csv (ten significant digits) and .md (for reading, each row with an id), atomically."
     frame, cell = significant(frame, 10), lambda value: format_cell(value).replace('|', r'\|').replace('\n', ' ')
     rows = [[cell(value) for value in row] for row in frame.itertuples(index=False)]
     for row, name_of_row in zip(rows, row_ids(frame, key)): row[0] = f'<a id="{name_of_row}"></a>{row[0]}'
@@ -284,7 +264,7 @@ def save_table(
 
 # %% ../nbs/08_analysis.ipynb #1289b3e5
 class Showing:
-    "Saves a notebook's figures and tables below one folder, and shows each as it was saved."
+    "Saves a notebook's figures and tables below one folder and shows them."
     def __init__(self, out): # folder
         self.out = Path(out)
 
