@@ -29,11 +29,12 @@ def tracked():
 
 
 def same_as_committed(out):
-    """Every file that a notebook wrote is the committed one, byte for byte; pictures where matplotlib is the pinned.
+    """Every table and SVG that a notebook wrote is the committed one to the byte; SVGs where matplotlib is the pinned.
 
     But for the names of an SVG's clips: hashes of unrounded numbers, whose last bits the layout may leave open."""
     content = lambda path: re.sub(rb"\bp[0-9a-f]{10}\b", b"clip", path.read_bytes())
-    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*")
+             if path.is_file() and path.suffix != ".png"}  # for looking, not kept
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
     ours = {name: path for name, path in files.items()
             if name.startswith(("figures/", "tables/")) and (pinned or not name.startswith("figures/"))}

@@ -85,13 +85,13 @@ def puzzling(config:Config)->bool:
     return bool(config.teacher and otherwise)
 
 # %% ../nbs/08b_comparison.ipynb #f9e4adaf
-def same_settings(one:list[Run], other:list[Run], but=frozenset())->bool: # two arms; but: fields
-    "Returns whether two arms differ only in these fields and the seed."
+def same_settings(one:list[Run], other:list[Run], but=frozenset())->bool:
+    "Returns whether two arms differ only in the seed and the config fields of `but`."
     return settings(one[0].config, but) == settings(other[0].config, but)
 
 # %% ../nbs/08b_comparison.ipynb #a3f6605e
-def counterpart(arm:list[Run], arms:list[list[Run]], but)->list[Run]: # but: fields
-    "Returns the first of `arms` that differs from `arm` only in these fields and the seed; [] if there is none."
+def counterpart(arm:list[Run], arms:list[list[Run]], but)->list[Run]:
+    "Returns the first of `arms` that differs from `arm` only in the seed and the config fields of `but`, or []."
     return next((other for other in arms if same_settings(arm, other, but)), [])
 
 # %% ../nbs/08b_comparison.ipynb #5bc5c17d
