@@ -95,7 +95,7 @@ def teacher_brief(
     "Returns the main facts of the teacher's card, and how many of the student's images the teacher was trained on."
     if not (card := read_card(config.teacher_weights)): return None
     shared = int(seen_by(card, data)[rows].sum()) if card['train_hash'] == data.train_hash else 0
-    names = 'architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views'
+    names = 'run', 'architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views'
     return {name: card.get(name) for name in names} | dict(n_shared=shared)
 
 # %% ../nbs/06a_outcome.ipynb #8b275cd5
@@ -189,7 +189,8 @@ def finish_encoder(setup:Setup, run:RunWriter)->None:
     if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
         run.save_predictions('reconstructions.npz', **pictures(setup))
     card = card_facts(c, data, size, setup.constants)
-    card |= dict(pretrained_by=c.distillation, objective=c.objective_kwargs, result=result)
+    result |= dict(n_train=card['n_train'])
+    card |= dict(run=run.name, pretrained_by=c.distillation, objective=c.objective_kwargs, result=result)
     readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
              f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
     _keep_model(setup, run, card, readme)
@@ -202,9 +203,9 @@ def finish(setup:Setup, run:RunWriter)->None:
     config, data = setup.config, setup.data
     run.save_predictions(**(arrays := predictions(setup)))
     frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
-    card = make_card(frozen, config, data, setup.views)
-    result = dict(**_measured(run.metrics()), train_views_top1=card['top1_train_views'],
-                  held_out_top1=card.get('top1_held_out'),
+    card = make_card(frozen, config, data, setup.views) | dict(run=run.name)
+    result = dict(**_measured(run.metrics()), n_train=card['n_train'], weights_hash=card['weights_hash'],
+                  train_views_top1=card['top1_train_views'], held_out_top1=card.get('top1_held_out'),
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays), token_cosines=cosines(setup))
