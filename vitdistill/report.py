@@ -185,6 +185,7 @@ def write_index(
     out, rank = Path(out), lambda path: _place(path, first)
     parts = dict(Figures=[_figure(path, out) for path in sorted((out/'figures').glob('*.svg'), key=rank)],
                  Tables=[_table(path, out) for path in sorted((out/'tables').glob('*.md'), key=rank)])
+    parts['Tables'] = [table for table in parts['Tables'] if table['rows'] or not table['head']] # or one not readable
     notebooks = [_links(out, **{path.relative_to(out).as_posix(): path})
                  for pattern in ('*.ipynb', '*/*.ipynb') for path in sorted(out.glob(pattern))]
     return _write_page(out/'index.html', 'index', title=title, lead=lead, parts=parts, notebooks=notebooks)
