@@ -25,6 +25,7 @@ from vitdistill.ranks import Ranks
 from vitdistill.runs import Run, find_runs
 from vitdistill.setup import create_optimizer, prepare, resolve
 from vitdistill.teachers import is_answers
+from vitdistill.step import create_step
 from vitdistill.train import batches, train, train_epoch
 
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
@@ -64,7 +65,8 @@ def test_projector_and_decoder_learn(can):
     parts = {**dict(setup.student.named_parameters()), **dict(setup.criterion.named_parameters())}
     before = {name: p.detach().clone() for name, p in parts.items()}
     silent = type("Silent", (), {"step": lambda *_: None, "teacher": lambda *_: None})()
-    row = train_epoch(setup, setup.criterion.objective(setup.student, setup.criterion), optimizer, 0, silent)
+    step = create_step(setup, setup.criterion.objective(setup.student, setup.criterion), optimizer)
+    row = train_epoch(step, 0, silent)
     still = {name for name, p in parts.items() if p.equal(before[name])}
     assert still == {"model.pos_embed", "model.head.weight", "model.head.bias"}
     assert {name for name in row if name.startswith("train_")} == {

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
 LAYERS = ["config", "data", "views", "augment", "draws", "track", "runs", "records", "live", "layers", "hub",
           "models", "tokens", "masked", "complexity", "losses", "pretraining", "probes", "teachers", "answers",
-          "planned", "ranks", "setup", "outcome", "share", "export", "train", "launch", "cluster", "grids",
+          "planned", "ranks", "setup", "outcome", "share", "export", "step", "train", "launch", "cluster", "grids",
           "analysis", "trends", "agreement", "calibration", "comparison", "findings", "tables", "pretrained",
           "architectures", "watch", "report", "contenders", "bench", "attention_bench", "cli"]
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitdistill
-from vitdistill import train
+from vitdistill import step, train
 from vitdistill.answers import Answers, Memo, memo_key
 from vitdistill.config import Config
 from vitdistill.contenders import fill_randomly, random_data
@@ -37,7 +37,7 @@ NO_LAUNCH = "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new
 
 
 def place():
-    """Where in the package an operator was asked for: module and function, in `train_epoch` the line."""
+    """Where in the package an operator was asked for: module and function, in a training step the line."""
     frame = sys._getframe(2)
     while frame and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
@@ -45,7 +45,7 @@ def place():
         return "elsewhere"
     name = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_qualname}"
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    return f"{name}: {line}" if name == "train.train_epoch" else name
+    return f"{name}: {line}" if name == "step.TrainingStep.__call__" else name
 
 
 class Operators(TorchDispatchMode):
@@ -171,7 +171,7 @@ def epoch(taught, folder, steps, mode):
         for module in (train, vitdistill.setup):
             patch.setattr(module, "compiled", as_programs(counter))
         objective = train.create_objective(student, setup.criterion, mode, setup.ranks)
-        train.train_epoch(setup, objective, Optimizer(counter, student), 0, Silent())
+        train.train_epoch(step.create_step(setup, objective, Optimizer(counter, student)), 0, Silent())
     assert counter.launches["student, forward"] == counter.launches["student, backward"] == steps
     return counter.launches, counter.host
 
@@ -186,7 +186,7 @@ def of_a_step(taught, folder, mode):
 @pytest.fixture
 def no_numbers(monkeypatch):
     """A `Meter` that sums, and whose sums nobody reads: meta tensors hold none."""
-    monkeypatch.setattr(train.Meter, "row", lambda self, *_: {})
+    monkeypatch.setattr(step.Meter, "row", lambda self, *_: {})
 
 
 # Compiled, cutting, scaling, the optimizer and the sums are one each, student and criterion one a pass, the weight of a
@@ -280,7 +280,7 @@ def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
                       test_views=views, train_rows=rows, val_rows=rows[:0], criterion=own,
                       answers=Told(own.wants) if own.wants else None)
         assert create_optimizer(config, student.model).defaults["fused"]
-        objective, meter = train.create_objective(student, own, "none", setup.ranks), train.Meter("cuda:0")
+        objective, meter = train.create_objective(student, own, "none", setup.ranks), step.Meter("cuda:0")
         for batch in train.batches(setup, 0):
             out = objective.train()(batch)
             meter.add(out, batch)
@@ -288,3 +288,32 @@ def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
         assert meter.sums.device.type == meter.steps.device.type == "cuda"
         heads = predict(setup, views, rows)
     assert heads[0].shape == (len(rows), 100) and heads[0].device.type == "cuda"
+
+
+def no_read(self, *_, **__):
+    raise AssertionError("the host reads a tensor, and a graph can't hold that")
+
+
+@pytest.mark.parametrize("name", [name for name in LABELLED if OBJECTIVES[name].compiles])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_captured_step_needs_no_host(name, optimizer, monkeypatch):
+    """Views, normalization, both passes, clipping, optimizer and sums. Fakes raise where a number is
+    read or a branch is taken on one."""
+    config = Config(dataset="cifar100", distillation=name, teacher=TEACHERS[name], val_fraction=0.0, batch_size=BATCH,
+                    student="resnet10t", compile="graph", optimizer=optimizer, clip_grad=1.0)
+    data = random_data(BATCH)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows, student, own = torch.arange(BATCH), create_student(config, 100, 32), criterion(config)
+        views = Views(data.train_images, config.padding)
+        setup = Setup(config=config, ranks=Ranks(), data=data, student=student, views=views, test_views=views,
+                      train_rows=rows, val_rows=rows[:0], criterion=own, answers=Told(own.wants) if own.wants else None)
+        optimizer = create_optimizer(config, student.model, fused=True)  # as on a GPU
+        captured = step.CapturedStep(setup, train.create_objective(student, own, "graph", setup.ranks), optimizer)
+        batch = next(train.batches(setup, 0))
+        assert batch.pixels.shape == (2, BATCH)  # rows and views: the step cuts them
+        captured.run(batch)  # makes the optimizer's state
+        for reads in ("cpu", "numpy", "tolist"):
+            monkeypatch.setattr(torch.Tensor, reads, no_read)
+        captured.run(batch)
+        with pytest.raises(Exception, match="local_scalar"):
+            bool(captured.meter.sums[0])  # what a read would do

@@ -158,7 +158,7 @@ _student, _data, _teacher, _objective, _optimization, _machine, _record, _found 
 
 _precisions, _norms = ('auto', 'fp32', 'bf16'), ('data', 'own')
 _formats = *_precisions, 'bf16-weights'
-_compile_modes = 'auto', 'none', 'default', 'reduce-overhead', 'max-autotune'
+_compile_modes = 'auto', 'none', 'graph', 'default', 'reduce-overhead', 'max-autotune'
 _devices, _places = ('auto', 'cuda', 'mps', 'cpu'), ('auto', 'device', 'host', 'disk')
 _stems, _filters, _depths = ('imagenet', 'cifar'), ('bicubic', 'bilinear'), ('growing', 'constant')
 _lengths, _means = ('public', 'longer'), ('batchmean', 'public')
@@ -245,7 +245,7 @@ class Config:
     # The machine
     device:str=_machine('auto', _devices, hashed=False, shared=True) # where the model runs
     precision:str=_machine('auto', _precisions, shared=True) # fp32, or bf16 by autocast
-    compile:str=_machine('auto', _compile_modes, hashed=False) # none (eager), or a mode of torch.compile
+    compile:str=_machine('auto', _compile_modes, hashed=False) # none, graph (of a step), or a mode of torch.compile
     deterministic:bool=_machine(False, hashed=False) # same bits in every run on CUDA, but slower; on a CPU always
     data_on:str=_machine('auto', _places, hashed=False) # where images are kept; auto: where they fit
     threads:int|str=_machine('auto', '[1, inf)', hashed=False) # CPU threads per rank

@@ -31,6 +31,7 @@ from .ranks import Ranks
 from .runs import RunWriter, cores
 from .setup import Setup, auto_values, create_optimizer, image_device, loading_processes, placed
 from .teachers import load_teacher
+from .step import create_step
 from .train import Progress, create_objective, restore, train_epoch
 
 # %% ../nbs/09_contenders.ipynb #a0af9b2a
@@ -236,7 +237,7 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
     optimizer, run = create_optimizer(config, setup.student.model, setup.criterion), RunWriter.of(config)
     kept = dict(model=setup.student.model, optimizer=optimizer, criterion=setup.criterion)
     if resumed and run.status != 'new': restore(setup, run, kept)
-    objective = create_objective(setup.student, setup.criterion, config.compile, ranks)
+    step = create_step(setup, create_objective(setup.student, setup.criterion, config.compile, ranks), optimizer)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
     def ready(steps:int):
         turn_number = next(numbers)
@@ -247,7 +248,7 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, watch:Watch, full:bool=Fal
             images = setup.views.images.nbytes + setup.test_views.images.nbytes
             if memo := setup.answers.memo or setup.answers.plan_memo: watch.resident_mb = (images + memo.bytes)/1e6
         def turn():
-            watch.known += train_epoch(setup, objective, optimizer, epoch, progress)['teacher_seconds'] or 0.
+            watch.known += train_epoch(step, epoch, progress)['teacher_seconds'] or 0.
             if resumed and run.status == 'new': leave_checkpoint(run, config, kept)
         return turn
     return ready

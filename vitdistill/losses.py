@@ -151,7 +151,8 @@ def whole_batch(
 # %% ../nbs/03_losses.ipynb #656bf1a7
 class Batch(typing.NamedTuple):
     "A rank's images in one step, with targets and teacher answers, on the device and in the plan's order."
-    pixels:torch.Tensor      # (B, 3, S, S) float32, normalized; several copies: all first ones, then all second ones
+    pixels:torch.Tensor      # (B, 3, S, S) float32, normalized; several copies: all first ones, then all second ones;
+                             # or (2, B) int64, the rows and views that a captured step cuts
     targets:torch.Tensor     # (B,) int64, or (B, C) shares of the classes in mixed images
     answer:torch.Tensor=None # teacher's answers, as `wants.make` returns them
     epoch:int=0              # from 0, for terms that warm up

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'the_only', 'resolve',
-           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'question',
-           'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate',
+           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'beside_weights', 'open_memo',
+           'question', 'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate',
            'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, glob, hashlib, inspect, math, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 import numpy as np, timm.optim, torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -31,7 +32,7 @@ from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run, compiler_missing, cores
 from .teachers import Absent, Teacher, answers_head, check_health, is_answers, load_teacher
-from .teachers import refuse_begun_on, seen_by
+from .teachers import refuse_begun_on, seen_by, use_quickest
 from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #2d7e40b9
@@ -81,6 +82,7 @@ def create_optimizer(
     name, found = optimizer_class(config)
     wished = {'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}
     if {'fused', 'foreach'} & set(config.opt_kwargs): wished = {} # they exclude each other
+    if config.compile == 'graph' and 'fused' in wished: wished['capturable'] = True
     kernels = kernels or {key: value for key, value in wished.items() if key in inspect.signature(found).parameters}
     only_matrices = name not in ('momentum', 'nesterov') # weight decay leaves biases and norms out
     optimizer = timm.optim.create_optimizer_v2(
@@ -205,7 +207,7 @@ def resolve(config:Config)->Config:
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
     check_device(device := (chosen := auto_values(config)).get('device', config.device))
-    asked = config.compile not in ('auto', 'none')
+    asked = config.compile not in ('auto', 'none', 'graph')
     if asked and (lacks := compiler_missing(device)):
         raise VitdistillError(f"compile = {config.compile!r} needs {lacks}, which is not here: install it, or set "
                               "compile to 'none'.")
@@ -223,13 +225,13 @@ def resolve(config:Config)->Config:
 
 # %% ../nbs/05b_setup.ipynb #a34e7e26
 def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: as `Config.compile`
-    "Returns a model, or function of tensors, under torch.compile, a program per batch size; unchanged for 'none'."
-    return function if mode == 'none' else torch.compile(function, mode=mode, dynamic=False)
+    "Returns a model, or function of tensors, under torch.compile, a program per batch size; or unchanged."
+    return function if mode in ('none', 'graph') else torch.compile(function, mode=mode, dynamic=False)
 
 # %% ../nbs/05b_setup.ipynb #84525528
 def program(function:typing.Callable, mode:str)->typing.Callable: # mode: with which the student is compiled
     "Returns a function, compiled if the student is, but not to CUDA graphs, which overwrite their results."
-    return compiled(function, 'none' if mode == 'none' else 'default')
+    return compiled(function, mode if mode in ('none', 'graph') else 'default')
 
 # %% ../nbs/05b_setup.ipynb #ff909c0d
 def loading_processes(config:Config, ranks:Ranks)->int: # of this rank
@@ -308,6 +310,11 @@ def image_device(
     return device if fit else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
+def beside_weights(config:Config)->Path:
+    "Returns the folder for what is kept of the config's teacher: that of its weights."
+    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
+    return weights if weights.is_dir() or not config.teacher_weights else weights.parent
+
 def open_memo(
     config:Config, data:Data, teacher:Teacher, ranks:Ranks,
     kind,                   # kind of answer
@@ -315,9 +322,9 @@ def open_memo(
 )->Memo|None:
     "Returns the teacher's memo, on rank 0; None (the teacher runs online) if it is off, unusable or too large."
     if ranks.rank or rows is None and (not config.memo or unnumbered(config)): return None
-    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
-    if isinstance(teacher, Absent): return KeptMemo(weights, memo_key(teacher, config, data), kind)
-    folder = weights if weights.is_dir() or not config.teacher_weights else weights.parent
+    if isinstance(teacher, Absent):
+        return KeptMemo(weights_place(config.teacher_weights), memo_key(teacher, config, data), kind)
+    folder = beside_weights(config)
     try:
         if rows is None: return Memo(folder, memo_key(teacher, config, data), kind)
         return PlanMemo(folder, plan_key(teacher, config, data, rows), kind)
@@ -329,7 +336,11 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     teacher, card = load_teacher(config, data, ranks.device)
     at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images in a batch
     planned = rows is not None and config.plan_memo and unnumbered(config)
-    if unnumbered(config) or not config.memo: teacher.chunk = at_once # before the health check: each size is compiled
+    online = unnumbered(config) or not config.memo
+    if online: teacher.chunk = at_once # before the health check: each size is compiled
+    if teacher.device.type == 'cuda' and not isinstance(teacher, Absent):
+        both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
+        use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "

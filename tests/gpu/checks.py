@@ -39,6 +39,7 @@ from vitdistill.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
 from vitdistill.setup import create_optimizer  # noqa: E402
 from vitdistill.teachers import balance  # noqa: E402
+from vitdistill.step import CapturedStep, create_step  # noqa: E402
 from vitdistill.train import Progress, batches, create_objective, train_epoch  # noqa: E402
 from vitdistill.views import Plan, Views, epoch_plan, normalize  # noqa: E402
 
@@ -88,14 +89,15 @@ def check_losses(device, folder):
     """Loss and gradient of each objective, whatever kind of answer it wants, are the CPU's."""
     g, worst = torch.Generator().manual_seed(0), 0.0
     logits, answer = (torch.randn(32, 100, generator=g) for _ in range(2))
-    targets, cases = torch.randint(100, (32,), generator=g), [(name, 0) for name, made in OBJECTIVES.items() if made.labelled]
+    targets = torch.randint(100, (32,), generator=g)
+    cases = [(name, 0) for name, made in OBJECTIVES.items() if made.labelled]
     cases += [(name, 8) for name in ("soft", "hard+soft")]
     for name, top_k in cases:
         teacher = "vit_tiny_patch16_224" if OBJECTIVES[name].wants else ""
         config = Config(distillation=name, teacher=teacher, soft_top_k=top_k)
         found = []
         for place in ("cpu", device):
-            own, z = criterion(config).to(place), logits.to(place).requires_grad_()
+            own, z = criterion(config).to(place), logits.to(place, copy=True).requires_grad_()  # a leaf on each place
             said = own.wants.make(answer.to(place)) if own.wants else None
             loss, _ = own((z,), Batch(z, targets.to(place), said, epoch=5))
             loss.backward()
@@ -152,7 +154,7 @@ def check_pretraining(device, folder):
 
 
 def epochs_of(device, folder, mode, epochs=2, batch=16):
-    """(mean loss of each epoch, weights, pixels of a batch): taught from a full memo, in batches whose last is shorter."""
+    """(mean loss of each epoch, weights, pixels of a batch, step): taught from a full memo; the last batch is shorter."""
     data = random_data(2 * batch + batch // 2)
     whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)
@@ -162,12 +164,14 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     fill_randomly(memo)
     setup.answers = Answers(setup.answers.teacher, setup.views, memo=memo)
     torch._dynamo.reset()
-    pixels = next(batches(setup, 0)).pixels.cpu()
+    cut = replace(config, compile="none" if mode == "graph" else mode)  # a captured step cuts its views itself
+    pixels = next(batches(replace(setup, config=cut), 0)).pixels.cpu()
     objective = create_objective(setup.student, setup.criterion, config.compile, setup.ranks)
     optimizer = create_optimizer(config, setup.student.model)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
-    losses = [train_epoch(setup, objective, optimizer, epoch, progress)["train_loss"] for epoch in range(epochs)]
-    return np.array(losses), [p.detach().float().cpu() for p in setup.student.parameters()], pixels
+    step = create_step(setup, objective, optimizer)
+    losses = [train_epoch(step, epoch, progress)["train_loss"] for epoch in range(epochs)]
+    return np.array(losses), [p.detach().float().cpu() for p in setup.student.parameters()], pixels, step
 
 
 def check_compiled(device, folder, mode="default"):
@@ -186,8 +190,20 @@ def check_compiled(device, folder, mode="default"):
     return f"{graphs} programs, losses differ by {loss:.1g}, weights by {weights:.1g} at most"
 
 
+def check_captured(device, folder):
+    """A whole step captured as one graph, for both sizes of a batch, ends where the eager ones end."""
+    one, two = (epochs_of(device, folder, mode, epochs=6) for mode in ("none", "graph"))
+    loss, step = np.abs(one[0] - two[0]).max(), two[3]
+    weights = max((a - b).abs().max().item() for a, b in zip(one[1], two[1], strict=True))
+    assert loss < 0.02 and weights < 0.02, f"losses differ by {loss:.2g}, weights by {weights:.2g}"
+    if device == "cpu":
+        return f"not captured on a CPU; losses differ by {loss:.1g}"
+    assert isinstance(step, CapturedStep) and len(step.graphs) == 2, "a size of a batch was not captured"
+    return f"{len(step.graphs)} graphs, losses differ by {loss:.1g}, weights by {weights:.1g} at most"
+
+
 def check_graph(device, folder):
-    """The same with CUDA graphs, which are recorded for both sizes of a batch."""
+    """The same with the CUDA graphs of torch.compile, which are recorded for both sizes of a batch."""
     if device != "cpu":
         return check_compiled(device, folder, "reduce-overhead")
     with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):  # a CPU records none
@@ -308,8 +324,10 @@ def epochs_done(config):
     return max((run.epochs_done for run in find_runs(config.runs_dir)), default=0)
 
 
-def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170, made=pair):
-    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte."""
+def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170, made=pair,
+                 killed=True):
+    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte.
+    Not `killed`: two runs of one seed, left alone."""
     given = dict(epochs=epochs, batch_size=32, compile=mode) | ({"deterministic": True} if deterministic else {})
     if world > 1 and mode != "none" and device != "cpu":  # where a compiled batch norm is refused
         given |= dict(student="vit_tiny_patch16_224", student_kwargs=TINY)
@@ -321,29 +339,34 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
     try:
         first = start_ranks(cut, logs["cut"], world)
         try:
-            while epochs_done(cut) < epochs // 2:
+            while killed and epochs_done(cut) < epochs // 2:
                 assert not any(p.poll() for p in first), log_end(logs["cut"])
                 assert time.monotonic() < end, f"not half done in {seconds:.0f} s: {log_end(logs['cut'])}"
                 time.sleep(0.02)
+            if not killed:
+                ended(first, end - time.monotonic(), logs["cut"])
         finally:
             end_all(first)
         before = epochs_done(cut)
-        assert before < epochs, "it was done before it was killed"
-        ended(start_ranks(cut, logs["cut"], world), end - time.monotonic(), logs["cut"])
+        if killed:
+            assert before < epochs, "it was done before it was killed"
+            ended(start_ranks(cut, logs["cut"], world), end - time.monotonic(), logs["cut"])
         ended(left_alone, end - time.monotonic(), logs["alone"])
     finally:
         end_all(left_alone)
     one, two = (find_runs(config.runs_dir)[0] for config in (whole, cut))
     rows = [run.metrics().drop(columns=TIMED) for run in (one, two)]
     states = [safetensors.torch.load_file(run.model / "model.safetensors") for run in (one, two)]
-    assert "resumes after epoch" in logs["cut"].read_text() and len(rows[0]) == len(rows[1]) == epochs
+    assert not killed or "resumes after epoch" in logs["cut"].read_text()
+    assert len(rows[0]) == len(rows[1]) == epochs
     loss = (rows[0].train_loss - rows[1].train_loss).abs().max()
     weights = max((states[0][name].float() - states[1][name].float()).abs().max().item() for name in states[0])
     same = weights == 0 and rows[0].equals(rows[1])
     assert same or not (deterministic or device == "cpu"), f"weights differ by {weights:.2g}, losses by {loss:.2g}"
     assert loss < 0.2, f"losses differ by {loss:.2g}"
     how = "the same to the byte" if same else f"weights differ by {weights:.1g}, losses by {loss:.1g} at most"
-    return f"killed after {before} of {epochs} epochs: {how}; top-1 {one.metrics().test_top1.iloc[-1]:.1%} on test"
+    what = f"killed after {before} of {epochs} epochs" if killed else "not killed"
+    return f"{what}: {how}; top-1 {one.metrics().test_top1.iloc[-1]:.1%} on test"
 
 
 def check_two_processes(device, folder, mode="none", deterministic=False):
@@ -384,6 +407,7 @@ def check_ranks_agree(device, folder, epochs=2, seconds=170):
 CHECKS = {"views equal the CPU's": check_views, "losses equal the CPU's": check_losses,
           "LITv2 equals the CPU's": check_litv2, "pre-training equals the CPU's": check_pretraining,
           "compiled equals eager": check_compiled, "CUDA graphs, with the last batch": check_graph,
+          "captured equals eager": check_captured,
           "a memo on the device": check_memo,
           "a killed run resumes": check_resume, "all of a recipe, killed and resumed": check_recipe,
           "two processes have one's losses": check_ranks_agree,

@@ -1,12 +1,12 @@
-"""The first half hour on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`.
+"""Eleven minutes on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`.
 
 It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its own, cuts
 it where its time is over, goes on after one that fails, and writes one folder of at most 8 small files: what was found
-(page.md, found.json), logs, and records. Without a GPU, or with `--dry`, the same steps run at toy size on the CPU; one
+(page.md, found.json), logs, and records. It writes them every minute, so that a cut loses one minute. The data may come
+later: the study waits for them. Without a GPU, or with `--dry`, the same steps run at toy size on the CPU; one
 that is skipped or fails is an error there.
 """
 import argparse
-import collections
 import contextlib
 import io
 import json
@@ -23,13 +23,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# What runs side by side, and the most seconds that it gets; the study gets what the others left.
-PLAN = [(("checks", "digits"), 180), (("ranks",), 180), (("pace",), 300), (("peak",), 170), (("study",), 0)]
+# What runs side by side, and the most seconds that it gets of eleven minutes; `modes` gets what the others left.
+PLAN = [(("checks", "study"), 500), (("profile",), 50), (("ranks",), 80), (("modes",), 0)]
 STEPS = [step for steps, _ in PLAN for step in steps]
-PACKING = 40  # seconds kept for the end
+PACKING = 20  # seconds kept for the end
+EVERY = 60.0  # seconds between two times that the findings are written
 PART = 15 * 2**20  # bytes of a part of the records, at most
 PARTS = 4
-LOGS = "recompiles,graph_breaks,perf_hints"
 GRACE = 12  # seconds between asking a step to end and ending it
 
 
@@ -48,16 +48,16 @@ def begin_anew(steps, work):
     (work / "found.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def start(step, work, dry, seconds, data):
-    """A step in a process group of its own."""
+def start(step, work, dry, seconds, given):
+    """A step in a process group of its own; `given` are more arguments of `steps.py`."""
     command = [sys.executable, str(HERE / "steps.py"), step, "--work", str(work), "--seconds", str(seconds)]
-    command += ["--data", data, *(["--toy", "--device", "cpu"] if dry else [])]
+    command += [*given, *(["--toy", "--device", "cpu"] if dry else [])]
     # A CPU compiles for minutes: one step of the dry run does, and the others go the same way without.
     alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else dict(OMP_NUM_THREADS="4")
     if dry and step != "checks":
         alone["TORCH_COMPILE_DISABLE"] = "1"
     env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"),
-                            TRITON_CACHE_DIR=str(work / "triton"), TORCH_LOGS=LOGS) | alone
+                            TRITON_CACHE_DIR=str(work / "triton")) | alone
     with open(work / f"{step}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
 
@@ -74,17 +74,21 @@ def end(process):
             pass
 
 
-def follow(steps, ended, work, dry, seconds, data):
+def follow(steps, ended, work, dry, seconds, given, write):
     """Run steps side by side to their end or the end of their time; `ended` gets (step, seconds, 'done', 'failed' or
-    'cut') of each, as it ends."""
+    'cut') of each, as it ends. `write` is called every minute with those that run and their seconds."""
     begun, running = time.monotonic(), {}
+    written = begun
     begin_anew(steps, work)
     try:
         for step in steps:
-            running[step] = start(step, work, dry, seconds, data)
+            running[step] = start(step, work, dry, seconds, given)
         while running:
             time.sleep(0.1)
             late = time.monotonic() - begun > seconds
+            if time.monotonic() - written > EVERY:
+                written = time.monotonic()
+                write([(step, written - begun, "running") for step in running])
             for step, process in list(running.items()):
                 if process.poll() is None and not late:
                     continue
@@ -107,17 +111,6 @@ def rows(work, steps):
 
 def log_files(work):
     return sorted(file for file in work.rglob("*.log") if "inductor" not in file.parts)
-
-
-def marks(work):
-    """How often torch said that it compiled again, cut a program in two, or left out its graphs."""
-    wanted = {"compiled again": "Recompiling function", "graph breaks": "Graph break",
-              "CUDA graphs skipped": "skipping cudagraphs"}
-    counts = collections.Counter()
-    for file in log_files(work):
-        text = file.read_text(errors="replace")
-        counts.update({what: text.count(mark) for what, mark in wanted.items()})
-    return ", ".join(f"{what} {counts[what]}" for what in wanted)
 
 
 def cell(value):
@@ -147,9 +140,9 @@ def page(work, about, ended, wanted):
             lines += [f"| {cell(row['what'])} | {cell(row['value'])} {row['unit']} | {row['goal']} | {row['met']} |"
                       for row in mine]
         if seen.get(step, (0, ""))[1] in ("failed", "cut") and (log := work / f"{step}.log").is_file():
-            said = [line for line in log.read_text(errors="replace").splitlines() if "[__" not in line]
+            said = log.read_text(errors="replace").splitlines()
             lines += ["", f"Its log ends ({seen[step][1]}):", "", "```", *said[-12:], "```"]
-    return "\n".join([*lines, "", f"torch's own words, in logs.tar.gz: {marks(work)}.", ""])
+    return "\n".join([*lines, ""])
 
 
 def about_here(dry):
@@ -170,7 +163,7 @@ def packed(files, base, out, name, parts):
     """Files in parts of at most `PART` bytes, each a tar.gz of its own; returns what found no room."""
     bins, left_out = [], []
     for file in files:
-        data = file.read_bytes()
+        data = file.read_bytes()[-(2**24):]  # of a log, its end
         size = len(zlib.compress(data, 1)) + 2048
         if bins and bins[-1][0] + size <= PART:
             bins[-1][0] += size
@@ -189,15 +182,12 @@ def packed(files, base, out, name, parts):
 
 
 def pack(work, out):
-    """Records (run folders, cards, profiles) and logs, in few small files; returns what found no room."""
+    """Records (run folders, cards) and logs, in few small files; returns what found no room."""
     small = ".yaml", ".json", ".csv", ".npz", ".jsonl"
     heavy = {"inductor", "triton"}
     files = [file for file in sorted(work.rglob("*")) if file.is_file() and not heavy & set(file.parts)]
     records = [file for file in files if file.suffix in small]
     logs = log_files(work)
-    for file in logs:
-        if file.stat().st_size > 2**21:
-            file.write_bytes(file.read_bytes()[-(2**21):])
     records.sort(key=lambda file: file.suffix == ".npz")  # the small ones first
     return packed(records, work, out, "records", PARTS) + packed(logs, work, out, "logs", 1)
 
@@ -228,8 +218,10 @@ def parse(arguments=None):
                         "finds them; default: a temporary one")
     data = os.environ.get("VITDISTILL_DATA", "")
     parser.add_argument("--data", default=data, help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
-    parser.add_argument("--minutes", type=float, default=24, help="after which all is over")
-    parser.add_argument("--steps", default="", help="some of the steps: checks,digits,ranks,pace,peak,study")
+    parser.add_argument("--minutes", type=float, default=11, help="after which all is over")
+    parser.add_argument("--steps", default="", help=f"some of the steps: {','.join(STEPS)}")
+    parser.add_argument("--seed", type=int, default=1, help="of the study")
+    parser.add_argument("--annealed", action="store_true", help="the study anneals over 60 epochs, not 2,000")
     return parser.parse_args(arguments)
 
 
@@ -248,7 +240,11 @@ def main(arguments=None):
     work.mkdir(parents=True, exist_ok=True)
     about, ended, whole, all_seconds = about_here(dry), [], False, 60 * args.minutes
     left = lambda: all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
-    scale = min(1.0, all_seconds / (60 * 24)) if len(plan) == len(PLAN) else 1.0
+    scale = min(1.0, all_seconds / (60 * 11)) if len(plan) == len(PLAN) else 1.0
+    given = ["--data", args.data, "--seed", str(args.seed), *(["--annealed"] if args.annealed else [])]
+    def write(running=()):
+        left_out = pack(work, out)
+        return tell(work, out, about, [*ended, *running], wanted), left_out
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     try:
         with contextlib.suppress(SystemExit):  # steps have sessions of their own: `follow` ends them; the rest is kept
@@ -257,13 +253,12 @@ def main(arguments=None):
                 if dry:
                     seconds = most
                 print(f"{', '.join(steps)}: at most {seconds:.0f} s", flush=True)
-                follow(steps, ended, work, dry, seconds, args.data)
+                follow(steps, ended, work, dry, seconds, given, write)
                 for step, spent, status in ended[-len(steps):]:
                     print(f"{step} {status} after {spent:.0f} s", flush=True)
-                tell(work, out, about, ended, wanted)
+                write()
             whole = True
-        left_out = pack(work, out)
-        text = tell(work, out, about, ended, wanted)
+        text, left_out = write()
     finally:
         signal.signal(signal.SIGTERM, before)
         if not args.work:

@@ -5,7 +5,6 @@ import functools
 import json
 import operator
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -24,21 +23,22 @@ from vitdistill.data import load_data
 from vitdistill.outcome import predictions_at
 from vitdistill.runs import find_runs
 from vitdistill.setup import resolve
-from vitdistill.teachers import Teacher, adopt
-from vitdistill.views import Views, epoch_plan
+from vitdistill.teachers import adopt
 
-MARKS = {"recompiles": "Recompiling function", "graph breaks": "Graph break", "graphs skipped": "skipping cudagraphs"}
 SENSES = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
-WINDOW = 30.0  # seconds over which the study counts its images
+ENDED = 0, -signal.SIGTERM, 128 + signal.SIGTERM  # exit statuses of a run that ended by itself or was asked to
+DECIDED = 10  # epochs between two decisions about the test images that the study keeps
+WEIGHTS = "weights/vit_tiny_patch16_224.cifar100.safetensors"
 
 
 class Job:
     """What a step is given: a device, a folder of its own, the data, a size, and time."""
 
-    def __init__(self, step, work, device, toy, seconds, data):
+    def __init__(self, step, work, device, toy, seconds, data="", seed=1, annealed=False):
         self.step, self.base, self.device, self.toy, self.data = step, Path(work), device, toy, data
+        self.seed, self.annealed = seed, annealed
         self.end, self.failed = time.monotonic() + seconds, []
-        self.compile, self.ranks = "reduce-overhead" if device == "cuda" else "none", checks.alone(device)
+        self.ranks = checks.alone(device)
         self.work = self.base / step
         self.work.mkdir(parents=True, exist_ok=True)  # the study goes on in what an earlier call left
 
@@ -80,213 +80,88 @@ def step_checks(job):
         job.attempt(name, functools.partial(checks.CHECKS[name], job.device, folder))
 
 
-def said_of_compiling(text):
-    """What a log says of compiled programs that were made again, cut in two, or run without graphs."""
-    return ", ".join(f"{what} {text.count(mark)}" for what, mark in MARKS.items())
-
-
-def step_digits(job):
-    """The whole path on the digits, one process for each way of compiling, side by side."""
-    epochs, modes = 2 if job.toy else 4, ("none", "default", "reduce-overhead")
-    for mode in modes:
-        (job.work / mode).mkdir()
-    given = dict(epochs=epochs, precision="auto", teacher_precision="auto")
-    configs = {mode: pair(job.device, job.work / mode, compile=mode, **given) for mode in modes}
-    running = {mode: job.train(config, mode) for mode, config in configs.items()}
-    top1 = {}
-    for mode, process in running.items():
-        def trained():
-            log = job.work / f"{mode}.log"
-            checks.ended([process], max(1, job.left() - 3), log)
-            run = find_runs(configs[mode].runs_dir)[0]
-            metrics = run.metrics()
-            top1[mode] = run.result["test_top1"] if "test_top1" in run.result else metrics.test_top1.iloc[-1]
-            seconds, hits = (", ".join(map(form.format, metrics[name]))
-                             for form, name in (("{:.2f}", "seconds"), ("{:.0%}", "memo_hit_rate")))
-            return (f"test top-1 {top1[mode]:.1%} after {epochs} epochs; seconds an epoch {seconds}; memo hits {hits}; "
-                    + said_of_compiling(log.read_text()))
-        job.attempt(f"digits, compile {mode}", trained)
-    if len(top1) > 1:
-        spread = 100 * (max(top1.values()) - min(top1.values()))
-        job.found("digits: highest - lowest test top-1 of the three", round(spread, 2), "points", "<= 5")
-
-
 def step_ranks(job):
-    """Two processes on the one device by gloo, killed and resumed, and one alike; with and without determinism. One
-    that trains by all of a recipe."""
-    cases = {f"two ranks, compile {mode}": dict(world=2, mode=mode) for mode in ("none", "default")}
-    cases["one process"] = {}
-    if checks.can_be_deterministic() and not job.toy:
-        cases |= {f"{name}, deterministic": given | dict(deterministic=True) for name, given in cases.items()}
-    with ThreadPoolExecutor(1 if job.toy else 3) as pool:
+    """Two processes on the one device by gloo, killed and resumed, and one alike, first those that must be the same to
+    the byte. The same seed twice without a kill says whether rounding alone makes the others differ. Then a recipe."""
+    exact, plain = dict(deterministic=True), dict(world=2)
+    cases = {} if job.toy else {"one process, deterministic": exact, "two ranks, deterministic": plain | exact,
+                                "one process, captured, deterministic": exact | dict(mode="graph"),
+                                "one process, the same twice, not killed": dict(killed=False)}
+    cases |= {"one process": {}, "two ranks": plain, "two ranks, compile default": plain | dict(mode="default")}
+    with ThreadPoolExecutor(1 if job.toy else 4) as pool:
         def start(folder, check, **given):
             (job.work / folder).mkdir()
             return pool.submit(check, job.device, job.work / folder, seconds=max(1, job.left() - 5), **given)
-        waiting = {"two ranks have one's losses": start("agree", checks.check_ranks_agree),
-                   "one process, all of a recipe": start("recipe", checks.check_recipe)}
-        waiting |= {name: start(str(number), checks.check_resume, **given)
-                    for number, (name, given) in enumerate(cases.items())}
+        waiting = {name: start(str(number), checks.check_resume, **given)
+                   for number, (name, given) in enumerate(cases.items())}
+        waiting |= {"two ranks have one's losses": start("agree", checks.check_ranks_agree),
+                    "one process, all of a recipe": start("recipe", checks.check_recipe)}
         for name, future in waiting.items():
             job.attempt(name, future.result)
 
 
-def turns(job, build, config, data, steps, times=3):
-    """(seconds of each of some warm turns of a contender, what makes its turns)."""
+def bench_of(job, stem, mode):
+    """(config, data, steps of an epoch) of the student alone."""
+    small = dict(student="resnet18", batch_size=2) if job.toy else {}
+    config = contenders.bench_config(job.device, compile=mode, stem=stem, **small)
+    data = contenders.random_data(16 if job.toy else 50_000)
+    return replace(config, distillation="none", teacher=""), data, 8 if job.toy else 390
+
+
+def timed(job, stem, mode, times=3, start=""):
+    """Note seconds of the first epoch of a student, which compiles or captures, and of warm ones; returns
+    (a turn of some steps, seconds of a step)."""
+    torch._dynamo.reset()
+    config, data, steps = bench_of(job, stem, mode)
     watch = contenders.Watch(job.device)
-    ready = build(config, job.ranks, data, watch)
-    for _ in range(2):  # compiles, records, fills the memo; then warm
-        contenders.clock(watch, ready(min(steps, 20)))
-    return [contenders.clock(watch, ready(steps)) for _ in range(times)], ready
+    begun = time.perf_counter()
+    ready = contenders.vitdistill(config, job.ranks, data, watch)
+    contenders.clock(watch, ready(steps))
+    first = time.perf_counter() - begun
+    warm = sorted(contenders.clock(watch, ready(steps)) for _ in range(times))[times // 2]
+    name = f"{stem} stem, compile {mode}{start}"
+    job.found(f"{name}: first epoch", round(first, 2), "s")
+    job.found(f"{name}: an epoch", round(warm, 3), "s", dict(imagenet="<= 0.6", cifar="<= 4.5")[stem])
+    return ready(min(steps, 20)), warm / steps
 
 
-def launches(job, turn, steps, wall):
-    """Milliseconds a step that the device was busy, and how often the host gave it work."""
-    with torch.profiler.profile() as found:
+def kernels(job, turn, seconds, steps=20):
+    """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest kernels."""
+    with torch.profiler.profile() as seen:
         contenders.clock(contenders.Watch(job.device), turn)
-    events = found.key_averages()
-    busy = sum(bench.milliseconds(events, "cuda").values()) / steps  # of kernels
+    events = seen.key_averages()
+    of = {name: ms / steps for name, ms in bench.milliseconds(events, job.device).items()}
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
     calls = {mark: sum(e.count for e in events if mark in e.key and e.key.startswith("cu")) / steps for mark in marks}
-    told = ", ".join(f"{name} {count:.1f}" for name, count in calls.items())
-    return (f"busy for {busy:.3f} ms of a step's {1000 * wall:.3f} (near all: the device sets the pace, else the "
-            f"host); calls a step: {told}")
+    largest = sorted(of.items(), key=lambda item: -item[1])[:10]
+    return (f"busy for {sum(of.values()):.3f} ms of a step's {1000 * seconds:.3f}; calls a step: "
+            + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()) + "; ms a step of the largest kernels: "
+            + "; ".join(f"{name[:70]} {ms:.3f}" for name, ms in largest))
 
 
-def step_pace(job):
-    """The bare step, the plain epoch, the full memo, with both stems; then with cudnn.benchmark; where time goes."""
-    small = dict(student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, batch_size=2)
-    taught = contenders.bench_config(job.device, compile=job.compile, **(small if job.toy else {}))
-    data, steps = contenders.random_data(16 if job.toy else 50_000), 1 if job.toy else 390
-    plain, goals = replace(taught, distillation="none", teacher=""), dict(imagenet="<= 0.6", cifar="<= 4.5")
-    known = {"bare": (contenders.bare, plain), "plain": (contenders.vitdistill, plain),
-             "full memo": (functools.partial(contenders.vitdistill, full=True), taught)}
-    for stem, benchmark in (("imagenet", False), ("cifar", False), ("imagenet", True), ("cifar", True)):
-        torch.backends.cudnn.benchmark = benchmark
-        name = f"{'timm' if stem == 'imagenet' else stem} stem, cudnn.benchmark {'on' if benchmark else 'off'}"
-        seconds = {}
-        for who in ("bare", "plain") if benchmark else known:
-            def measured():
-                torch._dynamo.reset()
-                build, config = known[who]
-                times, ready = turns(job, build, replace(config, stem=stem), data, steps)
-                seconds[who], few = sorted(times)[1], min(steps, 20)
-                if who == "plain" and not benchmark:
-                    job.attempt(f"{name}: the device", lambda: launches(job, ready(few), few, seconds[who] / steps))
-                return ", ".join(f"{t:.3f}" for t in times) + " s"
-            job.attempt(f"{name}: {steps} steps, {who}, three turns", measured)
-        if "plain" in seconds:
-            job.found(f"{name}: plain epoch", round(seconds["plain"] * 390 / steps, 3), "s", goals[stem])
-        if {"bare", "plain"} <= set(seconds):
-            share = seconds["bare"] / seconds["plain"]
-            job.found(f"{name}: plain, of the bare step", round(share, 3), "", ">= 0.97")
-        if {"full memo", "plain"} <= set(seconds):
-            share = seconds["full memo"] / seconds["plain"]
-            job.found(f"{name}: seconds with a full memo / plain", round(share, 3), "", "<= 1.03")
-    torch.backends.cudnn.benchmark = False
-    job.attempt("the bench's profile", lambda: profiled(job, taught, data))
+def step_profile(job):
+    """Where the time of a step goes, with both stems, as it comes and captured as one graph."""
+    for mode in ("none", "graph"):
+        for stem in ("imagenet", "cifar"):
+            def profiled():
+                turn, seconds = timed(job, stem, mode)
+                return kernels(job, turn, seconds, 8 if job.toy else 20)
+            job.attempt(f"{stem} stem, compile {mode}", profiled)
 
 
-def profiled(job, config, data):
-    """The bench's profile, as a file, and the operations in which the plain epoch differs most from the bare step."""
-    torch._dynamo.reset()
-    frame = bench.profile(config, images=len(data.train_labels), steps=2 if job.toy else 8)
-    frame.to_csv(job.work / "profile.csv", index=False)
-    print(frame.to_string(), flush=True)
-    most = "; ".join(f"{row.iloc[0][:60]} {row.more:+.3f}" for _, row in frame.iloc[1:6].iterrows())
-    return f"plain less bare, ms a step: {most}"
+def step_modes(job):
+    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step; beside those that `profile` found.
+    A second start finds the first's programs on disk."""
+    for mode, start in (("reduce-overhead", ""), ("reduce-overhead", ", second start"), ("default", "")):
+        for stem in ("cifar", "imagenet"):
+            try:
+                timed(job, stem, mode, 1 if job.toy else 3, start)
+            except Exception as e:  # the other modes go on
+                job.failed.append(mode)
+                job.found(f"{stem} stem, compile {mode}{start}", f"FAILED: {type(e).__name__}: {str(e)[-600:]}")
 
 
-def rate(job, call, images, seconds=1.0):
-    """Images a second of a call, warm."""
-    watch = contenders.Watch(job.device)
-    for _ in range(2):
-        contenders.clock(watch, call)
-    calls = spent = 0
-    while spent < seconds:
-        spent, calls = spent + contenders.clock(watch, call), calls + 1
-    return calls * images / spent
-
-
-def step_peak(job):
-    """A matrix product, the teacher alone by precision and chunk, and a step of DeiT-B, beside the product."""
-    least = 0.1 if job.toy else 1.0
-    small = dict(teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, batch_size=8)
-    config = contenders.bench_config(job.device, compile=job.compile, **(small if job.toy else dict(batch_size=256)))
-    watch, data = contenders.Watch(job.device), contenders.random_data(64 if job.toy else 4096)
-    product = contenders.matmul(config, job.ranks, data, watch)
-    peak = rate(job, product(1 if job.toy else 10), (1 if job.toy else 10) * watch.flop_per_step, least)
-    job.found(f"matrix product, {config.teacher_precision}", round(peak / 1e12, 3), "TFLOP/s")
-    heavy = replace(config, distillation="none", teacher="", student=config.teacher, optimizer="adamw", lr=1e-4,
-                    student_kwargs=config.teacher_kwargs, student_size=config.teacher_size)
-    for mode in dict.fromkeys(("none", heavy.compile)):
-        def step():
-            torch._dynamo.reset()
-            ready = contenders.bare(replace(heavy, compile=mode), job.ranks, data, contenders.Watch(job.device))
-            model = contenders.create(heavy.student, 100, heavy.student_size, **heavy.student_kwargs)
-            images = rate(job, ready(1 if job.toy else 5), heavy.batch_size * (1 if job.toy else 5), least)
-            share = images * 3 * contenders.flops(model, heavy.student_size) / peak
-            name = f"bare {heavy.student} at {heavy.student_size} px, compile {mode}: of the product"
-            job.found(name, round(share, 3), "", ">= 0.45")
-            return f"{images:,.0f} images/s in batches of {heavy.batch_size}"
-        job.attempt(f"bare {heavy.student}, compile {mode}", step)
-    teachers(job, config, data, peak, least)
-    job.attempt("hard labels under autocast and in pure bf16", lambda: agreement(job))
-
-
-def alone(model, constants, size, how, device, chunk, compile=False):
-    """A teacher in fp32, under autocast, or with its weights in bf16."""
-    teacher = Teacher(model, constants, size, "bf16" if how == "autocast" else "fp32", device, chunk, compile)
-    if how == "pure bf16":
-        teacher.model.bfloat16()
-        forward = teacher.forward
-        teacher.forward = lambda x: forward(x.bfloat16())
-    return teacher
-
-
-def teachers(job, config, data, peak, least):
-    """Images a second of the bench's teacher, by precision, chunk and compiling."""
-    def model():
-        return contenders.create(config.teacher, 100, config.teacher_size, **config.teacher_kwargs)
-    work = contenders.flops(model(), config.teacher_size)
-    chunks, views = ((8, 16) if job.toy else (256, 512, 1024)), Views(data.train_images, 4, job.device)
-    cases = [(how, chunk, False) for how in ("autocast", "pure bf16") for chunk in chunks]
-    cases.append(("fp32", chunks[-1], False))
-    if not job.toy:
-        cases += [("autocast", 512, True), ("pure bf16", 512, True)]
-    for how, chunk, compile in cases:
-        def asked():
-            torch._dynamo.reset()
-            teacher = alone(model(), data.mean_std, config.teacher_size, how, job.device, chunk, compile)
-            rows = torch.arange(2 * chunk, device=views.device) % len(data.train_labels)
-            images = rate(job, lambda: teacher.logits(views(rows)), len(rows), least)
-            return f"{images:,.0f} images/s, {images * work / peak:.1%} of the product"
-        job.attempt(f"{config.teacher} alone, {how}, chunks of {chunk}{', compiled' * compile}", asked)
-
-
-def agreement(job):
-    """Hard labels of a real ViT-Tiny on 10,000 views of real images, where they are here, in three precisions."""
-    weights = job.data and Path(job.data) / "weights/vit_tiny_patch16_224.cifar100.safetensors"
-    real = not job.toy and weights and weights.is_file()
-    config = preset("small", "teacher", data_root=str(job.data)) if real else pair(job.device, job.work)
-    data = load_data(config) if real else contenders.random_data(64)
-    size, kwargs = (224, {}) if real else (32, TINY)
-    n, states = (10_000 if real else 32), {}
-    plan = epoch_plan(torch.arange(n), len(data.train_labels), 162, seed=1, epoch=0)
-    views = Views(data.train_images, 4, job.device)
-    for how in ("fp32", "autocast", "pure bf16"):
-        torch.manual_seed(0)
-        model = contenders.create("vit_tiny_patch16_224", 100, size, **kwargs)
-        if real:
-            timm.models.load_checkpoint(model, str(weights))
-        teacher = alone(model, data.mean_std, size, how, job.device, min(n, 512))
-        states[how] = torch.cat([teacher.logits(views(*(t.to(views.device) for t in part))).argmax(-1).cpu()
-                                 for part in zip(plan.image.split(2048), plan.view.split(2048))])
-    same = {how: states[how].eq(states["fp32"]).float().mean().item() for how in states}
-    kind = "of a fine-tuned ViT-Tiny" if real else "of random weights on noise: says nothing of accuracy"
-    return f"on {n:,} views {same['autocast']:.2%} and {same['pure bf16']:.2%} are those of fp32 ({kind})"
-
-
-def adopted(job, name, file, new_head):
+def adopted(job, weights):
     """The folder of a teacher whose weights were trained elsewhere."""
     if job.toy:
         config = pair(job.device, job.work, distillation="none", teacher="", teacher_kwargs={}, student_size=32,
@@ -294,10 +169,9 @@ def adopted(job, name, file, new_head):
     else:
         config = preset("small", "teacher", data_root=str(job.data), padding=4, student_size=224, device=job.device,
                         work_dir=str(job.work / "work"))
-    config, folder = resolve(config), job.work / "teachers" / name / "model"
-    card = adopt(config, file, folder, load_data(config), config.device, config.precision, new_head)
-    job.found(f"teacher {name}: top-1 on images that it held out", round(100 * card["top1_held_out"], 1), "%")
-    return str(folder)
+    config, folder = resolve(config), job.work / "teacher/model"
+    card = adopt(config, weights, folder, load_data(config), config.device, config.precision)
+    return str(folder), f"top-1 {card['top1_held_out']:.1%} on images that it held out"
 
 
 def toy_weights(job):
@@ -308,45 +182,33 @@ def toy_weights(job):
     return file
 
 
-def arms(job):
-    """Name -> config of the long run's arms, seed 1."""
-    places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"), device=job.device)
+def wait_for_data(job):
+    """Wait until CIFAR-100 and the teacher's weights are there: they may come in parts."""
+    names = "cifar-100-python/train", "cifar-100-python/test", WEIGHTS
+    wanted = [Path(job.data or "nowhere") / name for name in names]
+    while missing := [str(file) for file in wanted if not file.is_file()]:
+        if job.left() < 15:
+            raise FileNotFoundError(f"no {missing[0]}: the study needs CIFAR-100 and the weights of a ViT-Tiny")
+        time.sleep(1)
+    return wanted[2]
+
+
+def pair_of(job):
+    """Name -> config of the paper's pair with the CIFAR stem: labels alone, and taught."""
+    places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"), device=job.device, seed=job.seed)
     if job.toy:
-        weights = {"teacher": toy_weights(job), "untrained head": toy_weights(job)}
-        taught = pair(job.device, job.work, epochs=200, experiment="distilled", batch_size=32)
+        weights, taught = toy_weights(job), pair(job.device, job.work, epochs=2, experiment="distilled", batch_size=32)
+        taught = replace(taught, keep_checkpoints=[1], allow_untrained=True)
         plain = replace(taught, distillation="none", teacher="", teacher_kwargs={}, experiment="baseline")
     else:
-        folder = Path(job.data or "nowhere") / "weights"
-        weights = {"teacher": folder / "vit_tiny_patch16_224.cifar100.safetensors",
-                   "untrained head": folder / "vit_tiny_patch16_224.in21k_in1k_tinyimagenet200.safetensors"}
-        places |= dict(data_root=str(job.data), epochs=2000, t_max=2000, nproc=1, precision="bf16",
-                       keep_checkpoints=[25, 50, 100, 150, 400, 1000])
+        weights, length = wait_for_data(job), 60 if job.annealed else 2000
+        places |= dict(data_root=str(job.data), epochs=length, t_max=length, nproc=1, precision="bf16", stem="cifar",
+                       compile="graph", keep_checkpoints=list(range(DECIDED, length, DECIDED)))
         plain, kwargs = preset("paper", "baseline", **places), dict(img_size=224, dynamic_img_size=True)
         taught = preset("paper", "distilled", teacher="vit_tiny_patch16_224", teacher_kwargs=kwargs, **places)
-    found = {"plain": plain}
-    for name, file in weights.items():
-        def made():
-            folder = adopted(job, name.replace(" ", "-"), file, name != "teacher")
-            untrained = job.toy or name != "teacher"
-            found[f"taught, {name}"] = replace(taught, teacher_weights=folder, allow_untrained=untrained)
-            return folder
-        job.attempt(f"teacher {name} adopted", made)
-    return found
-
-
-def seeds_of(job, known):
-    """(name, config, epochs at which it makes room) in the order in which they are wanted."""
-    target = 1 if job.toy else 150
-    def seed(s):
-        return [(f"{name}, seed {s}", replace(config, seed=s), target) for name, config in known.items()]
-    if job.toy:
-        return seed(1)
-    first = {name: config for name, config in known.items() if "untrained" not in name}
-    short = dict(epochs=60, t_max=0, keep_checkpoints=[])
-    annealed = [(f"{name}, annealed over 60, seed {s}", replace(config, seed=s, **short), 60)
-                for s in (1, 2, 3) for name, config in first.items()]
-    cifar = [(f"{name}, CIFAR stem", replace(config, stem="cifar"), 20) for name, config in first.items()]
-    return [*seed(1), *seed(2), *seed(3), *annealed, *cifar]
+    folder, said = adopted(job, weights)
+    job.found("the teacher", said)
+    return {"plain": plain, "taught": replace(taught, teacher_weights=folder)}
 
 
 def run_of(config):
@@ -356,85 +218,57 @@ def run_of(config):
     return next(filter(fits, find_runs(config.runs_dir)), None)
 
 
-def epochs_of(config):
-    run = run_of(config)
-    return run.epochs_done if run else 0
-
-
-def makes_room(config, target):
-    """Has a run come as far as is wanted? A whole one ends by itself, some time after its last epoch."""
-    return target < config.epochs and epochs_of(config) >= target
-
-
-def file_name(name):
-    """A run's name as a file's."""
-    return name.replace(", ", "-").replace(" ", "-")
-
-
 def step_study(job):
-    """The long run's three arms, then other seeds, as many side by side as make the images a second of all rise."""
-    queue, running, width = seeds_of(job, arms(job)), {}, 3
-    tick, before, last = time.monotonic(), 0, 0.0
+    """The pair side by side until its time is over. Decisions about the test images are kept every ten epochs."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut"))
-    begun, done = {}, {}  # epochs that an earlier call left, and those of this one
+    running = {}
     try:
-        while (queue or running) and job.left() > 15:
-            while queue and len(running) < width:
-                name, config, target = queue.pop(0)
-                if makes_room(config, target) or (run := run_of(config)) and run.status == "done":
-                    continue
-                begun[name], done[name] = epochs_of(config), 0
-                running[name] = job.train(config, file_name(name)), config, target
+        for name, config in pair_of(job).items():
+            if not (run := run_of(config)) or run.status != "done":
+                running[name] = job.train(config, name), config
+        while job.left() > 15 and any(process.poll() is None for process, _ in running.values()):
             time.sleep(0.2 if job.toy else 1.0)
-            for name, (process, config, target) in list(running.items()):
-                done[name] = epochs_of(config) - begun[name]
-                if makes_room(config, target) or process.poll() is not None:
-                    close(job, name, *running.pop(name)[:2])
-                    keep_decisions(job, name, config)
-            now = time.monotonic()
-            if any(done[name] < 2 for name in running):  # it compiles
-                tick, before = now, sum(done.values())
-            if now - tick > WINDOW:
-                images = (sum(done.values()) - before) * 50_000 / (now - tick)
-                job.found(f"images/s of {len(running)} runs side by side", round(images))
-                width += (images > 1.1 * last) and width < 8
-                tick, before, last = now, sum(done.values()), images
+            for name, (_, config) in running.items():
+                keep_decisions(job, name, config)
     finally:
-        for process, *_ in running.values():
-            process.send_signal(signal.SIGTERM)  # it has its last checkpoint
-        for name, (process, config, _) in running.items():
+        for process, _ in running.values():  # first all, since each waits for its last checkpoint
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for name, (process, config) in running.items():
             close(job, name, process, config)
-        for name, (_, config, _) in running.items():  # last: it may be cut
+        for name, (_, config) in running.items():  # last: it may be cut
             keep_decisions(job, name, config)
 
 
 def close(job, name, process, config):
-    """End a run that makes room, and note how far it came; one that failed fails the step."""
-    failed = process.poll() not in (None, 0, -signal.SIGTERM)
+    """End a run, and note how far it came; one that failed fails the step."""
     if process.poll() is None:
         process.terminate()
     try:
         process.wait(5)
-    except subprocess.TimeoutExpired:
+    except Exception:  # it hangs
         process.kill()
         process.wait()
     run = run_of(config)
     def far():
-        log = checks.log_end(job.work / f"{file_name(name)}.log")
-        assert run and run.epochs_done and not failed, f"status {process.returncode}: {log}"
+        log = checks.log_end(job.work / f"{name}.log")
+        assert run and run.epochs_done and process.returncode in ENDED, f"status {process.returncode}: {log}"
         metrics = run.metrics()
         memo, middle = metrics.memo_hit_rate.iloc[-1], metrics.median(numeric_only=True)
-        return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; {middle.seconds:.2f} s an epoch "
-                f"(median, beside others), {middle.images_per_second:,.0f} images/s"
-                + (f", memo hits {memo:.0%}" if memo == memo else ""))
+        return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; first epoch "
+                f"{metrics.seconds.iloc[0]:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side), "
+                f"{middle.images_per_second:,.0f} images/s" + (f", memo hits {memo:.0%}" if memo == memo else ""))
     job.attempt(name, far)
 
 
 def keep_decisions(job, name, config):
-    """What the last checkpoint of a run that makes room decides on each test image, for intervals over images."""
-    run = run_of(config)
-    if run and run.status != "done" and (run.work / "checkpoint.pt").is_file():
-        job.attempt(f"{name}, decisions of its last checkpoint", lambda: predictions_at(run).name)
+    """What each kept checkpoint of a run decides on each test image, for intervals over images."""
+    if not (run := run_of(config)):
+        return
+    for epochs in config.keep_checkpoints or ():
+        there = run.epochs_done > epochs or run.status == "done"  # so that its file is whole
+        if there and not (run.folder / f"predictions-{epochs:04d}.npz").is_file():
+            job.attempt(f"{name}, decisions at {epochs}", lambda: predictions_at(run, epochs).name)
 
 
 STEPS = {name.removeprefix("step_"): step for name, step in list(globals().items()) if name.startswith("step_")}
@@ -447,10 +281,12 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--data", default="")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--annealed", action="store_true")
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.toy else 4)
-    job = Job(args.step, args.work, args.device, args.toy, args.seconds, args.data)
+    job = Job(args.step, args.work, args.device, args.toy, args.seconds, args.data, args.seed, args.annealed)
     STEPS[args.step](job)
     if job.failed:
         sys.exit(f"{args.step}: failed: {'; '.join(job.failed)}")

@@ -1,4 +1,4 @@
-"""Cells of the notebooks that need a GPU (`#| cuda`, run by `nbdev_test --flags cuda`) call the checks by their names."""
+"""Cells of notebooks that need a GPU (`#| cuda`, run by `nbdev_test --flags cuda`) call the checks by their names."""
 import json
 import sys
 

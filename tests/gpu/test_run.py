@@ -16,14 +16,13 @@ open(work / "found.jsonl", "a").write(json.dumps(row) + chr(10))
 (work / sys.argv[1]).mkdir(exist_ok=True)
 (work / sys.argv[1] / f"{time.time_ns()}.csv").touch()
 """
-SCRIPTS = dict(checks=GOOD, digits="raise SystemExit(3)", ranks=GOOD, pace="import time; time.sleep(60)", peak=GOOD,
-               study=GOOD)
+SCRIPTS = dict(checks=GOOD, profile="raise SystemExit(3)", ranks="import time; time.sleep(60)", modes=GOOD, study=GOOD)
 
 
 @pytest.fixture
 def short(monkeypatch):
     """Steps that are a line of Python each, and seconds for them."""
-    def start(step, work, dry, seconds, data):
+    def start(step, work, dry, seconds, given):
         with open(work / f"{step}.log", "w") as log:
             return subprocess.Popen([sys.executable, "-c", SCRIPTS[step], step, str(work)], stdout=log, stderr=log,
                                     start_new_session=True)
@@ -37,19 +36,23 @@ def short(monkeypatch):
 def test_it_goes_on_and_says_which_failed(short, monkeypatch, tmp_path, capsys):
     """As on a GPU: a failed step and one that was cut leave the others their turn; the exit status tells."""
     monkeypatch.setattr(run, "has_gpu", lambda: True)
-    assert run.main(["--out", str(tmp_path), "--minutes", "24"]) == 1
+    monkeypatch.setattr(run, "EVERY", 1.0)
+    seen, tell = [], run.tell
+    monkeypatch.setattr(run, "tell", lambda *given: seen.append(tell(*given)) or seen[-1])
+    assert run.main(["--out", str(tmp_path)]) == 1
+    assert any("| ranks |" in page and "| running |" in page for page in seen)  # a cut would have left this much
     found = json.loads((tmp_path / "found.json").read_text())
     ended = {step["step"]: step["ended"] for step in found["steps"]}
-    assert ended == dict.fromkeys(SCRIPTS, "done") | dict(digits="failed", pace="cut")
-    assert {row["step"] for row in found["found"]} == {"checks", "ranks", "peak", "study"}
-    assert "failed: digits" in capsys.readouterr().err and "digits" in (tmp_path / "page.md").read_text()
+    assert ended == dict.fromkeys(SCRIPTS, "done") | dict(profile="failed", ranks="cut")
+    assert {row["step"] for row in found["found"]} == {"checks", "modes", "study"}
+    assert "failed: profile" in capsys.readouterr().err and "profile" in (tmp_path / "page.md").read_text()
     assert len(list(tmp_path.iterdir())) <= 8
 
 
 ENDLESS = """
 import subprocess, sys, run
 def start(step, *_):
-    seconds = 0 if step == "digits" else 60
+    seconds = 0 if step == "study" else 60
     process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"], start_new_session=True)
     print(process.pid, flush=True)
     return process
@@ -60,7 +63,7 @@ sys.exit(run.main(sys.argv[1:]))
 
 def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
     """A step has a session of its own, and would go on beside whatever the device is asked next."""
-    command = [sys.executable, "-c", ENDLESS, "--out", str(tmp_path), "--steps", "checks,digits"]
+    command = [sys.executable, "-c", ENDLESS, "--out", str(tmp_path), "--steps", "checks,study"]
     whole = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=run.HERE)
     assert "at most" in whole.stdout.readline()
     steps = [int(whole.stdout.readline()) for _ in range(2)]
@@ -72,7 +75,7 @@ def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
     whole.terminate()
     assert whole.wait(60) == 1
     ended = {step["step"]: step["ended"] for step in json.loads((tmp_path / "found.json").read_text())["steps"]}
-    assert ended == dict(checks="cut", digits="done") and "No step failed" in (tmp_path / "page.md").read_text()
+    assert ended == dict(checks="cut", study="done") and "No step failed" in (tmp_path / "page.md").read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(steps[0], 0)
 
@@ -84,14 +87,14 @@ def test_a_second_call_finds_what_the_first_left(short, monkeypatch, tmp_path):
         status = run.main(["--dry", "--out", str(out), "--work", str(work), "--steps", steps])
         return status, sorted(row["step"] for row in json.loads((out / "found.json").read_text())["found"])
     for _ in range(2):
-        assert call("peak,study") == (0, ["peak", "study"])
-    assert [len(list((work / step).iterdir())) for step in ("peak", "study")] == [1, 2]
-    monkeypatch.setitem(SCRIPTS, "peak", "")
-    assert call("ranks,peak") == (0, ["ranks"]) and "\n1 of 1 goals met" in (out / "page.md").read_text()
-    assert [row["step"] for row in run.rows(work, run.STEPS)] == ["study", "ranks"]
+        assert call("modes,study") == (0, ["modes", "study"])
+    assert [len(list((work / step).iterdir())) for step in ("modes", "study")] == [1, 2]
+    monkeypatch.setitem(SCRIPTS, "modes", "")
+    assert call("checks,modes") == (0, ["checks"]) and "\n1 of 1 goals met" in (out / "page.md").read_text()
+    assert [row["step"] for row in run.rows(work, run.STEPS)] == ["study", "checks"]
 
 
-@pytest.mark.parametrize(("steps", "status"), [("checks,ranks", 0), ("checks,digits", 1)])
+@pytest.mark.parametrize(("steps", "status"), [("checks,study", 0), ("checks,profile", 1)])
 def test_a_dry_run_fails_with_its_steps(short, steps, status, tmp_path):
     """What CI looks at."""
     assert run.main(["--dry", "--out", str(tmp_path), "--steps", steps]) == status
@@ -99,6 +102,6 @@ def test_a_dry_run_fails_with_its_steps(short, steps, status, tmp_path):
 
 def test_a_dry_run_fails_where_a_step_is_left_out(short, monkeypatch, tmp_path):
     """A step that is not run is not one that passed."""
-    well = lambda steps, ended, *_: ended.extend((step, 1.0, "done") for step in steps if step != "peak")
+    well = lambda steps, ended, *_: ended.extend((step, 1.0, "done") for step in steps if step != "modes")
     monkeypatch.setattr(run, "follow", well)
     assert run.main(["--dry", "--out", str(tmp_path)]) == 1

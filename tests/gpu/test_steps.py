@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
 import checks
+import pandas as pd
 import pytest
 import steps
 
-from vitdistill.config import Config
 from vitdistill.setup import resolve
 
 
@@ -37,57 +38,70 @@ def test_ranks_are_asked_what_a_run_takes(world, given, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path):
-    """A study of one run, whose process sleeps and whose record is the test's to say."""
+def job(tmp_path):
+    """A study that is given twenty seconds."""
     before = signal.getsignal(signal.SIGTERM)
-    job, seen = steps.Job("study", tmp_path, "cpu", True, 20, ""), []
-    monkeypatch.setattr(steps, "arms", lambda job: {})
-    monkeypatch.setattr(steps, "close", lambda job, name, process, _: (seen.append(process.poll()), process.kill()))
-    def train(seconds, epochs, target, epochs_done, status="interrupted"):
-        record = lambda _: SimpleNamespace(epochs_done=epochs_done(), status=status, work=tmp_path)
-        command = [sys.executable, "-c", f"import time; time.sleep({seconds})"]
-        monkeypatch.setattr(steps, "run_of", record)
-        monkeypatch.setattr(steps, "seeds_of", lambda *_: [("one", Config(epochs=epochs), target)])
-        monkeypatch.setattr(job, "train", lambda *_: subprocess.Popen(command))
-        steps.step_study(job)
-        return seen
-
-    yield train
+    yield steps.Job("study", tmp_path, "cpu", True, 20)
     signal.signal(signal.SIGTERM, before)
 
 
-def passed(per_second):
-    """How many so far, of so many a second."""
-    begun = time.monotonic()
-    return lambda: int(per_second * (time.monotonic() - begun))
+def ran(job, monkeypatch, script, epochs_done=3, status="interrupted"):
+    """What the study found of a pair whose processes are these scripts and whose records say so."""
+    metrics = pd.DataFrame(dict(test_top1=0.1, seconds=2.0, images_per_second=10.0, memo_hit_rate=float("nan")), [0])
+    record = SimpleNamespace(epochs_done=epochs_done, status=status, folder=job.work, metrics=lambda: metrics)
+    monkeypatch.setattr(steps, "run_of", lambda _: record)
+    monkeypatch.setattr(steps, "pair_of", lambda job: {"plain": SimpleNamespace(keep_checkpoints=[2, 8])})
+    monkeypatch.setattr(job, "train", lambda *_: subprocess.Popen([sys.executable, "-c", script]))
+    (job.work / "plain.log").touch()
+    def decide(run, epochs):
+        (file := run.folder / f"predictions-{epochs:04d}.npz").touch()
+        return file
+    monkeypatch.setattr(steps, "predictions_at", decide)
+    steps.step_study(job)
+    found = job.base / "found.jsonl"
+    return [json.loads(line)["value"] for line in found.read_text().splitlines()] if found.is_file() else []
 
 
-@pytest.mark.parametrize(("epochs", "status"), [(1, 0), (5, None)])
-def test_a_whole_run_ends_by_itself(epochs, status, study):
-    """With its result, some time after its last epoch; one that has more epochs than are wanted makes room."""
-    so_far = passed(2)
-    assert study(2, epochs, 1, lambda: min(1, so_far())) == [status]
+SIGNALLED = "import os, signal, time; signal.signal(15, lambda *_: os._exit(143)); time.sleep(60)"
 
 
-@pytest.mark.parametrize(("epochs", "status", "seen"),
-                         [(9, "interrupted", []), (5, "done", []), (5, "interrupted", [0])])
-def test_what_an_earlier_call_trained_is_not_started_again(epochs, status, seen, study):
-    """A run that made room, or has its result; without that it may lack what comes after the last epoch."""
-    assert study(0.1, epochs, 5, lambda: 5, status) == seen
+@pytest.mark.parametrize(("script", "good"), [("", True), (SIGNALLED, True), ("raise SystemExit(143)", True),
+                                              ("raise SystemExit(1)", False)])
+def test_a_run_that_was_asked_to_end_has_not_failed(script, good, job, monkeypatch):
+    """Nor has one that was gone before it was looked at; decisions are kept of checkpoints that are whole."""
+    job.end = time.monotonic() + 16.5
+    decided, told = ran(job, monkeypatch, script)
+    assert (not job.failed) == good and decided == "predictions-0002.npz"
+    assert ("1 epochs" in told) == good and ("FAILED" in told) != good
 
 
-def test_epochs_of_an_earlier_call_are_no_rate(study, monkeypatch, tmp_path):
-    """A study that goes on after 1,000 epochs counts its own, ten a second, from when they come."""
-    monkeypatch.setattr(steps, "WINDOW", 0.5)
-    so_far = passed(10)
-    study(3, 5000, 2000, lambda: 1000 + so_far())
-    rates = [json.loads(line)["value"] for line in (tmp_path / "found.jsonl").read_text().splitlines()]
-    assert rates and max(rates) < 2 * 10 * 50_000
+def test_a_whole_run_is_not_started_again(job, monkeypatch):
+    """An earlier call trained it to its end."""
+    assert ran(job, monkeypatch, "raise SystemExit(1)", status="done") == [] and not job.failed
+
+
+def test_the_study_waits_for_its_data(job, tmp_path):
+    """They come in parts, while it waits."""
+    job.data = str(tmp_path)
+    names = "cifar-100-python/train", "cifar-100-python/test", steps.WEIGHTS
+    def bring():
+        for name in names:
+            time.sleep(0.2)
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(bring)
+        assert steps.wait_for_data(job) == tmp_path / steps.WEIGHTS
+        assert all((tmp_path / name).is_file() for name in names)
+    (tmp_path / names[1]).unlink()
+    job.end = time.monotonic() + 15.5
+    with pytest.raises(FileNotFoundError, match="cifar-100-python/test"):
+        steps.wait_for_data(job)
 
 
 def test_a_folder_of_an_earlier_call_is_found(tmp_path):
     """With the study's checkpoints."""
     for exists in (False, True):
-        job = steps.Job("study", tmp_path, "cpu", True, 20, "")
+        job = steps.Job("study", tmp_path, "cpu", True, 20)
         assert (job.work / "checkpoint.pt").exists() == exists
         (job.work / "checkpoint.pt").touch()
