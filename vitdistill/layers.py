@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEW', 'attend', 'HiFi', 'LoFi', 'HiLo', 'hilo_flops', 'ConvFFN', 'DeformableMerging', 'LITBlock', 'LITv2',
-           'check_windows', 'published_flops', 'MatrixConv2d', 'with_matrix_products', 'with_plain_attention']
+           'check_windows', 'published_flops', 'MatrixConv2d', 'with_matrix_products', 'with_plain_attention',
+           'equal_blocks', 'with_compiled_blocks']
 
 # %% ../nbs/02a_layers.ipynb #9fb98863
+import copy
 from contextlib import nullcontext
 import torch
 from timm.layers import ClassifierHead, DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
@@ -301,3 +303,20 @@ def with_plain_attention(
         for part in model.modules():
             if hasattr(part, 'fused_attn'): part.fused_attn = False
     return model
+
+# %% ../nbs/02a_layers.ipynb #5f67f29f
+def equal_blocks(model:nn.Module)->list:
+    "Returns the blocks of equal shape that hold most of a model's parameters, as in a ViT; [] if it has none."
+    size = lambda part: sum(p.numel() for p in part.parameters())
+    for part in model.modules():
+        if isinstance(part, (nn.Sequential, nn.ModuleList)) and len(part) > 1 and size(part) > size(model)/2:
+            shapes = {(type(block), *((name, p.shape) for name, p in block.named_parameters())) for block in part}
+            if len(shapes) == 1: return list(part)
+    return []
+
+def with_compiled_blocks(model:nn.Module)->nn.Module:
+    "Returns a model with the same parameters and buffers, whose `equal_blocks` share a compiled program."
+    same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, same)
+    for block in equal_blocks(twin): block.compile(dynamic=False)
+    return twin

@@ -23,7 +23,7 @@ from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, fitting, nearest
 from .data import Data, fingerprint, image_side, load_data, split_rows
 from .hub import weights_place
-from .layers import with_matrix_products, with_plain_attention
+from .layers import equal_blocks, with_compiled_blocks, with_matrix_products, with_plain_attention
 from .losses import HardLabel, criterion
 from .models import Student, check_name, combine, create, create_student, pretrained_constants, student_size
 from .models import evaluation_size, weights_file
@@ -226,7 +226,9 @@ def resolve(config:Config)->Config:
 # %% ../nbs/05b_setup.ipynb #a34e7e26
 def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: as `Config.compile`
     "Returns a model, or function of tensors, under torch.compile, a program per batch size; or unchanged."
-    return function if mode in ('none', 'graph') else torch.compile(function, mode=mode, dynamic=False)
+    if mode in ('none', 'graph'): return function
+    by_block = mode == 'default' and isinstance(function, Student) and equal_blocks(function)
+    return with_compiled_blocks(function) if by_block else torch.compile(function, mode=mode, dynamic=False)
 
 # %% ../nbs/05b_setup.ipynb #84525528
 def program(function:typing.Callable, mode:str)->typing.Callable: # mode: with which the student is compiled

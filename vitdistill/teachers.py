@@ -17,6 +17,7 @@ from filelock import FileLock
 from .config import Config, VitdistillError, field_names, from_dict, student_name, write_atomic
 from .data import Data, load_data, split_rows
 from .hub import weights_place
+from .layers import equal_blocks, with_compiled_blocks
 from .runs import compiler_missing
 from .views import Views, epoch_plan, normalize, view_count
 from .models import create, load_weights, pretrained_constants, save_model, started_from, weights_file
@@ -41,7 +42,9 @@ class Teacher:
 
     def use(self, chunk:int, compile:bool)->None: # from now on
         self.chunk, self.compile = chunk, compile
-        self.forward = torch.compile(self.model, dynamic=False) if compile else self.model
+        if not compile: self.forward = self.model
+        elif equal_blocks(self.model): self.forward = with_compiled_blocks(self.model)
+        else: self.forward = torch.compile(self.model, dynamic=False)
 
     @torch.inference_mode()
     def logits(self, pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W) in [0, 255], uint8 or float32 -> (B, C) float32
