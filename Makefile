@@ -73,7 +73,7 @@ bench-attention: venv ## time HiLo attention, plain attention, a ViT and a ResNe
 
 # It installs nothing. It uses PYTHON if you name one, else the Python of .venv if there is one, else python3.
 GPU_PYTHON = $(if $(filter file default,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
-gpu: ## test and time a GPU, in 24 minutes; PYTHON needs torch, timm, pandas and pytest; without a GPU a dry run
+gpu: ## test and time a GPU, in 11 minutes; PYTHON needs torch, timm, pandas and pytest; without a GPU a dry run
 	$(GPU_PYTHON) tests/gpu/run.py $(ARGS)
 
 lab: venv ## open JupyterLab here
