@@ -50,7 +50,6 @@ def cifar(tmp_path):
         for part, label in labels.items():
             found |= {f"{part}_image": np.arange(len(label)), f"{part}_label": label,
                       f"{part}_class_decision": decide(part, label),
-                      f"{part}_class_top5": np.zeros((len(label), 5), int),
                       f"{part}_class_confidence": rng.beta(5, 1.5, len(label)).astype("float16")}
         return found
 

@@ -16,7 +16,7 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import binomtest, norm, ttest_1samp
 from .analysis import ON_LABELS, TEACHING, repeats, settings
 from .config import VitdistillError, nearest, shipped
-from .runs import Run
+from .runs import Run, read_arrays
 
 # %% ../nbs/08c_agreement.ipynb #5f3c3fb1
 PARTS = 'test', 'val', 'train'
@@ -29,18 +29,13 @@ def prediction_arrays(
     run:Run,
     part:str,        # 'test', 'val' or 'train'
     epochs:int=None  # of a checkpoint; None: at the end
-)->dict:             # name, such as 'test_class_decision' -> array; without the top-5; {} for a part without images
+)->dict:             # name, such as 'test_class_decision' -> array; {} for a part without images
     "Returns the arrays of a run's predictions; raises a `VitdistillError` if the file is missing or damaged."
     file = run.folder/('predictions.npz' if epochs is None else f'predictions-{epochs:04d}.npz')
-    try:
-        with np.load(file) as arrays:
-            return {name: arrays[name] for name in arrays.files if name.startswith(part) and not name.endswith('top5')}
+    try: return read_arrays(file, part)
     except FileNotFoundError:
         came = f'{run.epochs_done} of {run.config.epochs} epochs'
         raise VitdistillError(f'{run.name} has no {file.name}, {_missing[run.status].format(came)}') from None
-    except Exception as e: # a damaged zip file raises almost any exception
-        raise VitdistillError(f"{file} is damaged ({e}): copy it anew, "
-                              "or remove the folder's result.json and start the run again.") from None
 
 # %% ../nbs/08c_agreement.ipynb #e17b7dd8
 def heads(run:Run, part:str='test')->list[str]:

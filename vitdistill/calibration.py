@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from .agreement import ece, own_head, prediction_arrays, reliability
 from .config import VitdistillError, from_root, write_atomic
-from .records import without_logits
+from .records import share_images, without_logits
 from .runs import Run
 
 # %% ../nbs/08f_calibration.ipynb #4adf0525
@@ -97,6 +97,7 @@ def keep_scores(run:Run)->list: # names of the written files
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     write_atomic(run.folder/'predictions.npz', without_logits(run.folder/'predictions.npz'))
+    share_images(run.folder)
     return [SCORES, 'predictions.npz']
 
 # %% ../nbs/08f_calibration.ipynb #836e59ef

@@ -19,7 +19,7 @@ from .agreement import comparisons, pairs_by_seed, seed_interval, teacher_card
 from .analysis import TEACHING, curves, mean_curve, on_labels, readable, repeats, settings, significant
 from .analysis import teaching
 from .config import Config, VitdistillError
-from .runs import Run
+from .runs import Run, read_arrays
 from .trends import LAWS, LOG, Law, Trend, fit, measured_crossover
 
 # %% ../nbs/08b_comparison.ipynb #b6c57aa5
@@ -50,8 +50,8 @@ def run_names(arms)->str: # lists or tuples of runs
 def images(run:Run)->float:
     "Returns the number of training images in the run's predictions; NaN if they lack it."
     predictions = run.folder/'predictions.npz'
-    if not predictions.is_file(): return np.nan
-    with np.load(predictions) as told: return told['train_image'].size if 'train_image' in told else np.nan
+    arrays = read_arrays(predictions, 'train') if predictions.is_file() else {}
+    return len(arrays['train_image']) if 'train_image' in arrays else np.nan
 
 # %% ../nbs/08b_comparison.ipynb #7ee56bac
 def own_images_only(run:Run)->bool:

@@ -31,13 +31,15 @@ def reduced(
     heads:list,       # their logits, (n, C) each
     keep_logits:bool  # whether logits are returned too, as float16
 )->dict:
-    "Returns decision, top-5, confidence and, if asked for, logits of each head and of combined heads, as numpy arrays."
+    "Returns decision, confidence and, if asked for, logits of each head and of combined heads, as numpy arrays."
     answers, arrays = dict(zip(names, (h.softmax(-1) for h in heads))), {}
     if len(heads) > 1: answers |= {'softmax': combine(heads), 'logits': combine(heads, 'logits')}
     for head, p in answers.items():
-        confidence, top = p.cpu().topk(min(5, p.shape[-1]))
-        arrays |= {f'{head}_decision': top[:, 0].short().numpy(), f'{head}_top5': top.short().numpy(),
-                   f'{head}_confidence': confidence[:, 0].half().numpy()}
+        classes = p.shape[-1]
+        # five, as `evaluate` asks for: of equal probabilities both choose the same
+        confidence, top = (x[:, 0].numpy() for x in p.cpu().topk(min(5, classes)))
+        arrays |= {f'{head}_decision': top.astype(np.min_scalar_type(classes - 1)),
+                   f'{head}_confidence': confidence.astype(np.float16)}
     if keep_logits: arrays |= {f'{head}_logits': h.half().cpu().numpy() for head, h in zip(names, heads)}
     return arrays
 
@@ -46,7 +48,7 @@ def predictions(
     setup:Setup,
     parts:tuple=('test', 'val', 'train') # which images
 )->dict:
-    "Returns the arrays of predictions.npz: image number and label, and per head decision, top-5 and confidence."
+    "Returns the arrays of predictions.npz: image number and label, and per head decision and confidence."
     data, arrays, keep = setup.data, {}, setup.config.keep_logits and len(setup.data.classes) <= 100
     rows = dict(test=torch.arange(len(data.test_labels)), val=setup.val_rows, train=setup.train_rows)
     few = 16*setup.images_a_pass
