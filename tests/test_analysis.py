@@ -130,6 +130,13 @@ def test_complexity_analysis(rebuilt):
     assert slides["GoogLeNet linear"] == "1025 K"
     heads = pd.read_csv(out / "tables/complexity_head.csv").set_index("layer")["without biases (K)"]
     assert heads[[f"VGG-16 fc{n}" for n in (6, 7, 8)]].tolist() == pytest.approx([102_760, 16_777, 4_096], abs=0.5)
+    stages = pd.read_csv(out / "tables/complexity_vgg.csv").pivot(index="side of the map (px)", columns="model")
+    assert set(stages["multiply-adds of the last (M)"].loc[[28, 56, 112, 224]].to_numpy().ravel()) == {1849.688064}
+    assert stages["convolutions"].sum().tolist() == [13, 16]
+    rows = pd.read_csv(out / "tables/complexity_stem_layers.csv").set_index("layer").iloc[:, 1:].round()
+    assert rows.loc["sum"].tolist() == [7644, 124, 481] and rows.iloc[:-1, 2].tolist() == [118, 2, 13, 347, 1]
+    ratios = pd.read_csv(out / "tables/complexity_stem_ratios.csv")["of the published numbers"]
+    assert ratios.round(1).tolist() == [5.7, 8.9, 17.9, 15.6]
     vit = pd.read_csv(out / "tables/complexity_vit.csv").set_index("published as")
     assert vit.loc["ViT-H/14 JFT", "CIFAR-100 top-1 (%)"] == "94.55 ± 0.04" and vit.shape[1] == 12
     assert not list(out.parent.glob("*/*/complexity_seconds*"))

@@ -77,6 +77,7 @@ def _stages(positions): # the stage of each layer, from the positions of all lay
 
 # %% ../nbs/02b_complexity.ipynb #bf99ce5c
 COSTS = ['parameters', 'multiply_adds', 'activation_bytes']
+_NORMS = nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm # timm's with an activation inside are among them
 
 def layers(
     model:nn.Module, # any model; it is copied, not changed
@@ -90,7 +91,7 @@ def layers(
     for name, p in model.named_parameters(): parameters[_owner(name.rpartition('.')[0], calls)] += p.numel()
     for name, outputs in calls.items():
         module = model.get_submodule(name)
-        computes = own[name] > 0 or not any(module.children())
+        computes = own[name] > 0 or not any(module.children()) or isinstance(module, _NORMS)
         if computes or parameters[name]:
             rows.append([name or '(model)', type(module).__name__, _positions(module, outputs[-1][0]), outputs[-1][0],
                          parameters[name], own[name]//2, sum(size for _, size in outputs) if computes else 0])
