@@ -1,4 +1,5 @@
 """Steps of `make gpu` whose way on a GPU the dry run doesn't take."""
+import itertools
 import json
 import os
 import signal
@@ -35,6 +36,23 @@ def test_ranks_are_asked_what_a_run_takes(world, given, monkeypatch, tmp_path):
     gpu = dict(is_available=lambda: True, is_bf16_supported=lambda including_emulation: True)
     with ranks, mock.patch.multiple("torch.cuda", **gpu), pytest.raises(Asked):
         checks.check_resume("cuda", tmp_path, world, **given)
+
+
+def test_a_gradient_that_differs_between_devices_is_seen(monkeypatch, tmp_path):
+    """Each device has logits of its own: a shared leaf would add up both gradients, and compare them with themselves."""
+    calls, made = itertools.count(), checks.criterion
+
+    def uneven(config):
+        own = made(config)
+        forward = own.forward
+        more = lambda heads: next(calls) * (heads[0].sum() - heads[0].sum().detach())  # 0, and another slope each time
+        own.forward = lambda heads, batch: (forward(heads, batch)[0] + more(heads), {})
+        return own
+
+    assert "objectives differ" in checks.check_losses("cpu", tmp_path)
+    monkeypatch.setattr(checks, "criterion", uneven)
+    with pytest.raises(AssertionError, match="loss or gradient differs"):
+        checks.check_losses("cpu", tmp_path)
 
 
 @pytest.fixture
