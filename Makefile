@@ -35,6 +35,8 @@ demo: venv ## run the paper's experiment on the digits, in minutes -> out/demo/i
 
 test: venv ## check that vitdistill/ matches nbs/, then run all notebooks and tests, in minutes
 	@mkdir -p out/home/runtime
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_repository.py -k drifted
 	OMP_NUM_THREADS=1 $(call limit,900) $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \

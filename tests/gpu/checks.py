@@ -154,7 +154,7 @@ def check_pretraining(device, folder):
 
 
 def epochs_of(device, folder, mode, epochs=2, batch=16):
-    """(mean loss of each epoch, weights, pixels of a batch, step): taught from a full memo; the last batch is shorter."""
+    """(mean loss of each epoch, weights, pixels of a batch, step): taught by a full memo; the last batch is shorter."""
     data = random_data(2 * batch + batch // 2)
     whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)

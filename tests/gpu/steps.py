@@ -155,7 +155,7 @@ def step_profile(job):
 
 
 def step_modes(job):
-    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step; beside those that `profile` found.
+    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step. `profile` has the others'.
     A second start finds the first's programs on disk. A ViT's `default` compiles its blocks, the other modes all of it.
     On a CPU: `python tests/gpu/steps.py modes --work DIR --toy --device cpu`."""
     for mode, start in (("reduce-overhead", ""), ("reduce-overhead", ", second start"), ("default", "")):

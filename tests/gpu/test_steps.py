@@ -39,7 +39,7 @@ def test_ranks_are_asked_what_a_run_takes(world, given, monkeypatch, tmp_path):
 
 
 def test_a_gradient_that_differs_between_devices_is_seen(monkeypatch, tmp_path):
-    """Each device has logits of its own: a shared leaf would add up both gradients, and compare them with themselves."""
+    """Each device has logits of its own: a shared one would add up both gradients and see no difference."""
     calls, made = itertools.count(), checks.criterion
 
     def uneven(config):
