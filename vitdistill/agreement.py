@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'prediction_arrays', 'heads', 'own_head', 'read_predictions', 'predicted_epochs', 'with_predictions',
            'same_data', 'decisions', 'disagreement', 'teacher_card', 'teacher_of', 'teachers_of', 'answers_given',
-           'agreement', 'contradictions', 'reliability', 'ece', 'calibrated_ece', 'comparisons', 'pairs_by_seed',
+           'agreements', 'contradictions', 'reliability', 'ece', 'calibrated_ece', 'comparisons', 'pairs_by_seed',
            'mcnemar', 'paired_score', 'seed_interval', 'class_names', 'class_gains']
 
 # %% ../nbs/08c_agreement.ipynb #d45dba46
@@ -168,7 +168,7 @@ def answers_given(
 def _has(run, part): return f'{part}_image' in prediction_arrays(run, part)
 
 # %% ../nbs/08c_agreement.ipynb #d2eee920
-def agreement(
+def agreements(
     teacher:Run|list[Run], # one record, or those of `teachers_of`
     student:Run,     # taught by it or not
     part:str='test', # 'test', 'val' or 'train', of the student
