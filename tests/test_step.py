@@ -6,6 +6,7 @@ import linecache
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,8 @@ def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
                       test_views=views, train_rows=rows, val_rows=rows[:0], criterion=own,
                       answers=Told(own.wants) if own.wants else None)
         assert create_optimizer(config, student.model).defaults["fused"]
+        captured = replace(config, compile="graph", optimizer="adamw")  # AdamW keeps its count on the GPU then
+        assert create_optimizer(captured, student.model).defaults["capturable"]
         objective, meter = train.create_objective(student, own, "none", setup.ranks), step.Meter("cuda:0")
         for batch in train.batches(setup, 0):
             out = objective.train()(batch)

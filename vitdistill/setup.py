@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'optimizer_class', 'scale_rates', 'create_optimizer', 'create_schedule', 'auto_device', 'auto_precision',
            'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'file_hash', 'the_only', 'resolve',
            'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'beside_weights', 'open_memo',
-           'question', 'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate',
-           'weight_average']
+           'try_speeds', 'question', 'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict',
+           'evaluate', 'weight_average']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, glob, hashlib, inspect, math, typing
@@ -332,6 +332,12 @@ def open_memo(
         return PlanMemo(folder, plan_key(teacher, config, data, rows), kind)
     except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
 
+# %% ../nbs/05b_setup.ipynb #62707f8f
+def try_speeds(teacher:Teacher, config:Config, online:bool)->None: # online: it answers batch by batch, without a memo
+    "Chooses, by a trial on the GPU, how many images the teacher takes at once and, if `compile` is auto, compiling."
+    both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
+    use_quickest(teacher, (teacher.chunk,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
+
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
 def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor=None)->tuple: # rows: of the plan
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
@@ -340,9 +346,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     planned = rows is not None and config.plan_memo and unnumbered(config)
     online = unnumbered(config) or not config.memo
     if online: teacher.chunk = at_once # before the health check: each size is compiled
-    if teacher.device.type == 'cuda' and not isinstance(teacher, Absent):
-        both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
-        use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
+    if teacher.device.type == 'cuda' and not isinstance(teacher, Absent): try_speeds(teacher, config, online)
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
 from vitdistill import train  # noqa: E402
-from vitdistill.config import Config, field_names, preset, save  # noqa: E402
+from vitdistill.config import Config, preset, save  # noqa: E402
 from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
 from vitdistill.layers import DeformableMerging  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
@@ -50,13 +50,13 @@ TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
 def pair(device, folder, **given):
     """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny one)."""
-    at_once = {"checkpoint_seconds": 0.0} if "checkpoint_seconds" in field_names() else {}
     small = dict(student="vit_tiny_patch16_224", student_kwargs=SMALLEST, data_fraction=0.2, threads=1)
     values = dict(dataset="digits", student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY,
                   teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01, precision="fp32",
                   teacher_precision="fp32", compile="none", device=device, runs_dir=f"{folder}/runs",
+                  checkpoint_seconds=0.0,
                   work_dir=f"{folder}/work")
-    return Config(**values | at_once | (small if device == "cpu" else {}) | given)
+    return Config(**values | (small if device == "cpu" else {}) | given)
 
 
 def recipe(device, folder, **given):
@@ -328,7 +328,7 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
                  killed=True):
     """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte.
     Not `killed`: two runs of one seed, left alone."""
-    given = dict(epochs=epochs, batch_size=32, compile=mode) | ({"deterministic": True} if deterministic else {})
+    given = dict(epochs=epochs, batch_size=32, compile=mode, deterministic=deterministic)
     if world > 1 and mode != "none" and device != "cpu":  # where a compiled batch norm is refused
         given |= dict(student="vit_tiny_patch16_224", student_kwargs=TINY)
     whole, cut = (made(device, folder / name, **given) for name in ("alone", "cut"))
@@ -420,11 +420,6 @@ def look(name, device="cuda"):
         return "no CUDA GPU here: not checked"
     with tempfile.TemporaryDirectory() as folder:
         return CHECKS[name](device, Path(folder))
-
-
-def can_be_deterministic():
-    """Has a config a field for it?"""
-    return "deterministic" in field_names()
 
 
 def by_gloo(device):

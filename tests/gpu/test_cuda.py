@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from checks import CHECKS, can_be_deterministic, check_resume
+from checks import CHECKS, check_resume
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")]
 
@@ -17,7 +17,6 @@ def test_on_the_gpu(name, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["none", "default", "reduce-overhead"])
-@pytest.mark.skipif(not can_be_deterministic(), reason="a config has no field `deterministic`")
 def test_deterministic_runs_resume_to_the_byte(mode, tmp_path):
     """Killed and started again, the weights are those of a run left alone."""
     print(check_resume("cuda", tmp_path, mode=mode, deterministic=True))
