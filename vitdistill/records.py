@@ -128,7 +128,7 @@ def share_images(folder:str|Path)->list: # of a record
             images = {name: arrays.pop(name) for name in (f'{part}_image', f'{part}_label') if name in arrays}
             numbers = b''.join(array.astype('<i8').tobytes() for array in images.values())
             name = f'{part}-{hashlib.sha256(numbers).hexdigest()[:12]}'
-            shared = file.parent/f'../images/{name}.npz'
+            shared = file.resolve().parents[1]/f'images/{name}.npz'
             if not shared.is_file(): write_atomic(shared, packed(images))
             arrays[f'{part}_images'] = name
         write_atomic(file, packed(arrays))

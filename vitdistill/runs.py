@@ -114,7 +114,7 @@ def read_arrays(
     try:
         with np.load(file) as arrays: values = {name: arrays[name] for name in arrays if name.startswith(part)}
         for name in [name for name in values if name.endswith('_images')]:
-            with np.load(file.parent/f'../images/{values.pop(name)}.npz') as shared: values |= shared
+            with np.load(file.resolve().parents[1]/f'images/{values.pop(name)}.npz') as shared: values |= shared
     except FileNotFoundError as e:
         if file.is_file(): raise VitdistillError(f'{file} needs {e.filename}, which is missing: copy it too.') from None
         raise

@@ -194,7 +194,7 @@ def wait_for_data(job):
     wanted = [Path(job.data or "nowhere") / name for name in names]
     while missing := [str(file) for file in wanted if not file.is_file()]:
         if job.left() < 15:
-            raise FileNotFoundError(f"no {missing[0]}: the study needs CIFAR-100 and the weights of a ViT-Tiny")
+            raise FileNotFoundError(f"{missing[0]} has not come: give --data a folder with CIFAR-100 and the weights")
         time.sleep(1)
     return wanted[2]
 
