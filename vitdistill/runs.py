@@ -76,6 +76,9 @@ class Run:
         return result if result and result.get('hash') == config_hash(self.config) else None
 
     @property
+    def arms(self)->list: # 'study/arm' of each study that uses the run
+        return _read_json(self.folder/'arms.json') or []
+    @property
     def status(self)->str: # 'done', 'running', 'interrupted', 'new' or 'unreadable' (config can't be read)
         if not (self.folder/'config.yaml').is_file(): return 'new'
         try: self.config
@@ -289,6 +292,9 @@ class RunWriter(Run):
         def write(path):
             with open(path, 'wb') as f: np.savez_compressed(f, **arrays)
         return write_atomic(self.folder/file, write)
+
+    def add_arm(self, arm:str)->None: # 'study/arm'
+        if arm not in self.arms: self._write_json('arms.json', sorted([*self.arms, arm]))
 
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done
         self._write_json('result.json', {'hash': config_hash(self.config), **result})
