@@ -21,7 +21,7 @@ from .data import fingerprint, image_side
 from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
-from .runs import Run, check_folders, find_runs
+from .runs import Run, RunWriter, check_folders, find_runs
 from .setup import resolve, the_only, uses_batch_norm
 from .teachers import as_teacher, read_card
 from .track import tracker_names
@@ -210,8 +210,9 @@ def has_model(run:Run)->bool:
     return (run.model/'model.safetensors').is_file()
 
 # %% ../nbs/07_launch.ipynb #ac1c3978
-def note_run(run:Run)->None:
-    "Adds the run to the list of the grid cell that executes this notebook, if there is one."
+def note_run(run:Run, serves:bool=True)->None: # serves: whether it is what the arm asks for, not its teacher
+    "Adds the run to the list of the study's cell that executes this notebook, if there is one, and the arm to the run."
+    if (arm := os.environ.get('VITDISTILL_ARM')) and serves: RunWriter(run.folder).add_arm(arm)
     if not (file := os.environ.get('VITDISTILL_CELL')): return
     with open(file, 'a') as f: print(run.folder, file=f)
 
@@ -237,13 +238,14 @@ def launch(
     config:Config,
     nproc:int=None,   # ranks on this node; None: nproc of the config, at most the visible GPUs
     show:bool=True,   # whether to show a line per epoch or, in JupyterLab, a live curve
-    needed:bool=False # whether the model must be here afterwards; a teacher's always must
+    needed:bool=False, # whether the model must be here afterwards; a teacher's always must
+    serves:bool=True   # as in `note_run`
 )->Run:
     "Trains a config under torchrun; a finished run is not repeated. A failure raises `VitdistillError`."
     check_launch(config, nproc)
     config = resolve(config)
     run, said = Run.of(config), ''
-    note_run(run)
+    note_run(run, serves)
     if run.status == 'done':
         if (needed or makes_teacher(config.experiment)) and not has_model(run): # a clone has the record only
             raise VitdistillError(f'{run.name} is done, but its model is not in {run.model}: put it there, '
@@ -349,7 +351,7 @@ def with_teacher(
         if not (run := finished_teacher(wanted)):
             lock = from_root(wanted.work_dir)/Run.of(resolve(wanted)).name/'waiting.lock'
             with nullcontext() if wanted.nnodes > 1 else one_at_a_time(lock): # nodes train it together
-                run = finished_teacher(wanted) or launch(wanted, nproc)
+                run = finished_teacher(wanted) or launch(wanted, nproc, serves=False)
         print(f'teacher: {run.name}')
         return str(run.model)
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained(wanted))

@@ -175,16 +175,19 @@ def model_of(
     arm:str,       # 'study/arm'
     seed:int|None, # of the run that uses the model
     runs_dir:str,  # folder of run folders
+    **fields       # of Config, that the run has to have
 )->str:
     "Returns the path of the model that an arm trained, or of its answers if the model is not here."
-    runs = [run for run in find_runs(runs_dir) if arm in run.arms and run.status == 'done']
+    runs = [run for run in find_runs(runs_dir) if arm in run.arms and run.status == 'done'
+            and all(getattr(run.config, key, value) == value for key, value in fields.items())]
     runs = [run for run in runs if run.config.seed == seed] or runs
     if not runs: raise VitdistillError(f'{arm} has no finished run in {runs_dir}: run its study first.')
     if len(runs) > 1:
         raise VitdistillError(f"{arm} stands for {len(runs)} models ({', '.join(run.name for run in runs[:3])}): name "
                               'an arm with one model a seed.')
-    adopted = [from_root(runs[0].config.student_weights)]*(runs[0].config.experiment == 'adopted_teacher')
-    for folder in (runs[0].model, *adopted):
+    config = runs[0].config # of an adopted teacher it names the folder that e04 made
+    adopted = [from_root(config.work_dir)/Path(config.student_weights).parent.name/'model']
+    for folder in (runs[0].model, *(adopted*(config.experiment == 'adopted_teacher'))):
         if (folder/'model.safetensors').is_file(): return str(folder)
     if (answers := runs[0].folder/'answers.npz').is_file(): return str(answers)
     raise VitdistillError(f'the model of {arm} is not in {runs[0].model}: put it there, or remove {runs[0].folder} to '
