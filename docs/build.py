@@ -28,9 +28,10 @@ PAGES |= {name: f"docs/{name}.md" for name in ("recipes", "gpus", "library", "co
 for _file in sorted((ROOT / "reports").glob("*.md")):
     if _file.stem != "study":
         PAGES[f"studies/{_file.stem}"] = _file.relative_to(ROOT).as_posix()
-for _file in sorted((ROOT / "nbs").glob("*/[ae][0-9]*.ipynb")) + sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-    _part = {"nbs": "chapters"}.get(_file.parent.name, _file.parent.name)
-    PAGES[f"{_part}/{_file.stem}"] = _file.relative_to(ROOT).as_posix()
+_templates = {f"{_file.parent.name}/{_file.stem}": _file for _file in (ROOT / "nbs").glob("*/[ae][0-9]*.ipynb")}
+_modules = {f"chapters/{_file.relative_to(ROOT / 'nbs').with_suffix('').as_posix()}": _file
+            for pattern in ("[0-9]*.ipynb", "[a-z]*/[0-9]*.ipynb") for _file in (ROOT / "nbs").glob(pattern)}
+PAGES |= {name: file.relative_to(ROOT).as_posix() for name, file in sorted((_templates | _modules).items())}
 
 
 def directives(source):
@@ -77,7 +78,7 @@ def digest(*files):
 def execute(name):
     """Executes a source or analysis notebook, unless that was done before, and returns the path of the copy."""
     source = ROOT / PAGES[name]
-    inputs = [source, *sorted((ROOT / "vitdistill").glob("*.py"))]
+    inputs = [source, *sorted((ROOT / "vitdistill").rglob("*.py"))]
     if name.startswith("analysis"):
         inputs += sorted([*(ROOT / "reports").glob("r*/**/*.*"), *source.parent.glob("*.jinja")])
     kept = WORK / "executed" / f"{source.stem}-{digest(*inputs)}.ipynb"
@@ -143,7 +144,7 @@ def lay_out(folder):
             continue
         executed = page.startswith(("chapters", "analysis"))
         notebook = nbformat.read(execute(page) if executed else ROOT / source, 4)
-        module = re.search(r"^#\| *default_exp (\w+)", "\n".join(cell.source for cell in notebook.cells), re.M)
+        module = re.search(r"^#\| *default_exp ([\w.]+)", "\n".join(cell.source for cell in notebook.cells), re.M)
         notebook = as_page(notebook)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":

@@ -177,7 +177,9 @@ def test_what_is_imported_is_declared_and_nothing_else():
     """Modules by the base and the extras; what training imports, by the base alone."""
     extras = [key.removesuffix("_requirements") for key in SETTINGS if key.endswith("_requirements")]
     users = [extra for extra in extras if extra not in ("dev", "docs")]
-    modules = {p.stem: ast.parse(p.read_text()) for p in (ROOT / "vitdistill").glob("*.py")}
+    folder = ROOT / "vitdistill"  # and the wings below it
+    modules = {".".join(p.relative_to(folder).with_suffix("").parts): ast.parse(p.read_text())
+               for p in folder.rglob("*.py")}
     known = packages_distributions()
 
     def distributions(names):

@@ -12,7 +12,7 @@ from torch import nn
 from forked_notebooks import analyse
 from test_notebooks import said
 from vitdistill.analysis import published
-from vitdistill.attention_bench import cases, costs
+from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
 from vitdistill.config import Config, VitdistillError, config_hash, preset, repo_root, run_name, save, shipped
 from vitdistill.grids import grid_cells, not_here

@@ -20,7 +20,7 @@ import vitdistill
 from vitdistill import step, train
 from vitdistill.answers import Answers, Memo, memo_key
 from vitdistill.config import Config
-from vitdistill.contenders import fill_randomly, random_data
+from vitdistill.bench.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
 from vitdistill.models import create_student
 from vitdistill.pretraining import ContrastiveMaskedNoise

@@ -321,8 +321,8 @@ def report(words:list[str])->int:
 
 def bench(words:list[str])->int:
     "times an epoch on this machine, next to other ways to train"
-    from vitdistill import bench
-    return bench.main(words)
+    from vitdistill.bench.bench import main
+    return main(words)
 
 def export(words:list[str])->int:
     "writes a finished student for other programs, as ONNX"

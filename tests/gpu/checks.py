@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
 from vitdistill import train  # noqa: E402
 from vitdistill.config import Config, preset, save  # noqa: E402
-from vitdistill.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
+from vitdistill.bench.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
 from vitdistill.layers import DeformableMerging  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
 from vitdistill.models import Student, create  # noqa: E402

@@ -17,7 +17,7 @@ import timm
 import torch
 from checks import TINY, pair
 
-from vitdistill import bench, contenders
+from vitdistill.bench import bench, contenders
 from vitdistill.config import preset
 from vitdistill.data import load_data
 from vitdistill.outcome import predictions_at
