@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_picture', 'read_table', 'item', 'address', 'write_page', 'order', 'write_index', 'record', 'write_report']
 
-# %% ../../nbs/study/06_page.ipynb #93aafd44
+# %% ../../nbs/study/06_page.ipynb #0367a033
 import base64, os, re
 from fnmatch import fnmatch
 from itertools import groupby
@@ -17,9 +17,9 @@ from markupsafe import Markup
 from ..analysis import format_cell
 from ..config import from_root, write_atomic
 from ..runs import Run, find_runs, machine_in_words
-from ..watch import standing
+from .watch import standing
 
-# %% ../../nbs/study/06_page.ipynb #78713829
+# %% ../../nbs/study/06_page.ipynb #d4aae7d3
 def read_picture(path:Path)->dict: # an SVG
     "Returns the caption and the bytes (base64) of a picture."
     text = path.read_text(encoding='utf-8', errors='replace')
@@ -27,7 +27,7 @@ def read_picture(path:Path)->dict: # an SVG
     caption = Markup(about[1]).unescape().strip() if about else path.stem
     return dict(caption=caption, picture=base64.b64encode(path.read_bytes()).decode())
 
-# %% ../../nbs/study/06_page.ipynb #f5c05edf
+# %% ../../nbs/study/06_page.ipynb #fd0cd7b2
 def read_table(path:Path, most:int=60)->dict: # path: CSV or Markdown; most: rows shown
     "Returns the caption, the head and the rows of a table, all as text."
     if (markdown := path.with_suffix('.md')).is_file():
@@ -43,7 +43,7 @@ def read_table(path:Path, most:int=60)->dict: # path: CSV or Markdown; most: row
     if (left := len(rows) - most) > 0: caption = f'{caption} The first {most} rows; {left} more are in the file.'
     return dict(caption=caption, head=head, rows=rows[:most])
 
-# %% ../../nbs/study/06_page.ipynb #ec32a937
+# %% ../../nbs/study/06_page.ipynb #72e10709
 def item(path:Path, here:Path)->dict: # path: SVG, CSV or Markdown; here: the page's folder
     "Returns a picture or a table, its id on the page, and links to all files of its name."
     shown = read_picture(path) if path.suffix == '.svg' else read_table(path)
@@ -55,7 +55,7 @@ def address(path:Path, here:Path)->str:
     "Returns the address of a file for a link on a page in the folder `here`."
     return quote(Path(os.path.relpath(path, here)).as_posix())
 
-# %% ../../nbs/study/06_page.ipynb #b26b5a96
+# %% ../../nbs/study/06_page.ipynb #8689168c
 _page = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>
@@ -88,7 +88,7 @@ td { white-space: nowrap }
 </body></html>
 """
 
-# %% ../../nbs/study/06_page.ipynb #99daec66
+# %% ../../nbs/study/06_page.ipynb #dbaa169e
 def write_page(
     file:str|Path,     # HTML
     title:str,
@@ -104,14 +104,14 @@ def write_page(
     page = Template(_page, autoescape=True) # escapes all text but `Markup`
     return write_atomic(file, page.render(title=title, lead=lead, parts=parts))
 
-# %% ../../nbs/study/06_page.ipynb #d16aa080
+# %% ../../nbs/study/06_page.ipynb #34ff0fea
 def order(path:Path, first:list[str]=())->tuple: # first: patterns of names
     "Returns a sort key: the first pattern that fits, then the name with its numbers, figures before tables."
     place = next((i for i, pattern in enumerate(first) if fnmatch(path.stem, pattern)), len(first))
     name = [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', path.stem)]
     return place, name, path.suffix != '.svg'
 
-# %% ../../nbs/study/06_page.ipynb #82dfb894
+# %% ../../nbs/study/06_page.ipynb #b74535a2
 def write_index(
     out,                # folder with figures/ and tables/
     title:str,
@@ -126,7 +126,7 @@ def write_index(
         'Figures': sorted(out.glob('figures/*.svg'), key=rank), 'Tables': sorted(out.glob('tables/*.md'), key=rank),
         'Executed notebooks': [dict(links=links)] if links else []})
 
-# %% ../../nbs/study/06_page.ipynb #91eec6d9
+# %% ../../nbs/study/06_page.ipynb #585acb0f
 def record(run:Run, here:Path)->list: # here: the page's folder
     "Returns a row of the table of run records, linked to the run's folder."
     row, about = standing(run), run.environment
@@ -137,7 +137,7 @@ def record(run:Run, here:Path)->list: # here: the page's folder
     link = Markup('<a href="{}">{}</a>').format(address(run.folder, here), run.name)
     return [link, *(cell or '–' for cell in cells)]
 
-# %% ../../nbs/study/06_page.ipynb #c405bf5a
+# %% ../../nbs/study/06_page.ipynb #d4dc99d2
 def write_report(
     reports:str|Path='reports', # folder with figures/, tables/, bench/ and runs/; absolute, or from the root
     out:str|Path='out/report',  # folder of the page
