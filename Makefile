@@ -58,7 +58,7 @@ figures: venv ## rebuild figures and tables in reports/ from reports/runs (chang
 	@$(VITDISTILL) figures $(ARGS)
 
 report: venv ## put all of reports/ on one page -> out/report/index.html
-	$(BIN)/python -m vitdistill.report $(ARGS)
+	@$(VITDISTILL) report $(ARGS)
 
 docs: venv .venv/docs ## build the documentation site -> out/docs/index.html
 	@mkdir -p out/home/runtime

@@ -108,7 +108,8 @@ grid = said("grid", "experiments/grids/small_overtake.yaml", "--dry-run")
 print("grid", "e02_distilled_resnet50" in grid)
 sys.modules["papermill"] = None
 print("lacking", said("demo"))
-from vitdistill import agreement, analysis, comparison, report, trends, watch
+from vitdistill import agreement, analysis, comparison, trends, watch
+from vitdistill.study import page
 from vitdistill.runs import find_runs
 print("reference", len(analysis.published()) > 20, len(agreement.class_names("cifar100", 100)))
 runs = [run for run in find_runs(sys.argv[1]) if run.config.experiment == "baseline"]

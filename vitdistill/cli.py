@@ -242,7 +242,7 @@ def analysis_parameters(
 # %% ../nbs/10_cli.ipynb #0ce52bdc
 def figures(words:list[str])->int:
     "draws figures and tables of run records, and lists them on one page"
-    from vitdistill.report import write_index
+    from vitdistill.study.page import write_index
     parser = argparse.ArgumentParser(prog='vitdistill figures', description=inspect.getdoc(figures))
     parser.add_argument('--reports', default='reports/runs', help='folder of run folders (default: %(default)s)')
     parser.add_argument('--out', default='reports', help='for figures/, tables/ and index.html (default: %(default)s)')
@@ -310,8 +310,14 @@ def grid(words:list[str])->int:
 
 def report(words:list[str])->int:
     "writes everything in reports/ into one HTML page"
-    from vitdistill import report
-    return report.main(words)
+    from vitdistill.study.page import write_report
+    parser = argparse.ArgumentParser(prog='vitdistill report', description=inspect.getdoc(write_report))
+    parser.add_argument('--reports', default='reports',
+                        help='folder with figures/, tables/, bench/ and runs/ (default: %(default)s)')
+    parser.add_argument('--out', default='out/report', help='folder for index.html (default: %(default)s)')
+    args = parser.parse_args(words)
+    print('page:', write_report(args.reports, args.out))
+    return 0
 
 def bench(words:list[str])->int:
     "times an epoch on this machine, next to other ways to train"
