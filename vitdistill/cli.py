@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train_parser', 'meant', 'field_values', 'configured',
            'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
-           'new_folder', 'new', 'grid', 'report', 'bench', 'export', 'main']
+           'new_folder', 'new', 'grid', 'compare', 'report', 'bench', 'export', 'main']
 
 # %% ../nbs/10_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, re, shutil, sys, tempfile
@@ -308,6 +308,11 @@ def grid(words:list[str])->int:
     from vitdistill import grids
     return grids.main(words)
 
+def compare(words:list[str])->int:
+    "compares the arms of a study, finished or not: table, forest plot, curves, page"
+    from vitdistill.study import compare
+    return compare.main(words)
+
 def report(words:list[str])->int:
     "writes everything in reports/ into one HTML page"
     from vitdistill.study.page import write_report
@@ -329,7 +334,8 @@ def export(words:list[str])->int:
     from vitdistill import export
     return export.main(words)
 
-COMMANDS = {command.__name__: command for command in (demo, study, train, grid, figures, report, bench, export, new)}
+COMMANDS = {command.__name__: command for command in (demo, study, train, grid, compare, figures, report,
+                                                    bench, export, new)}
 
 # %% ../nbs/10_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:
