@@ -31,7 +31,8 @@ class Study:
     baseline:str = ''                           # arm that the others are compared with
     compare:list = field(default_factory=list)  # [arm, other], or [[arm, other], [arm, other]]
     published:dict = field(default_factory=dict) # arm -> accuracy in a paper, a fraction
-    choose:dict = field(default_factory=dict)   # field (of `vary`), by (a column of result.json such as val_top1)
+    choose:dict = field(default_factory=dict)   # field (of `vary`), by (a number of result.json such as val_top1)
+    measure:str = 'test_top1'                   # number of result.json that is compared
     @property
     def parts(self)->dict: return {**self.teachers, **self.arms}
 

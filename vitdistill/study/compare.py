@@ -44,7 +44,7 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not
     mean, low, high = paired_score(both.iloc[:, 0], both.iloc[:, 1])
     return dict(difference=mean, low=low, high=high, interval='test images', epochs=last)
 
-# %% ../../nbs/study/04_compare.ipynb #6850bc01
+# %% ../../nbs/study/04_compare.ipynb #e663af13
 columns = ['arm', 'other', 'seeds', 'difference', 'low', 'high', 'interval', 'pooled_low', 'pooled_high', 'p', 'holm',
            'welch_low', 'welch_high', 'detectable', 'published', 'epochs', 'gaps', 'later', 'runs'] # of differences
 
@@ -54,9 +54,10 @@ class Comparison:
     study:Study
     arms:dict[str, list[Run]] # name, with what it varies -> runs, ended or not
 
-    def tops(self)->pd.DataFrame: # a row a seed, a column an arm; NaN: no finished run
-        "Returns the test accuracies of the finished runs at their last epoch."
-        return pd.DataFrame({arm: pd.Series({seed: run.result['test_top1'] for seed, run in ended(runs).items()},
+    def tops(self, measure:str='')->pd.DataFrame: # a row a seed, a column an arm; NaN: no finished run
+        "Returns a number of result.json of the finished runs, by default the study's `measure`."
+        measure = measure or self.study.measure
+        return pd.DataFrame({arm: pd.Series({seed: run.result.get(measure) for seed, run in ended(runs).items()},
                                             dtype=float) for arm, runs in self.arms.items()}).sort_index()
 
     def table(self)->pd.DataFrame: # `columns`; differences are fractions
@@ -67,11 +68,13 @@ class Comparison:
         return frame.assign(holm=holm(frame.p))
 
     def accuracies(self)->pd.DataFrame: # fractions
-        "Returns a row per arm: test accuracy of its finished runs, mean and standard deviation over seeds."
-        rows = [dict(arm=arm, seeds=len(values), top1=values.mean(), std=values.std(),
-                     published=self.study.published.get(arm, np.nan), runs=run_names(ended(self.arms[arm]).values()))
-                for arm, column in self.tops().items() for values in [column.dropna()]]
-        return pd.DataFrame(rows, columns=['arm', 'seeds', 'top1', 'std', 'published', 'runs'])
+        "Returns a row per arm: mean and standard deviation over seeds; the teacher's accuracy on held-out images."
+        tops, train, teachers = self.tops(), self.tops('train_top1'), self.tops('teacher_top1')
+        return pd.DataFrame([dict(
+            arm=arm, seeds=tops[arm].count(), top1=tops[arm].mean(), std=tops[arm].std(), train_top1=train[arm].mean(),
+            teacher_top1=teachers[arm].mean(), epochs=self.arms[arm][0].config.epochs if self.arms[arm] else 0,
+            published=self.study.published.get(arm, np.nan), runs=run_names(ended(self.arms[arm]).values()))
+            for arm in tops])
 
 def run_names(runs)->str:
     "Returns the names of runs, for a table's row."
@@ -97,7 +100,7 @@ def pairs(comparison:Comparison)->list[tuple]: # (arm, other), or ((arm, other),
         else: found += [(arm, other) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
     return list(dict.fromkeys(found))
 
-# %% ../../nbs/study/04_compare.ipynb #c334bdf3
+# %% ../../nbs/study/04_compare.ipynb #500f35c0
 def difference(
     comparison:Comparison,
     one, other,        # of `pairs`
@@ -115,7 +118,7 @@ def difference(
     if gain: return row | dict(runs=run_names(runs))
     if len(both) > 1:
         row |= dict(zip(('pooled_low', 'pooled_high'), pooled_interval(row['difference'], len(both), *pooled)))
-    elif pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index]):
+    elif study.measure == 'test_top1' and (pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index])):
         row, runs = row | difference_over_images(*pair), pair
     known = study.published
     if {one, other} <= known.keys(): row['published'] = known[one] - known[other]
