@@ -18,7 +18,8 @@ import numpy as np, timm.optim, torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from .answers import Answers, DrawnAnswers, KeptMemo, Memo, NoRoom, OutOfFold, memo_key
+from .answers import Answers, DrawnAnswers, KeptMemo, Memo, NoRoom, OutOfFold, Planned, PlanMemo, memo_key
+from .answers import plan_key, plan_rows
 from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, fitting, nearest
 from .data import Data, fingerprint, image_side, load_data, split_rows
@@ -27,7 +28,6 @@ from .layers import equal_blocks, with_compiled_blocks, with_matrix_products, wi
 from .losses import HardLabel, criterion
 from .models import Student, check_name, combine, create, create_student, pretrained_constants, student_size
 from .models import evaluation_size, weights_file
-from .planned import Planned, PlanMemo, plan_key, plan_rows
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run, compiler_missing, cores

@@ -18,12 +18,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from .answers import break_even, fill
-from .augment import drawn_mix, mixed, mixed_targets
+from .augment import drawn_mix, mixed, mixed_targets, uniform
 from .config import Config, VitdistillError, from_root, load, no_space
-from .draws import uniform
 from .losses import Batch, Objective
 from .outcome import finish
-from .probes import probed
+from .pretraining import probed
 from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
 from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
