@@ -23,8 +23,8 @@ from .models import combine, load_weights, save_model, student_size, token_cosin
 from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
-from .setup import Setup, auto_device, file_hash, predict, prepare, resolve
-from .teachers import Teacher, card_facts, make_card, read_card, seen_by
+from .setup import Setup, auto_device, predict, prepare, resolve
+from .teachers import Teacher, card_facts, file_hash, make_card, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #15ac9fdb
 def reduced(
