@@ -20,9 +20,10 @@ from vitdistill.data import image_side, load_data, split_rows
 from vitdistill.grids import grid_cells
 from vitdistill.launch import makes_teacher
 from vitdistill.models import create_student
+from vitdistill.optimize import create_schedule
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run
-from vitdistill.setup import create_schedule, predict, prepare, resolve
+from vitdistill.setup import predict, prepare, resolve
 from vitdistill.tables import RECIPE, one_factor
 from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train

@@ -100,7 +100,7 @@ SCRIPT = """
 import shutil, sys
 from pathlib import Path
 from vitdistill.config import load
-from vitdistill.share import push_memos
+from vitdistill.outcome import push_memos
 from vitdistill.train import train
 teacher, first, second = map(load, sys.argv[1:])
 train(teacher)

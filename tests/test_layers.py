@@ -19,7 +19,7 @@ from vitdistill.grids import grid_cells, not_here
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student  # and registers LITv2
-from vitdistill.setup import create_optimizer
+from vitdistill.optimize import create_optimizer
 from vitdistill.teachers import is_answers
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -20,10 +20,11 @@ from vitdistill.grids import grid_cells, makes, not_here, waits_for, waves
 from vitdistill.launch import configure, makes_teacher
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
+from vitdistill.optimize import create_optimizer
 from vitdistill.pretrained import ARMS, arm_of, comparable_arms, noise_explained, scratch_rows
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run, find_runs
-from vitdistill.setup import create_optimizer, prepare, resolve
+from vitdistill.setup import prepare, resolve
 from vitdistill.teachers import is_answers
 from vitdistill.step import create_step
 from vitdistill.train import batches, train, train_epoch

@@ -23,9 +23,10 @@ from vitdistill.config import Config
 from vitdistill.bench.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
 from vitdistill.models import create_student
+from vitdistill.optimize import create_optimizer
 from vitdistill.pretraining import ContrastiveMaskedNoise
 from vitdistill.ranks import Ranks
-from vitdistill.setup import Setup, create_optimizer, predict
+from vitdistill.setup import Setup, predict
 from vitdistill.teachers import load_teacher
 from vitdistill.views import Views
 

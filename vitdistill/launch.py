@@ -22,8 +22,8 @@ from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
 from .runs import Run, RunWriter, check_folders, find_runs
-from .setup import resolve, the_only, uses_batch_norm
-from .teachers import as_teacher, read_card
+from .setup import resolve, uses_batch_norm
+from .teachers import as_teacher, read_card, the_only
 from .track import tracker_names
 
 # %% ../nbs/07_launch.ipynb #bd45b26d

@@ -6,12 +6,12 @@
 __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file',
            'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
            'student_size', 'evaluation_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token',
-           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model']
+           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
 from pathlib import Path
-import timm, torch
+import timm, torch, torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
@@ -421,3 +421,18 @@ def save_model(
     write_atomic(folder/'README.md', readme)
     write_atomic(folder/'card.json', json.dumps(card, indent=1))
     return folder
+
+# %% ../nbs/02_models.ipynb #75701338
+@torch.no_grad()
+def token_cosines(
+    model:nn.Module,     # a distilled vision transformer of timm
+    pixels:torch.Tensor, # (B, 3, H, W), as the model takes them
+)->list:                 # cosines of the learned tokens, then after each block, averaged over the images
+    "Returns the cosine of class token and distillation token at the input and after each block."
+    if not isinstance(model, VisionTransformerDistilled):
+        raise VitdistillError(f'{type(model).__name__} has one token: give a distilled vision transformer of timm.')
+    training = model.training
+    try: seen = model.eval().forward_intermediates(pixels, return_prefix_tokens=True, intermediates_only=True)
+    finally: model.train(training)
+    pairs = [torch.cat([model.cls_token, model.dist_token], 1), *(tokens for _, tokens in seen)]
+    return [F.cosine_similarity(two[:, 0], two[:, 1], dim=-1).mean().item() for two in pairs]

@@ -24,9 +24,8 @@ from .config import Config, field_names, shipped
 from .data import image_side
 from .findings import paired_interval
 from .losses import criterion
-from .masked import split_patches
 from .models import create, create_student, student_size
-from .pretraining import ContrastiveMaskedNoise, silent_error
+from .pretraining import ContrastiveMaskedNoise, silent_error, split_patches
 from .runs import Run
 from .tables import weights_maker
 

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'images_a_second', 'use_quickest', 'some', 'top1', 'agreement', 'card_facts', 'make_card', 'is_answers',
-           'answers_in', 'answers_head', 'read_card', 'as_teacher', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen',
-           'seen_by', 'Absent', 'refuse_other_classes', 'refuse_new_head', 'refuse_other_weights', 'load_teacher',
-           'balance', 'untrained', 'check_health', 'refuse_test_images', 'with_members', 'adopt', 'same_teacher']
+           'answers_in', 'answers_head', 'read_card', 'file_hash', 'the_only', 'as_teacher', 'refuse_overlap',
+           'refuse_begun_on', 'refuse_seen', 'seen_by', 'Absent', 'refuse_other_classes', 'refuse_new_head',
+           'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images',
+           'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
-import hashlib, json, time, zipfile, zlib
+import glob, hashlib, json, time, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from filelock import FileLock
-from .config import Config, VitdistillError, field_names, from_dict, student_name, write_atomic
+from .config import Config, VitdistillError, field_names, fitting, from_dict, student_name, write_atomic
 from .data import Data, load_data, split_rows
 from .hub import weights_place
 from .layers import equal_blocks, with_compiled_blocks
@@ -188,6 +189,22 @@ def read_card(weights:str)->dict|None:
     except ValueError:
         raise VitdistillError(f'{file} is damaged: train the teacher again, or write its card anew with '
                               '`vitdistill.teachers.adopt`.') from None
+
+# %% ../nbs/04_teachers.ipynb #039fd043
+def file_hash(path:str)->str: # path: of a weights file, a model folder or a file of answers
+    "Returns sixteen hexadecimal digits that identify the weights, or those behind the answers; '' without a path."
+    if not path: return ''
+    if is_answers(path): return answers_head(weights_place(path))['teacher_hash']
+    with open(weights_file(weights_place(path)), 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+
+# %% ../nbs/04_teachers.ipynb #276f36ec
+def the_only(pattern:str)->str: # pattern: such as out/work/teacher-vit_base-labels-s1-*/model, or a plain path
+    "Returns the one path that fits a pattern, a plain path unchanged; raises `VitdistillError` if none or several fit."
+    if not glob.has_magic(pattern): return pattern
+    match fitting(pattern):
+        case [path]: return path
+        case []: raise VitdistillError(f"{pattern!r} fits nothing here: train it first, or name another.")
+        case several: raise VitdistillError(f"{pattern!r} fits {len(several)} paths: name one, {' or '.join(several)}.")
 
 # %% ../nbs/04_teachers.ipynb #2177a726
 def as_teacher(card:dict|None)->dict: # of `read_card`

@@ -18,17 +18,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from .answers import break_even, fill
-from .augment import drawn_mix, mixed, mixed_targets
+from .augment import drawn_mix, mixed, mixed_targets, uniform
 from .config import Config, VitdistillError, from_root, load, no_space
-from .draws import uniform
 from .losses import Batch, Objective
 from .outcome import finish
-from .probes import probed
+from .optimize import create_optimizer, create_schedule, weight_average
+from .pretraining import probed
 from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
 from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
-from .setup import Setup, auto_device, compiled, create_optimizer, create_schedule, evaluate
-from .setup import prepare, program, resolve, weight_average
+from .setup import Setup, auto_device, compiled, evaluate, prepare, program, resolve
 from .step import TrainingStep, create_step
 from .teachers import Absent
 from .views import Plan, cut_views, scaled, view_count

@@ -37,7 +37,7 @@ from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
 from vitdistill.models import Student, create  # noqa: E402
 from vitdistill.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
-from vitdistill.setup import create_optimizer  # noqa: E402
+from vitdistill.optimize import create_optimizer  # noqa: E402
 from vitdistill.teachers import balance  # noqa: E402
 from vitdistill.step import CapturedStep, create_step  # noqa: E402
 from vitdistill.train import Progress, batches, create_objective, train_epoch  # noqa: E402

@@ -18,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from ..answers import Answers, Memo, Stopwatch, memo_key
+from ..answers import Answers, Memo, Planned, PlanMemo, Stopwatch, memo_key, plan_key
 from ..augment import AUGMENTATIONS, unnumbered
 from ..complexity import layers
 from ..config import Config, from_dict, preset
@@ -26,10 +26,10 @@ from ..data import Data, cifar100_constants
 from ..views import Views, epoch_plan, normalize, view_count
 from ..losses import Batch, criterion
 from ..models import create, create_student, student_size
-from ..planned import Planned, PlanMemo, plan_key
+from ..optimize import create_optimizer
 from ..ranks import Ranks
 from ..runs import RunWriter, cores
-from ..setup import Setup, auto_values, create_optimizer, image_device, loading_processes, placed
+from ..setup import Setup, auto_values, image_device, loading_processes, placed
 from ..teachers import load_teacher
 from ..step import create_step
 from ..train import Progress, create_objective, restore, train_epoch
