@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frame_columns', 'standing', 'runs', 'find_run', 'describe', 'watch', 'differences', 'compare']
 
-# %% ../../nbs/study/05_watch.ipynb #3a67fbf6
+# %% ../../nbs/study/05_watch.ipynb #5764212a
 import json, math, os, textwrap, time
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..config import Config, VitdistillError, from_root, nearest
 from ..live import LiveCurve, in_jupyterlab
 from ..runs import Run, columns, find_runs
 
-# %% ../../nbs/study/05_watch.ipynb #82fc09c4
+# %% ../../nbs/study/05_watch.ipynb #01a4a8b7
 frame_columns = ['run', 'status', 'experiment', 'student', 'teacher', 'dataset', 'seed', 'epochs_done', 'epochs',
                  'eta',                                # local time
                  'train_loss', 'val_top1', 'test_top1', # at the last epoch; top-1 in [0, 1]
@@ -28,14 +28,15 @@ def standing(run:Run, now:float|None=None)->dict: # now: seconds since 1970; Non
     "Returns a run's `frame_columns`: what it is, epochs done, last accuracies, end at the present pace."
     status, now = run.status, time.time() if now is None else now
     config = None if status in ('new', 'unreadable') else run.config
-    rows = pd.DataFrame(run.last_rows()).apply(pd.to_numeric, errors='coerce')
+    rows = pd.DataFrame(run.last_rows(), columns=['epoch', 'seconds', *frame_columns[10:14]])
+    rows = rows.apply(pd.to_numeric, errors='coerce')
     last = rows.iloc[-1] if len(rows) else {}
     done, file = int(last.get('epoch', -1)) + 1, run.folder/('metrics.csv' if len(rows) else 'config.yaml')
     written = (file if file.is_file() else run.folder).stat().st_mtime
     row = dict(run=run.name, status=status, epochs_done=done, eta=pd.NaT, written=_local(written))
     row |= {name: getattr(config, name, None) for name in (*frame_columns[2:7], 'epochs')}
     row |= {name: float(last.get(name, math.nan)) for name in frame_columns[10:14]}
-    pace = rows['seconds'].tail(5).median() if len(rows) else math.nan
+    pace = rows.seconds.tail(5).median()
     if status == 'running' and pace >= 0:
         left = (config.epochs - done)*pace - min(max(0., now - written), pace)
         row['eta'] = _local(now + max(0., left))
@@ -43,7 +44,7 @@ def standing(run:Run, now:float|None=None)->dict: # now: seconds since 1970; Non
 
 def _local(seconds:float)->pd.Timestamp: return pd.Timestamp.fromtimestamp(round(seconds))
 
-# %% ../../nbs/study/05_watch.ipynb #d20d969e
+# %% ../../nbs/study/05_watch.ipynb #9c4f8fc7
 def runs(folder:str|Path='reports/runs')->pd.DataFrame: # absolute, or relative to the repository's root
     "Returns `frame_columns` of all runs of a folder, newest first; prints which folders are no runs."
     found, folder = find_runs(folder), from_root(folder)
@@ -56,7 +57,7 @@ def runs(folder:str|Path='reports/runs')->pd.DataFrame: # absolute, or relative 
     frame = frame.astype({'seed': 'Int64', 'epochs': 'Int64', 'eta': 'datetime64[s]', 'written': 'datetime64[s]'})
     return frame.sort_values(['written', 'run'], ascending=[False, True], ignore_index=True)
 
-# %% ../../nbs/study/05_watch.ipynb #bba8e22f
+# %% ../../nbs/study/05_watch.ipynb #a3e0df79
 def find_run(
     run:Run|str|Path='',            # a run, its folder, or part of its name
     folder:str|Path='reports/runs', # of run folders
@@ -76,7 +77,7 @@ def find_run(
     none, such = '' if going else ' and none of them is going on', going or like
     raise VitdistillError(f'{len(such)} runs fit {str(run)!r}{none}: name more of one, such as {such[-1].name!r}.')
 
-# %% ../../nbs/study/05_watch.ipynb #1fcc1231
+# %% ../../nbs/study/05_watch.ipynb #c10b6e93
 def describe(row:dict)->str: # of `standing`
     "Returns a run's state in one line."
     of = f" of {row['epochs']}" if row['epochs'] else ''
@@ -92,7 +93,7 @@ def describe(row:dict)->str: # of `standing`
 _endings = dict(done='; done', new='; not begun', unreadable="; this version can't read its config",
                 interrupted='; interrupted: start it again to continue from the last checkpoint')
 
-# %% ../../nbs/study/05_watch.ipynb #5c720047
+# %% ../../nbs/study/05_watch.ipynb #cd70c2ea
 def watch(
     run:Run|str|Path='',            # a run, its folder, or part of its name; '': the one that is running
     folder:str|Path='reports/runs', # of run folders
@@ -114,7 +115,7 @@ def watch(
     except KeyboardInterrupt: print('stopped watching; the run continues')
     return run
 
-# %% ../../nbs/study/05_watch.ipynb #a44201d4
+# %% ../../nbs/study/05_watch.ipynb #91fd7a60
 def differences(configs:list[Config])->list[str]:
     "Returns for each config the fields that differ from the others, in words; '' if none does."
     no_teacher = TEACHING - {'teacher', 'distillation'} # only of runs with a teacher
@@ -135,7 +136,7 @@ def _word(name, value):
     text = ' '.join(f'{key}={part}' for key, part in value.items()) if isinstance(value, dict) else value
     return f"{name.replace('_', ' ')} {text}"
 
-# %% ../../nbs/study/05_watch.ipynb #f3adc317
+# %% ../../nbs/study/05_watch.ipynb #be67b8a9
 def _overlay(lines, column): # lines: (label, curve)
     texts = [textwrap.fill(label, 92) for label, _ in lines]
     height = 3.6 + .19*sum(text.count('\n') + 1 for text in texts)
@@ -152,7 +153,7 @@ def _overlay(lines, column): # lines: (label, curve)
         plt.close(fig)
     return fig
 
-# %% ../../nbs/study/05_watch.ipynb #10e36385
+# %% ../../nbs/study/05_watch.ipynb #a3c65986
 def compare(
     runs:str|list|pd.DataFrame='',  # part of their names ('': all), or runs, folders and names, or a frame of `runs`
     folder:str|Path='reports/runs', # of run folders
