@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['frame_columns', 'standing', 'runs', 'find_run', 'describe', 'watch', 'differences', 'compare']
 
-# %% ../../nbs/study/05_watch.ipynb #5764212a
-import json, math, os, textwrap, time
+# %% ../../nbs/study/05_watch.ipynb #dbab291c
+import json, math, textwrap, time
 from dataclasses import fields
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
@@ -17,7 +17,7 @@ from ..config import Config, VitdistillError, from_root, nearest
 from ..live import LiveCurve, in_jupyterlab
 from ..runs import Run, columns, find_runs
 
-# %% ../../nbs/study/05_watch.ipynb #01a4a8b7
+# %% ../../nbs/study/05_watch.ipynb #9d9b21b5
 frame_columns = ['run', 'status', 'experiment', 'student', 'teacher', 'dataset', 'seed', 'epochs_done', 'epochs',
                  'eta',                                # local time
                  'train_loss', 'val_top1', 'test_top1', # at the last epoch; top-1 in [0, 1]
@@ -44,20 +44,19 @@ def standing(run:Run, now:float|None=None)->dict: # now: seconds since 1970; Non
 
 def _local(seconds:float)->pd.Timestamp: return pd.Timestamp.fromtimestamp(round(seconds))
 
-# %% ../../nbs/study/05_watch.ipynb #9c4f8fc7
+# %% ../../nbs/study/05_watch.ipynb #6ab484a5
 def runs(folder:str|Path='reports/runs')->pd.DataFrame: # absolute, or relative to the repository's root
     "Returns `frame_columns` of all runs of a folder, newest first; prints which folders are no runs."
     found, folder = find_runs(folder), from_root(folder)
     frame = pd.DataFrame([standing(run) for run in found], columns=frame_columns)
     if not found: print(f'No runs in {folder}: start one, or name another folder.')
-    others = {entry.name for entry in (os.scandir(folder) if folder.is_dir() else ()) if entry.is_dir()}
-    others = sorted(others - {run.name for run in found})
+    others = sorted({place.name for place in folder.glob('*/')} - {run.name for run in found} - {'images'})
     more = f' and {len(others) - 5} more' if others[5:] else ''
     if others: print(f"Not listed, for they hold no config.yaml: {', '.join(others[:5])}{more}.")
     frame = frame.astype({'seed': 'Int64', 'epochs': 'Int64', 'eta': 'datetime64[s]', 'written': 'datetime64[s]'})
     return frame.sort_values(['written', 'run'], ascending=[False, True], ignore_index=True)
 
-# %% ../../nbs/study/05_watch.ipynb #a3e0df79
+# %% ../../nbs/study/05_watch.ipynb #e873d24d
 def find_run(
     run:Run|str|Path='',            # a run, its folder, or part of its name
     folder:str|Path='reports/runs', # of run folders
@@ -77,7 +76,7 @@ def find_run(
     none, such = '' if going else ' and none of them is going on', going or like
     raise VitdistillError(f'{len(such)} runs fit {str(run)!r}{none}: name more of one, such as {such[-1].name!r}.')
 
-# %% ../../nbs/study/05_watch.ipynb #c10b6e93
+# %% ../../nbs/study/05_watch.ipynb #7e78775b
 def describe(row:dict)->str: # of `standing`
     "Returns a run's state in one line."
     of = f" of {row['epochs']}" if row['epochs'] else ''
@@ -93,7 +92,7 @@ def describe(row:dict)->str: # of `standing`
 _endings = dict(done='; done', new='; not begun', unreadable="; this version can't read its config",
                 interrupted='; interrupted: start it again to continue from the last checkpoint')
 
-# %% ../../nbs/study/05_watch.ipynb #cd70c2ea
+# %% ../../nbs/study/05_watch.ipynb #d0ec65bd
 def watch(
     run:Run|str|Path='',            # a run, its folder, or part of its name; '': the one that is running
     folder:str|Path='reports/runs', # of run folders
@@ -115,7 +114,7 @@ def watch(
     except KeyboardInterrupt: print('stopped watching; the run continues')
     return run
 
-# %% ../../nbs/study/05_watch.ipynb #91fd7a60
+# %% ../../nbs/study/05_watch.ipynb #d5c7c2ab
 def differences(configs:list[Config])->list[str]:
     "Returns for each config the fields that differ from the others, in words; '' if none does."
     no_teacher = TEACHING - {'teacher', 'distillation'} # only of runs with a teacher
@@ -136,7 +135,7 @@ def _word(name, value):
     text = ' '.join(f'{key}={part}' for key, part in value.items()) if isinstance(value, dict) else value
     return f"{name.replace('_', ' ')} {text}"
 
-# %% ../../nbs/study/05_watch.ipynb #be67b8a9
+# %% ../../nbs/study/05_watch.ipynb #f61d7bbb
 def _overlay(lines, column): # lines: (label, curve)
     texts = [textwrap.fill(label, 92) for label, _ in lines]
     height = 3.6 + .19*sum(text.count('\n') + 1 for text in texts)
@@ -153,7 +152,7 @@ def _overlay(lines, column): # lines: (label, curve)
         plt.close(fig)
     return fig
 
-# %% ../../nbs/study/05_watch.ipynb #a3c65986
+# %% ../../nbs/study/05_watch.ipynb #74969bfd
 def compare(
     runs:str|list|pd.DataFrame='',  # part of their names ('': all), or runs, folders and names, or a frame of `runs`
     folder:str|Path='reports/runs', # of run folders
@@ -177,7 +176,8 @@ def compare(
               f'{drawn[0][0].name[:-8]!r}, a list of names, or a larger most.')
         drawn = drawn[:most]
     lines = list(zip(_labels([run for run, _ in drawn]), [curve for _, curve in drawn]))
-    return _overlay(sorted(lines, key=lambda line: line[0]) if isinstance(runs, str) else lines, column)
+    if isinstance(runs, str): lines.sort(key=lambda line: line[0])
+    return _overlay(lines, column)
 
 def _labels(runs): # what differs, and the epochs of unfinished runs
     labels = [text or run.name for text, run in zip(differences([run.config for run in runs]), runs)]
