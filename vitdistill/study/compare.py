@@ -17,7 +17,7 @@ from ..agreement import predicted_epochs, read_predictions, same_data
 from ..analysis import curves, mean_curve, save_figure, save_table, style
 from ..config import VitdistillError, from_root
 from ..runs import Run, find_runs
-from ..studies import Study, arm_names, read_study, runs_of, sides
+from ..studies import Study, arm_names, read_study, runs_of, sides, trains
 from .page import write_page
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
 
@@ -157,7 +157,7 @@ def missing(comparison:Comparison)->list[str]:
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
         part = study.arms[arm_names(study)[arm][0]]
-        wanted = [] if isinstance(part, str) else part.get('seeds', study.seeds)
+        wanted = part.get('seeds', study.seeds) if trains(part) else []
         absent = [seed for seed in wanted if seed not in [run.config.seed for run in runs]]
         notes += [f'{arm}: seed {run.config.seed} has {run.epochs_done} of {run.config.epochs} epochs.'
                   for run in runs if run.status != 'done']
