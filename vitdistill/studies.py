@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'trains', 'full_name', 'parameters_of', 'order', 'combinations', 'named', 'arm_names', 'references',
-           'study_file', 'read_study', 'check', 'sides', 'runs_of', 'model_of']
+           'study_file', 'read_study', 'check', 'sides', 'runs_of', 'teachers_of', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #e8c17621
 import itertools, json
@@ -173,6 +173,19 @@ def runs_of(
     else: found = [run for run in records if full_name(study, arm) in run.arms]
     found = [run for run in found if all(getattr(run.config, key) == value for key, value in varied.items())]
     return sorted(found, key=lambda run: (run.config.seed, run.name))
+
+def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_of` takes them
+    "Returns the runs of the teacher that an arm names or, without one, of the teachers that it waits for."
+    arm, _ = arm_names(study).get(arm, (arm, {}))
+    part = study.parts[arm]
+    if isinstance(part, (str, list)):
+        other, name = references(study, arm)[0]
+        return teachers_of(other, name, records)
+    if not trains(part): return []
+    models, after = parameters_of(study, arm)[1], part.get('after') or []
+    waits = [name for name in ([after] if isinstance(after, str) else after) if name in study.teachers]
+    names = [models['teacher_weights']] if 'teacher_weights' in models else waits
+    return [run for name in names for run in runs_of(study, name, records)]
 
 # %% ../nbs/07_studies.ipynb #6b5e473d
 def model_of(
