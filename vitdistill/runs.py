@@ -75,7 +75,7 @@ class Run:
         result = _read_json(self.folder/'result.json')
         return result if result and result.get('hash') == config_hash(self.config) else None
 
-    @property
+    @cached_property
     def arms(self)->list: # 'study/arm' of each study that uses the run
         return _read_json(self.folder/'arms.json') or []
     @property
@@ -295,6 +295,7 @@ class RunWriter(Run):
 
     def add_arm(self, arm:str)->None: # 'study/arm'
         if arm not in self.arms: self._write_json('arms.json', sorted([*self.arms, arm]))
+        self.__dict__.pop('arms')
 
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done
         self._write_json('result.json', {'hash': config_hash(self.config), **result})

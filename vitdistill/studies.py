@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'trains', 'full_name', 'parameters_of', 'order', 'combinations', 'named', 'arm_names', 'references',
-           'study_file', 'read_study', 'check', 'sides', 'runs_of', 'teachers_of', 'model_of']
+           'study_file', 'read_study', 'parsed', 'check', 'sides', 'runs_of', 'teachers_of', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #e8c17621
 import itertools, json
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from .config import VitdistillError, from_root, load_yaml, nearest, shipped, shipped_names
@@ -117,6 +118,11 @@ def study_file(name:str|Path)->Path: # name of a study, or path of its file
 def read_study(file:str|Path)->Study: # name or path
     "Reads a study; a file that does not make sense is a `VitdistillError`."
     file = study_file(file)
+    return parsed(file, file.stat().st_mtime_ns)
+
+@lru_cache
+def parsed(file:Path, changed:int)->Study: # changed: time of the file's last change
+    "Returns `read_study` of a file, once for each state of it."
     values = load_yaml(file)
     if not isinstance(values, dict) or not isinstance(values.get('arms'), dict):
         raise VitdistillError(f'{file} has no arms: write "arms: {{plain: {{notebook: e01_baseline_resnet50}}}}".')

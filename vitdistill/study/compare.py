@@ -7,7 +7,7 @@ __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Compa
            'difference', 'one_pair', 'choices', 'missing', 'load', 'plot_forest', 'draw_forest', 'draw_curves', 'write',
            'printed', 'main']
 
-# %% ../../nbs/study/04_compare.ipynb #448bc5c4
+# %% ../../nbs/study/04_compare.ipynb #e4fad134
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,10 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not
     mean, low, high = paired_score(both.iloc[:, 0], both.iloc[:, 1])
     return dict(difference=mean, low=low, high=high, interval='test images', epochs=last)
 
-# %% ../../nbs/study/04_compare.ipynb #e663af13
-columns = ['arm', 'other', 'seeds', 'difference', 'low', 'high', 'interval', 'pooled_low', 'pooled_high', 'p', 'holm',
-           'welch_low', 'welch_high', 'detectable', 'published', 'epochs', 'gaps', 'later', 'runs'] # of differences
+# %% ../../nbs/study/04_compare.ipynb #aebd9e96
+columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1', 'difference', 'low', 'high', 'interval', 'pooled_low',
+           'pooled_high', 'p', 'holm', 'welch_low', 'welch_high', 'detectable', 'published', 'epochs', 'gaps', 'later',
+           'runs'] # of differences
 
 @dataclass
 class Comparison:
@@ -100,7 +101,7 @@ def pairs(comparison:Comparison)->list[tuple]: # (arm, other), or ((arm, other),
         else: found += [(arm, other) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
     return list(dict.fromkeys(found))
 
-# %% ../../nbs/study/04_compare.ipynb #500f35c0
+# %% ../../nbs/study/04_compare.ipynb #18d4a197
 def difference(
     comparison:Comparison,
     one, other,        # of `pairs`
@@ -116,6 +117,7 @@ def difference(
                later=[seed in study.later for seed in both.index], **paired_difference(*values))
     runs = [ended(comparison.arms[arm])[seed] for arm in arms for seed in both.index]
     if gain: return row | dict(runs=run_names(runs))
+    row |= dict(arm_top1=both[one].mean(), other_top1=both[other].mean())
     if len(both) > 1:
         row |= dict(zip(('pooled_low', 'pooled_high'), pooled_interval(row['difference'], len(both), *pooled)))
     elif study.measure == 'test_top1' and (pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index])):
@@ -151,7 +153,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
         frame.loc[group.index, 'chosen'] = ['yes' if arm == means.idxmax() else 'no' for arm in group.arm]
     return frame.drop(columns=['group', 'runs']).assign(runs=frame.runs)
 
-# %% ../../nbs/study/04_compare.ipynb #3ca3e15b
+# %% ../../nbs/study/04_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
     "Returns a sentence for each arm that has unfinished or missing runs."
     study, notes = comparison.study, []
@@ -167,12 +169,12 @@ def missing(comparison:Comparison)->list[str]:
 
 # %% ../../nbs/study/04_compare.ipynb #81482422
 def load(
-    study:str|Path|Study,         # name in nbs/studies, or path of a file
-    runs:str|Path='reports/runs', # folder of run folders
+    study:str|Path|Study,              # name in nbs/studies, or path of a file
+    runs:str|Path|list='reports/runs', # folder of run folders, or the runs themselves
 )->Comparison:
     "Returns a study with the runs that are there."
     study = study if isinstance(study, Study) else read_study(study)
-    records = [run for run in find_runs(runs) if run.status != 'unreadable']
+    records = runs if isinstance(runs, list) else [run for run in find_runs(runs) if run.status != 'unreadable']
     return Comparison(study, {name: runs_of(study, name, records) for name in arm_names(study)})
 
 # %% ../../nbs/study/04_compare.ipynb #5587b4e4
