@@ -213,8 +213,8 @@ def test_cells_of_a_commit_are_told_from_others():
 def test_a_study_asks_before_its_runs_answer():
     """The commit that a record names, or that it began with where it is lost, holds the cell of a study.
 
-    Older records too, where every study that uses them says what was expected. Teachers may have the same settings, so the cell may
-    be another study's.
+    Older records too, where every study that uses them says what was expected. Teachers may have the same settings, so
+    the cell may be another study's.
     """
     if git("cat-file", "-e", ASKED_FIRST) is None:
         pytest.skip("this clone has no history")
