@@ -15,7 +15,7 @@ first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python
 
 
 class Build(build_py):
-    """The modules, and beside them in share/ the notebooks, presets, grids and numbers that a clone holds once."""
+    """The modules, and beside them in share/ the notebooks, presets, studies and numbers that a clone holds once."""
 
     def run(self):
         super().run()

@@ -149,14 +149,14 @@ def test_stochastic_depth_of_presets():
 
 @pytest.mark.parametrize("name, cells", [
     ("deit_strengths", 8), ("deit3_strengths", 5), ("deit_table2", 10), ("deit_table3", 21), ("deit_table8", 11),
-    ("deit_lengths", 4), ("deit_resolution", 17), ("deit_transfer", 18), ("deit_gpu", 21), ("deit_gpu_strengths", 3),
+    ("deit_lengths", 4), ("deit_resolution", 17), ("deit_transfer", 19), ("deit_gpu", 21), ("deit_gpu_strengths", 3),
     ("deit_gpu_parts", 15)])
-def test_grids_make_configs(name, cells):
+def test_studies_make_configs(name, cells):
     """Each cell is the part of its preset that its notebook runs, and no two cells are the same run."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")
     made = []
-    for cell in grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml"):
-        given = {key: value for key, value in cell.chosen.items() if key != "preset"}
+    for cell in grid_cells(ROOT / f"nbs/studies/{name}.yaml"):
+        given = {key: value for key, value in cell.chosen.items() if key != "preset"} | cell.models
         role = given.pop("role", None) or arms[cell.notebook.stem[:3]]
         made.append(preset(cell.chosen["preset"], role, **given))
     assert len(made) == len({str(config) for config in made}) == cells
@@ -168,7 +168,7 @@ def test_grids_make_configs(name, cells):
         full = vars(preset("deit", "baseline"))
         assert all(getattr(made[-1], field) == full[field] for field in STRENGTHS)
     if name == "deit_table2":  # the weakest teacher is trained first, also where all cells could start at once
-        cells = grid_cells(ROOT / f"nbs/experiments/grids/{name}.yaml")
+        cells = grid_cells(ROOT / f"nbs/studies/{name}.yaml")
         assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9
     if name in ("deit_table8", "deit_gpu_parts"):  # one factor each; then other lengths
         changed = [[key for key, value in vars(config).items() if value != getattr(made[0], key)] for config in made]

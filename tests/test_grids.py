@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import grid_cells, held, main, noted_runs, place_of, read_record, waves
+from vitdistill.grids import grid_cells, held, main, noted_runs, place_of, read_record, start_order
 from vitdistill.grids import write_record
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
@@ -26,14 +26,15 @@ def grid(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "nbs/experiments/grids").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_grid_has_an_order(file):
-    """No cells wait for each other; a student that goes on waits for the run that it begins with."""
-    order = waves(cells := grid_cells(file))
-    assert sorted(n for wave in order for n in wave) == list(range(len(cells)))
+@pytest.mark.parametrize("file", sorted((ROOT / "nbs/studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_has_an_order(file):
+    """Each cell starts after those that it waits for; a student that goes on waits for the run that it begins with."""
+    order = start_order(cells := grid_cells(file))
+    assert sorted(order) == list(range(len(cells)))
+    assert all(order.index(first) < order.index(n) for n in order for first in cells[n].after)
     if file.stem == "deit_resolution":
-        first = [n for n, cell in enumerate(cells) if cell.notebook.stem == "e00_teacher"]
-        assert order[0] == first and len(order) == 2 and len(first) == 2
+        begun = {cells[first].arm for cell in cells if cell.notebook.stem[:3] == "e07" for first in cell.after}
+        assert begun == {"deit_resolution/student on labels", "deit_resolution/taught student"}
 
 
 def command(*words):
@@ -100,7 +101,7 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
 
 def test_no_term_is_still_warming_up_when_a_run_of_a_grid_ends():
     """DKD's ramp of 20 epochs is of 240; a run of 16 would end before its term had its weight."""
-    grids = [path for path in (ROOT / "nbs/experiments/grids").glob("*.yaml") if "dkd" in path.read_text()]
+    grids = [path for path in (ROOT / "nbs/studies").glob("*.yaml") if ": dkd" in path.read_text()]
     configs = [configure("distilled", cell.declared | cell.chosen) for grid in grids for cell in grid_cells(grid)]
     ramps = [criterion(config).ramp_epochs / config.epochs for config in configs if config.distillation == "dkd"]
     assert ramps and max(ramps) <= 1 / 4

@@ -104,7 +104,7 @@ said("new", "mine")
 Path("mine/nbs/presets/own.yaml").write_text("baseline: {lr: -1}")
 os.chdir("mine/nbs")
 print("root", repo_root() == Path.cwd().parent, said("train", "--config", "own:baseline"))
-grid = said("grid", "experiments/grids/small_overtake.yaml", "--dry-run")
+grid = said("grid", "studies/small_overtake.yaml", "--dry-run")
 print("grid", "e02_distilled_resnet50" in grid)
 sys.modules["papermill"] = None
 print("lacking", said("demo"))

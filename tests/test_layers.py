@@ -15,12 +15,11 @@ from vitdistill.analysis import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
 from vitdistill.config import Config, VitdistillError, config_hash, preset, repo_root, run_name, save, shipped
-from vitdistill.grids import grid_cells, not_here
+from vitdistill.grids import grid_cells
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.optimize import create_optimizer
-from vitdistill.teachers import is_answers
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
@@ -226,31 +225,29 @@ def test_notebook_without_a_record_says_so(tmp_path):
 
 
 def asked(*names):
-    """What the cells of small_litv2's grids give, of each by the end of its name."""
-    folder = repo_root() / "nbs/experiments/grids"
+    """What the cells of small_litv2's studies give, of each by the end of its name."""
+    folder = repo_root() / "nbs/studies"
     return [cell for name in names for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
 
 
 def test_litv2_stands_beside_a_transformer_of_equal_cost():
-    """In multiply-adds, within 3%: the two students, at each rate that is tried, and the two teachers of its grids."""
+    """In multiply-adds, within 3%: the two students, at each rate that is tried, and the two teachers."""
     transformer = "deit_tiny_patch16_224"
-    cells = [cell.chosen for cell in asked("_rates", "", "_teachers", "_resnets")]
-    equal = [cell[f"{part}_kwargs"] for part in ("student", "teacher") for cell in cells
-             if cell.get(part) == transformer]
-    assert len(equal) == 14 and all(given == equal[0] for given in equal)
+    cells = [cell.chosen for cell in asked("_rates", "", "_teachers")]
+    equal = [cell["student_kwargs"] for cell in cells if cell.get("student") == transformer]
+    assert len(equal) == 11 and all(given == equal[0] for given in equal)
     litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
                    (("litv2_cifar", {}), (transformer, equal[0])))
     assert litv2 == pytest.approx(2.60e8, rel=0.002) and deit == pytest.approx(litv2, rel=0.03)
 
 
-def test_litv2s_grids_leave_nothing_to_chance():
-    """Every teacher is named by its answers, which are kept; seeds are whole; the published shares of Lo-Fi heads."""
-    cells = asked("", "_teachers", "_resnets")
-    taught = [cell.chosen["teacher_weights"] for cell in cells if cell.notebook.stem[:3] == "e02"]
-    assert all(map(is_answers, taught))  # for weights are lost with a machine
-    named = Counter(path.split("-")[1] for path in taught)
-    assert named == {"mobilenetv2_100": 6, "litv2_cifar": 3, "deit_tiny_patch16_224": 3}
-    assert [name for name in not_here(cells) if "mobilenetv2" not in name] == []  # the grids make the others
+def test_litv2s_studies_leave_nothing_to_chance():
+    """Every teacher is named, its answers are kept; seeds are whole; the published shares of Lo-Fi heads."""
+    taught = [cell.models["teacher_weights"] for cell in asked("", "_resnets") if cell.notebook.stem[:3] == "e02"]
+    litv2, deit = "small_litv2_teachers/LITv2", "small_litv2_teachers/DeiT"
+    assert Counter(taught) == {"deit_teacher/MobileNetV2": 6, litv2: 3, deit: 3}
+    teachers = [*asked("_teachers"), *grid_cells("deit_teacher")]
+    assert {cell.arm for cell in teachers} == {*taught} and all(cell.chosen["keep_answers"] for cell in teachers)
     students = [cell.chosen for cell in asked("")]
     assert [cell["seed"] for cell in students] == [1] * 4 + [2] * 4 + [3] * 4
     assert all({**cell, "seed": 1} == students[n % 4] for n, cell in enumerate(students))

@@ -16,7 +16,7 @@ from conftest import ROOT, elsewhere, environment, on_ranks, processes_mentionin
 from forked_notebooks import analyse
 from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, config_hash, preset, save
-from vitdistill.grids import grid_cells, makes, not_here, waits_for, waves
+from vitdistill.grids import grid_cells
 from vitdistill.launch import configure, makes_teacher
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
@@ -25,7 +25,6 @@ from vitdistill.pretrained import ARMS, arm_of, comparable_arms, noise_explained
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run, find_runs
 from vitdistill.setup import prepare, resolve
-from vitdistill.teachers import is_answers
 from vitdistill.step import create_step
 from vitdistill.train import batches, train, train_epoch
 
@@ -164,15 +163,15 @@ def test_presets_can_be_prepared(name, tmp_path):
 
 
 def pretrained(name):
-    """The pre-trainings of a grid."""
-    cells = grid_cells(EXPERIMENTS / f"grids/{name}.yaml")
+    """The pre-trainings of a study."""
+    cells = grid_cells(name)
     return [configure("pretrain", cell.declared | cell.chosen) for cell in cells if cell.notebook.stem[:3] == "e06"]
 
 
 def test_grids_name_the_published_arms():
     """At equal encoder passes, with the same crops and colours, each part beside the arm that lacks only it."""
     can, simclr, mae, floor, augmented, untold, quiet, pictures = pretrained("can_pretrain")
-    *more, unit = pretrained("can_seeds")
+    unit, *more = pretrained("can_seeds")
     assert more == [replace(one, seed=seed) for seed in (2, 3) for one in (simclr, can, mae)]  # whole pairs, by seed
     assert replace(floor, **{name: getattr(can, name) for name in ("epochs", "lr", "warmup_epochs")},
                    evaluate_every=can.evaluate_every) == can
@@ -190,16 +189,18 @@ def test_grids_name_the_published_arms():
     assert targets == [(True, n == 2) for n in range(6)]  # of unit variance are pixels; noise in one arm
 
 
-def test_published_arms_come_first():
-    """CAN, SimCLR and MAE of seed 1, then what is fine-tuned from each; arms of noise become no teacher."""
-    cells = grid_cells(EXPERIMENTS / "grids/can_pretrain.yaml")
-    encoders, tuned, rest = ([cells[n] for n in wave] for wave in waves(cells))
-    assert [cell.chosen["adopted"] for cell in encoders] == ["can-s1", "simclr-s1", "mae-s1"]
-    assert [waits_for(cell, cells) for cell in tuned] == [[cell] for cell in encoders]
-    assert all(configure("teacher", cell.declared | cell.chosen).student_weights.endswith("model") for cell in tuned)
-    assert not any(cell.chosen.get("role") or makes_teacher(cell.notebook.stem) for cell in rest)
-    roles = [cell.chosen.get("role") for cell in grid_cells(EXPERIMENTS / "grids/can_seeds.yaml")]
-    assert roles == [None, "teacher", None] * 2 + [None]  # of seeds 2 and 3 CAN alone is fine-tuned
+def test_models_are_fine_tuned_from_their_encoders():
+    """CAN, SimCLR and MAE of seed 1 first, then what is fine-tuned from each; arms of noise become no teacher."""
+    cells = grid_cells("can_pretrain")
+    encoders = [f"can_pretrain/{name}" for name in ("CAN", "SimCLR", "MAE")]
+    assert [cell.arm for cell in cells[:3]] == encoders
+    tuned = [cell for cell in cells if makes_teacher(cell.notebook.stem)]
+    assert [cell.models["student_weights"] for cell in tuned] == encoders
+    assert [cell.after for cell in tuned] == [[0], [1], [2]] and not any(cell.chosen.get("role") for cell in cells)
+    seeds = grid_cells("can_seeds")
+    tuned = [cell for cell in seeds if makes_teacher(cell.notebook.stem)]
+    assert [cell.chosen["seed"] for cell in tuned] == [2, 3]  # of seeds 2 and 3 CAN alone is fine-tuned
+    assert [[str(seeds[n]) for n in cell.after] for cell in tuned] == [["CAN seed=2"], ["CAN seed=3"]]
 
 
 def test_pretraining_has_the_published_betas():
@@ -217,7 +218,7 @@ def test_pretraining_has_the_published_betas():
 
 def test_scratch_is_a_fair_beginning():
     """As long as fine-tuning, as long as both together, and every layer at the rate: there is nothing to keep."""
-    cells = grid_cells(EXPERIMENTS / "grids/can_scratch.yaml")
+    cells = grid_cells("can_scratch")
     scratch = [configure("teacher", cell.declared | cell.chosen) for cell in cells]
     tuned, before = preset("can", "teacher"), preset("can", "pretrain")
     strong = "mixup", "cutmix", "label_smoothing", "random_erasing"  # lost by far on held-out images: deit_strengths
@@ -231,19 +232,15 @@ def test_scratch_is_a_fair_beginning():
         assert {group.get("lr_scale", 1.0) for group in create_optimizer(one, model).param_groups} == {1.0}
 
 
-def test_students_wait_for_their_teachers():
-    """Three seeds each: of labels alone, of CAN's answers and of two controls; other grids' cells make the teachers."""
-    grids = [EXPERIMENTS / f"grids/can_{name}.yaml" for name in ("pretrain", "scratch", "even")]
-    made = [cell for grid in grids for cell in grid_cells(grid)]
-    students = grid_cells(EXPERIMENTS / "grids/can_students.yaml")
-    taught = [cell.chosen["teacher_weights"] for cell in students if "teacher_weights" in cell.chosen]
-    assert len(students) == 12 and [*Counter(taught).values()] == [3, 3, 3] and is_answers(taught[0])
-    assert not_here([*made, *students]) == []
-    answers, = (cell.chosen for cell in made if makes(cell, taught[0]))
-    assert answers["student_weights"].split("/")[-2] == "can-s1"
-    for its, folder, epochs in (taught[3], "out/work/scratch", 80), (taught[-1], "out/work/even", None):  # as preset
-        makers = [cell.chosen for cell in made if makes(cell, its) and cell.chosen.get("work_dir") == folder]
-        assert [(cell.get("epochs"), cell["seed"]) for cell in makers] == [(epochs, 1)]
+def test_students_name_their_teachers():
+    """Three seeds each: of labels alone, of CAN's answers and of two controls; other studies make the teachers."""
+    made = {cell.arm: cell for name in ("pretrain", "scratch", "even") for cell in grid_cells(f"can_{name}")}
+    students = grid_cells("can_students")
+    taught = Counter(cell.models["teacher_weights"] for cell in students if cell.models)
+    assert len(students) == 12 and [*taught.values()] == [3, 3, 3]
+    can, scratch, even = (made[arm] for arm in taught)
+    assert can.models["student_weights"] == "can_pretrain/CAN" and can.chosen["keep_answers"]
+    assert scratch.chosen["epochs"] == 80 and made[even.models["student_weights"]].chosen["epochs"] == 60
 
 
 def record(config, metrics="epoch\n", **result):
@@ -268,7 +265,7 @@ def made_up(tmp_path):
         if arm_of(config) in ("CAN", "SimCLR", "MAE") and config.dataset == "cifar100":
             record(preset("can", "teacher", seed=config.seed, weights_hash=str(number), **values), held_out_top1=0.5,
                    train_views_top1=0.9, test_top1=0.4)
-    for cell in grid_cells(EXPERIMENTS / "grids/can_scratch.yaml"):
+    for cell in grid_cells("can_scratch"):
         config = configure("teacher", cell.declared | cell.chosen | values)
         record(config, held_out_top1=0.3, train_views_top1=0.9, test_top1=0.25 + config.epochs / 1000)
     return values

@@ -1,14 +1,11 @@
 """Commands and snippets of the pages run, and grids meet their records."""
 import ast
-import functools
 import importlib
-import io
 import json
 import re
 import shlex
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pandas as pd
@@ -21,12 +18,13 @@ from test_notebooks import execute
 from vitdistill.analysis import settings
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, config_hash, field_names, run_name, save
-from vitdistill.grids import grid_cells, not_here, parser
+from vitdistill.grids import grid_cells, not_here, parser, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
 from vitdistill.runs import find_runs
+from vitdistill.studies import read_study, study_file, trains
 
-RECORDS, GRIDS = ROOT / "reports/runs", ROOT / "nbs/experiments/grids"
+RECORDS = ROOT / "reports/runs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
@@ -157,7 +155,7 @@ def test_command_and_its_options_exist(words, capsys):
         config = configured(source, given)
         assert all(getattr(config, name) == value for name, value in given.items())
     elif words[1] == "grid":
-        assert (ROOT / parser().parse_args(words[2:]).grid).is_file()
+        assert study_file(parser().parse_args(words[2:]).grid)
     else:
         with pytest.raises(SystemExit, match="0"):
             COMMANDS[words[1]](["--help"])
@@ -256,73 +254,31 @@ def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 
 
-def head_of(grid):
-    """Returns the comments of a grid in one line."""
-    return " ".join(line.lstrip("# ") for line in grid.read_text().splitlines() if line.startswith("#"))
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # fields that a run fills in itself
+STUDIES = [read_study(file) for file in sorted((ROOT / "nbs/studies").glob("*.yaml"))]
 
 
-FORETOLD = [path for path in sorted(GRIDS.glob("*.yaml")) if re.search("before (it|they) ran", head_of(path))]
-
-
-@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
-def test_foretelling_grid_says_what_it_asks(grid):
-    """Its head says what is asked, what is expected and which seeds; each cell is a config."""
-    head = head_of(grid)
-    assert "?" in head and re.search("[Ee]xpected", head) and re.search(r"[Ss]eeds? \d|[Oo]ne seed", head)
-    for cell in grid_cells(grid):
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_study_says_what_it_asks(study):
+    """It asks a question; a study of the small ones that expects an answer names its seeds; each cell is a config."""
+    assert study.title and study.asked.endswith("?")
+    for cell in study_cells(study):
         values = {k: v for k, v in cell.chosen.items() if k not in OWN}
         part = values.pop("role", None) or PARTS[cell.notebook.stem]
         assert configure(part, values).experiment == part
 
 
-FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # fields that a run fills in itself
+def test_records_name_arms_of_studies():
+    """Each record serves an arm that its study trains."""
+    trained = {f"{study.name}/{name}" for study in STUDIES for name in study.parts if trains(study.parts[name])}
+    for run in find_runs(RECORDS):
+        assert run.arms and {*run.arms} <= trained, run.name
 
 
-@functools.cache
-def records():
-    return find_runs(RECORDS)
-
-
-def student_cells(grid, root):
-    """Yields what identifies the runs of a grid's students: experiment, seed, settings, whether out of fold."""
-    for cell in grid_cells(root / grid.relative_to(ROOT)):
-        if cell.notebook.stem in ("e01_baseline_resnet50", "e02_distilled_resnet50", "e03_deit_from_regnet"):
-            values = {k: v for k, v in cell.chosen.items() if k not in OWN}
-            values["preset"] = str(root / f"nbs/presets/{values['preset']}.yaml")
-            c = configure(PARTS[cell.notebook.stem], values)
-            yield c.experiment, c.seed, settings(c, FOUND), bool(cell.chosen.get("out_of_fold"))
-
-
-@pytest.mark.parametrize("grid", FORETOLD, ids=lambda p: p.stem)
-def test_grid_stood_before_its_runs(grid, tmp_path):
-    """The commit in each record of a grid that foretells holds the cell, and the preset, that made it.
-
-    Students of several teachers have the same settings, so the cell may be another grid's.
-    """
-    @functools.cache
-    def cells_at(commit, grid):
-        if subprocess.run(["git", "cat-file", "-e", commit], cwd=ROOT).returncode:
-            pytest.skip("a shallow clone: the commit of the record is not here")
-        archive = ["git", "archive", commit, "nbs/presets", str(grid.relative_to(ROOT))]
-        then = subprocess.run(archive, cwd=ROOT, capture_output=True)
-        if then.returncode:
-            return set()
-        with tarfile.open(fileobj=io.BytesIO(then.stdout)) as files:
-            files.extractall(tmp_path / commit, filter="data")
-        return set(student_cells(grid, tmp_path / commit))
-
-    made = set(student_cells(grid, ROOT))
-    for run in records():
-        c = run.config
-        cell = c.experiment, c.seed, settings(c, FOUND), bool(c.fold_weights)
-        if cell in made:
-            commit = run.environment["commit"]
-            assert any(cell in cells_at(commit, one) for one in (grid, *sorted(GRIDS.glob("*.yaml")))), run.name
-
-
-@pytest.mark.parametrize("grid, run", [("small_tuned", 10), ("deit_strengths", 8)])
-def test_a_grids_cells_meet_the_records_that_they_are_to_be_paired_with(grid, run):
-    """Whatever fields or presets changed since, today's cells of a grid that has run are its records."""
-    cells = [configure(PARTS[cell.notebook.stem], cell.chosen) for cell in grid_cells(GRIDS / f"{grid}.yaml")]
-    here = {(run.config.experiment, run.config.seed, settings(run.config, FOUND)) for run in records()}
-    assert len({(c.experiment, c.seed, settings(c, FOUND)) for c in cells} & here) >= run
+@pytest.mark.parametrize("study, least", [("small_tuned", 10), ("deit_strengths", 8)])
+def test_a_studys_cells_meet_the_records_that_name_it(study, least):
+    """Whatever fields or presets changed since, today's cells of a study that has run are its records."""
+    cells = [configure(PARTS[cell.notebook.stem], cell.chosen) for cell in grid_cells(study)]
+    here = {(run.config.experiment, run.config.seed, settings(run.config, FOUND)) for run in find_runs(RECORDS)
+            if any(arm.startswith(f"{study}/") for arm in run.arms)}
+    assert here == {(c.experiment, c.seed, settings(c, FOUND)) for c in cells} and len(here) >= least

@@ -1,7 +1,6 @@
 """The repository's own rules: notebooks are the source, clean, and documented."""
 import ast
 import functools
-import itertools
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ import yaml
 
 from conftest import ROOT
 from vitdistill.config import Config, field_names, load
+from vitdistill.studies import Study, combinations, parameters_of, trains
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
@@ -142,9 +142,9 @@ def git(*words):
 
 @functools.cache
 def files_at(commit):
-    """The grids and presets of a commit: path -> git's name for its bytes, which most commits share."""
-    listed = (git("ls-tree", "-r", commit, "nbs/experiments/grids", "nbs/presets") or "").splitlines()
-    return {path: told.split()[2] for told, path in (line.split("\t") for line in listed)}
+    """The studies, grids and presets of a commit: path -> git's name for its bytes, which most commits share."""
+    listed = git("ls-tree", "-r", commit, "nbs/studies", "nbs/experiments/grids", "nbs/presets") or ""
+    return {path: told.split()[2] for told, path in (line.split("\t") for line in listed.splitlines())}
 
 
 @functools.cache
@@ -152,28 +152,41 @@ def yaml_of(blob):
     return yaml.load(git("cat-file", "blob", blob), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+def cells_of(content):
+    """The cells of a study, or of a file of the older form (a list): notebook and parameters."""
+    if "arms" not in content:
+        for grid in content if isinstance(content, list) else [content]:
+            for values in combinations(grid):
+                yield grid["notebook"], {**(grid.get("parameters") or {}), **values}
+        return
+    study = Study("", **content)
+    for name in filter(lambda name: trains(study.parts[name]), study.parts):
+        part, (given, models) = study.parts[name], parameters_of(study, name)
+        told = dict.fromkeys(TOLD, ANY) if "teacher_weights" in models else {}  # by the teacher's card
+        for seed in part.get("seeds") or (name in study.arms and study.seeds) or [given.get("seed", USUAL.seed)]:
+            for values in combinations(part):
+                yield part["notebook"], {**told, **given, **values, "seed": seed}
+
+
 @functools.cache
 def cells_at(commit):
-    """Every cell of every grid of a commit: experiment, and the fields that its preset and the cell itself give."""
+    """Every cell of a commit's studies: experiment, and the fields that its preset and the cell itself give."""
     found, files = [], files_at(commit)
-    for path in (path for path in files if re.fullmatch(r"nbs/experiments/grids/[^/]+\.yaml", path)):
-        grids = yaml_of(files[path])
-        for grid in grids if isinstance(grids, list) else [grids]:
-            fixed, vary = grid.get("parameters") or {}, grid.get("vary") or {}
-            for values in itertools.product(*vary.values()):
-                cell = {**fixed, **dict(zip(vary, values))}
-                parts = [cell.get("role") or ARMS.get(grid["notebook"][:3])]
-                if grid["notebook"] == "e06_pretrain":  # an encoder, and perhaps the model that is fine-tuned from it
-                    parts = ["pretrain", *filter(None, [cell.get("role")])]
-                preset = files.get(f"nbs/presets/{cell.get('preset')}.yaml")
-                recipe = yaml_of(preset) if preset else {}
-                goes_on = grid["notebook"] == "e07_finetune"  # a student is built as its weights' card says
-                for part, given in zip(parts, (cell, {key: cell[key] for key in cell.keys() & HANDED_ON})):
-                    asked = (recipe.get("common") or {}) | (recipe.get(part) or {}) | given
-                    found.append(("finetune", asked | dict(student_kwargs=ANY)) if goes_on else (part, asked))
+    for path in (path for path in files if not path.startswith("nbs/presets/") and path.endswith(".yaml")):
+        for notebook, cell in cells_of(yaml_of(files[path])):
+            parts = [cell.get("role") or ARMS.get(notebook[:3])]
+            if notebook == "e06_pretrain":  # an encoder, and perhaps the model that is fine-tuned from it
+                parts = ["pretrain", *filter(None, [cell.get("role")])]
+            preset = files.get(f"nbs/presets/{cell.get('preset')}.yaml")
+            recipe = yaml_of(preset) if preset else {}
+            goes_on = notebook == "e07_finetune"  # a student is built as its weights' card says
+            for part, given in zip(parts, (cell, {key: cell[key] for key in cell.keys() & HANDED_ON})):
+                asked = (recipe.get("common") or {}) | (recipe.get(part) or {}) | given
+                found.append(("finetune", asked | dict(student_kwargs=ANY)) if goes_on else (part, asked))
     return found
 
 
+TOLD = "teacher", "teacher_kwargs", "teacher_size", "teacher_normalization"
 USUAL, ASIDE = Config(), {*field_names(group="found"), "data_root", "image_size"}
 ASKED = [name for name in field_names(hashed=True) if name not in ASIDE and not name.endswith("_weights")]
 
@@ -197,13 +210,21 @@ def test_cells_of_a_commit_are_told_from_others():
     assert not any(is_cell(replace(config, lr=0.5), *cell) for cell in cells_at(commit))
 
 
-def test_a_grid_asks_before_its_runs_answer():
-    """The commit that a new record names, or that it began with where it is lost, holds the cell of a grid."""
+def test_a_study_asks_before_its_runs_answer():
+    """The commit that a record names, or that it began with where it is lost, holds the cell of a study.
+
+    Older records too, where every study that uses them says what was expected. Teachers may have the same settings, so
+    the cell may be another study's.
+    """
     if git("cat-file", "-e", ASKED_FIRST) is None:
         pytest.skip("this clone has no history")
     old = set((git("ls-tree", "--name-only", ASKED_FIRST, "reports/runs/") or "").split())
+    studies = {file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / "nbs/studies").glob("*.yaml")}
+    foretold = {name for name, study in studies.items() if study.get("expected")}
     for record in sorted((ROOT / "reports/runs").glob("*/environment.json")):
-        if record.parent.relative_to(ROOT).as_posix() in old or record.parent.name in BY_ISSUE:
+        used_by = {arm.partition("/")[0] for arm in json.loads((record.parent / "arms.json").read_text())}
+        before = record.parent.relative_to(ROOT).as_posix() in old and not used_by <= foretold
+        if before or record.parent.name in BY_ISSUE:
             continue
         config, commit = load(record.parent / "config.yaml"), json.loads(record.read_text()).get("commit", "")
         commit = LOST.get(commit, commit)
@@ -212,4 +233,4 @@ def test_a_grid_asks_before_its_runs_answer():
         known = commit and git("cat-file", "-e", commit) is not None
         assert known, f"{record.parent.name} names no commit of this history"
         assert any(is_cell(config, *cell) for cell in cells_at(commit)), (
-            f"{record.parent.name} is no cell of a grid at {commit[:8]}: write and commit its grid before it runs")
+            f"{record.parent.name} is no cell of a study at {commit[:8]}: write and commit its study before it runs")

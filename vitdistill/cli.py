@@ -261,19 +261,19 @@ Start here: `vitdistill demo` trains a teacher and students on small digits, in 
 
 - `nbs/experiments`: notebooks that train. Open one in `jupyter lab`, or execute it from this folder:
   `papermill nbs/experiments/e02_distilled_resnet50.ipynb out/e02.ipynb --cwd . -p preset demo -p epochs 2`.
-- `nbs/experiments/grids`: files that describe many runs.
-  `vitdistill grid nbs/experiments/grids/small_overtake.yaml` trains one of them.
+- `nbs/studies`: files that say which runs are trained and compared.
+  `vitdistill grid small_overtake` trains the runs of one.
 - `nbs/presets`: training recipes. Edit them here, or set single fields: `vitdistill train --help` lists all fields.
 - `nbs/analysis`: notebooks that draw figures and tables from run records. `vitdistill figures` executes all of them.
 
 Run records go to `reports/runs` (the demo's to `out/demo`), checkpoints and models to `out`. Relative paths start at
 this folder, because it holds the file `.vitdistill`. `vitdistill --help` lists all commands.
 '''
-copied = 'nbs/experiments', 'nbs/analysis', 'nbs/presets' # the published numbers stay in the package
+copied = 'nbs/experiments', 'nbs/studies', 'nbs/analysis', 'nbs/presets' # the published numbers stay in the package
 
 # %% ../nbs/10_cli.ipynb #f8bb63c9
 def new_folder(folder:str|Path)->Path:
-    "Makes a folder of notebooks, presets and grids; a folder that is not empty is an error."
+    "Makes a folder of notebooks, presets and studies; a folder that is not empty is an error."
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VitdistillError(f'{folder} is there and not empty: name a new folder.')
@@ -294,12 +294,12 @@ def new_folder(folder:str|Path)->Path:
 
 # %% ../nbs/10_cli.ipynb #d653d5f8
 def new(words:list[str])->int:
-    "makes a folder for your own runs, with copies of notebooks, presets and grids"
+    "makes a folder for your own runs, with copies of notebooks, presets and studies"
     parser = argparse.ArgumentParser(prog='vitdistill new', description='Make a folder for your own runs, with copies '
-                                     'of notebooks, presets and grids. Runs that start there are stored there.')
+                                     'of notebooks, presets and studies. Runs that start there are stored there.')
     parser.add_argument('folder', metavar='DIR', help='folder to make; it must be new or empty')
     folder = new_folder(parser.parse_args(words).folder)
-    print(f'made {folder} with notebooks, presets and grids; start with README.md in it')
+    print(f'made {folder} with notebooks, presets and studies; start with README.md in it')
     return 0
 
 # %% ../nbs/10_cli.ipynb #09a43fc2
