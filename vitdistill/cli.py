@@ -8,7 +8,7 @@ __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train
            'new_folder', 'new', 'grid', 'compare', 'report', 'bench', 'export', 'main']
 
 # %% ../nbs/10_cli.ipynb #598bd3f4
-import argparse, functools, inspect, logging, re, shutil, sys, tempfile
+import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -195,8 +195,10 @@ def run_pair(
              **({'e03_deit_from_regnet': ('the reverse: train a DeiT with a convnet as teacher', own | alone)}
                 if deit else {}),
              'a01_paper': ('draw figures and tables', shown)}
+    arms = dict(e00_teacher='teacher', e01_baseline_resnet50='plain', e02_distilled_resnet50='taught') # of study pair
     for n, (name, (what, own)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps)}] {what}', flush=True)
+        os.environ['VITDISTILL_ARM'] = f'pair/{arms[name]}' if name in arms else ''
         values = own if own is shown else dict(preset=preset_name, **{**given, **own})
         print('notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
 

@@ -46,8 +46,8 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not
 
 # %% ../../nbs/study/04_compare.ipynb #aebd9e96
 columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1', 'difference', 'low', 'high', 'interval', 'pooled_low',
-           'pooled_high', 'p', 'holm', 'welch_low', 'welch_high', 'detectable', 'published', 'epochs', 'gaps', 'later',
-           'runs'] # of differences
+           'pooled_high', 'p', 'holm', 'welch_low', 'welch_high', 'std', 'correlation', 'detectable', 'published',
+           'epochs', 'gaps', 'later', 'runs'] # of differences
 
 @dataclass
 class Comparison:

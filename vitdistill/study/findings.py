@@ -187,7 +187,9 @@ def teacher_rows(
         except VitdistillError: continue # a teacher without predictions
         if not met: continue
         student = ended(comparison.arms[row.arm])[min(ended(comparison.arms[row.arm]))]
+        cards = [run.result.get('teacher_card') or {} for run in ended(comparison.arms[row.arm]).values()]
         rows.append(dict(arm=row.arm, teacher=teachers[0].config.student, teachers=len(teachers),
+                         teacher_images=next((card['n_train'] for card in cards if card.get('n_train')), np.nan),
                          teacher_held_out=student.result.get('teacher_top1'), teacher_test=met['test'].teacher_top1,
                          apart_test=1 - met['test'].agree, apart_train=1 - met['train'].agree,
                          difference=row.difference, low=row.low, high=row.high, seeds=row.seeds, runs=row.runs))

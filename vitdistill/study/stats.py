@@ -31,15 +31,17 @@ def detectable(std:float, pairs:int, power:float=.8)->float: # std: of the paire
 def paired_difference(
     one,   # (n,) accuracies of an arm, fractions
     other, # (n,) of another, with the same seeds
-)->dict:   # difference, low, high, p, std, detectable; welch_low, welch_high, welch_p; NaN: too few seeds
+)->dict:   # difference, low, high, p, std, detectable, correlation; Welch's interval and p; NaN: too few seeds
     "Returns the mean of `one` minus `other` with its 95% t interval over pairs, and Welch's."
     one, other = (np.asarray(values, float) for values in (one, other))
     mean, low, high = seed_interval(one - other)
-    row = dict(difference=mean, low=low, high=high, p=np.nan, std=np.nan, detectable=np.nan, welch_low=np.nan,
-               welch_high=np.nan, welch_p=np.nan)
+    row = dict(difference=mean, low=low, high=high, p=np.nan, std=np.nan, detectable=np.nan, correlation=np.nan,
+               welch_low=np.nan, welch_high=np.nan, welch_p=np.nan)
     if np.isnan(low): return row
     std = float(np.std(one - other, ddof=1))
     row |= dict(p=float(ttest_1samp(one - other, 0).pvalue), std=std, detectable=detectable(std, len(one)))
+    if min(np.ptp(one), np.ptp(other)) > 1e-9: # six decimals and no -0.0: processors agree
+        row |= dict(correlation=round(float(np.corrcoef(one, other)[0, 1]), 6) + 0)
     welch = ttest_ind(one, other, equal_var=False)
     ends = welch.confidence_interval()
     return row | dict(welch_low=float(ends.low), welch_high=float(ends.high), welch_p=float(welch.pvalue))
