@@ -112,13 +112,13 @@ def speedups(
     "Returns how many times faster each contender is, next to the ratio of multiply-adds."
     study = turns.study[turns.contender == than].iloc[0]
     cases = turns[turns.study == study].groupby(['contender', 'size'], sort=False)
-    seconds = {case: rows.set_index('round').seconds for case, rows in cases}
-    count, table = cases.multiply_adds.first(), []
+    seconds = {case: turn.set_index('round').seconds for case, turn in cases}
+    count, rows = cases.multiply_adds.first(), []
     for name, size in (case for case in seconds if case[0] != than):
         promised = count[than, size]/count[name, size]
-        table.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
-                          **over_rounds(seconds[than, size]/seconds[name, size], '>=', goal*promised)))
-    return pd.DataFrame(table)
+        rows.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
+                         **over_rounds(seconds[than, size]/seconds[name, size], '>=', goal*promised)))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/bench/02_attention.ipynb #e45a3ace
 def attention_record(turns:pd.DataFrame, device:str, out, noise:str='')->str: # turns: of `measure`
