@@ -71,7 +71,7 @@ bench: venv ## time training; DEVICE=cuda for a GPU, ARGS=--recipe for DeiT's re
 	$(BIN)/python -m vitdistill.bench --device $(DEVICE) $(ARGS)
 
 bench-attention: venv ## time HiLo attention, plain attention, a ViT and a ResNet; DEVICE and --keep as for bench
-	$(BIN)/python -m vitdistill.bench.attention --device $(DEVICE) $(ARGS)
+	$(BIN)/python -m vitdistill.bench --attention --device $(DEVICE) $(ARGS)
 
 # It installs nothing. It uses PYTHON if you name one, else the Python of .venv if there is one, else python3.
 GPU_PYTHON = $(if $(filter file default,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))

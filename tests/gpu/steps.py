@@ -115,25 +115,25 @@ def bench_of(job, name, mode):
 
 def timed(job, name, mode, times=3, start=""):
     """Note seconds of the first epoch of a student, which compiles or captures, and of warm ones; returns
-    (a turn of some steps, seconds of a step)."""
+    (its contender, seconds of a step)."""
     torch._dynamo.reset()
     config, data, steps = bench_of(job, name, mode)
     watch = contenders.Watch(job.device)
     begun = time.perf_counter()
-    ready = contenders.vitdistill(config, job.ranks, data, watch)
-    contenders.clock(watch, ready(steps))
+    turn = contenders.vitdistill(config, job.ranks, data, watch)
+    turn(steps)
     first = time.perf_counter() - begun
-    warm = sorted(contenders.clock(watch, ready(steps)) for _ in range(times))[times // 2]
+    warm = sorted(turn(steps)[0] for _ in range(times))[times // 2]
     what = f"{name}, compile {mode}{start}"
     job.found(f"{what}: first epoch", round(first, 2), "s")
     job.found(f"{what}: an epoch", round(warm, 3), "s", STUDENTS[name][1])
-    return ready(min(steps, 20)), warm / steps
+    return turn, warm / steps
 
 
 def kernels(job, turn, seconds, steps=20):
     """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest kernels."""
     with torch.profiler.profile() as seen:
-        contenders.clock(contenders.Watch(job.device), turn)
+        turn(steps)
     events = seen.key_averages()
     of = {name: ms / steps for name, ms in bench.milliseconds(events, job.device).items()}
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
