@@ -1,5 +1,6 @@
 """Every experiment notebook runs under plain papermill; analysis notebooks run on its runs, and on none."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import ROOT, environment
 from vitdistill.config import preset
 from vitdistill.grids import grid_cells, noted_runs, place_of, run_batch
 from vitdistill.runs import find_runs
+from vitdistill.study.compare import main as compare
 from vitdistill.teachers import answers_head, untrained
 from vitdistill.train import train
 
@@ -23,8 +25,9 @@ EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
 
 
-def execute(name, output, cwd=ROOT, **parameters):
+def execute(name, output, cwd=ROOT, arm="", **parameters):
     notebook = (EXPERIMENTS if name.startswith("e") else ANALYSIS) / f"{name}.ipynb"
+    os.environ["VITDISTILL_ARM"] = arm
     papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
     return json.loads(output.read_text())
 
@@ -41,12 +44,12 @@ def study(tmp_path_factory):
     """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
-    execute("e00_teacher", folder / "e00.ipynb", student_kwargs=SMALL_VIT, epochs=32, **where)
+    execute("e00_teacher", folder / "e00.ipynb", arm="pair/teacher", student_kwargs=SMALL_VIT, epochs=32, **where)
     teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
     short = dict(epochs=2, student="resnet18", **where)
-    execute("e01_baseline_resnet50", folder / "e01.ipynb", cwd=EXPERIMENTS, **short)  # as JupyterLab does
+    execute("e01_baseline_resnet50", folder / "e01.ipynb", EXPERIMENTS, "pair/plain", **short)  # as JupyterLab does
     taught = dict(teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT)
-    execute("e02_distilled_resnet50", folder / "e02.ipynb", **taught, **short)
+    execute("e02_distilled_resnet50", folder / "e02.ipynb", arm="pair/taught", **taught, **short)
     return folder
 
 
@@ -70,14 +73,39 @@ def test_paper_analysis_draws_the_runs(study):
     assert "figure4" in (study / "out/index.html").read_text()
 
 
-def test_study_compares_the_arms_of_any_runs(study, tmp_path):
-    """The paired difference of two runs on the digits is that of their records; one seed has no interval."""
+def test_the_pair_is_compared(study, tmp_path):
+    """The difference of two runs on the digits is that of their records; one seed has an interval over test images."""
     execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
-    row, = pd.read_csv(tmp_path / "tables/study_pairs.csv").itertuples()
-    assert (row.plain_top1, row.taught_top1, row.difference) == pytest.approx((plain, taught, taught - plain))
-    assert np.isnan(row.low) and row.runs == f"{runs['baseline'].name}, {runs['distilled'].name}"
+    row, = pd.read_csv(tmp_path / "tables/pair.csv").itertuples()
+    assert (row.other_top1, row.arm_top1, row.difference) == pytest.approx((plain, taught, taught - plain))
+    assert row.low < row.difference < row.high and row.interval == "test images"
+    assert row.runs == f"{runs['distilled'].name}, {runs['baseline'].name}"
+
+
+def test_a_study_is_trained_and_compared(tmp_path, capsys):
+    """A teacher, then a student that names it; the comparison knows both students; nothing is trained twice."""
+    file, folder = tmp_path / "mine.yaml", tmp_path / "out/compare"
+    common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.2,
+                  epochs=1)
+    vit = dict(notebook="e00_teacher", student_kwargs=SMALL_VIT, **common)
+    plain = dict(notebook="e01_baseline_resnet50", student="vit_tiny_patch16_224", student_kwargs=SMALL_VIT)
+    taught = dict(plain, notebook="e02_distilled_resnet50", teacher="vit", allow_untrained=True)
+    file.write_text(yaml.safe_dump(dict(common=common, teachers=dict(vit=vit), arms=dict(plain=plain, taught=taught),
+                                        baseline="plain", seeds=[1])))
+    cells = run_batch(file, out=tmp_path / "out", at_once=2)
+    assert [cell.state for cell in cells] == ["done"] * 3, cells
+    runs = {arm: run for run in find_runs(tmp_path / "runs") for arm in run.arms}
+    assert runs.keys() == {"mine/vit", "mine/plain", "mine/taught"}
+    assert runs["mine/taught"].config.teacher_weights == str(runs["mine/vit"].model)
+    assert compare([str(file), "--runs", str(tmp_path / "runs"), "--out", str(folder)]) == 0
+    gap = 100 * (runs["mine/taught"].result["test_top1"] - runs["mine/plain"].result["test_top1"])
+    assert f"taught minus plain: {gap:+.1f} points" in capsys.readouterr().out
+    assert (folder / "mine.html").is_file() and (folder / "tables/mine.csv").is_file()
+    assert {"mine_forest.svg", "mine_curves.svg"} <= {path.name for path in (folder / "figures").iterdir()}
+    assert [cell.state for cell in run_batch(file, out=tmp_path / "out")] == ["done"] * 3
+    assert len(find_runs(tmp_path / "runs")) == 3
 
 
 def test_deit_notebook(tmp_path):
