@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'trains', 'full_name', 'parameters_of', 'order', 'combinations', 'named', 'arm_names', 'references',
-           'study_file', 'read_study', 'parsed', 'check', 'sides', 'runs_of', 'teachers_of', 'model_of']
+           'check', 'sides', 'study_file', 'read_study', 'parsed', 'runs_of', 'teachers_of', 'model_of']
 
-# %% ../nbs/07_studies.ipynb #e8c17621
+# %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
@@ -16,7 +16,7 @@ from pathlib import Path
 from .config import VitdistillError, from_root, load_yaml, nearest, shipped, shipped_names
 from .runs import Run, find_runs
 
-# %% ../nbs/07_studies.ipynb #a5b2e02e
+# %% ../nbs/07_studies.ipynb #e4aeb0b9
 @dataclass
 class Study:
     "Holds what a study file says."
@@ -37,7 +37,7 @@ class Study:
     @property
     def parts(self)->dict: return {**self.teachers, **self.arms}
 
-# %% ../nbs/07_studies.ipynb #139bb182
+# %% ../nbs/07_studies.ipynb #3956d2e3
 MODELS = 'teacher', 'teacher_weights', 'fold_weights', 'student_weights', 'weights' # parameters that may name a part
 _keys = 'notebook', 'after', 'vary', 'seeds', 'runs' # of a part, which are no parameters of its notebook
 
@@ -76,7 +76,7 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
         raise VitdistillError(f"{study.name}: {' and '.join(sorted({*e.args[1]}))} wait for each other: change what "
                               'one of them names as teacher, weights or after.') from None
 
-# %% ../nbs/07_studies.ipynb #0cfcda82
+# %% ../nbs/07_studies.ipynb #3e7a4fb8
 def combinations(part:dict)->list[dict]: # of `vary`; [{}] without it
     "Returns each combination of the values that a part varies."
     vary = part.get('vary') or {} if isinstance(part, dict) else {}
@@ -106,35 +106,7 @@ def references(study:Study, name:str)->list[tuple[Study, str]]: # name: of a par
         found.append((there, part))
     return found
 
-# %% ../nbs/07_studies.ipynb #ec774543
-def study_file(name:str|Path)->Path: # name of a study, or path of its file
-    "Returns the file of a study; a name without one is a `VitdistillError`."
-    if (file := Path(name)).suffix in ('.yaml', '.yml'):
-        if file.is_file(): return file
-        raise VitdistillError(f'no study at {name}: name a YAML file such as those of nbs/studies.')
-    if (file := shipped(f'nbs/studies/{name}.yaml')).is_file(): return file
-    raise VitdistillError(f"no study {str(name)!r}: {nearest(str(name), shipped_names('nbs/studies', '.yaml'))}")
-
-def read_study(file:str|Path)->Study: # name or path
-    "Reads a study; a file that does not make sense is a `VitdistillError`."
-    file = study_file(file)
-    return parsed(file, file.stat().st_mtime_ns)
-
-@lru_cache
-def parsed(file:Path, changed:int)->Study: # changed: time of the file's last change
-    "Returns `read_study` of a file, once for each state of it."
-    values = load_yaml(file)
-    if not isinstance(values, dict) or not isinstance(values.get('arms'), dict):
-        raise VitdistillError(f'{file} has no arms: write "arms: {{plain: {{notebook: e01_baseline_resnet50}}}}".')
-    allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
-    for key, value in values.items():
-        if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
-        kind = allowed[key].type
-        if not isinstance(value, kind): raise VitdistillError(f'{file}: {key} = {value!r} is no {kind.__name__}.')
-    check(study := Study(file.stem, **values))
-    return study
-
-# %% ../nbs/07_studies.ipynb #5ac6f33e
+# %% ../nbs/07_studies.ipynb #b7d64580
 def check(study:Study)->None:
     "Raises a `VitdistillError` for an unknown arm, a circle, or two arms of equal settings."
     order(study)
@@ -164,7 +136,35 @@ def sides(pair:list)->list[str]: # an entry of `compare`
         raise VitdistillError(f'compare: {pair!r} is no pair: write [arm, other] or [[arm, other], [arm, other]].')
     return flat
 
-# %% ../nbs/07_studies.ipynb #7a492ddb
+# %% ../nbs/07_studies.ipynb #28e58666
+def study_file(name:str|Path)->Path: # name of a study, or path of its file
+    "Returns the file of a study; a name without one is a `VitdistillError`."
+    if (file := Path(name)).suffix in ('.yaml', '.yml'):
+        if file.is_file(): return file
+        raise VitdistillError(f'no study at {name}: name a YAML file such as those of nbs/studies.')
+    if (file := shipped(f'nbs/studies/{name}.yaml')).is_file(): return file
+    raise VitdistillError(f"no study {str(name)!r}: {nearest(str(name), shipped_names('nbs/studies', '.yaml'))}")
+
+def read_study(file:str|Path)->Study: # name or path
+    "Reads a study; a file that does not make sense is a `VitdistillError`."
+    file = study_file(file)
+    return parsed(file, file.stat().st_mtime_ns)
+
+@lru_cache
+def parsed(file:Path, changed:int)->Study: # changed: time of the file's last change
+    "Returns `read_study` of a file, once for each state of it."
+    values = load_yaml(file)
+    if not isinstance(values, dict) or not isinstance(values.get('arms'), dict):
+        raise VitdistillError(f'{file} has no arms: write "arms: {{plain: {{notebook: e01_baseline_resnet50}}}}".')
+    allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
+    for key, value in values.items():
+        if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
+        kind = allowed[key].type
+        if not isinstance(value, kind): raise VitdistillError(f'{file}: {key} = {value!r} is no {kind.__name__}.')
+    check(study := Study(file.stem, **values))
+    return study
+
+# %% ../nbs/07_studies.ipynb #09c0817d
 def runs_of(
     study:Study,
     arm:str,           # name of a part, also with varied values
@@ -193,7 +193,7 @@ def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_
     names = [models['teacher_weights']] if 'teacher_weights' in models else waits
     return [run for name in names for run in runs_of(study, name, records)]
 
-# %% ../nbs/07_studies.ipynb #6b5e473d
+# %% ../nbs/07_studies.ipynb #91ad3564
 def model_of(
     arm:str,       # 'study/arm'
     seed:int|None, # of the run that uses the model

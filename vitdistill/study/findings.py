@@ -66,7 +66,8 @@ def forecast_rows(
                              slope=early.parameters[1] if early and law is LOG else np.nan, forecast=end,
                              measured=curve.iloc[-1], error=end - curve.iloc[-1], least=np.min(errors),
                              most=np.max(errors), runs=run_names(arm)))
-    return significant(pd.DataFrame(rows)) if rows else pd.DataFrame(columns=['arm', 'law', 'error'])
+    frame = pd.DataFrame(rows, columns=None if rows else ['arm', 'law', 'measured', 'error'])
+    return significant(frame).assign(measured=frame.measured)
 
 # %% ../../nbs/study/05_findings.ipynb #fd06dd94
 def long_rows(
