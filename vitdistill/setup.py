@@ -22,7 +22,7 @@ from .config import Config, VitdistillError
 from .data import Data, fingerprint, image_side, load_data, split_rows
 from .hub import weights_place
 from .layers import equal_blocks, with_compiled_blocks, with_matrix_products, with_plain_attention
-from .losses import HardLabel, criterion
+from .losses import OBJECTIVES, HardLabel, criterion
 from .models import Student, check_name, combine, create, create_student, pretrained_constants, student_size
 from .models import evaluation_size
 from .optimize import create_schedule, optimizer_class
@@ -245,7 +245,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
-    kind = criterion(config).wants
+    kind = OBJECTIVES[config.distillation].kind(config)
     if isinstance(teacher, Absent) and (unnumbered(config) or not config.memo):
         raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
                               "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
