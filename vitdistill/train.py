@@ -23,7 +23,6 @@ from .config import Config, VitdistillError, from_root, load, no_space
 from .losses import Batch, Objective
 from .outcome import finish
 from .optimize import create_optimizer, create_schedule, weight_average
-from .pretraining import probed
 from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
 from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
@@ -145,7 +144,7 @@ def batches(
 class Progress:
     "Shows the progress of a run on rank 0: a bar in a terminal, lines elsewhere."
     def __init__(self, config:Config, images:int, done_epochs:int, shown:bool):
-        self.config, self.shown, self.images = config, shown, images
+        self.config, self.shown = config, shown
         self.start = self.first = done_epochs
         self.begun = self.asked_since = time.monotonic()
         self.told = 1. # share of the teacher's present work at the last line; 1: finished
@@ -201,11 +200,9 @@ def train_epoch(step:TrainingStep, epoch:int, progress)->dict:
 # %% ../nbs/06_train.ipynb #4e90b7d2
 def accuracies(setup:Setup, average:nn.Module|None=None)->dict:
     "Returns validation and test accuracies as columns of metrics, with top-1 of the weight average if there is one."
-    data, row = setup.data, {}
-    everything = torch.arange(len(data.test_labels))
-    parts = dict(val=(setup.views, data.train_labels, setup.val_rows),
-                 test=(setup.test_views, data.test_labels, everything))
-    for part, where in parts.items():
+    row = {}
+    for part in ('val', 'test'):
+        where = setup.parts[part]
         row |= {f'{part}_{name}': share for name, share in evaluate(setup, *where).items()}
         if average: row[f'ema_{part}_top1'] = evaluate(setup, *where, average.module)['top1']
     return row
@@ -322,7 +319,7 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
             row = dict(epoch=epoch, lr=peak_lr(optimizer)) | train_epoch(step, epoch, progress)
             if ranks.world > 1: # all take the batch norm statistics of rank 0
                 for model in (student, *([average.module] if average else [])): distribute_bn(model, ranks.world)
-            measured = accuracies if setup.criterion.labelled else probed
+            measured = accuracies if setup.criterion.labelled else setup.criterion.probed
             if (epoch + 1) % config.evaluate_every == 0 or last: row |= measured(setup, average)
             row['seconds'] = time.perf_counter() - begun
             if ranks.rank == 0:
