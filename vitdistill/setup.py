@@ -155,14 +155,13 @@ class Setup:
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     @property
-    def test_size(self)->int: # side of the student's input in evaluations, px
-        return self.config.test_size or student_size(self.config, self.data.side)
+    def test_size(self)->int: return self.config.test_size or student_size(self.config, self.data.side) # px
 
     @property
     def parts(self)->dict: # name -> (views, labels, rows) of the images that a student is measured on
-        train, test = (self.views, self.data.train_labels), torch.arange(len(self.data.test_labels))
-        return dict(train=(*train, self.train_rows), val=(*train, self.val_rows),
-                    test=(self.test_views, self.data.test_labels, test))
+        views, labels, test = self.views, self.data.train_labels, self.data.test_labels
+        return dict(train=(views, labels, self.train_rows), val=(views, labels, self.val_rows),
+                    test=(self.test_views, test, torch.arange(len(test))))
 
     @property
     def images_a_pass(self)->int: return self.pass_images or pass_size(self.test_size, self.ranks.device)
@@ -173,24 +172,16 @@ class Setup:
         return epoch_plan(self.train_rows, n_images, view_count(c), c.seed, epoch, c.repeats, together)
 
     @property
-    def rows(self)->int: # number of rows in an epoch's plan
-        return plan_rows(self.config, len(self.train_rows))
+    def rows(self)->int: return plan_rows(self.config, len(self.train_rows)) # of an epoch's plan
 
     @functools.cached_property
     def augment(self)->Augment|None: # augmentation after cutting views; None: no augmentation
         return Augment(self.config, self.data.side, self.constants) if augments(self.config) else None
 
     @property
-    def workers(self)->int: return loading_processes(self.config, self.ranks)
-
-    @property
-    def beside(self)->bool: # whether images are on the student's device
-        return self.views.resident and self.views.device.type == torch.device(self.ranks.device).type
-
-    @property
     def constants(self)->tuple:
-        if self.config.student_normalization == 'own': return pretrained_constants(self.student.model)
-        return self.data.mean_std
+        own = self.config.student_normalization == 'own'
+        return pretrained_constants(self.student.model) if own else self.data.mean_std
 
     def autocast(self):
         device = self.ranks.device.split(':')[0]

@@ -26,7 +26,7 @@ from .optimize import create_optimizer, create_schedule, weight_average
 from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
 from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
-from .setup import Setup, auto_device, compiled, evaluate, prepare, program, resolve
+from .setup import Setup, auto_device, compiled, evaluate, loading_processes, prepare, program, resolve
 from .step import TrainingStep, create_step
 from .views import Plan, cut_views, scaled, view_count
 
@@ -71,14 +71,14 @@ def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
     "Yields `cut(step)` of each step; images on the host are cut, and pinned for a GPU, while an earlier step runs."
     on_host = setup.ranks.device.startswith('cuda') and setup.views.device.type == 'cpu'
     def pinned(step): return [part.pin_memory() if on_host else part for part in cut(step)]
-    if setup.workers: # forked, so that a closure can be passed; a thread pool does not survive the fork
-        def begin(_): setup.views.images.pool = ThreadPoolExecutor(1)
-        for part in DataLoader(Cuts(cut, steps), batch_size=None, num_workers=setup.workers, pin_memory=on_host,
+    if workers := loading_processes(setup.config, setup.ranks): # forked, so that a closure can be passed
+        def begin(_): setup.views.images.pool = ThreadPoolExecutor(1) # one does not survive the fork
+        for part in DataLoader(Cuts(cut, steps), batch_size=None, num_workers=workers, pin_memory=on_host,
                                worker_init_fn=None if setup.views.resident else begin, multiprocessing_context='fork'):
             if isinstance(part, VitdistillError): raise part
             yield part
         return
-    if setup.beside or setup.augment: return (yield from map(cut, steps))
+    if setup.views.on(setup.ranks.device) or setup.augment: return (yield from map(cut, steps))
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(pinned, steps[0])
         for step in steps[1:]:
@@ -102,7 +102,7 @@ def cut_in_step(setup:Setup)->bool:
     "Returns whether a captured step cuts the views itself: nothing else than the step needs their pixels."
     config, answers, learner = setup.config, setup.answers, setup.criterion
     apart = setup.augment or config.mixup or config.cutmix or answers and not answers.by_view
-    alone = setup.beside and not apart and learner.labelled and learner.copies == 1
+    alone = setup.views.on(setup.ranks.device) and not apart and learner.labelled and learner.copies == 1
     return config.compile == 'graph' and bool(alone)
 
 # %% ../nbs/06_train.ipynb #6c0fc6bf
@@ -120,7 +120,8 @@ def batches(
     numbers = None if learner.labelled else plan.image.to(ranks.device) # image numbers, from which the loss draws
     steps, scale = epoch_steps(setup, len(plan.image)), program(scaled, config.compile)
     mixes = [drawn_mix(config, data.side, epoch, number) for number in range(len(steps))]
-    cutting = program(cut_views, config.compile if setup.beside and not setup.augment else 'none') # eager in threads
+    together = setup.views.on(ranks.device) and not setup.augment
+    cutting = program(cut_views, config.compile if together else 'none') # eager in threads
     uncut = cut_in_step(setup)
     def cut(step): # pixels of each copy, then of the images that they are mixed with
         if uncut: return [torch.stack([step.own(image), step.own(views[0])])]
