@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitdistill
 from vitdistill import step, train
-from vitdistill.answers import Answers, Memo, memo_key
+from vitdistill.answers import Answers, Memo, Online, memo_key
 from vitdistill.config import Config
 from vitdistill.bench.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
@@ -252,10 +252,10 @@ def test_one_operator_computes_what_it_stands_for():
     assert counter.launches == {"f, forward": 1, "f, backward": 1}
 
 
-class Told:
+class Told(Online):
     """A teacher's answers of a kind, as they come from a memo: on the CPU."""
 
-    by_view, planned = True, False
+    by_view = True
 
     def __init__(self, kind):
         self.kind, self.blank = kind, kind.make(torch.zeros(1, 100))

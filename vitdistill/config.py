@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'need', 'repo_root', 'from_root', 'fitting',
-           'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'Config', 'field_names', 'check',
-           'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
-           'student_name', 'run_name']
+           'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'cores', 'Config', 'field_names',
+           'check', 'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining',
+           'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, shutil, socket, typing
@@ -134,6 +134,12 @@ def cgroup_limit(
         limit, *period = file.read_text().split() if file.is_file() else ('max',)
         if limit != 'max': limits.append(int(limit)/int(*period or [1]))
     return min(limits)
+
+# %% ../nbs/00_config.ipynb #368717ec
+def cores()->int:
+    "Returns the number of processor cores that this process may use."
+    here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return int(max(1, min(here, cgroup_limit('cpu.max'))))
 
 # %% ../nbs/00_config.ipynb #b4b0d2aa
 GROUPS = 'student', 'data', 'teacher', 'objective', 'optimization', 'machine', 'record', 'found'

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['FEW', 'attend', 'HiFi', 'LoFi', 'HiLo', 'hilo_flops', 'ConvFFN', 'DeformableMerging', 'LITBlock', 'LITv2',
            'check_windows', 'published_flops', 'MatrixConv2d', 'with_matrix_products', 'with_plain_attention',
-           'equal_blocks', 'with_compiled_blocks']
+           'equal_blocks', 'with_compiled_blocks', 'compiler_missing']
 
 # %% ../nbs/02a_layers.ipynb #9fb98863
-import copy
+import copy, os, platform, shutil, sysconfig
 from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 import torch
 from timm.layers import ClassifierHead, DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
@@ -294,11 +296,10 @@ def with_matrix_products(model:nn.Module)->nn.Module:
 
 # %% ../nbs/02a_layers.ipynb #50f9e7a1
 def with_plain_attention(
-    model:nn.Module, # model whose attention has `fused_attn`, as in timm and in this module
-    most:int=FEW     # patches; a vision transformer with more is left unchanged
+    model:nn.Module # model whose attention has `fused_attn`, as in timm and in this module
 )->nn.Module:
     "Makes few tokens attend step by step, in place; HiLo with many tokens still uses torch's kernel."
-    def many(part): return isinstance(part, VisionTransformer) and part.patch_embed.num_patches > most
+    def many(part): return isinstance(part, VisionTransformer) and part.patch_embed.num_patches > FEW
     if not any(map(many, model.modules())):
         for part in model.modules():
             if hasattr(part, 'fused_attn'): part.fused_attn = False
@@ -320,3 +321,14 @@ def with_compiled_blocks(model:nn.Module)->nn.Module:
     twin = copy.deepcopy(model, same)
     for block in equal_blocks(twin): block.compile(dynamic=False)
     return twin
+
+# %% ../nbs/02a_layers.ipynb #f3ac6674
+def compiler_missing(device:str)->str: # 'cpu', 'cuda', 'cuda:0', ...
+    "Returns the name of what torch.compile needs for a device and this machine lacks; '' if nothing."
+    if not str(device).startswith('cuda'):
+        if not shutil.which(os.environ.get('CXX', 'g++')): return 'a C++ compiler (g++)'
+    elif not find_spec('triton'): return 'Triton (pip install triton)'
+    elif not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')): return 'a C compiler (gcc)'
+    headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default is /usr/local, without headers
+    there = platform.system() != 'Linux' or (headers/'Python.h').is_file()
+    return '' if there else "Python.h, of Python's headers (python3-dev)"

@@ -7,7 +7,6 @@ __all__ = ['in_jupyterlab', 'live_figure', 'LiveCurve']
 
 # %% ../nbs/05d_live.ipynb #f557664e
 import os
-from .runs import Run
 
 # %% ../nbs/05d_live.ipynb #4d156f14
 def in_jupyterlab()->bool:
@@ -39,7 +38,7 @@ def live_figure(metrics, text:str):
 # %% ../nbs/05d_live.ipynb #abaff5b7
 class LiveCurve:
     "Shows accuracy and loss by epoch, redrawn in place; before the first epoch, only the text."
-    def __init__(self, run:Run):
+    def __init__(self, run): # a `Run`
         from IPython.display import Markdown, display
         self.run, self.text, self.handle = run, Markdown, display(Markdown(''), display_id=True)
         if run.epochs_done: self.update(f'{run.epochs_done} epochs so far')

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'HardLabel', 'Logits', 'TopK', 'soft_loss', 'soft_loss_top_k', 'decoupled_loss', 'standardize',
            'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within', 'term_weight', 'BinaryLabels',
-           'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation',
-           'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output', 'Objective']
+           'SwitchedDistillationLoss', 'stored_logits', 'SoftDistillation', 'HardAndSoftDistillation',
+           'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output',
+           'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import inspect, math, typing
@@ -180,6 +181,8 @@ class Labels(nn.Module):
             raise VitdistillError("token = 'class' would leave this student's second head untrained: take the student "
                                   "without it, or token = 'distillation'.")
         return student
+    @classmethod
+    def kind(cls, config:Config): return cls.wants # kind of answer that a config asks for
     def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: return pixels # in [0, 255]
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # either may be wrapped by DDP or compiled
         return Objective(student, criterion)
@@ -228,6 +231,14 @@ class SwitchedDistillationLoss(Labels):
         return (1 - self.alpha)*label + self.alpha*teacher, dict(label=label, teacher=teacher)
 
 # %% ../nbs/03_losses.ipynb #1d94e7a3
+def stored_logits(soft_top_k:int, temperature:float, memo_temperatures:list=())->Logits: # as in `SoftDistillation`
+    "Returns the kind of answer that soft losses need: all logits, or the top k with the rest's log-mass."
+    kept = tuple(within('memo_temperatures', float(t), 1e-6, math.inf) for t in memo_temperatures or [temperature])
+    if soft_top_k and temperature not in kept:
+        raise VitdistillError(f'temperature = {temperature} has no tail in a memo of temperatures {list(kept)}: '
+                              'add it to memo_temperatures (another memo is filled then), or leave these out.')
+    return TopK(soft_top_k, kept) if soft_top_k else Logits()
+
 class SoftDistillation(SwitchedDistillationLoss):
     "Cross-entropy with labels, and KL to a teacher's softened distribution (DeiT eq. 2), over all or the top k logits."
     def __init__(self,
@@ -239,12 +250,9 @@ class SoftDistillation(SwitchedDistillationLoss):
         label_smoothing:float=0.):  # of the true labels, in [0, 1)
         super().__init__(alpha, label_smoothing)
         self.temperature, self.kl_reduction = within('temperature', temperature, 1e-6, float('inf')), kl_reduction
-        kept = tuple(within('memo_temperatures', float(t), 1e-6, math.inf)
-                     for t in memo_temperatures or [temperature])
-        if soft_top_k and temperature not in kept:
-            raise VitdistillError(f'temperature = {temperature} has no tail in a memo of temperatures {list(kept)}: '
-                                  'add it to memo_temperatures (another memo is filled then), or leave these out.')
-        self.wants = TopK(soft_top_k, kept) if soft_top_k else Logits()
+        self.wants = stored_logits(soft_top_k, temperature, memo_temperatures)
+    @classmethod
+    def kind(cls, config): return stored_logits(config.soft_top_k, config.temperature, config.memo_temperatures)
     def term(self, logits, batch):
         how = self.temperature, self.kl_reduction
         if isinstance(self.wants, TopK): return soft_loss_top_k(logits, batch.answer, self.wants, *how)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file',
            'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
-           'student_size', 'evaluation_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token',
-           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
+           'student_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token', 'create_student',
+           'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import json, math, re, tempfile
@@ -74,18 +74,13 @@ def _register_litv2(name:str)->None:
 for name in _litv2:
     if not timm.is_model(name): _register_litv2(name)
 
-# %% ../nbs/02_models.ipynb #0e761db0
-def _patch_sides(model:nn.Module)->tuple: # (image side, patch side) of a model with patches, else None
-    embed = getattr(model, 'patch_embed', None)
-    if getattr(embed, 'img_size', None) is None or getattr(embed, 'patch_size', None) is None: return None
-    first = lambda side: side[0] if isinstance(side, (tuple, list)) else side
-    return first(embed.img_size), first(embed.patch_size)
-
 # %% ../nbs/02_models.ipynb #8066de93
 def check_size(model:nn.Module, name:str, size:int)->None:
     "Raises `VitdistillError` if images of `size` px don't fit the model's patches or windows."
-    if (sides := _patch_sides(model)) is None: return
-    built, patch = sides
+    embed = getattr(model, 'patch_embed', None)
+    sides = [getattr(embed, which, None) for which in ('img_size', 'patch_size')]
+    if None in sides: return # it has no patches, or takes any size
+    built, patch = (side[0] if isinstance(side, (tuple, list)) else side for side in sides)
     if size % patch:
         raise VitdistillError(f'{name} at {size} px: its patch of {patch} px does not divide the image; '
                               f'choose a multiple of {patch}.')
@@ -265,11 +260,6 @@ class Student(nn.Module):
 def student_size(config:Config, image_size:int)->int:
     "Returns the side of the student's input in px."
     return config.student_size or image_size
-
-# %% ../nbs/02_models.ipynb #0bf2c0fb
-def evaluation_size(config:Config, image_size:int)->int:
-    "Returns the side of the student's input in evaluations, in px."
-    return config.test_size or student_size(config, image_size)
 
 # %% ../nbs/02_models.ipynb #faa3d094
 def check_start(

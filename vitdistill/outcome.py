@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['reduced', 'predictions', 'head_accuracies', 'cosines', 'true_answers', 'teacher_brief', 'card_data', 'model_card',
-           'pictures', 'finish_encoder', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at', 'memo_kind',
-           'memo_card', 'push_memos', 'keep_answers', 'main']
+           'finish_encoder', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at', 'memo_kind', 'memo_card',
+           'push_memos', 'keep_answers', 'main']
 
 # %% ../nbs/06a_outcome.ipynb #03c21770
 import argparse, sys
@@ -16,11 +16,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
 from .answers import Memo, keep
 from .config import Config, VitdistillError, from_root, repo_root, student_name
-from .data import Data
 from .hub import memo_head, push, refuse_other_memos, weights_place
-from .losses import OBJECTIVES, Batch, HardLabel, Logits, TopK
+from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .models import combine, load_weights, save_model, student_size, token_cosines
-from .pretraining import reconstructions
 from .ranks import Ranks, start_ranks, threads_per_rank
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, predict, prepare, resolve
@@ -50,12 +48,10 @@ def predictions(
     parts:tuple=('test', 'val', 'train') # which images
 )->dict:
     "Returns the arrays of predictions.npz: image number and label, and per head decision and confidence."
-    data, arrays, keep = setup.data, {}, setup.config.keep_logits and len(setup.data.classes) <= 100
-    rows = dict(test=torch.arange(len(data.test_labels)), val=setup.val_rows, train=setup.train_rows)
-    few = 16*setup.images_a_pass
+    arrays, keep, few = {}, setup.config.keep_logits and len(setup.data.classes) <= 100, 16*setup.images_a_pass
     for part in parts:
-        views, labels = (setup.test_views, data.test_labels) if part == 'test' else (setup.views, data.train_labels)
-        if not len(mine := rows[part]): continue
+        views, labels, mine = setup.parts[part]
+        if not len(mine): continue
         arrays[f'{part}_image'], arrays[f'{part}_label'] = mine.int().numpy(), labels[mine].short().numpy()
         pieces = [reduced(setup.student.heads, predict(setup, views, some), keep and part != 'train')
                   for some in mine.split(few)]
@@ -92,7 +88,7 @@ def true_answers(setup:Setup)->float|None:
 # %% ../nbs/06a_outcome.ipynb #9b731d57
 def teacher_brief(
     config:Config,    # of the student
-    data:Data,
+    data,             # a `Data`
     rows:torch.Tensor # (n,) numbers of the student's training images
 )->dict|None:
     "Returns the main facts of the teacher's card, and how many of the student's images the teacher was trained on."
@@ -161,17 +157,6 @@ Test accuracy is measured after the last epoch; nothing was chosen by it.
 {recipe}```
 """
 
-# %% ../nbs/06a_outcome.ipynb #77947f0b
-def pictures(setup:Setup, images:int=8)->dict:
-    "Returns the arrays of reconstructions.npz: test images, the encoder's input and the reconstructions, as uint8."
-    rows = torch.arange(len(setup.data.test_labels))[:images]
-    clean = setup.input(setup.test_views(rows))
-    drawn = setup.criterion.draw(Batch(clean, None, epoch=setup.config.epochs, image=rows.to(clean.device)))
-    views = clean, *reconstructions(setup.student, setup.criterion.terms, clean, drawn)
-    mean, std = (torch.tensor(c, device=clean.device)[:, None, None] for c in setup.constants)
-    as_bytes = lambda x: ((x*std + mean)*255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return dict(zip(('clean', 'seen', 'filled'), map(as_bytes, views)))
-
 # %% ../nbs/06a_outcome.ipynb #fb5cb9af
 def _measured(metrics:pd.DataFrame)->dict:
     "Returns the part of a result that metrics hold: epochs, the last row, seconds in all."
@@ -190,7 +175,7 @@ def finish_encoder(setup:Setup, run:RunWriter)->None:
     c, data, result = setup.config, setup.data, _measured(run.metrics())
     size = student_size(c, data.side)
     if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
-        run.save_predictions('reconstructions.npz', **pictures(setup))
+        run.save_predictions('reconstructions.npz', **setup.criterion.pictures(setup))
     card = card_facts(c, data, size, setup.constants)
     result |= dict(n_train=card['n_train'])
     card |= dict(run=run.name, pretrained_by=c.distillation, objective=c.objective_kwargs, result=result)

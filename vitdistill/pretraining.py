@@ -6,7 +6,7 @@
 __all__ = ['PATCH_EPS', 'PARTS', 'pick', 'VisiblePatches', 'split_patches', 'positions', 'MaskedEncoder', 'to_patches',
            'to_images', 'sines', 'Decoder', 'nt_xent', 'MaskedViews', 'draw_views', 'augmented', 'patch_scale',
            'patch_error', 'silent_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
-           'ContrastiveMaskedNoise', 'refuse_unfit', 'refuse_another_model', 'reconstructions', 'knn_probe',
+           'ContrastiveMaskedNoise', 'refuse_unfit', 'refuse_another_model', 'reconstructions', 'pictures', 'knn_probe',
            'linear_probe', 'features', 'probed']
 
 # %% ../nbs/03a_pretraining.ipynb #50150e2a
@@ -319,6 +319,8 @@ class ContrastiveMaskedNoise(nn.Module):
         return draw_views(batch.pixels, batch.image, self.patches, self.mask, self.sigma, self.seed, batch.epoch)
     def objective(self, student:nn.Module, criterion:nn.Module)->Pretraining: # either may be wrapped by DDP
         return Pretraining(student, criterion, self.draw)
+    def probed(self, setup, average:nn.Module|None=None)->dict: return probed(setup, average)
+    def pictures(self, setup, images:int=8)->dict: return pictures(setup, images)
     def forward(self, tokens:torch.Tensor, batch:Batch, views:MaskedViews)->tuple:
         return self.terms(tokens, batch, views)
 
@@ -393,6 +395,17 @@ def reconstructions(
     pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - said, said)
     return tuple(to_images(x, terms.side, pixels.shape[-2:]) for x in pictures)
 
+# %% ../nbs/03a_pretraining.ipynb #bbbd018e
+def pictures(setup, images:int=8)->dict: # setup: a `Setup`
+    "Returns the arrays of reconstructions.npz: test images, the encoder's input and the reconstructions, as uint8."
+    rows = torch.arange(len(setup.data.test_labels))[:images]
+    clean = setup.input(setup.test_views(rows))
+    drawn = setup.criterion.draw(Batch(clean, None, epoch=setup.config.epochs, image=rows.to(clean.device)))
+    views = clean, *reconstructions(setup.student, setup.criterion.terms, clean, drawn)
+    mean, std = (torch.tensor(c, device=clean.device)[:, None, None] for c in setup.constants)
+    as_bytes = lambda x: ((x*std + mean)*255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return dict(zip(('clean', 'seen', 'filled'), map(as_bytes, views)))
+
 # %% ../nbs/03a_pretraining.ipynb #6d693ce0
 def knn_probe(train:np.ndarray, labels:np.ndarray, test:np.ndarray)->np.ndarray: # (n, D), (n,), (m, D) -> (m,)
     "Returns the classes that the nearest training images vote for."
@@ -423,18 +436,14 @@ def features(setup, views, rows:torch.Tensor, encoder:nn.Module)->np.ndarray: # 
 # %% ../nbs/03a_pretraining.ipynb #9f86d98c
 def probed(setup, average:nn.Module|None=None)->dict: # setup: a `Setup`; average: timm's average of the weights
     "Returns validation and test top-1 of both probes, also for `average`, as columns of metrics; {} off rank 0."
-    data, row = setup.data, {}
-    everything = torch.arange(len(data.test_labels))
-    parts = dict(val=(setup.views, data.train_labels, setup.val_rows),
-                 test=(setup.test_views, data.test_labels, everything))
+    parts, row = {part: where for part, where in setup.parts.items() if len(where[2])}, {}
+    labels = {part: labels[rows].numpy() for part, (_, labels, rows) in parts.items()}
     for prefix, encoder in (('', setup.student), *([('ema_', average.module)] if average else [])):
-        known = features(setup, setup.views, setup.train_rows, encoder)
-        asked = {part: features(setup, views, rows, encoder) for part, (views, _, rows) in parts.items() if len(rows)}
+        seen = {part: features(setup, views, rows, encoder) for part, (views, _, rows) in parts.items()}
+        known = seen.pop('train')
         if setup.ranks.rank: continue
         for name, probe in (('knn', knn_probe), ('linear', linear_probe)):
-            said = probe(known, data.train_labels[setup.train_rows].numpy(), np.concatenate([*asked.values()]))
-            said = np.split(said, np.cumsum([len(x) for x in asked.values()])[:-1])
-            for part, answers in zip(asked, said):
-                _, labels, rows = parts[part]
-                row[f'{prefix}{name}_{part}_top1'] = float((answers == labels[rows].numpy()).mean())
+            said = probe(known, labels['train'], np.concatenate([*seen.values()]))
+            for part, answers in zip(seen, np.split(said, np.cumsum([len(x) for x in seen.values()])[:-1])):
+                row[f'{prefix}{name}_{part}_top1'] = float((answers == labels[part]).mean())
     return row

@@ -16,9 +16,8 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils.distributed import world_info_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from .config import Config, VitdistillError
+from .config import Config, VitdistillError, cores
 from .data import seed_host
-from .runs import cores
 
 # %% ../nbs/05a_ranks.ipynb #f958c3ba
 @dataclass(frozen=True)
@@ -86,13 +85,13 @@ def ended_by_watchdog(lines:list)->VitdistillError|None: # lines: the end of a l
     return waited(int(said[1])) if said else None
 
 # %% ../nbs/05a_ranks.ipynb #dc15f55a
-def end_with_parent(poll:float=1.)->None: # seconds between checks
+def end_with_parent()->None:
     "Starts a thread that ends this process when torchrun, or the notebook that launched it, has ended."
     if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return # a run started by hand may outlive its shell
     parent, launcher = os.getppid(), int(os.environ.get('VITDISTILL_LAUNCHER', 0))
     def watch():
         while True:
-            time.sleep(poll)
+            time.sleep(1)
             try:
                 if launcher: os.kill(launcher, 0)
             except ProcessLookupError: os._exit(3)

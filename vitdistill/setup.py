@@ -4,33 +4,30 @@
 
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'resolve',
-           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'beside_weights', 'open_memo',
-           'try_speeds', 'question', 'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict',
-           'evaluate']
+           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'try_speeds', 'question',
+           'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, math, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from .answers import Answers, DrawnAnswers, KeptMemo, Memo, NoRoom, OutOfFold, Planned, PlanMemo, memo_key
 from .answers import plan_key, plan_rows
 from .augment import Augment, augments, image_parts, unnumbered
-from .config import Config, VitdistillError
+from .config import Config, VitdistillError, cores
 from .data import Data, fingerprint, image_side, load_data, split_rows
-from .hub import weights_place
-from .layers import equal_blocks, with_compiled_blocks, with_matrix_products, with_plain_attention
-from .losses import HardLabel, criterion
+from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
+from .layers import with_plain_attention
+from .losses import OBJECTIVES, HardLabel, criterion
 from .models import Student, check_name, combine, create, create_student, pretrained_constants, student_size
-from .models import evaluation_size
 from .optimize import create_schedule, optimizer_class
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
-from .runs import Run, compiler_missing, cores
-from .teachers import Absent, Teacher, answers_head, check_health, file_hash, is_answers, load_teacher
-from .teachers import refuse_begun_on, seen_by, the_only, use_quickest
+from .runs import Run
+from .teachers import Absent, Teacher, answers_head, beside_weights, check_health, file_hash, is_answers
+from .teachers import load_teacher, refuse_begun_on, seen_by, the_only, use_quickest
 from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #f0417754
@@ -68,7 +65,7 @@ def auto_values(config:Config)->dict:
     precision = auto_precision(device)
     values = dict(device=device, precision=precision, teacher_precision=precision, compile=auto_compile(config, device))
     if is_answers(file := config.teacher_weights): # the precision of the answers
-        values['teacher_precision'] = answers_head(weights_place(file))['key']['dtype'].split()[0]
+        values['teacher_precision'] = answers_head(file)['key']['dtype'].split()[0]
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
 
 # %% ../nbs/05b_setup.ipynb #45804704
@@ -158,7 +155,13 @@ class Setup:
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     @property
-    def test_size(self)->int: return evaluation_size(self.config, self.data.side) # side of the student's input, px
+    def test_size(self)->int: return self.config.test_size or student_size(self.config, self.data.side) # px
+
+    @property
+    def parts(self)->dict: # name -> (views, labels, rows) of the images that a student is measured on
+        views, labels, test = self.views, self.data.train_labels, self.data.test_labels
+        return dict(train=(views, labels, self.train_rows), val=(views, labels, self.val_rows),
+                    test=(self.test_views, test, torch.arange(len(test))))
 
     @property
     def images_a_pass(self)->int: return self.pass_images or pass_size(self.test_size, self.ranks.device)
@@ -169,24 +172,16 @@ class Setup:
         return epoch_plan(self.train_rows, n_images, view_count(c), c.seed, epoch, c.repeats, together)
 
     @property
-    def rows(self)->int: # number of rows in an epoch's plan
-        return plan_rows(self.config, len(self.train_rows))
+    def rows(self)->int: return plan_rows(self.config, len(self.train_rows)) # of an epoch's plan
 
     @functools.cached_property
     def augment(self)->Augment|None: # augmentation after cutting views; None: no augmentation
         return Augment(self.config, self.data.side, self.constants) if augments(self.config) else None
 
     @property
-    def workers(self)->int: return loading_processes(self.config, self.ranks)
-
-    @property
-    def beside(self)->bool: # whether images are on the student's device
-        return self.views.resident and self.views.device.type == torch.device(self.ranks.device).type
-
-    @property
     def constants(self)->tuple:
-        if self.config.student_normalization == 'own': return pretrained_constants(self.student.model)
-        return self.data.mean_std
+        own = self.config.student_normalization == 'own'
+        return pretrained_constants(self.student.model) if own else self.data.mean_std
 
     def autocast(self):
         device = self.ranks.device.split(':')[0]
@@ -205,11 +200,6 @@ def image_device(
     return device if fit else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
-def beside_weights(config:Config)->Path:
-    "Returns the folder for what is kept of the config's teacher: that of its weights."
-    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
-    return weights if weights.is_dir() or not config.teacher_weights else weights.parent
-
 def open_memo(
     config:Config, data:Data, teacher:Teacher, ranks:Ranks,
     kind,                   # kind of answer
@@ -218,7 +208,7 @@ def open_memo(
     "Returns the teacher's memo, on rank 0; None (the teacher runs online) if it is off, unusable or too large."
     if ranks.rank or rows is None and (not config.memo or unnumbered(config)): return None
     if isinstance(teacher, Absent):
-        return KeptMemo(weights_place(config.teacher_weights), memo_key(teacher, config, data), kind)
+        return KeptMemo(teacher.place, memo_key(teacher, config, data), kind)
     folder = beside_weights(config)
     try:
         if rows is None: return Memo(folder, memo_key(teacher, config, data), kind)
@@ -245,7 +235,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
-    kind = criterion(config).wants
+    kind = OBJECTIVES[config.distillation].kind(config)
     if isinstance(teacher, Absent) and (unnumbered(config) or not config.memo):
         raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
                               "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
@@ -325,13 +315,12 @@ def pass_size(side:int, device:str)->int: # side: of the student's input, px
 @torch.inference_mode()
 def predict(
     setup:Setup, views:Views, rows:torch.Tensor,
-    batch:int=0,           # images in a forward pass; 0: `pass_size` chooses
     student:nn.Module=None # default: the setup's
 )->list:
     "Returns logits per head, (n, C) float32 on the device, of the centre views of `rows`."
     student = (student or setup.student).eval()
     side = setup.test_size
-    batch, outputs = batch or setup.images_a_pass, []
+    batch, outputs = setup.images_a_pass, []
     rows = rows.to(setup.ranks.device)
     while (done := sum(len(heads[0]) for heads in outputs)) < len(rows):
         try:

@@ -63,6 +63,8 @@ class Views:
         self.padding = padding
         self.images = images if isinstance(images, DiskImages) else images.to(device)
         self.device, self.resident = self.images.device, isinstance(self.images, torch.Tensor)
+    def on(self, device:str)->bool: # whether images are on the student's device
+        return self.resident and self.device.type == torch.device(device).type
     def __call__(self,
         rows:torch.Tensor,      # (B,) int64, rows of the dataset
         view:torch.Tensor=None, # (B,) int64, view numbers; None: the centre view
