@@ -222,7 +222,7 @@ class Section:
 SECTIONS = (
     Section('The study',
             'A ResNet-50 trained on labels alone, and one taught by a vision transformer: the paper and our runs.',
-            ('figure4', 'headline', 'crossovers', 'trendlines', 'table1', 'timing', 'results', 'figure*'), 'a01_paper',
+            ('figure4', 'crossovers', 'trendlines', 'table1', 'timing', 'results', 'figure*'), 'a01_paper',
             needs='make study', without_runs=('figure1', 'figure2', 'figure3')),
     Section('Our runs, question by question',
             'Taught and plain students compared by seed, with intervals. reports/study.md discusses them.',
