@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Comparison', 'run_names', 'load', 'named', 'pairs',
-           'difference', 'one_pair', 'choices', 'missing', 'plot_forest', 'draw_forest', 'draw_curves', 'write',
-           'printed', 'main']
+           'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'plot_forest', 'draw_forest', 'draw_curves',
+           'write', 'printed', 'main']
 
-# %% ../../nbs/study/04_compare.ipynb #e4fad134
+# %% ../../nbs/study/04_compare.ipynb #873e0177
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..agreement import predicted_epochs, read_predictions, same_data
 from ..analysis import curves, mean_curve, save_figure, save_table, style
-from ..config import VitdistillError, from_root
+from ..config import VitdistillError, from_root, shipped_names
 from ..runs import Run, find_runs
 from ..studies import Study, arm_names, read_study, runs_of, sides, trains
 from .page import write_page
@@ -176,6 +176,20 @@ def missing(comparison:Comparison)->list[str]:
         if absent: notes.append(f"{arm}: not begun with seed {', '.join(map(str, absent))}.")
         elif not runs: notes.append(f'{arm}: no run.')
     return notes
+
+# %% ../../nbs/study/04_compare.ipynb #c1c10a84
+def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]: # records: of `find_runs`
+    "Returns 'study: arm', plain runs and taught runs of each difference between a taught arm and labels alone, once."
+    found = {}
+    for name in sorted(shipped_names('nbs/studies', '.yaml')):
+        comparison = load(name, records)
+        for arm, other in (pair for pair in pairs(comparison) if isinstance(pair[0], str)):
+            taught, plain = (comparison.arms[side] for side in (arm, other))
+            if not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
+            alone = not plain[0].config.teacher and plain[0].config.distillation == 'none'
+            if taught[0].config.teacher and alone:
+                found.setdefault(frozenset(run.name for run in taught + plain), (f'{name}: {arm}', plain, taught))
+    return list(found.values())
 
 # %% ../../nbs/study/04_compare.ipynb #5587b4e4
 def plot_forest(
