@@ -1,7 +1,6 @@
 """HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
 import json
 from collections import Counter
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -20,6 +19,7 @@ from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student  # and registers LITv2
 from vitdistill.optimize import create_optimizer
+from vitdistill.studies import read_study
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
@@ -225,16 +225,15 @@ def test_notebook_without_a_record_says_so(tmp_path):
 
 
 def asked(*names):
-    """What the cells of small_litv2's studies give, of each by the end of its name."""
-    folder = repo_root() / "nbs/studies"
-    return [cell for name in names for cell in grid_cells(folder / f"small_litv2{name}.yaml")]
+    """What small_litv2's studies train, of each by the end of its name."""
+    return [cell for name in names for cell in grid_cells(f"small_litv2{name}")]
 
 
 def test_litv2_stands_beside_a_transformer_of_equal_cost():
     """In multiply-adds, within 3%: the two students, at each rate that is tried, and the two teachers."""
     transformer = "deit_tiny_patch16_224"
-    cells = [cell.chosen for cell in asked("_rates", "", "_teachers")]
-    equal = [cell["student_kwargs"] for cell in cells if cell.get("student") == transformer]
+    equal = [cell.chosen["student_kwargs"] for cell in asked("_rates", "", "_teachers")
+             if cell.chosen.get("student") == transformer]
     assert len(equal) == 11 and all(given == equal[0] for given in equal)
     litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
                    (("litv2_cifar", {}), (transformer, equal[0])))
@@ -242,18 +241,19 @@ def test_litv2_stands_beside_a_transformer_of_equal_cost():
 
 
 def test_litv2s_studies_leave_nothing_to_chance():
-    """Every teacher is named, its answers are kept; seeds are whole; the published shares of Lo-Fi heads."""
-    taught = [cell.models["teacher_weights"] for cell in asked("", "_resnets") if cell.notebook.stem[:3] == "e02"]
-    litv2, deit = "small_litv2_teachers/LITv2", "small_litv2_teachers/DeiT"
-    assert Counter(taught) == {"deit_teacher/MobileNetV2": 6, litv2: 3, deit: 3}
-    teachers = [*asked("_teachers"), *grid_cells("deit_teacher")]
-    assert {cell.arm for cell in teachers} == {*taught} and all(cell.chosen["keep_answers"] for cell in teachers)
+    """Every teacher is here; seeds are whole; the published shares of Lo-Fi heads, with their accuracies."""
+    cells = asked("", "_teachers", "_resnets")
+    taught = Counter(cell.models["teacher_weights"] for cell in cells if cell.models)
+    assert taught == {"deit_teacher/MobileNetV2": 6, "small_litv2_teachers/LITv2": 3, "small_litv2_teachers/DeiT": 3}
+    assert not_here(cells) == []
     students = [cell.chosen for cell in asked("")]
     assert [cell["seed"] for cell in students] == [1] * 4 + [2] * 4 + [3] * 4
     assert all({**cell, "seed": 1} == students[n % 4] for n, cell in enumerate(students))
     known = published(shipped("reports/reference/litv2.csv"))
-    shares = known[known["where"] == "effect of alpha on LITv2-S"].item.astype(float)
-    assert sorted(cell.chosen["student_kwargs"]["alpha"] for cell in asked("_alpha")) == sorted(shares)
+    known = known[known["where"] == "effect of alpha on LITv2-S"].set_index("item").value.astype(float)
+    study = read_study("small_litv2_alpha")
+    assert study.published == pytest.approx({f"share {item}": value / 100 for item, value in known.items()})
+    assert all(float(arm.split()[-1]) == part["student_kwargs"]["alpha"] for arm, part in study.arms.items())
 
 
 def test_rates_are_tried_on_both_sides_of_the_expected():
@@ -268,23 +268,22 @@ def test_rates_are_tried_on_both_sides_of_the_expected():
 
 
 @pytest.mark.slow
-def test_notebook_says_a_failed_precondition(tmp_path):
+def test_notebook_compares_teachers_with_the_plain_student(tmp_path):
     """A teacher below the plain ResNet has a row that says so, though it taught none."""
-    def ended(config, **result):
+    def ended(config, arm, **result):
         folder = tmp_path / "runs" / run_name(config)
         save(config, folder / "config.yaml")
         (folder / "metrics.csv").write_text("epoch\n0\n")
+        (folder / "arms.json").write_text(json.dumps([arm]))
         (folder / "result.json").write_text(json.dumps(dict(hash=config_hash(config), **result)))
     for cell, right in zip(asked("_teachers"), (0.6, 0.3)):
-        ended(configure("teacher", cell.declared | cell.chosen), held_out_top1=right, test_top1=right)
+        ended(configure("teacher", cell.declared | cell.chosen), cell.arm, test_top1=right)
     for seed in (1, 2):
-        ended(replace(preset("small", "baseline"), t_max=0, lr=0.02, seed=seed), test_top1=0.35)
+        ended(preset("small", "baseline", t_max=0, lr=0.02, seed=seed), "small_tuned/plain", test_top1=0.35)
     analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"),
             reports=str(tmp_path / "runs"))
-    rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index("what")
-    assert rows.loc["a ResNet taught by LITv2, less alone", "answer"] == "its students: not run yet"
-    failed = rows.loc["a ResNet taught by DeiT, less alone"]
-    assert failed.answer.startswith("not answered") and float(failed["plain student, test"]) == 0.35
+    rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index(["arm", "other"]).difference
+    assert rows.to_dict() == pytest.approx({("LITv2", "plain ResNet-18"): 0.25, ("DeiT", "plain ResNet-18"): -0.05})
 
 
 def test_published_effect_of_alpha_is_shown():
