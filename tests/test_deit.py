@@ -4,7 +4,6 @@ from dataclasses import replace
 from unittest import mock
 
 import nbformat
-import pandas as pd
 import pytest
 import timm
 import torch
@@ -15,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from conftest import ROOT, TINY, on_ranks
 from vitdistill.analysis import published
 from vitdistill.augment import AUGMENTATIONS
-from vitdistill.config import Config, VitdistillError, config_hash, preset
+from vitdistill.config import Config, VitdistillError, config_hash, field_names, preset
 from vitdistill.data import image_side, load_data, split_rows
 from vitdistill.grids import grid_cells
 from vitdistill.launch import makes_teacher
@@ -24,7 +23,7 @@ from vitdistill.optimize import create_schedule
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run
 from vitdistill.setup import predict, prepare, resolve
-from vitdistill.tables import RECIPE, one_factor
+from vitdistill.study.compare import choices, load
 from vitdistill.teachers import adopt, untrained, with_members
 from vitdistill.train import batches, train
 
@@ -110,12 +109,11 @@ def test_preset_deit3_is_the_papers():
 
 def test_the_small_recipe_is_what_held_out_images_chose():
     """Of what deit_strengths.yaml asks."""
-    students = students_of("small_deit")
-    choices, its = pd.read_csv(ROOT / "reports/tables/deit_choices.csv"), students[0]
-    choices = choices[(choices.student == its.student) & (choices.epochs == its.epochs)].query("chosen == 'yes'")
-    best = Run(ROOT / "reports/runs" / choices.runs.item().split(", ")[0]).config
-    recipe = {field: value for field, value in vars(best).items() if field in RECIPE}
-    assert all(recipe == {field: getattr(student, field) for field in recipe} for student in students)
+    best = choices(load("deit_strengths")).query("chosen == 'yes'").runs.item()
+    fields = {*field_names(group="data"), *field_names(group="optimization"), "student_kwargs", "label_smoothing"}
+    fields -= {"seed", *field_names(split=True)}
+    recipe = {field: getattr(Run(ROOT / "reports/runs" / best).config, field) for field in fields}
+    assert all(recipe == {field: getattr(student, field) for field in recipe} for student in students_of("small_deit"))
 
 
 def test_deit3_can_be_evaluated_at_another_size():
@@ -172,7 +170,9 @@ def test_studies_make_configs(name, cells):
         assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9
     if name in ("deit_table8", "deit_gpu_parts"):  # one factor each; then other lengths
         changed = [[key for key, value in vars(config).items() if value != getattr(made[0], key)] for config in made]
-        assert not changed[0] and all(map(one_factor, changed[1:11]))  # the recipe, and what Table 8 tells
+        together = {"mixup", "cutmix"}, {"optimizer", "lr", "weight_decay"}
+        one_factor = [len(fields) == 1 or {*fields} in together for fields in changed[1:11]]
+        assert not changed[0] and all(one_factor)  # the recipe, and what Table 8 tells
         assert all("epochs" in fields for fields in changed[11:])
         assert name != "deit_table8" or made[0] == preset("small_deit", "baseline")
 

@@ -14,7 +14,7 @@ from vitdistill.analysis import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
 from vitdistill.config import Config, VitdistillError, config_hash, preset, repo_root, run_name, save, shipped
-from vitdistill.grids import grid_cells
+from vitdistill.grids import grid_cells, not_here
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student  # and registers LITv2
