@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Comparison', 'run_names', 'load', 'named', 'pairs',
-           'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'plot_forest', 'draw_forest', 'draw_curves',
-           'write', 'printed', 'main']
+           'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair', 'plot_forest',
+           'draw_forest', 'draw_curves', 'write', 'printed', 'main']
 
-# %% ../../nbs/study/04_compare.ipynb #873e0177
+# %% ../../nbs/study/04_compare.ipynb #0d14f452
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..agreement import predicted_epochs, read_predictions, same_data
 from ..analysis import curves, mean_curve, save_figure, save_table, style
-from ..config import VitdistillError, from_root, shipped_names
+from ..config import Config, VitdistillError, from_root, shipped_names
 from ..runs import Run, find_runs
 from ..studies import Study, arm_names, read_study, runs_of, sides, trains
 from .page import write_page
@@ -177,7 +177,7 @@ def missing(comparison:Comparison)->list[str]:
         elif not runs: notes.append(f'{arm}: no run.')
     return notes
 
-# %% ../../nbs/study/04_compare.ipynb #c1c10a84
+# %% ../../nbs/study/04_compare.ipynb #d7208f41
 def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]: # records: of `find_runs`
     "Returns 'study: arm', plain runs and taught runs of each difference between a taught arm and labels alone, once."
     found = {}
@@ -186,10 +186,21 @@ def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], 
         for arm, other in (pair for pair in pairs(comparison) if isinstance(pair[0], str)):
             taught, plain = (comparison.arms[side] for side in (arm, other))
             if not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
-            alone = not plain[0].config.teacher and plain[0].config.distillation == 'none'
-            if taught[0].config.teacher and alone:
+            if taught[0].config.teacher and on_labels(plain[0].config):
                 found.setdefault(frozenset(run.name for run in taught + plain), (f'{name}: {arm}', plain, taught))
     return list(found.values())
+
+def on_labels(config:Config)->bool:
+    "Returns whether a student learns from the true labels alone, without smoothing."
+    return config.distillation == 'none' and not config.label_smoothing
+
+def longest_pair(records:list[Run], dataset:str='')->tuple[list[Run], list[Run]]: # as `taught_pairs` takes them
+    "Returns plain and taught runs of the difference with most epochs, then the longest cosine; [] twice without any."
+    found = [pair[1:] for pair in taught_pairs(records, dataset) if not pair[2][0].config.allow_untrained]
+    def rank(pair):
+        config = pair[0][0].config
+        return min(run.epochs_done for side in pair for run in side), config.t_max, config.lr
+    return max(found, key=rank, default=([], []))
 
 # %% ../../nbs/study/04_compare.ipynb #5587b4e4
 def plot_forest(
