@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, on_ranks
-from vitdistill.analysis import published
+from vitdistill.study.results import published
 from vitdistill.augment import AUGMENTATIONS
 from vitdistill.config import Config, VitdistillError, config_hash, field_names, preset
 from vitdistill.data import image_side, load_data, split_rows

@@ -10,7 +10,7 @@ from torch import nn
 
 from forked_notebooks import analyse
 from test_notebooks import said
-from vitdistill.analysis import published
+from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
 from vitdistill.config import Config, VitdistillError, config_hash, preset, repo_root, run_name, save, shipped

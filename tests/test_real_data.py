@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitdistill.agreement import class_names
+from vitdistill.study.agreement import class_names
 from vitdistill.config import Config
 from vitdistill.data import cifar100_constants, load_data, read_pickle
 from vitdistill.launch import launch

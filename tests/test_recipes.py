@@ -15,7 +15,7 @@ import yaml
 
 from conftest import ROOT
 from test_notebooks import execute
-from vitdistill.analysis import settings
+from vitdistill.study.results import settings
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, config_hash, field_names, run_name, save
 from vitdistill.grids import grid_cells, not_here, parser, study_cells

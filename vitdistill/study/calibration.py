@@ -13,7 +13,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import gmean
 from sklearn.metrics import log_loss
-from ..agreement import ece, prediction_arrays, reliability
+from .results import prediction_arrays
+from .agreement import ece, reliability
 from ..config import VitdistillError, from_root, write_atomic
 from ..records import share_images, without_logits
 from ..runs import Run

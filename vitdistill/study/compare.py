@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from ..agreement import predicted_epochs, read_predictions, same_data
-from ..analysis import curves, mean_curve, save_figure, save_table, style
+from .results import predicted_epochs, read_predictions, same_data
+from .results import curves, mean_curve
+from .figures import save_figure, save_table, style
 from ..config import Config, VitdistillError, from_root, shipped_names
 from ..runs import Run, find_runs
 from ..studies import Study, arm_names, read_study, runs_of, sides, trains

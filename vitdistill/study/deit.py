@@ -9,8 +9,9 @@ __all__ = ['HEADS', 'values_by_seed', 'head_rows', 'token_rows', 'accuracies', '
 # %% ../../nbs/study/05a_deit.ipynb #bd9d09e9
 import json
 import numpy as np, pandas as pd, torch
-from ..agreement import decisions, disagreement
-from ..analysis import repeats, settings, teaching
+from .results import decisions
+from .agreement import disagreement
+from .results import settings
 from ..complexity import build
 from ..config import Config, field_names, preset
 from ..runs import Run
@@ -56,10 +57,10 @@ def accuracies(comparisons:list[Comparison])->pd.DataFrame:
     return frame[[*frame.columns.drop('runs'), 'runs']]
 
 def without_study(records:list[Run])->Comparison:
-    "Returns the DeiTs among the finished runs that no study lists; those that differ only in the seed are an arm."
+    "Returns the DeiTs among the finished runs that no study lists, each as an arm."
     deits = [run for run in records if run.status == 'done' and not run.arms and run.config.student.startswith('deit')]
-    arms = {f'{teaching(runs[0].config)} ({runs[0].name})': runs for runs in repeats(deits)}
-    return Comparison(Study('', arms={arm: {'runs': [run.name for run in runs]} for arm, runs in arms.items()}), arms)
+    arms = {run.name: [run] for run in deits}
+    return Comparison(Study('', arms={name: {'runs': [name]} for name in arms}), arms)
 
 # %% ../../nbs/study/05a_deit.ipynb #abbb9288
 def head_disagreement(

@@ -9,15 +9,16 @@ __all__ = ['mean_top1', 'course_rows', 'forecast', 'forecast_rows', 'long_rows',
 # %% ../../nbs/study/05_findings.ipynb #f3fc4cb7
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..agreement import agreements, ece, read_predictions, reliability
-from ..analysis import curves, mean_curve, significant
+from .results import read_predictions
+from .agreement import agreements, ece, reliability
+from .results import curves, mean_curve, significant
 from ..augment import unnumbered
 from ..config import Config, VitdistillError
 from ..runs import Run, read_arrays
 from ..studies import teachers_of
 from .compare import Comparison, ended, pairs, run_names
 from .stats import seed_interval
-from ..trends import EXPONENTIAL, LAWS, LOG, Law, Trend, fit
+from .trends import EXPONENTIAL, LAWS, LOG, Law, Trend, fit
 from ..views import expected_views, view_count
 
 # %% ../../nbs/study/05_findings.ipynb #4f931dc5

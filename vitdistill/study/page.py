@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Template
 from markupsafe import Markup
-from ..analysis import format_cell
+from .figures import format_cell
 from ..config import from_root, write_atomic
 from ..runs import Run, find_runs, machine_in_words
 from .watch import standing

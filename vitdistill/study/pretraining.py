@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'TUNED', 'can_settings', 'passes', 'seen_patches', 'view_cost', 'noise_explained', 'spread', 'arm_rows',
-           'cost_rows', 'table_with', 'made_how', 'beside_litv2']
+           'cost_rows', 'table_with']
 
 # %% ../../nbs/study/05b_pretraining.ipynb #398d9f55
 import json
@@ -122,13 +122,3 @@ def table_with(comparison:Comparison, **measures:str)->pd.DataFrame: # column ->
         other = replace(comparison, study=replace(comparison.study, measure=measure)).table()
         rows = rows.merge(other[['arm', 'other', 'difference']].rename(columns=dict(difference=column)), 'left')
     return rows
-
-# %% ../../nbs/study/05b_pretraining.ipynb #80c7c3f2
-_MADE = {"can_students/taught by CAN's model": 'pre-trained by CAN',
-         'can_controls_teach/taught by the model from scratch': 'from scratch, 80 epochs',
-         'can_controls_teach/taught by the even control': 'after 60 epochs of labels on crops and colours'}
-def made_how(runs): return lambda student: next((_MADE[arm] for arm in student.arms if arm in _MADE), '')
-
-def beside_litv2(runs):
-    return [run for run in runs if any(arm.startswith('small_litv2') for arm in run.arms)
-            and run.config.student.startswith(('litv2', 'deit'))]

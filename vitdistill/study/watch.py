@@ -12,7 +12,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tqdm import tqdm
-from ..analysis import TEACHING, readable, settings, style
+from .results import TEACHING, readable, settings
+from .figures import style
 from ..config import Config, VitdistillError, from_root, nearest
 from ..live import LiveCurve, in_jupyterlab
 from ..runs import Run, columns, find_runs
