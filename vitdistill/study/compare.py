@@ -7,19 +7,18 @@ __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Compa
            'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair', 'plot_forest',
            'draw_forest', 'draw_curves', 'write', 'printed', 'main']
 
-# %% ../../nbs/study/04_compare.ipynb #0d14f452
+# %% ../../nbs/study/04_compare.ipynb #4b90f826
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from .results import predicted_epochs, read_predictions, same_data
-from .results import curves, mean_curve
-from .figures import save_figure, save_table, style
 from ..config import Config, VitdistillError, from_root, shipped_names
 from ..runs import Run, find_runs
 from ..studies import Study, arm_names, read_study, runs_of, sides, trains
+from .figures import save_figure, save_table, style
 from .page import write_page
+from .results import curves, mean_curve, predicted_epochs, read_predictions, same_data
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
 
 # %% ../../nbs/study/04_compare.ipynb #69508232
@@ -82,13 +81,14 @@ def run_names(runs)->str:
     "Returns the names of runs, for a table's row."
     return ', '.join(run.name for run in runs)
 
-# %% ../../nbs/study/04_compare.ipynb #d3c238da
+# %% ../../nbs/study/04_compare.ipynb #9e217ccc
 def load(
     study:str|Path|Study,              # name in nbs/studies, or path of a file
-    runs:str|Path|list='reports/runs', # folder of run folders, or the runs themselves
+    runs:str|Path|list='',             # folder of run folders, or the runs; '': where the study's file puts them
 )->Comparison:
     "Returns a study with the runs that are there."
     study = study if isinstance(study, Study) else read_study(study)
+    if runs == '': runs = study.common.get('runs_dir', 'reports/runs')
     records = runs if isinstance(runs, list) else [run for run in find_runs(runs) if run.status != 'unreadable']
     return Comparison(study, {name: runs_of(study, name, records) for name in arm_names(study)})
 
@@ -283,7 +283,7 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
     return write_page(out/f'{study.name}.html', study.title or study.name, [line for line in lead if line],
                       {'Pictures': drawn, 'Tables': made})
 
-# %% ../../nbs/study/04_compare.ipynb #d3e81d15
+# %% ../../nbs/study/04_compare.ipynb #5688aef2
 def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
     arms, rows = comparison.accuracies(), comparison.table()
@@ -300,13 +300,14 @@ def main(arguments:list=None)->int:
                                      description='Compare the arms of a study, finished or not: table, forest plot, '
                                      'curves, page.')
     parser.add_argument('study', help='name of a study in nbs/studies, or its file')
-    parser.add_argument('--runs', default='reports/runs', help='folder of run folders (default: %(default)s)')
+    parser.add_argument('--runs', default='',
+                        help="folder of run folders (default: the study's runs_dir, or reports/runs)")
     parser.add_argument('--out', default='out/compare',
                         help='folder for tables/, figures/ and the page (default: %(default)s)')
     args = parser.parse_args(arguments)
     comparison = load(args.study, args.runs)
     if not any(comparison.arms.values()):
-        raise VitdistillError(f'{args.runs} has no run of {args.study}: start it by vitdistill grid {args.study}, or '
+        raise VitdistillError(f'there is no run of {args.study}: start it by vitdistill grid {args.study}, or '
                               'name run folders in the file: "plain: {runs: [NAME, ...]}".')
     print(printed(comparison))
     print(f'wrote {write(comparison, from_root(args.out))}')
