@@ -7,13 +7,11 @@ __all__ = ['HEADS', 'values_by_seed', 'head_rows', 'token_rows', 'accuracies', '
            'differing_fields', 'recipe_rows', 'variant_rows']
 
 # %% ../../nbs/study/05a_deit.ipynb #bd9d09e9
-import json
 import numpy as np, pandas as pd, torch
 from .results import decisions
 from .agreement import disagreement
-from .results import settings
 from ..complexity import build
-from ..config import Config, field_names, preset
+from ..config import Config, defining, field_names, preset
 from ..runs import Run
 from ..studies import Study
 from .compare import Comparison, ended, run_names
@@ -53,8 +51,7 @@ def accuracies(comparisons:list[Comparison])->pd.DataFrame:
     "Returns `Comparison.accuracies` with the mean accuracy of each head; of arms with equal runs only the first."
     frame = pd.DataFrame([row | values_by_seed(one.arms[row['arm']], 'heads').mean().add_suffix('_top1').to_dict()
                           for one in comparisons for row in one.accuracies().to_dict('records')])
-    frame = frame[~frame.runs.duplicated() | (frame.seeds == 0)]
-    return frame[[*frame.columns.drop('runs'), 'runs']]
+    return frame[~frame.runs.duplicated() | (frame.seeds == 0)][[*frame.columns.drop('runs'), 'runs']]
 
 def without_study(records:list[Run])->Comparison:
     "Returns the DeiTs among the finished runs that no study lists, each as an arm."
@@ -82,9 +79,10 @@ def head_disagreement(
 # %% ../../nbs/study/05a_deit.ipynb #a4e21889
 def differing_fields(arms:dict[str, list[Run]])->pd.DataFrame: # a row an arm that has runs
     "Returns the fields of Config in which the arms differ, without the seed."
-    configs = {arm: json.loads(settings(runs[0].config, {'weights_hash'})) for arm, runs in arms.items() if runs}
+    configs = {arm: defining(runs[0].config) for arm, runs in arms.items() if runs}
     frame = pd.json_normalize([*configs.values()]).set_axis([*configs])
-    return frame.loc[:, frame.astype(str).nunique(dropna=False) > 1]
+    apart = frame.astype(str).nunique(dropna=False) > 1
+    return frame.loc[:, apart & ~frame.columns.isin(['seed', 'weights_hash'])]
 
 def recipe_rows(parts:dict)->pd.DataFrame: # column -> (preset, part); field, then a column per recipe, as text
     "Returns the fields of student, data, objective and optimization in which a recipe differs from the defaults."
