@@ -105,15 +105,15 @@ Path("mine/nbs/presets/own.yaml").write_text("baseline: {lr: -1}")
 os.chdir("mine/nbs")
 print("root", repo_root() == Path.cwd().parent, said("train", "--config", "own:baseline"))
 grid = said("grid", "studies/small_overtake.yaml", "--dry-run")
-print("grid", "e02_distilled_resnet50" in grid)
+print("grid", "hard seed=1" in grid)
 sys.modules["papermill"] = None
 print("lacking", said("demo"))
-from vitdistill import agreement, analysis, comparison, trends, watch
-from vitdistill.study import page
+from vitdistill import watch
+from vitdistill.study import agreement, compare, page, results, trends
 from vitdistill.runs import find_runs
-print("reference", len(analysis.published()) > 20, len(agreement.class_names("cifar100", 100)))
+print("reference", len(results.published()) > 20, len(agreement.class_names("cifar100", 100)))
 runs = [run for run in find_runs(sys.argv[1]) if run.config.experiment == "baseline"]
-print("analysis", *analysis.summary(runs).status.unique(), len(analysis.curves(runs)) > 100)
+print("analysis", *results.summary(runs).status.unique(), len(results.curves(runs)) > 100)
 """
 
 
