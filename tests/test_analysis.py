@@ -83,8 +83,9 @@ def test_a_processor_without_avx512_changes_no_digit(name, tmp_path):
 
 
 def test_nothing_in_reports_is_of_yesterday():
-    """Each committed figure and table is named in the notebook that writes it."""
+    """Each committed figure and table is named in the notebook that writes it, or is a study's."""
     sources = "".join((ROOT / f"nbs/analysis/{name}.ipynb").read_text() for name in FIGURES)
+    sources += "".join(f"{name} {name}_choices " for name in shipped_names("nbs/studies", ".yaml"))
     assert len(tracked()) > 100 and len(FIGURES) == 9
     for path in tracked():
         stem = path.rpartition("/")[2].rpartition(".")[0]
@@ -142,6 +143,11 @@ def test_complexity_analysis(rebuilt):
     assert not list(out.parent.glob("*/*/complexity_seconds*"))
 
 
+def in_pair(folder, taught):
+    """Makes a run an arm of the study pair."""
+    (folder / "arms.json").write_text(json.dumps(["pair/taught" if taught else "pair/plain"]))
+
+
 def curve_run(root, accuracy, seed=1, done=60, **over):
     """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a point."""
     c, epoch = Config(dataset="digits", epochs=60, seed=seed, **over), np.arange(1, done + 1)
@@ -151,6 +157,7 @@ def curve_run(root, accuracy, seed=1, done=60, **over):
     frame.to_csv(root / run_name(c) / "metrics.csv", index=False)
     if done == 60:
         (root / run_name(c) / "result.json").write_text(json.dumps({"hash": config_hash(c)}))
+    in_pair(root / run_name(c), c.teacher)
     return root / run_name(c)
 
 
@@ -212,12 +219,13 @@ def papers_pair(root, taught_less_plain, done=(150, 140), seeds=(1, 2, 3)):
             top1 = 0.05 + 0.1 * np.log(epoch) + more + np.random.default_rng(seed + len(way)).normal(0, 0.003, n)
             frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=top1, seconds=1.0, teacher_seconds=0.5))
             frame.to_csv(root / run_name(c) / "metrics.csv", index=False)
+            in_pair(root / run_name(c), way)
 
 
 def test_figure4_on_the_papers_axes(tmp_path):
     """Both laws over the epochs that both arms have; the crossover; Table 1 to the letter, or why not."""
     papers_pair(tmp_path / "runs", -0.03)
-    curve_run(tmp_path / "runs", lambda e: 0.5)  # of other settings: not in the figure
+    (curve_run(tmp_path / "runs", lambda e: 0.5) / "arms.json").unlink()  # of no study: not in the figure
     analyse("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     laws = pd.read_csv(tmp_path / "out/tables/trendlines.csv").set_index("curve")
     assert (laws.loc[["baseline, measured", "distilled, measured"], "fitted to epochs"] == "1 to 140").all()

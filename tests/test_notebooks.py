@@ -17,7 +17,7 @@ from conftest import ROOT, environment
 from vitdistill.config import preset
 from vitdistill.grids import grid_cells, noted_runs, place_of, run_batch
 from vitdistill.runs import find_runs
-from vitdistill.study.compare import main as compare
+from vitdistill.study.compare import load, main as compare
 from vitdistill.teachers import answers_head, untrained
 from vitdistill.train import train
 
@@ -85,7 +85,7 @@ def test_the_pair_is_compared(study, tmp_path):
 
 
 def test_a_study_is_trained_and_compared(tmp_path, capsys):
-    """A teacher, then a student that names it; the comparison knows both students; nothing is trained twice."""
+    """A teacher, then a student that names it; the comparison knows both; a new arm is trained alone."""
     file, folder = tmp_path / "mine.yaml", tmp_path / "out/compare"
     common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.2,
                   epochs=1)
@@ -104,8 +104,11 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
     assert f"taught minus plain: {gap:+.1f} points" in capsys.readouterr().out
     assert (folder / "mine.html").is_file() and (folder / "tables/mine.csv").is_file()
     assert {"mine_forest.svg", "mine_curves.svg"} <= {path.name for path in (folder / "figures").iterdir()}
-    assert [cell.state for cell in run_batch(file, out=tmp_path / "out")] == ["done"] * 3
-    assert len(find_runs(tmp_path / "runs")) == 3
+    study = yaml.safe_load(file.read_text())
+    study["arms"]["alone"] = dict(plain, label_smoothing=0.1)  # a new arm is a line of the file
+    file.write_text(yaml.safe_dump(study))
+    assert [cell.state for cell in run_batch(file, out=tmp_path / "out")] == ["done"] * 4
+    assert len(find_runs(tmp_path / "runs")) == 4 and "alone" in load(file, tmp_path / "runs").table().arm.to_list()
 
 
 def test_deit_notebook(tmp_path):

@@ -311,7 +311,7 @@ def test_analysis_compares_the_arms_of_a_file_of_ones_own(made_up, tmp_path):
     file.write_text("measure: linear_test_top1\narms: {mine: {runs: ['pretrain-*-s2-*']}, CAN: can_pretrain/CAN}\n")
     analyse("a08_can", tmp_path / "a08.ipynb", study=str(file), reports=made_up["runs_dir"], out=str(tmp_path / "out"))
     arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv").set_index("arm")
-    assert arms["linear probe, test"]["CAN"] == "0.3" and arms.seeds["mine"] == 1
+    assert float(arms["linear probe, test"]["CAN"]) == 0.3 and arms.seeds["mine"] == 1
     assert not (tmp_path / "out/tables/can_differences.csv").exists()  # the file compares none
 
 

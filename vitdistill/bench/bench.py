@@ -198,7 +198,7 @@ def ratios(turns:pd.DataFrame, config:Config)->pd.DataFrame: # turns: of `measur
 def draw(turns:pd.DataFrame): # turns: of `measure`
     "Returns a figure of the images per second of every contender."
     import seaborn as sns # here, so that workers start faster
-    from vitdistill.analysis import style
+    from vitdistill.study.figures import style
     style()
     timed = rates(turns).dropna(subset='images_per_second')
     grid = sns.catplot(timed, x='images_per_second', y='contender', kind='box', log_scale=True, height=4, aspect=1.8)

@@ -116,7 +116,7 @@ def record(
     figure=None      # of matplotlib
 )->str:
     "Writes <machine>[-<kind>].txt, a CSV file for each table and a picture; returns the text."
-    from vitdistill.analysis import save_figure # here, so that workers start faster
+    from vitdistill.study.figures import save_figure # here, so that workers start faster
     about = environment() | dict(instructions=instruction_set())
     name, head = '-'.join(filter(None, [machine_name(about, device), kind])), headline(about, device, noise)
     text = '\n\n'.join([head, *(show(part) if isinstance(part, pd.DataFrame) else part for part in parts if len(part))])
