@@ -183,16 +183,16 @@ def teacher_rows(
     rows, table = [], comparison.table()
     for row in table[table.other == comparison.study.baseline].itertuples():
         teachers = [run for run in teachers_of(comparison.study, row.arm, records) if run.status == 'done']
-        plain = [*ended(comparison.arms[row.other]).values()]
+        plain, students = ([*ended(comparison.arms[arm]).values()] for arm in (row.other, row.arm))
+        if students[0].config.fold_answers != 'unseen': continue # records of folds hold only answers on unseen images
         try: met = {part: pd.DataFrame([agreements(teachers, run, part) for run in plain]).mean(numeric_only=True)
                     for part in ('test', 'train') if teachers}
         except VitdistillError: continue # a teacher without predictions
         if not met: continue
-        student = ended(comparison.arms[row.arm])[min(ended(comparison.arms[row.arm]))]
-        cards = [run.result.get('teacher_card') or {} for run in ended(comparison.arms[row.arm]).values()]
+        cards = [run.result.get('teacher_card') or {} for run in students]
         rows.append(dict(arm=row.arm, teacher=teachers[0].config.student, teachers=len(teachers),
                          teacher_images=next((card['n_train'] for card in cards if card.get('n_train')), np.nan),
-                         teacher_held_out=student.result.get('teacher_top1'), teacher_test=met['test'].teacher_top1,
+                         teacher_held_out=students[0].result.get('teacher_top1'), teacher_test=met['test'].teacher_top1,
                          apart_test=1 - met['test'].agree, apart_train=1 - met['train'].agree,
                          difference=row.difference, low=row.low, high=row.high, seeds=row.seeds, runs=row.runs))
     return pd.DataFrame(rows)
