@@ -14,7 +14,7 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import gmean
 from sklearn.metrics import log_loss
 from .results import prediction_arrays
-from .agreement import ece, reliability
+from .agreement import ece
 from ..config import VitdistillError, from_root, write_atomic
 from ..records import share_images, without_logits
 from ..runs import Run
@@ -25,7 +25,7 @@ def scores(log_p, label)->dict: # (n, C) log-probabilities, (n,) classes
     p, right = np.exp(log_p), log_p.argmax(1) == label
     brier = np.square(p - np.eye(p.shape[1])[label]).sum(1).mean()
     return dict(nll=log_loss(label, p, labels=range(p.shape[1])), brier=float(brier),
-                ece=ece(reliability(p.max(1), right)))
+                ece=ece(p.max(1), right))
 
 # %% ../../nbs/study/07_calibration.ipynb #2c4f9cd7
 def fit_temperature(log_p, label)->float: # log-probabilities and labels of held-out images

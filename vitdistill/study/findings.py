@@ -10,7 +10,7 @@ __all__ = ['mean_top1', 'course_rows', 'forecast', 'forecast_rows', 'long_rows',
 from pathlib import Path
 import numpy as np, pandas as pd
 from .results import read_predictions
-from .agreement import agreements, ece, reliability
+from .agreement import agreements, ece
 from .results import curves, mean_curve, significant
 from ..augment import unnumbered
 from ..config import Config, VitdistillError
@@ -169,7 +169,7 @@ def calibration_rows(arms:dict[str, list[Run]])->pd.DataFrame: # finished runs w
     for name, arm in arms.items():
         done = [run for run in ended(arm).values() if (run.folder/'predictions.npz').is_file()]
         frames = [read_predictions(run) for run in done]
-        errors = pd.Series([ece(reliability(one.confidence, one.decision == one.label)) for one in frames], dtype=float)
+        errors = pd.Series([ece(one.confidence, one.decision == one.label) for one in frames], dtype=float)
         if done: rows.append(dict(arm=name, top1=np.mean([run.result['test_top1'] for run in done]), ece=errors.mean(),
                                   ece_std=errors.std(), seeds=len(done), runs=run_names(done)))
     return significant(pd.DataFrame(rows))
