@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'check_parameters', 'study_cells', 'old_cells', 'grid_cells',
            'slot_environment', 'place_of', 'write_jobs', 'read_jobs', 'write_record', 'cell_of', 'read_record',
-           'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'look', 'tally', 'table',
-           'refuse_busy', 'begun', 'runs_folder', 'has_model', 'not_here', 'start_order', 'turn', 'run_batch',
-           'records_of_jobs', 'submit_batch', 'parser', 'main']
+           'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'runs_folder', 'named_fields',
+           'finished', 'look', 'tally', 'table', 'refuse_busy', 'begun', 'has_model', 'not_here', 'start_order', 'turn',
+           'run_batch', 'records_of_jobs', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
 import argparse, inspect, itertools, json, os, queue, re, signal, socket, subprocess, sys, threading, time
@@ -23,7 +23,8 @@ from .config import (Config, VitdistillError, fitting, from_root, load_yaml, nea
                                repo_root, shipped, shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, makes_teacher, stop
 from .runs import Run, cores, is_locked
-from .studies import MODELS, Study, combinations, full_name, model_of, named, order, parameters_of, read_study
+from .studies import (MODELS, Study, combinations, full_name, model_of, named, order, parameters_of,
+                                read_study, runs_with)
 
 # %% ../nbs/07a_grids.ipynb #2ce04fbc
 @dataclass
@@ -245,8 +246,25 @@ def state_now(cell:Cell, place:Path, jobs:dict|None)->str: # jobs: what `queued`
     if state == 'cut' and waits: return 'waiting'
     return 'gone' if state == 'waiting' and jobs is not None and 'job' in record and not waits else state
 
+# %% ../nbs/07a_grids.ipynb #ce4532d4
+def runs_folder(cell:Cell)->str:
+    "Returns the folder of a cell's run folders."
+    shared = preset_parts(cell.chosen['preset']).get('common', {}) if cell.chosen.get('preset') else {}
+    return cell.chosen.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
+
+def named_fields(cell:Cell)->dict:
+    "Returns the parameters of a cell that its run has to have, without the seed and what may differ in a record."
+    elsewhere = 'seed', 'runs_dir', 'work_dir', *MODELS
+    return {key: value for key, value in cell.chosen.items() if key not in elsewhere and value is not None}
+
+def finished(cell:Cell)->Run|None:
+    "Returns the finished run of a cell's arm, seed and parameters; None without one."
+    runs = runs_with(cell.arm, runs_folder(cell), **named_fields(cell))
+    return next((run for run in runs if run.config.seed == cell.chosen.get('seed', run.config.seed)), None)
+
+
 # %% ../nbs/07a_grids.ipynb #ff062183
-def look(cells:list, folder:Path)->list:
+def look(cells:list, folder:Path, elsewhere:bool=False)->list: # elsewhere: whether runs that another clone made count
     "Returns the same cells, each with its state, the epochs of its run and the seconds until it is done."
     jobs, places = queued(), [place_of(folder, number, cell) for number, cell in enumerate(cells)]
     states = [state_now(cell, place, jobs) for cell, place in zip(cells, places)]
@@ -257,6 +275,7 @@ def look(cells:list, folder:Path)->list:
         if state == 'gone':
             state = f"job {record.get('job')} ended without a record: does its node see {folder}? See {folder/'slurm'}"
         cell.state, cell.seconds, run = state, record.get('seconds', 0.), next(reversed(noted_runs(place)), None)
+        if elsewhere and state == 'left' and cell.arm and (run := finished(cell)): cell.state = 'done'
         if run is None or run.status in ('new', 'unreadable'): continue
         rows = run.last_rows()
         cell.epochs = int(rows[-1]['epoch']) + 1 if rows else 0, run.config.epochs
@@ -319,16 +338,9 @@ def begun(cells:list, folder:Path):
         yield
 
 # %% ../nbs/07a_grids.ipynb #0c689f5a
-def runs_folder(cell:Cell)->str:
-    "Returns the folder of a cell's run folders."
-    shared = preset_parts(cell.chosen['preset']).get('common', {}) if cell.chosen.get('preset') else {}
-    return cell.chosen.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
-
 def has_model(cell:Cell)->bool:
     "Returns whether a cell's model, or its answers, are here, from a run with the parameters that the cell names."
-    elsewhere = 'seed', 'runs_dir', 'work_dir', *MODELS # may differ in a record
-    given = {key: value for key, value in cell.chosen.items() if key not in elsewhere and value is not None}
-    try: return bool(cell.arm and model_of(cell.arm, cell.chosen.get('seed'), runs_folder(cell), **given))
+    try: return bool(cell.arm and model_of(cell.arm, cell.chosen.get('seed'), runs_folder(cell), **named_fields(cell)))
     except VitdistillError: return False
 
 def not_here(cells:list)->list:
@@ -462,7 +474,9 @@ def main(arguments:list=None)->int:
             return execute_alone(args.grid, args.nodes or 1, args.node or 0, args.meet or '')
         if args.at_once is not None and args.at_once < 1:
             raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it out.')
-        if args.status: print(table(look(cells := grid_cells(args.grid), from_root(args.out)/Path(args.grid).stem)))
+        if args.status:
+            cells = look(grid_cells(args.grid), from_root(args.out)/Path(args.grid).stem, elsewhere=True)
+            print(table(cells))
         elif args.on == 'local' or args.dry_run: cells = run_batch(args.grid, args.out, args.at_once, args.dry_run)
         else:
             cells = submit_batch(args.grid, read_ask(args.cluster, **asked), args.out)

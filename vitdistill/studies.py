@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'trains', 'full_name', 'parameters_of', 'order', 'combinations', 'named', 'arm_names', 'references',
-           'check', 'sides', 'study_file', 'read_study', 'parsed', 'runs_of', 'teachers_of', 'model_of']
+           'check', 'sides', 'study_file', 'read_study', 'parsed', 'runs_of', 'teachers_of', 'runs_with', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
@@ -194,6 +194,11 @@ def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_
     return [run for name in names for run in runs_of(study, name, records)]
 
 # %% ../nbs/07_studies.ipynb #91ad3564
+def runs_with(arm:str, runs_dir:str, **fields)->list[Run]: # arm: 'study/arm'; fields: of Config, that they have to have
+    "Returns the finished runs of an arm in a folder."
+    return [run for run in find_runs(runs_dir) if arm in run.arms and run.status == 'done'
+            and all(getattr(run.config, key, value) == value for key, value in fields.items())]
+
 def model_of(
     arm:str,       # 'study/arm'
     seed:int|None, # of the run that uses the model
@@ -201,8 +206,7 @@ def model_of(
     **fields       # of Config, that the run has to have
 )->str:
     "Returns the path of the model that an arm trained, or of its answers if the model is not here."
-    runs = [run for run in find_runs(runs_dir) if arm in run.arms and run.status == 'done'
-            and all(getattr(run.config, key, value) == value for key, value in fields.items())]
+    runs = runs_with(arm, runs_dir, **fields)
     runs = [run for run in runs if run.config.seed == seed] or runs
     if not runs: raise VitdistillError(f'{arm} has no finished run in {runs_dir}: run its study first.')
     if len(runs) > 1:
