@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, yaml
 from .config import Config, VitdistillError, config_hash, field_names, from_dict, from_root, repo_root
 from .config import run_name, write_atomic
-from .runs import Run, find_runs, read_arrays
+from .runs import Run, RunWriter, find_runs, read_arrays
 
 # %% ../nbs/06b_records.ipynb #7a6278f0
 _begin = r'(?<![\w./])(?!(?<=:)//\w)' # a path may begin here; not within a word, another path or an address
@@ -176,6 +176,7 @@ def adopt_record(
         if file.name not in kept | set(files): file.unlink(missing_ok=True)
     written = [name for name in files if name not in kept and files[name]]
     for name in written: write_atomic(folder/name, files[name])
+    for arm in run.arms: RunWriter(folder).add_arm(arm)
     share_images(folder)
     return written
 

@@ -161,7 +161,10 @@ def parsed(file:Path, changed:int)->Study: # changed: time of the file's last ch
         if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
         kind = allowed[key].type
         if not isinstance(value, kind): raise VitdistillError(f'{file}: {key} = {value!r} is no {kind.__name__}.')
-    check(study := Study(file.stem, **values))
+    study = Study(file.stem, **values)
+    try: check(study)
+    except RecursionError:
+        raise VitdistillError(f'{file} and another study name arms of each other: let one of them train.') from None
     return study
 
 # %% ../nbs/07_studies.ipynb #09c0817d
