@@ -7,7 +7,7 @@ from forked_notebooks import analyse
 from vitdistill.config import Config, save
 from vitdistill.runs import RunWriter
 
-FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_noise", "agreement_teacher"]
+FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_teacher"]
 TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 
