@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'check_parameters', 'study_cells', 'old_cells', 'grid_cells',
            'slot_environment', 'place_of', 'write_jobs', 'read_jobs', 'write_record', 'cell_of', 'read_record',
-           'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'runs_folder', 'named_fields',
+           'noted_runs', 'held', 'end', 'execute', 'execute_alone', 'state_now', 'runs_of_cell', 'named_fields',
            'finished', 'look', 'tally', 'table', 'refuse_busy', 'begun', 'has_model', 'not_here', 'start_order', 'turn',
            'run_batch', 'records_of_jobs', 'submit_batch', 'parser', 'main']
 
@@ -14,17 +14,18 @@ import argparse, inspect, itertools, json, os, queue, re, signal, socket, subpro
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 import torch, yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, queued, read_ask, submit
-from .config import (Config, VitdistillError, fitting, from_root, load_yaml, nearest, preset_parts,
-                               repo_root, shipped, shipped_names, write_atomic)
+from .config import (VitdistillError, fitting, from_root, load_yaml, nearest, repo_root, shipped,
+                               shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, makes_teacher, stop
-from .runs import Run, cores, is_locked
-from .studies import (MODELS, Study, combinations, full_name, model_of, named, order, parameters_of,
-                                read_study, runs_with)
+from .runs import Run, cores, find_runs, is_locked
+from .studies import (MODELS, Study, check_vary, combinations, full_name, model_of, named, order,
+                                parameters_of, read_study, runs_folder, runs_with)
 
 # %% ../nbs/07a_grids.ipynb #2ce04fbc
 @dataclass
@@ -56,14 +57,10 @@ def notebook_of(name:str)->tuple[Path, dict]: # name: of nbs/experiments, withou
 
 def check_parameters(fixed, vary, name:str, declared:dict)->None: # of the notebook `name`, declared by it
     "Raises a `VitdistillError` for parameters that a notebook lacks, or values to vary that are no lists."
-    for key, given in (('parameters', fixed), ('vary', vary)):
-        if not isinstance(given, dict):
-            raise VitdistillError(f'{key} = {given!r} of {name} names no parameters: write "{key}: {{seed: ...}}".')
+    if not isinstance(fixed, dict):
+        raise VitdistillError(f'parameters = {fixed!r} of {name} names no parameters: write "parameters: {{lr: 1}}".')
+    check_vary(vary, name)
     check_names({**fixed, **vary}, declared, f' of {name}')
-    for key, values in vary.items():
-        if not values or not isinstance(values, list):
-            raise VitdistillError(f'vary: {key} = {values!r} of {name} is no list of values: give one, such as '
-                                  f'[{1 if values == [] else values}].')
 
 # %% ../nbs/07a_grids.ipynb #1c12a8fc
 def study_cells(study:Study)->list[Cell]:
@@ -187,7 +184,7 @@ def execute(
     meeting:dict=None # nnodes and rdzv_endpoint of a cell on several nodes
 )->None:
     "Executes a cell by papermill and sets its state."
-    try: models = {key: model_of(arm, cell.chosen.get('seed'), runs_folder(cell)) for key, arm in cell.models.items()}
+    try: models = {key: model_of(arm, cell.chosen.get('seed'), runs_of_cell(cell)) for key, arm in cell.models.items()}
     except VitdistillError as e:
         cell.state = str(e)
         return write_record(output, cell, host=socket.gethostname())
@@ -247,19 +244,18 @@ def state_now(cell:Cell, place:Path, jobs:dict|None)->str: # jobs: what `queued`
     return 'gone' if state == 'waiting' and jobs is not None and 'job' in record and not waits else state
 
 # %% ../nbs/07a_grids.ipynb #ce4532d4
-def runs_folder(cell:Cell)->str:
+def runs_of_cell(cell:Cell)->str:
     "Returns the folder of a cell's run folders."
-    shared = preset_parts(cell.chosen['preset']).get('common', {}) if cell.chosen.get('preset') else {}
-    return cell.chosen.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
+    return runs_folder((cell.declared or {}) | cell.chosen)
 
 def named_fields(cell:Cell)->dict:
     "Returns the parameters of a cell that its run has to have, without the seed and what may differ in a record."
     elsewhere = 'seed', 'runs_dir', 'work_dir', *MODELS
     return {key: value for key, value in cell.chosen.items() if key not in elsewhere and value is not None}
 
-def finished(cell:Cell)->Run|None:
+def finished(cell:Cell, read=find_runs)->Run|None: # read: folder -> records
     "Returns the finished run of a cell's arm, seed and parameters; None without one."
-    runs = runs_with(cell.arm, runs_folder(cell), **named_fields(cell))
+    runs = runs_with(cell.arm, read(runs_of_cell(cell)), **named_fields(cell))
     return next((run for run in runs if run.config.seed == cell.chosen.get('seed', run.config.seed)), None)
 
 
@@ -268,6 +264,7 @@ def look(cells:list, folder:Path, elsewhere:bool=False)->list: # elsewhere: whet
     "Returns the same cells, each with its state, the epochs of its run and the seconds until it is done."
     jobs, places = queued(), [place_of(folder, number, cell) for number, cell in enumerate(cells)]
     states = [state_now(cell, place, jobs) for cell, place in zip(cells, places)]
+    read = lru_cache(find_runs) # a folder once, not once a cell
     for cell, place, state in zip(cells, places, states):
         record = read_record(place, cell)
         if state in ('gone', 'waiting') and any(states[n] not in STANDING for n in record.get('after', [])):
@@ -275,7 +272,7 @@ def look(cells:list, folder:Path, elsewhere:bool=False)->list: # elsewhere: whet
         if state == 'gone':
             state = f"job {record.get('job')} ended without a record: does its node see {folder}? See {folder/'slurm'}"
         cell.state, cell.seconds, run = state, record.get('seconds', 0.), next(reversed(noted_runs(place)), None)
-        if elsewhere and state == 'left' and cell.arm and (run := finished(cell)): cell.state = 'done'
+        if elsewhere and state == 'left' and cell.arm and (run := finished(cell, read)): cell.state = 'done'
         if run is None or run.status in ('new', 'unreadable'): continue
         rows = run.last_rows()
         cell.epochs = int(rows[-1]['epoch']) + 1 if rows else 0, run.config.epochs
@@ -340,7 +337,7 @@ def begun(cells:list, folder:Path):
 # %% ../nbs/07a_grids.ipynb #0c689f5a
 def has_model(cell:Cell)->bool:
     "Returns whether a cell's model, or its answers, are here, from a run with the parameters that the cell names."
-    try: return bool(cell.arm and model_of(cell.arm, cell.chosen.get('seed'), runs_folder(cell), **named_fields(cell)))
+    try: return bool(cell.arm and model_of(cell.arm, cell.chosen.get('seed'), runs_of_cell(cell), **named_fields(cell)))
     except VitdistillError: return False
 
 def not_here(cells:list)->list:
@@ -353,7 +350,7 @@ def not_here(cells:list)->list:
                        if not (str(file).startswith('hf-hub:') or fitting(str(file)))]
         for arm in cell.models.values():
             if arm in ours: continue
-            try: model_of(arm, cell.chosen.get('seed'), runs_folder(cell))
+            try: model_of(arm, cell.chosen.get('seed'), runs_of_cell(cell))
             except VitdistillError: absent.append(arm)
     return list(dict.fromkeys(absent))
 

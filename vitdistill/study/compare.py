@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..config import Config, VitdistillError, from_root, shipped_names
 from ..runs import Run, find_runs
-from ..studies import Study, arm_names, read_study, runs_of, sides, trains
+from ..studies import Study, arm_names, read_study, runs_folder, runs_of, sides, trains
 from .figures import save_figure, save_table, style
 from .page import write_page
 from .results import curves, mean_curve, predicted_epochs, read_predictions, same_data
@@ -88,7 +88,7 @@ def load(
 )->Comparison:
     "Returns a study with the runs that are there."
     study = study if isinstance(study, Study) else read_study(study)
-    if runs == '': runs = study.common.get('runs_dir', 'reports/runs')
+    if runs == '': runs = runs_folder(study.common)
     records = runs if isinstance(runs, list) else [run for run in find_runs(runs) if run.status != 'unreadable']
     return Comparison(study, {name: runs_of(study, name, records) for name in arm_names(study)})
 
@@ -256,7 +256,7 @@ def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn;
         line, = ax.plot(means[arm].index, means[arm], label=arm)
         ends = drawn[arm].groupby('epoch').test_top1.agg(['min', 'max']).loc[means[arm].index]
         ax.fill_between(ends.index, ends['min'], ends['max'], color=line.get_color(), alpha=.15, linewidth=0)
-    ax.legend(fontsize='small')
+    if means: ax.legend(fontsize='small')
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='epoch', ylabel='test accuracy', title=comparison.study.title)
