@@ -28,7 +28,8 @@ from .track import tracker_names
 
 # %% ../nbs/07_launch.ipynb #bd45b26d
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
-                  'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out')
+                  'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out', 'data',
+                  'teacher_name', 'seeds')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 
 # %% ../nbs/07_launch.ipynb #ecb4f3bd

@@ -1,0 +1,182 @@
+"""A folder of images becomes a teacher, two students, a comparison and predictions: by command, call and notebook."""
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from conftest import ROOT
+from test_notebooks import execute, said
+from vitdistill import api
+from vitdistill.cli import main
+from vitdistill.config import VitdistillError, preset
+from vitdistill.losses import OBJECTIVES
+from vitdistill.predict import load_model, predict
+from vitdistill.ranks import Ranks
+from vitdistill.runs import find_runs
+from vitdistill.setup import prepare, resolve
+from vitdistill.study.results import read_predictions
+from vitdistill.train import batches
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, allow_untrained=True, nproc=1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three classes of ten noisy pictures, dark to bright."""
+    folder = tmp_path_factory.mktemp("images")
+    for c, name in enumerate(["dark", "grey", "light"]):
+        (folder / name).mkdir()
+        for i in range(10):
+            pixels = np.random.default_rng([c, i]).integers(80 * c, 80 * c + 80, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A model folder of a small transformer with a head for other classes."""
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT)
+    return api.save(vit, tmp_path_factory.mktemp("vit"), list("abcde"), 32, ((0.5,) * 3, (0.5,) * 3), **VIT)
+
+
+@pytest.fixture(scope="module")
+def job(images, weights, tmp_path_factory):
+    """The command, as a user would type it; what it printed."""
+    out = tmp_path_factory.mktemp("job") / "mine"
+    options = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    words = ["distill", str(images), "--out", str(out), "--teacher", str(weights), *options]
+    done = subprocess.run([sys.executable, "-m", "vitdistill.cli", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, words, done.stdout
+
+
+def test_command_trains_and_compares(job):
+    out, _, text = job
+    assert "3 classes" in text and "fine-tuned first" in text and "taught minus plain" in text
+    runs = {arm: run for run in find_runs(out / "runs") for arm in run.arms}
+    assert runs.keys() == {"mine/teacher", "mine/plain", "mine/taught"}
+    assert {run.status for run in runs.values()} == {"done"}
+    assert runs["mine/taught"].config.teacher_weights == str(runs["mine/teacher"].model)
+    assert {run.result["n_train"] for run in runs.values()} == {21}  # of 24: three are held out, the other 6 are test
+    assert (out / "mine.html").is_file() and (out / "mine.yaml").is_file() and (out / "work").is_dir()
+
+
+def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, images, weights):
+    out, _, _ = job
+    before = {run.name: (run.folder / "metrics.csv").stat().st_mtime_ns for run in find_runs(out / "runs")}
+    result = api.distill(images, teacher=str(weights), out=out, seeds=2, **SMALL)
+    after = {run.name: (run.folder / "metrics.csv").stat().st_mtime_ns for run in find_runs(out / "runs")}
+    assert before.items() <= after.items() and len(after) == len(before) + 2
+    table = result.table().set_index("model")
+    assert table.seeds.to_dict() == dict(teacher=1, plain=2, taught=2)
+    both = [run.result["test_top1"] for run in find_runs(out / "runs") if "mine/plain" in run.arms]
+    assert table.top1["plain"] == pytest.approx(np.mean(both))
+    assert isinstance(result.student, timm.models.MobileNetV3) and result.curves() is not None
+
+
+def test_it_is_a_study(job, capsys):
+    out, _, _ = job
+    assert main(["grid", str(out / "mine.yaml"), "--status"]) == 0
+    assert "3 done" in (text := capsys.readouterr().out) or "5 done" in text
+    assert main(["compare", str(out / "mine.yaml"), "--out", str(out / "again")]) == 0
+
+
+def test_predictions_are_those_of_the_run(job, capsys):
+    """The same classes as in the record; on the command line as CSV and as JSON."""
+    out, _, _ = job
+    run = next(run for run in find_runs(out / "runs") if "mine/taught" in run.arms)
+    record = read_predictions(run)
+    table = predict(run.model, out / "data/val")
+    names = load_model(run.model).classes
+    assert table["class"].tolist() == [names[number] for number in record.sort_values("image").decision]
+    assert main(["predict", run.name, str(out / "data/val"), "--runs", str(out / "runs")]) == 0
+    printed = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert printed["class"].tolist() == table["class"].tolist() and np.allclose(printed.probability, table.probability)
+    assert main(["predict", str(run.model), str(out / "data/val"), "--json", "--top", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["class"] for row in rows] == table["class"].tolist() and len(rows[0]["top"]) == 2
+
+
+def test_the_export_predicts_the_same(job):
+    from vitdistill.export import export_onnx
+    out, _, _ = job
+    run = next(run for run in find_runs(out / "runs") if "mine/taught" in run.arms)
+    file = export_onnx(run)
+    one, other = (predict(model, out / "data/val") for model in (run.model, file))
+    assert one["class"].tolist() == other["class"].tolist()
+    assert np.allclose(one.probability, other.probability, atol=1e-3)
+
+
+def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path, capsys):
+    out, _, _ = job
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(tmp_path / "fine.png")
+    run = next(run for run in find_runs(out / "runs") if "mine/plain" in run.arms)
+    assert main(["predict", str(run.model), str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "broken.png can not be read" in printed.err and len(pd.read_csv(io.StringIO(printed.out))) == 1
+
+
+def test_weights_with_the_right_head_are_adopted(images, tmp_path):
+    """A bare file, whose name begins with its architecture."""
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    save_file(vit.state_dict(), file := tmp_path / "vit_tiny_patch16_224.mine.safetensors")
+    result = api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
+    assert torch.equal(load_model(result.folder("teacher")).forward.model.head.weight, vit.head.weight)
+    assert result.table().model.tolist() == ["teacher", "plain", "taught"]
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(teacher="vit_tiny_patch16"), "teacher = 'vit_tiny_patch16' is no file and no model of timm"),
+    (dict(student="resnet1"), "resnet1"),
+    (dict(lrr=1), "unknown field 'lrr'"),
+    (dict(epochs=0), "epochs = 0 is out of range"),
+    (dict(image_size="big"), "image_size = 'big' is a str"),
+    (dict(data="nowhere"), "no folder"),
+])
+def test_bad_input_is_one_sentence_before_anything_is_trained(given, message, images, weights, tmp_path):
+    with pytest.raises(VitdistillError, match=message):
+        api.distill(**dict(data=images, teacher=str(weights), out=tmp_path) | SMALL | given)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_job_in_the_same_folder_is_refused(job, images, weights):
+    out, _, _ = job
+    with pytest.raises(VitdistillError, match="holds a job with other settings.*common: lr"):
+        api.distill(images, teacher=str(weights), out=out, lr=0.5, **SMALL)
+
+
+def test_notebook(images, weights, tmp_path):
+    notebook = execute("e08_own_images", tmp_path / "e08.ipynb", data=str(images), teacher=str(weights),
+                       out=str(tmp_path / "mine"), **SMALL)
+    assert "taught minus plain" in said(notebook)
+
+
+@pytest.mark.parametrize("kind", sorted({"hard", "soft", "hard+soft", "dist", "standardized"} & {*OBJECTIVES}))
+def test_a_loop_of_ones_own_has_the_losses_of_the_package(kind, tiny, tmp_path):
+    """A teacher, a loss and a memo in a plain loop against `batches` and the package's criterion, batch by batch."""
+    config = resolve(preset("demo", "distilled", student="resnet18", data_fraction=0.1, allow_untrained=True,
+                            distillation=kind, teacher_kwargs=VIT, precision="fp32", teacher_precision="fp32"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        setup = prepare(config, Ranks())
+    theirs = setup.answers.teacher
+    folder = api.save(theirs.model, tmp_path / "vit", setup.data.classes, 32, theirs.constants, **VIT)
+    teacher, loss = api.load_teacher(folder, mean_std=setup.data.mean_std), api.loss(kind)
+    answers = api.memo(teacher, tmp_path / "memo", loss, keys=10**4)
+    for number, batch in enumerate(batches(setup, epoch=0)):
+        with torch.no_grad():
+            heads = setup.student(batch.pixels)
+            expected, _ = setup.criterion(heads, batch)
+            keys = number * config.batch_size + torch.arange(len(batch.targets))
+            got = loss(heads, answers(batch.pixels, keys), batch.targets)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-3)
