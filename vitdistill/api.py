@@ -63,8 +63,9 @@ def distill(
         print(f'[{number}/{len(cells)}] {cell.name}', flush=True)
         train(cell)
     result = Distilled(file, out)
-    print(f'\n{result}\npage: {write(result.comparison, out)}\nteacher: {result.folder("teacher")}'
-          f'\ntaught student: {result.folder()}', flush=True)
+    print(f'\n{result}\npage: {write(result.comparison, out)}', flush=True)
+    print('models:', *(str(result.folder(name)) for name in result.runs()), flush=True)
+    print(f'use one: vitdistill predict {result.folder()} IMAGES', flush=True)
     return result
 
 # %% ../nbs/10a_api.ipynb #fb86fdc1

@@ -273,8 +273,13 @@ class Distilled:
         return draw_curves(self.comparison)
 
     def folder(self, name:str='taught')->Path: # or plain, teacher
-        "Returns the model folder of the first seed."
-        return model_folder(next(iter(self.runs()[name].values())))
+        "Returns the folder of a model, of the first seed: a link in the folder of the job."
+        link, run = self.out/'models'/name, next(iter(self.runs()[name].values()))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(model_folder(run), link.parent))
+        return link
 
     @property
     def student(self)->torch.nn.Module: # in eval mode
