@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 import torch
 from timm.layers import ClassifierHead, DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -24,12 +26,15 @@ from .config import VitdistillError
 FEW = 128 # up to this many tokens, attention step by step trains faster in bf16 on a CPU
 
 def attend(
-    q, k, v,        # (..., tokens, width) each
+    q, k, v,        # (B, windows, tokens, heads*width) each
+    heads:int,
     fused:bool=True # use torch's kernel; False: step by step for few tokens, like timm without `fused_attn`
-):
-    "Computes scaled dot-product attention: softmax(q k / sqrt(width)) v."
-    if fused or q.shape[-2]*k.shape[-2] > FEW**2: return F.scaled_dot_product_attention(q, k, v)
-    return (q*q.shape[-1]**-.5@k.transpose(-2, -1)).softmax(-1)@v
+)->torch.Tensor:    # (B, windows, tokens, heads*width)
+    "Computes scaled dot-product attention in each window and head: softmax(q k / sqrt(width)) v."
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(2, 3).flatten(1, 2) for x in (q, k, v))
+    if fused or q.shape[2]*k.shape[2] > FEW**2: x = F.scaled_dot_product_attention(q, k, v)
+    else: x = (q*q.shape[-1]**-.5@k.mT).softmax(-1)@v
+    return x.unflatten(1, (-1, heads)).transpose(2, 3).flatten(3)
 
 # %% ../nbs/02a_layers.ipynb #7dff49ba
 class HiFi(nn.Module):
@@ -38,20 +43,18 @@ class HiFi(nn.Module):
         dim:int,       # channels of the input
         heads:int,     # number of Hi-Fi heads
         width:int,     # channels of a head
-        window:int,    # s, which divides H and W
-        bias:bool=True # add a bias to queries, keys and values
+        window:int     # s, which divides H and W
     ):
         super().__init__()
         self.heads, self.window, self.fused_attn = heads, window, True
-        self.qkv = nn.Linear(dim, 3*heads*width, bias)
+        self.qkv = nn.Linear(dim, 3*heads*width)
         self.proj = nn.Linear(heads*width, heads*width)
 
     def forward(self, x):
-        (B, H, W, _), s, heads = x.shape, self.window, self.heads
-        qkv = self.qkv(x).reshape(B, H//s, s, W//s, s, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.flatten(5, 6).flatten(2, 4) # each (B, windows*heads, s*s, width)
-        x = attend(q, k, v, self.fused_attn).reshape(B, H//s, W//s, heads, s, s, -1)
-        return self.proj(x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, -1))
+        (_, H, W, _), s = x.shape, self.window
+        windows = window_partition(self.qkv(x), (s, s)).flatten(1, 2).unflatten(0, (-1, H//s*W//s))
+        attended = attend(*windows.chunk(3, -1), self.heads, self.fused_attn) # (B, windows, s*s, heads*width)
+        return self.proj(window_reverse(attended, (s, s), H, W))
 
 # %% ../nbs/02a_layers.ipynb #5e35a389
 class LoFi(nn.Module):
@@ -60,21 +63,19 @@ class LoFi(nn.Module):
         dim:int,       # channels of the input
         heads:int,     # number of Lo-Fi heads
         width:int,     # channels of a head
-        window:int,    # s, which divides H and W; 1: plain attention
-        bias:bool=True # add a bias to queries, keys and values
+        window:int     # s, which divides H and W; 1: plain attention
     ):
         super().__init__()
         self.heads, self.window, self.fused_attn = heads, window, True
-        self.q = nn.Linear(dim, heads*width, bias)
-        self.kv = nn.Linear(dim, 2*heads*width, bias)
+        self.q = nn.Linear(dim, heads*width)
+        self.kv = nn.Linear(dim, 2*heads*width)
         self.proj = nn.Linear(heads*width, heads*width)
 
     def forward(self, x):
         pooled = x if self.window == 1 else F.avg_pool2d(x.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(pooled).flatten(1, 2).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = attend(q, k, v, self.fused_attn) # (B, heads, H*W, width)
-        return self.proj(attended.transpose(1, 2).reshape(*x.shape[:3], -1))
+        q, kv = (y.flatten(1, 2)[:, None] for y in (self.q(x), self.kv(pooled))) # one window: the whole map
+        attended = attend(q, *kv.chunk(2, -1), self.heads, self.fused_attn) # (B, 1, H*W, heads*width)
+        return self.proj(attended.unflatten(2, x.shape[1:3]).squeeze(1))
 
 # %% ../nbs/02a_layers.ipynb #849b93ad
 class HiLo(nn.Module):
@@ -83,8 +84,7 @@ class HiLo(nn.Module):
         dim:int,         # channels
         heads:int=8,     # heads of both kinds; the number divides dim
         window:int=2,    # s, from 1 to the side of the map; 1: plain attention
-        alpha:float=.5,  # share of Lo-Fi heads, in [0, 1]
-        bias:bool=True   # add a bias to queries, keys and values
+        alpha:float=.5   # share of Lo-Fi heads, in [0, 1]
     ):
         super().__init__()
         if not 0 <= alpha <= 1: raise VitdistillError(f'alpha = {alpha} is no share of heads: choose it in [0, 1].')
@@ -94,8 +94,8 @@ class HiLo(nn.Module):
             raise VitdistillError(f'{heads} heads do not divide {dim} channels: choose a number that does.')
         low = heads if window == 1 else int(heads*alpha)
         self.dim, self.window, self.low_heads = dim, window, low
-        self.high = HiFi(dim, heads - low, dim//heads, window, bias) if low < heads else None
-        self.low = LoFi(dim, low, dim//heads, window, bias) if low else None
+        self.high = HiFi(dim, heads - low, dim//heads, window) if low < heads else None
+        self.low = LoFi(dim, low, dim//heads, window) if low else None
 
     def forward(self, x):
         _, H, W, _ = x.shape
@@ -118,23 +118,18 @@ def hilo_flops(
     return hi_fi + tokens*D*low + windows*D*2*low + tokens*windows*low*2 + tokens*low**2
 
 # %% ../nbs/02a_layers.ipynb #4d5d3bec
-class ConvFFN(nn.Module):
+class ConvFFN(MlpWithDepthwiseConv):
     "Applies linear, depthwise 3 x 3 convolution, GELU, linear: (B, H, W, dim) -> (B, H, W, dim)."
     def __init__(self,
         dim:int,   # channels
         hidden:int # hidden channels
     ):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        super().__init__(dim, hidden)
         nn.init.normal_(self.dwconv.weight, std=(2/9)**.5) # as in the public code, from its fan-out of 9
         nn.init.zeros_(self.dwconv.bias)
 
     def forward(self, x):
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
+        return super().forward(x.flatten(1, 2), x.shape[1:3]).unflatten(1, x.shape[1:3])
 
 # %% ../nbs/02a_layers.ipynb #faa18790
 def _without_autocast(device:str): # 'cpu', 'cuda' or another; 'meta' has no autocast
@@ -262,14 +257,15 @@ def published_flops(
     patch, C = conv.kernel_size[0], conv.out_channels
     side = patches = size//patch
     flops = side**2*C*(conv.in_channels*patch**2 + 1)
-    for layer in (layer for stage in model.stages for layer in stage):
+    for layer in model.stages.modules():
         if isinstance(layer, DeformableMerging):
             side, taps, C = side//2, 4*C, layer.conv.out_channels
             flops += side**2*(12*(taps + 1) + C*(taps + 1) + C)
-            continue
-        hidden = layer.mlp.fc1.out_features
-        flops += side**2*(2*C*hidden + 10*hidden + C) # two linear layers, the depthwise convolution and its bias, norm
-        if layer.attn is not None: flops += side**2*C + hilo_flops(layer.attn, side, side)
+        elif isinstance(layer, HiLo):
+            flops += side**2*C + hilo_flops(layer, side, side) # with the norm before it
+        elif isinstance(layer, ConvFFN):
+            hidden = layer.fc1.out_features
+            flops += side**2*(2*C*hidden + 10*hidden + C) # two linear layers, depthwise convolution and its bias, norm
     return flops + C*patches**2//2**len(model.stages) + C*model.num_classes
 
 # %% ../nbs/02a_layers.ipynb #6cf097c6
