@@ -19,7 +19,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretra
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
 from .config import Config, VitdistillError, nearest, no_space, write_atomic
-from .hub import weights_place
+from .hub import weights_place, why_not
 from .layers import LITv2, check_windows
 
 # %% ../nbs/02_models.ipynb #8fee561b
@@ -90,7 +90,7 @@ def check_name(name:str)->None:
 def _why(error:Exception)->str: # the reason in a line, without torch's and timm's advice to allow code in the file
     if isinstance(error, KeyError): return f'there is no {error}' # this error's text is only the key
     text = f'{error}\n{error.__cause__}'
-    if 'weights_only' not in text: return (str(error).splitlines() or [type(error).__name__])[0]
+    if 'weights_only' not in text: return why_not(error)
     return f'it calls {found[1]}' if (found := re.search(r'GLOBAL (\S+)', text)) else 'it holds more than tensors'
 
 # %% ../nbs/02_models.ipynb #c7c2ec46
