@@ -46,11 +46,13 @@ def image_parts(
     c, parts = config, []
     if c.resized_crop:
         parts.append(RandomResizedCropAndInterpolation(side, (c.resized_crop, 1.), interpolation='bicubic'))
-    if c.randaugment and not re.fullmatch(_policy, c.randaugment):
-        raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
-                              "write it like 'rand-m9-mstd0.5-inc1'.")
-    how = dict(translate_const=int(side*.45), img_mean=tuple(round(255*m) for m in mean), interpolation=Image.BICUBIC)
-    if c.randaugment: parts.append(rand_augment_transform(c.randaugment, how))
+    if c.randaugment:
+        if not re.fullmatch(_policy, c.randaugment):
+            raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
+                                  "write it like 'rand-m9-mstd0.5-inc1'.")
+        grey = tuple(round(255*m) for m in mean)
+        how = dict(translate_const=int(side*.45), img_mean=grey, interpolation=Image.BICUBIC)
+        parts.append(rand_augment_transform(c.randaugment, how))
     if c.three_augment: parts.append(RandomChoice([Grayscale(3), RandomSolarize(128, 1.), blurred]))
     if c.color_jitter: parts.append(ColorJitter(*[c.color_jitter]*3))
     return parts
@@ -144,8 +146,7 @@ def mixed_targets(
     classes:int
 )->torch.Tensor:          # (B, C) float32
     "Returns the share of each class in the mixed images."
-    own, other = (F.one_hot(classed, classes).float() for classed in (labels, partner))
-    return own*mix.share + other*(1 - mix.share)
+    return mixed(Mix(mix.share), F.one_hot(labels, classes), F.one_hot(partner, classes))
 
 # %% ../nbs/01b_augment.ipynb #c0a07057
 def splitmix64(state:torch.Tensor)->torch.Tensor: # int64 -> int64 of the same shape

@@ -9,8 +9,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'nee
            'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
-import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, shutil, socket
-import typing
+import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
+import socket, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -127,10 +127,9 @@ def cgroup_limit(
     root:str='/' # root of the file system
 )->float:
     "Returns what a container or job may use (cgroup v2: the least of its groups); infinity if there is no limit."
-    try: lines = Path(root, 'proc/self/cgroup').read_text().splitlines()
+    try: own = re.search('^0::/(.*)', Path(root, 'proc/self/cgroup').read_text(), re.M)
     except OSError: return math.inf # not Linux
-    own = next((line[4:] for line in lines if line.startswith('0::/')), '')
-    place, limits = Path(root, 'sys/fs/cgroup', own), [math.inf]
+    place, limits = Path(root, 'sys/fs/cgroup', own[1] if own else ''), [math.inf]
     for file in (group/name for group in (place, *place.parents)):
         limit, *period = file.read_text().split() if file.is_file() else ('max',)
         if limit != 'max': limits.append(int(limit)/int(*period or [1]))
@@ -153,12 +152,11 @@ def _field(
     teaching:bool=False,          # is it part of how a student is taught? Two arms of a comparison may differ in it
     shared:bool=False,            # does a teacher that is trained for a student take the student's value?
     split:bool=False,             # does it decide which images are trained on?
-    formerly:tuple=(),            # earlier defaults: hashed like today's, so that old runs keep their hash
-    **kw):                        # for dataclasses.field
+    formerly:tuple=()):           # earlier defaults: hashed like today's, so that old runs keep their hash
     about = dict(group=group, allowed=allowed, hashed=hashed, teaching=teaching, shared=shared, split=split,
                  formerly=formerly)
     how = 'default_factory' if isinstance(default, type) else 'default'
-    return field(**{how: default}, metadata=about, **kw)
+    return field(**{how: default}, metadata=about)
 
 _student, _data, _teacher, _objective, _optimization, _machine, _record, _found = (
     functools.partial(_field, group=group, hashed=group not in ('machine', 'record'),
@@ -276,7 +274,7 @@ class Config:
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
-    auto:list=_found(None, hashed=False, kw_only=True) # fields that were 'auto' before `resolve`
+    auto:list=_found(None, hashed=False) # fields that were 'auto' before `resolve`
 
     def __post_init__(self): check(self)
 

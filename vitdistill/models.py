@@ -315,12 +315,14 @@ class Mixture(nn.Module):
         in_chans:int=3,         # timm passes it to every model
         named_weights:bool=False): # load the members' pretrained weights
         super().__init__()
+        common = dict(classes=num_classes, size=to_2tuple(img_size)[0], pretrained=named_weights)
         told = [dict(model=member) if isinstance(member, str) else member for member in members]
-        if not told or not all(isinstance(member, dict) and 'model' in member for member in told):
+        try: made = [create(**common, **member) for member in told]
+        except TypeError: made = [] # a member is no dictionary, or has no model
+        if not made:
             raise VitdistillError(f'a mixture of members = {members!r}: give it, in student_kwargs or teacher_kwargs, '
                                   'a list of names or of {model: NAME, ...}.')
-        self.num_classes, common = num_classes, dict(size=to_2tuple(img_size)[0], pretrained=named_weights)
-        self.members = nn.ModuleList(create(classes=num_classes, **common, **member) for member in told)
+        self.members, self.num_classes = nn.ModuleList(made), num_classes
         self.num_features = sum(member.num_features for member in self.members) # number of features that heads read
     def forward(self, x):
         said = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
