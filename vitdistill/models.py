@@ -205,8 +205,8 @@ def load_weights(
     if wrong:
         listed = '; '.join(f'{k} is {given.get(k, "missing")}, wants {wanted.get(k, "nothing")}' for k in wrong[:4])
         head = ', or a student a new head (student_head: new)' if all(name.startswith(heads) for name in wrong) else ''
-        raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')} in "
-                              f'{len(wrong)} tensors: {listed}. Give weights of this architecture, these '
+        raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed} "
+                              f'({len(wrong)} tensors in all). Give weights of this architecture, these '
                               f'student_kwargs or teacher_kwargs and classes{head}.')
     model.load_state_dict({name: state[name] for name in given}, strict=False)
     return model
