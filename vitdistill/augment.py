@@ -15,6 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, Grayscale, RandomChoice, RandomSolarize
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from .config import Config, VitdistillError
 from .data import seed_host
 
@@ -43,13 +44,15 @@ def image_parts(
 )->list:            # functions of a PIL image
     "Returns the augmentations of a config, in order; a RandAugment unknown to timm raises a `VitdistillError`."
     c, parts = config, []
-    area = c.resized_crop, 1.
-    if c.resized_crop: parts.append(RandomResizedCropAndInterpolation(side, area, interpolation='bicubic'))
-    if c.randaugment and not re.fullmatch(_policy, c.randaugment):
-        raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
-                              "write it like 'rand-m9-mstd0.5-inc1'.")
-    how = dict(translate_const=int(side*.45), img_mean=tuple(round(255*m) for m in mean), interpolation=Image.BICUBIC)
-    if c.randaugment: parts.append(rand_augment_transform(c.randaugment, how))
+    if c.resized_crop:
+        parts.append(RandomResizedCropAndInterpolation(side, (c.resized_crop, 1.), interpolation='bicubic'))
+    if c.randaugment:
+        if not re.fullmatch(_policy, c.randaugment):
+            raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
+                                  "write it like 'rand-m9-mstd0.5-inc1'.")
+        grey = tuple(round(255*m) for m in mean)
+        how = dict(translate_const=int(side*.45), img_mean=grey, interpolation=Image.BICUBIC)
+        parts.append(rand_augment_transform(c.randaugment, how))
     if c.three_augment: parts.append(RandomChoice([Grayscale(3), RandomSolarize(128, 1.), blurred]))
     if c.color_jitter: parts.append(ColorJitter(*[c.color_jitter]*3))
     return parts
@@ -58,10 +61,12 @@ def image_parts(
 @contextmanager
 def kept_numbers():
     "Restores the global random states of torch, numpy and Python at the end of the block."
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try: yield
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=()): yield
     finally:
-        for back, state in zip((torch.set_rng_state, np.random.set_state, random.setstate), kept): back(state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 # %% ../nbs/01b_augment.ipynb #8178d9dd
 class Augment:
@@ -77,9 +82,9 @@ class Augment:
 
     def row(self, pixels:torch.Tensor)->torch.Tensor: # (3, H, W) uint8; returns float32 if erasing is on
         if self.parts:
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image = to_pil_image(pixels)
             for part in self.parts: image = part(image)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            pixels = pil_to_tensor(image)
         if not self.erase: return pixels
         noise = self.erase(torch.full(pixels.shape, torch.nan)) # noise for normalized pixels, as in timm
         return torch.where(noise.isnan(), pixels.float(), noise*self.std + self.mean)
@@ -113,10 +118,11 @@ def drawn_mix(
     if not (config.mixup or config.cutmix): return None
     draw = np.random.default_rng([config.seed, epoch, step, 2**31]) # 2**31: no rank has this number
     cut = bool(config.cutmix) and (not config.mixup or draw.random() < .5)
-    share = float(draw.beta(*[config.cutmix if cut else config.mixup]*2))
+    alpha = config.cutmix if cut else config.mixup
+    share = draw.beta(alpha, alpha)
     if not cut: return Mix(share)
     half, (y, x) = int(side*(1 - share)**.5)//2, draw.integers(0, side, 2)
-    top, bottom, left, right = (int(min(max(edge, 0), side)) for edge in (y - half, y + half, x - half, x + half))
+    top, bottom, left, right = np.clip([y - half, y + half, x - half, x + half], 0, side).tolist()
     return Mix(1 - (bottom - top)*(right - left)/side**2, (top, bottom, left, right))
 
 # %% ../nbs/01b_augment.ipynb #f94a6c18
@@ -140,7 +146,7 @@ def mixed_targets(
     classes:int
 )->torch.Tensor:          # (B, C) float32
     "Returns the share of each class in the mixed images."
-    return F.one_hot(labels, classes).float()*mix.share + F.one_hot(partner, classes).float()*(1 - mix.share)
+    return mixed(Mix(mix.share), F.one_hot(labels, classes), F.one_hot(partner, classes))
 
 # %% ../nbs/01b_augment.ipynb #c0a07057
 def splitmix64(state:torch.Tensor)->torch.Tensor: # int64 -> int64 of the same shape

@@ -48,15 +48,15 @@ def _new_bytes(output, inputs): # bytes of an output at fp32; 0 if it lies in th
     return 0 if memory(output) in [memory(x) for x in inputs if isinstance(x, torch.Tensor)] else 4*output.numel()
 
 # %% ../nbs/02b_complexity.ipynb #da160f94
-def _forward(model, shape): # {name: [(output shape, bytes) of each call]} in order; flops by name, with the children's
+def _forward(model, shape): # {name: (output's shape, bytes of all calls)} in order; flops by name, with the children's
     calls, root = {}, type(model).__name__
-    def enter(name): calls.setdefault(name, [])
-    def leave(name, inputs, output):
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        calls[name].append((tuple(output.shape[1:]), _new_bytes(output, inputs)))
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
-        module.register_forward_hook(lambda _, inputs, output, name=name: leave(name, inputs, output))
+    def watch(name, module):
+        def leave(_, inputs, output):
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            calls[name] = tuple(output.shape[1:]), calls[name][1] + _new_bytes(output, inputs)
+        module.register_forward_pre_hook(lambda *_: calls.setdefault(name, (None, 0)) and None)
+        module.register_forward_hook(leave)
+    for name, module in model.named_modules(): watch(name, module)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *shape, device='meta', dtype=next(model.parameters(), torch.empty(0)).dtype))
     counts = counter.get_flop_counts()
@@ -65,8 +65,8 @@ def _forward(model, shape): # {name: [(output shape, bytes) of each call]} in or
 # %% ../nbs/02b_complexity.ipynb #7dac6eb9
 def _positions(module, shape): # number of positions where weights are applied; NaN for a layer without weights
     weight = getattr(module, 'weight', None)
-    channels = len(weight) if isinstance(weight, torch.Tensor) and weight.ndim else 0
-    return math.prod(shape)/channels if channels and channels in (shape[0], shape[-1]) else math.nan
+    has_channels = isinstance(weight, torch.Tensor) and weight.ndim and len(weight) in (shape[0], shape[-1])
+    return math.prod(shape)/len(weight) if has_channels else math.nan
 
 # %% ../nbs/02b_complexity.ipynb #1c53fac7
 def _stages(positions): # the stage of each layer, from the positions of all layers in order
@@ -89,12 +89,12 @@ def layers(
     own, parameters, rows = dict(flops), dict.fromkeys(calls, 0), []
     for name in filter(None, calls): own[_owner(name.rpartition('.')[0], calls)] -= flops[name]
     for name, p in model.named_parameters(): parameters[_owner(name.rpartition('.')[0], calls)] += p.numel()
-    for name, outputs in calls.items():
+    for name, (output, size) in calls.items():
         module = model.get_submodule(name)
         computes = own[name] > 0 or not any(module.children()) or isinstance(module, _NORMS)
         if computes or parameters[name]:
-            rows.append([name or '(model)', type(module).__name__, _positions(module, outputs[-1][0]), outputs[-1][0],
-                         parameters[name], own[name]//2, sum(size for _, size in outputs) if computes else 0])
+            rows.append([name or '(model)', type(module).__name__, _positions(module, output), output,
+                         parameters[name], own[name]//2, size if computes else 0])
     frame = pd.DataFrame(rows, columns=['layer', 'kind', 'stage', 'output', *COSTS])
     return frame.assign(stage=_stages(frame.stage))
 
@@ -149,12 +149,12 @@ def largest_batch(
     most:int=2048       # limit in images, a power of two
 )->int:
     "Returns the largest power of two of images that a forward pass has memory for."
-    fits = 0
-    while fits < most:
+    fits, asked = 0, 1
+    while asked <= most:
         try:
-            with torch.inference_mode(): model(_copies(image, max(1, 2*fits)))
+            with torch.inference_mode(): model(_copies(image, asked))
         except torch.OutOfMemoryError: break
-        fits = max(1, 2*fits)
+        fits, asked = asked, 2*asked
     if image.is_cuda: torch.cuda.empty_cache() # free what was tried
     if fits: return fits
     raise VitdistillError(f'{image.device} has no memory for one image of {image.shape[-1]} px: '

@@ -9,7 +9,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'VitdistillError', 'nearest', 'nee
            'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
-import dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, shutil, socket, typing
+import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
+import socket, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -126,10 +127,9 @@ def cgroup_limit(
     root:str='/' # root of the file system
 )->float:
     "Returns what a container or job may use (cgroup v2: the least of its groups); infinity if there is no limit."
-    try: lines = Path(root, 'proc/self/cgroup').read_text().splitlines()
+    try: own = re.search('^0::/(.*)', Path(root, 'proc/self/cgroup').read_text(), re.M)
     except OSError: return math.inf # not Linux
-    own = next((line[4:] for line in lines if line.startswith('0::/')), '')
-    place, limits = Path(root, 'sys/fs/cgroup', own), [math.inf]
+    place, limits = Path(root, 'sys/fs/cgroup', own[1] if own else ''), [math.inf]
     for file in (group/name for group in (place, *place.parents)):
         limit, *period = file.read_text().split() if file.is_file() else ('max',)
         if limit != 'max': limits.append(int(limit)/int(*period or [1]))
@@ -148,19 +148,19 @@ def _field(
     default,                      # a value; `dict` or `list` for an empty one
     allowed:str|tuple='',         # an interval such as '[0, 1)', or a tuple of allowed words; '': anything
     *, group:str,                 # one of GROUPS
-    hashed:bool=True,             # does it change the result? (else it says where files are, or how a run starts)
+    hashed:bool=True,             # does it change the result? Most of the machine and the record don't
     teaching:bool=False,          # is it part of how a student is taught? Two arms of a comparison may differ in it
     shared:bool=False,            # does a teacher that is trained for a student take the student's value?
     split:bool=False,             # does it decide which images are trained on?
-    formerly:tuple=(),            # earlier defaults: hashed like today's, so that old runs keep their hash
-    **kw):                        # for dataclasses.field
+    formerly:tuple=()):           # earlier defaults: hashed like today's, so that old runs keep their hash
     about = dict(group=group, allowed=allowed, hashed=hashed, teaching=teaching, shared=shared, split=split,
                  formerly=formerly)
     how = 'default_factory' if isinstance(default, type) else 'default'
-    return field(**{how: default}, metadata=about, **kw)
+    return field(**{how: default}, metadata=about)
 
 _student, _data, _teacher, _objective, _optimization, _machine, _record, _found = (
-    functools.partial(_field, group=group, teaching=group in ('teacher', 'objective')) for group in GROUPS)
+    functools.partial(_field, group=group, hashed=group not in ('machine', 'record'),
+                      teaching=group in ('teacher', 'objective')) for group in GROUPS)
 
 _precisions, _norms = ('auto', 'fp32', 'bf16'), ('data', 'own')
 _formats = *_precisions, 'bf16-weights'
@@ -249,32 +249,32 @@ class Config:
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
     seed:int=_optimization(1, '[0, inf)') # seed of the initial weights, the order of images and the views
     # The machine
-    device:str=_machine('auto', _devices, hashed=False, shared=True) # where the model runs
-    precision:str=_machine('auto', _precisions, shared=True) # fp32, or bf16 by autocast
-    compile:str=_machine('auto', _compile_modes, hashed=False) # none, graph (of a step), or a mode of torch.compile
-    deterministic:bool=_machine(False, hashed=False) # same bits in every run on CUDA, but slower; on a CPU always
-    data_on:str=_machine('auto', _places, hashed=False) # where images are kept; auto: where they fit
-    threads:int|str=_machine('auto', '[1, inf)', hashed=False) # CPU threads per rank
-    workers:int|str=_machine('auto', '[0, inf)', hashed=False) # augmenting processes per rank; auto: 0 on a CPU
-    nproc:int|str=_machine('auto', '[1, inf)', hashed=False) # processes (ranks) on this node; auto: one per GPU, or 1
-    nnodes:int=_machine(1, '[1, inf)', hashed=False, shared=True) # number of nodes, for torchrun
-    rdzv_endpoint:str=_machine('', hashed=False, shared=True) # host:port where torchrun's nodes meet
+    device:str=_machine('auto', _devices, shared=True) # where the model runs
+    precision:str=_machine('auto', _precisions, hashed=True, shared=True) # fp32, or bf16 by autocast
+    compile:str=_machine('auto', _compile_modes) # none, graph (of a step), or a mode of torch.compile
+    deterministic:bool=_machine(False) # same bits in every run on CUDA, but slower; on a CPU always
+    data_on:str=_machine('auto', _places) # where images are kept; auto: where they fit
+    threads:int|str=_machine('auto', '[1, inf)') # CPU threads per rank
+    workers:int|str=_machine('auto', '[0, inf)') # augmenting processes per rank; auto: 0 on a CPU
+    nproc:int|str=_machine('auto', '[1, inf)') # processes (ranks) on this node; auto: one per GPU, or 1
+    nnodes:int=_machine(1, '[1, inf)', shared=True) # number of nodes, for torchrun
+    rdzv_endpoint:str=_machine('', shared=True) # host:port where torchrun's nodes meet
     # The record
-    experiment:str=_record('baseline', hashed=False) # first part of the run folder's name
-    runs_dir:str=_record('reports/runs', hashed=False, shared=True) # folder for the runs' small records
-    work_dir:str=_record('out/work', hashed=False, shared=True) # folder for checkpoints, models and memos
-    checkpoint_every:int=_record(1, '[1, inf)', hashed=False) # epochs between checkpoints
-    checkpoint_seconds:float=_record(60., '[0, inf)', hashed=False) # least seconds between them; a signal saves at once
-    keep_checkpoints:list=_record(list, hashed=False) # epochs whose checkpoints are kept, besides the last
-    evaluate_every:int=_record(1, '[1, inf)', hashed=False) # epochs between evaluations; the last epoch always has one
-    keep_logits:bool=_record(True, hashed=False) # save test logits (fp16) with the predictions, for up to 100 classes
-    hub_repo:str=_record('', hashed=False) # hub repository for the finished model; '': none
-    track:str=_record('none', hashed=False) # curves also go to: tensorboard, trackio, or tensorboard,trackio
+    experiment:str=_record('baseline') # first part of the run folder's name
+    runs_dir:str=_record('reports/runs', shared=True) # folder for the runs' small records
+    work_dir:str=_record('out/work', shared=True) # folder for checkpoints, models and memos
+    checkpoint_every:int=_record(1, '[1, inf)') # epochs between checkpoints
+    checkpoint_seconds:float=_record(60., '[0, inf)') # least seconds between them; a signal saves at once
+    keep_checkpoints:list=_record(list) # epochs whose checkpoints are kept, besides the last
+    evaluate_every:int=_record(1, '[1, inf)') # epochs between evaluations; the last epoch always has one
+    keep_logits:bool=_record(True) # save test logits (fp16) with the predictions, for up to 100 classes
+    hub_repo:str=_record('') # hub repository for the finished model; '': none
+    track:str=_record('none') # curves also go to: tensorboard, trackio, or tensorboard,trackio
     # Found by `resolve`
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
-    auto:list=_found(None, hashed=False, kw_only=True) # fields that were 'auto' before `resolve`
+    auto:list=_found(None, hashed=False) # fields that were 'auto' before `resolve`
 
     def __post_init__(self): check(self)
 
@@ -288,13 +288,10 @@ def field_names(
 # %% ../nbs/00_config.ipynb #150e4e28
 def _typed(f, value): # converts `value` to the type of field `f`
     kinds = typing.get_args(f.type) or (f.type,)
-    number = float if float in kinds else int if int in kinds else None
-    if value is None and f.default is None: return value
-    if type(value) in kinds and not (isinstance(value, str) and number): return value
-    try:
-        if number and isinstance(value, (str, int)) and not isinstance(value, bool): return number(value)
-    except ValueError: pass
-    if type(value) in kinds: return value # such as 'auto' in a field of numbers or words
+    number = next((kind for kind in kinds if kind in (int, float)), None)
+    if number and type(value) in (str, int):
+        with contextlib.suppress(ValueError): value = number(value) # 'auto' stays a word
+    if type(value) in kinds or value is None and f.default is None: return value
     names = ' or '.join(k.__name__ for k in kinds if k is not type(None))
     raise VitdistillError(f'{f.name} = {value!r} is a {type(value).__name__}: give {names}.')
 
@@ -310,12 +307,14 @@ def check(config:Config)->None:
     for f in fields(config):
         object.__setattr__(config, f.name, value := _typed(f, getattr(config, f.name)))
         allowed = f.metadata['allowed']
-        if isinstance(allowed, tuple) and value not in allowed:
-            raise VitdistillError(f'{f.name} = {value!r} is not known: {nearest(value, allowed)}')
-        if isinstance(value, str) and not isinstance(allowed, tuple) and allowed and value != 'auto':
-            raise VitdistillError(f"{f.name} = {value!r}: give 'auto' or a whole number above 0.")
-        if allowed and isinstance(value, (int, float)) and not _in_range(value, allowed):
-            raise VitdistillError(f'{f.name} = {value} is out of range: give a value in {allowed}.')
+        if isinstance(allowed, tuple):
+            if value not in allowed:
+                raise VitdistillError(f'{f.name} = {value!r} is not known: {nearest(value, allowed)}')
+        elif allowed and value != 'auto':
+            if isinstance(value, str):
+                raise VitdistillError(f"{f.name} = {value!r}: give 'auto' or a whole number in {allowed}.")
+            if not _in_range(value, allowed):
+                raise VitdistillError(f'{f.name} = {value} is out of range: give a value in {allowed}.')
 
 # %% ../nbs/00_config.ipynb #731e5d37
 def from_dict(values:dict, source:str='')->Config:

@@ -29,9 +29,8 @@ def why_not(error:Exception)->str:
 def memo_head(file:Path)->dict: # path of a memo
     "Returns what a memo's answers depend on, from the head of the file; {} if it is no memo."
     try:
-        with open(file, 'rb') as f: head = json.loads(f.read(4096))
+        with open(file, 'rb') as f: return json.loads(f.read(4096))
     except (OSError, ValueError): return {}
-    return head if isinstance(head, dict) else {}
 
 # %% ../nbs/02c_hub.ipynb #8675ad93
 def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for the message
@@ -55,8 +54,8 @@ def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', or with '@REVISION'
     with FileLock(folder.with_name(f'.{folder.name}.lock')): # several ranks, several runs
         if folder.is_dir(): return folder
         wanted = ['model.safetensors', 'config.json', 'card.json', 'README.md', 'memo-*']
-        which = dict(revision=revision or None, allow_patterns=wanted)
-        try: there = Path(huggingface_hub.snapshot_download(repository, **which))
+        try: there = Path(huggingface_hub.snapshot_download(repository, revision=revision or None,
+                                                            allow_patterns=wanted))
         except Exception as e: # from the network, the hub or the name
             raise VitdistillError(f'{name} could not be fetched ({why_not(e)}): mend the name, log in, or download its '
                                   'files and name their folder.') from None
@@ -74,13 +73,13 @@ def weights_place(name:str|Path)->Path: # a path, or a name on the hub
 def push(
     repository:str,     # OWNER/NAME
     folder:str|Path,    # folder of a model: weights, card, README.md
-    message:str='',     # message of the commit
+    message:str,        # message of the commit
     **kw                # further arguments of huggingface_hub.upload_folder
 )->None:
     "Uploads a model's folder to a hub repository, which is created if it doesn't exist."
     try:
         huggingface_hub.create_repo(repository, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message or None, **kw)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, **kw)
     except Exception as e:
         raise VitdistillError(f'{folder} could not be pushed to hub_repo = {repository!r} ({why_not(e)}): '
                               "log in or mend the name and start again, or set hub_repo to ''.") from None

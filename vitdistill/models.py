@@ -9,18 +9,17 @@ __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'che
            'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
-import json, math, re, tempfile
+import functools, json, math, re, tempfile, typing
 from pathlib import Path
 import timm, torch, torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from timm.models import (build_model_with_cfg, generate_default_cfgs, load_model_config_from_hf, load_pretrained,
+from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, load_model_config_from_hf,
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
 from .config import Config, VitdistillError, nearest, no_space, write_atomic
-from .hub import weights_place
+from .hub import weights_place, why_not
 from .layers import LITv2, check_windows
 
 # %% ../nbs/02_models.ipynb #8fee561b
@@ -33,21 +32,19 @@ def with_cifar_stem(model:nn.Module)->nn.Module:
     return model
 
 # %% ../nbs/02_models.ipynb #3788bc9a
-def _register_cifar(base:str)->None:
-    def entrypoint(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
-        model = with_cifar_stem(timm.create_model(base, **kwargs))
-        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': f'{base}_cifar',
-            'first_conv': 'conv1',
-            **(pretrained_cfg.to_dict() if hasattr(pretrained_cfg, 'to_dict') else pretrained_cfg or {})}
-        if pretrained: load_pretrained(model, model.pretrained_cfg, num_classes=model.num_classes)
-        return model
-    entrypoint.__name__, entrypoint.__module__ = f'{base}_cifar', __name__
-    entrypoint.__doc__ = f'{base} with the CIFAR stem'
-    register_model(entrypoint)
+def _register(name:str, make:typing.Callable)->None: # make: like timm's functions that create a model
+    make.__name__, make.__module__ = name, __name__
+    if not timm.is_model(name): register_model(make)
 
-cifar_stems = 'resnet18', 'resnet26', 'resnet34', 'resnet50', 'resnet101', 'resnet152'
-for name in cifar_stems:
-    if not timm.is_model(f'{name}_cifar'): _register_cifar(name)
+cifar_stems = {f'{base}_cifar': base for base in
+               ('resnet18', 'resnet26', 'resnet34', 'resnet50', 'resnet101', 'resnet152')}
+default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(base) for name, base in cifar_stems.items()})
+
+def _cifar_resnet(name:str, pretrained=False, **kwargs):
+    def make(**given): return with_cifar_stem(timm.create_model(cifar_stems[name], **given))
+    return build_model_with_cfg(make, name, pretrained, **kwargs)
+
+for name in cifar_stems: _register(name, functools.partial(_cifar_resnet, name))
 
 # %% ../nbs/02_models.ipynb #fbc400b9
 _litv2 = dict(
@@ -56,23 +53,15 @@ _litv2 = dict(
     litv2_b=dict(depths=(2, 2, 18, 2), embed_dim=128, num_heads=(4, 8, 16, 32), drop_path_rate=.5),
     litv2_cifar=dict(depths=(2, 6, 2), num_heads=(3, 6, 12), windows=(0, 2, 1), img_size=32, patch_size=2))
 
-def _litv2_cfg(side:int, pool:int)->dict: # px of the image, side of the last map
-    return dict(url='', num_classes=1000, input_size=(3, side, side), pool_size=(pool, pool), crop_pct=.9,
-                interpolation='bicubic', mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-                first_conv='patch_embed.proj', classifier='head.fc')
+default_cfgs |= generate_default_cfgs({
+    name: dict(input_size=(3, *[32 if name == 'litv2_cifar' else 224]*2), crop_pct=.9, first_conv='patch_embed.proj',
+               classifier='head.fc') for name in _litv2})
 
-default_cfgs = generate_default_cfgs({
-    name: _litv2_cfg(32, 4) if name == 'litv2_cifar' else _litv2_cfg(224, 7) for name in _litv2})
+def _litv2_model(name:str, pretrained=False, **kwargs):
+    features = dict(flatten_sequential=True, out_indices=tuple(range(len(_litv2[name]['depths']))))
+    return build_model_with_cfg(LITv2, name, pretrained, feature_cfg=features, **_litv2[name] | kwargs)
 
-def _register_litv2(name:str)->None:
-    def entrypoint(pretrained=False, **kwargs):
-        features = dict(flatten_sequential=True, out_indices=tuple(range(len(_litv2[name]['depths']))))
-        return build_model_with_cfg(LITv2, name, pretrained, feature_cfg=features, **_litv2[name] | kwargs)
-    entrypoint.__name__, entrypoint.__module__, entrypoint.__doc__ = name, __name__, f'{name} (Pan et al., 2022)'
-    register_model(entrypoint)
-
-for name in _litv2:
-    if not timm.is_model(name): _register_litv2(name)
+for name in _litv2: _register(name, functools.partial(_litv2_model, name))
 
 # %% ../nbs/02_models.ipynb #8066de93
 def check_size(model:nn.Module, name:str, size:int)->None:
@@ -80,7 +69,7 @@ def check_size(model:nn.Module, name:str, size:int)->None:
     embed = getattr(model, 'patch_embed', None)
     sides = [getattr(embed, which, None) for which in ('img_size', 'patch_size')]
     if None in sides: return # it has no patches, or takes any size
-    built, patch = (side[0] if isinstance(side, (tuple, list)) else side for side in sides)
+    built, patch = (to_2tuple(side)[0] for side in sides)
     if size % patch:
         raise VitdistillError(f'{name} at {size} px: its patch of {patch} px does not divide the image; '
                               f'choose a multiple of {patch}.')
@@ -101,7 +90,7 @@ def check_name(name:str)->None:
 def _why(error:Exception)->str: # the reason in a line, without torch's and timm's advice to allow code in the file
     if isinstance(error, KeyError): return f'there is no {error}' # this error's text is only the key
     text = f'{error}\n{error.__cause__}'
-    if 'weights_only' not in text: return (str(error).splitlines() or [type(error).__name__])[0]
+    if 'weights_only' not in text: return why_not(error)
     return f'it calls {found[1]}' if (found := re.search(r'GLOBAL (\S+)', text)) else 'it holds more than tensors'
 
 # %% ../nbs/02_models.ipynb #c7c2ec46
@@ -112,17 +101,13 @@ def _described(name:str)->tuple[str, dict]: # timm's name and arguments: (name, 
         if source == 'hf-hub': return load_model_config_from_hf(place)[1:]
         told = json.loads((Path(place)/'config.json').read_text())
         return told['architecture'], told.get('model_args') or {}
-    except KeyError as e: # such as in the config.json of transformers
-        raise VitdistillError(f"{name} is not in timm's format, for in its config.json {_why(e)}: give a model that "
-                              'timm saved, or a weights file in its names.') from None
-    except Exception as e: # from the hub, the path or JSON
-        instead = 'name the folder of a model that timm saved' if source == 'local-dir' else \
-            'check the name and the network, or download the files of the model and name their folder, local-dir:FOLDER'
-        raise VitdistillError(f'{name} could not be read ({_why(e)}): {instead}.') from None
+    except Exception as e: # from the hub, the path or JSON; transformers' config.json has other keys
+        raise VitdistillError(f"{name} could not be read in timm's format ({_why(e)}): check name and network, or "
+                              'download a model that timm saved and name its folder, local-dir:FOLDER.') from None
 
 # %% ../nbs/02_models.ipynb #edcd35cf
 def create(
-    name:str,        # timm architecture, or 'hf-hub:OWNER/MODEL', 'local-dir:FOLDER'
+    model:str,       # timm architecture, or 'hf-hub:OWNER/MODEL', 'local-dir:FOLDER'
     classes:int,     # outputs of the head
     size:int,        # side of the input in px
     stem:str='imagenet', # 'imagenet', or 'cifar' for ResNets
@@ -130,14 +115,13 @@ def create(
     **kwargs         # further arguments of timm.create_model
 )->nn.Module:
     "Creates a timm model for `size` px; unknown names and impossible sizes raise `VitdistillError`."
-    check_name(name)
-    if stem == 'cifar':
-        if name not in cifar_stems:
-            raise VitdistillError(f"stem = 'cifar' is for ResNets, not {name!r}: choose from {', '.join(cifar_stems)}.")
-        name += '_cifar'
-    cfg = timm.models.get_pretrained_cfg(_described(name)[0], allow_unregistered=True)
+    check_name(model)
+    name = f'{model}_cifar' if stem == 'cifar' else model
+    if name != model and name not in cifar_stems:
+        raise VitdistillError(f"stem = 'cifar' is for ResNets: {nearest(model, cifar_stems.values())}")
+    cfg = get_pretrained_cfg(_described(name)[0], allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
-    try: model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
+    try: made = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except VitdistillError: raise # of a model of this package
     except (AssertionError, KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise VitdistillError(f'{name} takes no such argument or value as in {kwargs} ({_why(e)}): mend student_kwargs '
@@ -147,8 +131,8 @@ def create(
         if not pretrained: raise
         raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "
                               'student_weights or teacher_weights and set pretrained to false.') from None
-    check_size(model, name, size)
-    return model
+    check_size(made, name, size)
+    return made
 
 # %% ../nbs/02_models.ipynb #e98cbd6b
 def weights_file(path:str|Path)->Path:
@@ -185,13 +169,10 @@ def fit_positions(
 )->dict:
     "Returns the state dict with timm's names and with position embeddings resampled to the model's grid."
     if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None: return state
-    if 'blocks.0.gamma_1' in state: # in DeiT III's code
-        state = {re.sub(r'[.]gamma_([12])$', r'.ls\1.gamma', name): tensor for name, tensor in state.items()}
-    own, patches = model.state_dict(), 'patch_embed.proj.weight'
     side = math.sqrt(state['pos_embed'].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens))
-    same = state['pos_embed'].shape[1] == own['pos_embed'].shape[1]
-    if same or side % 1 or state.get(patches, own[patches]).shape != own[patches].shape: return state
-    return checkpoint_filter_fn(state, model, interpolation=interpolation)
+    patches = model.patch_embed.proj.weight
+    if side % 1 or state.get('patch_embed.proj.weight', patches).shape != patches.shape: return state
+    return checkpoint_filter_fn(state, model, adapt_layer_scale=True, interpolation=interpolation)
 
 # %% ../nbs/02_models.ipynb #0cc0c545
 def resampled_norm(
@@ -215,22 +196,19 @@ def load_weights(
     if isinstance(path, list):
         for member, its in zip(model.members, path, strict=True): load_weights(member, its, new_head, interpolation)
         return model
-    state, own = fit_positions(read_weights(path), model, interpolation), model.state_dict()
-    heads = tuple(f'{h}.' for h in head_names(model))
-    if new_head:
-        state = {k: v for k, v in state.items() if not k.startswith(heads)}
-        state |= {k: v for k, v in own.items() if k.startswith(heads)}
-    shapes = [f'{k} is {tuple(state[k].shape)}, wants {tuple(own[k].shape)}' for k in own
-              if k in state and state[k].shape != own[k].shape]
-    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = shapes + [f'{k} is missing' for k in missing] + [f'{k} is unknown' for k in unknown]
+    state, heads = fit_positions(read_weights(path), model, interpolation), tuple(f'{h}.' for h in head_names(model))
+    def shapes(tensors): # of those that are to be loaded
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()
+                if not (new_head and name.startswith(heads))}
+    given, wanted = shapes(state), shapes(model.state_dict())
+    wrong = [name for name in wanted | given if given.get(name) != wanted.get(name)]
     if wrong:
-        listed = '; '.join(wrong[:4]) + (f' and {len(wrong) - 4} more' if len(wrong) > 4 else '')
-        only_head = all(words.startswith(heads) for words in wrong)
-        raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed}. "
-                              'Give weights of this architecture, these student_kwargs or teacher_kwargs and classes'
-                              + (', or a student a new head (student_head: new).' if only_head else '.'))
-    model.load_state_dict(state)
+        listed = '; '.join(f'{k} is {given.get(k, "missing")}, wants {wanted.get(k, "nothing")}' for k in wrong[:4])
+        head = ', or a student a new head (student_head: new)' if all(name.startswith(heads) for name in wrong) else ''
+        raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed} "
+                              f'({len(wrong)} tensors in all). Give weights of this architecture, these '
+                              f'student_kwargs or teacher_kwargs and classes{head}.')
+    model.load_state_dict({name: state[name] for name in given}, strict=False)
     return model
 
 # %% ../nbs/02_models.ipynb #059c9fe4
@@ -239,8 +217,8 @@ def combine(
     how:str='softmax'   # 'softmax': softmaxes added (the paper); 'logits': logits averaged (the public code)
 )->torch.Tensor: # (B, C) probabilities, in both cases
     "Returns the probabilities of a model with one or two heads."
-    if len(heads) == 1 or how == 'logits': return (sum(h.float() for h in heads)/len(heads)).softmax(-1)
-    return sum(h.float().softmax(-1) for h in heads)/len(heads)
+    logits = torch.stack(heads).float()
+    return logits.mean(0).softmax(-1) if how == 'logits' else logits.softmax(-1).mean(0)
 
 # %% ../nbs/02_models.ipynb #702d7bc9
 class Student(nn.Module):
@@ -337,37 +315,34 @@ class Mixture(nn.Module):
         in_chans:int=3,         # timm passes it to every model
         named_weights:bool=False): # load the members' pretrained weights
         super().__init__()
+        common = dict(classes=num_classes, size=to_2tuple(img_size)[0], pretrained=named_weights)
         told = [dict(model=member) if isinstance(member, str) else member for member in members]
-        if not told or not all(isinstance(member, dict) and 'model' in member for member in told):
+        try: made = [create(**common, **member) for member in told]
+        except TypeError: made = [] # a member is no dictionary, or has no model
+        if not made:
             raise VitdistillError(f'a mixture of members = {members!r}: give it, in student_kwargs or teacher_kwargs, '
                                   'a list of names or of {model: NAME, ...}.')
-        side, self.num_classes = img_size if isinstance(img_size, int) else img_size[-1], num_classes
-        named = [(member['model'], {key: member[key] for key in member if key != 'model'}) for member in told]
-        self.members = nn.ModuleList(create(name, num_classes, side, pretrained=named_weights, **its)
-                                     for name, its in named)
+        self.members, self.num_classes = nn.ModuleList(made), num_classes
         self.num_features = sum(member.num_features for member in self.members) # number of features that heads read
     def forward(self, x):
         said = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
         return said.logsumexp(0) - math.log(len(self.members))
 
 # %% ../nbs/02_models.ipynb #d9a7e738
-default_cfgs |= generate_default_cfgs({'mixture': dict(url='', num_classes=1000, input_size=(3, 224, 224),
-                                                       fixed_input_size=True)}) # so that timm passes img_size
+default_cfgs |= generate_default_cfgs({'mixture': dict(fixed_input_size=True)}) # so that timm passes img_size
 
-def _register_mixture()->None:
-    def mixture(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
-        own = pretrained_cfg is not None # from a model folder
-        model = build_model_with_cfg(Mixture, 'mixture', pretrained and own, pretrained_cfg, pretrained_cfg_overlay,
-                                     named_weights=pretrained and not own, **kwargs)
-        heads = [f'members.{i}.{head}' for i, member in enumerate(model.members) for head in head_names(member)]
-        model.pretrained_cfg |= dict(classifier=heads)
-        expected = {pretrained_constants(member) for member in model.members}
-        mean, std = expected.pop() if len(expected) == 1 else (None, None)
-        if not own: model.pretrained_cfg |= dict(mean=mean, std=std)
-        return model
-    register_model(mixture)
+def _mixture(pretrained=False, pretrained_cfg=None, **kwargs):
+    own = pretrained_cfg is not None # from a model folder
+    model = build_model_with_cfg(Mixture, 'mixture', pretrained and own, pretrained_cfg,
+                                 named_weights=pretrained and not own, **kwargs)
+    model.pretrained_cfg['classifier'] = [f'members.{i}.{head}' for i, member in enumerate(model.members)
+                                          for head in head_names(member)]
+    expected = {pretrained_constants(member) for member in model.members}
+    mean, std = expected.pop() if len(expected) == 1 else (None, None)
+    if not own: model.pretrained_cfg |= dict(mean=mean, std=std)
+    return model
 
-if not timm.is_model('mixture'): _register_mixture()
+_register('mixture', _mixture)
 
 # %% ../nbs/02_models.ipynb #1b555fc1
 OF_TRAINING = 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate' # these make no other model
@@ -379,14 +354,12 @@ def started_from(
     "Returns the student, stem and student_kwargs of a model folder, local or on the hub; {} for a file."
     file = weights_place(weights)/'config.json'
     if not file.is_file(): return {}
-    architecture, kwargs = _described(f'local-dir:{file.parent}')
-    base = architecture.removesuffix('_cifar')
-    name = base if base in cifar_stems else architecture
+    name, kwargs = _described(f'local-dir:{file.parent}')
     own = 'img_size', 'num_classes', 'in_chans' # set by the new run; images have three channels
     kwargs = {key: value for key, value in kwargs.items() if key not in own}
     kwargs |= {key: value for key, value in usual.items() if key in OF_TRAINING}
-    stem = 'imagenet' if name == architecture else 'cifar'
-    return dict(student=name, stem=stem, student_kwargs=kwargs)
+    return dict(student=cifar_stems.get(name, name), stem='cifar' if name in cifar_stems else 'imagenet',
+                student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
 def save_model(
@@ -399,8 +372,8 @@ def save_model(
     size:int         # side of the model's input in px
 )->Path:
     "Writes model.safetensors, config.json, README.md and card.json into a folder, each file whole or not at all."
-    mean, std = map(list, mean_std)
-    cfg = dict(input_size=[3, size, size], interpolation='bilinear', crop_pct=1., mean=mean, std=std,
+    mean, std = mean_std
+    cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., mean=mean, std=std,
                num_classes=model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -415,14 +388,10 @@ def save_model(
 # %% ../nbs/02_models.ipynb #75701338
 @torch.no_grad()
 def token_cosines(
-    model:nn.Module,     # a distilled vision transformer of timm
+    model:nn.Module,     # a distilled vision transformer of timm; it is left in eval mode
     pixels:torch.Tensor, # (B, 3, H, W), as the model takes them
 )->list:                 # cosines of the learned tokens, then after each block, averaged over the images
     "Returns the cosine of class token and distillation token at the input and after each block."
-    if not isinstance(model, VisionTransformerDistilled):
-        raise VitdistillError(f'{type(model).__name__} has one token: give a distilled vision transformer of timm.')
-    training = model.training
-    try: seen = model.eval().forward_intermediates(pixels, return_prefix_tokens=True, intermediates_only=True)
-    finally: model.train(training)
+    seen = model.eval().forward_intermediates(pixels, return_prefix_tokens=True, intermediates_only=True)
     pairs = [torch.cat([model.cls_token, model.dist_token], 1), *(tokens for _, tokens in seen)]
     return [F.cosine_similarity(two[:, 0], two[:, 1], dim=-1).mean().item() for two in pairs]

@@ -46,11 +46,10 @@ def cut_views(
     padding:int          # px
 )->torch.Tensor: # (B, 3, H, W) uint8 in channels_last memory
     "Cuts views of a batch: pads with zeros before normalization as torchvision does, crops, and flips."
-    images, p, device = images[rows], padding, rows.device
-    (h, w), (dx, dy, flip) = images.shape[1:3], view_parts(view[:, None], p)
-    y, x = torch.arange(h, device=device), torch.arange(w, device=device)
+    (h, w), (dx, dy, flip) = images.shape[1:3], view_parts(view[:, None], padding)
+    batch, y, x = [torch.arange(n, device=rows.device) for n in (len(rows), h, w)]
     y, x = dy + y, dx + torch.where(flip.bool(), w - 1 - x, x)
-    padded, batch = F.pad(images, (0, 0, p, p, p, p)), torch.arange(len(rows), device=device)
+    padded = F.pad(images[rows], (0, 0, *[padding]*4))
     return padded[batch[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 # %% ../nbs/01a_views.ipynb #45f36b8a
