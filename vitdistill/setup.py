@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'resolve',
            'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'beside_weights', 'open_memo',
-           'question', 'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
+           'question', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, math, typing
@@ -219,8 +219,10 @@ def open_memo(
 def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor)->tuple: # rows: of the plan
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
     teacher, card = load_teacher(config, data, ranks.device)
-    planned, online = config.plan_memo and unnumbered(config), unnumbered(config) or not config.memo
-    absent, at_once = isinstance(teacher, Absent), min(teacher.chunk, -(-config.batch_size//ranks.world))
+    planned = config.plan_memo and unnumbered(config)
+    online = unnumbered(config) or not config.memo
+    absent = isinstance(teacher, Absent)
+    at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images in a batch
     if absent and online:
         raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
                               "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
@@ -234,24 +236,14 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
-    kind, memo = OBJECTIVES[config.distillation].kind(config), None
+    kind = OBJECTIVES[config.distillation].kind(config)
+    memo = None
     if not ranks.rank and (planned or not online):
         key = plan_key(teacher, config, data, rows) if planned else memo_key(teacher, config, data)
         memo = open_memo(config, teacher, key, kind)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
     if not answers.by_view: teacher.chunk = at_once # also if the memo had no room
     return answers, health, card
-
-# %% ../nbs/05b_setup.ipynb #2bdeb035
-def refuse_unanswered(
-    answers:Answers,  # of one teacher
-    rows:torch.Tensor # (n,) the images that it answers
-)->None:
-    "Raises `VitdistillError` if a teacher without weights lacks some of the answers that a run may need."
-    if isinstance(answers.teacher, Absent) and (known := answers.memo.known(rows)) < 1:
-        raise VitdistillError(f'{answers.teacher.file} answers {known:.1%} of what may be asked about {len(rows):,} '
-                              'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
-                              "or name the teacher's weights.")
 
 # %% ../nbs/05b_setup.ipynb #6d9c0e41
 def question_all(
@@ -266,8 +258,12 @@ def question_all(
         seen = [seen_by(c, data) for c in (card, other_card)]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
         asked = [(part, rows[where]) for part, where in divided(answers.parts, answers.which[rows])]
-    if not ranks.rank:
-        for part, its in asked: refuse_unanswered(part, its)
+    for part, its in asked:
+        absent = not ranks.rank and isinstance(part.teacher, Absent)
+        if absent and (known := part.memo.known(its)) < 1:
+            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(its):,} '
+                                  'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
+                                  "or name the teacher's weights.")
     if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 

@@ -10,7 +10,7 @@ __all__ = ['Teacher', 'images_a_second', 'use_quickest', 'some', 'top1', 'card_f
            'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
-import glob, hashlib, json, timeit, zipfile, zlib
+import glob, hashlib, json, timeit
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -158,7 +158,7 @@ def answers_in(file:str|Path, name:str)->np.ndarray: # name: 'head', 'images' or
     "Returns an array of a file of answers; raises `VitdistillError` if the file is another one or damaged."
     try:
         with np.load(weights_place(file)) as arrays: return arrays[name]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e: # numpy's, zipfile's and zlib's own errors
         raise VitdistillError(f"{file} holds no teacher's answers ({type(e).__name__}): name a file that keep_answers "
                               'of e00 or e04 has written, or weights.') from None
 
@@ -294,7 +294,7 @@ def refuse_new_head(
 # %% ../nbs/04_teachers.ipynb #87ba8b24
 def refuse_other_weights(teacher:Teacher, card:dict|None, config:Config)->None: # config: of the student
     "Raises `VitdistillError` if the card next to a teacher's weights was written for other weights."
-    if not card or card.get('input_size') != teacher.size or config.teacher_precision == 'bf16-weights':
+    if not card or card['input_size'] != teacher.size or config.teacher_precision == 'bf16-weights':
         return # weights were resampled or rounded when they were loaded
     if (its := card.get('weights_hash')) and its != (found := teacher.weights_hash()):
         raise VitdistillError(f'{config.teacher_weights}: its card.json is of other weights ({its}, here {found}): '
@@ -415,7 +415,8 @@ def adopt(
     elif not len(split_rows(data.train_labels, config)[1]):
         raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
                               'which training images the weights have not seen, or give other images as held_out.')
-    size, config = config.student_size or data.side, with_members(config, weights, data)
+    size = config.student_size or data.side
+    config = with_members(config, weights, data)
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     places = [weights_place(place) for place in (weights if isinstance(weights, list) else [weights])]
