@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'resolve',
-           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'open_memo', 'try_speeds', 'question',
-           'refuse_unanswered', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
+           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'beside_weights', 'open_memo',
+           'question', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, math, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from .answers import Answers, DrawnAnswers, KeptMemo, Memo, NoRoom, OutOfFold, Planned, PlanMemo, memo_key
+from .answers import Answers, DrawnAnswers, KeptMemo, Memo, OutOfFold, Planned, divided, memo_key
 from .answers import plan_key, plan_rows
 from .augment import Augment, augments, image_parts, unnumbered
-from .config import Config, VitdistillError, cores
+from .config import Config, VitdistillError, cores, from_root
 from .data import Data, fingerprint, image_side, load_data, split_rows
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
 from .layers import with_plain_attention
@@ -26,8 +27,8 @@ from .optimize import create_schedule, optimizer_class
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
 from .runs import Run
-from .teachers import Absent, Teacher, answers_head, beside_weights, check_health, file_hash, is_answers
-from .teachers import load_teacher, refuse_begun_on, seen_by, the_only, use_quickest
+from .teachers import Absent, Teacher, answers_head, check_health, file_hash, is_answers, load_teacher
+from .teachers import refuse_begun_on, seen_by, the_only, use_quickest, weights_folder
 from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #f0417754
@@ -200,62 +201,49 @@ def image_device(
     return device if fit else 'cpu'
 
 # %% ../nbs/05b_setup.ipynb #baad05c1
-def open_memo(
-    config:Config, data:Data, teacher:Teacher, ranks:Ranks,
-    kind,                   # kind of answer
-    rows:torch.Tensor=None  # (n,) training images, for a memo by rows of the plan; None: a memo by view
-)->Memo|None:
-    "Returns the teacher's memo, on rank 0; None (the teacher runs online) if it is off, unusable or too large."
-    if ranks.rank or rows is None and (not config.memo or unnumbered(config)): return None
-    if isinstance(teacher, Absent):
-        return KeptMemo(teacher.place, memo_key(teacher, config, data), kind)
-    folder = beside_weights(config)
-    try:
-        if rows is None: return Memo(folder, memo_key(teacher, config, data), kind)
-        return PlanMemo(folder, plan_key(teacher, config, data, rows), kind)
-    except (NoRoom, OSError) as e: print(f'{e} The teacher runs online instead.', flush=True)
+def beside_weights(config:Config)->Path:
+    "Returns the folder for what is kept of the config's teacher: that of its weights."
+    return weights_folder(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
 
-# %% ../nbs/05b_setup.ipynb #62707f8f
-def try_speeds(teacher:Teacher, config:Config, online:bool)->None: # online: it answers batch by batch, without a memo
-    "Chooses, by a trial on the GPU, how many images the teacher takes at once and, if `compile` is auto, compiling."
-    both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
-    use_quickest(teacher, (teacher.chunk,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
+def open_memo(
+    config:Config, teacher:Teacher,
+    key:dict, # of `memo_key` or `plan_key`
+    kind      # kind of answer
+)->Memo|None:
+    "Returns the teacher's memo; None (the teacher runs online) if its folder has no room or can't be written."
+    if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
+    try: return Memo(beside_weights(config), key, kind)
+    except OSError as e: print(f'{e} The teacher runs online instead.', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
-def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor=None)->tuple: # rows: of the plan
+def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor)->tuple: # rows: of the plan
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
     teacher, card = load_teacher(config, data, ranks.device)
-    at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images in a batch
-    planned = rows is not None and config.plan_memo and unnumbered(config)
+    planned = config.plan_memo and unnumbered(config)
     online = unnumbered(config) or not config.memo
+    absent = isinstance(teacher, Absent)
+    at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images in a batch
+    if absent and online:
+        raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
+                              "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
+                              'weights.')
     if online: teacher.chunk = at_once # before the health check: each size is compiled
-    if teacher.device.type == 'cuda' and not isinstance(teacher, Absent): try_speeds(teacher, config, online)
+    if teacher.device.type == 'cuda' and not absent:
+        both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
+        use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
     kind = OBJECTIVES[config.distillation].kind(config)
-    if isinstance(teacher, Absent) and (unnumbered(config) or not config.memo):
-        raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
-                              "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
-                              'weights.')
-    memo = open_memo(config, data, teacher, ranks, kind, rows if planned else None)
+    memo = None
+    if not ranks.rank and (planned or not online):
+        key = plan_key(teacher, config, data, rows) if planned else memo_key(teacher, config, data)
+        memo = open_memo(config, teacher, key, kind)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
     if not answers.by_view: teacher.chunk = at_once # also if the memo had no room
     return answers, health, card
-
-# %% ../nbs/05b_setup.ipynb #2bdeb035
-def refuse_unanswered(
-    answers,          # of one teacher or two
-    rows:torch.Tensor # the images that need answers
-)->None:
-    "Raises `VitdistillError` if a teacher without weights lacks some of the answers that a run may need."
-    for part, its in answers.divided(rows):
-        if isinstance(part.teacher, Absent) and (known := part.known(its)) < 1:
-            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(its):,} '
-                                  'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
-                                  "or name the teacher's weights.")
 
 # %% ../nbs/05b_setup.ipynb #6d9c0e41
 def question_all(
@@ -263,13 +251,20 @@ def question_all(
     rows:torch.Tensor # the images that need answers
 )->dict:
     "Returns the answers of the config's one or two teachers, and the first one's top-1, as fields of a `Setup`."
-    answers, health, card = question(config, data, views, ranks, None if config.fold_weights else rows)
+    answers, health, card = question(config, data, views, ranks, rows)
+    asked = [(answers, rows)]
     if config.fold_weights:
-        other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks)
+        other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks, rows)
         seen = [seen_by(c, data) for c in (card, other_card)]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
-        if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
-    if not ranks.rank: refuse_unanswered(answers, rows)
+        asked = [(part, rows[where]) for part, where in divided(answers.parts, answers.which[rows])]
+    for part, its in asked:
+        absent = not ranks.rank and isinstance(part.teacher, Absent)
+        if absent and (known := part.memo.known(its)) < 1:
+            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(its):,} '
+                                  'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
+                                  "or name the teacher's weights.")
+    if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
 # %% ../nbs/05b_setup.ipynb #fcbf15de
@@ -318,21 +313,19 @@ def predict(
     student:nn.Module=None # default: the setup's
 )->list:
     "Returns logits per head, (n, C) float32 on the device, of the centre views of `rows`."
-    student = (student or setup.student).eval()
-    side = setup.test_size
-    batch, outputs = setup.images_a_pass, []
-    rows = rows.to(setup.ranks.device)
-    while (done := sum(len(heads[0]) for heads in outputs)) < len(rows):
-        try:
-            pixels = setup.input(views(rows[done:done + batch]), size=side)
-            with setup.autocast(): outputs.append([head.float() for head in student(pixels)])
-        except torch.OutOfMemoryError: pass # retry outside, where the failed pass's tensors are freed
-        else: continue
-        if batch == 1:
-            raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} on one '
-                                  f'image of {side} px: stop what else uses it, or take a smaller student_size.')
-        setup.pass_images = batch = batch//2
-    return [torch.cat(heads) for heads in zip(*outputs)]
+    model, outputs = (student or setup.student).eval(), []
+    try:
+        for part in rows.to(setup.ranks.device).split(setup.images_a_pass):
+            pixels = setup.input(views(part), size=setup.test_size)
+            with setup.autocast(): outputs.append([head.float() for head in model(pixels)])
+        return [torch.cat(heads) for heads in zip(*outputs)]
+    except torch.OutOfMemoryError: outputs = pixels = None # the failed pass's tensors are freed before another try
+    if setup.images_a_pass == 1:
+        raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} on one '
+                              f'image of {setup.test_size} px: stop what else uses it, or take a smaller '
+                              'student_size.')
+    setup.pass_images = setup.images_a_pass//2
+    return predict(setup, views, rows, student)
 
 # %% ../nbs/05b_setup.ipynb #ba4c2a43
 def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, student:nn.Module=None)->dict:
@@ -340,8 +333,7 @@ def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, s
     heads = setup.student.heads if len(setup.student.heads) > 1 else ()
     names = 'top1', 'top5', *(f'{head}_top1' for head in heads)
     if not len(rows): return dict.fromkeys(names)
-    exact = torch.float64 if setup.ranks.device != 'mps' else torch.float32
-    counts = torch.zeros(len(names), dtype=exact, device=setup.ranks.device)
+    counts = torch.zeros(len(names), dtype=torch.int64, device=setup.ranks.device)
     if len(mine := rows.tensor_split(setup.ranks.world)[setup.ranks.rank]):
         answers = predict(setup, views, mine, student=student)
         top = combine(answers).topk(min(5, len(setup.data.classes))).indices
@@ -349,4 +341,4 @@ def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, s
         right = top == true[:, None]
         each = [(z.argmax(-1) == true).sum() for z in answers if heads]
         counts += torch.stack([right[:, 0].sum(), right.sum(), *each])
-    return dict(zip(names, (setup.ranks.sum(counts)/len(rows)).tolist()))
+    return {name: count/len(rows) for name, count in zip(names, setup.ranks.sum(counts).tolist())}

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'images_a_second', 'use_quickest', 'some', 'top1', 'card_facts', 'make_card', 'is_answers', 'answers_in',
-           'answers_head', 'read_card', 'beside_weights', 'file_hash', 'the_only', 'as_teacher', 'refuse_overlap',
-           'refuse_begun_on', 'refuse_seen', 'seen_by', 'Absent', 'refuse_other_classes', 'refuse_new_head',
+           'answers_head', 'weights_folder', 'read_card', 'file_hash', 'the_only', 'as_teacher', 'seen_by',
+           'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'Absent', 'refuse_other_classes', 'refuse_new_head',
            'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images',
            'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
-import glob, hashlib, json, time, zipfile, zlib
+import glob, hashlib, json, timeit
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from .config import Config, VitdistillError, field_names, fitting, from_dict, student_name, write_atomic
 from .data import Data, load_data, split_rows
 from .hub import weights_place
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks
-from .views import Views, epoch_plan, normalize, view_count
+from .views import Views, centre_view, epoch_plan, normalize, view_count
 from .models import create, load_weights, pretrained_constants, save_model, started_from, weights_file
 
 # %% ../nbs/04_teachers.ipynb #758f9ae4
@@ -31,16 +31,13 @@ class Teacher:
         size:int,              # side of its input, px
         precision:str='fp32',  # or 'bf16' (autocast), or 'bf16-weights' (weights are rounded too, so less is read)
         device='cpu',
-        chunk:int=0,           # images in a forward pass; 0: 512 on a GPU, 32 elsewhere
         compile:bool=False):   # use torch.compile, without CUDA graphs: batches are large
         self.device, self.constants, self.size, self.precision = torch.device(device), constants, size, precision
-        self.chunk = chunk or (512 if self.device.type == 'cuda' else 32)
-        self.model = model.eval().requires_grad_(False).to(self.device)
         self.dtype = torch.bfloat16 if precision == 'bf16-weights' else torch.float32
-        if self.dtype != torch.float32: self.model.to(self.dtype)
-        self.use(self.chunk, compile)
+        self.model = model.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.use(512 if self.device.type == 'cuda' else 32, compile)
 
-    def use(self, chunk:int, compile:bool)->None: # from now on
+    def use(self, chunk:int, compile:bool)->None: # from now on; chunk: images in a forward pass
         self.chunk, self.compile = chunk, compile
         if not compile: self.forward = self.model
         elif equal_blocks(self.model): self.forward = with_compiled_blocks(self.model)
@@ -48,14 +45,13 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W) in [0, 255], uint8 or float32 -> (B, C) float32
-        n, answers = len(pixels), []
-        for start in range(0, n, self.chunk):
-            part = pixels[start:start + self.chunk].to(self.device, non_blocking=True)
-            if len(part) < self.chunk: part = torch.cat([part, part[:1].expand(self.chunk - len(part), -1, -1, -1)])
-            x = normalize(part.contiguous(memory_format=torch.channels_last), *self.constants, self.size)
+        answers = []
+        for part in pixels.split(self.chunk):
+            full = F.pad(part.to(self.device, non_blocking=True), (*[0]*7, self.chunk - len(part))) # with black images
+            x = normalize(full.contiguous(memory_format=torch.channels_last), *self.constants, self.size)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
                 answers.append(self.forward(x.to(self.dtype)).float())
-        return torch.cat(answers)[:n]
+        return torch.cat(answers)[:len(pixels)]
 
     def weights_hash(self)->str: # sixteen hexadecimal digits over every tensor
         digest = hashlib.sha256()
@@ -64,18 +60,15 @@ class Teacher:
         return digest.hexdigest()[:16]
 
 # %% ../nbs/04_teachers.ipynb #945169a8
-def images_a_second(teacher:Teacher, chunk:int, compile:bool, least:float=.5)->float: # least: seconds to measure for
+def images_a_second(teacher:Teacher)->float:
     "Returns how many images a teacher answers in a second, warm; 0 if they do not fit the device."
-    teacher.use(chunk, compile)
-    pixels, n = torch.zeros(chunk, 3, teacher.size, teacher.size, dtype=torch.uint8, device=teacher.device), 0
+    pixels = torch.zeros(teacher.chunk, 3, teacher.size, teacher.size, dtype=torch.uint8, device=teacher.device)
+    work = timeit.Timer(lambda: teacher.logits(pixels).cpu())
     try:
-        for _ in range(2): teacher.logits(pixels).cpu()
-        begun = time.perf_counter()
-        while (spent := time.perf_counter() - begun) < least or not n:
-            teacher.logits(pixels).cpu()
-            n += chunk
+        work.timeit(1) # warms up
+        passes, seconds = work.autorange()
     except torch.OutOfMemoryError: return 0.
-    return n/spent
+    return passes*teacher.chunk/seconds
 
 def use_quickest(
     teacher:Teacher,
@@ -84,7 +77,7 @@ def use_quickest(
     file:Path        # where results are kept, JSON
 )->None:
     "Makes a teacher work in the way that a short trial on this device found fastest."
-    device = torch.cuda.get_device_name(teacher.device) if teacher.device.type == 'cuda' else 'CPU'
+    device = torch.cuda.get_device_name(teacher.device)
     key = f'{device}, torch {torch.__version__}, {teacher.precision}, chunks {chunks}, compiled {compiles}'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,19 +86,19 @@ def use_quickest(
             if key not in known:
                 known |= {key: _trial(teacher, chunks, compiles)}
                 write_atomic(file, json.dumps(known, indent=1).encode())
-        found = known[key]
-    except (OSError, ValueError): found = _trial(teacher, chunks, compiles) # the folder can't be written
-    teacher.use(found['chunk'], found['compile'])
+    except OSError: known = {key: _trial(teacher, chunks, compiles)} # the folder can't be written
+    teacher.use(known[key]['chunk'], known[key]['compile'])
 
 def _trial(teacher, chunks, compiles):
-    rates = {(chunk, compiles[0]): images_a_second(teacher, chunk, compiles[0]) for chunk in chunks}
-    for compile in compiles[1:]:
-        chunk = max(rates, key=rates.get)[0]
-        rates[chunk, compile] = images_a_second(teacher, chunk, compile)
+    rates = {}
+    for compile in compiles:
+        for chunk in chunks if not rates else [max(rates, key=rates.get)[0]]:
+            teacher.use(chunk, compile)
+            rates[chunk, compile] = images_a_second(teacher)
     chunk, compile = max(rates, key=rates.get)
-    told = {f"{n:,} at once{', compiled'*c}": round(rate) for (n, c), rate in rates.items()}
-    print('teacher: ' + ', '.join(f'{how} {rate:,} images/s' for how, rate in told.items()), flush=True)
-    return dict(chunk=chunk, compile=compile, images_a_second=told)
+    found = {f"{n:,} at once{', compiled' if c else ''}": round(rate) for (n, c), rate in rates.items()}
+    print('teacher: ' + ', '.join(f'{how} {rate:,} images/s' for how, rate in found.items()), flush=True)
+    return dict(chunk=chunk, compile=compile, images_a_second=found)
 
 # %% ../nbs/04_teachers.ipynb #940f6a98
 def some(rows:torch.Tensor, most:int)->torch.Tensor:
@@ -115,11 +108,10 @@ def some(rows:torch.Tensor, most:int)->torch.Tensor:
 # %% ../nbs/04_teachers.ipynb #87bcefa8
 def top1(teacher:Teacher, views:Views, labels:torch.Tensor, rows:torch.Tensor, view:torch.Tensor=None)->float:
     "Returns the teacher's top-1 on `rows` (int64, of the dataset), for the given views or else the centre views."
-    right = 0
-    for part in range(0, len(rows), 1024):
-        r, v = rows[part:part + 1024], None if view is None else view[part:part + 1024].to(teacher.device)
-        right += (teacher.logits(views(r.to(teacher.device), v)).argmax(-1).cpu() == labels[r]).sum().item()
-    return right/len(rows)
+    if view is None: view = torch.full_like(rows, centre_view(views.padding))
+    parts = zip(rows.split(1024), view.split(1024))
+    right = [teacher.logits(views(r, v)).argmax(-1).cpu() == labels[r] for r, v in parts]
+    return torch.cat(right).sum().item()/len(rows)
 
 # %% ../nbs/04_teachers.ipynb #4c6ce2d4
 def card_facts(
@@ -141,18 +133,21 @@ def make_card(
     config:Config,   # of the run that trained the teacher
     data:Data,
     views:Views,     # of the training images
-    most:int=5000    # most images that each accuracy is measured on
+    most:int=5000,   # most images that each accuracy is measured on
+    held_out:tuple=None # (`Views`, labels, rows) of images that it has not seen; None: those that the config holds out
 )->dict:
     "Returns a teacher's card, with its top-1 on held-out images and on augmented views that it was trained on."
     train, val = split_rows(data.train_labels, config)
     plan = epoch_plan(train, len(data.train_labels), view_count(config), config.seed, config.epochs)
-    rows, view, held_out = plan.image[:most], plan.view[:most], some(val, most)
+    rows, view = plan.image[:most], plan.view[:most]
     trained_on = round(top1(teacher, views, data.train_labels, rows, view), 5)
     card = card_facts(config, data, teacher.size, teacher.constants)
     card |= dict(weights_hash=teacher.weights_hash(), top1_train_views=trained_on, n_train_views=len(rows))
-    if not len(val): return card
-    accuracy = top1(teacher, views, data.train_labels, held_out)
-    return card | dict(top1_held_out=round(accuracy, 5), n_measured=len(held_out))
+    images, labels, others = held_out or (views, data.train_labels, val)
+    if not len(others): return card
+    measured = some(others, most)
+    accuracy = top1(teacher, images, labels, measured)
+    return card | dict(n_held_out=len(others), top1_held_out=round(accuracy, 5), n_measured=len(measured))
 
 # %% ../nbs/04_teachers.ipynb #13a40f68
 def is_answers(weights:str|Path)->bool:
@@ -162,33 +157,31 @@ def is_answers(weights:str|Path)->bool:
 def answers_in(file:str|Path, name:str)->np.ndarray: # name: 'head', 'images' or 'answers'
     "Returns an array of a file of answers; raises `VitdistillError` if the file is another one or damaged."
     try:
-        with np.load(file) as arrays: return arrays[name]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        with np.load(weights_place(file)) as arrays: return arrays[name]
+    except Exception as e: # numpy's, zipfile's and zlib's own errors
         raise VitdistillError(f"{file} holds no teacher's answers ({type(e).__name__}): name a file that keep_answers "
                               'of e00 or e04 has written, or weights.') from None
 
-def answers_head(weights:str|Path)->dict: # key (of the memo), card, teacher_hash (of the weights file)
+def answers_head(file:str|Path)->dict: # key (of the memo), card, teacher_hash (of the weights file)
     "Returns a file of answers' description of its teacher."
-    return json.loads(str(answers_in(weights_place(weights), 'head')))
+    return json.loads(str(answers_in(file, 'head')))
 
 # %% ../nbs/04_teachers.ipynb #2d9001c5
+def weights_folder(weights:str)->Path:
+    "Returns a model folder itself, or the folder that a file of weights is in."
+    place = weights_place(weights)
+    return place if place.is_dir() else place.parent
+
 def read_card(weights:str)->dict|None:
     "Returns the card in the folder of a teacher's weights, or in a file of its answers; None if there is none."
     if is_answers(weights): return answers_head(weights)['card']
-    place = weights_place(weights)
-    file = (place if place.is_dir() else place.parent)/'card.json'
-    if not weights or not file.is_file(): return None
+    if not weights or not (file := weights_folder(weights)/'card.json').is_file(): return None
     try: return json.loads(file.read_text())
     except ValueError:
         raise VitdistillError(f'{file} is damaged: train the teacher again, or write its card anew with '
                               '`vitdistill.teachers.adopt`.') from None
 
 # %% ../nbs/04_teachers.ipynb #039fd043
-def beside_weights(config:Config)->Path:
-    "Returns the folder for what is kept of the config's teacher: that of its weights."
-    weights = weights_place(config.teacher_weights or f'{config.work_dir}/untrained')
-    return weights if weights.is_dir() or not config.teacher_weights else weights.parent
-
 def file_hash(path:str)->str: # path: of a weights file, a model folder or a file of answers
     "Returns sixteen hexadecimal digits that identify the weights, or those behind the answers; '' without a path."
     if not path: return ''
@@ -208,48 +201,12 @@ def the_only(pattern:str)->str: # pattern: such as out/work/teacher-vit_base-lab
 def as_teacher(card:dict|None)->dict: # of `read_card`
     "Returns a card's model as the teacher fields of a student's config; {} without a card."
     if not card: return {}
-    told = dict(teacher=student_name(Config(student=card['architecture'], stem=card.get('stem', 'imagenet'))),
-                teacher_kwargs=card['kwargs'], teacher_size=card['input_size'])
-    if how := card.get('normalization'): told['teacher_normalization'] = how # cards of earlier versions lack it
-    return told
+    fields = dict(teacher=student_name(Config(student=card['architecture'], stem=card['stem'])),
+                  teacher_kwargs=card['kwargs'], teacher_size=card['input_size'])
+    if how := card.get('normalization'): fields['teacher_normalization'] = how # cards of earlier versions lack it
+    return fields
 
 # %% ../nbs/04_teachers.ipynb #74d0f45c
-def refuse_overlap(
-    config:Config,
-    data:Data,
-    card:dict, # of a model trained on this dataset
-    whose:str  # the model as a possessive, for the message
-)->None:
-    "Raises `VitdistillError` if the run would validate on images that a model was trained on."
-    _, val = split_rows(data.train_labels, config)
-    seen = np.intersect1d(split_rows(data.train_labels, from_dict(card['split']))[0], val)
-    if not len(seen): return
-    split = ', '.join(f'{k}={v}' for k, v in card['split'].items() if k in ('val_fraction', 'val_rows', 'split_seed'))
-    raise VitdistillError(f"{len(seen)} of the run's {len(val)} validation images were in {whose} training set: "
-                          f'give the run the same split ({split}).')
-
-def refuse_begun_on(config:Config, data:Data)->None:
-    "Raises `VitdistillError` if the run would validate on images whose labels its starting weights were trained on."
-    card = read_card(config.student_weights) if config.student_weights else None
-    if card and 'pretrained_by' not in card and card['train_hash'] == data.train_hash:
-        refuse_overlap(config, data, card, "its student_weights'")
-
-def refuse_seen(config:Config, data:Data, card:dict|None)->None:
-    "Raises `VitdistillError` if the run would validate on images that its teacher was, or may have been, trained on."
-    _, val = split_rows(data.train_labels, config)
-    if not len(val) or not config.teacher_weights: return
-    if card is None:
-        raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the teacher has '
-                              'seen the validation images: write one with `vitdistill.teachers.adopt`, '
-                              'or set val_fraction to 0.')
-    if card['split']['dataset'] != config.dataset: return
-    if card['train_hash'] != data.train_hash:
-        raise VitdistillError(f"the teacher's card names other training data ({card['train_hash']}, here "
-                              f'{data.train_hash}), so its held-out rows mean nothing here: use the data that it was '
-                              'trained on, or set val_fraction to 0.')
-    refuse_overlap(config, data, card, "its teacher's")
-
-# %% ../nbs/04_teachers.ipynb #8d1c7025
 def seen_by(
     card:dict|None, # of a teacher
     data:Data
@@ -261,6 +218,39 @@ def seen_by(
     rows, _ = split_rows(data.train_labels, from_dict(card['split']))
     return torch.zeros(len(data.train_labels), dtype=torch.bool).index_fill_(0, rows, True)
 
+def refuse_overlap(
+    config:Config,
+    data:Data,
+    card:dict, # of a model trained on this dataset
+    whose:str  # the model as a possessive, for the message
+)->None:
+    "Raises `VitdistillError` if the run would validate on images that a model was trained on."
+    _, val = split_rows(data.train_labels, config)
+    if not (seen := int(seen_by(card, data)[val].sum())): return
+    split = ', '.join(f'{k}={v}' for k, v in card['split'].items() if k in ('val_fraction', 'val_rows', 'split_seed'))
+    raise VitdistillError(f"{seen} of the run's {len(val)} validation images were in {whose} training set: "
+                          f'give the run the same split ({split}).')
+
+def refuse_begun_on(config:Config, data:Data)->None:
+    "Raises `VitdistillError` if the run would validate on images whose labels its starting weights were trained on."
+    card = read_card(config.student_weights)
+    if card and 'pretrained_by' not in card and card['train_hash'] == data.train_hash:
+        refuse_overlap(config, data, card, "its student_weights'")
+
+def refuse_seen(config:Config, data:Data, card:dict|None)->None:
+    "Raises `VitdistillError` if the run would validate on images that its teacher was, or may have been, trained on."
+    if not len(split_rows(data.train_labels, config)[1]) or not config.teacher_weights: return
+    if card is None:
+        raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the teacher has '
+                              'seen the validation images: write one with `vitdistill.teachers.adopt`, '
+                              'or set val_fraction to 0.')
+    if card['split']['dataset'] != config.dataset: return
+    if card['train_hash'] != data.train_hash:
+        raise VitdistillError(f"the teacher's card names other training data ({card['train_hash']}, here "
+                              f'{data.train_hash}), so its held-out rows mean nothing here: use the data that it was '
+                              'trained on, or set val_fraction to 0.')
+    refuse_overlap(config, data, card, "its teacher's")
+
 # %% ../nbs/04_teachers.ipynb #1e23dbf4
 class Absent(Teacher):
     "A teacher without its weights: a file holds its card and its answers. It can't compute new ones."
@@ -269,13 +259,10 @@ class Absent(Teacher):
         model:torch.nn.Module, # of the teacher's architecture, untrained
         constants:tuple, device='cpu'): # as in `Teacher`
         self.file = config.teacher_weights
-        self.place, self.key = weights_place(self.file), answers_head(self.file)['key']
-        precision, *compiled = self.key['dtype'].split() # with which the answers were computed
-        if config.teacher_precision not in ('auto', precision):
-            raise VitdistillError(f'teacher_precision = {config.teacher_precision!r}, and {self.file} has what was '
-                                  f'asked in {precision}: leave it out, or name the weights.')
-        super().__init__(model, constants, config.teacher_size, precision, compile=bool(compiled)) # on the host
-        self.device = torch.device(device)
+        self.key = answers_head(self.file)['key']
+        compiled = self.key['dtype'].endswith(' compiled') # when the answers were computed
+        super().__init__(model, constants, config.teacher_size, config.teacher_precision, compile=compiled)
+        self.device = torch.device(device) # the model itself stays on the host
 
     def logits(self, pixels:torch.Tensor)->torch.Tensor:
         "Raises `VitdistillError`, since there are no weights."
@@ -307,7 +294,7 @@ def refuse_new_head(
 # %% ../nbs/04_teachers.ipynb #87ba8b24
 def refuse_other_weights(teacher:Teacher, card:dict|None, config:Config)->None: # config: of the student
     "Raises `VitdistillError` if the card next to a teacher's weights was written for other weights."
-    if not card or card.get('input_size') != teacher.size or config.teacher_precision == 'bf16-weights':
+    if not card or card['input_size'] != teacher.size or config.teacher_precision == 'bf16-weights':
         return # weights were resampled or rounded when they were loaded
     if (its := card.get('weights_hash')) and its != (found := teacher.weights_hash()):
         raise VitdistillError(f'{config.teacher_weights}: its card.json is of other weights ({its}, here {found}): '
@@ -394,23 +381,22 @@ def with_members(
 )->Config:
     "Returns the config of a mixture if weights are a list, else the config unchanged."
     if not isinstance(weights, list): return config
-    members = config.student_kwargs.get('members')
-    if members is None: members = [_told(its) for its in weights]
+    members = config.student_kwargs.get('members') or [_member(folder) for folder in weights]
     if not weights or len(members) != len(weights):
         raise VitdistillError(f'{len(weights)} weights are given for a mixture of {len(members)} members: '
                               'name a file or a model folder for each.')
-    for its in weights:
-        refuse_other_classes(card := read_card(its), data)
-        if card: refuse_seen(replace(config, teacher_weights=str(its)), data, card)
+    for folder in weights:
+        refuse_other_classes(card := read_card(folder), data)
+        if card: refuse_seen(replace(config, teacher_weights=str(folder)), data, card)
     return replace(config, student='mixture', stem='imagenet', student_kwargs=dict(members=members))
 
-def _told(weights)->dict: # the architecture that a model folder names
+def _member(weights)->dict: # the architecture that a model folder names, as `Mixture` takes it
     weights_file(weights_place(weights))
-    if not (told := started_from(weights)):
+    if not (known := started_from(weights)):
         raise VitdistillError(f'{weights} does not say its architecture: give student_kwargs, {{members: [...]}}, '
                               'with a name for each of the weights.')
-    stem = dict(stem=told['stem']) if told['stem'] != 'imagenet' else {}
-    return dict(model=told['student'], **stem, **told['student_kwargs'])
+    stem = dict(stem=known['stem']) if known['stem'] != 'imagenet' else {}
+    return dict(model=known['student'], **stem, **known['student_kwargs'])
 
 # %% ../nbs/04_teachers.ipynb #0cf8807d
 def adopt(
@@ -420,7 +406,6 @@ def adopt(
     data:Data,
     device:str='cpu', precision:str='fp32',
     new_head:bool=False, # replace the weights' own head by an untrained one, for the ablation
-    most:int=5000,      # most images that each accuracy is measured on
     held_out:tuple=None # ((N, H, W, 3) uint8, (N,) labels) to measure on, if it was trained on all training images
 )->dict:
     "Writes model, config.json and a card with measured accuracies; returns the card."
@@ -430,19 +415,17 @@ def adopt(
     elif not len(split_rows(data.train_labels, config)[1]):
         raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
                               'which training images the weights have not seen, or give other images as held_out.')
-    size, config = config.student_size or data.side, with_members(config, weights, data)
+    size = config.student_size or data.side
+    config = with_members(config, weights, data)
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
-    places = [weights_place(its) for its in (weights if isinstance(weights, list) else [weights])]
-    model = load_weights(model, places if isinstance(weights, list) else places[0], new_head)
+    places = [weights_place(place) for place in (weights if isinstance(weights, list) else [weights])]
+    load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)
     if card := read_card(folder): return same_teacher(card, folder, teacher, config, data)
-    card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most)
-    if held_out:
-        rows = some(torch.arange(len(held_out[1])), most)
-        measured = top1(teacher, Views(held_out[0], 0, device), held_out[1], rows)
-        card |= dict(top1_held_out=round(measured, 5), n_measured=len(rows), n_held_out=len(held_out[1]))
+    if held_out: held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
+    card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), held_out=held_out)
     names = ', '.join(place.name for place in places)
     origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
     readme = f'# {config.student} on {config.dataset}\n\n{origin}\n'
@@ -452,10 +435,10 @@ def adopt(
 # %% ../nbs/04_teachers.ipynb #6d41f8b3
 def same_teacher(card:dict, folder:str|Path, teacher:Teacher, config:Config, data:Data)->dict:
     "Returns `card`, the card of `folder`; raises `VitdistillError` if it is not that of the teacher to adopt."
-    asked = dict(architecture=config.student, weights_hash=teacher.weights_hash(), input_size=teacher.size,
-                 constants=[list(c) for c in teacher.constants], train_hash=data.train_hash,
-                 split={f: getattr(config, f) for f in field_names(split=True)})
-    if other := [name for name, value in asked.items() if card[name] != value]:
+    facts = card_facts(config, data, teacher.size, teacher.constants) | dict(weights_hash=teacher.weights_hash())
+    asked = json.loads(json.dumps(facts)) # with lists for tuples, as in a card
+    names = 'architecture', 'weights_hash', 'input_size', 'constants', 'train_hash', 'split'
+    if other := [name for name in names if card[name] != asked[name]]:
         raise VitdistillError(f"{folder} holds another teacher (its {', '.join(other)} differ): adopt this one under "
                               'another name, or remove that folder first.')
     return card

@@ -244,7 +244,7 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     others = f', trained on {world} rank(s): the last bits may differ from a run on a fixed number of ranks'
     if done: say(f'resumes after epoch {done}{others*(world != ranks.world)}')
     if answers: say(f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}')
-    if answers: say(answers.in_words(c, setup.views, setup.train_rows, images))
+    if answers: say(answers.in_words(c, setup.train_rows, images))
     norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
         say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
@@ -366,7 +366,7 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
               mininterval=10 if not sys.stderr.isatty() else .1, file=sys.stdout, ascii=True) as bar:
         for n in fill(setup.answers, setup.train_rows, views): bar.update(n)
     ranks.barrier()
-    return setup.answers.known(setup.train_rows) if ranks.rank == 0 else 0.
+    return setup.answers.memo.known(setup.train_rows) if ranks.rank == 0 else 0.
 
 # %% ../nbs/06_train.ipynb #5a2f8c0d
 @record

@@ -19,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from ..answers import Answers, Memo, Planned, PlanMemo, Stopwatch, memo_key, plan_key
+from ..answers import Answers, Memo, Planned, Stopwatch, memo_key, plan_key
 from ..augment import AUGMENTATIONS, unnumbered
 from ..complexity import layers
 from ..config import Config, from_dict, preset
@@ -205,11 +205,11 @@ def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
     if not unnumbered(config):
         answers = Answers(teacher, setup.views, memo=Memo(folder, memo_key(teacher, config, data) | {'turn': turn}))
     elif full:
-        memo = PlanMemo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
+        memo = Memo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
         answers = Planned(teacher, setup.views, memo=memo)
         answers.checks = False # of a few rows, once an epoch: random ones would be refused
     else: return Answers(teacher, setup.views)
-    if full: fill_randomly(answers.memo or answers.plan_memo)
+    if full: fill_randomly(answers.memo)
     return answers
 
 # %% ../../nbs/bench/01_contenders.ipynb #07f65c8b
