@@ -186,7 +186,7 @@ class Progress:
 def peak_lr(optimizer:torch.optim.Optimizer)->float:
     "Returns the learning rate of the layers that have no factor of their own."
     group = optimizer.param_groups[0]
-    return group['lr']/group.get('lr_scale', 1)
+    return float(group['lr'])/group.get('lr_scale', 1) # of a captured step, a tensor
 
 # %% ../nbs/06_train.ipynb #a3636673
 def train_epoch(step:TrainingStep, epoch:int, progress)->dict:
