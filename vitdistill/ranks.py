@@ -11,7 +11,7 @@ __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'place_among_ranks'
 import inspect, os, re, signal, sys, threading, time
 from dataclasses import dataclass
 from datetime import timedelta
-import torch, torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.utils.distributed import world_info_from_env
 from torch import nn
@@ -160,9 +160,8 @@ def batch_bounds(
 # %% ../nbs/05a_ranks.ipynb #37a2e368
 def local_rows(start:int, stop:int, rank:int, world:int)->tuple:
     "Returns (slice of this rank's rows, its loss weight); a rank without rows takes the first one with weight 0."
-    (n, more), images = divmod(stop - start, world), stop - start # the first `more` ranks have one row more
-    first, last = (start + r*n + min(r, more) for r in (rank, rank + 1))
-    return (slice(first, last), world*(last - first)/images) if first < last else (slice(start, start + 1), 0.)
+    mine = np.array_split(range(start, stop), world)[rank].tolist() # the first ranks may have one row more
+    return (slice(mine[0], mine[-1] + 1), world*len(mine)/(stop - start)) if mine else (slice(start, start + 1), 0.)
 
 # %% ../nbs/05a_ranks.ipynb #f69749a9
 def has_batch_norm(model:nn.Module)->bool:

@@ -19,18 +19,11 @@ def is_outside(path:str)->bool:
     return path.startswith(('/', '~')) or '..' in Path(path).parts
 
 # %% ../nbs/06b_records.ipynb #542a3208
-def clean_path(
-    path:str,    # a path out of the repository
-    values:dict, # values of config.yaml
-    root:Path    # root of the repository that holds the record
-)->str:
-    "Returns a path relative to the repository if it is below it or below a folder of runs; else the same path."
-    usual = {name: getattr(Config(), name) for name in ('work_dir', 'runs_dir')}
+def clean_path(path:str, root:Path)->str: # root: of the repository that holds the record
+    "Returns a path relative to the repository that it is in, or to another clone whose usual folders it is in."
     if Path(path).is_relative_to(root): return str(Path(path).relative_to(root))
-    for folder in usual.values(): # of another clone
+    for folder in (Config.work_dir, Config.runs_dir):
         if f'/{folder}/' in path: return folder + path.partition(f'/{folder}')[2]
-    for name, folder in usual.items(): # of this run, elsewhere
-        if Path(path).is_relative_to(values[name]): return str(folder/Path(path).relative_to(values[name]))
     return path
 
 def clean_config(
@@ -38,15 +31,16 @@ def clean_config(
     root:Path    # root of the repository that holds the record
 )->dict:
     "Returns the values of a config without a machine's paths."
-    hashes = iter((values.get('teacher_hash') or '').split('+'))
-    hashes = {f'{role}_weights': f"{role}-{values.get('weights_hash') if role == 'student' else next(hashes, '')}"
-              for role in ('student', 'teacher', 'fold') if values.get(f'{role}_weights')}
+    teachers = [name for name in ('teacher_weights', 'fold_weights') if values.get(name)]
+    hashes = dict(zip(teachers, values.get('teacher_hash', '').split('+')), student_weights=values.get('weights_hash'))
+    usual = {name: getattr(Config, name) for name in ('data_root', 'runs_dir', 'work_dir')}
     def clean(name, value):
-        if name not in ('data_root', 'runs_dir', 'work_dir', *hashes) or not is_outside(value): return value
-        if not is_outside(path := clean_path(value, values, root)): return path
-        if name not in hashes: return getattr(Config(), name)
+        if name not in hashes | usual or not is_outside(value): return value
+        path = clean_path(value, root)
+        if not is_outside(path) or name in usual: return usual[name] if is_outside(path) else path
         parts = Path(path).parts # for model and answers.npz keep the run's folder too
-        return '/'.join((hashes[name].rstrip('-'), *parts[-2 if parts[-1] in ('model', 'answers.npz') else -1:]))
+        own = parts[-2:] if parts[-1] in ('model', 'answers.npz') else parts[-1:]
+        return '/'.join((f"{name.removesuffix('_weights')}-{hashes[name]}", *own))
     return {name: clean(name, value) for name, value in values.items()}
 
 # %% ../nbs/06b_records.ipynb #59adbfbb
