@@ -37,7 +37,8 @@ def clean_config(
     def clean(name, value):
         if name not in hashes | usual or not is_outside(value): return value
         path = clean_path(value, root)
-        if not is_outside(path) or name in usual: return usual[name] if is_outside(path) else path
+        if not is_outside(path): return path
+        if name in usual: return usual[name]
         parts = Path(path).parts # for model and answers.npz keep the run's folder too
         own = parts[-2:] if parts[-1] in ('model', 'answers.npz') else parts[-1:]
         return '/'.join((f"{name.removesuffix('_weights')}-{hashes[name]}", *own))
