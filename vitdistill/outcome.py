@@ -206,7 +206,6 @@ def record_adopted(
     load_weights(setup.student.model, weights_place(str(folder))) # with the head
     with run.lock():
         run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
-        run.note_machine()
         run.save_predictions(**(arrays := predictions(setup)))
         heads = head_accuracies(arrays)
         run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.get('top1_held_out'),

@@ -25,7 +25,6 @@ class Ranks:
     "This process's number, the number of processes, and its device."
     rank:int=0           # from 0
     world:int=1          # number of ranks
-    local:int=0          # rank on this node
     local_world:int=1    # number of ranks on this node
     device:str='cpu'
 
@@ -63,7 +62,7 @@ def start_ranks(device:str)->Ranks:
         torch.cuda.set_device(local)
     on_gpu = dict(backend='nccl', device_id=torch.device(device)) if device.startswith('cuda') else dict(backend='gloo')
     if world > 1: dist.init_process_group(rank=rank, world_size=world, timeout=PATIENCE, **on_gpu)
-    return Ranks(rank, world, local, int(here), device)
+    return Ranks(rank, world, int(here), device)
 
 # %% ../nbs/05a_ranks.ipynb #57670efb
 def waited(rank:int)->VitdistillError:
@@ -176,7 +175,7 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
     if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's loses fused activations
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     each_step = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers' # in older torch
-    return DistributedDataParallel(model, device_ids=[ranks.local] if on_gpu else None, **{each_step: False})
+    return DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, **{each_step: False})
 
 # %% ../nbs/05a_ranks.ipynb #273e0372
 def seed_step(seed:int, epoch:int, step:int, rank:int, device:str='cpu')->None: # device: seeded as well as the CPU

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'as_frame', 'Run', 'find_runs', 'read_arrays', 'all_metrics', 'told',
-           'environment', 'machine_in_words', 'machine', 'append_row', 'packed', 'check_folders', 'RunWriter']
+           'environment', 'machine_in_words', 'append_row', 'packed', 'check_folders', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, io, json, os, platform, shutil, subprocess
@@ -130,7 +130,7 @@ def told(path:str|Path)->str:
 
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
-    "Returns versions, hardware and commit of this process, as far as they are quick to get."
+    "Returns versions, hardware and commit of this process."
     import timm, torch, torchvision, vitdistill
     def git(*words):
         clone = (SHIPPED/'settings.ini').is_file() # an installed wheel may be inside another repository
@@ -141,6 +141,7 @@ def environment()->dict:
                 processor=_processor(), cores=cores(),
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+                cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
                 tf32=dict(products=torch.backends.cuda.matmul.allow_tf32, convolutions=torch.backends.cudnn.allow_tf32),
                 commit=git('rev-parse', 'HEAD') or os.environ.get('VITDISTILL_COMMIT', ''), # for a copy without .git
                 uncommitted=bool(git('status', '--porcelain', '--untracked-files=no')))
@@ -159,17 +160,6 @@ def machine_in_words(
     if gpus and device != 'cpu': return ', '.join(f'{n} x {name}' for name, n in Counter(gpus).items())
     n = about.get('cores', '?')
     return f"{n} core{'s'*(n != 1)} of {about.get('processor', 'an unknown processor')}"
-
-# %% ../nbs/05_runs.ipynb #3eb040e6
-def machine()->dict:
-    "Returns what torch's collect_env reports about this machine."
-    import torch
-    from torch.utils import collect_env as about
-    cpu = [line.partition(':') for line in (about.get_cpu_info(about.run) or '').splitlines()]
-    cpu = {name.strip(): value.strip() for name, _, value in cpu if value and 'Vulnerability' not in name}
-    return dict(os=about.get_os(about.run), libc=about.get_libc_version(), gcc=about.get_gcc_version(about.run),
-                cuda=torch.version.cuda, cuda_driver=about.get_nvidia_driver_version(about.run),
-                cudnn=torch.backends.cudnn.version(), cpu=cpu)
 
 # %% ../nbs/05_runs.ipynb #a2d717a0
 def append_row(
@@ -223,11 +213,8 @@ class RunWriter(Run):
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
         tracker_names(config.track) # raises if a tracker is unknown
         save(config, self.folder/'config.yaml')
-        self._write_json('environment.json', {**self.environment, **environment(), 'command': command})
+        self._write_json('environment.json', {**environment(), 'command': command})
         for name in ('config', 'trackers'): self.__dict__.pop(name, None)
-
-    def note_machine(self)->None: # takes a second, so call it after training has started
-        self._write_json('environment.json', {**self.environment, **machine()})
 
     @cached_property
     def trackers(self)->Trackers: # new ones get all rows recorded so far

@@ -41,10 +41,6 @@ class Step(typing.NamedTuple):
 
     def own(self, tensor): return tensor[self.rows] # tensor: a value for each row of the plan
 
-    @property
-    def whole(self)->bool: # whether this rank takes the whole batch: its images are then mixed with each other
-        return (self.rows.start, self.rows.stop) == (self.start, self.stop)
-
     def mirrored(self, tensor): # values of the rows that this rank's rows are mixed with
         ends = self.start + self.stop # row i is mixed with row ends - 1 - i
         return tensor[ends - self.rows.stop:ends - self.rows.start].flip(0)
@@ -117,7 +113,7 @@ def batches(
     uncut = cut_in_step(setup)
     def cut(step): # pixels of each copy, then of the images that they are mixed with
         if uncut: return [torch.stack([step.own(image), step.own(views[0])])]
-        parts = (step.own, step.mirrored) if mixes[0] and not step.whole else (step.own,)
+        parts = (step.own, step.mirrored) if mixes[0] and ranks.world > 1 else (step.own,) # alone, a rank has both
         return [augment(setup.views(part(image), part(view), cutting), part(plan.image), part(plan.copy), epoch)
                 for part in parts for view in views]
     for number, (step, pixels, mix) in enumerate(zip(steps, cut_ahead(setup, cut, steps), mixes)):
@@ -252,11 +248,11 @@ def settle(setup:Setup, objective:Objective)->None:
     labels, pixels = setup.data.train_labels[rows].to(ranks.device), setup.input(setup.views(rows))
     pixels, image = torch.cat([pixels]*setup.criterion.copies), rows.to(ranks.device)
     answer = answers.blank.expand(len(rows), *answers.blank.shape[1:]).to(ranks.device) if answers else None
-    before = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    before = copy.deepcopy(objective.state_dict())
     with setup.autocast(): out = objective.train()(Batch(pixels, labels, answer, image=image))
     out.loss.backward()
-    for parameter in objective.parameters(): parameter.grad = None
-    for buffer, value in before: buffer.copy_(value)
+    objective.zero_grad()
+    objective.load_state_dict(before)
 
 # %% ../nbs/06_train.ipynb #c74e192c
 class Checkpoints:
@@ -315,7 +311,6 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
             row['seconds'] = time.perf_counter() - begun
             if ranks.rank == 0:
                 run.append(row)
-                if epoch == done: run.note_machine()
                 checkpoints.add(epoch + 1)
             progress.epoch(row)
     progress.bar.close()
