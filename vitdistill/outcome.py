@@ -19,7 +19,7 @@ from .config import Config, VitdistillError, from_root, repo_root, student_name
 from .hub import memo_head, push, refuse_other_memos, weights_place
 from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .models import combine, load_weights, save_model, student_size, token_cosines
-from .ranks import Ranks, start_ranks, threads_per_rank
+from .ranks import Ranks, start_ranks
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, predict, prepare, resolve
 from .teachers import Teacher, card_facts, file_hash, make_card, read_card, seen_by
@@ -326,9 +326,7 @@ def main(arguments:list=None)->int:
     parser.add_argument('--record', metavar='FOLDER', help="folder to write into; default: the run's own")
     args = parser.parse_args(arguments)
     run = Run(from_root(args.run))
-    try:
-        torch.set_num_threads(threads_per_rank(run.config, 1))
-        print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
+    try: print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
     except VitdistillError as e: sys.exit(f'{e}')
     return 0
 

@@ -25,7 +25,7 @@ from .losses import Batch, Objective
 from .outcome import finish
 from .optimize import create_optimizer, create_schedule, weight_average
 from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
-from .ranks import local_rows, parallel, seed_step, start_ranks, threads_per_rank
+from .ranks import local_rows, parallel, seed_step, start_ranks
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, compiled, evaluate, loading_processes, prepare, program, resolve
 from .step import TrainingStep, create_step
@@ -198,10 +198,9 @@ def accuracies(setup:Setup, average:nn.Module|None=None)->dict:
 # %% ../nbs/06_train.ipynb #b70db913
 def create_objective(student:nn.Module, criterion:nn.Module, mode:str, ranks:Ranks)->Objective: # mode: `Config.compile`
     "Returns student and loss as one module, distributed over the ranks, both compiled if `mode` says so."
-    joined = criterion.objective
     alone = ranks.world == 1 and criterion.compiles # else ranks exchange data, or the loss depends on the epoch
-    student, criterion = compiled(parallel(student, ranks), mode), parallel(criterion, ranks)
-    return joined(student, program(criterion, mode if alone else 'none'))
+    loss = program(parallel(criterion, ranks), mode if alone else 'none')
+    return criterion.objective(compiled(parallel(student, ranks), mode), loss)
 
 # %% ../nbs/06_train.ipynb #9661612e
 def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> object with a state_dict
@@ -231,8 +230,9 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
         f'{ranks.device.split(":")[0]}, {c.precision}')
     others = f', trained on {world} rank(s): the last bits may differ from a run on a fixed number of ranks'
     if done: say(f'resumes after epoch {done}{others*(world != ranks.world)}')
-    if answers: say(f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}')
-    if answers: say(answers.in_words(c, setup.views, setup.train_rows, images))
+    if answers:
+        say(f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}')
+        say(answers.in_words(c, setup.views, setup.train_rows, images))
     norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
         say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')
@@ -326,7 +326,6 @@ def train(
     ranks = ranks or Ranks(device=config.device)
     run = RunWriter.of(config)
     if run.status == 'done': return run
-    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     setup = prepare(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0: run.begin(config, command)
@@ -341,7 +340,6 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
     "Stores the teacher's answers about every view of the training images; returns the stored share (0 on other ranks)."
     config = resolve(config)
     ranks = ranks or Ranks(device=config.device)
-    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     setup = prepare(config, ranks)
     if not (setup.answers and setup.answers.by_view):
         raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}, memo = '
