@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'as_frame', 'Run', 'find_runs', 'read_arrays', 'all_metrics', 'told',
-           'environment', 'machine_in_words', 'append_row', 'packed', 'check_folders', 'RunWriter']
+           'environment', 'machine_in_words', 'append_row', 'packed', 'locked', 'check_folders', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, io, json, os, platform, shutil, subprocess
@@ -179,6 +179,21 @@ def packed(arrays:dict)->bytes:
     np.savez_compressed(file := io.BytesIO(), **arrays)
     return file.getvalue()
 
+# %% ../nbs/05_runs.ipynb #19781542
+@contextlib.contextmanager
+def locked(folder:Path):
+    "Locks a run folder, created if missing, for the one process that writes to it, until that process ends."
+    lock = FileLock(folder/'lock')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=.5) # a status check holds it for a moment
+    except Timeout:
+        raise VitdistillError(f'{folder} is being written by another process: wait for it, or stop it first.') from None
+    except OSError as e:
+        raise VitdistillError(f'{folder} can not be written to ({e.strerror}): name another runs_dir.') from None
+    try: yield
+    finally: lock.release()
+
 # %% ../nbs/05_runs.ipynb #db755a78
 def check_folders(config:Config)->None:
     "Raises `VitdistillError` if runs_dir or work_dir is not a folder that can be written to or created."
@@ -192,21 +207,7 @@ def check_folders(config:Config)->None:
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "Writes a run folder, in the one process that holds its lock."
-    @contextlib.contextmanager
-    def lock(self): # held until the process ends; the folder is created if missing
-        lock = FileLock(self.folder/'lock')
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=.5) # a status check holds it for a moment
-        except Timeout:
-            raise VitdistillError(f'{self.folder} is being written by another process: wait for it, or stop it '
-                                  'first.') from None
-        except OSError as e:
-            raise VitdistillError(f'{self.folder} can not be written to ({e.strerror}): name another '
-                                  'runs_dir.') from None
-        try: yield
-        finally: lock.release()
-
+    def lock(self): return locked(self.folder)
     def _write_json(self, name:str, values:dict):
         write_atomic(self.folder/name, json.dumps(values, indent=1))
 
