@@ -86,12 +86,12 @@ SCHEDULES = 'cosine', 'constant', 'tanh', 'step', 'multistep', 'poly' # timm's t
 def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     "Returns timm's schedule; call `.step(epoch)` before each epoch. Raises for a wrong name or argument."
     ours = 'optimizer', 'sched', 'step_on_epochs', 'updates_per_epoch'
-    arguments = [name for name in inspect.signature(create_scheduler_v2).parameters if name not in ours]
+    arguments = inspect.signature(create_scheduler_v2).parameters.keys() - ours
     if config.scheduler not in SCHEDULES:
         raise VitdistillError(f'scheduler = {config.scheduler!r} is not known: {nearest(config.scheduler, SCHEDULES)}')
-    if wrong := next((key for key in config.sched_kwargs if key not in arguments), None):
-        advice = 'leave it out.' if wrong in ours else nearest(wrong, arguments)
-        raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {wrong!r}: {advice}')
+    for key in config.sched_kwargs.keys() - arguments:
+        advice = 'leave it out.' if key in ours else nearest(key, arguments)
+        raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {key!r}: {advice}')
     given = dict(sched=config.scheduler, num_epochs=config.t_max or config.epochs, min_lr=config.min_lr,
                  warmup_epochs=config.warmup_epochs, warmup_lr=config.lr/100)
     if config.scheduler == 'constant': given |= dict(sched='step', decay_epochs=config.epochs + 1, decay_rate=1.)

@@ -9,6 +9,7 @@ __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'place_among_ranks'
 
 # %% ../nbs/05a_ranks.ipynb #2950b6db
 import inspect, os, re, signal, sys, threading, time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 import numpy as np, torch, torch.distributed as dist
@@ -89,13 +90,12 @@ def end_with_parent()->None:
     if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return # a run started by hand may outlive its shell
     parent, launcher = os.getppid(), int(os.environ.get('VITDISTILL_LAUNCHER', 0))
     def watch():
-        while True:
-            time.sleep(1)
-            try:
-                if launcher: os.kill(launcher, 0)
-            except ProcessLookupError: os._exit(3)
-            except PermissionError: pass
-            if os.getppid() != parent: os._exit(3)
+        with suppress(ProcessLookupError): # raised once the launcher has ended
+            while os.getppid() == parent:
+                time.sleep(1)
+                with suppress(PermissionError):
+                    if launcher: os.kill(launcher, 0)
+        os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/05a_ranks.ipynb #a0b204c0

@@ -208,10 +208,6 @@ def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> objec
     none = dict(epochs=0, world=setup.ranks.world)
     state = run.checkpoint() or none
     if run.epochs_done < state['epochs']: state = none # metrics.csv would have gaps
-    elif state['epochs'] and ('average' in state) != ('average' in kept):
-        has, wants = ('has a', 'none') if 'average' in state else ('has no', 'one')
-        raise VitdistillError(f'{run.work}/checkpoint.pt {has} weight average and ema_decay = {setup.config.ema_decay} '
-                              f'wants {wants}: resume with the ema_decay of its run, or remove that file.')
     if setup.ranks.world > 1: # each rank has read its own disk
         dist.all_gather_object(found := [None]*setup.ranks.world, state['epochs'])
         if min(found) < max(found):
