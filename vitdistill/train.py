@@ -332,8 +332,8 @@ def train(
     return run
 
 # %% ../nbs/06_train.ipynb #4700ce71
-def fill_memo(config:Config, ranks:Ranks|None=None)->float:
-    "Stores the teacher's answers about every view of the training images; returns the stored share (0 on other ranks)."
+def fill_memo(config:Config, ranks:Ranks|None=None)->None:
+    "Stores the teacher's answers about every view of the training images."
     config = resolve(config)
     ranks = ranks or Ranks(device=config.device)
     setup = prepare(config, ranks)
@@ -345,7 +345,6 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->float:
               mininterval=10 if not sys.stderr.isatty() else .1, file=sys.stdout, ascii=True) as bar:
         for n in fill(setup.answers, setup.train_rows, views): bar.update(n)
     ranks.barrier()
-    return setup.answers.known(setup.train_rows) if ranks.rank == 0 else 0.
 
 # %% ../nbs/06_train.ipynb #5a2f8c0d
 @record
