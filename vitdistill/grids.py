@@ -274,7 +274,7 @@ def look(cells:list, folder:Path, elsewhere:bool=False)->list: # elsewhere: whet
         cell.state, cell.seconds, run = state, record.get('seconds', 0.), next(reversed(noted_runs(place)), None)
         if elsewhere and state == 'left' and cell.arm and (run := finished(cell, read)): cell.state = 'done'
         if run is None or run.status in ('new', 'unreadable'): continue
-        rows = run.last_rows()
+        rows = run.rows()[-30:]
         cell.epochs = int(rows[-1]['epoch']) + 1 if rows else 0, run.config.epochs
         took = [float(row['seconds']) for row in rows if row.get('seconds')]
         if state == 'running' and took: cell.rest = (cell.epochs[1] - cell.epochs[0])*sum(took)/len(took)

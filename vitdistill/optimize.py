@@ -19,18 +19,20 @@ def optimizer_class(config:Config)->tuple:
     name = {'sgd': 'momentum'}.get(config.optimizer, config.optimizer)
     known = ['sgd', *timm.optim.list_optimizers()]
     if name not in known:
-        near = nearest(config.optimizer, known)
-        raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: {near}')
+        raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: '
+                              f'{nearest(config.optimizer, known)}')
     try: found = timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as e: # bitsandbytes' and apex's
         raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({e}): take one of torch's or "
                               "timm's, such as 'adamw' or 'lamb'.") from None
-    if field := next((key for key in config.opt_kwargs if key in ('lr', 'momentum', 'weight_decay')), None):
-        raise VitdistillError(f'opt_kwargs: {field!r} is a field of the config itself: set {field} = '
-                              f'{config.opt_kwargs[field]!r} there, and leave it out of opt_kwargs.')
-    arguments = [name for name in inspect.signature(found).parameters if name != 'params']
-    if wrong := next((key for key in config.opt_kwargs if key not in arguments), None):
-        raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {wrong!r}: {nearest(wrong, arguments)}')
+    ours = 'lr', 'momentum', 'weight_decay'
+    arguments = inspect.signature(found).parameters
+    for key, value in config.opt_kwargs.items():
+        if key in ours:
+            raise VitdistillError(f'opt_kwargs: {key!r} is a field of the config itself: set {key} = {value!r} there, '
+                                  'and leave it out of opt_kwargs.')
+        if key not in arguments or key == 'params':
+            raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {key!r}: {nearest(key, arguments)}')
     momentum = {'momentum': config.momentum} if 'momentum' in arguments else {}
     try: found([nn.Parameter(torch.zeros(1, 1))], lr=config.lr, **momentum, **config.opt_kwargs)
     except (TypeError, ValueError) as e:
@@ -68,10 +70,9 @@ def create_optimizer(
         filter_bias_and_bn=only_matrices, layer_decay=config.layer_decay if config.layer_decay < 1 else None,
         **kernels | config.opt_kwargs)
     scale_rates(optimizer, model)
-    own = [p for p in objective.parameters() if p.requires_grad] if objective else []
-    if own:
-        together = [dict(params=own, weight_decay=config.weight_decay)]
+    if objective and (own := [p for p in objective.parameters() if p.requires_grad]):
         apart = timm.optim.param_groups_weight_decay(objective, config.weight_decay)
+        together = [dict(params=own, weight_decay=config.weight_decay)]
         for group in apart if only_matrices else together: optimizer.add_param_group(group)
     if config.clip_grad:
         everything = [p for group in optimizer.param_groups for p in group['params']]
@@ -85,12 +86,12 @@ SCHEDULES = 'cosine', 'constant', 'tanh', 'step', 'multistep', 'poly' # timm's t
 def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     "Returns timm's schedule; call `.step(epoch)` before each epoch. Raises for a wrong name or argument."
     ours = 'optimizer', 'sched', 'step_on_epochs', 'updates_per_epoch'
-    arguments = [name for name in inspect.signature(create_scheduler_v2).parameters if name not in ours]
+    arguments = inspect.signature(create_scheduler_v2).parameters.keys() - ours
     if config.scheduler not in SCHEDULES:
         raise VitdistillError(f'scheduler = {config.scheduler!r} is not known: {nearest(config.scheduler, SCHEDULES)}')
-    if wrong := next((key for key in config.sched_kwargs if key not in arguments), None):
-        advice = 'leave it out.' if wrong in ours else nearest(wrong, arguments)
-        raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {wrong!r}: {advice}')
+    for key in config.sched_kwargs.keys() - arguments:
+        advice = 'leave it out.' if key in ours else nearest(key, arguments)
+        raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {key!r}: {advice}')
     given = dict(sched=config.scheduler, num_epochs=config.t_max or config.epochs, min_lr=config.min_lr,
                  warmup_epochs=config.warmup_epochs, warmup_lr=config.lr/100)
     if config.scheduler == 'constant': given |= dict(sched='step', decay_epochs=config.epochs + 1, decay_rate=1.)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['reduced', 'predictions', 'head_accuracies', 'cosines', 'true_answers', 'teacher_brief', 'card_data', 'model_card',
-           'finish_encoder', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at', 'memo_kind', 'memo_card',
-           'push_memos', 'keep_answers', 'main']
+           'encoder_outcome', 'student_outcome', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at',
+           'memo_kind', 'memo_card', 'push_memos', 'keep_answers', 'main']
 
 # %% ../nbs/06a_outcome.ipynb #03c21770
 import argparse, sys
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, timm, torch, yaml
+import numpy as np, timm, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
 from .answers import Memo, keep
@@ -19,7 +19,7 @@ from .config import Config, VitdistillError, from_root, repo_root, student_name
 from .hub import memo_head, push, refuse_other_memos, weights_place
 from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .models import combine, load_weights, save_model, student_size, token_cosines
-from .ranks import Ranks, start_ranks, threads_per_rank
+from .ranks import Ranks, start_ranks
 from .runs import Run, RunWriter, told
 from .setup import Setup, auto_device, predict, prepare, resolve
 from .teachers import Teacher, card_facts, file_hash, make_card, read_card, seen_by
@@ -67,12 +67,11 @@ def head_accuracies(arrays:dict)->dict:
 
 # %% ../nbs/06a_outcome.ipynb #33be3f00
 def cosines(
-    setup:Setup,
-    images:int=256 # number of test images, from the first
-)->list|None:      # cosine of the learned tokens, then after each block; None for a student with one token
-    "Returns the cosine between class token and distillation token by layer, averaged over test images."
+    setup:Setup
+)->list|None: # cosine of the learned tokens, then after each block; None for a student with one token
+    "Returns the cosine between class token and distillation token by layer, averaged over the first 256 test images."
     if not isinstance(setup.student.model, VisionTransformerDistilled): return None
-    rows = torch.arange(min(images, len(setup.data.test_labels)), device=setup.ranks.device)
+    rows = torch.arange(min(256, len(setup.data.test_labels)), device=setup.ranks.device)
     found = token_cosines(setup.student.model, setup.input(setup.test_views(rows), size=setup.test_size))
     return [round(cosine, 5) for cosine in found]
 
@@ -120,9 +119,7 @@ def model_card(
     teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder,
                    teacher_normalization=c.student_normalization)
     kept = yaml.safe_dump(teaches, sort_keys=False)
-    taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})'
-    labels = 'on labels alone' if OBJECTIVES[c.distillation].labelled else 'without labels'
-    if not c.teacher: taught = f'trained {labels}'
+    taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})' if c.teacher else 'trained on labels alone'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     name = student_name(c)
     ours = timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith('timm.') # registered by us
@@ -158,46 +155,41 @@ Test accuracy is measured after the last epoch; nothing was chosen by it.
 """
 
 # %% ../nbs/06a_outcome.ipynb #fb5cb9af
-def _measured(metrics:pd.DataFrame)->dict:
-    "Returns the part of a result that metrics hold: epochs, the last row, seconds in all."
-    last = {k: v for k, v in metrics.iloc[-1].items() if k not in ('epoch', 'seconds', 'lr') and v == v}
-    return dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
-
-def _keep_model(setup:Setup, run:RunWriter, card:dict, readme:str)->None:
-    "Saves the model with its card in timm's format, and on the hub if the run names a repository."
-    config, model = setup.config, setup.student.model.cpu().to(memory_format=torch.contiguous_format)
-    save_model(model, run.model, config.student_kwargs, card, readme, setup.constants, card['input_size'])
-    if config.hub_repo: push(config.hub_repo, run.model, run.name)
-
-# %% ../nbs/06a_outcome.ipynb #3024be6f
-def finish_encoder(setup:Setup, run:RunWriter)->None:
-    "Ends a pre-training run: writes reconstructions of digits, the encoder, its card and, last, the result."
-    c, data, result = setup.config, setup.data, _measured(run.metrics())
-    size = student_size(c, data.side)
+def encoder_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measured: of the last epoch
+    "Writes a pre-training's reconstructions of digits; returns (result, card, README.md)."
+    c, data = setup.config, setup.data
     if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
         run.save_predictions('reconstructions.npz', **setup.criterion.pictures(setup))
-    card = card_facts(c, data, size, setup.constants)
-    result |= dict(n_train=card['n_train'])
-    card |= dict(run=run.name, pretrained_by=c.distillation, objective=c.objective_kwargs, result=result)
+    card = card_facts(c, data, student_size(c, data.side), setup.constants)
+    card |= dict(pretrained_by=c.distillation, objective=c.objective_kwargs)
     readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
              f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
-    _keep_model(setup, run, card, readme)
-    run.finish(result | dict(encoder_hash=file_hash(str(run.model)))) # fine-tuned runs name it by this hash
+    return measured | dict(n_train=card['n_train']), card, readme
 
-# %% ../nbs/06a_outcome.ipynb #d795ce29
-def finish(setup:Setup, run:RunWriter)->None:
-    "Ends a run: writes predictions, the model, its card and, last, the result."
-    if not setup.criterion.labelled: return finish_encoder(setup, run)
+def student_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measured: of the last epoch
+    "Writes a student's predictions; returns (result, card, README.md)."
     config, data = setup.config, setup.data
     run.save_predictions(**(arrays := predictions(setup)))
     frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
-    card = make_card(frozen, config, data, setup.views) | dict(run=run.name)
-    result = dict(**_measured(run.metrics()), n_train=card['n_train'], weights_hash=card['weights_hash'],
+    card = make_card(frozen, config, data, setup.views)
+    result = dict(**measured, n_train=card['n_train'], weights_hash=card['weights_hash'],
                   train_views_top1=card['top1_train_views'], held_out_top1=card.get('top1_held_out'),
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays), token_cosines=cosines(setup))
-    _keep_model(setup, run, card | dict(result=result), model_card(run, result, setup.test_size))
+    return result, card, model_card(run, result, setup.test_size)
+
+def finish(setup:Setup, run:RunWriter)->None:
+    "Ends a run: writes what it leaves, the model with its card and, last, the result; uploads the model if asked to."
+    config, metrics, labelled = setup.config, run.metrics(), setup.criterion.labelled
+    last = metrics.iloc[-1].drop(['epoch', 'seconds', 'lr']).dropna().to_dict()
+    measured = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
+    result, card, readme = (student_outcome if labelled else encoder_outcome)(setup, run, measured)
+    model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
+    save_model(model, run.model, config.student_kwargs, card | dict(run=run.name, result=result), readme,
+               setup.constants, card['input_size'])
+    if config.hub_repo: push(config.hub_repo, run.model, run.name)
+    if not labelled: result['encoder_hash'] = file_hash(str(run.model)) # fine-tuned runs name it by this hash
     run.finish(result)
 
 # %% ../nbs/06a_outcome.ipynb #b206e82c
@@ -214,7 +206,6 @@ def record_adopted(
     load_weights(setup.student.model, weights_place(str(folder))) # with the head
     with run.lock():
         run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
-        run.note_machine()
         run.save_predictions(**(arrays := predictions(setup)))
         heads = head_accuracies(arrays)
         run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.get('top1_held_out'),
@@ -335,9 +326,7 @@ def main(arguments:list=None)->int:
     parser.add_argument('--record', metavar='FOLDER', help="folder to write into; default: the run's own")
     args = parser.parse_args(arguments)
     run = Run(from_root(args.run))
-    try:
-        torch.set_num_threads(threads_per_rank(run.config, 1))
-        print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
+    try: print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
     except VitdistillError as e: sys.exit(f'{e}')
     return 0
 

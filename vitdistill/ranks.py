@@ -9,9 +9,10 @@ __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'place_among_ranks'
 
 # %% ../nbs/05a_ranks.ipynb #2950b6db
 import inspect, os, re, signal, sys, threading, time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-import torch, torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.utils.distributed import world_info_from_env
 from torch import nn
@@ -25,7 +26,6 @@ class Ranks:
     "This process's number, the number of processes, and its device."
     rank:int=0           # from 0
     world:int=1          # number of ranks
-    local:int=0          # rank on this node
     local_world:int=1    # number of ranks on this node
     device:str='cpu'
 
@@ -63,7 +63,7 @@ def start_ranks(device:str)->Ranks:
         torch.cuda.set_device(local)
     on_gpu = dict(backend='nccl', device_id=torch.device(device)) if device.startswith('cuda') else dict(backend='gloo')
     if world > 1: dist.init_process_group(rank=rank, world_size=world, timeout=PATIENCE, **on_gpu)
-    return Ranks(rank, world, local, int(here), device)
+    return Ranks(rank, world, int(here), device)
 
 # %% ../nbs/05a_ranks.ipynb #57670efb
 def waited(rank:int)->VitdistillError:
@@ -90,13 +90,12 @@ def end_with_parent()->None:
     if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return # a run started by hand may outlive its shell
     parent, launcher = os.getppid(), int(os.environ.get('VITDISTILL_LAUNCHER', 0))
     def watch():
-        while True:
-            time.sleep(1)
-            try:
-                if launcher: os.kill(launcher, 0)
-            except ProcessLookupError: os._exit(3)
-            except PermissionError: pass
-            if os.getppid() != parent: os._exit(3)
+        with suppress(ProcessLookupError): # raised once the launcher has ended
+            while os.getppid() == parent:
+                time.sleep(1)
+                with suppress(PermissionError):
+                    if launcher: os.kill(launcher, 0)
+        os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/05a_ranks.ipynb #a0b204c0
@@ -160,9 +159,8 @@ def batch_bounds(
 # %% ../nbs/05a_ranks.ipynb #37a2e368
 def local_rows(start:int, stop:int, rank:int, world:int)->tuple:
     "Returns (slice of this rank's rows, its loss weight); a rank without rows takes the first one with weight 0."
-    (n, more), images = divmod(stop - start, world), stop - start # the first `more` ranks have one row more
-    first, last = (start + r*n + min(r, more) for r in (rank, rank + 1))
-    return (slice(first, last), world*(last - first)/images) if first < last else (slice(start, start + 1), 0.)
+    mine = np.array_split(range(start, stop), world)[rank].tolist() # the first ranks may have one row more
+    return (slice(mine[0], mine[-1] + 1), world*len(mine)/(stop - start)) if mine else (slice(start, start + 1), 0.)
 
 # %% ../nbs/05a_ranks.ipynb #f69749a9
 def has_batch_norm(model:nn.Module)->bool:
@@ -177,7 +175,7 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
     if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's loses fused activations
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     each_step = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers' # in older torch
-    return DistributedDataParallel(model, device_ids=[ranks.local] if on_gpu else None, **{each_step: False})
+    return DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, **{each_step: False})
 
 # %% ../nbs/05a_ranks.ipynb #273e0372
 def seed_step(seed:int, epoch:int, step:int, rank:int, device:str='cpu')->None: # device: seeded as well as the CPU

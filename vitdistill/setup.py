@@ -26,6 +26,7 @@ from .models import Student, check_name, combine, create, create_student, pretra
 from .optimize import create_schedule, optimizer_class
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
+from .ranks import threads_per_rank
 from .runs import Run
 from .teachers import Absent, Teacher, answers_head, check_health, file_hash, is_answers, load_teacher
 from .teachers import refuse_begun_on, seen_by, the_only, use_quickest, weights_folder
@@ -284,6 +285,7 @@ def placed(
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Loads data, student and teacher, checks them before anything is written, and returns them as a `Setup`."
     set_numerics(ranks.device, config.deterministic)
+    torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
     size = student_size(config, data.side)

@@ -431,7 +431,7 @@ def by_gloo(device):
         torch.cuda.set_device(0)
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
-    return Ranks(rank, world, 0, world, device)
+    return Ranks(rank, world, world, device)
 
 
 def rank_main(file):

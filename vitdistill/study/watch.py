@@ -29,7 +29,7 @@ def standing(run:Run, now:float|None=None)->dict: # now: seconds since 1970; Non
     "Returns a run's `frame_columns`: what it is, epochs done, last accuracies, end at the present pace."
     status, now = run.status, time.time() if now is None else now
     config = None if status in ('new', 'unreadable') else run.config
-    rows = pd.DataFrame(run.last_rows(), columns=['epoch', 'seconds', *frame_columns[10:14]])
+    rows = pd.DataFrame(run.rows(), columns=['epoch', 'seconds', *frame_columns[10:14]])
     rows = rows.apply(pd.to_numeric, errors='coerce')
     last = rows.iloc[-1] if len(rows) else {}
     done, file = int(last.get('epoch', -1)) + 1, run.folder/('metrics.csv' if len(rows) else 'config.yaml')
