@@ -174,7 +174,7 @@ def finish_encoder(setup:Setup, run:RunWriter)->None:
     "Ends a pre-training run: writes reconstructions of digits, the encoder, its card and, last, the result."
     c, data, result = setup.config, setup.data, _measured(run.metrics())
     size = student_size(c, data.side)
-    if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
+    if c.dataset == 'digits' and hasattr(setup.criterion, 'decoder'):
         run.save_predictions('reconstructions.npz', **setup.criterion.pictures(setup))
     card = card_facts(c, data, size, setup.constants)
     result |= dict(n_train=card['n_train'])

@@ -109,11 +109,11 @@ def speedups(
     goal:float=.6               # share of the ratio of multiply-adds that the speedup should reach
 )->pd.DataFrame:                # a row for each other contender of the same study, and each size
     "Returns how many times faster each contender is, next to the ratio of multiply-adds."
-    study = turns.study[turns.contender == than].iloc[0]
-    cases = turns[turns.study == study].groupby(['contender', 'size'], sort=False)
-    seconds = {case: turn.set_index('round').seconds for case, turn in cases}
-    count, rows = cases.multiply_adds.first(), []
-    for name, size in (case for case in seconds if case[0] != than):
+    turns, rows = turns[turns.study == turns.study[turns.contender == than].iloc[0]], []
+    keys = ['contender', 'size']
+    seconds = turns.pivot(index='round', columns=keys, values='seconds')
+    count = turns.groupby(keys).multiply_adds.first()
+    for name, size in seconds.drop(columns=than):
         promised = count[than, size]/count[name, size]
         rows.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
                          **over_rounds(seconds[than, size]/seconds[name, size], '>=', goal*promised)))
