@@ -423,8 +423,7 @@ def features(setup, views, rows:torch.Tensor, encoder:nn.Module)->np.ndarray: # 
     encoder, mine, parts = encoder.eval(), rows.tensor_split(setup.ranks.world)[setup.ranks.rank], []
     for part in mine.split(setup.images_a_pass):
         with setup.autocast(): parts.append(encoder(setup.input(views(part))).mean(1).float())
-    found = torch.cat(parts) if parts else torch.zeros(0, encoder.model.embed_dim, device=setup.ranks.device)
-    return whole_batch(found).cpu().numpy()
+    return whole_batch(torch.cat(parts)).cpu().numpy()
 
 # %% ../nbs/03a_pretraining.ipynb #9f86d98c
 def probed(setup, average:nn.Module|None=None)->dict: # setup: a `Setup`; average: timm's average of the weights

@@ -109,13 +109,13 @@ def measure(config:Config, places:dict, # places: of `places_of`
 # %% ../../nbs/bench/03_bench.ipynb #7ad058fb
 def table(turns:pd.DataFrame)->pd.DataFrame: # turns: of `measure`
     "Returns a row per contender with medians over its turns; an epoch is 50,000 images."
-    groups = turns.rename(columns=dict(images='images_a_turn')).groupby('contender', sort=False)
-    rate = groups.images_per_second
-    what = {name: CONTENDERS[name.removesuffix(THERE)].what for name in groups.groups}
-    summary = groups[['images_per_second', 'start_seconds', 'images_a_turn']].median().assign(
-        spread=(rate.max() - rate.min())/rate.median(), epoch_seconds=50_000/rate.median(),
-        memory_mb=groups.memory_mb.max(), turns=groups.size(), what=pd.Series(what))
-    return summary.reset_index()
+    groups = turns.groupby('contender', sort=False)
+    rate, names = groups.images_per_second, groups.size().index
+    return pd.DataFrame(dict(
+        images_per_second=rate.median(), spread=(rate.max() - rate.min())/rate.median(),
+        epoch_seconds=50_000/rate.median(), memory_mb=groups.memory_mb.max(),
+        start_seconds=groups.start_seconds.first(), images_a_turn=groups.images.first(), turns=groups.size(),
+        what=[CONTENDERS[name.removesuffix(THERE)].what for name in names])).reset_index()
 
 # %% ../../nbs/bench/03_bench.ipynb #77d5fbcb
 def ratios(turns:pd.DataFrame, config:Config)->pd.DataFrame: # turns: of `measure`; returns a table of `with_goals`
