@@ -143,7 +143,7 @@ def test_encoder_is_one_graph(can):
     (dict(batch_size=2), 2, "batches of 2 give 2 rank(s) fewer than 2 images each, too few to contrast"),
     (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
     (dict(objective_kwargs=dict(decoder=[30, 1, 3])), 1, "a width of 30 has no sine-cosine positions"),
-    (dict(mixup=0.8), 1, "mixup and cutmix share labels out"),
+    (dict(mixup=0.8), 1, "mixup = 0.8: pre-training does without, since it has no labels; set it to 0"),
 ])
 def test_bad_input_is_a_sentence(can, change, ranks, words):
     with pytest.raises(VitdistillError) as said:
@@ -183,13 +183,13 @@ def test_studies_name_the_published_arms():
     assert (pictures.dataset, pictures.runs_dir) == ("digits", can.runs_dir)  # of which the report shows some
     arms = [can, untold, unit, augmented, quiet, simclr, mae]
     made = [criterion(arm) for arm in arms]
-    weights = [list(one.parts[0]) for one in made]
+    weights = [list(one.weights) for one in made]
     assert weights == [[0.03, 0.67, 0.3]] * 3 + [[0.03, 0.67, 0.0]] * 2 + [[1, 0, 0], [0, 1, 0]]
     assert [one.sigma for one in made] == [0.05] * 4 + [0.0] * 3
-    assert [one.parts[2] for one in made] == [True] + [False] * 6  # is the decoder told sigma?
+    assert [one.embed_sigma for one in made] == [True] + [False] * 6  # is the decoder told sigma?
     assert {arm.epochs * one.copies for arm, one in zip(arms, made)} == {60}
     assert {(one.area, one.jitter) for one in made} == {(0.25, 0.4)}  # published: the same augmentations
-    targets = [one.parts[3:5] for one in made if any(one.parts[0][1:])]
+    targets = [(one.normalize_targets, one.normalize_noise) for one in made if any(one.weights[1:])]
     assert targets == [(True, n == 2) for n in range(6)]  # of unit variance are pixels; noise in one arm
 
 

@@ -158,7 +158,7 @@ Test accuracy is measured after the last epoch; nothing was chosen by it.
 def encoder_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measured: of the last epoch
     "Writes a pre-training's reconstructions of digits; returns (result, card, README.md)."
     c, data = setup.config, setup.data
-    if c.dataset == 'digits' and hasattr(setup.criterion.terms, 'decoder'):
+    if c.dataset == 'digits' and hasattr(setup.criterion, 'decoder'):
         run.save_predictions('reconstructions.npz', **setup.criterion.pictures(setup))
     card = card_facts(c, data, student_size(c, data.side), setup.constants)
     card |= dict(pretrained_by=c.distillation, objective=c.objective_kwargs)

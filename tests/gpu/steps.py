@@ -16,8 +16,9 @@ import checks  # first: it finds the package
 import timm
 import torch
 from checks import TINY, pair
+from torch.utils.benchmark import timer
 
-from vitdistill.bench import bench, contenders
+from vitdistill.bench import contenders
 from vitdistill.config import preset
 from vitdistill.data import load_data
 from vitdistill.outcome import predictions_at
@@ -118,12 +119,15 @@ def timed(job, name, mode, times=3, start=""):
     (its contender, seconds of a step)."""
     torch._dynamo.reset()
     config, data, steps = bench_of(job, name, mode)
-    watch = contenders.Watch(job.device)
-    begun = time.perf_counter()
-    turn = contenders.vitdistill(config, job.ranks, data, watch)
-    turn(steps)
-    first = time.perf_counter() - begun
-    warm = sorted(turn(steps)[0] for _ in range(times))[times // 2]
+    begun = timer()
+    turn = contenders.vitdistill(config, job.ranks, data)
+    turn(steps)()
+    first, seconds = timer() - begun, []
+    for _ in range(times):
+        run, begun = turn(steps), timer()
+        run()
+        seconds.append(timer() - begun)
+    warm = sorted(seconds)[times // 2]
     what = f"{name}, compile {mode}{start}"
     job.found(f"{what}: first epoch", round(first, 2), "s")
     job.found(f"{what}: an epoch", round(warm, 3), "s", STUDENTS[name][1])
@@ -132,10 +136,15 @@ def timed(job, name, mode, times=3, start=""):
 
 def kernels(job, turn, seconds, steps=20):
     """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest kernels."""
+    run, on_gpu = turn(steps), torch.autograd.DeviceType.CUDA
     with torch.profiler.profile() as seen:
-        turn(steps)
+        run()
     events = seen.key_averages()
-    of = {name: ms / steps for name, ms in bench.milliseconds(events, job.device).items()}
+    if job.device == "cuda":  # of kernels alone, since operators repeat their time
+        of = {e.key: e.self_device_time_total / 1000 / steps for e in events
+              if e.device_type == on_gpu and not e.is_user_annotation}
+    else:
+        of = {e.key: e.self_cpu_time_total / 1000 / steps for e in events}
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
     calls = {mark: sum(e.count for e in events if mark in e.key and e.key.startswith("cu")) / steps for mark in marks}
     largest = sorted(of.items(), key=lambda item: -item[1])[:10]

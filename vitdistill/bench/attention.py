@@ -11,11 +11,10 @@ import functools, itertools, math, os, typing
 from collections.abc import Callable
 import pandas as pd, torch
 from torch.profiler import ProfilerActivity, profile
-from .results import headline, instruction_set, over_rounds, record
+from .results import headline, over_rounds, record
 from ..complexity import layers
 from ..layers import HiLo
 from ..models import create
-from ..runs import environment
 
 # %% ../../nbs/bench/02_attention.ipynb #aaf99cbf
 class Case(typing.NamedTuple):
@@ -110,11 +109,11 @@ def speedups(
     goal:float=.6               # share of the ratio of multiply-adds that the speedup should reach
 )->pd.DataFrame:                # a row for each other contender of the same study, and each size
     "Returns how many times faster each contender is, next to the ratio of multiply-adds."
-    study = turns.study[turns.contender == than].iloc[0]
-    cases = turns[turns.study == study].groupby(['contender', 'size'], sort=False)
-    seconds = {case: turn.set_index('round').seconds for case, turn in cases}
-    count, rows = cases.multiply_adds.first(), []
-    for name, size in (case for case in seconds if case[0] != than):
+    turns, rows = turns[turns.study == turns.study[turns.contender == than].iloc[0]], []
+    keys = ['contender', 'size']
+    seconds = turns.pivot(index='round', columns=keys, values='seconds')
+    count = turns.groupby(keys).multiply_adds.first()
+    for name, size in seconds.drop(columns=than):
         promised = count[than, size]/count[name, size]
         rows.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
                          **over_rounds(seconds[than, size]/seconds[name, size], '>=', goal*promised)))
@@ -123,8 +122,7 @@ def speedups(
 # %% ../../nbs/bench/02_attention.ipynb #e45a3ace
 def attention_record(turns:pd.DataFrame, device:str, out, noise:str='')->str: # turns: of `measure`
     "Writes <machine>.csv, with a row per case and round, and <machine>.txt; returns the text."
-    head = headline(environment() | dict(instructions=instruction_set()), device, noise)
     parts = ['Forward passes at fp32, random weights; medians over rounds; memory: peak of torch during a pass.',
              table(turns), 'Times faster than plain attention, by multiply-adds (promised) and measured (median):',
              speedups(turns)]
-    return record(parts, {'': turns.assign(machine=head)}, device, out, noise)
+    return record(parts, {'': turns.assign(machine=headline(device, noise))}, device, out, noise)

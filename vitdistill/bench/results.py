@@ -29,19 +29,19 @@ def goal_met(median:float, low:float, high:float, rounds:int, sense:str, goal:fl
     return f'yes (median of {rounds} rounds)' if rounds >= 9 and reached(median) else 'not resolved'
 
 # %% ../../nbs/bench/00_results.ipynb #81eda036
-def over_rounds(values:pd.Series|float, sense:str='>=', goal:float=math.nan)->dict: # values: by round, or one number
+def over_rounds(values:pd.Series, sense:str='>=', goal:float=math.nan)->dict: # values: by round
     "Returns median, low, high, rounds, met: the ends of a 95% interval are NaN below 6 rounds; met is of `goal_met`."
     from scipy.stats import quantile_test # here, so that workers start faster
-    known, low, high = pd.Series(values).dropna(), values, values
-    if isinstance(values, pd.Series): low, high = quantile_test(known, p=.5).confidence_interval(.95)
+    known = values.dropna()
+    low, high = quantile_test(known, p=.5).confidence_interval(.95)
     about = dict(median=known.median(), low=low, high=high, rounds=len(known))
     return about | dict(met=goal_met(**about, sense=sense, goal=goal))
 
 # %% ../../nbs/bench/00_results.ipynb #6b486161
-def with_goals(rows:list)->pd.DataFrame: # tuples (name, values by round or one number, '>=' or '<=', goal or NaN)
+def with_goals(rows:list)->pd.DataFrame: # tuples (name, values by round, '>=' or '<=', goal or NaN)
     "Returns the ratios that were measured, each with median, interval and goal."
     known = [dict(ratio=name, goal='' if math.isnan(goal) else f'{sense} {goal:g}', **over_rounds(values, sense, goal))
-             for name, values, sense, goal in rows if pd.Series(values).notna().any()]
+             for name, values, sense, goal in rows if values.notna().any()]
     return pd.DataFrame(known, columns=['ratio', 'median', 'low', 'high', 'rounds', 'goal', 'met'])
 
 # %% ../../nbs/bench/00_results.ipynb #67f5417e
@@ -85,16 +85,18 @@ def instruction_set()->str:
     return f'{found} oneDNN {limit}' if limit else found
 
 # %% ../../nbs/bench/00_results.ipynb #eef77522
-def machine_name(about:dict, device:str)->str: # about: `runs.environment` with the CPU's `instructions`
+def machine_name(device:str)->str:
     "Returns a file name for the machine: its GPUs, or its processor, cores and instructions."
+    about = environment()
     if device == 'cuda': kind = f"{about['gpus'][0]} {len(about['gpus'])} gpus"
-    else: kind = f"{about['processor']} {about['cores']} cores {about['instructions']}"
+    else: kind = f"{about['processor']} {about['cores']} cores {instruction_set()}"
     return re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')
 
 # %% ../../nbs/bench/00_results.ipynb #ec49b96f
-def headline(about:dict, device:str, noise:str='')->str: # noise: of `noise_sentence`
+def headline(device:str, noise:str='')->str: # noise: of `noise_sentence`
     "Returns a line on the machine, its libraries and its other work."
-    processor = about['gpus'][0] if device == 'cuda' else f"{about['processor']} ({about['instructions']})"
+    about = environment()
+    processor = about['gpus'][0] if device == 'cuda' else f"{about['processor']} ({instruction_set()})"
     versions = ', '.join(f'{name} {about[name]}' for name in ('torch', 'torchvision', 'timm'))
     changed = ' with uncommitted changes' if about['uncommitted'] else ''
     loud = f'; NOT A QUIET MACHINE: {noise}' if noise else ''
@@ -117,8 +119,7 @@ def record(
 )->str:
     "Writes <machine>[-<kind>].txt, a CSV file for each table and a picture; returns the text."
     from vitdistill.study.figures import save_figure # here, so that workers start faster
-    about = environment() | dict(instructions=instruction_set())
-    name, head = '-'.join(filter(None, [machine_name(about, device), kind])), headline(about, device, noise)
+    name, head = '-'.join(filter(None, [machine_name(device), kind])), headline(device, noise)
     text = '\n\n'.join([head, *(show(part) if isinstance(part, pd.DataFrame) else part for part in parts if len(part))])
     for end, table in tables.items():
         write_atomic(Path(out)/f'{name}{end}.csv', table.to_csv(index=False))

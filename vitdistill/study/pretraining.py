@@ -47,7 +47,7 @@ class _View(nn.Module): # the forward pass of one view, without the losses
         super().__init__()
         can = criterion(config)
         self.patches, self.encoder = seen_patches(config), can.fit(create_student(config, 1, image_side(config)))
-        self.terms = can.terms
+        self.terms = can
     def forward(self, pixels):
         keep = torch.zeros(len(pixels), self.patches, dtype=torch.int64, device=pixels.device)
         tokens = self.encoder(pixels, keep)
