@@ -8,13 +8,12 @@ __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 
            'measured_crossover', 'back_test', 'explained']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
-import math, warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
-from scipy.optimize import OptimizeWarning, brentq, curve_fit
+from scipy.optimize import brentq, least_squares
 from scipy.special import expit
-from scipy.stats import t as student
 from ..config import VitdistillError
 
 # %% ../../nbs/study/02_trends.ipynb #70216bd4
@@ -45,20 +44,12 @@ LOGISTIC = Law('logistic in ln(epoch)', '{}/(1 + ({}/epoch)^{})', 'cab', 1,
 LAWS = LOG, POWER, EXPONENTIAL, LOGISTIC
 PLATEAU = Law('plateau', '{}', 'a', 1, lambda x: _columns(np.ones_like(x)))
 
-# %% ../../nbs/study/02_trends.ipynb #534aa7cb
-def _reached(above, after): # -> epoch at which `above`, a monotone function of ln(epoch), becomes positive
-    start = math.log(after)
-    if above(start) >= 0: return float(after)
-    return math.exp(brentq(above, start, 700)) if above(700) > 0 else math.inf
-
 # %% ../../nbs/study/02_trends.ipynb #e2539800
 @dataclass(frozen=True)
 class Trend:
     "Holds a law's parameters and how well it fits."
     law:Law
     parameters:tuple  # in the order of `law.symbols`
-    low:tuple=()      # lower ends of 95% confidence intervals
-    high:tuple=()     # upper ends
     r2:float=math.nan # share of the variance that the law explains
     aicc:float=math.nan # Akaike's criterion, corrected for few epochs: lower is better
     autocorrelation:float=math.nan # of the residuals at lag 1
@@ -73,7 +64,9 @@ class Trend:
     def passes_one(self)->float: return self.epoch_of(1, after=self.last) # `last` if it is above 1 there
     def epoch_of(self, accuracy:float, after:float=1)->float:
         "Returns the first epoch from `after` on at which the law reaches `accuracy`; inf if it never does."
-        return _reached(lambda log_epoch: self(np.exp(log_epoch)) - accuracy, after)
+        def above(log_epoch): return self(np.exp(log_epoch)) - accuracy # monotone
+        if above(math.log(after)) >= 0: return float(after)
+        return math.exp(brentq(above, math.log(after), 700)) if above(700) > 0 else math.inf
     def equation(self)->str:
         "Returns the law as text."
         text = self.law.formula.format(*(f'{p:.3g}' if abs(p) < 1000 else f'{p:,.0f}' for p in self.parameters))
@@ -85,45 +78,22 @@ def plateau(accuracy:float)->Trend: # a fraction
     return Trend(PLATEAU, (float(accuracy),))
 
 # %% ../../nbs/study/02_trends.ipynb #6258841e
-def _linear(basis, accuracy): # -> linear parameters at a fixed shape, residual sum of squares
-    parameters = np.linalg.lstsq(basis, accuracy, rcond=None)[0]
-    return parameters, float(((basis @ parameters - accuracy)**2).sum())
-
-# %% ../../nbs/study/02_trends.ipynb #89501cae
-def _start(law, epoch, accuracy): # -> linear parameters and logarithms of the shape: the best on the grid
-    tried = [(*_linear(law.basis(epoch, *shape), accuracy), shape) for shape in law.shapes(epoch)]
-    linear, _, shape = min(tried, key=lambda one: one[1])
-    return [*linear, *np.log(shape)]
-
-# %% ../../nbs/study/02_trends.ipynb #9442d36a
-def _natural(law, free): # free: as the fit has them, the shape as logarithms
-    with np.errstate(over='ignore'): return (*map(float, free[:law.linear]), *map(float, np.exp(free[law.linear:])))
-
-# %% ../../nbs/study/02_trends.ipynb #69719043
-def _slopes(law, epoch, free): # -> (n, parameters): derivatives of the law by `free`
-    def along(i): # of a shape parameter: central differences, about 1e-11 off
-        step = 1e-5*(np.arange(len(free)) == i)
-        return (law(epoch, _natural(law, free + step)) - law(epoch, _natural(law, free - step)))/2e-5
-    shapes = [along(i) for i in range(law.linear, len(free))]
-    return np.column_stack([law.basis(epoch, *_natural(law, free)[law.linear:]), *shapes])
+def _solved(law, epoch, accuracy, shape): # -> the best parameters with this shape, residuals
+    basis = law.basis(epoch, *shape)
+    linear = np.linalg.lstsq(basis, accuracy, rcond=None)[0]
+    return (*map(float, linear), *map(float, shape)), accuracy - basis @ linear
 
 # %% ../../nbs/study/02_trends.ipynb #cc9db763
-def _least_squares(law, epoch, accuracy, start): # -> `free`, covariance
-    if law.linear == len(law.symbols): # closed form
-        basis = law.basis(epoch)
-        linear, left = _linear(basis, accuracy)
-        return linear, np.linalg.inv(basis.T @ basis)*left/(len(epoch) - law.linear)
-    try:
-        with warnings.catch_warnings(), np.errstate(all='ignore'):
-            warnings.simplefilter('error', OptimizeWarning)
-            free, covariance = curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start,
-                                         jac=lambda x, *free: _slopes(law, x, np.array(free)),
-                                         ftol=1e-15, xtol=1e-15, gtol=1e-15) # tight: all processors end alike
+def _least_squares(law, epoch, accuracy, shapes): # shapes: a search starts from the best -> parameters, residuals
+    def residuals(logs): return _solved(law, epoch, accuracy, np.exp(logs))[1]
+    with np.errstate(all='ignore'):
+        logs = min(np.log(shapes), key=lambda logs: (residuals(logs)**2).sum())
+        if not len(logs): return _solved(law, epoch, accuracy, logs)
+        found = least_squares(residuals, logs, '3-point', ftol=1e-15, xtol=1e-15, gtol=1e-15) # tight: processors agree
         # a shape far beyond the grid has no optimum: the law approaches another, such as a power law the logarithm
-        starts = np.log(law.shapes(epoch))
-        if (np.abs(free[law.linear:] - np.clip(free[law.linear:], starts.min(0), starts.max(0))) < np.log(10)).all():
-            return free, covariance
-    except (RuntimeError, OptimizeWarning): pass
+        grid = np.log(law.shapes(epoch))
+        beyond = np.abs(found.x - np.clip(found.x, grid.min(0), grid.max(0)))
+        if found.success and (beyond < np.log(10)).all(): return _solved(law, epoch, accuracy, np.exp(found.x))
     raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: '
                           'read another law, or train longer.')
 
@@ -147,12 +117,8 @@ def fit(law:Law, epoch, accuracy)->Trend: # epoch: (n,) counted from 1; accuracy
     if not np.isfinite(accuracy).all():
         raise VitdistillError(f'{(~np.isfinite(accuracy)).sum()} of {len(epoch)} accuracies are no numbers: '
                               'leave these epochs out.')
-    free, covariance = _least_squares(law, epoch, accuracy, _start(law, epoch, accuracy))
-    half = student.ppf(.975, len(epoch) - len(free))*np.sqrt(np.diag(covariance))
-    parameters = _natural(law, free)
-    residuals = accuracy - law(epoch, parameters)
-    return Trend(law, parameters, _natural(law, free - half), _natural(law, free + half),
-                 **_quality(residuals, accuracy, len(free)), epoch=epoch, residuals=residuals)
+    parameters, residuals = _least_squares(law, epoch, accuracy, law.shapes(epoch))
+    return Trend(law, parameters, **_quality(residuals, accuracy, len(parameters)), epoch=epoch, residuals=residuals)
 
 # %% ../../nbs/study/02_trends.ipynb #22c406b5
 def fit_laws(epoch, accuracy, laws=LAWS)->tuple[list[Trend], list[str]]: # as `fit` takes them
@@ -174,23 +140,21 @@ def bootstrap(
     trend:Trend,      # a fitted one
     generator:np.random.Generator, # the same seed gives the same refits
     repeats:int=200,  # refits
-    block:int=0,      # epochs drawn together; 0: `block_length`
-)->list[Trend]:       # those that converged, without intervals
+)->list[Trend]:       # those that converged
     "Returns refits of the law to curves whose residuals are drawn anew, in moving blocks."
     if not len(trend.residuals):
         raise VitdistillError(f'{trend.equation()} was not fitted here and has no residuals to draw: '
                               'fit it to a curve first.')
-    n, p, block, fitted = trend.n, len(trend.parameters), block or block_length(trend), trend(trend.epoch)
+    n, p, law, block = trend.n, len(trend.parameters), trend.law, block_length(trend)
+    fitted, shape, refits = trend(trend.epoch), trend.parameters[law.linear:], []
     # rescaled to the noise: a fit uses p of n degrees of freedom
     residuals = (trend.residuals - trend.residuals.mean())*math.sqrt(n/(n - p))
-    start, refits = [*trend.parameters[:trend.law.linear], *np.log(trend.parameters[trend.law.linear:])], []
     for first in generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))):
         drawn = residuals[(first[:, None] + np.arange(block)).ravel()[:n]]
-        try: free, _ = _least_squares(trend.law, trend.epoch, fitted + drawn, start)
+        try: refits.append(Trend(law, _least_squares(law, trend.epoch, fitted + drawn, [shape])[0], epoch=trend.epoch))
         except VitdistillError: continue
-        refits.append(Trend(trend.law, _natural(trend.law, free), epoch=trend.epoch))
     if len(refits) < repeats/2:
-        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {trend.law.name} converge: its forecast '
+        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {law.name} converge: its forecast '
                               'has no interval, read another law.')
     return refits
 
