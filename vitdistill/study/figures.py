@@ -60,7 +60,7 @@ def plot_curves(
     if frame['run'].nunique() > 1:
         for _, one in frame.dropna(subset=[column]).groupby('run'):
             ax.plot(one.epoch, one[column], color=shape['color'], linewidth=.6, alpha=.45)
-    ax.plot(mean.epoch, mean['mean'], color=shape['color'], marker=shape['marker'], markevery=max(1, len(mean)//12),
+    ax.plot(mean.index, mean, color=shape['color'], marker=shape['marker'], markevery=max(1, len(mean)//12),
             label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return mean

@@ -8,7 +8,6 @@ __all__ = ['PROBES', 'TUNED', 'can_settings', 'passes', 'seen_patches', 'view_co
 
 # %% ../../nbs/study/05b_pretraining.ipynb #398d9f55
 import json
-from dataclasses import replace
 from inspect import signature
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -119,6 +118,6 @@ def table_with(comparison:Comparison, **measures:str)->pd.DataFrame: # column ->
     "Returns a study's differences, and the mean differences of further numbers of the same runs."
     rows = comparison.table()
     for column, measure in measures.items():
-        other = replace(comparison, study=replace(comparison.study, measure=measure)).table()
+        other = comparison.table(comparison.tops(measure))
         rows = rows.merge(other[['arm', 'other', 'difference']].rename(columns=dict(difference=column)), 'left')
     return rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
            'block_length', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'back_test', 'explained']
+           'measured_crossover', 'fit_early', 'back_test', 'explained']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
 import math
@@ -112,11 +112,6 @@ def fit(law:Law, epoch, accuracy)->Trend: # epoch: (n,) counted from 1; accuracy
     need = len(law.symbols) + 1
     if len(np.unique(epoch)) < need:
         raise VitdistillError(f'the {law.name} needs {need} epochs, this curve has {len(epoch)}: train it longer.')
-    if epoch.min() < 1:
-        raise VitdistillError(f'epoch {epoch.min():g} has no logarithm on this scale: count epochs from 1.')
-    if not np.isfinite(accuracy).all():
-        raise VitdistillError(f'{(~np.isfinite(accuracy)).sum()} of {len(epoch)} accuracies are no numbers: '
-                              'leave these epochs out.')
     parameters, residuals = _least_squares(law, epoch, accuracy, law.shapes(epoch))
     return Trend(law, parameters, **_quality(residuals, accuracy, len(parameters)), epoch=epoch, residuals=residuals)
 
@@ -142,9 +137,6 @@ def bootstrap(
     repeats:int=200,  # refits
 )->list[Trend]:       # those that converged
     "Returns refits of the law to curves whose residuals are drawn anew, in moving blocks."
-    if not len(trend.residuals):
-        raise VitdistillError(f'{trend.equation()} was not fitted here and has no residuals to draw: '
-                              'fit it to a curve first.')
     n, p, law, block = trend.n, len(trend.parameters), trend.law, block_length(trend)
     fitted, shape, refits = trend(trend.epoch), trend.parameters[law.linear:], []
     # rescaled to the noise: a fit uses p of n degrees of freedom
@@ -164,39 +156,29 @@ def forecast_band(
     refits:list[Trend], # of `bootstrap`
     epoch,              # (m,)
     generator:np.random.Generator, # of the residuals
-    level:float=.95,    # share of measurements that should lie inside
 )->np.ndarray:          # (2, m): low, high
-    "Returns the band in which accuracies measured at these epochs should lie, if the law holds."
+    "Returns the 95% band in which accuracies measured at these epochs should lie, if the law holds."
     curves = np.stack([refit(epoch) for refit in refits])
     curves = curves + generator.choice(trend.residuals, len(refits))[:, None]
-    return np.quantile(curves, [(1 - level)/2, (1 + level)/2], axis=0)
+    return np.quantile(curves, [.025, .975], axis=0)
 
 # %% ../../nbs/study/02_trends.ipynb #8787c1f9
-def crossover(
-    one:Trend,         # such as the baseline's
-    other:Trend,       # which may overtake it
-    horizon:float=1e6, # last epoch
-)->float|None:
-    "Returns the epoch from which `other` stays above `one` while both are at most 1; None if it does not."
+def crossover(one:Trend, other:Trend)->float:
+    "Returns the epoch from which `other` stays above `one` while both are at most 1; inf if it does not."
     def lead(log_epoch): return other(np.exp(log_epoch)) - one(np.exp(log_epoch))
-    grid = np.linspace(0, math.log(min(horizon, one.epoch_of(1), other.epoch_of(1))), 1000)
+    grid = np.linspace(0, math.log(min(1e6, one.epoch_of(1), other.epoch_of(1))), 1000)
     behind = np.flatnonzero(lead(grid) <= 0)
     if not len(behind): return 1.
-    if behind[-1] == len(grid) - 1: return None
+    if behind[-1] == len(grid) - 1: return math.inf
     return math.exp(brentq(lead, grid[behind[-1]], grid[behind[-1] + 1]))
 
 # %% ../../nbs/study/02_trends.ipynb #3c1dff88
 def crossover_interval(
     ones:list[Trend],   # refits of the first, or the same plateau several times
     others:list[Trend], # refits of the second
-    horizon:float=1e6,  # last epoch
-    level:float=.95,    # of the interval
-)->tuple[float, float, float]: # low and high, inf for none; share of the refits with a crossover
-    "Returns the interval of `crossover` over pairs of bootstrap refits."
-    epochs = [crossover(one, other, horizon) for one, other in zip(ones, others)]
-    epochs = [math.inf if epoch is None else epoch for epoch in epochs]
-    low, high = np.quantile(epochs, [(1 - level)/2, (1 + level)/2], method='inverted_cdf')
-    return float(low), float(high), float(np.isfinite(epochs).mean())
+)->np.ndarray:          # low, high; inf for none
+    "Returns the 95% interval of `crossover` over pairs of bootstrap refits."
+    return np.quantile([*map(crossover, ones, others)], [(1 - .95)/2, (1 + .95)/2], method='inverted_cdf')
 
 # %% ../../nbs/study/02_trends.ipynb #26811bd1
 def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # accuracies by epoch; window: epochs
@@ -204,34 +186,25 @@ def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # accu
     return (other - one).dropna().rolling(window, center=True, min_periods=1).mean()
 
 # %% ../../nbs/study/02_trends.ipynb #3b32339d
-def measured_crossover(one:pd.Series, other:pd.Series, window:int=5)->int|None: # as `smooth_lead` takes them
-    "Returns the first epoch from which the smoothed lead of `other` stays positive; None if it does not."
-    lead = smooth_lead(one, other, window)
+def measured_crossover(lead:pd.Series)->int|None: # of `smooth_lead`
+    "Returns the first epoch from which a lead stays positive; None if it does not."
     ahead = (lead > 0)[::-1].cummin()
     return int(ahead[ahead].index.min()) if ahead.any() else None
 
 # %% ../../nbs/study/02_trends.ipynb #cad20c35
-def back_test(
-    epoch,       # (n,) counted from 1
-    accuracy,    # (n,) fractions
-    laws=LAWS,
-    most:int=60, # number of values of k: all up to n - 1, or a geometric series
-)->pd.DataFrame: # law, k, ahead (last epoch / last fitted), rmse, bias and last_error of the forecast, or a note
-    "Returns the errors of forecasts from the first k epochs, a row per k and law."
-    epoch, accuracy, rows = np.asarray(epoch, float), np.asarray(accuracy, float), []
-    splits = range(2, len(epoch))
-    if len(splits) > most: splits = np.unique(np.geomspace(2, len(epoch) - 1, most).astype(int))
-    for k in splits:
-        for law in laws:
-            row = dict(law=law.name, k=int(k), ahead=epoch[-1]/epoch[k-1],
-                       rmse=math.nan, bias=math.nan, last_error=math.nan, note='')
-            try: error = fit(law, epoch[:k], accuracy[:k])(epoch[k:]) - accuracy[k:]
-            except VitdistillError as sentence: row |= dict(note=str(sentence))
-            else:
-                row |= dict(rmse=float(np.sqrt((error**2).mean())), bias=float(error.mean()),
-                            last_error=float(error[-1]))
-            rows.append(row)
-    return pd.DataFrame(rows, columns=['law', 'k', 'ahead', 'rmse', 'bias', 'last_error', 'note'])
+def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: accuracies by epoch
+    "Returns a law fitted to the epochs up to `last`; its parameters are NaN if it can't be fitted."
+    known = curve[curve.index <= last]
+    try: return fit(law, known.index, known)
+    except VitdistillError: return Trend(law, (math.nan,)*len(law.symbols))
+
+def back_test(curve:pd.Series)->pd.DataFrame: # curve: accuracies by epoch -> law, k, error; NaN: no fit
+    "Returns the errors of forecasts of the last epoch from the first k, a row per law and k; at most 60 k."
+    n = len(curve)
+    splits = range(2, n) if n <= 62 else np.unique(np.geomspace(2, n - 1, 60).astype(int))
+    rows = [(law.name, int(k), fit_early(law, curve.iloc[:k])(curve.index[-1]) - curve.iloc[-1])
+            for k in splits for law in LAWS]
+    return pd.DataFrame(rows, columns=['law', 'k', 'error'])
 
 # %% ../../nbs/study/02_trends.ipynb #0153a04c
 def explained(
@@ -239,9 +212,8 @@ def explained(
     groups, # (n,) the group of each
 )->float:   # 1: all; about 0, or below: no more than chance; NaN for one group, or as many as values
     "Returns the share of the values' variance that lies between groups, adjusted for their number."
-    values, groups = pd.Series(np.asarray(values, float)), pd.Series(list(groups))
-    n, k = len(values), groups.nunique()
-    varied = float(((values - values.mean())**2).sum())
+    groups = pd.Series(np.asarray(values, float)).groupby(list(groups))
+    n, k, varied = len(values), len(groups), np.var(values, ddof=1)
     if not 1 < k < n or not varied: return math.nan
-    within = float(((values - values.groupby(groups).transform('mean'))**2).sum())
-    return 1 - within/(n - k)/(varied/(n - 1))
+    within = (groups.var(ddof=0)*groups.size()).sum()
+    return 1 - within/(n - k)/varied

@@ -6,15 +6,14 @@
 __all__ = ['frame_columns', 'standing', 'runs', 'find_run', 'describe', 'watch', 'differences', 'compare']
 
 # %% ../../nbs/study/07_watch.ipynb #dbab291c
-import json, math, textwrap, time
-from dataclasses import fields
+import math, textwrap, time
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tqdm import tqdm
-from .results import TEACHING, readable, settings
+from .results import readable
 from .figures import style
-from ..config import Config, VitdistillError, from_root, nearest
+from ..config import Config, VitdistillError, defining, field_names, from_root, nearest
 from ..live import LiveCurve, in_jupyterlab
 from ..runs import Run, columns, find_runs
 
@@ -118,11 +117,9 @@ def watch(
 # %% ../../nbs/study/07_watch.ipynb #d5c7c2ab
 def differences(configs:list[Config])->list[str]:
     "Returns for each config the fields that differ from the others, in words; '' if none does."
-    no_teacher = TEACHING - {'teacher', 'distillation'} # only of runs with a teacher
-    known = [{'experiment': c.experiment, 'seed': c.seed,
-              **json.loads(settings(c, frozenset() if c.teacher else no_teacher))} for c in configs]
-    words = pd.DataFrame([{name: _word(name, value) for name, value in values.items()} for values in known])
-    words = words.reindex(columns=['experiment', *(f.name for f in fields(Config) if f.name != 'experiment')])
+    of_teacher = {*field_names(teaching=True)} - {'teacher', 'distillation'} # None without a teacher
+    words = pd.DataFrame([{name: _word(name, value) if c.teacher or name not in of_teacher else None for name, value
+                           in {'experiment': c.experiment, **defining(c)}.items()} for c in configs])
     words = words.loc[:, words.nunique() > 1].fillna('')
     plain = words[[name for name in words if not name.endswith('_hash')]]
     distinct = lambda frame: len(set(frame.itertuples(index=False)))
