@@ -68,10 +68,9 @@ def class_names(dataset:str, classes:int)->pd.DataFrame: # classes: their number
 def class_gains(
     pairs:list[tuple[Run, Run]], # at least one: plain and taught of a seed
     groups:pd.Series,            # by label: name of its class or superclass
-    part:str='test',             # 'test', 'val' or 'train'
 )->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high
     "Returns accuracies per group of classes, plain and taught, and the difference over seeds; largest gain first."
-    frame = decisions([run for pair in pairs for run in pair], part)
+    frame = decisions([run for pair in pairs for run in pair])
     group, right = frame.label.map(groups).rename('group'), frame.iloc[:, 1:].eq(frame.label, axis=0).to_numpy()
     plain, taught = right[:, 0::2], right[:, 1::2]
     images = group.value_counts().sort_index().rename('images')

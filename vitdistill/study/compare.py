@@ -98,7 +98,7 @@ def named(study:Study, arm:str)->list[str]: # with or without what it varies
     known = arm_names(study)
     return [arm] if arm in known else [name for name in known if known[name][0] == arm]
 
-def pairs(comparison:Comparison)->list[tuple]: # (arm, other), or ((arm, other), (arm, other)) for a difference of gains
+def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, other), (arm, other)) for gains
     "Returns what is compared: each arm with the baseline, then what the file adds."
     study, known = comparison.study, arm_names(comparison.study)
     def alike(arm, other): # the names of `other` to compare `arm` with
@@ -106,35 +106,36 @@ def pairs(comparison:Comparison)->list[tuple]: # (arm, other), or ((arm, other),
         if arm in others or mine == known[others[0]][0]: return []
         return [name for name in others
                 if all(varied[key] == value for key, value in known[name][1].items() if key in varied)]
-    found = [(arm, other) for arm in known if study.baseline for other in alike(arm, study.baseline)]
+    found = [((arm,), (other,)) for arm in known if study.baseline for other in alike(arm, study.baseline)]
     for pair in study.compare:
         if len(sides(pair)) == 4: found.append(tuple(map(tuple, pair)))
-        else: found += [(arm, other) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
+        else: found += [((arm,), (other,)) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/study/04_compare.ipynb #18d4a197
 def difference(
     comparison:Comparison,
-    one, other,        # of `pairs`
+    one:tuple, other:tuple, # of `pairs`
     tops:pd.DataFrame, # of `Comparison.tops`
     images:bool,       # whether the interval of a single seed is over test images
 )->dict:
     "Returns a difference with its intervals, as a row of `Comparison.table`."
-    arms = [*one, *other] if isinstance(one, tuple) else [one, other]
-    both, gain, study = tops[list(dict.fromkeys(arms))].dropna(), len(arms) == 4, comparison.study
-    values = [both[one[0]] - both[one[1]], both[other[0]] - both[other[1]]] if gain else [both[one], both[other]]
-    row = dict(arm=' - '.join(one) if gain else one, other=' - '.join(other) if gain else other, seeds=len(both),
-               interval='seeds', gaps=(values[0] - values[1]).round(6).tolist(),
-               later=[seed in study.later for seed in both.index], **paired_difference(*values))
+    arms, study = [*one, *other], comparison.study
+    both = tops[list(dict.fromkeys(arms))].dropna()
+    values = [both[first] - sum(both[arm] for arm in rest) for first, *rest in (one, other)]
+    row = dict(arm=' - '.join(one), other=' - '.join(other), seeds=len(both), interval='seeds',
+               gaps=(values[0] - values[1]).round(6).tolist(), later=[seed in study.later for seed in both.index],
+               **paired_difference(*values))
     runs = [ended(comparison.arms[arm])[seed] for arm in arms for seed in both.index]
-    if gain: return row | dict(runs=run_names(runs))
-    row |= dict(arm_top1=both[one].mean(), other_top1=both[other].mean())
+    if len(arms) == 4: return row | dict(runs=run_names(runs))
+    row |= dict(arm_top1=values[0].mean(), other_top1=values[1].mean())
     if len(both) > 1:
-        row |= dict(zip(('pooled_low', 'pooled_high'), pooled_interval(row['difference'], len(both), *pooled_scatter(tops))))
+        low, high = pooled_interval(row['difference'], len(both), *pooled_scatter(tops))
+        row |= dict(pooled_low=low, pooled_high=high)
     elif images and (pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index])):
         row, runs = row | difference_over_images(*pair), pair
     known = study.published
-    if {one, other} <= known.keys(): row['published'] = known[one] - known[other]
+    if {*arms} <= known.keys(): row['published'] = known[arms[0]] - known[arms[1]]
     return row | dict(runs=run_names(runs))
 
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs
@@ -181,9 +182,9 @@ def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], 
     found = {}
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
         comparison = load(name, records)
-        for arm, other in (pair for pair in pairs(comparison) if isinstance(pair[0], str)):
+        for (arm, *gain), (other, *_) in pairs(comparison):
             taught, plain = (comparison.arms[side] for side in (arm, other))
-            if not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
+            if gain or not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
             if taught[0].config.teacher and on_labels(plain[0].config):
                 found.setdefault(frozenset(run.name for run in taught + plain), (f'{name}: {arm}', plain, taught))
     return list(found.values())

@@ -45,13 +45,13 @@ def forecast_rows(arms:dict[str, list[Run]])->pd.DataFrame: # ended or not
     rows = [] # error: of the mean curve; least and most: of single seeds
     def missed(law, curve): return fit_early(law, curve, curve.index[-1]*3/8)(curve.index[-1]) - curve.iloc[-1]
     for name, arm in arms.items():
-        curve = mean_top1(arm)
+        curve, singles = mean_top1(arm), [mean_top1([run]) for run in arm]
         for law in LAWS if len(curve) else ():
             last = int(curve.index[-1])
-            early, errors = fit_early(law, curve, last*3/8), [missed(law, mean_top1([run])) for run in arm]
+            early, errors = fit_early(law, curve, last*3/8), [missed(law, one) for one in singles]
             rows.append(dict(arm=name, law=law.name, epochs=last, fitted_until=last*3//8, r2=early.r2,
                              slope=early.parameters[1] if law is LOG else np.nan, forecast=early(last),
-                             measured=curve.iloc[-1], error=missed(law, curve), least=np.min(errors),
+                             measured=curve.iloc[-1], error=early(last) - curve.iloc[-1], least=np.min(errors),
                              most=np.max(errors), runs=run_names(arm)))
     frame = pd.DataFrame(rows, columns=None if rows else ['arm', 'law', 'measured', 'error'])
     return significant(frame).assign(measured=frame.measured)
@@ -100,10 +100,9 @@ def teacher_calls(
 # %% ../../nbs/study/05_findings.ipynb #1aea37fe
 def read_rates(folder:Path)->tuple: # of a bench -> {contender: images a second}, name of the machine
     "Returns the rates that a bench measured on the first machine by name; {} and '' without a bench."
-    for text in sorted(folder.glob('*.txt')):
-        table = pd.read_csv(text.with_suffix('.csv')).set_index('contender')
-        return table.images_per_second.dropna().to_dict(), text.read_text().partition(', torch')[0]
-    return {}, ''
+    if not (first := min(folder.glob('*.txt'), default=None)): return {}, ''
+    table = pd.read_csv(first.with_suffix('.csv')).set_index('contender')
+    return table.images_per_second.dropna().to_dict(), first.read_text().partition(', torch')[0]
 
 # %% ../../nbs/study/05_findings.ipynb #6dc2102f
 def training_images(run:Run)->float:
@@ -137,14 +136,14 @@ def cost_rows(
 # %% ../../nbs/study/05_findings.ipynb #fb6d2a6a
 def calibration_rows(arms:dict[str, list[Run]])->pd.DataFrame: # finished runs with predictions count; fractions
     "Returns the expected calibration error of each arm on test images, mean and standard deviation over seeds."
-    rows = []
-    for name, arm in arms.items():
-        done = [run for run in ended(arm).values() if (run.folder/'predictions.npz').is_file()]
-        frames = [read_predictions(run) for run in done]
-        errors = pd.Series([ece(one.confidence, one.decision == one.label) for one in frames], dtype=float)
-        if done: rows.append(dict(arm=name, top1=np.mean([run.result['test_top1'] for run in done]), ece=errors.mean(),
-                                  ece_std=errors.std(), seeds=len(done), runs=run_names(done)))
-    return significant(pd.DataFrame(rows))
+    def error(run):
+        frame = read_predictions(run)
+        return ece(frame.confidence, frame.decision == frame.label)
+    runs = [(name, run.name, run.result['test_top1'], error(run)) for name, arm in arms.items()
+            for run in ended(arm).values() if (run.folder/'predictions.npz').is_file()]
+    by_arm = pd.DataFrame(runs, columns=['arm', 'run', 'top1', 'ece']).groupby('arm', sort=False)
+    return significant(by_arm.agg(top1=('top1', 'mean'), ece=('ece', 'mean'), ece_std=('ece', 'std'),
+                                  seeds=('run', 'size'), runs=('run', ', '.join)).reset_index())
 
 # %% ../../nbs/study/05_findings.ipynb #c310fa96
 def teacher_rows(

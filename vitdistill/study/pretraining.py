@@ -21,14 +21,15 @@ from ..runs import Run
 from .compare import Comparison, ended, run_names
 
 # %% ../../nbs/study/05b_pretraining.ipynb #53764c07
-def can_settings(config:Config)->dict: # of a pre-training
-    "Returns all settings of the objective by name: those of the config, else the defaults."
+def can_settings(config:Config)->dict: # of a pre-training, or of a training on labels
+    "Returns all settings of the objective by name: those of the config, else the defaults; of labels, one whole view."
+    if config.distillation != 'can': return dict(views=1, mask=0)
     usual = {name: one.default for name, one in signature(ContrastiveMaskedNoise).parameters.items()}
     return json.loads(json.dumps(usual | config.objective_kwargs)) # lists, as a config's file has them
 
 def passes(config:Config)->int: # of a pre-training, or of a training on labels
     "Returns how often the encoder sees each image."
-    return config.epochs*(can_settings(config)['views'] if config.distillation == 'can' else 1)
+    return config.epochs*can_settings(config)['views']
 
 def _embedding(config): # -> the student's embedding of patches
     with torch.device('meta'):
@@ -37,8 +38,7 @@ def _embedding(config): # -> the student's embedding of patches
 
 def seen_patches(config:Config)->int: # of a pre-training, or of a transformer on labels
     "Returns the number of patches of a view that reach the encoder in a pass."
-    mask = can_settings(config)['mask'] if config.distillation == 'can' else 0
-    return split_patches(torch.zeros(1, _embedding(config).num_patches), mask)[0].shape[1]
+    return split_patches(torch.zeros(1, _embedding(config).num_patches), can_settings(config)['mask'])[0].shape[1]
 
 # %% ../../nbs/study/05b_pretraining.ipynb #aa61d700
 class _View(nn.Module): # the forward pass of one view, without the losses

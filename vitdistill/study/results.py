@@ -26,8 +26,7 @@ def curves(runs:list[Run])->pd.DataFrame: # config fields of the run, epoch, col
     parts = [frame.assign(epoch=frame.epoch + 1, run=run.name, **{key: getattr(run.config, key) for key in keys})
              for run in runs if readable(run) and len(frame := run.metrics())]
     if not parts: return pd.DataFrame(columns=['run', *keys, 'epoch', 'test_top1'])
-    frame = pd.concat(parts, ignore_index=True)
-    return frame[['run', *keys] + [name for name in frame.columns if name not in ('run', *keys)]]
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/study/00_results.ipynb #e2359d88
 def summary(runs:list[Run])->pd.DataFrame: # a row per run; accuracies are fractions; seconds are per epoch
@@ -65,8 +64,8 @@ def published_value(
     where:str='',       # place in the source; needed if the quantity stands in two
 )->float|str:
     "Returns one published value, a number if it is one; raises a `VitdistillError` if it is missing or ambiguous."
-    for column, wanted in dict(source=source, item=item, quantity=quantity, where=where).items():
-        if column == 'where' and not where: continue
+    asked = dict(source=source, item=item, quantity=quantity) | (dict(where=where) if where else {})
+    for column, wanted in asked.items():
         known, table = table[column].unique(), table[table[column] == wanted]
         if not len(table): raise VitdistillError(f'published.csv has no {column} {wanted!r}: {nearest(wanted, known)}')
     if len(table) > 1:
@@ -79,8 +78,7 @@ def published_value(
 # %% ../../nbs/study/00_results.ipynb #24109f75
 def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay as they are
     "Returns the values rounded to `digits` significant digits, on which processors agree."
-    if isinstance(values, pd.DataFrame): return values.apply(significant, digits=digits)
-    if isinstance(values, pd.Series): return values.map(lambda value: significant(value, digits))
+    if isinstance(values, (pd.DataFrame, pd.Series)): return values.map(lambda value: significant(value, digits))
     if isinstance(values, np.ndarray):
         return np.reshape([significant(value, digits) for value in values.flat], values.shape)
     if not isinstance(values, (float, np.floating)) or not math.isfinite(values): return values
@@ -108,7 +106,7 @@ def prediction_arrays(
 def read_predictions(
     run:Run,                    # one that has ended
     part:str='test',            # 'test', 'val' or 'train'
-    head:str='',                # 'class'; of two heads also 'distillation', 'softmax', 'logits'; '': by which it decides
+    head:str='',                # 'class', 'distillation', 'softmax' or 'logits'; '': the one that decides
     file:str='predictions.npz', # of `prediction_files`
 )->pd.DataFrame:                # image (id), label and decision (class), confidence (probability of the decision)
     "Returns a run's predictions, a row per image."
@@ -121,9 +119,7 @@ def read_predictions(
     head = head or ('softmax' if 'softmax' in known else 'class')
     if head not in known: raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, known)}')
     names = dict(image='image', label='label', decision=f'{head}_decision', confidence=f'{head}_confidence')
-    try: frame = pd.DataFrame({column: arrays[f'{part}_{name}'] for column, name in names.items()})
-    except (KeyError, ValueError) as e:
-        raise VitdistillError(f'{run.folder/file} is damaged ({e}): start the run again.') from None
+    frame = pd.DataFrame({column: arrays[f'{part}_{name}'] for column, name in names.items()})
     return frame.astype(dict(image=int, label=int, decision=int, confidence=float))
 
 # %% ../../nbs/study/00_results.ipynb #e316a9ac
@@ -156,18 +152,14 @@ def same_data(runs:list[Run])->None:
 # %% ../../nbs/study/00_results.ipynb #8f21ce42
 def decisions(
     answers:list[Run|tuple[Run, str]], # runs, or (run, head)
-    part:str='test',                   # 'test', 'val' or 'train'
 )->pd.DataFrame:                       # index image; column label, then one per answer, named by run (and head)
-    "Returns the decisions of several runs on the images that all of them have."
+    "Returns the decisions of several runs on the test images that all of them have."
     asked = [answer if isinstance(answer, tuple) else (answer, '') for answer in answers]
     same_data([run for run, _ in asked])
     names = [f'{run.name} {head}'.strip() for run, head in asked]
-    joined = pd.concat([read_predictions(run, part, head).set_index('image') for run, head in asked], axis=1,
+    joined = pd.concat([read_predictions(run, head=head).set_index('image') for run, head in asked], axis=1,
                        join='inner', keys=names)
     labels, decided = (joined.xs(column, axis=1, level=1) for column in ('label', 'decision'))
     if not len(joined):
-        raise VitdistillError(f"{' and '.join(names)} have no image of {part} in common: give them the same split.")
-    if labels.ne(labels.iloc[:, 0], axis=0).any(axis=None):
-        raise VitdistillError(f"{' and '.join(names)} give one image different labels: train them on the same data.")
-    decided.insert(0, 'label', labels.iloc[:, 0])
-    return decided
+        raise VitdistillError(f"{' and '.join(names)} have no image of test in common: give them the same split.")
+    return pd.concat([labels.iloc[:, 0].rename('label'), decided], axis=1)

@@ -93,7 +93,9 @@ def _least_squares(law, epoch, accuracy, shapes): # shapes: a search starts from
         # a shape far beyond the grid has no optimum: the law approaches another, such as a power law the logarithm
         grid = np.log(law.shapes(epoch))
         beyond = np.abs(found.x - np.clip(found.x, grid.min(0), grid.max(0)))
-        if found.success and (beyond < np.log(10)).all(): return _solved(law, epoch, accuracy, np.exp(found.x))
+        flat = np.ptp(accuracy) < 1e-9 # a flat curve has no shape
+        if found.success and not flat and (beyond < np.log(10)).all():
+            return _solved(law, epoch, accuracy, np.exp(found.x))
     raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: '
                           'read another law, or train longer.')
 

@@ -81,14 +81,14 @@ def describe(row:dict)->str: # of `standing`
     "Returns a run's state in one line."
     of = f" of {row['epochs']}" if row['epochs'] else ''
     parts = [f"epoch {row['epochs_done']}{of}" if row['epochs_done'] else 'no epoch yet']
-    for name, words, form in (('train_loss', 'loss', '.3g'), ('val_top1', 'validation top-1', '.1%'),
-                              ('test_top1', 'test top-1', '.1%'), ('linear_test_top1', 'linear probe', '.1%')):
-        if not math.isnan(row[name]): parts.append(f'{words} {row[name]:{form}}')
+    parts += [form.format(row[name]) for name, form in _measures.items() if not math.isnan(row[name])]
     if row['eta'] is not pd.NaT:
         left = max(0, (row['eta'] - pd.Timestamp.now()).total_seconds())
         parts.append(f"{tqdm.format_interval(left)} to go, until {row['eta']:%H:%M}")
     return ', '.join(parts) + _endings.get(row['status'], '')
 
+_measures = dict(train_loss='loss {:.3g}', val_top1='validation top-1 {:.1%}', test_top1='test top-1 {:.1%}',
+                 linear_test_top1='linear probe {:.1%}')
 _endings = dict(done='; done', new='; not begun', unreadable="; this version can't read its config",
                 interrupted='; interrupted: start it again to continue from the last checkpoint')
 
