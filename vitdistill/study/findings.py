@@ -107,7 +107,7 @@ def read_rates(folder:Path)->tuple: # of a bench -> {contender: images a second}
 # %% ../../nbs/study/05_findings.ipynb #6dc2102f
 def training_images(run:Run)->float:
     "Returns the number of training images; NaN if the record does not have it."
-    if (run.result or {}).get('n_train'): return run.result['n_train']
+    if known := (run.result or {}).get('n_train'): return known
     file = run.folder/'predictions.npz'
     return len(read_arrays(file, 'train').get('train_image', [])) or np.nan if file.is_file() else np.nan
 

@@ -74,10 +74,9 @@ TUNED = {'fine-tuned, test': 'test_top1', 'fine-tuned, held out': 'held_out_top1
 
 def spread(values:list[float])->str: # None and NaN don't count
     "Returns the mean as text, with the standard deviation of several; '' without values."
-    values = np.array(values, float)
-    values = values[~np.isnan(values)]
+    values = pd.Series(values, dtype=float).dropna()
     if not len(values): return ''
-    return f'{values.mean():.4g}' + (f' ± {values.std(ddof=1):.2g}' if len(values) > 1 else '')
+    return f'{values.mean():.4g}' + (f' ± {values.std():.2g}' if len(values) > 1 else '')
 
 def _finished(runs): return [run for _, run in sorted(ended(runs).items())] # by seed
 

@@ -157,9 +157,9 @@ def decisions(
     asked = [answer if isinstance(answer, tuple) else (answer, '') for answer in answers]
     same_data([run for run, _ in asked])
     names = [f'{run.name} {head}'.strip() for run, head in asked]
-    joined = pd.concat([read_predictions(run, head=head).set_index('image') for run, head in asked], axis=1,
-                       join='inner', keys=names)
-    labels, decided = (joined.xs(column, axis=1, level=1) for column in ('label', 'decision'))
+    frames = [read_predictions(run, head=head).set_index('image') for run, head in asked]
+    joined = pd.concat([frames[0].label, *(frame.decision for frame in frames)], axis=1, join='inner',
+                       keys=['label', *names])
     if not len(joined):
         raise VitdistillError(f"{' and '.join(names)} have no image of test in common: give them the same split.")
-    return pd.concat([labels.iloc[:, 0].rename('label'), decided], axis=1)
+    return joined
