@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from scipy.spatial.distance import pdist, squareform
 from ..config import VitdistillError, shipped
 from ..runs import Run
-from .results import PARTS, decisions, prediction_arrays, read_predictions, same_data
+from .results import decisions, prediction_arrays, read_predictions, same_data
 from .stats import seed_interval
 
 # %% ../../nbs/study/05c_agreement.ipynb #29395e39
@@ -25,34 +25,26 @@ def answers_given(
 )->pd.DataFrame:          # image, label, decision; two rows for an image that two teachers answer
     "Returns the teachers' decisions; of two teachers, for a training image, that of the one that had not seen it."
     parts = [part] if part != 'train' else ['val'] if len(teachers) > 1 else ['train', 'val']
-    frames = [read_predictions(run, p) for run in teachers for p in parts if p in PARTS and _has(run, p)]
+    frames = [read_predictions(run, p) for run in teachers for p in parts if f'{p}_image' in prediction_arrays(run, p)]
     if not frames: raise VitdistillError(f'{teachers[0].name} has no predictions on {part}: train or adopt it again.')
     return pd.concat(frames, ignore_index=True)[['image', 'label', 'decision']]
 
-def _has(run, part): return f'{part}_image' in prediction_arrays(run, part)
-
 # %% ../../nbs/study/05c_agreement.ipynb #88d4a219
 def agreements(
-    teacher:Run|list[Run], # one record, or those of two folds
-    student:Run,     # taught by it or not
-    part:str='test', # 'test', 'val' or 'train', of the student
-    head:str='',     # of the student; '': `own_head`
-)->dict:             # images, contradicted (teacher and label differ): counts; the rest shares in [0, 1]
+    teachers:list[Run], # one, or those of two folds
+    student:Run,        # taught by it or not
+    part:str='test',    # 'test', 'val' or 'train', of the student
+)->dict:                # images, contradicted (teacher and label differ): counts; the rest shares in [0, 1]
     "Returns how often student and teacher agree, and with whom the student sides where teacher and label differ."
-    asked = teacher if isinstance(teacher, list) else [teacher]
-    same_data([*asked, student])
-    given, decided = answers_given(asked, part), read_predictions(student, part, head)
-    frame = given.rename(columns=dict(decision='teacher')).merge(decided, on='image', suffixes=('', '_too'))
-    frame = frame.rename(columns=dict(decision='student'))
-    if not len(frame): raise VitdistillError(f'{asked[0].name} and {student.name} have no image of {part} in common.')
-    share = lambda rows, one, other: float((rows[one] == rows[other]).mean()) # NaN without rows
-    apart = frame[frame.teacher != frame.label]
-    neither = float(((apart.student != apart.label) & (apart.student != apart.teacher)).mean())
-    return dict(part=part, images=len(frame), teacher_top1=share(frame, 'teacher', 'label'),
-                student_top1=share(frame, 'student', 'label'),
-                agree=share(frame, 'student', 'teacher'), contradicted=len(apart),
-                with_label=share(apart, 'student', 'label'),
-                with_teacher=share(apart, 'student', 'teacher'), with_neither=neither)
+    same_data([*teachers, student])
+    both = answers_given(teachers, part).merge(read_predictions(student, part), on='image', suffixes=('_given', ''))
+    if not len(both): raise VitdistillError(f'{teachers[0].name} and {student.name} have no image of {part} in common.')
+    equal = pd.DataFrame(dict(teacher_top1=both.decision_given == both.label, student_top1=both.decision == both.label,
+                              agree=both.decision == both.decision_given))
+    apart = equal[~equal.teacher_top1] # shares of these are NaN without rows
+    return dict(part=part, images=len(both), **equal.mean(), contradicted=len(apart),
+                with_label=apart.student_top1.mean(), with_teacher=apart.agree.mean(),
+                with_neither=(~(apart.student_top1 | apart.agree)).mean())
 
 # %% ../../nbs/study/05c_agreement.ipynb #985edfcf
 def ece(
@@ -76,10 +68,9 @@ def class_names(dataset:str, classes:int)->pd.DataFrame: # classes: their number
 def class_gains(
     pairs:list[tuple[Run, Run]], # at least one: plain and taught of a seed
     groups:pd.Series,            # by label: name of its class or superclass
-    part:str='test',             # 'test', 'val' or 'train'
 )->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high
     "Returns accuracies per group of classes, plain and taught, and the difference over seeds; largest gain first."
-    frame = decisions([run for pair in pairs for run in pair], part)
+    frame = decisions([run for pair in pairs for run in pair])
     group, right = frame.label.map(groups).rename('group'), frame.iloc[:, 1:].eq(frame.label, axis=0).to_numpy()
     plain, taught = right[:, 0::2], right[:, 1::2]
     images = group.value_counts().sort_index().rename('images')

@@ -18,7 +18,7 @@ from ..runs import Run, find_runs
 from ..studies import Study, arm_names, read_study, runs_folder, runs_of, sides, trains
 from .figures import save_figure, save_table, style
 from .page import write_page
-from .results import curves, mean_curve, predicted_epochs, read_predictions, same_data
+from .results import curves, mean_curve, prediction_files, read_predictions, same_data
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
 
 # %% ../../nbs/study/04_compare.ipynb #69508232
@@ -27,21 +27,20 @@ def ended(runs:list[Run])->dict[int, Run]: # of one arm
     done = sorted([run for run in runs if run.status == 'done'], key=lambda run: run.name, reverse=True)
     return {run.config.seed: run for run in done}
 
-def right_answers(run:Run, epochs:int|None)->pd.Series: # epochs: of `predicted_epochs`; None: at the end
+def right_answers(run:Run, file:str='predictions.npz')->pd.Series: # file: of `prediction_files`
     "Returns whether the run decides right on each test image."
-    frame = read_predictions(run, epochs=epochs).set_index('image')
+    frame = read_predictions(run, file=file).set_index('image')
     return frame.decision == frame.label
 
 def difference_over_images(one:Run, other:Run)->dict: # ended or not
     "Returns `one` minus `other` on the same test images after as many epochs, with Tango's interval; {} if impossible."
-    try: common = sorted({*predicted_epochs(one)} & {*predicted_epochs(other)})
-    except VitdistillError: return {}
+    files = [prediction_files(run) for run in (other, one)]
+    common = files[0].keys() & files[1].keys()
     if not common: return {}
     same_data([one, other])
-    last = common[-1]
-    def answers(run): return right_answers(run, None if run.status == 'done' and run.epochs_done == last else last)
-    both = pd.concat([answers(other), answers(one)], axis=1, join='inner')
-    mean, low, high = paired_score(both.iloc[:, 0], both.iloc[:, 1])
+    last = max(common)
+    both = pd.concat([right_answers(run, kept[last]) for run, kept in zip((other, one), files)], axis=1, join='inner')
+    mean, low, high = paired_score(*both.to_numpy().T)
     return dict(difference=mean, low=low, high=high, interval='test images', epochs=last)
 
 # %% ../../nbs/study/04_compare.ipynb #682a6780
@@ -61,10 +60,11 @@ class Comparison:
         return pd.DataFrame({arm: pd.Series({seed: run.result.get(measure) for seed, run in ended(runs).items()},
                                             dtype=float) for arm, runs in self.arms.items()}).sort_index()
 
-    def table(self)->pd.DataFrame: # `columns`; differences are fractions
-        "Returns a row per difference; p is corrected for the rows of the table by Holm."
-        tops = self.tops()
-        rows = [difference(self, *pair, tops, pooled_scatter(tops)) for pair in pairs(self)]
+    def table(self, tops:pd.DataFrame=None)->pd.DataFrame: # tops: of another number than the study's -> `columns`
+        "Returns a row per difference, in fractions; p is corrected for the rows of the table by Holm."
+        images = tops is None and self.study.measure == 'test_top1'
+        tops = self.tops() if tops is None else tops
+        rows = [difference(self, *pair, tops, images) for pair in pairs(self)]
         frame = pd.DataFrame([row for row in rows if row['seeds'] or 'epochs' in row]).reindex(columns=columns)
         return frame.assign(holm=holm(frame.p))
 
@@ -98,7 +98,7 @@ def named(study:Study, arm:str)->list[str]: # with or without what it varies
     known = arm_names(study)
     return [arm] if arm in known else [name for name in known if known[name][0] == arm]
 
-def pairs(comparison:Comparison)->list[tuple]: # (arm, other), or ((arm, other), (arm, other)) for a difference of gains
+def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, other), (arm, other)) for gains
     "Returns what is compared: each arm with the baseline, then what the file adds."
     study, known = comparison.study, arm_names(comparison.study)
     def alike(arm, other): # the names of `other` to compare `arm` with
@@ -106,35 +106,36 @@ def pairs(comparison:Comparison)->list[tuple]: # (arm, other), or ((arm, other),
         if arm in others or mine == known[others[0]][0]: return []
         return [name for name in others
                 if all(varied[key] == value for key, value in known[name][1].items() if key in varied)]
-    found = [(arm, other) for arm in known if study.baseline for other in alike(arm, study.baseline)]
+    found = [((arm,), (other,)) for arm in known if study.baseline for other in alike(arm, study.baseline)]
     for pair in study.compare:
         if len(sides(pair)) == 4: found.append(tuple(map(tuple, pair)))
-        else: found += [(arm, other) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
+        else: found += [((arm,), (other,)) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/study/04_compare.ipynb #18d4a197
 def difference(
     comparison:Comparison,
-    one, other,        # of `pairs`
+    one:tuple, other:tuple, # of `pairs`
     tops:pd.DataFrame, # of `Comparison.tops`
-    pooled:tuple,      # of `pooled_scatter`
+    images:bool,       # whether the interval of a single seed is over test images
 )->dict:
     "Returns a difference with its intervals, as a row of `Comparison.table`."
-    arms = [*one, *other] if isinstance(one, tuple) else [one, other]
-    both, gain, study = tops[list(dict.fromkeys(arms))].dropna(), len(arms) == 4, comparison.study
-    values = [both[one[0]] - both[one[1]], both[other[0]] - both[other[1]]] if gain else [both[one], both[other]]
-    row = dict(arm=' - '.join(one) if gain else one, other=' - '.join(other) if gain else other, seeds=len(both),
-               interval='seeds', gaps=(values[0] - values[1]).round(6).tolist(),
-               later=[seed in study.later for seed in both.index], **paired_difference(*values))
+    arms, study = [*one, *other], comparison.study
+    both = tops[list(dict.fromkeys(arms))].dropna()
+    values = [both[first] - sum(both[arm] for arm in rest) for first, *rest in (one, other)]
+    row = dict(arm=' - '.join(one), other=' - '.join(other), seeds=len(both), interval='seeds',
+               gaps=(values[0] - values[1]).round(6).tolist(), later=[seed in study.later for seed in both.index],
+               **paired_difference(*values))
     runs = [ended(comparison.arms[arm])[seed] for arm in arms for seed in both.index]
-    if gain: return row | dict(runs=run_names(runs))
-    row |= dict(arm_top1=both[one].mean(), other_top1=both[other].mean())
+    if len(arms) == 4: return row | dict(runs=run_names(runs))
+    row |= dict(arm_top1=values[0].mean(), other_top1=values[1].mean())
     if len(both) > 1:
-        row |= dict(zip(('pooled_low', 'pooled_high'), pooled_interval(row['difference'], len(both), *pooled)))
-    elif study.measure == 'test_top1' and (pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index])):
+        low, high = pooled_interval(row['difference'], len(both), *pooled_scatter(tops))
+        row |= dict(pooled_low=low, pooled_high=high)
+    elif images and (pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index])):
         row, runs = row | difference_over_images(*pair), pair
     known = study.published
-    if {one, other} <= known.keys(): row['published'] = known[one] - known[other]
+    if {*arms} <= known.keys(): row['published'] = known[arms[0]] - known[arms[1]]
     return row | dict(runs=run_names(runs))
 
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs
@@ -146,19 +147,16 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
     "Returns a row per arm that was tried: its mean on held-out images over the seeds that all have, the best marked."
     asked, known = comparison.study.choose, arm_names(comparison.study)
-    by, rows, tops = asked.get('by', 'val_top1'), [], {}
-    for arm, runs in comparison.arms.items() if asked else ():
-        held = pd.Series({seed: run.result.get(by) for seed, run in ended(runs).items()}, dtype=float).dropna()
-        name, varied = known[arm]
-        if not len(held) or 'field' in asked and asked['field'] not in varied: continue
-        tops[arm] = held
-        rows.append(dict(arm=arm, group=name if 'field' in asked else '', **varied,
-                         runs=run_names(ended(runs).values())))
-    frame = pd.DataFrame(rows)
+    if not asked: return pd.DataFrame()
+    by, field = asked.get('by', 'val_top1'), asked.get('field')
+    tops = comparison.tops(by).dropna(axis=1, how='all')
+    frame = pd.DataFrame([dict(arm=arm, group=known[arm][0] if field else '', **known[arm][1],
+                               runs=run_names(ended(comparison.arms[arm]).values()))
+                          for arm in tops if field in (None, *known[arm][1])])
     if not len(frame): return frame
     for _, group in frame.groupby('group'):
-        common = pd.DataFrame({arm: tops[arm] for arm in group.arm}).dropna()
-        means = common.mean() if len(common) else pd.Series({arm: tops[arm].mean() for arm in group.arm})
+        common = tops[group.arm].dropna()
+        means = (common if len(common) else tops[group.arm]).mean()
         frame.loc[group.index, by] = group.arm.map(means)
         frame.loc[group.index, 'seeds'] = len(common)
         frame.loc[group.index, 'chosen'] = ['yes' if arm == means.idxmax() else 'no' for arm in group.arm]
@@ -184,9 +182,9 @@ def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], 
     found = {}
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
         comparison = load(name, records)
-        for arm, other in (pair for pair in pairs(comparison) if isinstance(pair[0], str)):
+        for (arm, *gain), (other, *_) in pairs(comparison):
             taught, plain = (comparison.arms[side] for side in (arm, other))
-            if not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
+            if gain or not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
             if taught[0].config.teacher and on_labels(plain[0].config):
                 found.setdefault(frozenset(run.name for run in taught + plain), (f'{name}: {arm}', plain, taught))
     return list(found.values())
@@ -249,7 +247,7 @@ def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn;
     if not drawn: return None
     style()
     fig, ax = plt.subplots(figsize=(6.4, 3.8), layout='constrained')
-    means = {arm: mean_curve(frame).set_index('epoch')['mean'] for arm, frame in drawn.items()}
+    means = {arm: mean_curve(frame) for arm, frame in drawn.items()}
     base = comparison.study.baseline
     means = {arm: mean for arm, mean in means.items() if len(mean)} # the others' seeds have no epoch in common
     for arm in sorted(means, key=lambda arm: (arm != base, -means[arm].iloc[-1]))[:most]:

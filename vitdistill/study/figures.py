@@ -53,14 +53,13 @@ def plot_curves(
     frame:pd.DataFrame,     # of `curves`, the runs of one group
     role:str,               # of `look`
     label:str='',           # in the legend
-    column:str='test_top1',
-)->pd.DataFrame:            # of `mean_curve`
+)->pd.Series:               # of `mean_curve`
     "Draws the mean of repeats and, if there are several, a thin line for each; returns the mean."
-    mean, shape = mean_curve(frame, column), look(role)
+    mean, shape = mean_curve(frame), look(role)
     if frame['run'].nunique() > 1:
-        for _, one in frame.dropna(subset=[column]).groupby('run'):
-            ax.plot(one.epoch, one[column], color=shape['color'], linewidth=.6, alpha=.45)
-    ax.plot(mean.epoch, mean['mean'], color=shape['color'], marker=shape['marker'], markevery=max(1, len(mean)//12),
+        for _, one in frame.dropna(subset=['test_top1']).groupby('run'):
+            ax.plot(one.epoch, one.test_top1, color=shape['color'], linewidth=.6, alpha=.45)
+    ax.plot(mean.index, mean, color=shape['color'], marker=shape['marker'], markevery=max(1, len(mean)//12),
             label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return mean
@@ -134,7 +133,7 @@ class Showing:
         plt.close(fig)
         print(textwrap.fill(caption, 120))
 
-    def table(self, rows, name:str, caption:str='', most:int=50, # rows: a frame, or dicts; most: number of rows shown
+    def table(self, rows, name:str, caption:str='', # rows: a frame, or dicts
               key:list[str]=()): # as `save_table` takes it
         save_table(frame := pd.DataFrame(rows), self.out, name, caption, key)
-        return frame.head(most).drop(columns='runs', errors='ignore').style.hide().format(format_cell)
+        return frame.head(50).drop(columns='runs', errors='ignore').style.hide().format(format_cell)

@@ -8,7 +8,6 @@ __all__ = ['PROBES', 'TUNED', 'can_settings', 'passes', 'seen_patches', 'view_co
 
 # %% ../../nbs/study/05b_pretraining.ipynb #398d9f55
 import json
-from dataclasses import replace
 from inspect import signature
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -22,14 +21,15 @@ from ..runs import Run
 from .compare import Comparison, ended, run_names
 
 # %% ../../nbs/study/05b_pretraining.ipynb #53764c07
-def can_settings(config:Config)->dict: # of a pre-training
-    "Returns all settings of the objective by name: those of the config, else the defaults."
+def can_settings(config:Config)->dict: # of a pre-training, or of a training on labels
+    "Returns all settings of the objective by name: those of the config, else the defaults; of labels, one whole view."
+    if config.distillation != 'can': return dict(views=1, mask=0)
     usual = {name: one.default for name, one in signature(ContrastiveMaskedNoise).parameters.items()}
     return json.loads(json.dumps(usual | config.objective_kwargs)) # lists, as a config's file has them
 
 def passes(config:Config)->int: # of a pre-training, or of a training on labels
     "Returns how often the encoder sees each image."
-    return config.epochs*(can_settings(config)['views'] if config.distillation == 'can' else 1)
+    return config.epochs*can_settings(config)['views']
 
 def _embedding(config): # -> the student's embedding of patches
     with torch.device('meta'):
@@ -38,8 +38,7 @@ def _embedding(config): # -> the student's embedding of patches
 
 def seen_patches(config:Config)->int: # of a pre-training, or of a transformer on labels
     "Returns the number of patches of a view that reach the encoder in a pass."
-    mask = can_settings(config)['mask'] if config.distillation == 'can' else 0
-    return split_patches(torch.zeros(1, _embedding(config).num_patches), mask)[0].shape[1]
+    return split_patches(torch.zeros(1, _embedding(config).num_patches), can_settings(config)['mask'])[0].shape[1]
 
 # %% ../../nbs/study/05b_pretraining.ipynb #aa61d700
 class _View(nn.Module): # the forward pass of one view, without the losses
@@ -75,10 +74,9 @@ TUNED = {'fine-tuned, test': 'test_top1', 'fine-tuned, held out': 'held_out_top1
 
 def spread(values:list[float])->str: # None and NaN don't count
     "Returns the mean as text, with the standard deviation of several; '' without values."
-    values = np.array(values, float)
-    values = values[~np.isnan(values)]
+    values = pd.Series(values, dtype=float).dropna()
     if not len(values): return ''
-    return f'{values.mean():.4g}' + (f' ± {values.std(ddof=1):.2g}' if len(values) > 1 else '')
+    return f'{values.mean():.4g}' + (f' ± {values.std():.2g}' if len(values) > 1 else '')
 
 def _finished(runs): return [run for _, run in sorted(ended(runs).items())] # by seed
 
@@ -119,6 +117,6 @@ def table_with(comparison:Comparison, **measures:str)->pd.DataFrame: # column ->
     "Returns a study's differences, and the mean differences of further numbers of the same runs."
     rows = comparison.table()
     for column, measure in measures.items():
-        other = replace(comparison, study=replace(comparison.study, measure=measure)).table()
+        other = comparison.table(comparison.tops(measure))
         rows = rows.merge(other[['arm', 'other', 'difference']].rename(columns=dict(difference=column)), 'left')
     return rows

@@ -13,38 +13,35 @@ from scipy.special import nctdtrinc
 from scipy.stats import binomtest, norm, t as student_t, ttest_1samp, ttest_ind
 
 # %% ../../nbs/study/01_stats.ipynb #96051221
-def seed_interval(differences, level:float=.95)->tuple: # (n,) one per pair of runs -> mean, low, high
-    "Returns the mean difference over seeds with its t interval; NaN if it has none."
+def seed_interval(differences)->tuple: # (n,) one per pair of runs -> mean, low, high
+    "Returns the mean difference over seeds with its 95% t interval; NaN if it has none."
     differences = np.asarray(differences, float)
     mean = round(float(differences.mean()), 12) if len(differences) else np.nan # .0415 prints as 4.2, not as 4.1
     if len(differences) < 2 or np.ptp(differences) < 1e-9: return mean, np.nan, np.nan
-    found = ttest_1samp(differences, 0).confidence_interval(level)
+    found = ttest_1samp(differences, 0).confidence_interval()
     return mean, round(float(found.low), 12), round(float(found.high), 12)
 
 # %% ../../nbs/study/01_stats.ipynb #de722af3
-def detectable(std:float, pairs:int, power:float=.8)->float: # std: of the paired differences
-    "Returns the smallest true difference that a t test at 5% detects with this power; NaN for fewer than two pairs."
-    if pairs < 2: return np.nan
-    return float(nctdtrinc(pairs - 1, 1 - power, student_t.ppf(.975, pairs - 1))*std/np.sqrt(pairs))
+def detectable(std:float, pairs:int)->float: # std: of the paired differences
+    "Returns the smallest true difference that a t test at 5% detects with a power of 80%."
+    return float(nctdtrinc(pairs - 1, .2, student_t.ppf(.975, pairs - 1))*std/np.sqrt(pairs))
 
 # %% ../../nbs/study/01_stats.ipynb #c0409ee4
 def paired_difference(
     one,   # (n,) accuracies of an arm, fractions
     other, # (n,) of another, with the same seeds
-)->dict:   # difference, low, high, p, std, detectable, correlation; Welch's interval and p; NaN: too few seeds
+)->dict:   # difference, low, high; with enough seeds p, std, detectable, correlation; ends of Welch's interval
     "Returns the mean of `one` minus `other` with its 95% t interval over pairs, and Welch's."
     one, other = (np.asarray(values, float) for values in (one, other))
     mean, low, high = seed_interval(one - other)
-    row = dict(difference=mean, low=low, high=high, p=np.nan, std=np.nan, detectable=np.nan, correlation=np.nan,
-               welch_low=np.nan, welch_high=np.nan, welch_p=np.nan)
+    row = dict(difference=mean, low=low, high=high)
     if np.isnan(low): return row
     std = float(np.std(one - other, ddof=1))
     row |= dict(p=float(ttest_1samp(one - other, 0).pvalue), std=std, detectable=detectable(std, len(one)))
     if min(np.ptp(one), np.ptp(other)) > 1e-9: # six decimals and no -0.0: processors agree
         row |= dict(correlation=round(float(np.corrcoef(one, other)[0, 1]), 6) + 0)
-    welch = ttest_ind(one, other, equal_var=False)
-    ends = welch.confidence_interval()
-    return row | dict(welch_low=float(ends.low), welch_high=float(ends.high), welch_p=float(welch.pvalue))
+    welch = ttest_ind(one, other, equal_var=False).confidence_interval()
+    return row | dict(welch_low=float(welch.low), welch_high=float(welch.high))
 
 # %% ../../nbs/study/01_stats.ipynb #387fe8f9
 def pooled_scatter(tops:pd.DataFrame)->tuple[float, int]: # a row a seed, a column an arm; NaN: no run

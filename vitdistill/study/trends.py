@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
            'block_length', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'back_test', 'explained']
+           'measured_crossover', 'fit_early', 'back_test', 'explained']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
-import math, warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
-from scipy.optimize import OptimizeWarning, brentq, curve_fit
+from scipy.optimize import brentq, least_squares
 from scipy.special import expit
-from scipy.stats import t as student
 from ..config import VitdistillError
 
 # %% ../../nbs/study/02_trends.ipynb #70216bd4
@@ -45,20 +44,12 @@ LOGISTIC = Law('logistic in ln(epoch)', '{}/(1 + ({}/epoch)^{})', 'cab', 1,
 LAWS = LOG, POWER, EXPONENTIAL, LOGISTIC
 PLATEAU = Law('plateau', '{}', 'a', 1, lambda x: _columns(np.ones_like(x)))
 
-# %% ../../nbs/study/02_trends.ipynb #534aa7cb
-def _reached(above, after): # -> epoch at which `above`, a monotone function of ln(epoch), becomes positive
-    start = math.log(after)
-    if above(start) >= 0: return float(after)
-    return math.exp(brentq(above, start, 700)) if above(700) > 0 else math.inf
-
 # %% ../../nbs/study/02_trends.ipynb #e2539800
 @dataclass(frozen=True)
 class Trend:
     "Holds a law's parameters and how well it fits."
     law:Law
     parameters:tuple  # in the order of `law.symbols`
-    low:tuple=()      # lower ends of 95% confidence intervals
-    high:tuple=()     # upper ends
     r2:float=math.nan # share of the variance that the law explains
     aicc:float=math.nan # Akaike's criterion, corrected for few epochs: lower is better
     autocorrelation:float=math.nan # of the residuals at lag 1
@@ -73,7 +64,9 @@ class Trend:
     def passes_one(self)->float: return self.epoch_of(1, after=self.last) # `last` if it is above 1 there
     def epoch_of(self, accuracy:float, after:float=1)->float:
         "Returns the first epoch from `after` on at which the law reaches `accuracy`; inf if it never does."
-        return _reached(lambda log_epoch: self(np.exp(log_epoch)) - accuracy, after)
+        def above(log_epoch): return self(np.exp(log_epoch)) - accuracy # monotone
+        if above(math.log(after)) >= 0: return float(after)
+        return math.exp(brentq(above, math.log(after), 700)) if above(700) > 0 else math.inf
     def equation(self)->str:
         "Returns the law as text."
         text = self.law.formula.format(*(f'{p:.3g}' if abs(p) < 1000 else f'{p:,.0f}' for p in self.parameters))
@@ -85,45 +78,24 @@ def plateau(accuracy:float)->Trend: # a fraction
     return Trend(PLATEAU, (float(accuracy),))
 
 # %% ../../nbs/study/02_trends.ipynb #6258841e
-def _linear(basis, accuracy): # -> linear parameters at a fixed shape, residual sum of squares
-    parameters = np.linalg.lstsq(basis, accuracy, rcond=None)[0]
-    return parameters, float(((basis @ parameters - accuracy)**2).sum())
-
-# %% ../../nbs/study/02_trends.ipynb #89501cae
-def _start(law, epoch, accuracy): # -> linear parameters and logarithms of the shape: the best on the grid
-    tried = [(*_linear(law.basis(epoch, *shape), accuracy), shape) for shape in law.shapes(epoch)]
-    linear, _, shape = min(tried, key=lambda one: one[1])
-    return [*linear, *np.log(shape)]
-
-# %% ../../nbs/study/02_trends.ipynb #9442d36a
-def _natural(law, free): # free: as the fit has them, the shape as logarithms
-    with np.errstate(over='ignore'): return (*map(float, free[:law.linear]), *map(float, np.exp(free[law.linear:])))
-
-# %% ../../nbs/study/02_trends.ipynb #69719043
-def _slopes(law, epoch, free): # -> (n, parameters): derivatives of the law by `free`
-    def along(i): # of a shape parameter: central differences, about 1e-11 off
-        step = 1e-5*(np.arange(len(free)) == i)
-        return (law(epoch, _natural(law, free + step)) - law(epoch, _natural(law, free - step)))/2e-5
-    shapes = [along(i) for i in range(law.linear, len(free))]
-    return np.column_stack([law.basis(epoch, *_natural(law, free)[law.linear:]), *shapes])
+def _solved(law, epoch, accuracy, shape): # -> the best parameters with this shape, residuals
+    basis = law.basis(epoch, *shape)
+    linear = np.linalg.lstsq(basis, accuracy, rcond=None)[0]
+    return (*map(float, linear), *map(float, shape)), accuracy - basis @ linear
 
 # %% ../../nbs/study/02_trends.ipynb #cc9db763
-def _least_squares(law, epoch, accuracy, start): # -> `free`, covariance
-    if law.linear == len(law.symbols): # closed form
-        basis = law.basis(epoch)
-        linear, left = _linear(basis, accuracy)
-        return linear, np.linalg.inv(basis.T @ basis)*left/(len(epoch) - law.linear)
-    try:
-        with warnings.catch_warnings(), np.errstate(all='ignore'):
-            warnings.simplefilter('error', OptimizeWarning)
-            free, covariance = curve_fit(lambda x, *free: law(x, _natural(law, free)), epoch, accuracy, p0=start,
-                                         jac=lambda x, *free: _slopes(law, x, np.array(free)),
-                                         ftol=1e-15, xtol=1e-15, gtol=1e-15) # tight: all processors end alike
+def _least_squares(law, epoch, accuracy, shapes): # shapes: a search starts from the best -> parameters, residuals
+    def residuals(logs): return _solved(law, epoch, accuracy, np.exp(logs))[1]
+    with np.errstate(all='ignore'):
+        logs = min(np.log(shapes), key=lambda logs: (residuals(logs)**2).sum())
+        if not len(logs): return _solved(law, epoch, accuracy, logs)
+        found = least_squares(residuals, logs, '3-point', ftol=1e-15, xtol=1e-15, gtol=1e-15) # tight: processors agree
         # a shape far beyond the grid has no optimum: the law approaches another, such as a power law the logarithm
-        starts = np.log(law.shapes(epoch))
-        if (np.abs(free[law.linear:] - np.clip(free[law.linear:], starts.min(0), starts.max(0))) < np.log(10)).all():
-            return free, covariance
-    except (RuntimeError, OptimizeWarning): pass
+        grid = np.log(law.shapes(epoch))
+        beyond = np.abs(found.x - np.clip(found.x, grid.min(0), grid.max(0)))
+        flat = np.ptp(accuracy) < 1e-9 # a flat curve has no shape
+        if found.success and not flat and (beyond < np.log(10)).all():
+            return _solved(law, epoch, accuracy, np.exp(found.x))
     raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: '
                           'read another law, or train longer.')
 
@@ -142,17 +114,8 @@ def fit(law:Law, epoch, accuracy)->Trend: # epoch: (n,) counted from 1; accuracy
     need = len(law.symbols) + 1
     if len(np.unique(epoch)) < need:
         raise VitdistillError(f'the {law.name} needs {need} epochs, this curve has {len(epoch)}: train it longer.')
-    if epoch.min() < 1:
-        raise VitdistillError(f'epoch {epoch.min():g} has no logarithm on this scale: count epochs from 1.')
-    if not np.isfinite(accuracy).all():
-        raise VitdistillError(f'{(~np.isfinite(accuracy)).sum()} of {len(epoch)} accuracies are no numbers: '
-                              'leave these epochs out.')
-    free, covariance = _least_squares(law, epoch, accuracy, _start(law, epoch, accuracy))
-    half = student.ppf(.975, len(epoch) - len(free))*np.sqrt(np.diag(covariance))
-    parameters = _natural(law, free)
-    residuals = accuracy - law(epoch, parameters)
-    return Trend(law, parameters, _natural(law, free - half), _natural(law, free + half),
-                 **_quality(residuals, accuracy, len(free)), epoch=epoch, residuals=residuals)
+    parameters, residuals = _least_squares(law, epoch, accuracy, law.shapes(epoch))
+    return Trend(law, parameters, **_quality(residuals, accuracy, len(parameters)), epoch=epoch, residuals=residuals)
 
 # %% ../../nbs/study/02_trends.ipynb #22c406b5
 def fit_laws(epoch, accuracy, laws=LAWS)->tuple[list[Trend], list[str]]: # as `fit` takes them
@@ -174,23 +137,18 @@ def bootstrap(
     trend:Trend,      # a fitted one
     generator:np.random.Generator, # the same seed gives the same refits
     repeats:int=200,  # refits
-    block:int=0,      # epochs drawn together; 0: `block_length`
-)->list[Trend]:       # those that converged, without intervals
+)->list[Trend]:       # those that converged
     "Returns refits of the law to curves whose residuals are drawn anew, in moving blocks."
-    if not len(trend.residuals):
-        raise VitdistillError(f'{trend.equation()} was not fitted here and has no residuals to draw: '
-                              'fit it to a curve first.')
-    n, p, block, fitted = trend.n, len(trend.parameters), block or block_length(trend), trend(trend.epoch)
+    n, p, law, block = trend.n, len(trend.parameters), trend.law, block_length(trend)
+    fitted, shape, refits = trend(trend.epoch), trend.parameters[law.linear:], []
     # rescaled to the noise: a fit uses p of n degrees of freedom
     residuals = (trend.residuals - trend.residuals.mean())*math.sqrt(n/(n - p))
-    start, refits = [*trend.parameters[:trend.law.linear], *np.log(trend.parameters[trend.law.linear:])], []
     for first in generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))):
         drawn = residuals[(first[:, None] + np.arange(block)).ravel()[:n]]
-        try: free, _ = _least_squares(trend.law, trend.epoch, fitted + drawn, start)
+        try: refits.append(Trend(law, _least_squares(law, trend.epoch, fitted + drawn, [shape])[0], epoch=trend.epoch))
         except VitdistillError: continue
-        refits.append(Trend(trend.law, _natural(trend.law, free), epoch=trend.epoch))
     if len(refits) < repeats/2:
-        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {trend.law.name} converge: its forecast '
+        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {law.name} converge: its forecast '
                               'has no interval, read another law.')
     return refits
 
@@ -200,39 +158,29 @@ def forecast_band(
     refits:list[Trend], # of `bootstrap`
     epoch,              # (m,)
     generator:np.random.Generator, # of the residuals
-    level:float=.95,    # share of measurements that should lie inside
 )->np.ndarray:          # (2, m): low, high
-    "Returns the band in which accuracies measured at these epochs should lie, if the law holds."
+    "Returns the 95% band in which accuracies measured at these epochs should lie, if the law holds."
     curves = np.stack([refit(epoch) for refit in refits])
     curves = curves + generator.choice(trend.residuals, len(refits))[:, None]
-    return np.quantile(curves, [(1 - level)/2, (1 + level)/2], axis=0)
+    return np.quantile(curves, [.025, .975], axis=0)
 
 # %% ../../nbs/study/02_trends.ipynb #8787c1f9
-def crossover(
-    one:Trend,         # such as the baseline's
-    other:Trend,       # which may overtake it
-    horizon:float=1e6, # last epoch
-)->float|None:
-    "Returns the epoch from which `other` stays above `one` while both are at most 1; None if it does not."
+def crossover(one:Trend, other:Trend)->float:
+    "Returns the epoch from which `other` stays above `one` while both are at most 1; inf if it does not."
     def lead(log_epoch): return other(np.exp(log_epoch)) - one(np.exp(log_epoch))
-    grid = np.linspace(0, math.log(min(horizon, one.epoch_of(1), other.epoch_of(1))), 1000)
+    grid = np.linspace(0, math.log(min(1e6, one.epoch_of(1), other.epoch_of(1))), 1000)
     behind = np.flatnonzero(lead(grid) <= 0)
     if not len(behind): return 1.
-    if behind[-1] == len(grid) - 1: return None
+    if behind[-1] == len(grid) - 1: return math.inf
     return math.exp(brentq(lead, grid[behind[-1]], grid[behind[-1] + 1]))
 
 # %% ../../nbs/study/02_trends.ipynb #3c1dff88
 def crossover_interval(
     ones:list[Trend],   # refits of the first, or the same plateau several times
     others:list[Trend], # refits of the second
-    horizon:float=1e6,  # last epoch
-    level:float=.95,    # of the interval
-)->tuple[float, float, float]: # low and high, inf for none; share of the refits with a crossover
-    "Returns the interval of `crossover` over pairs of bootstrap refits."
-    epochs = [crossover(one, other, horizon) for one, other in zip(ones, others)]
-    epochs = [math.inf if epoch is None else epoch for epoch in epochs]
-    low, high = np.quantile(epochs, [(1 - level)/2, (1 + level)/2], method='inverted_cdf')
-    return float(low), float(high), float(np.isfinite(epochs).mean())
+)->np.ndarray:          # low, high; inf for none
+    "Returns the 95% interval of `crossover` over pairs of bootstrap refits."
+    return np.quantile([*map(crossover, ones, others)], [(1 - .95)/2, (1 + .95)/2], method='inverted_cdf')
 
 # %% ../../nbs/study/02_trends.ipynb #26811bd1
 def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # accuracies by epoch; window: epochs
@@ -240,34 +188,25 @@ def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # accu
     return (other - one).dropna().rolling(window, center=True, min_periods=1).mean()
 
 # %% ../../nbs/study/02_trends.ipynb #3b32339d
-def measured_crossover(one:pd.Series, other:pd.Series, window:int=5)->int|None: # as `smooth_lead` takes them
-    "Returns the first epoch from which the smoothed lead of `other` stays positive; None if it does not."
-    lead = smooth_lead(one, other, window)
+def measured_crossover(lead:pd.Series)->int|None: # of `smooth_lead`
+    "Returns the first epoch from which a lead stays positive; None if it does not."
     ahead = (lead > 0)[::-1].cummin()
     return int(ahead[ahead].index.min()) if ahead.any() else None
 
 # %% ../../nbs/study/02_trends.ipynb #cad20c35
-def back_test(
-    epoch,       # (n,) counted from 1
-    accuracy,    # (n,) fractions
-    laws=LAWS,
-    most:int=60, # number of values of k: all up to n - 1, or a geometric series
-)->pd.DataFrame: # law, k, ahead (last epoch / last fitted), rmse, bias and last_error of the forecast, or a note
-    "Returns the errors of forecasts from the first k epochs, a row per k and law."
-    epoch, accuracy, rows = np.asarray(epoch, float), np.asarray(accuracy, float), []
-    splits = range(2, len(epoch))
-    if len(splits) > most: splits = np.unique(np.geomspace(2, len(epoch) - 1, most).astype(int))
-    for k in splits:
-        for law in laws:
-            row = dict(law=law.name, k=int(k), ahead=epoch[-1]/epoch[k-1],
-                       rmse=math.nan, bias=math.nan, last_error=math.nan, note='')
-            try: error = fit(law, epoch[:k], accuracy[:k])(epoch[k:]) - accuracy[k:]
-            except VitdistillError as sentence: row |= dict(note=str(sentence))
-            else:
-                row |= dict(rmse=float(np.sqrt((error**2).mean())), bias=float(error.mean()),
-                            last_error=float(error[-1]))
-            rows.append(row)
-    return pd.DataFrame(rows, columns=['law', 'k', 'ahead', 'rmse', 'bias', 'last_error', 'note'])
+def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: accuracies by epoch
+    "Returns a law fitted to the epochs up to `last`; its parameters are NaN if it can't be fitted."
+    known = curve[curve.index <= last]
+    try: return fit(law, known.index, known)
+    except VitdistillError: return Trend(law, (math.nan,)*len(law.symbols))
+
+def back_test(curve:pd.Series)->pd.DataFrame: # curve: accuracies by epoch -> law, k, error; NaN: no fit
+    "Returns the errors of forecasts of the last epoch from the first k, a row per law and k; at most 60 k."
+    n = len(curve)
+    splits = range(2, n) if n <= 62 else np.unique(np.geomspace(2, n - 1, 60).astype(int))
+    rows = [(law.name, int(k), fit_early(law, curve.iloc[:k])(curve.index[-1]) - curve.iloc[-1])
+            for k in splits for law in LAWS]
+    return pd.DataFrame(rows, columns=['law', 'k', 'error'])
 
 # %% ../../nbs/study/02_trends.ipynb #0153a04c
 def explained(
@@ -275,9 +214,8 @@ def explained(
     groups, # (n,) the group of each
 )->float:   # 1: all; about 0, or below: no more than chance; NaN for one group, or as many as values
     "Returns the share of the values' variance that lies between groups, adjusted for their number."
-    values, groups = pd.Series(np.asarray(values, float)), pd.Series(list(groups))
-    n, k = len(values), groups.nunique()
-    varied = float(((values - values.mean())**2).sum())
+    groups = pd.Series(np.asarray(values, float)).groupby(list(groups))
+    n, k, varied = len(values), len(groups), np.var(values, ddof=1)
     if not 1 < k < n or not varied: return math.nan
-    within = float(((values - values.groupby(groups).transform('mean'))**2).sum())
-    return 1 - within/(n - k)/(varied/(n - 1))
+    within = (groups.var(ddof=0)*groups.size()).sum()
+    return 1 - within/(n - k)/varied

@@ -6,15 +6,14 @@
 __all__ = ['frame_columns', 'standing', 'runs', 'find_run', 'describe', 'watch', 'differences', 'compare']
 
 # %% ../../nbs/study/07_watch.ipynb #dbab291c
-import json, math, textwrap, time
-from dataclasses import fields
+import math, textwrap, time
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tqdm import tqdm
-from .results import TEACHING, readable, settings
+from .results import readable
 from .figures import style
-from ..config import Config, VitdistillError, from_root, nearest
+from ..config import Config, VitdistillError, defining, field_names, from_root, nearest
 from ..live import LiveCurve, in_jupyterlab
 from ..runs import Run, columns, find_runs
 
@@ -82,14 +81,14 @@ def describe(row:dict)->str: # of `standing`
     "Returns a run's state in one line."
     of = f" of {row['epochs']}" if row['epochs'] else ''
     parts = [f"epoch {row['epochs_done']}{of}" if row['epochs_done'] else 'no epoch yet']
-    for name, words, form in (('train_loss', 'loss', '.3g'), ('val_top1', 'validation top-1', '.1%'),
-                              ('test_top1', 'test top-1', '.1%'), ('linear_test_top1', 'linear probe', '.1%')):
-        if not math.isnan(row[name]): parts.append(f'{words} {row[name]:{form}}')
+    parts += [form.format(row[name]) for name, form in _measures.items() if not math.isnan(row[name])]
     if row['eta'] is not pd.NaT:
         left = max(0, (row['eta'] - pd.Timestamp.now()).total_seconds())
         parts.append(f"{tqdm.format_interval(left)} to go, until {row['eta']:%H:%M}")
     return ', '.join(parts) + _endings.get(row['status'], '')
 
+_measures = dict(train_loss='loss {:.3g}', val_top1='validation top-1 {:.1%}', test_top1='test top-1 {:.1%}',
+                 linear_test_top1='linear probe {:.1%}')
 _endings = dict(done='; done', new='; not begun', unreadable="; this version can't read its config",
                 interrupted='; interrupted: start it again to continue from the last checkpoint')
 
@@ -118,11 +117,9 @@ def watch(
 # %% ../../nbs/study/07_watch.ipynb #d5c7c2ab
 def differences(configs:list[Config])->list[str]:
     "Returns for each config the fields that differ from the others, in words; '' if none does."
-    no_teacher = TEACHING - {'teacher', 'distillation'} # only of runs with a teacher
-    known = [{'experiment': c.experiment, 'seed': c.seed,
-              **json.loads(settings(c, frozenset() if c.teacher else no_teacher))} for c in configs]
-    words = pd.DataFrame([{name: _word(name, value) for name, value in values.items()} for values in known])
-    words = words.reindex(columns=['experiment', *(f.name for f in fields(Config) if f.name != 'experiment')])
+    of_teacher = {*field_names(teaching=True)} - {'teacher', 'distillation'} # None without a teacher
+    words = pd.DataFrame([{name: _word(name, value) if c.teacher or name not in of_teacher else None for name, value
+                           in {'experiment': c.experiment, **defining(c)}.items()} for c in configs])
     words = words.loc[:, words.nunique() > 1].fillna('')
     plain = words[[name for name in words if not name.endswith('_hash')]]
     distinct = lambda frame: len(set(frame.itertuples(index=False)))
