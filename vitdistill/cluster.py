@@ -76,15 +76,15 @@ def queued()->dict|None: # id, such as '12' or '12_3' -> whether it is running
     return {name: line.startswith('RUNNING') for line in lines for name in line.split()[1:]}
 
 # %% ../nbs/07_cluster.ipynb #38529127
-def meeting(environment:dict)->list:
-    "Returns the arguments that tell a job's command about its nodes; [] on one node."
+def meeting(environment:dict)->tuple[int, dict]:
+    "Returns this node's number in its job, and the parameters of a run on the job's nodes: {} on one node."
     nodes = int(environment.get('SLURM_NTASKS', 1))
-    if nodes == 1: return []
+    if nodes == 1: return 0, {}
     if not (host := environment.get('SLURM_LAUNCH_NODE_IPADDR')): # where srun started
         raise VitdistillError(f'{nodes} nodes have no address to meet at, for SLURM_LAUNCH_NODE_IPADDR is not set: '
                               'start their tasks by srun, as --on slurm does.')
     port = 20_000 + int(environment['SLURM_JOB_ID']) % 10_000
-    return ['--nodes', str(nodes), '--node', environment['SLURM_PROCID'], '--meet', f'{host}:{port}']
+    return int(environment['SLURM_PROCID']), dict(nnodes=nodes, rdzv_endpoint=f'{host}:{port}')
 
 # %% ../nbs/07_cluster.ipynb #4e023e35
 def hears_only_term()->None:
@@ -105,7 +105,7 @@ class Job:
         environment = os.environ | ({'OMP_NUM_THREADS': threads} if threads else {})
         first = not int(os.environ.get('SLURM_PROCID', 0))
         with open(self.log if first else os.devnull, 'a') as log:
-            self.process = subprocess.Popen(self.command + meeting(os.environ), stdout=log, stderr=subprocess.STDOUT,
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT,
                                             env=environment, cwd=repo_root(), preexec_fn=hears_only_term)
         self.waiting = threading.Thread(target=self.process.wait) # so the main thread can handle signals
         self.waiting.start()
@@ -137,7 +137,7 @@ def sbatch_parameters(ask:Ask, name:str, after:list)->dict: # after: ids of jobs
 # %% ../nbs/07_cluster.ipynb #90e8eaea
 def submit(
     commands:dict,  # key -> (command, log)
-    waves:list,     # a pair for each array, in order: its keys, keys that have to succeed first
+    waves:dict,     # of each array, in order: keys that have to succeed first -> its keys
     folder:Path,    # folder for submitit's files, on a disk that the nodes see
     ask:Ask,        # resources of each job
     name:str=''     # name of the jobs
@@ -145,7 +145,7 @@ def submit(
     "Submits commands to Slurm as job arrays: all of them or none."
     import submitit
     ids = {}
-    for keys, after in waves:
+    for after, keys in waves.items():
         executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=ask.timeouts)
         executor.update_parameters(**sbatch_parameters(ask, name, [ids[key] for key in after]))
         try:

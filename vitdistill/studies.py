@@ -236,7 +236,7 @@ def runs_folder(parameters:dict)->str: # of a notebook
     shared = preset_parts(preset).get('common', {}) if preset else {}
     return parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
 
-def runs_with(arm:str, records:list[Run], **fields)->list[Run]: # arm: 'study/arm'; fields: of Config
+def runs_with(arm:str, records:list[Run], fields:dict)->list[Run]: # arm: 'study/arm'; fields: of Config
     "Returns the finished runs of an arm."
     return [run for run in records if arm in run.arms and run.status == 'done'
             and all(getattr(run.config, key, value) == value for key, value in fields.items())]
@@ -245,10 +245,10 @@ def model_of(
     arm:str,       # 'study/arm'
     seed:int|None, # of the run that uses the model
     runs_dir:str,  # folder of run folders
-    **fields       # of Config, that the run has to have
+    fields:dict={} # of Config, that the run has to have
 )->str:
     "Returns the path of the model that an arm trained, or of its answers if the model is not here."
-    runs = runs_with(arm, find_runs(runs_dir), **fields)
+    runs = runs_with(arm, find_runs(runs_dir), fields)
     runs = [run for run in runs if run.config.seed == seed] or runs
     if not runs: raise VitdistillError(f'{arm} has no finished run in {runs_dir}: run its study first.')
     if len(runs) > 1:
