@@ -42,12 +42,14 @@ def read_ask(
     known = {f.name: f.type for f in fields(Ask)}
     for name, value in values.items():
         if name not in known: raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, known)}')
-        if known[name] in (int, float):
-            try: values[name] = known[name](value)
-            except (TypeError, ValueError): values[name] = -1
-            if values[name] < 0: raise VitdistillError(f'{name} = {value!r} of a cluster: give a number of 0 or more.')
-        elif not isinstance(value, known[name]):
-            raise VitdistillError(f'{name} = {value!r} of a cluster: give a {known[name].__name__}.')
+        kind = known[name]
+        number = kind in (int, float)
+        try: fits = kind(value) >= 0 if number else isinstance(value, kind)
+        except (TypeError, ValueError): fits = False
+        if not fits:
+            wanted = 'number of 0 or more' if number else kind.__name__
+            raise VitdistillError(f'{name} = {value!r} of a cluster: give a {wanted}.')
+        values[name] = kind(value)
     more = {name: True if value == 'true' else value for name, value in values.get('more', {}).items()}
     return Ask(**values | dict(more=more))
 
@@ -94,11 +96,12 @@ def hears_only_term()->None:
     bind_to_parent()
 
 # %% ../nbs/07_cluster.ipynb #56ce8808
+@dataclass
 class Job:
     "A command that submitit runs on a node; near its time limit the job ends the command and is queued again."
+    command:list
+    log:str       # file for what the command prints
     patience = 90 # seconds that ranks have to save
-    def __init__(self, command:list, log:str): # log: file for what the command prints
-        self.command, self.log = command, log
 
     def __call__(self)->None:
         threads = os.environ.get('SLURM_CPUS_PER_TASK') # may be fewer than the cores that the job sees
