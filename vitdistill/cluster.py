@@ -6,13 +6,13 @@
 __all__ = ['Ask', 'read_ask', 'check_slurm', 'queued', 'meeting', 'hears_only_term', 'Job', 'sbatch_parameters', 'submit']
 
 # %% ../nbs/07_cluster.ipynb #db153be2
-import io, os, re, shutil, signal, subprocess, threading, time
+import io, os, re, shutil, signal, subprocess, time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
 from .config import VitdistillError, from_root, nearest, need, read_yaml, repo_root
-from .launch import bind_to_parent
+from .launch import bind_to_parent, stop
 
 # %% ../nbs/07_cluster.ipynb #119778c4
 @dataclass(frozen=True)
@@ -110,31 +110,26 @@ class Job:
         with open(self.log if first else os.devnull, 'a') as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT,
                                             env=environment, cwd=repo_root(), preexec_fn=hears_only_term)
-        self.waiting = threading.Thread(target=self.process.wait) # so the main thread can handle signals
-        self.waiting.start()
         signal.signal(signal.SIGTERM, lambda *_: self.process.terminate())
         if not first: # the first node queues the job again
             signal.signal(signal.SIGUSR2, lambda *_: self.process.terminate())
-        while self.waiting.is_alive(): time.sleep(.1)
-        if rc := self.process.returncode: raise VitdistillError(f'{self.log} says why it ended with status {rc}.')
+        while (rc := self.process.poll()) is None: time.sleep(.1) # so that signals are handled
+        if rc: raise VitdistillError(f'{self.log} says why it ended with status {rc}.')
 
     def checkpoint(self): # submitit's hook, on SIGUSR2
         import submitit
-        self.process.terminate()
-        give_up = time.monotonic() + self.patience
-        while self.waiting.is_alive() and time.monotonic() < give_up: time.sleep(.1)
-        self.process.kill()
+        stop(self.process, self.patience)
         return submitit.helpers.DelayedSubmission(Job(self.command, self.log))
 
 # %% ../nbs/07_cluster.ipynb #f16a729b
 def sbatch_parameters(ask:Ask, name:str, after:list)->dict: # after: ids of jobs that have to succeed first
     "Returns submitit's parameters for an array."
     asked = dict(slurm_partition=ask.partition, slurm_account=ask.account, gpus_per_node=ask.gpus_per_node,
-                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup)
-    first = {'slurm_dependency': 'afterok:' + ':'.join(after)} if after else {}
+                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup,
+                 slurm_dependency=':'.join(['afterok', *after]) if after else '')
     more = {'requeue': True, 'kill-on-invalid-dep': 'yes', 'chdir': str(repo_root()), **ask.more}
     return dict(name=name, timeout_min=ask.time, nodes=ask.nodes, tasks_per_node=1, slurm_signal_delay_s=ask.notice,
-                slurm_array_parallelism=max(1, ask.at_once), slurm_additional_parameters=more, **first,
+                slurm_array_parallelism=max(1, ask.at_once), slurm_additional_parameters=more,
                 **{key: value for key, value in asked.items() if value})
 
 # %% ../nbs/07_cluster.ipynb #90e8eaea

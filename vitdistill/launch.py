@@ -44,14 +44,13 @@ def check_names(
 
 # %% ../nbs/07_launch.ipynb #40ef22e8
 def parameters(
-    cells:list=None, # sources of the executed cells; default: this notebook's
-    values:dict=None # name -> value; default: this notebook's variables
+    values:dict=None # name -> value, and In: sources of the executed cells; default: this notebook's variables
 )->dict:
     "Returns the notebook's parameters as they were last run, with those that papermill added: name -> value."
-    if cells is None:
+    if values is None:
         from IPython import get_ipython
         values = get_ipython().user_ns
-        cells = values['In']
+    cells = values['In']
     injected = lambda cell: cell.startswith('# Parameters\n')
     here = max((i for i, cell in enumerate(cells) if not injected(cell) and 'preset' in _assigned(cell)), default=0)
     declared = _assigned(cells[here])
@@ -121,7 +120,6 @@ _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 # %% ../nbs/07_launch.ipynb #24ed8cc6
 def stop(process:subprocess.Popen, patience:float=10)->None: # seconds before SIGKILL
     "Ends a torchrun and its ranks."
-    if process.poll() is not None: return
     process.terminate()
     try: process.wait(patience)
     except subprocess.TimeoutExpired:

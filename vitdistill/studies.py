@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from .config import (Config, VitdistillError, from_root, load_yaml, nearest, preset_parts, shipped,
+from .config import (Config, VitdistillError, from_root, nearest, preset_parts, read_yaml, shipped,
                                shipped_names)
 from .runs import Run, find_runs
 
@@ -183,9 +183,7 @@ def read_study(file:str|Path)->Study: # name or path
 @lru_cache
 def parsed(file:Path, changed:int)->Study: # changed: time of the file's last change
     "Returns `read_study` of a file, once for each state of it."
-    values = load_yaml(file)
-    if not isinstance(values, dict) or not isinstance(values.get('arms'), dict):
-        raise VitdistillError(f'{file} has no arms: write "arms: {{plain: {{notebook: e01_baseline_resnet50}}}}".')
+    values = read_yaml(file)
     allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
     for key, value in values.items():
         if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
