@@ -98,12 +98,12 @@ def old_cells(path:str|Path, entries:list)->list[Cell]: # of a file without arms
     for entry in entries:
         if not isinstance(entry, dict) or 'notebook' not in entry:
             raise VitdistillError(f'{path} names no notebook in {str(entry)[:60]!r}: write "notebook: e00_teacher".')
-        name, fixed = entry['notebook'], entry.get('parameters') or {}
+        name, fixed, vary = entry['notebook'], entry.get('parameters') or {}, entry.get('vary') or {}
         if not isinstance(fixed, dict):
             raise VitdistillError(f'parameters = {fixed!r} of {name} names none: write "parameters: {{lr: 1}}".')
-        check_vary(entry.get('vary') or {}, name)
-        for chosen in (fixed | varied for varied in combinations(entry)):
-            notebook, declared = notebook_of(name, chosen)
+        check_vary(vary, name)
+        notebook, declared = notebook_of(name, fixed | vary)
+        for chosen in [fixed | varied for varied in combinations(entry)]:
             cells.append(Cell(notebook, chosen, named(name, chosen), declared))
     makers = [n for n, cell in enumerate(cells) if makes_teacher(cell.notebook.stem) or 'adopted' in cell.declared]
     for n, cell in enumerate(cells):
