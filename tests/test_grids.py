@@ -1,5 +1,4 @@
 """Grids as processes: a cell that is told to stop, a machine without Slurm, a folder that is in use."""
-import json
 import signal
 import subprocess
 import sys
@@ -9,8 +8,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import grid_cells, held, main, noted_runs, place_of, read_record, start_order
-from vitdistill.grids import write_record
+from vitdistill.grids import grid_cells, held, main, noted_runs, read_record, start_order, write_record
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 
@@ -44,30 +42,28 @@ def command(*words):
 @pytest.mark.slow
 def test_a_cell_that_is_told_to_stop_goes_on_later(grid, tmp_path):
     """SIGTERM, as a job of a cluster gets it: the ranks save and end, the table says so, the rest is trained later."""
-    cell, out = grid_cells(grid)[0], tmp_path / "out"
-    place = place_of(out / "grid", 0, cell)
-    place.parent.mkdir(parents=True)
-    write_record(place, cell)
-    process = subprocess.Popen(command(place.with_suffix(".json")), cwd=ROOT, env=environment())
+    cell, out = grid_cells(grid, tmp_path / "out/grid")[0], tmp_path / "out"
+    write_record(cell)
+    process = subprocess.Popen(command(cell.file(".json")), cwd=ROOT, env=environment())
     try:
-        assert wait_until(lambda: noted_runs(place) and noted_runs(place)[-1].epochs_done >= 3, 120)
+        assert wait_until(lambda: noted_runs(cell) and noted_runs(cell)[-1].epochs_done >= 3, 120)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     finally:
         process.kill()
-    run = noted_runs(place)[-1]
-    assert read_record(place, cell)["state"] == "cut" and run.status == "interrupted"
+    run = noted_runs(cell)[-1]
+    assert read_record(cell)["state"] == "cut" and run.status == "interrupted"
     assert run.checkpoint()["epochs"] >= run.epochs_done - 1 >= 2  # though none was due
     assert wait_until(lambda: not processes_mentioning(str(run.work)), 20)
     said = subprocess.run(command(grid, "--out", out, "--status"), cwd=ROOT, env=environment(), capture_output=True,
                           text=True)
     assert said.stdout.splitlines()[1].split()[:2] == ["cut", f"{run.epochs_done}/60"] and said.returncode == 0
-    assert f"resumes after epoch {run.checkpoint()['epochs']}" in resumed(place, run)
+    assert f"resumes after epoch {run.checkpoint()['epochs']}" in resumed(cell, run)
 
 
-def resumed(place, run):
+def resumed(cell, run):
     """The log of the run, started once more until it says where it begins."""
-    process = subprocess.Popen(command(place.with_suffix(".json")), cwd=ROOT, env=environment())
+    process = subprocess.Popen(command(cell.file(".json")), cwd=ROOT, env=environment())
     try:
         assert wait_until(lambda: "resumes after" in (run.work / "log.txt").read_text(), 120)
     finally:
@@ -87,10 +83,9 @@ def test_without_slurm_it_is_one_sentence(grid, tmp_path):
 
 def test_two_grids_do_not_share_a_folder(grid, tmp_path):
     """Neither a grid that is being started, nor one whose cell runs, is disturbed by another of its name."""
-    folder, cell = tmp_path / "out/grid", grid_cells(grid)[0]
+    folder = tmp_path / "out/grid"
     folder.mkdir(parents=True)
-    running = dict(notebook=str(cell.notebook), chosen=dict(seed=7), state="running", host="another")
-    (folder / "000-e09_another.json").write_text(json.dumps(running))
+    (folder / "000-e09_another.json").write_text("{}")
     busy = {"lock": "is being carried out by another process", "000-e09_another.lock": "is in use: 1 cell"}
     for lock, told in busy.items():
         with held(folder / lock, "it"), pytest.raises(SystemExit) as refused:

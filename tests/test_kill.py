@@ -127,7 +127,7 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
         assert wait_until(lambda: process.poll() is not None, 30)
         assert not processes_mentioning(str(tmp_path / "ranks.yaml"))
         said = process.communicate()[0]
-        assert failure(said.splitlines()).startswith("rank 2 was killed by signal 9")
+        assert failure(said.splitlines(), tmp_path).startswith("rank 2 was killed by signal 9")
         done = run_of(config).epochs_done
         process = start(config, tmp_path / "ranks.yaml")  # on one rank, which may be: low bits differ
         assert wait_until(lambda: run_of(config).epochs_done > done, 60)

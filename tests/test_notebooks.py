@@ -15,7 +15,7 @@ import yaml
 
 from conftest import ROOT, environment
 from vitdistill.config import preset
-from vitdistill.grids import grid_cells, noted_runs, place_of, run_batch
+from vitdistill.grids import grid_cells, noted_runs, run_batch
 from vitdistill.runs import find_runs
 from vitdistill.study.compare import load, main as compare
 from vitdistill.teachers import answers_head, untrained
@@ -272,14 +272,13 @@ def test_batch_survives_a_failing_cell(tmp_path, capsys):
     def grid(*students):
         cells = dict(notebook="e01_baseline_resnet50", parameters=fixed, vary=dict(student=list(students)))
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump([cells]))
+        return run_batch(grid_cells(tmp_path / "grid.yaml", tmp_path / "out/grid"), tmp_path / "out/grid")
 
-    grid("resnet5", "vit_tiny_patch16_224")
-    failed, done = run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")
+    failed, done = grid("resnet5", "vit_tiny_patch16_224")
     assert "unknown model 'resnet5'" in failed.state and done.state == "done"
-    run, = noted_runs(place_of(tmp_path / "out/grid", 1, done))
+    run, = noted_runs(done)
     assert run.status == "done" and run.folder.parent == tmp_path / "runs"
     assert "1 done, 1 failed, 0 running, 0 left" in capsys.readouterr().out
-    grid("vit_tiny_patch16_224")
-    assert run_batch(tmp_path / "grid.yaml", out=tmp_path / "out")[0].state == "done"
+    assert grid("vit_tiny_patch16_224")[0].state == "done"
     assert len(find_runs(tmp_path / "runs")) == 1
     assert "is done already" in (tmp_path / "out/grid/000-e01_baseline_resnet50.ipynb").read_text()

@@ -15,7 +15,7 @@ import yaml
 
 from conftest import ROOT, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
-from vitdistill.grids import grid_cells, look, noted_runs, place_of, table
+from vitdistill.grids import grid_cells, look, noted_runs, table
 from vitdistill.runs import find_runs
 
 pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
@@ -100,7 +100,9 @@ def start(grid, folder, *words, **kw):
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, **kw)
 
 
-cells_of = functools.cache(grid_cells)  # a poll that reads notebooks would see a run when it is over
+@functools.cache  # a poll that reads notebooks would see a run when it is over
+def cells_of(grid):
+    return grid_cells(grid, grid.parent / "out" / grid.stem)
 
 
 def status(grid, folder):
@@ -112,8 +114,8 @@ def status(grid, folder):
 
 def jobs_of(folder, name="grid"):
     """The job of each cell, in order."""
-    jobs = json.loads((folder / "out" / name / "jobs.json").read_text())
-    return [jobs[cell]["job"] for cell in sorted(jobs)]
+    jobs = json.loads((folder / "out" / name / "slurm.json").read_text())
+    return [jobs[cell] for cell in sorted(jobs)]
 
 
 def write_grid(folder, *cells, name="grid"):
@@ -131,8 +133,8 @@ def write_grid(folder, *cells, name="grid"):
     return folder / f"{name}.yaml"
 
 
-def run_of_cell(folder, number, grid):
-    return noted_runs(place_of(folder / "out/grid", number, cells_of(grid)[number]))[-1]
+def run_of_cell(number, grid):
+    return noted_runs(cells_of(grid)[number])[-1]
 
 
 def assert_same(one, other, exact=True):
@@ -159,13 +161,13 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
 
     def reached(number, epochs):
         try:
-            return run_of_cell(folder, number, grid).epochs_done >= epochs
+            return run_of_cell(number, grid).epochs_done >= epochs
         except IndexError:
             return False
 
     assert wait_until(lambda: reached(1, 2), 400)
     answer("scancel", "--signal=USR2", plain)
-    plain_run = run_of_cell(folder, 1, grid)
+    plain_run = run_of_cell(1, grid)
     assert wait_until(lambda: status(grid, folder)[0][1][0] == "waiting", 60), status(grid, folder)[1]
     saved = plain_run.checkpoint()["epochs"]
     assert 2 <= saved < 24  # though checkpoints are an hour apart
@@ -177,7 +179,7 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
     assert wait_until(lambda: all(state == "done" for state, _ in status(grid, folder)[0]), 600, poll=3), \
         status(grid, folder)[1]
     for number in (1, 2):
-        log = (run_of_cell(folder, number, grid).work / "log.txt").read_text()
+        log = (run_of_cell(number, grid).work / "log.txt").read_text()
         assert "resumes after epoch" in log, log
     assert f"resumes after epoch {saved}" in (plain_run.work / "log.txt").read_text()
     assert wait_until(lambda: not answer("squeue", "-h"), 60, poll=1)
@@ -186,7 +188,7 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
     here = write_grid(tmp_path / "here", *FOUR)
     local = start(here, here.parent, "--at-once", "2")
     assert local.returncode == 0, local.stdout
-    pairs = [[run_of_cell(place, number, file) for place, file in ((folder, grid), (here.parent, here))]
+    pairs = [[run_of_cell(number, file) for place, file in ((folder, grid), (here.parent, here))]
              for number in range(4)]
     for one, other in pairs:
         assert_same(one, other)
@@ -214,7 +216,7 @@ def test_a_cell_on_two_nodes(slurm, tmp_path):
     assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     assert status(grid, grid.parent)[0] == [("done", "3/3")], status(grid, grid.parent)[1]
     assert start(here, here.parent).returncode == 0
-    two, one = (run_of_cell(file.parent, 0, file) for file in (grid, here))
+    two, one = (run_of_cell(0, file) for file in (grid, here))
     assert "2 rank(s)" in (two.work / "log.txt").read_text()
     assert two.config.nnodes == 2 and len(find_runs(grid.parent / "runs")) == 1
     assert_same(one, two, exact=False)
@@ -246,7 +248,7 @@ def test_what_slurm_refuses_is_one_sentence(slurm, tmp_path):
                         (["--cluster", str(tmp_path / "cluster.yaml")], "Slurm refuses the jobs (")):
         refused = start(grid, grid.parent, "--on", "slurm", *words)
         assert refused.returncode == 1 and refused.stderr.startswith(told) and refused.stderr.count("\n") == 1
-        assert not list((grid.parent / "out/grid").glob("*.json")) and not answer("squeue", "-h")
+        assert {state for state, _ in status(grid, grid.parent)[0]} == {"left"} and not answer("squeue", "-h")
 
 
 def test_a_folder_that_the_node_does_not_see(slurm, tmp_path):

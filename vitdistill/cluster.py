@@ -6,13 +6,13 @@
 __all__ = ['Ask', 'read_ask', 'check_slurm', 'queued', 'meeting', 'hears_only_term', 'Job', 'sbatch_parameters', 'submit']
 
 # %% ../nbs/07_cluster.ipynb #db153be2
-import io, os, re, shutil, signal, subprocess, threading, time
+import io, os, re, shutil, signal, subprocess, time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
 from .config import VitdistillError, from_root, nearest, need, read_yaml, repo_root
-from .launch import bind_to_parent
+from .launch import bind_to_parent, stop
 
 # %% ../nbs/07_cluster.ipynb #119778c4
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ def read_ask(
     known = {f.name: f.type for f in fields(Ask)}
     for name, value in values.items():
         if name not in known: raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, known)}')
-        if known[name] in (int, float):
-            try: values[name] = known[name](value)
-            except (TypeError, ValueError): values[name] = -1
-            if values[name] < 0: raise VitdistillError(f'{name} = {value!r} of a cluster: give a number of 0 or more.')
-        elif not isinstance(value, known[name]):
-            raise VitdistillError(f'{name} = {value!r} of a cluster: give a {known[name].__name__}.')
+        kind = known[name]
+        number = kind in (int, float)
+        try: fits = kind(value) >= 0 if number else isinstance(value, kind)
+        except (TypeError, ValueError): fits = False
+        if not fits:
+            wanted = 'number of 0 or more' if number else kind.__name__
+            raise VitdistillError(f'{name} = {value!r} of a cluster: give a {wanted}.')
+        values[name] = kind(value)
     more = {name: True if value == 'true' else value for name, value in values.get('more', {}).items()}
     return Ask(**values | dict(more=more))
 
@@ -76,15 +78,15 @@ def queued()->dict|None: # id, such as '12' or '12_3' -> whether it is running
     return {name: line.startswith('RUNNING') for line in lines for name in line.split()[1:]}
 
 # %% ../nbs/07_cluster.ipynb #38529127
-def meeting(environment:dict)->list:
-    "Returns the arguments that tell a job's command about its nodes; [] on one node."
+def meeting(environment:dict)->tuple[int, dict]:
+    "Returns this node's number in its job, and the parameters of a run on the job's nodes: {} on one node."
     nodes = int(environment.get('SLURM_NTASKS', 1))
-    if nodes == 1: return []
+    if nodes == 1: return 0, {}
     if not (host := environment.get('SLURM_LAUNCH_NODE_IPADDR')): # where srun started
         raise VitdistillError(f'{nodes} nodes have no address to meet at, for SLURM_LAUNCH_NODE_IPADDR is not set: '
                               'start their tasks by srun, as --on slurm does.')
     port = 20_000 + int(environment['SLURM_JOB_ID']) % 10_000
-    return ['--nodes', str(nodes), '--node', environment['SLURM_PROCID'], '--meet', f'{host}:{port}']
+    return int(environment['SLURM_PROCID']), dict(nnodes=nodes, rdzv_endpoint=f'{host}:{port}')
 
 # %% ../nbs/07_cluster.ipynb #4e023e35
 def hears_only_term()->None:
@@ -94,50 +96,46 @@ def hears_only_term()->None:
     bind_to_parent()
 
 # %% ../nbs/07_cluster.ipynb #56ce8808
+@dataclass
 class Job:
     "A command that submitit runs on a node; near its time limit the job ends the command and is queued again."
+    command:list
+    log:str       # file for what the command prints
     patience = 90 # seconds that ranks have to save
-    def __init__(self, command:list, log:str): # log: file for what the command prints
-        self.command, self.log = command, log
 
     def __call__(self)->None:
         threads = os.environ.get('SLURM_CPUS_PER_TASK') # may be fewer than the cores that the job sees
         environment = os.environ | ({'OMP_NUM_THREADS': threads} if threads else {})
         first = not int(os.environ.get('SLURM_PROCID', 0))
         with open(self.log if first else os.devnull, 'a') as log:
-            self.process = subprocess.Popen(self.command + meeting(os.environ), stdout=log, stderr=subprocess.STDOUT,
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT,
                                             env=environment, cwd=repo_root(), preexec_fn=hears_only_term)
-        self.waiting = threading.Thread(target=self.process.wait) # so the main thread can handle signals
-        self.waiting.start()
         signal.signal(signal.SIGTERM, lambda *_: self.process.terminate())
         if not first: # the first node queues the job again
             signal.signal(signal.SIGUSR2, lambda *_: self.process.terminate())
-        while self.waiting.is_alive(): time.sleep(.1)
-        if rc := self.process.returncode: raise VitdistillError(f'{self.log} says why it ended with status {rc}.')
+        while (rc := self.process.poll()) is None: time.sleep(.1) # so that signals are handled
+        if rc: raise VitdistillError(f'{self.log} says why it ended with status {rc}.')
 
     def checkpoint(self): # submitit's hook, on SIGUSR2
         import submitit
-        self.process.terminate()
-        give_up = time.monotonic() + self.patience
-        while self.waiting.is_alive() and time.monotonic() < give_up: time.sleep(.1)
-        self.process.kill()
+        stop(self.process, self.patience)
         return submitit.helpers.DelayedSubmission(Job(self.command, self.log))
 
 # %% ../nbs/07_cluster.ipynb #f16a729b
 def sbatch_parameters(ask:Ask, name:str, after:list)->dict: # after: ids of jobs that have to succeed first
     "Returns submitit's parameters for an array."
     asked = dict(slurm_partition=ask.partition, slurm_account=ask.account, gpus_per_node=ask.gpus_per_node,
-                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup)
-    first = {'slurm_dependency': 'afterok:' + ':'.join(after)} if after else {}
+                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup,
+                 slurm_dependency=':'.join(['afterok', *after]) if after else '')
     more = {'requeue': True, 'kill-on-invalid-dep': 'yes', 'chdir': str(repo_root()), **ask.more}
     return dict(name=name, timeout_min=ask.time, nodes=ask.nodes, tasks_per_node=1, slurm_signal_delay_s=ask.notice,
-                slurm_array_parallelism=max(1, ask.at_once), slurm_additional_parameters=more, **first,
+                slurm_array_parallelism=max(1, ask.at_once), slurm_additional_parameters=more,
                 **{key: value for key, value in asked.items() if value})
 
 # %% ../nbs/07_cluster.ipynb #90e8eaea
 def submit(
     commands:dict,  # key -> (command, log)
-    waves:list,     # a pair for each array, in order: its keys, keys that have to succeed first
+    waves:dict,     # of each array, in order: keys that have to succeed first -> its keys
     folder:Path,    # folder for submitit's files, on a disk that the nodes see
     ask:Ask,        # resources of each job
     name:str=''     # name of the jobs
@@ -145,7 +143,7 @@ def submit(
     "Submits commands to Slurm as job arrays: all of them or none."
     import submitit
     ids = {}
-    for keys, after in waves:
+    for after, keys in waves.items():
         executor = submitit.AutoExecutor(folder, cluster='slurm', slurm_max_num_timeout=ask.timeouts)
         executor.update_parameters(**sbatch_parameters(ask, name, [ids[key] for key in after]))
         try:

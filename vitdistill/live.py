@@ -16,8 +16,8 @@ def in_jupyterlab()->bool:
 # %% ../nbs/05d_live.ipynb #8b4a4977
 def live_figure(metrics, text:str):
     "Returns a figure of top-1 and loss from a run's metrics so far, with `text` as its title."
-    import matplotlib as mpl, matplotlib.pyplot as plt
-    with plt.rc_context(mpl.rcParamsDefault | {'backend': mpl.rcParams['backend']}):
+    import matplotlib.pyplot as plt
+    with plt.style.context('default'):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
         for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-'),
                            ('knn_test_top1', '--'), ('linear_test_top1', '-')): # probes of pre-training

@@ -18,12 +18,14 @@ class TensorBoard:
     def __init__(self, name:str, folder:Path, config:Config):
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(str(folder/'tensorboard'), purge_step=0)
-        self.writer.add_text('config', f'```json\n{json.dumps(asdict(config), indent=1)}\n```')
+        self.text('config', asdict(config))
+    def text(self, name:str, values:dict)->None:
+        self.writer.add_text(name, f'```json\n{json.dumps(values, indent=1)}\n```')
     def row(self, epoch:int, values:dict)->None: # name -> number
         for name, value in values.items(): self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
     def end(self, result:dict)->None:
-        self.writer.add_text('result', f'```json\n{json.dumps(result, indent=1)}\n```')
+        self.text('result', result)
         self.writer.close()
 
 # %% ../nbs/05e_track.ipynb #43746cd8
@@ -60,17 +62,16 @@ def tracker_names(
 class Trackers:
     "All trackers of a run. One that fails prints why, and is not used again, so that it does not stop the training."
     def __init__(self, name:str, folder:Path, config:Config): # of the run; folder: its working folder
-        self.all = []
+        self.all = {} # name -> tracker
         for which in tracker_names(config.track):
-            self._each([which], lambda which: self.all.append(TRACKERS[which](name, folder, config)))
-    def _each(self, parts:list, call):
-        for part in list(parts):
-            try: call(part)
-            except Exception as e:
-                name = part if isinstance(part, str) else type(part).__name__
-                print(f'{name} failed and is not used from now on ({type(e).__name__}: {e})', flush=True)
-                if part in self.all: self.all.remove(part)
+            if tracker := self._try(which, TRACKERS[which], name, folder, config): self.all[which] = tracker
+    def _try(self, which:str, call, *given):
+        try: return call(*given)
+        except Exception as e:
+            print(f'{which} failed and is not used from now on ({type(e).__name__}: {e})', flush=True)
+            self.all.pop(which, None)
     def row(self, epoch:int, values:dict)->None: # name -> number; None is skipped
         known = {name: value for name, value in values.items() if value is not None and name != 'epoch'}
-        self._each(self.all, lambda tracker: tracker.row(epoch, known))
-    def end(self, result:dict)->None: self._each(self.all, lambda tracker: tracker.end(result))
+        for which, tracker in [*self.all.items()]: self._try(which, tracker.row, epoch, known)
+    def end(self, result:dict)->None:
+        for which, tracker in [*self.all.items()]: self._try(which, tracker.end, result)
