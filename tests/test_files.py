@@ -136,7 +136,8 @@ def test_a_loop_of_links_counts_each_file_once(tmp_path, capsys):
 
 
 def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path, capsys):
-    kinds = dict(png="PNG", jpg="JPEG", webp="WEBP", bmp="BMP", tif="TIFF", gif="GIF", ppm="PPM", TIFF="TIFF")
+    kinds = dict(png="PNG", jpg="JPEG", webp="WEBP", bmp="BMP", tif="TIFF", gif="GIF", ppm="PPM", TIFF="TIFF",
+                 mpo="MPO")
     files = {f"{end}/1.{end}": encoded(200, 100, 50, kind=kind) for end, kind in kinds.items()}
     rest = {"png/1.heic": b"", "gif/2.HEIC": b"", "png/notes": b"", "png/a.tar.gz": b""}
     config = write(tmp_path, files | rest)
@@ -305,11 +306,13 @@ def test_a_long_narrow_image_takes_little_memory(tmp_path):
     assert int(told.stdout) < 50_000  # KB
 
 
-def test_measured_images_are_read_like_the_dataset(tmp_path):
+def test_measured_images_are_read_like_the_dataset(tmp_path, capsys):
     """A folder of further images, for a teacher that was trained on all others."""
-    write(tmp_path, {"cat/a/1.webp": encoded(5, 5, 5, kind="WEBP", lossless=True), "dog/.x.png": b""}, splits=["more"])
+    image = encoded(5, 5, 5, kind="WEBP", lossless=True)
+    write(tmp_path, {"cat/a/1.webp": image, "dog/.x.png": b"", "dog/1.heic": b""}, splits=["more"])
     pixels, labels = labelled_images(tmp_path / "more", ["dog", "cat"], Config(dataset="imagefolder", image_size=8))
     assert pixels.tolist() == [[[[5, 5, 5]] * 8] * 8] and labels.tolist() == [1]
+    assert "more: left out of the dataset: 1 .heic." in capsys.readouterr().out
     with pytest.raises(VitdistillError, match="folder 'a', which is no class"):
         labelled_images(tmp_path / "more", ["dog", "cat"],
                         Config(dataset="imagefolder", image_size=8, class_folder="last"))

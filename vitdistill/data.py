@@ -246,6 +246,10 @@ def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
     row = check_dataset(config.dataset)
     return image_files(config, row.package, row.needs)
 
+def _say(place, *parts): # prints which folders are the classes, and what was left out
+    if parts[0].note: say_once(parts[0].note)
+    if left_out := what_is_left_out(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
+
 def _reading(config): # what makes pixels of files; the number grows when `square_pixels` changes them
     return 'reader 2' if config.exif_orientation else 'reader 2, not turned'
 
@@ -261,9 +265,7 @@ def load_images(config:Config)->Data:
     size, splits = image_side(config), _images(config)
     train, test = splits.values()
     place = config.data_root or config.dataset
-    if train.note: say_once(train.note)
-    if left_out := what_is_left_out(train.left_out + test.left_out):
-        say_once(f'{place}: left out of the dataset: {left_out}.')
+    _say(place, train, test)
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
     half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold
@@ -291,6 +293,7 @@ def labelled_images(
         raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.')
     if unknown := [name for name in images.classes if name not in classes]:
         raise VitdistillError(f'{root} has a folder {unknown[0]!r}, which is no class: {nearest(unknown[0], classes)}')
+    _say(root, images)
     numbers = [classes.index(name) for name in images.classes]
     pixels = DiskImages(images, image_side(config), config.exif_orientation).resident()
     return pixels, torch.tensor([numbers[label] for *_, label in images.files])

@@ -32,7 +32,9 @@ _undecoded = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'} # formats that Pillo
 def image_endings()->set:
     "Returns the endings of the image files that Pillow reads, such as '.png'."
     from PIL import Image
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - _undecoded}
+    kinds = Image.registered_extensions() # fills Image.OPEN too
+    decoded = {*Image.OPEN, 'MPO'} - _undecoded # Pillow opens MPO as JPEG
+    return {ending for ending, kind in kinds.items() if kind in decoded}
 
 def is_image(name:str)->bool:
     "Returns whether a file's ending says that Pillow reads it."
@@ -82,7 +84,7 @@ def files_below(top:Path)->tuple:
             below[:] = sorted(name for name in below if name[0] != '.')
             folders += filter(os.path.islink, (os.path.join(folder, name) for name in below))
             for path in (os.path.join(folder, name) for name in files if name[0] != '.'):
-                found.append(Found(os.path.relpath(path, top), file_size(path) if is_image(path) else 0, path))
+                found.append(Found(path[len(str(top)) + 1:], file_size(path) if is_image(path) else 0, path))
     return found, left_out
 
 # %% ../nbs/01c_files.ipynb #2e410d8a
@@ -140,8 +142,9 @@ class ImageFiles:
     def __len__(self): return len(self.files)
     def path(self, row:int)->str: return printable(f'{self.root}/{self.files[row][0]}')
 
-def what_is_left_out(left_out:collections.Counter)->str: # such as '12 .heic, 1 .txt'
-    "Returns what was left out and how often, the most frequent first."
+def what_is_left_out(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
+    "Returns what was left out of splits and how often, the most frequent first."
+    left_out = sum((part.left_out for part in parts), collections.Counter())
     return ', '.join(f'{count:,} {printable(what)}' for what, count in left_out.most_common())
 
 # %% ../nbs/01c_files.ipynb #d16fbe10
@@ -159,8 +162,8 @@ def in_folders(
             found = [file._replace(name=file.name.removeprefix(prefix)) for file in found]
     else: return None
     images = sorted((file for file in found if is_image(file.name)), key=lambda file: natural_order(file.name))
-    left_out += collections.Counter(os.path.splitext(file.name)[1].lower() or 'files without an ending'
-                                    for file in found if not is_image(file.name))
+    left_out.update(os.path.splitext(file.name)[1].lower() or 'files without an ending'
+                    for file in found if not is_image(file.name))
     kinds, note = folder_classes(str(place), [file.name for file in images], class_folder)
     classes = sorted(set(kinds), key=natural_order)
     number = {name: label for label, name in enumerate(classes)}
@@ -278,8 +281,7 @@ def image_files(
     except Exception as e: # each library has its own errors
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
-    left_out = what_is_left_out(train.left_out + test.left_out)
-    why = f' ({left_out} left out)' if left_out else ''
+    why = f' ({left_out} left out)' if (left_out := what_is_left_out(train, test)) else ''
     if not (train and test): raise VitdistillError(f'no images in {place}{why}: it needs {needs}.')
     if differ := {*train.classes} ^ {*test.classes}:
         raise VitdistillError(f'{place}: the classes of train and test differ ({", ".join(sorted(differ)[:5])}){why}: '
