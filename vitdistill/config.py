@@ -168,6 +168,7 @@ _compile_modes = 'auto', 'none', 'graph', 'default', 'reduce-overhead', 'max-aut
 _devices, _places = ('auto', 'cuda', 'mps', 'cpu'), ('auto', 'device', 'host', 'disk')
 _stems, _filters, _depths = ('imagenet', 'cifar'), ('bicubic', 'bilinear'), ('growing', 'constant')
 _lengths, _means = ('public', 'longer'), ('batchmean', 'public')
+_ends = 'first', 'last'
 _folds, _tokens = ('unseen', 'seen', 'drawn'), ('auto', 'class', 'distillation')
 
 # %% ../nbs/00_config.ipynb #de604553
@@ -196,6 +197,8 @@ class Config:
     fold:str=_data('', split=True) # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
     split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws the held-out images and the share that is used
     image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px; needed for folders of images only
+    class_folder:str=_data('first', _ends, shared=True) # which folder above an image is its class (timm: the last)
+    exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
     mixup:float=_data(0., '[0, inf)') # alpha of mixup (timm's Beta distribution), which blends two images; 0: none
@@ -247,7 +250,7 @@ class Config:
     t_max:int=_optimization(0, '[0, inf)') # length of the schedule in epochs; 0: as `epochs`
     warmup_epochs:int=_optimization(0, '[0, inf)') # epochs of linear warm-up from lr / 100
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
-    seed:int=_optimization(1, '[0, inf)') # seed of the initial weights, the order of images and the views
+    seed:int=_optimization(1, '[0, 18446744073709551616)') # sets initial weights, order of images, views; below 2^64
     # The machine
     device:str=_machine('auto', _devices, shared=True) # where the model runs
     precision:str=_machine('auto', _precisions, hashed=True, shared=True) # fp32, or bf16 by autocast

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'seed_host', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side',
            'data_root', 'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified',
-           'load_digits', 'OfficialReader', 'image_lines', 'DiskImages', 'load_images', 'labelled_images', 'load_data',
-           'fingerprint', 'held_out', 'fold_rows', 'split_rows']
+           'load_digits', 'image_lines', 'load_images', 'labelled_images', 'load_data', 'fingerprint', 'held_out',
+           'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
-import functools, hashlib, importlib.util, io, json, math, os, pickle, random, tempfile, typing
-from concurrent.futures import ThreadPoolExecutor
+import functools, hashlib, io, math, os, pickle, random, tempfile, typing
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from .config import Config, VitdistillError, cgroup_limit, from_root, nearest
+from .files import DiskImages, image_files, in_folders, say_once, what_is_left_out
 
 # %% ../nbs/01_data.ipynb #c07f9f07
 def generator(*numbers:int)->torch.Generator:
@@ -63,7 +63,7 @@ class Data:
 
     @functools.cached_property
     def train_hash(self)->str: # hash of the training images and labels, for memos and for the cards of teachers
-        digest = hashlib.sha256(self.listing.encode() or self.train_images.numpy()) # of files: names and sizes
+        digest = hashlib.sha256(os.fsencode(self.listing) or self.train_images.numpy()) # of files: names and sizes
         digest.update(self.train_labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -93,8 +93,8 @@ DATASETS = {
         needs='train/<class>/* and val/<class>/* (or test), or the tars train.tar and val.tar of such folders'),
     'hfds/': Dataset('Hub dataset', lambda c: load_images(c), lambda c: image_lines(c), package='datasets',
         needs='a dataset of the hub with the columns image and label, and a network, or its cache as data_root'),
-    'wds/': Dataset('WebDataset', lambda c: load_images(c), lambda c: image_lines(c), package='webdataset',
-        needs='shards named *train*.tar and *val*.tar (or test)')}
+    'wds/': Dataset('WebDataset', lambda c: load_images(c), lambda c: image_lines(c),
+        needs='shards named *train*.tar and *val*.tar (or test), of images beside .cls files with the class number')}
 
 # %% ../nbs/01_data.ipynb #ccd5c2ea
 def check_dataset(name:str)->Dataset:
@@ -241,192 +241,62 @@ def load_digits()->Data:
     classes = [str(c) for c in range(10)]
     return Data('digits', images[train], labels[train], images[test], labels[test], classes)
 
-# %% ../nbs/01_data.ipynb #37ae4548
-def _in_torchvision(kind, train, root, split): # [(path, label)], classes; both empty if there is no such split
-    from torchvision import datasets
-    if not (files := dict(train=train, test=['test']).get(split)): return [], []
-    parts = [getattr(datasets, kind)(root, part) for part in files]
-    pairs = [getattr(part, '_samples', None) or zip(part._image_files, part._labels) for part in parts]
-    return [(str(path), int(label)) for part in pairs for path, label in part], parts[0].classes
-
-def _in_json(root, split): # the same for iNaturalist; its test*.json have no labels
-    files = [path for year in ('', '20??') for path in root.glob(f'{split}{year}.json')]
-    if not files or split == 'test': return [], []
-    if len(files) > 1: raise ValueError(f'{" and ".join(sorted(path.name for path in files))} are of several years')
-    told = json.loads(files[0].read_text())
-    classes = {kind['id']: f"{kind['id']:05} {kind['name']}" for kind in told['categories']} # names are not unique
-    label = {kind: i for i, kind in enumerate(sorted(classes))}
-    paths = {image['id']: image['file_name'] for image in told['images']}
-    samples = [(str(root/paths[row['image_id']]), label[row['category_id']]) for row in told['annotations']]
-    return samples, [classes[kind] for kind in label]
-
-_official = {'flowers102': functools.partial(_in_torchvision, 'Flowers102', ['train', 'val']),
-             'stanford_cars': functools.partial(_in_torchvision, 'StanfordCars', ['train']), 'inaturalist': _in_json}
-
-class OfficialReader:
-    "Lists the files and labels of a dataset in its published layout, with the interface of timm's readers."
-    def __init__(self,
-        name:str,   # a key of `DATASETS`
-        root:Path,  # folder that holds the dataset's own folder, or its files
-        split:str): # train, val or test; no images if the dataset has no such split
-        self.root, (self.samples, classes) = str(root), _official[name](root, split)
-        self.class_to_idx = {name: label for label, name in enumerate(classes)}
-    def __len__(self): return len(self.samples)
-    def __getitem__(self, row:int): return open(self.samples[row][0], 'rb'), self.samples[row][1]
-    def filename(self, row:int, absolute:bool=False)->str: return self.samples[row][0]
-
-# %% ../nbs/01_data.ipynb #f950e8fd
-def _reader(name:str, root:Path|None, split:str): # timm's reader of a split; None if there is no such split
-    from timm.data.readers import create_reader
-    if name in _official: return OfficialReader(name, root, split) or None
-    if name.startswith('hfds/'):
-        try: return create_reader(name, root and str(root), split)
-        except ValueError as e:
-            if 'Unknown split' in str(e): return None
-            raise
-    if name.startswith('wds/'):
-        if not (shards := sorted(path.name for path in root.glob(f'*{split}*.tar'))): return None
-        reader = create_reader(name, str(root), '::'.join(shards))
-        reader.dist_rank, reader.dist_num_replicas = 0, 1 # each rank reads every image
-        return reader
-    folder, tar = root/split, root/f'{split}.tar'
-    if folder.is_dir(): return create_reader('', str(folder))
-    if not tar.is_file(): return None
-    return create_reader('', str(tar), cache_tarfiles=False) # threads can't share an open tar
-
-# %% ../nbs/01_data.ipynb #ea04eaa3
-def _readers(config:Config)->dict: # {'train': timm's reader, 'test': timm's reader}
-    name, row = config.dataset, check_dataset(config.dataset)
-    hub = name.startswith('hfds/')
-    if row.package and not importlib.util.find_spec(row.package):
-        raise VitdistillError(f'dataset = {name!r} is read by the package {row.package}, which is not here: '
-                              f'pip install {row.package}, or give folders of images.')
-    if not (config.data_root or hub):
-        raise VitdistillError(f'dataset = {name!r} has no default place: name its folder as data_root.')
-    root, why = from_root(config.data_root) if config.data_root else None, ''
-    try:
-        train, test = ([r for split in splits if (r := _reader(name, root, split)) is not None]
-                       for splits in (['train'], ['val', 'validation', 'test']))
-    except Exception as e: # each library has its own errors
-        train, test, why = [], [], f' ({(str(e).splitlines() or [type(e).__name__])[0]})'
-    if not (train and test): raise VitdistillError(f'no images in {name if hub else root}{why}: it needs {row.needs}.')
-    if differ := set(_classes(train[0])) ^ set(_classes(test[0])):
-        raise VitdistillError(f'{root}: the classes of train and test differ ({", ".join(sorted(differ)[:5])}): '
-                              'give both the same folders.')
-    return {'train': train[0], 'test': test[0]}
-
-def _classes(reader)->list: # class names in the order of the labels; empty if the reader doesn't know them
-    return list(getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', ()))
-
-# %% ../nbs/01_data.ipynb #f20434cb
-def _size(path)->int: # size of a file in bytes
-    try: return os.path.getsize(path)
-    except OSError as e:
-        raise VitdistillError(f'{path} belongs to the dataset and can not be read ({e.strerror}): unpack its images '
-                              'again.') from None
-
-def _files(reader)->list: # [(path, bytes, label)] of each image, undecoded; of each shard; of all images on the hub
-    if hasattr(reader, 'dataset'):
-        size = (reader.dataset.info.splits or {}).get(reader.split)
-        return [(reader.split, size and size.num_bytes, label) for label in reader.dataset[reader.label_key]]
-    if hasattr(reader, 'split_info'):
-        return [(name, _size(os.path.join(reader.root, name)), '') for name in reader.split_info.filenames]
-    place = os.path.basename(reader.root)
-    if hasattr(reader, 'targets'):
-        samples = zip(reader.samples, reader.targets)
-        return [(f'{place}/{file.name}', file.size, int(label)) for (file, *_), label in samples]
-    return [(f'{place}/{os.path.relpath(path, reader.root)}', _size(path), label)
-            for path, label in reader.samples]
-
 # %% ../nbs/01_data.ipynb #7fddc277
+def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
+    row = check_dataset(config.dataset)
+    return image_files(config, row.package, row.needs)
+
+def _say(place, *parts): # prints which folders are the classes, and what was left out
+    if parts[0].note: say_once(parts[0].note)
+    if left_out := what_is_left_out(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
+
+def _reading(config): # what makes pixels of files; the number grows when `square_pixels` changes them
+    return 'reader 2' if config.exif_orientation else 'reader 2, not turned'
+
 def image_lines(config:Config)->typing.Iterator[bytes]:
-    "Yields a line for each file of the config's images: name, size and label."
-    for reader in _readers(config).values():
-        for path, size, label in _files(reader): yield f'{path} {size} {label}\n'.encode()
-
-# %% ../nbs/01_data.ipynb #7f956267
-def _square(image, size:int)->np.ndarray: # a PIL image -> (size, size, 3): shorter side resized, centre cropped
-    from torchvision.transforms.v2 import functional as T
-    return np.asarray(T.center_crop(T.resize(image, [size], antialias=True), [size]*2))
-
-# %% ../nbs/01_data.ipynb #c38a3a0c
-class DiskImages:
-    "Decodes images when they are indexed; takes rows like an (N, size, size, 3) uint8 tensor in memory."
-    def __init__(self,
-        reader,   # timm's reader of folders, a tar or the hub, which takes a row
-        size:int): # side in px
-        self.reader, self.shape = reader, (len(reader), size, size, 3)
-        self.device, self.pool = torch.device('cpu'), ThreadPoolExecutor()
-    def __len__(self): return self.shape[0]
-    def __getitem__(self, rows:torch.Tensor)->torch.Tensor: # (B,) int64, or a slice -> (B, size, size, 3)
-        rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return torch.from_numpy(np.stack(list(self.pool.map(self._decode, rows))))
-    def resident(self)->torch.Tensor: # all images as one tensor, decoded 256 at a time
-        images = torch.empty(self.shape, dtype=torch.uint8)
-        for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
-        return images
-    def _decode(self, row)->np.ndarray:
-        from PIL import Image
-        try:
-            with self.reader[row][0] as file: image = Image.open(file).convert('RGB')
-        except OSError as e:
-            raise VitdistillError(f'{self.reader.filename(row, absolute=True)} can not be read as an image ({e}): '
-                                  'replace or remove it.') from None
-        return _square(image, self.shape[1])
-
-# %% ../nbs/01_data.ipynb #7edf1adf
-def _read_through(reader, size:int, room:float)->tuple: # images (N, size, size, 3), labels (N,); at most `room` bytes
-    pixels, labels = bytearray(), []
-    for image, label in reader:
-        pixels += _square(image, size).tobytes()
-        labels.append(label)
-        if len(pixels) > room:
-            raise VitdistillError(f'the shards in {reader.root} are read in their order only and must be held '
-                                  'in memory, of which they would take more than half: give a smaller image_size, '
-                                  'or unpack them into train/<class>/ and val/<class>/.')
-    if not labels:
-        raise VitdistillError(f'no image of the shards in {reader.root} could be read: they need .png, .jpg or .webp '
-                              'files beside .cls files with the number of the class.')
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, size, size, 3), torch.tensor(labels)
+    "Yields how the config's images are read, and a line for each of their files: name, size and label."
+    yield f'{_reading(config)}\n'.encode()
+    for images in _images(config).values():
+        for path, size, label in images.files: yield os.fsencode(f'{path} {size} {label}\n')
 
 # %% ../nbs/01_data.ipynb #d5d3c85b
 def load_images(config:Config)->Data:
     "Loads a dataset of image files into memory, or leaves it on disk; errors name the file or what is missing."
-    size, readers = image_side(config), _readers(config)
+    size, splits = image_side(config), _images(config)
+    train, test = splits.values()
+    place = config.data_root or config.dataset
+    _say(place, train, test)
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
     half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold
-    pixels = sum(map(len, readers.values()))*size*size*3
+    pixels = (len(train) + len(test))*size*size*3
     if pixels > room:
-        place = config.data_root or config.dataset
-        print(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.', flush=True)
-    files = {part: _files(reader) for part, reader in readers.items()}
-    def read(part):
-        if not hasattr(readers[part], '__getitem__'): return _read_through(readers[part], size, room)
-        images = DiskImages(readers[part], size)
-        return images if pixels > room else images.resident(), torch.tensor([label for *_, label in files[part]])
-    (images, labels), (test_images, test_labels) = read('train'), read('test')
-    classes = _classes(readers['train']) or [str(c) for c in range(1 + max(labels.max(), test_labels.max()))]
-    root = os.path.commonpath([path for path, *_ in files['train']])
-    listing = [f'{size} px', *(f'{os.path.relpath(path, root)} {length}' for path, length, _ in files['train'])]
-    return Data(config.dataset, images, labels, test_images, test_labels, classes, listing='\n'.join(listing))
+        say_once(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
+    def read(files):
+        images = DiskImages(files, size, config.exif_orientation)
+        return images if pixels > room else images.resident(), torch.tensor([label for *_, label in files.files])
+    root = os.path.commonpath([path for path, *_ in train.files])
+    listing = [f'{size} px, {_reading(config)}',
+               *(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)]
+    return Data(config.dataset, *read(train), *read(test), train.classes, listing='\n'.join(listing))
 
 # %% ../nbs/01_data.ipynb #3e91c0f4
 def labelled_images(
     root:str|Path, # folder that holds a folder of images for each class, with the names in `classes`
     classes:list,  # class names of the dataset
-    size:int       # side of the images, px
+    config:Config  # its dataset's images have the side that is wanted
 )->tuple:          # ((N, size, size, 3) uint8, (N,) int64)
     "Loads images from a folder per class, with the dataset's labels; an unknown folder raises a `VitdistillError`."
-    from timm.data.readers import create_reader
-    try: reader = create_reader('', str(from_root(root)))
-    except (AssertionError, RuntimeError, OSError):
-        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as '
-                              f'{classes[0]}/*.') from None
-    if unknown := [name for name in _classes(reader) if name not in classes]:
+    folder = from_root(root).resolve()
+    images = in_folders(folder.parent, folder.name, config.class_folder)
+    if not images:
+        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.')
+    if unknown := [name for name in images.classes if name not in classes]:
         raise VitdistillError(f'{root} has a folder {unknown[0]!r}, which is no class: {nearest(unknown[0], classes)}')
-    numbers = [classes.index(name) for name in _classes(reader)]
-    return DiskImages(reader, size).resident(), torch.tensor([numbers[label] for *_, label in _files(reader)])
+    _say(root, images)
+    numbers = [classes.index(name) for name in images.classes]
+    pixels = DiskImages(images, image_side(config), config.exif_orientation).resident()
+    return pixels, torch.tensor([numbers[label] for *_, label in images.files])
 
 # %% ../nbs/01_data.ipynb #2f794f03
 def load_data(config:Config)->Data:

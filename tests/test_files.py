@@ -1,0 +1,383 @@
+"""Images in people's own folders, tars and shards: what is read, in which order, with which pixels, what is said."""
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+from torchvision.datasets import ImageFolder
+
+from vitdistill.config import Config, VitdistillError, config_hash
+from vitdistill.data import fingerprint, image_lines, labelled_images, load_data
+from vitdistill.files import in_folders, say_once, square_pixels
+
+
+def encoded(*color, kind="PNG", **options):
+    """Returns a file with a picture of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20), color or (9, 9, 9)).save(file, kind, **options)
+    return file.getvalue()
+
+
+PNG = encoded()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def write(root, files, splits=("train", "val"), tar=False):
+    """Writes {name: bytes} into each split's folder or tar; returns the config that reads them."""
+    for split in splits:
+        if tar:
+            root.mkdir(exist_ok=True)
+            write_tar(root / f"{split}.tar", files)
+        else:
+            for name, content in files.items():
+                path = root / split / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+    return Config(dataset="imagefolder", data_root=str(root), image_size=16)
+
+
+def named(listed):
+    """Returns {name below the split: class}."""
+    return {name.partition("/")[2]: listed.classes[label] for name, _, label in listed.files}
+
+
+def by_torchvision(folder):
+    found = ImageFolder(folder)
+    return {os.path.relpath(path, folder): found.classes[label] for path, label in found.samples}
+
+
+NESTED = dict.fromkeys(["cat/2020/1.png", "cat/2021/1.png", "cat/2.png", "dog/2020/a/1.png", "dog/2021/1.png"], PNG)
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_a_class_is_the_first_folder_as_in_torchvision(tmp_path, tar):
+    write(tmp_path / "folders", NESTED)
+    write(tmp_path / "read", NESTED, tar=tar)
+    found = named(in_folders(tmp_path / "read", "train"))
+    assert found == by_torchvision(tmp_path / "folders/train") and set(found.values()) == {"cat", "dog"}
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_a_class_is_the_last_folder_where_asked(tmp_path, tar):
+    files = {f"{year}/{kind}/{i}.png": PNG for year in (2020, 2021) for kind in ("cat", "dog") for i in range(2)}
+    config = replace(write(tmp_path, files, tar=tar), class_folder="last")
+    data = load_data(config)
+    assert data.classes == ["cat", "dog"] and torch.bincount(data.train_labels).tolist() == [4, 4]
+    assert load_data(replace(config, class_folder="first")).classes == ["2020", "2021"]
+    assert fingerprint(config) != fingerprint(replace(config, class_folder="first"))
+    assert config_hash(config) != config_hash(replace(config, class_folder="first"))
+
+
+def test_which_folder_is_the_class_is_said_once_where_both_could_be(tmp_path, capsys):
+    config = write(tmp_path, NESTED)
+    load_data(config)
+    load_data(config)
+    told = capsys.readouterr().out
+    assert told.count("\n") == told.count("first folder is the class of an image, such as cat, dog, not") == 1
+    files = dict.fromkeys(["cat/images/1.png", "dog/images/1.png"], PNG)
+    load_data(write(tmp_path / "plain", files))  # the last folder would make one class of all
+    assert capsys.readouterr().out == ""
+    with pytest.raises(VitdistillError, match="all images are of one class, 'images'"):
+        load_data(replace(write(tmp_path / "plain", files), class_folder="last"))
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_names_with_a_dot_first_are_left_out(tmp_path, tar):
+    """As JupyterLab and the archives of macOS make them, also beside the classes and within a folder of the split."""
+    hidden = ["._1.png", ".ipynb_checkpoints/1.png", "cat/._1.png", "cat/.ipynb_checkpoints/1.png", "._cat"]
+    seen = ["cat/1.png", "dog/1.png"]
+    config = write(tmp_path, dict.fromkeys(hidden + seen, PNG), tar=tar)
+    assert load_data(config).classes == ["cat", "dog"] and list(named(in_folders(tmp_path, "train"))) == seen
+    packed = {f"./train/{name}": PNG for name in seen} | {"./._train": b"", "./train/._cat": b""}
+    write(tmp_path / "packed", packed, splits=["train"], tar=True)
+    assert list(named(in_folders(tmp_path / "packed", "train"))) == seen
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_an_image_without_a_class_is_refused_by_its_name(tmp_path, tar):
+    config = write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png", "stray.png"], PNG), tar=tar)
+    for load in (load_data, fingerprint):
+        with pytest.raises(VitdistillError, match=r"train(.tar)?/stray.png is not in the folder of a class"):
+            load(config)
+
+
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(VitdistillError, match="all images are of one class, 'cat'"):
+        fingerprint(write(tmp_path, {"cat/1.png": PNG}))
+    write_tar(tmp_path / "a-train-0.tar", shard := {"1.png": PNG, "1.cls": b"0"})
+    write_tar(tmp_path / "a-val-0.tar", shard)
+    with pytest.raises(VitdistillError, match="all images are of one class, '0'"):
+        fingerprint(Config(dataset="wds/a", data_root=str(tmp_path), image_size=16))
+
+
+def test_a_loop_of_links_counts_each_file_once(tmp_path, capsys):
+    config = write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png"], PNG))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/1.png").write_bytes(PNG)
+    for link, target in {"cat/up": "..", "dog/cats": "../cat", "cat/root": "../..", "cow": "../elsewhere"}.items():
+        (tmp_path / "train" / link).symlink_to(target)
+    (tmp_path / "val/cow").symlink_to("../elsewhere")
+    data = load_data(config)
+    assert data.classes == ["cat", "cow", "dog"] and data.train_labels.tolist() == [0, 1, 2]
+    assert "3 links to folders that were read already" in capsys.readouterr().out
+
+
+def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path, capsys):
+    kinds = dict(png="PNG", jpg="JPEG", webp="WEBP", bmp="BMP", tif="TIFF", gif="GIF", ppm="PPM", TIFF="TIFF",
+                 mpo="MPO")
+    files = {f"{end}/1.{end}": encoded(200, 100, 50, kind=kind) for end, kind in kinds.items()}
+    rest = {"png/1.heic": b"", "gif/2.HEIC": b"", "png/notes": b"", "png/a.tar.gz": b""}
+    config = write(tmp_path, files | rest)
+    for _ in range(2):
+        data = load_data(config)
+    assert len(data.classes) == len(kinds) == len(data.train_labels)
+    assert (data.train_images.int() - torch.tensor([200, 100, 50])).abs().max() <= 4  # JPEG's and GIF's losses
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "4 .heic, 2 files without an ending, 2 .gz" in told
+
+
+def test_only_rank_0_speaks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RANK", "1")
+    load_data(write(tmp_path, NESTED | {"cat/a.txt": b""}))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_class_of_other_formats_is_not_lost_silently(tmp_path):
+    config = write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png", "cow/1.png"], PNG), splits=["train"])
+    write(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG, "cow/1.heic": b""}, splits=["val"])
+    with pytest.raises(VitdistillError, match=r"differ \(cow\) \(1 .heic left out\)"):
+        load_data(config)
+
+
+def test_order_is_that_of_names_in_every_process(tmp_path):
+    """Classes A and a, images 1 and ¹, whatever Python's hash seed and the order of the disk."""
+    files = dict.fromkeys(["a/b.png", "A/B.png", "A/b.png", "a/1.png", "a/1¹.png"], PNG)
+    command = "import sys; from pathlib import Path; from vitdistill.files import in_folders; " \
+              "print(in_folders(Path(sys.argv[1]), 'train').files)"
+    lists = set()
+    for seed, names in (("1", files), ("2", reversed(files))):
+        write(tmp_path / seed, {name: PNG for name in names}, splits=["train"])
+        told = subprocess.run([sys.executable, "-c", command, tmp_path / seed], capture_output=True, text=True,
+                              check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        lists.add(told.stdout)
+    assert lists == {str([(f"train/{name}", len(PNG), label) for name, label in
+                          [("a/1.png", 1), ("a/1¹.png", 1), ("A/B.png", 0), ("A/b.png", 0), ("a/b.png", 1)]]) + "\n"}
+
+
+def test_order_is_timms_where_names_do_not_collide(tmp_path):
+    """Label numbers and rows stay what they were."""
+    from timm.data.readers import create_reader
+    names = [f"{kind}/{i}.png" for kind in ("n10", "n9", "Zebra", "apple", "7", "x1y10", "x1y2") for i in (1, 10, 2)]
+    write(tmp_path, dict.fromkeys(names, PNG), splits=["train"])
+    listed, reader = in_folders(tmp_path, "train"), create_reader("", str(tmp_path / "train"))
+    assert listed.classes == list(reader.class_to_idx)
+    assert [(str(tmp_path / name), label) for name, _, label in listed.files] == reader.samples
+
+
+def big_text():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "a" * 2**21, zip=True)
+    return encoded(pnginfo=info)
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("tar", [False, True])
+@pytest.mark.parametrize("content", [big_text(), bomb(), PNG[:60], encoded(kind="JPEG")[:-300], b"", b"text",
+                                     PNG[:20] + b"\xff" * 50],
+                         ids=["text", "bomb", "cut", "cut_jpeg", "empty", "no_image", "broken"])
+def test_whatever_pillow_raises_is_one_sentence(tmp_path, tar, content):
+    config = write(tmp_path, {"cat/1.png": content, "dog/1.png": PNG}, tar=tar)
+    with pytest.raises(VitdistillError, match=r"train(.tar)?/cat/1.png can not be read as an image \(.+\): replace"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_names_may_be_any_bytes(tmp_path, tar):
+    odd, usual = os.fsdecode(b"caf\xe9/\xff.png"), "é/ß.png"
+    try:
+        config = write(tmp_path, {odd: PNG, usual: PNG}, tar=tar)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    data = load_data(config)
+    assert data.classes == ["caf\\xe9", "é"] and len(data.train_hash) == len(fingerprint(config)) == 16
+    place = "train.tar" if tar else "train"
+    assert [f"{place}/é/ß.png {len(PNG)} 1\n".encode(), os.fsencode(f"{place}/{odd} {len(PNG)} 0\n")] == sorted(
+        list(image_lines(config))[1:3], reverse=True)
+    write(tmp_path, {odd: b"text", usual: PNG}, tar=tar)
+    with pytest.raises(VitdistillError) as refused:
+        load_data(config)
+    assert "caf\\xe9/\\xff.png can not be read" in str(refused.value).encode().decode()
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize("kind, dtype", [("PNG", np.uint16), ("TIFF", np.uint16), ("PPM", np.uint16),
+                                         ("TIFF", np.int32)])
+def test_grey_of_16_bits_is_scaled(kind, dtype):
+    grey = np.linspace(0, 65535, 24 * 24).astype(dtype).reshape(24, 24)
+    read = square_pixels(saved(Image.fromarray(grey), kind), 24)
+    assert np.array_equal(read, np.repeat(np.round(grey / 257)[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("values", [np.full((9, 9), 0.5, np.float32), np.full((9, 9), 70_000, np.int32)])
+def test_numbers_of_unknown_scale_are_refused(tmp_path, values):
+    config = write(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG})
+    Image.fromarray(values).save(tmp_path / "train/cat/2.tif")
+    with pytest.raises(VitdistillError, match="cat/2.tif can not be read .*neither 8 nor 16 bits"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_other_modes_are_as_pillow_converts_them(mode):
+    """Compared with the conversion by Pillow of the same file."""
+    image = Image.new("RGB", (20, 20), (200, 100, 50))
+    ImageDraw.Draw(image).rectangle((5, 5, 12, 12), (0, 255, 0))
+    file = saved(image.convert(mode), "TIFF")
+    assert np.array_equal(square_pixels(file, 20), np.asarray(file.convert("RGB")))
+
+
+UPRIGHT = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
+           6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}
+
+
+@pytest.mark.parametrize("number", UPRIGHT)
+def test_images_are_turned_as_exif_says(tmp_path, number):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = number
+    config = write(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG})
+    for split in ("train", "val"):
+        Image.fromarray(pixels).save(tmp_path / split / "cat/1.png", exif=exif)
+    turned, as_stored = load_data(config), load_data(replace(config, exif_orientation=False))
+    assert np.array_equal(turned.train_images[0], UPRIGHT[number](pixels))
+    assert np.array_equal(as_stored.train_images[0], pixels)
+    assert turned.train_hash != as_stored.train_hash  # the key of a teacher's memo
+    assert fingerprint(config) != fingerprint(replace(config, exif_orientation=False))
+
+
+def test_damaged_exif_turns_nothing():
+    image = saved(Image.new("RGB", (8, 8), (1, 2, 3)), "PNG", exif=b"Exif\x00\x00no such thing")
+    assert square_pixels(image, 8).tolist() == [[[1, 2, 3]] * 8] * 8
+
+
+def test_a_long_narrow_image_takes_little_memory(tmp_path):
+    """An image of 12,000 x 3 px took 1.7 GB; its pixels are those of torchvision, which resizes all of it."""
+    from torchvision.transforms.v2 import functional as T
+    for size in ((1200, 3), (3, 1200), (101, 47)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        whole = np.asarray(T.center_crop(T.resize(image, [56]), [56, 56])).astype(int)
+        assert np.abs(square_pixels(image, 56) - whole).max() <= 1
+    for name, size in dict(wide=(12_000, 3), high=(3, 12_000)).items():
+        Image.new("RGB", size, (7, 8, 9)).save(tmp_path / f"{name}.png")
+    command = """if True:
+        import resource, sys
+        from PIL import Image
+        from vitdistill.files import square_pixels
+        most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        square_pixels(Image.new('RGB', (300, 200)), 224)
+        before = most()
+        for path in sys.argv[1:]: assert (square_pixels(Image.open(path), 224) == (7, 8, 9)).all()
+        print(most() - before)"""
+    told = subprocess.run([sys.executable, "-c", command, tmp_path / "wide.png", tmp_path / "high.png"],
+                          capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 50_000  # KB
+
+
+def test_measured_images_are_read_like_the_dataset(tmp_path, capsys):
+    """A folder of further images, for a teacher that was trained on all others."""
+    image = encoded(5, 5, 5, kind="WEBP", lossless=True)
+    write(tmp_path, {"cat/a/1.webp": image, "dog/.x.png": b"", "dog/1.heic": b""}, splits=["more"])
+    pixels, labels = labelled_images(tmp_path / "more", ["dog", "cat"], Config(dataset="imagefolder", image_size=8))
+    assert pixels.tolist() == [[[[5, 5, 5]] * 8] * 8] and labels.tolist() == [1]
+    assert "more: left out of the dataset: 1 .heic." in capsys.readouterr().out
+    with pytest.raises(VitdistillError, match="folder 'a', which is no class"):
+        labelled_images(tmp_path / "more", ["dog", "cat"],
+                        Config(dataset="imagefolder", image_size=8, class_folder="last"))
+
+
+def shards(root, **files):
+    """Writes shards, {name: {member: bytes}}; returns the config that reads them."""
+    for name, members in files.items():
+        write_tar(root / f"{name.replace('_', '-')}.tar", members)
+    return Config(dataset="wds/any", data_root=str(root), image_size=16)
+
+
+def sample(key, label, *color, end="png", kind="PNG"):
+    return {f"{key}.{end}": encoded(*color, kind=kind, **({"quality": 95} if kind == "JPEG" else {})),
+            f"{key}.cls": str(label).encode()}
+
+
+def test_a_shard_is_in_one_split(tmp_path):
+    config = shards(tmp_path, trains_train_0=sample(1, 0, 10, 0, 0), trains_test_0=sample(2, 1, 20, 0, 0))
+    data = load_data(config)
+    assert [images[:, 0, 0, 0].tolist() for images in (data.train_images, data.test_images)] == [[10], [20]]
+    assert data.classes == ["0", "1"]
+
+
+def test_samples_of_shards_are_read_or_counted(tmp_path, capsys):
+    """Dots in keys, .jpeg, samples that lack a part, and other files; on the disk too, and the same each time."""
+    first = sample("a.b.1", 1, 30, 30, 30, end="jpeg", kind="JPEG") | {"a.b.1.json": b"{}", "x.png": PNG}
+    second = sample("photos/2019.05/1", 0, 40, 40, 40, end="JPG", kind="JPEG") | {"y.cls": b"1", "._z.png": b""}
+    config = shards(tmp_path, train_0=first, train_1=second, val_0=sample(1, 0))
+    data, on_disk = load_data(config), load_data(replace(config, data_on="disk"))
+    assert data.train_labels.tolist() == [1, 0] and data.train_hash == on_disk.train_hash
+    assert (data.train_images[:, 8, 8, 0].int() - torch.tensor([30, 40])).abs().max() <= 1
+    assert on_disk.train_images[torch.tensor([1, 0])].equal(data.train_images.flip(0))
+    assert "1 .json, 1 images without .cls, 1 .cls without an image" in capsys.readouterr().out
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    config = shards(tmp_path, train_0=sample(1, 0) | sample(2, 1), val_0=sample(1, 0))
+    path = tmp_path / "train-0.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        starts = [member.offset for member in tar]
+    for length in (starts[1], starts[2], starts[2] + 100, starts[2] + 600):  # between two files, in a header, in a file
+        path.write_bytes(whole[:length])
+        for load in (load_data, fingerprint):
+            with pytest.raises(VitdistillError, match="train-0.tar is damaged, cut or compressed"):
+                load(config)
+    write_tar(path, sample(1, 0) | {"2.png": PNG[:50], "2.cls": b"1"})
+    with pytest.raises(VitdistillError, match="train-0.tar/2.png can not be read as an image"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("label", [b"-1", b"1.5", b"cat", b""])
+def test_labels_are_numbers_from_0(tmp_path, label):
+    config = shards(tmp_path, train_0=sample(1, 0) | {"2.png": PNG, "2.cls": label}, val_0=sample(1, 1))
+    with pytest.raises(VitdistillError, match=f"train-0.tar/2.cls holds '{label.decode()}': write the number"):
+        load_data(config)
+
+
+def test_a_seed_is_a_number_that_torch_takes():
+    torch.manual_seed(Config(seed=2**64 - 1).seed)
+    with pytest.raises(VitdistillError, match="seed = 18446744073709551616 is out of range"):
+        Config(seed=2**64)
+
+
+@pytest.fixture(autouse=True)
+def _said_nothing_yet():
+    say_once.cache_clear()
