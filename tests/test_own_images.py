@@ -87,7 +87,7 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, image
 def test_it_is_a_study(job, capsys):
     out, _, _ = job
     assert main(["grid", str(out / "mine.yaml"), "--status"]) == 0
-    assert "3 done" in (text := capsys.readouterr().out) or "5 done" in text
+    assert ", 0 left" in capsys.readouterr().out
     assert main(["compare", str(out / "mine.yaml"), "--out", str(out / "again")]) == 0
 
 
@@ -152,7 +152,7 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(given, message, im
 
 def test_another_job_in_the_same_folder_is_refused(job, images, weights):
     out, _, _ = job
-    with pytest.raises(VitdistillError, match="holds a job with other settings.*common: lr"):
+    with pytest.raises(VitdistillError, match="holds a job with other settings .*lr.*: name another"):
         api.distill(images, teacher=str(weights), out=out, lr=0.5, **SMALL)
 
 

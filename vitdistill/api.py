@@ -80,10 +80,8 @@ def save(
     "Saves a student as a model folder, for timm and for `vitdistill predict`; returns the folder."
     if not getattr(student, 'pretrained_cfg', None):
         raise VitdistillError(f'{type(student).__name__} is no model of timm: save its state_dict by safetensors.')
-    card = dict(architecture=student.pretrained_cfg['architecture'], kwargs=kwargs, classes=classes, input_size=size,
-                constants=mean_std)
-    name = card['architecture']
-    return save_model(student, from_root(folder), kwargs, card, f'# {name}\n', mean_std, size)
+    readme = f"# {student.pretrained_cfg['architecture']}\n"
+    return save_model(student, from_root(folder), kwargs, dict(classes=classes), readme, mean_std, size)
 
 # %% ../nbs/10a_api.ipynb #99e0c07f
 class LoadedTeacher(Teacher):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from .config import VitdistillError, from_root, need, write_atomic
 from .models import Student, create, load_weights
-from .runs import Run
+from .runs import Run, find_run
 from .teachers import read_card
 
 # %% ../nbs/06d_export.ipynb #bad42e08
@@ -78,11 +78,11 @@ def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
     parser = argparse.ArgumentParser(prog='vitdistill export',
                                      description='Write a finished student for other programs, as ONNX.')
-    parser.add_argument('run', metavar='RUN_FOLDER', help='folder of the finished run, such as reports/runs/...')
+    parser.add_argument('run', metavar='RUN', help='folder of the finished run, or a part of its name')
     parser.add_argument('--to', default='onnx', choices=['onnx'], help='format (default: %(default)s)')
     parser.add_argument('--out', metavar='FILE', help="file to write (default: model.onnx in the model's folder)")
     args = parser.parse_args(arguments)
-    try: print(export_onnx(Run(from_root(args.run)), args.out and from_root(args.out)))
+    try: print(export_onnx(find_run(args.run), args.out and from_root(args.out)))
     except VitdistillError as e: sys.exit(f'{e}')
     return 0
 

@@ -22,7 +22,7 @@ import torch, yaml
 from filelock import FileLock
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, meeting, queued, read_ask, submit
-from .config import (VitdistillError, fitting, from_root, load_yaml, nearest, repo_root, shipped,
+from .config import (VitdistillError, field_names, fitting, from_root, load_yaml, nearest, repo_root, shipped,
                                shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, makes_teacher, stop
 from .runs import Run, cores, find_runs, is_locked
@@ -172,8 +172,8 @@ def model_for(cell:Cell, arm:str, fields:dict={})->str: # fields: as `model_of` 
 
 def named_fields(cell:Cell)->dict:
     "Returns the parameters of a cell that its run has to have, without those that may differ in a record."
-    elsewhere = 'runs_dir', 'work_dir', *MODELS
-    return {key: value for key, value in cell.chosen.items() if key not in elsewhere and value is not None}
+    counted = {*field_names(hashed=True)} - {*MODELS} # such as lr, and not where files are
+    return {key: value for key, value in cell.chosen.items() if key in counted and value is not None}
 
 def has_model(cell:Cell)->bool:
     "Returns whether a cell's model, or its answers, are here, from a run with the parameters that the cell names."

@@ -75,7 +75,7 @@ def look(root:Path, held_out:float=.1)->Images: # root: with train/ and val/
     with contextlib.redirect_stdout(io.StringIO()): data = load_data(config)
     rows, sides = np.random.default_rng(0).permutation(len(data.train_images))[:100], []
     for row in rows.tolist():
-        with data.train_images.reader[row][0] as file, Image.open(file) as image: sides.append(min(image.size))
+        with data.train_images.files.opener(row) as file, Image.open(file) as image: sides.append(min(image.size))
     return Images(root, data.classes, len(data.train_labels), len(data.test_labels), round(statistics.median(sides)),
                   held_out)
 
@@ -240,7 +240,7 @@ def train(cell:Cell)->Run:
         if cell.notebook.stem == 'e04_adopted_teacher': return adopted(cell)
         config = config_of(cell, **models)
         if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
-        return launch(config, needed=True)
+        return launch(config, cell.chosen.get('nproc'), needed=True)
     finally: del os.environ['VITDISTILL_ARM']
 
 # %% ../nbs/10_job.ipynb #67811f63

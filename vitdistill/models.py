@@ -6,7 +6,7 @@
 __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'check_size', 'check_name', 'create', 'weights_file',
            'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
            'student_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token', 'create_student',
-           'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
+           'pretrained_constants', 'Mixture', 'started_from', 'forget', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import functools, json, math, re, tempfile, typing
@@ -362,11 +362,19 @@ def started_from(
                 student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
+def forget(file:Path)->None: # config.json
+    "Removes from a model's description what it says of timm's weights, which it does not have."
+    about = json.loads(file.read_text())
+    kept = {'num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
+            'first_conv', 'classifier', 'pool_size', 'custom_load'}
+    about['pretrained_cfg'] = {key: value for key, value in about['pretrained_cfg'].items() if key in kept}
+    file.write_text(json.dumps(about, indent=2))
+
 def save_model(
     model:nn.Module, # the timm model
     folder:str|Path,
     kwargs:dict,     # arguments of timm.create_model, except name and classes
-    card:dict,       # content of card.json, which is written last
+    card:dict,       # content of card.json, which is written last; of one with classes alone none is written
     readme:str,      # text of the model card
     mean_std:tuple,  # (mean, std) per channel, by which its input was normalized
     size:int         # side of the model's input in px
@@ -378,11 +386,13 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        try: save_for_hf(model, draft, {'pretrained_cfg': cfg}, kwargs or None, safe_serialization=True)
+        about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
+        try: save_for_hf(model, draft, about, kwargs or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
+        forget(Path(draft)/'config.json')
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
-    write_atomic(folder/'card.json', json.dumps(card, indent=1))
+    if [*card] != ['classes']: write_atomic(folder/'card.json', json.dumps(card, indent=1))
     return folder
 
 # %% ../nbs/02_models.ipynb #75701338

@@ -123,7 +123,8 @@ def card_facts(
     "Returns the part of a card that needs no measurement: the architecture, and the images it was trained on."
     train, val = split_rows(data.train_labels, config)
     return dict(architecture=config.student, kwargs=config.student_kwargs, stem=config.stem, classes=data.classes,
-                input_size=size, normalization=config.student_normalization, constants=constants,
+                input_size=size, image_size=data.side, normalization=config.student_normalization,
+                constants=constants,
                 train_hash=data.train_hash, n_train=len(train), n_held_out=len(val),
                 split={f: getattr(config, f) for f in field_names(split=True)})
 
