@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from .config import Config, VitdistillError, cgroup_limit, from_root, nearest
-from .files import DiskImages, image_files, in_folders, say_once, what_is_left_out
+from .files import DiskImages, image_files, in_folders, printable, say_once, what_is_left_out
 
 # %% ../nbs/01_data.ipynb #c07f9f07
 def generator(*numbers:int)->torch.Generator:
@@ -264,7 +264,7 @@ def load_images(config:Config)->Data:
     "Loads a dataset of image files into memory, or leaves it on disk; errors name the file or what is missing."
     size, splits = image_side(config), _images(config)
     train, test = splits.values()
-    place = config.data_root or config.dataset
+    place = printable(config.data_root or config.dataset)
     _say(place, train, test)
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
     half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -293,7 +293,7 @@ def labelled_images(
         raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.')
     if unknown := [name for name in images.classes if name not in classes]:
         raise VitdistillError(f'{root} has a folder {unknown[0]!r}, which is no class: {nearest(unknown[0], classes)}')
-    _say(root, images)
+    _say(printable(root), images)
     numbers = [classes.index(name) for name in images.classes]
     pixels = DiskImages(images, image_side(config), config.exif_orientation).resident()
     return pixels, torch.tensor([numbers[label] for *_, label in images.files])

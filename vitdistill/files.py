@@ -275,7 +275,7 @@ def image_files(
     if not (config.data_root or hub):
         raise VitdistillError(f'dataset = {name!r} has no default place: name its folder as data_root.')
     root = from_root(config.data_root) if config.data_root else None
-    place = name if hub else root
+    place = printable(name if hub else root)
     try: train, test = (_listed(config, root, splits) for splits in (['train'], ['val', 'validation', 'test']))
     except VitdistillError: raise
     except Exception as e: # each library has its own errors
@@ -288,8 +288,8 @@ def image_files(
                               'give both the same folders.')
     classes = train.classes or [str(c) for c in range(1 + max(label for *_, label in train.files + test.files))]
     if len(classes) < 2:
-        raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give each class a folder of '
-                              'its own (class_folder says which one counts).')
+        raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '
+                              'folders in folders, class_folder says which one is the class.')
     return {'train': replace(train, classes=classes), 'test': test}
 
 # %% ../nbs/01c_files.ipynb #93311deb
