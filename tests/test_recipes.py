@@ -276,7 +276,8 @@ def test_records_name_arms_of_studies():
 
 def known(config):
     """What is given of a config, as text."""
-    return json.dumps([config.experiment, {key: v for key, v in defining(config).items() if key not in FOUND}])
+    given = {key: value for key, value in defining(config).items() if key not in FOUND}
+    return json.dumps([config.experiment, given], sort_keys=True)
 
 
 @pytest.mark.parametrize("study, least", [("small_tuned", 10), ("deit_strengths", 8)])
