@@ -58,6 +58,11 @@ def parameters(
     added = [name for cell in cells[here:] if injected(cell) for name in _assigned(cell)]
     check_names(declared, notebook_names)
     check_names(added, declared)
+    for name in re.findall(r'^(\w+):bool\b', cells[here], re.M): # papermill's -p leaves `false` a word
+        if not isinstance(values[name], str): continue
+        if (word := values[name].lower()) not in ('true', 'false'):
+            raise VitdistillError(f'{name} = {values[name]!r} is neither true nor false: give True or False.')
+        values[name] = word == 'true'
     return {name: values[name] for name in (*declared, *added)}
 
 def _assigned(source:str)->list: # names that a cell assigns at its top level
@@ -107,7 +112,8 @@ def torchrun_command(
     if config.nnodes > 1 and not config.rdzv_endpoint:
         raise VitdistillError(f"nnodes = {config.nnodes} needs rdzv_endpoint: give 'host:port' of one of the nodes.")
     meet = ['--nnodes', str(config.nnodes), '--rdzv-backend', 'c10d', '--rdzv-id', file.parent.name,
-            '--rdzv-endpoint', config.rdzv_endpoint] if config.nnodes > 1 else ['--standalone']
+            '--rdzv-endpoint', config.rdzv_endpoint] if config.nnodes > 1 else \
+        ['--standalone', '--nnodes', '1', '--local-addr', '127.0.0.1'] # whatever name this host has
     return [sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node', str(ranks),
             *(['--log-dir', errors] if errors else []), '-m', 'vitdistill.train', '--config', str(file), *extra]
 
@@ -244,7 +250,7 @@ def launch(
         try: said = torchrun(config, run, nproc, show)
         except KeyboardInterrupt:
             epochs = saved['epochs'] if run.status != 'new' and (saved := run.checkpoint()) else 0
-            print(f'interrupted after epoch {run.epochs_done}; run this cell again to continue after epoch {epochs}')
+            print(f'interrupted after epoch {run.epochs_done}; run this again to continue after epoch {epochs}')
             raise
         run = Run(run.folder)
         if not ended(run, config.nnodes):

@@ -22,7 +22,8 @@ from .data import Data, fingerprint, image_side, load_data, split_rows
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
 from .layers import with_plain_attention
 from .losses import OBJECTIVES, HardLabel, criterion
-from .models import Student, check_name, combine, create, create_student, pretrained_constants, student_size
+from .models import Student, check_name, combine, create, create_student, pretrained_constants
+from .models import student_size, try_size
 from .optimize import create_schedule, optimizer_class
 from .pretraining import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks, set_numerics
@@ -294,6 +295,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     refuse_begun_on(config, data)
     if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.side))
+    if objective.labelled: try_size(student.model, config.student, size)
     student = placed(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # raises if batches are too small

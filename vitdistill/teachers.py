@@ -20,7 +20,8 @@ from .data import Data, load_data, split_rows
 from .hub import weights_place
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks
 from .views import Views, centre_view, epoch_plan, normalize, view_count
-from .models import create, load_weights, pretrained_constants, save_model, started_from, weights_file
+from .models import create, load_weights, pretrained_constants, save_model, started_from, try_size
+from .models import weights_file
 
 # %% ../nbs/04_teachers.ipynb #758f9ae4
 class Teacher:
@@ -312,6 +313,7 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     model = create(config.teacher, len(data.classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
     if pretrained: refuse_new_head(model, config, data)
+    try_size(model, config.teacher, config.teacher_size)
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     if is_answers(config.teacher_weights): return Absent(config, model, constants, device), card
     if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))

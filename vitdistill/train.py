@@ -134,32 +134,39 @@ class Progress:
     "Shows the progress of a run on rank 0: a bar in a terminal, lines elsewhere."
     def __init__(self, config:Config, images:int, done_epochs:int, shown:bool):
         self.config, self.shown, self.lines = config, shown, shown and not sys.stderr.isatty()
-        self.seconds = [] # of each epoch so far
-        self.told, self.asked_since = 1., 0. # share of the teacher's present work at the last line (1: finished), begin
+        self.seconds, self.done, self.images, self.seen = [], done_epochs, images, 0 # seen: images of this epoch
+        self.answered = 0 # views of the present stretch
+        self.begun = self.asked_since = self.spoke = time.monotonic()
         self.bar = tqdm(total=config.epochs*images, initial=done_epochs*images, unit=' images', unit_scale=True,
                         smoothing=.1, desc=config.experiment, dynamic_ncols=True, disable=self.lines or not shown)
 
-    def step(self, n:int)->None: self.bar.update(min(n, self.bar.total - self.bar.n))
+    def now_and_then(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
+        now = time.monotonic()
+        if not self.lines or now - self.spoke < max(10, (now - self.begun)/30): return
+        self.spoke = now
+        print(text, flush=True)
+
+    def step(self, n:int)->None:
+        self.bar.update(min(n, self.bar.total - self.bar.n))
+        self.seen += n
+        self.now_and_then(f'  {min(1, self.seen/self.images):.0%} of epoch {self.done + 1}')
 
     def teacher(self, done:int, total:int)->None: # views of the present stretch: answered, in all
         self.bar.set_postfix_str(f'teacher {done:,}/{total:,}', refresh=False)
-        if not self.lines: return
-        if self.told == 1: self.told, self.asked_since = 0., time.monotonic() # a new stretch
-        spent = time.monotonic() - self.asked_since
-        if done/total - self.told >= .1 and spent >= 10:
-            self.told = done/total
-            left = tqdm.format_interval(spent*(total/done - 1))
-            print(f'teacher: {done:,} of {total:,} views answered, ETA {left}', flush=True)
-        if done == total: self.told = 1.
+        if done <= self.answered: self.asked_since = time.monotonic() # a new stretch
+        self.answered = done
+        left = tqdm.format_interval((time.monotonic() - self.asked_since)*(total/done - 1))
+        self.now_and_then(f'teacher: {done:,} of {total:,} views answered, ETA {left}')
 
     def epoch(self, row:dict)->None:
         shown = 'train_top1', 'val_top1', 'test_top1', 'knn_test_top1', 'linear_test_top1'
         names = [n for n in shown if row.get(n) is not None]
         text = f"loss {row['train_loss']:.3f}  " + '  '.join(f'{n[:-5]} {row[n]:.1%}' for n in names)
         self.bar.set_postfix_str(text)
+        self.done, self.seen, self.spoke = row['epoch'] + 1, 0, time.monotonic()
         if not self.lines: return
         self.seconds.append(row['seconds'])
-        done = row['epoch'] + 1
+        done = self.done
         left = fmean(self.seconds[1:] or self.seconds)*(self.config.epochs - done) # the first one is slow
         teacher = f"  teacher {row['teacher_seconds']:.1f} s" if row.get('teacher_seconds') is not None else ''
         pace = f"{row['images_per_second']:.0f} images/s{teacher}  ETA {tqdm.format_interval(left)}"
