@@ -228,7 +228,7 @@ def test_a_trained_model_is_used_as_the_library_does(teacher, tmp_path, capsys):
     assert seen["prepare"](seen["image"]).shape == (3, 32, 32)
     about = json.loads((seen["folder"] / "card.json").read_text())
     assert seen["prepare"].transforms[-1].mean.tolist() == pytest.approx(about["constants"][0])
-    assert capsys.readouterr().out.split()[0] in about["classes"]
+    assert seen["classes"] == about["classes"] and capsys.readouterr().out.split()[0] in about["classes"]
 
 
 def record(root, curve, seed=1, **over):
