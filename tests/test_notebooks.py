@@ -94,7 +94,7 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
     taught = dict(plain, notebook="e02_distilled_resnet50", teacher="vit", allow_untrained=True)
     file.write_text(yaml.safe_dump(dict(common=common, teachers=dict(vit=vit), arms=dict(plain=plain, taught=taught),
                                         baseline="plain", seeds=[1])))
-    cells = run_batch(file, out=tmp_path / "out", at_once=2)
+    cells = run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out", at_once=2)
     assert [cell.state for cell in cells] == ["done"] * 3, cells
     runs = {arm: run for run in find_runs(tmp_path / "runs") for arm in run.arms}
     assert runs.keys() == {"mine/vit", "mine/plain", "mine/taught"}
@@ -107,7 +107,7 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
     study = yaml.safe_load(file.read_text())
     study["arms"]["alone"] = dict(plain, label_smoothing=0.1)  # a new arm is a line of the file
     file.write_text(yaml.safe_dump(study))
-    assert [cell.state for cell in run_batch(file, out=tmp_path / "out")] == ["done"] * 4
+    assert [cell.state for cell in run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out")] == ["done"] * 4
     assert len(find_runs(tmp_path / "runs")) == 4 and "alone" in load(file, tmp_path / "runs").table().arm.to_list()
 
 

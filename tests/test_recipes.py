@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+import timm
 import yaml
 
 from conftest import ROOT
 from test_notebooks import execute
+from vitdistill.api import parser as distill_parser, save
 from vitdistill.cli import COMMANDS, configured, field_values
-from vitdistill.config import Config, config_hash, defining, field_names, run_name, save
+from vitdistill.config import Config, config_hash, defining, field_names, run_name, save as save_config
 from vitdistill.grids import grid_cells, not_here, parser, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
@@ -27,7 +29,8 @@ RECORDS = ROOT / "reports/runs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
-             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain", e07_finetune="deit")
+             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain", e07_finetune="deit",
+             e08_own_images="distilled")
 OWN = {*notebook_names} - {"preset", "role"}  # parameters of notebooks that are no fields of Config
 
 
@@ -117,6 +120,11 @@ def test_recipe_runs(words, tmp_path):
         small |= dict(student="vit_tiny_patch16_224", student_weights=str(tiny_weights(tmp_path)), data_fraction=0.5)
     if notebook.startswith("e00"):
         small |= dict(student_pretrained=False)
+    if notebook.startswith("e08"):
+        vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
+        teacher = save(vit, tmp_path / "vit", [*"0123456789"], 32, ((0.5,) * 3, (0.5,) * 3), **TINY_VIT)
+        small = dict(data=str(folders(tmp_path / "images")), teacher=str(teacher), out=str(tmp_path), epochs=1, nproc=1,
+                     image_size=32, teacher_size=32, allow_untrained=True)
     execute(notebook, tmp_path / "run.ipynb", **given | small)
     done = [run.status for run in find_runs(tmp_path / "runs")]
     assert set(done) <= {"done"} and (done or list((tmp_path / "work").glob("*/model/card.json")))
@@ -136,7 +144,6 @@ def folders(root):
 
 def tiny_weights(folder):
     """Writes the weights of a small vision transformer and returns the file."""
-    import timm
     from safetensors.torch import save_file
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
     save_file(model.state_dict(), folder / "a.safetensors")
@@ -153,6 +160,8 @@ def test_command_and_its_options_exist(words, capsys):
         given, source = field_values(words[2:])
         config = configured(source, given)
         assert all(getattr(config, name) == value for name, value in given.items())
+    elif words[1] == "distill":
+        assert field_values(distill_parser().parse_known_args(words[2:])[1])
     elif words[1] == "grid":
         assert study_file(parser().parse_args(words[2:]).grid)
     else:
@@ -204,7 +213,7 @@ def test_the_training_loop_of_the_library_runs(tmp_path, capsys):
     exec(snippet("vitdistill.setup").replace("allow_untrained=True", where), seen)
     assert seen["loss"].isfinite() and {"label", "teacher"} <= set(seen["parts"])
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in seen["setup"].student.parameters())
-    assert "1438 images x 1 views" in (said := capsys.readouterr().out) and "images that it held out" in said
+    assert "memo: " in (said := capsys.readouterr().out) and "images that it held out" in said
 
 
 def test_the_loss_of_the_library_is_both_cross_entropies():
@@ -235,7 +244,7 @@ def record(root, curve, seed=1, **over):
     """Writes the record of a finished run on the digits with this test accuracy by epoch."""
     c = Config(**{"dataset": "digits", "epochs": len(curve), "seed": seed, **over})
     folder = root / "runs" / run_name(c)
-    save(c, folder / "config.yaml")
+    save_config(c, folder / "config.yaml")
     frame = pd.DataFrame(dict(epoch=np.arange(len(curve)), test_top1=curve, train_top1=curve))
     frame.to_csv(folder / "metrics.csv", index=False)
     result = dict(hash=config_hash(c), test_top1=float(curve[-1]), train_top1=0.9)

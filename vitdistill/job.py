@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_test', 'Images', 'look', 'fitting_side', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
            'study_of', 'write_study', 'config_of', 'seconds_an_image', 'costs', 'adopted', 'train', 'Distilled',
-           'model_folder']
+           'in_words', 'model_folder']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import contextlib, io, os, socket, statistics, time
@@ -266,7 +266,8 @@ class Distilled:
         "Returns a row for each of teacher, plain and taught student."
         return pd.DataFrame([dict(model=name, architecture=next(iter(runs.values())).config.student, seeds=len(runs),
                                   top1=statistics.mean(run.result['test_top1'] for run in runs.values()))
-                             for name, runs in self.runs().items() if runs])
+                             for name, runs in self.runs().items() if runs],
+                            columns=['model', 'architecture', 'seeds', 'top1'])
 
     def curves(self): # -> a matplotlib figure
         "Draws the test accuracy of both students by epoch."
@@ -290,20 +291,24 @@ class Distilled:
         "Returns what the taught student sees in image files, as `predict` does."
         return predict(self.folder(), images, top)
 
-    def __str__(self):
-        rows, lines = self.table().set_index('model'), []
-        for row in rows.itertuples():
-            of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
-            lines.append(f'{row.Index:8} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
-        for row in self.comparison.table().itertuples():
-            if np.isnan(row.difference): continue
-            ends = '' if np.isnan(row.low) else f' ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
-            why = '' if row.low > 0 or row.high < 0 else ': this may be chance'
-            why = "; one seed can't tell how far another would differ" if row.seeds < 2 and not why else why
-            lines.append(f'taught minus plain: {100*row.difference:+.1f} points{ends}{why}')
-        if {'teacher', 'plain'} <= {*rows.index} and rows.top1['teacher'] <= rows.top1['plain']:
-            lines.append('The teacher is no better than the plain student: a better teacher may help more.')
-        return '\n'.join(lines)
+    def __str__(self): return in_words(self)
+
+# %% ../nbs/10_job.ipynb #93cd2f01
+def in_words(result:Distilled)->str:
+    "Returns the result of a job as text for a terminal."
+    rows, lines = result.table().set_index('model'), []
+    for row in rows.itertuples():
+        of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
+        lines.append(f'{row.Index:8} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
+    for row in result.comparison.table().itertuples():
+        if np.isnan(row.difference): continue
+        ends = '' if np.isnan(row.low) else f' ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
+        why = '' if row.low > 0 or row.high < 0 else ': this may be chance'
+        why = "; one seed can't tell how far another would differ" if row.seeds < 2 and not why else why
+        lines.append(f'taught minus plain: {100*row.difference:+.1f} points{ends}{why}')
+    if {'teacher', 'plain'} <= {*rows.index} and rows.top1['teacher'] <= rows.top1['plain']:
+        lines.append('The teacher is no better than the plain student: a better teacher may help more.')
+    return '\n'.join(lines)
 
 def model_folder(run:Run)->Path: # finished
     "Returns the model folder of a run; of an adopted teacher it is the one that was adopted."

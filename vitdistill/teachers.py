@@ -409,7 +409,8 @@ def adopt(
     data:Data,
     device:str='cpu', precision:str='fp32',
     new_head:bool=False, # replace the weights' own head by an untrained one, for the ablation
-    held_out:tuple=None # ((N, H, W, 3) uint8, (N,) labels) to measure on, if it was trained on all training images
+    held_out:tuple=None, # ((N, H, W, 3) uint8, (N,) labels) to measure on, if it was trained on all training images
+    most:int=5000       # most images that each accuracy is measured on
 )->dict:
     "Writes model, config.json and a card with measured accuracies; returns the card."
     if not weights:
@@ -428,7 +429,7 @@ def adopt(
     teacher = Teacher(model, constants, size, precision, device)
     if card := read_card(folder): return same_teacher(card, folder, teacher, config, data)
     if held_out: held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
-    card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), held_out=held_out)
+    card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
     names = ', '.join(place.name for place in places)
     origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
     readme = f'# {config.student} on {config.dataset}\n\n{origin}\n'
