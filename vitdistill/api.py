@@ -48,6 +48,7 @@ def distill(
     theirs = chosen(teacher_size, max(side, 224 if gpu else 128))
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
+    if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
     how = "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
     print(f'student: {student} at {side} px, {how}; teacher: {part["student"]} at {theirs} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)

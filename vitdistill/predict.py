@@ -68,7 +68,7 @@ def load_model(
     runs:str|Path='reports/runs' # folder of run folders, for a part of a name
 )->Predictor:
     "Returns a trained model, ready for use; a name that fits none or several is a `VitdistillError`."
-    place = from_root(name)
+    place = Path(name).resolve() if Path(name).exists() else from_root(name)
     if place.suffix == '.onnx' and place.is_file(): return from_onnx(place)
     if (place/'config.json').is_file(): return from_folder(place)
     return from_folder(find_run(name, runs).model)
