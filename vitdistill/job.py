@@ -64,9 +64,9 @@ class Images:
     @property
     def left(self)->int: return self.train - round(self.train*self.held_out) # images that are trained on
     def __str__(self):
-        return (f'{self.root}: {len(self.classes)} classes, about {self.side} px. {self.left:,} training images. '
-                f'{self.test:,} test images: your val (or test). {self.train - self.left:,} more of train are held out, '
-                'and are called val in the records: they measure the teacher.')
+        return (f'{self.root}: {len(self.classes)} classes, about {self.side} px. {self.left:,} training images, '
+                f'{self.test:,} test images: your val (or test). {self.train - self.left:,} more of train are held '
+                'out and called val in the records: they measure the teacher.')
 
 def look(root:Path, held_out:float=.1)->Images: # root: with train/ and val/
     "Returns what is in a folder of images."
