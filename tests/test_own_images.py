@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from conftest import ROOT
 from test_notebooks import execute, said
+from test_recipes import blocks
 from vitdistill import api
 from vitdistill.cli import main
 from vitdistill.config import VitdistillError, preset
@@ -156,10 +157,29 @@ def test_another_job_in_the_same_folder_is_refused(job, images, weights):
         api.distill(images, teacher=str(weights), out=out, lr=0.5, **SMALL)
 
 
-def test_notebook(images, weights, tmp_path):
-    notebook = execute("e08_own_images", tmp_path / "e08.ipynb", data=str(images), teacher=str(weights),
-                       out=str(tmp_path / "mine"), **SMALL)
+def test_notebook(job, images, weights, tmp_path):
+    """It goes on with the job of the command: nothing is left to train."""
+    out, _, _ = job
+    notebook = execute("e08_own_images", tmp_path / "e08.ipynb", data=str(images), teacher=str(weights), out=str(out),
+                       **SMALL)
     assert "taught minus plain" in said(notebook)
+
+
+def test_the_loop_of_the_readme_runs(job, tmp_path):
+    """With the job's teacher; what it saves is a model that `predict` takes."""
+    out, _, _ = job
+    [code] = [block for block in blocks("python", [ROOT / "README.md"]) if "train_loader" in block]
+    code = code.replace("out/mine", str(out)).replace("out/memo", str(tmp_path / "memo"))
+    student = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    pixels = [torch.full((2, 3, 64, 64), level) for level in (0.1, 0.5, 0.9)]
+    train = [(x, torch.tensor([c, c]), torch.tensor([2 * c, 2 * c + 1])) for c, x in enumerate(pixels)]
+    sees = api.load_teacher(out / "models/teacher")
+    seen = dict(student=student, optimizer=torch.optim.SGD(student.parameters(), 0.1), classes=["a", "b", "c"],
+                train_set=range(6), train_loader=train, val_loader=[(x, sees(x).argmax(-1)) for x in pixels])
+    before = student.classifier.weight.detach().clone()
+    exec(code.replace("out/student", str(tmp_path / "student")), seen)
+    assert not torch.equal(student.classifier.weight, before)
+    assert predict(tmp_path / "student", out / "data/val")["class"].isin(["a", "b", "c"]).all()
 
 
 @pytest.mark.parametrize("kind", sorted({"hard", "soft", "hard+soft", "dist", "standardized"} & {*OBJECTIVES}))

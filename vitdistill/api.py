@@ -42,6 +42,7 @@ def distill(
     "Trains a student with and without a teacher on a folder of images, and compares them."
     out, gpu = from_root(out), torch.cuda.is_available()
     images = look(with_test(from_root(data), out))
+    fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     print(images, flush=True)
     def chosen(size, auto): return auto if size == 'auto' else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
