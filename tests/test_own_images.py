@@ -163,6 +163,9 @@ def test_notebook(job, images, weights, tmp_path):
     notebook = execute("e08_own_images", tmp_path / "e08.ipynb", data=str(images), teacher=str(weights), out=str(out),
                        **SMALL)
     assert "taught minus plain" in said(notebook)
+    pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in
+                output.get("data", {})]
+    assert len(pictures) == 1  # the curves
 
 
 def test_the_loop_of_the_readme_runs(job, tmp_path):

@@ -11,7 +11,7 @@ __all__ = ['with_test', 'Images', 'look', 'fitting_side', 'weights_here', 'archi
 import contextlib, io, os, socket, statistics, time
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, timm, torch, yaml
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from .config import Config, VitdistillError, field_names, from_dict, from_root, load_yaml, nearest
 from .config import write_atomic
 from .data import load_data, stratified
@@ -271,7 +271,9 @@ class Distilled:
 
     def curves(self): # -> a matplotlib figure
         "Draws the test accuracy of both students by epoch."
-        return draw_curves(self.comparison)
+        figure = draw_curves(self.comparison)
+        plt.close(figure) # a notebook shows what a cell returns, once
+        return figure
 
     def folder(self, name:str='taught')->Path: # or plain, teacher
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
