@@ -19,8 +19,8 @@ from .models import save_model
 from .predict import from_folder
 from .teachers import Teacher
 from .grids import study_cells
-from .job import (Distilled, costs, fitting_side, look, study_of, teacher_part, train, weights_here,
-                            with_test, write_study)
+from .job import (Distilled, costs, fitting_side, from_here, look, study_of, teacher_part, train,
+                            weights_here, with_test, write_study)
 from .study.compare import write
 from .studies import Study
 
@@ -40,13 +40,15 @@ def distill(
     **fields                        # fields of Config, such as distillation='hard'
 )->Distilled|None:                  # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
-    out, gpu = from_root(out), torch.cuda.is_available()
-    images = look(with_test(from_root(data), out))
+    data, out, gpu = from_here(data), from_here(out), torch.cuda.is_available()
+    root = with_test(data, out)
+    images = look(root, drawn=root != data)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     print(images, flush=True)
     def chosen(size, auto): return auto if size == 'auto' else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
     theirs = chosen(teacher_size, max(side, 224 if gpu else 128))
+    teacher = from_here(teacher) if from_here(teacher).exists() else teacher
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
@@ -58,7 +60,8 @@ def distill(
     cells = study_cells(Study(out.name, **study))
     took = costs(cells, images)
     each = ', '.join(f'{name} {tqdm.format_interval(seconds)}' for name, seconds in took.items())
-    print(f'this takes about {tqdm.format_interval(sum(took.values()))} here: {each}', flush=True)
+    total = tqdm.format_interval(sum(took.values()))
+    print(f'this takes about {total} here, if nothing else runs: {each}' if took else 'all is done', flush=True)
     if dry_run: return None
     file = write_study(study, out)
     for number, cell in enumerate(cells, 1):

@@ -242,7 +242,8 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
 
 def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn; -> a figure; None without epochs
     "Draws the mean test accuracy of each arm by epoch, with the range of its seeds; the baseline, then the best."
-    drawn = {arm: curves(runs).dropna(subset=['test_top1']) for arm, runs in comparison.arms.items()}
+    def shown(runs): return [*ended(runs).values()] or runs # an unfinished seed would cut the mean
+    drawn = {arm: curves(shown(runs)).dropna(subset=['test_top1']) for arm, runs in comparison.arms.items()}
     drawn = {arm: frame for arm, frame in drawn.items() if len(frame)}
     if not drawn: return None
     style()
