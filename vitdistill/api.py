@@ -10,7 +10,6 @@ import argparse, inspect, json, re
 from collections.abc import Callable
 from pathlib import Path
 import torch
-from tqdm import tqdm
 from .answers import Memo
 from .config import VitdistillError, from_dict, from_root
 from .hub import weights_place
@@ -20,7 +19,7 @@ from .predict import from_folder
 from .teachers import Teacher
 from .grids import study_cells
 from .job import (Distilled, costs, fitting_side, from_here, look, study_of, teacher_part, train,
-                            weights_here, with_test, write_study)
+                            weights_here, what_it_takes, with_test, write_study)
 from .study.compare import write
 from .studies import Study
 
@@ -58,10 +57,7 @@ def distill(
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given)
     cells = study_cells(Study(out.name, **study))
-    took = costs(cells, images)
-    each = ', '.join(f'{name} {tqdm.format_interval(seconds)}' for name, seconds in took.items())
-    total = tqdm.format_interval(sum(took.values()))
-    print(f'this takes about {total} here, if nothing else runs: {each}' if took else 'all is done', flush=True)
+    print(what_it_takes(costs(cells, images)), flush=True)
     if dry_run: return None
     file = write_study(study, out)
     for number, cell in enumerate(cells, 1):

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['from_here', 'with_test', 'Images', 'look', 'fitting_side', 'weights_here', 'architecture_of', 'outputs',
-           'teacher_part', 'study_of', 'write_study', 'config_of', 'seconds_an_image', 'costs', 'adopted', 'train',
-           'Distilled', 'in_words', 'model_folder']
+           'teacher_part', 'study_of', 'write_study', 'what_it_takes', 'config_of', 'seconds_an_image', 'costs',
+           'adopted', 'train', 'Distilled', 'in_words', 'model_folder']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import contextlib, io, os, socket, statistics, time
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
+from tqdm import tqdm
 from .config import Config, VitdistillError, field_names, from_dict, from_root, load_yaml, nearest
 from .config import repo_root, write_atomic
 from .data import load_data, stratified
@@ -187,6 +188,13 @@ def _changed(old, new): # names of the entries in which two parts of a study dif
             for inner in (_changed(old.get(name), new.get(name)) if old.get(name) != new.get(name) else [])]
 
 # %% ../nbs/10_job.ipynb #a64eb990
+def what_it_takes(seconds:dict)->str: # of `costs`
+    "Returns the costs in words."
+    if not seconds: return 'all is done'
+    total, *each = map(tqdm.format_interval, (sum(seconds.values()), *seconds.values()))
+    parts = ', '.join(f'{name} {time}' for name, time in zip(seconds, each))
+    return f'this takes about {total} here, if nothing else runs: {parts}'
+
 def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the like
     "Returns the config of a cell."
     return configure(_parts[cell.notebook.stem], {**cell.declared, **cell.chosen, **models})
