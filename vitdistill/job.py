@@ -187,7 +187,7 @@ def _changed(old, new): # names of the entries in which two parts of a study dif
     return [name if not isinstance(old.get(name), dict) else f'{name}: {inner}' for name in {*old, *new}
             for inner in (_changed(old.get(name), new.get(name)) if old.get(name) != new.get(name) else [])]
 
-# %% ../nbs/10_job.ipynb #a64eb990
+# %% ../nbs/10_job.ipynb #93cd2f11
 def what_it_takes(seconds:dict)->str: # of `costs`
     "Returns the costs in words."
     if not seconds: return 'all is done'
@@ -195,6 +195,7 @@ def what_it_takes(seconds:dict)->str: # of `costs`
     parts = ', '.join(f'{name} {time}' for name, time in zip(seconds, each))
     return f'this takes about {total} here, if nothing else runs: {parts}'
 
+# %% ../nbs/10_job.ipynb #93cd2f13
 def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the like
     "Returns the config of a cell."
     return configure(_parts[cell.notebook.stem], {**cell.declared, **cell.chosen, **models})
