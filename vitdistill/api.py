@@ -11,15 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from .answers import Memo
-from .config import VitdistillError, from_dict, from_root
+from .config import VitdistillError, from_dict, from_here
 from .hub import weights_place
 from .losses import OBJECTIVES, Batch, criterion
 from .models import save_model
 from .predict import from_folder
-from .teachers import Teacher
+from .teachers import Teacher, least_accuracy
 from .grids import study_cells
-from .job import (Distilled, costs, fitting_side, from_here, look, study_of, teacher_part, train,
-                            weights_here, what_it_takes, with_test, write_study)
+from .job import (Distilled, costs, fitting_side, look, study_of, teacher_part, train, weights_here,
+                            what_it_takes, with_test, write_study)
 from .study.compare import write
 from .studies import Study
 
@@ -82,7 +82,7 @@ def save(
     if not getattr(student, 'pretrained_cfg', None):
         raise VitdistillError(f'{type(student).__name__} is no model of timm: save its state_dict by safetensors.')
     readme = f"# {student.pretrained_cfg['architecture']}\n"
-    return save_model(student, from_root(folder), kwargs, dict(classes=classes), readme, mean_std, size)
+    return save_model(student, from_here(folder), kwargs, dict(classes=classes), readme, mean_std, size)
 
 # %% ../nbs/10a_api.ipynb #99e0c07f
 class LoadedTeacher(Teacher):
@@ -101,7 +101,7 @@ class LoadedTeacher(Teacher):
         "Returns the share of a loader's images that it answers right; one that seems untrained is a `VitdistillError`."
         right = torch.cat([self(pixels).argmax(-1).cpu() == labels.cpu() for pixels, labels in loader])
         share, chance = right.float().mean().item(), 1/len(self.classes)
-        if share >= chance + (1 - chance)/4: return share
+        if share >= least_accuracy(len(self.classes)): return share
         raise VitdistillError(f'the teacher answers only {share:.1%} of {len(right)} images right (chance '
                               f'{chance:.1%}), so its head seems untrained: fine-tune it first, or give the weights '
                               'that fit these classes.')
@@ -109,10 +109,11 @@ class LoadedTeacher(Teacher):
 def load_teacher(
     weights:str|Path,               # model folder of a run, or hf-hub:OWNER/MODEL of one
     mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # that the loader's pixels were normalized by
-    **kw                            # precision, device, chunk, compile of `Teacher`
+    **kw                            # precision, device and compile of `Teacher`
 )->LoadedTeacher:
     "Returns a teacher that was trained here."
-    model = from_folder(weights_place(weights))
+    here = from_here(weights)
+    model = from_folder(here if here.exists() else weights_place(weights))
     return LoadedTeacher(model.forward.model, model.classes, model.constants, model.sides[1], mean_std, **kw)
 
 # %% ../nbs/10a_api.ipynb #7db95f6d
@@ -145,10 +146,10 @@ def memo(
     "Returns a teacher that answers each key once. Equal keys have to stand for equal pixels."
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),
                  mean_std=teacher.mean_std, teacher_size=teacher.size, dtype=teacher.precision, **loss.kind.key())
-    stored = Memo(from_root(folder), json.loads(json.dumps(about)), loss.kind)
+    stored = Memo(from_here(folder), json.loads(json.dumps(about)), loss.kind)
     def answer(pixels, key):
-        if int(key.max()) >= keys or int(key.min()) < 0:
-            raise VitdistillError(f'key {int(key.max())} is not below keys = {keys}: give memo more keys.')
+        if len(wrong := key[(key < 0) | (key >= keys)]):
+            raise VitdistillError(f'key {int(wrong[0])} is not in 0 to {keys - 1}: give memo more keys.')
         key, view = key.cpu(), torch.zeros(len(key), dtype=torch.int64)
         answers, known = stored.get(key, view)
         if len(new := torch.nonzero(~known).flatten()):

@@ -334,9 +334,7 @@ def distill(words:list[str])->int:
     fields, source = field_values(others)
     if source:
         raise VitdistillError(f'--config {source} is for vitdistill train: give fields by name, such as --lr 0.01.')
-    here = {name: str(Path(value).resolve()) for name, value in vars(given).items() # not from the clone's root
-            if name in ('data', 'out') or name == 'teacher' and Path(value).exists()}
-    api.distill(**vars(given) | here, **fields)
+    api.distill(**vars(given), **fields)
     return 0
 
 def predict(words:list[str])->int:

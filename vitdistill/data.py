@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'seed_host', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side',
            'data_root', 'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified',
-           'load_digits', 'image_lines', 'load_images', 'labelled_images', 'load_data', 'fingerprint', 'held_out',
-           'fold_rows', 'split_rows']
+           'load_digits', 'list_images', 'image_lines', 'load_images', 'labelled_images', 'load_data', 'fingerprint',
+           'held_out', 'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
 import functools, hashlib, io, math, os, pickle, random, tempfile, typing
@@ -250,6 +250,12 @@ def _say(place, *parts): # prints which folders are the classes, and what was le
     if parts[0].note: say_once(parts[0].note)
     if left_out := what_is_left_out(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
 
+def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
+    "Returns the image files of a config's dataset; prints which folders are the classes, and what was left out."
+    splits = _images(config)
+    _say(printable(config.data_root or config.dataset), *splits.values())
+    return splits
+
 def _reading(config): # what makes pixels of files; the number grows when `square_pixels` changes them
     return 'reader 2' if config.exif_orientation else 'reader 2, not turned'
 
@@ -262,10 +268,8 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
 # %% ../nbs/01_data.ipynb #d5d3c85b
 def load_images(config:Config)->Data:
     "Loads a dataset of image files into memory, or leaves it on disk; errors name the file or what is missing."
-    size, splits = image_side(config), _images(config)
-    train, test = splits.values()
-    place = printable(config.data_root or config.dataset)
-    _say(place, train, test)
+    size, place = image_side(config), printable(config.data_root or config.dataset)
+    train, test = list_images(config).values()
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
     half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold

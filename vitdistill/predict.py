@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .config import VitdistillError, from_root, need
+from .config import VitdistillError, from_here, need
 from .files import is_image, square_pixels
 from .models import Student, combine, create, load_weights, started_from
 from .runs import find_run
@@ -68,7 +68,7 @@ def load_model(
     runs:str|Path='reports/runs' # folder of run folders, for a part of a name
 )->Predictor:
     "Returns a trained model, ready for use; a name that fits none or several is a `VitdistillError`."
-    place = Path(name).resolve() if Path(name).exists() else from_root(name)
+    place = from_here(name)
     if place.suffix == '.onnx' and place.is_file(): return from_onnx(place)
     if (place/'config.json').is_file(): return from_folder(place)
     return from_folder(find_run(name, runs).model)

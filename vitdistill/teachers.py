@@ -6,8 +6,8 @@
 __all__ = ['Teacher', 'images_a_second', 'use_quickest', 'some', 'top1', 'card_facts', 'make_card', 'is_answers', 'answers_in',
            'answers_head', 'weights_folder', 'read_card', 'file_hash', 'the_only', 'as_teacher', 'seen_by',
            'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'Absent', 'refuse_other_classes', 'refuse_new_head',
-           'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'check_health', 'refuse_test_images',
-           'with_members', 'adopt', 'same_teacher']
+           'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'least_accuracy', 'check_health',
+           'refuse_test_images', 'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
 import glob, hashlib, json, timeit
@@ -345,6 +345,10 @@ def untrained(
     return str(folder)
 
 # %% ../nbs/04_teachers.ipynb #dfe2b525
+def least_accuracy(classes:int)->float: # number of classes
+    "Returns the accuracy below which a teacher seems untrained: a quarter of the way from chance to 1."
+    return 1/classes + (1 - 1/classes)/4
+
 def check_health(
     teacher:Teacher, card:dict|None,
     config:Config, data:Data,
@@ -356,8 +360,8 @@ def check_health(
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     if isinstance(teacher, Absent): accuracy = card['top1_held_out' if len(val) else 'top1_train_views']
     else: accuracy = top1(teacher, views, data.train_labels, some(rows, 1000))
-    chance = 1/len(data.classes)
-    if accuracy < (least := chance + (1 - chance)/4) and not config.allow_untrained:
+    chance, least = 1/len(data.classes), least_accuracy(len(data.classes))
+    if accuracy < least and not config.allow_untrained:
         raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right (chance '
                               f'{chance:.1%}, least {least:.1%}), so its head seems untrained: fine-tune it with '
                               'e00_teacher and name its folder as teacher_weights, or set allow_untrained=True '

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Comparison', 'run_names', 'load', 'named', 'pairs',
            'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair', 'plot_forest',
-           'draw_forest', 'draw_curves', 'write', 'printed', 'main']
+           'draw_forest', 'draw_curves', 'write', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
 import argparse
@@ -283,15 +283,17 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
                       {'Pictures': drawn, 'Tables': made})
 
 # %% ../../nbs/study/04_compare.ipynb #5688aef2
+def points(row)->str: # row: of `Comparison.table`, as a tuple
+    "Returns a difference with its interval as text."
+    ends = '' if np.isnan(row.low) else f'  ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
+    return f'{row.arm} minus {row.other}: {100*row.difference:+.1f} points{ends}'
+
 def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
     arms, rows = comparison.accuracies(), comparison.table()
     arms = arms[arms.seeds > 0]
     lines = [f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} seed{"s"*(row.seeds != 1)}' for row in arms.itertuples()]
-    for row in rows.itertuples():
-        ends = '' if np.isnan(row.low) else f'  ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
-        lines.append(f'{row.arm} minus {row.other}: {100*row.difference:+.1f} points{ends}')
-    return '\n'.join([comparison.study.title, *lines, *missing(comparison)])
+    return '\n'.join([comparison.study.title, *lines, *map(points, rows.itertuples()), *missing(comparison)])
 
 def main(arguments:list=None)->int:
     "Runs `vitdistill compare`."
