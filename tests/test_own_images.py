@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -126,6 +127,27 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path
     assert main(["predict", str(run.model), str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert "broken.png can not be read" in printed.err and len(pd.read_csv(io.StringIO(printed.out))) == 1
+
+
+def test_a_reader_that_stops_is_no_error(job):
+    out, _, _ = job
+    run = next(run for run in find_runs(out / "runs") if "mine/plain" in run.arms)
+    command = f"{sys.executable} -m vitdistill.cli predict {run.model} {out / 'data/val'} | head -n 0"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "BrokenPipe" not in done.stderr, done.stderr
+
+
+def test_what_is_left_out_is_said_and_other_images_are_refused(job, images, weights, tmp_path, capfd):
+    """The split of a folder is made once: images that are added later would be in both parts."""
+    shutil.copytree(images, mine := tmp_path / "mine")
+    (mine / "dark/notes.txt").write_text("no image")
+    api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
+    assert "left out of the dataset: 1 .txt" in capfd.readouterr().out
+    shutil.copy(mine / "dark/0.png", mine / "dark/new.png")
+    with pytest.raises(VitdistillError, match="was made of 31 files, and .* holds 32 now"):
+        api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
+    parts = [[*(tmp_path / "out/data" / part).rglob("*.png")] for part in ("train", "val")]
+    assert [len(part) for part in parts] == [24, 6]
 
 
 def test_weights_with_the_right_head_are_adopted(images, tmp_path):

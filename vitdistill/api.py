@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from .answers import Memo
-from .config import VitdistillError, from_dict, from_here
+from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset
 from .hub import weights_place
 from .losses import OBJECTIVES, Batch, criterion
 from .models import save_model
@@ -41,8 +41,9 @@ def distill(
     "Trains a student with and without a teacher on a folder of images, and compares them."
     data, out, gpu = from_here(data), from_here(out), torch.cuda.is_available()
     root = with_test(data, out)
-    images = look(root, drawn=root != data)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
+    of_data = {name: value for name, value in fields.items() if name in field_names(group='data')}
+    images = look(config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root))), drawn=root != data)
     print(images, flush=True)
     def chosen(size, auto): return auto if size == 'auto' else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))

@@ -371,10 +371,16 @@ def main(words:list[str]|None=None)->int:
         parser.print_help()
         return 0
     if name not in COMMANDS: sys.exit(f'unknown command {name!r}: {nearest(name, COMMANDS)}')
-    try: return COMMANDS[name](words[1:]) or 0
+    try:
+        status = COMMANDS[name](words[1:]) or 0
+        sys.stdout.flush()
+        return status
     except VitdistillError as e: sys.exit(f'{e}')
     except ModuleNotFoundError as e: sys.exit(lacking(e, name, extra_of(e.name or '')))
     except KeyboardInterrupt: return 130
+    except BrokenPipeError: # such as by `| head`; Python would write what is left at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 # %% ../nbs/11_cli.ipynb #7f88583d
 #| eval: false

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from tqdm import tqdm
-from .config import Config, VitdistillError, field_names, from_dict, from_root, load_yaml, nearest
+from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest
 from .config import write_atomic
-from .data import list_images, load_data, stratified
+from .data import list_images, load_data, split_rows, stratified
 from .files import files_below, is_image
 from .grids import Cell
 from .launch import configure, launch, note_run, with_teacher
@@ -74,32 +74,30 @@ class Images:
     "Holds what is in a folder of images."
     root:Path      # holds train/ and val/
     classes:list   # names
-    train:int      # training images
+    train:int      # images of train that are trained on
+    held_out:int   # images of train that are not
     test:int       # test images
     side:int       # usual shorter side, px
-    held_out:float # share of the training images that is held out
     drawn:bool     # whether the test images were set aside here, and are not the user's own choice
-    @property
-    def left(self)->int: return self.train - round(self.train*self.held_out) # images that are trained on
     def __str__(self):
         whose = 'a fifth of each class, set aside' if self.drawn else 'your val or test'
-        return (f'{self.root}: {len(self.classes)} classes, about {self.side} px. {self.left:,} training images, '
-                f'{self.test:,} test images ({whose}). '
-                f'{self.train - self.left:,} more of train are held out: they measure the teacher, and are called val '
-                'in the records.')
+        return (f'{self.root}: {len(self.classes)} classes, about {self.side} px. {self.train:,} training images, '
+                f'{self.test:,} test images ({whose}). {self.held_out:,} more of train are held out: they measure the '
+                'teacher, and are called val in the records.')
 
-def look(root:Path, drawn:bool, held_out:float=.1)->Images: # as in `Images`
-    "Returns what is in a folder of images."
+def look(config:Config, drawn:bool)->Images: # config: of a student; drawn: as in `Images`
+    "Returns what is in a config's folder of images."
     from PIL import Image
-    train, test = list_images(from_dict(dict(dataset='imagefolder', data_root=str(root)))).values()
-    sides = []
+    (train, test), sides = list_images(config).values(), []
+    used, held_out = split_rows(torch.tensor([label for *_, label in train.files]), config)
     for row in np.random.default_rng(0).permutation(len(train))[:100].tolist():
         try:
             with train.opener(row) as file, Image.open(file) as image: sides.append(min(image.size))
         except Exception as e: # Pillow raises almost any exception for a damaged file
             raise VitdistillError(f'{train.path(row)} can not be read as an image ({e}): replace or remove '
                                   'it.') from None
-    return Images(root, train.classes, len(train), len(test), round(statistics.median(sides)), held_out, drawn)
+    return Images(Path(config.data_root), train.classes, len(used), len(held_out), len(test),
+                  round(statistics.median(sides)), drawn)
 
 # %% ../nbs/10_job.ipynb #9f129d83
 def fitting_side(side:int, gpu:bool=False)->int: # usual shorter side of the images, px; gpu: whether one is here
@@ -249,11 +247,11 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     for cell in cells:
         if is_done(cell): continue
         c = config_of(cell)
-        seen = 0 if cell.notebook.stem == 'e04_adopted_teacher' else images.left*c.epochs
+        seen = 0 if cell.notebook.stem == 'e04_adopted_teacher' else images.train*c.epochs
         evaluated = images.test*max(1, c.epochs)
         found[cell.name] = seen*step(c, True) + evaluated*step(c, False)
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
-            found[cell.name] += images.left*expected_views(view_count(c), c.epochs)*step(config_of(first), False)
+            found[cell.name] += images.train*expected_views(view_count(c), c.epochs)*step(config_of(first), False)
     return found
 
 # %% ../nbs/10_job.ipynb #a8d6787b
