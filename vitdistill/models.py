@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'check_size', 'try_size', 'check_name', 'create',
-           'weights_file', 'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine',
-           'Student', 'student_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token',
-           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'forget', 'save_model', 'token_cosines']
+           'weights_file', 'plain_values', 'read_weights', 'head_names', 'fit_positions', 'resampled_norm',
+           'load_weights', 'combine', 'Student', 'student_size', 'check_start', 'with_constant_drop_path',
+           'with_drawn_class_token', 'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'forget',
+           'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import functools, json, math, re, tempfile, typing
-from pathlib import Path
-import timm, torch, torch.nn.functional as F
+from pathlib import Path, PurePosixPath, PureWindowsPath
+import numpy as np, timm, torch, torch.nn.functional as F
 from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -155,11 +156,24 @@ def weights_file(path:str|Path)->Path:
                               'or a folder that holds model.safetensors.')
     return file
 
+# %% ../nbs/02_models.ipynb #5e07d9b4
+def plain_values()->list: # as `torch.serialization.safe_globals` takes them
+    "Returns the numpy scalars and paths that a checkpoint may hold beside its weights, since they run no code."
+    scalar = np.float64(0).__reduce__()[0]
+    scalars = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')] # numpy 1, numpy 2
+    dtypes = {type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'}
+    kinds = dict(PosixPath=PurePosixPath, WindowsPath=PureWindowsPath, PurePosixPath=PurePosixPath,
+                 PureWindowsPath=PureWindowsPath)
+    paths = [(kind, f'{module}.{name}') for module in ('pathlib', 'pathlib._local') for name, kind in kinds.items()]
+    return [*scalars, np.dtype, *dtypes, *paths]
+
+
 # %% ../nbs/02_models.ipynb #3e52b306
 def read_weights(path:str|Path)->dict:
     "Returns the state dict in a safetensors or pth file; raises `VitdistillError` if it is damaged or holds code."
     file = weights_file(path)
-    try: return load_state_dict(str(file))
+    try:
+        with torch.serialization.safe_globals(plain_values()): return load_state_dict(str(file))
     except Exception as e: # safetensors', zipfile's and pickle's own errors
         if (why := _why(e)).startswith('it calls'):
             raise VitdistillError(f'{file} is refused, because it holds code ({why}): '
