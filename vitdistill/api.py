@@ -65,7 +65,7 @@ def distill(
         print(f'[{number}/{len(cells)}] {cell.name}', flush=True)
         train(cell)
     result = Distilled(file, out)
-    print(f'\n{result}\npage: {write(result.comparison, out)}', flush=True)
+    print(f'\n{result}\npage: {write(result.comparison, out, str(result).splitlines())}', flush=True)
     print('models:', *(str(result.folder(name)) for name in result.runs()), flush=True)
     print(f'use one: vitdistill predict {result.folder()} IMAGES', flush=True)
     return result

@@ -83,7 +83,8 @@ def train_parser()->argparse.ArgumentParser:
 # %% ../nbs/11_cli.ipynb #63b6e5f1
 _elsewhere = dict(model='student', model_kwargs='student_kwargs', pretrained='student_pretrained',
                   initial_checkpoint='student_weights', finetune='student_weights', img_size='student_size',
-                  input_size='student_size', data_dir='data_root', data_path='data_root', opt='optimizer',
+                  input_size='student_size', size='image_size', data_dir='data_root', data_path='data_root',
+                  opt='optimizer',
                   sched='scheduler', aa='randaugment', reprob='random_erasing', aug_repeats='repeats',
                   smoothing='label_smoothing', model_ema_decay='ema_decay', amp='precision', torchcompile='compile',
                   output='runs_dir', output_dir='runs_dir', teacher_model='teacher', teacher_path='teacher_weights',
@@ -377,7 +378,9 @@ def main(words:list[str]|None=None)->int:
         return status
     except VitdistillError as e: sys.exit(f'{e}')
     except ModuleNotFoundError as e: sys.exit(lacking(e, name, extra_of(e.name or '')))
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt as e:
+        print(e, file=sys.stderr)
+        return 130
     except BrokenPipeError: # such as by `| head`; Python would write what is left at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

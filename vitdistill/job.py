@@ -19,7 +19,7 @@ from .data import list_images, load_data, split_rows, stratified
 from .files import files_below, is_image
 from .grids import Cell
 from .launch import configure, launch, note_run, with_teacher
-from .models import create, head_names, read_weights, started_from, weights_file
+from .models import create, head_names, near_models, read_weights, started_from, weights_file
 from .hub import weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
@@ -148,7 +148,7 @@ def teacher_part(
                               'weights or a model folder as teacher.')
     if not (teacher.startswith('hf-hub:') or from_root(teacher).exists()):
         raise VitdistillError(f'teacher = {teacher!r} is no file and no model of timm: '
-                              f'{nearest(teacher, timm.list_models())}')
+                              f'{near_models(teacher)}')
     model = started_from(teacher) or dict(student=architecture_of(teacher, name), student_kwargs={})
     card, weights = read_card(teacher), teacher if teacher.startswith('hf-hub:') else str(from_root(teacher).resolve())
     fits = card['classes'] == classes if card else \

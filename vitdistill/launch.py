@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'TEACHER_FIELDS', 'check_names', 'parameters', 'configure', 'rank_count',
            'torchrun_command', 'bind_to_parent', 'stop', 'failure', 'follow', 'torchrun', 'makes_teacher', 'has_model',
-           'note_run', 'ended', 'check_launch', 'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset',
-           'told_teacher', 'with_teacher', 'trained_teacher']
+           'note_run', 'ended', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'finished_teacher',
+           'teacher_of_preset', 'told_teacher', 'with_teacher', 'trained_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from filelock import FileLock
-from .config import Config, VitdistillError, field_names, from_root, nearest, preset, preset_parts, save
-from .config import shipped_names
+from .config import Config, Interrupted, VitdistillError, field_names, from_root, nearest, preset
+from .config import preset_parts, save, shipped_names
 from .data import fingerprint, image_side
 from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
@@ -228,6 +228,14 @@ def check_launch(config:Config, nproc:int|None)->None:
         raise VitdistillError('val_fraction = 0 leaves nothing to measure a teacher by that it has not seen: '
                               'hold images out by val_fraction, val_rows or fold.')
 
+# %% ../nbs/07_launch.ipynb #07a1b2c3
+def weak_teacher(result:dict)->str: # a run's
+    "Returns a warning if a student ended no worse than its teacher on held-out images, else ''."
+    teacher, student = result.get('teacher_top1') or 1, result.get('held_out_top1') or 0
+    if student < teacher or result.get('teacher_measured_on') != 'images that it held out': return ''
+    return (f'the teacher has {teacher:.1%} of held-out images right, its student {student:.1%}: '
+            'a better teacher may help more')
+
 # %% ../nbs/07_launch.ipynb #94680760
 def launch(
     config:Config,
@@ -250,11 +258,12 @@ def launch(
         try: said = torchrun(config, run, nproc, show)
         except KeyboardInterrupt:
             epochs = saved['epochs'] if run.status != 'new' and (saved := run.checkpoint()) else 0
-            print(f'interrupted after epoch {run.epochs_done}; run this again to continue after epoch {epochs}')
-            raise
+            raise Interrupted(f'interrupted after epoch {run.epochs_done}; run this again to continue after epoch '
+                              f'{epochs}') from None
         run = Run(run.folder)
         if not ended(run, config.nnodes):
             raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
+    if show and (weak := weak_teacher(run.result)): print(weak)
     model = f'model and log.txt: {run.work}' if has_model(run) else \
         'the model is not here: to train it, remove that folder or set another runs_dir'
     if show: print(f'record: {run.folder} (metrics.csv, result.json); {model}')

@@ -234,8 +234,10 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
     fig, ax = plt.subplots(figsize=(7.4, .9 + .34*len(rows)), layout='constrained')
     one_baseline = rows.other.nunique() == 1
     plot_forest(ax, rows, rows.arm if one_baseline else rows.arm + ' - ' + rows.other)
-    about = 'lines: 95% intervals over seeds; dots: seeds, hollow where added later'
-    if (rows.interval != 'seeds').any(): about += '; dashed: one seed, interval over test images'
+    about = {"lines: 95% intervals over seeds; dots: seeds": (rows.interval == 'seeds').any(),
+             'hollow: added later': rows.later.map(any).any(),
+             'dashed: one seed, interval over test images': (rows.interval != 'seeds').any()}
+    about = '; '.join(text for text, drawn in about.items() if drawn)
     minus = f' minus {rows.other.iloc[0]}' if one_baseline else ''
     ax.set(xlabel=f'points of test accuracy{minus}\n{about}', title=comparison.study.title)
     return fig
@@ -262,7 +264,7 @@ def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn;
     return fig
 
 # %% ../../nbs/study/04_compare.ipynb #b013319c
-def write(comparison:Comparison, out:str|Path)->Path: # out: folder
+def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out: folder; found: lines that come first
     "Writes tables, figures and a page of a study into a folder; returns the path of the page."
     study, out = comparison.study, Path(out)
     runs = [run for runs in comparison.arms.values() for run in runs]
@@ -277,8 +279,8 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
     drawn = [save_figure(fig, out, f'{study.name}_{name}', caption, runs)
              for name, (fig, caption) in pictures.items() if fig]
     for fig, _ in pictures.values(): plt.close(fig)
-    lead = [study.asked and f'Asked: {study.asked}', study.expected and f'Expected before it ran: {study.expected}',
-            ' '.join(missing(comparison))]
+    lead = [*found, study.asked and f'Asked: {study.asked}',
+            study.expected and f'Expected before it ran: {study.expected}', ' '.join(missing(comparison))]
     return write_page(out/f'{study.name}.html', study.title or study.name, [line for line in lead if line],
                       {'Pictures': drawn, 'Tables': made})
 
