@@ -88,7 +88,7 @@ class Memo:
 
     def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor)->None: # answer: of the kind
         rows, where = self.kind.store(answer).astype(self.dtype), (image.numpy(), view.numpy())
-        for j in reversed(range(self.shape[2])): self.stored[..., j][where] = rows[:, j]
+        for part in (slice(1, None), 0): self.stored[..., part][where] = rows[:, part] # the first number last
 
     def known(self, rows:torch.Tensor=slice(None))->float: # share of these images' answers that the memo has
         return float(self.kind.known(self.stored[..., 0][rows], self.key['classes']).mean())
