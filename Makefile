@@ -16,7 +16,7 @@ VITDISTILL = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/pytho
 # $(call limit,SECONDS) stops the command after so many seconds, where `timeout` exists (not on macOS).
 limit = $(if $(shell command -v timeout),timeout $(1))
 
-.PHONY: help venv demo test test-all test-slurm study figures report docs bench bench-attention gpu lab clean
+.PHONY: help venv demo test test-all test-slurm test-versions study figures report docs bench bench-attention gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -48,6 +48,10 @@ test-all: test ## run the slow tests and notebook cells too
 
 test-slurm: venv ## test grids on a real Slurm that it starts here; needs root, and slurm-wlm and munge from apt-get
 	VITDISTILL_SLURM=1 OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q tests/test_slurm.py
+
+test-versions: venv ## train with the oldest and the newest libraries that settings.ini allows, in folders that are removed; 6 GB
+	tests/versions.sh oldest
+	tests/versions.sh newest
 
 study: venv ## run the paper's experiment on CIFAR-100; PRESET=paper|quick, TEACHER=FILE of weights, ARGS="-p data_root DIR"
 	@mkdir -p out/home/runtime

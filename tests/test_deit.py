@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from conftest import ROOT, TINY, on_ranks
+from conftest import ROOT, TINY, elsewhere, on_ranks
 from vitdistill.study.results import published
 from vitdistill.augment import AUGMENTATIONS
 from vitdistill.config import Config, VitdistillError, config_hash, field_names, preset
@@ -321,6 +321,33 @@ def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
 
 
+def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
+    """Whichever is first, also on two ranks, the others ask nothing; each ends with the weights that it has alone."""
+    tiny = replace(tiny, epochs=1, data_fraction=0.1)
+
+    def run(name, distillation, **places):
+        config = replace(tiny, distillation=distillation, **places)
+        return train(config if places else elsewhere(config, tmp_path / name))
+
+    def later(first, kind):  # beside the first one's teacher
+        places = {place: str(tmp_path / f"{first.config.distillation}-{kind}/{place}") for place in ("runs", "work")}
+        return run("", kind, teacher_weights=first.config.teacher_weights, runs_dir=places["runs"],
+                   work_dir=places["work"])
+
+    with mock.patch("vitdistill.setup.keeps_both", lambda *_: False):  # a memo of one kind
+        alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft", "dkd", "dist", "standardized")}
+    assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 5
+    hard, = on_ranks(tiny, tmp_path / "two", 2)
+    soft = run("first", "soft")
+    assert hard.metrics().memo_hit_rate[0] == soft.metrics().memo_hit_rate[0] == 0
+    assert soft.result["weights_hash"] == alone["soft"].result["weights_hash"]
+    for first, kinds in ((hard, ("soft", "dkd")), (soft, ("hard", "dist", "standardized"))):
+        for kind in kinds:
+            its = later(first, kind)
+            assert its.metrics().memo_hit_rate[0] == 1, kind
+            assert its.result["weights_hash"] == alone[kind].result["weights_hash"], kind
+
+
 def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
     """Two folders are one teacher: its memo has the answers that it gives online, other members make another run."""
     other = untrained(replace(alike, seed=2), tmp_path / "other")
@@ -344,4 +371,4 @@ def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
     assert (alone.metrics().train_loss - online.metrics().train_loss).abs().max() > 1e-3
     hashes = [config_hash(resolve(made)) for made in (config, student("twice", other, other))]
     assert first.name.endswith(hashes[0][:8]) and hashes[0] != hashes[1]
-    assert len(list((tmp_path / "both").glob("memo-*.bin"))) == 1
+    assert len(list((tmp_path / "both").glob("memo-*.bin"))) == 2  # decisions and logits

@@ -124,9 +124,11 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
                          timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]
     shared = there.repositories["me/vit"]
-    memo, = (name for name in shared if name.endswith(".bin"))
-    assert shared.keys() == {"model.safetensors", "config.json", "card.json", "README.md", memo, memo[:-3] + "md"}
-    assert f"pushed {memo}" in ran.stdout and b"of them are known" in shared[memo[:-3] + "md"]
+    memos = sorted(name for name in shared if name.endswith(".bin"))  # of decisions and of logits
+    cards = [memo[:-3] + "md" for memo in memos]
+    assert shared.keys() == {"model.safetensors", "config.json", "card.json", "README.md", *memos, *cards}
+    assert f"pushed {' '.join(memos)}" in ran.stdout and all(b"of them are known" in shared[card] for card in cards)
+    assert sorted(b"(kind: Logits)" in shared[card] for card in cards) == [False, True]
     assert b"teacher_weights: hf-hub:me/vit" in shared["README.md"] and b"license: apache-2.0" in shared["README.md"]
     *students, = (run for run in find_runs(first.runs_dir) if run.config.distillation == "hard")
     assert len(students) == 2 and all(run.config.teacher_weights == "hf-hub:me/vit" for run in students)
@@ -136,7 +138,7 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     assert all(run.result["teacher_card"]["weights_hash"] == card["weights_hash"] for run in students)
     asked = [path for _, path in there.requests]
     assert asked.count("/api/models/me/vit/commit/main") == 2 and asked.count("/api/models/me/vit/revision/main") >= 2
-    assert (tmp_path / "out/hub/me--vit" / memo).is_file()
+    assert all((tmp_path / "out/hub/me--vit" / memo).is_file() for memo in memos)
 
 
 def test_names_that_do_not_exist(hub, tiny, tmp_path):

@@ -138,7 +138,7 @@ def test_finetuning_asks_for_a_trained_student(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ["02a_layers", "03a_pretraining"])
+@pytest.mark.parametrize("room", ["01b_augment", "02a_layers", "03a_pretraining"])
 def test_room_runs_from_top_to_bottom(room, tmp_path):
     """As JupyterLab's "run all", cells for a GPU too; but for the last, which exports the package anew."""
     notebook = json.loads((ROOT / f"nbs/{room}.ipynb").read_text())

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np, timm, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
-from .answers import Memo, keep
 from .config import Config, VitdistillError, from_root, repo_root, student_name
 from .hub import memo_head, push, refuse_other_memos, weights_place
 from .losses import OBJECTIVES, HardLabel, Logits, TopK
+from .memos import Memo, keep
 from .models import combine, load_weights, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
 from .runs import Run, RunWriter, told

@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds', 'resolve',
-           'compiled', 'program', 'loading_processes', 'Setup', 'image_device', 'beside_weights', 'open_memo',
-           'question', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
+           'compiled', 'program', 'loading_processes', 'refuse_cramped', 'Setup', 'image_device', 'beside_weights',
+           'open_memo', 'question', 'question_all', 'placed', 'prepare', 'pass_size', 'predict', 'evaluate']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
-import functools, math, typing
+import functools, math, os, shutil, tempfile, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from .answers import Answers, DrawnAnswers, KeptMemo, Memo, OutOfFold, Planned, divided, memo_key
-from .answers import plan_key, plan_rows
+from .answers import Answers, DrawnAnswers, OutOfFold, Planned, divided, plan_key, plan_rows
 from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, cores, from_root
 from .data import Data, fingerprint, image_side, load_data, split_rows
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
 from .layers import with_plain_attention
 from .losses import OBJECTIVES, HardLabel, criterion
+from .memos import KeptMemo, Memo, PairedMemo, keeps_both, memo_key
 from .models import Student, check_name, combine, create, create_student, pretrained_constants
 from .models import student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -135,6 +135,22 @@ def loading_processes(config:Config, ranks:Ranks)->int: # of this rank
     if config.workers != 'auto': return config.workers
     return min(16, cores()//ranks.local_world) if ranks.device.startswith('cuda') else 0
 
+# %% ../nbs/05b_setup.ipynb #83ea5f19
+def refuse_cramped(
+    processes:int, # that augment images, of all ranks on this machine
+    batch:int      # bytes of the images that one of them hands over
+)->None:
+    "Raises `VitdistillError` if loading processes lack shared memory, or a folder with a path that sockets can have."
+    if not processes: return
+    shared, needed, path = Path('/dev/shm'), 2*processes*batch, tempfile.gettempdir() # each prepares two batches
+    if shared.is_dir() and (free := shutil.disk_usage(shared).free) < needed:
+        raise VitdistillError(f'{shared} has {free/1e6:,.0f} MB left, and {processes} loading processes need '
+                              f'{needed/1e6:,.0f} MB: give it more (docker run --shm-size), or set workers to fewer.')
+    if len(os.fsencode(path)) > 75: # a socket's path has 107 bytes, and 32 come below this folder
+        raise VitdistillError(f'{path} is too long a path for the sockets of loading processes: set TMPDIR to a '
+                              'shorter one such as /tmp, or workers to 0.')
+
+
 # %% ../nbs/05b_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
 class Setup:
@@ -214,7 +230,8 @@ def open_memo(
 )->Memo|None:
     "Returns the teacher's memo; None (the teacher runs online) if its folder has no room or can't be written."
     if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
-    try: return Memo(beside_weights(config), key, kind)
+    folder, alone = beside_weights(config), bool(config.fold_weights) # two teachers keep one kind of answer
+    try: return (PairedMemo if not alone and keeps_both(folder, key, kind) else Memo)(folder, key, kind)
     except OSError as e: print(f'{e} The teacher runs online instead.', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
@@ -292,6 +309,8 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     size = student_size(config, data.side)
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
+    loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
+    refuse_cramped(loaders*ranks.local_world, -(-config.batch_size//ranks.world)*3*data.side**2*channel)
     refuse_begun_on(config, data)
     if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.side))
