@@ -8,7 +8,7 @@ __all__ = ['with_test', 'linked', 'Images', 'look', 'fitting_side', 'weights_her
            'Distilled', 'in_words', 'model_folder']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
-import os, socket, statistics, tempfile, time
+import os, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
@@ -20,7 +20,7 @@ from .files import files_below, is_image
 from .grids import Cell
 from .launch import configure, launch, note_run, with_teacher
 from .models import create, head_names, near_models, read_weights, started_from, weights_file
-from .hub import weights_place
+from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
 from .runs import Run, find_runs
@@ -107,7 +107,7 @@ def fitting_side(side:int, gpu:bool=False)->int: # usual shorter side of the ima
 # %% ../nbs/10_job.ipynb #919d0046
 def weights_here(name:str)->bool: # name: of timm's, or hf-hub:OWNER/MODEL
     "Returns whether pretrained weights of a model exist and can be had: from the cache, or since the hub answers."
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     repository = name.removeprefix('hf-hub:') if name.startswith('hf-hub:') else ''
     if not repository:
         about = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
@@ -115,11 +115,7 @@ def weights_here(name:str)->bool: # name: of timm's, or hf-hub:OWNER/MODEL
         own = about.hf_hub_id or 'timm/'
         repository = own if own != 'timm/' else f'timm/{about.architecture}.{about.tag}'
     if isinstance(try_to_load_from_cache(repository, 'model.safetensors'), str): return True
-    if constants.HF_HUB_OFFLINE: return False
-    host = constants.ENDPOINT.partition('://')[2].partition('/')[0]
-    try: socket.create_connection((host, 443), timeout=3).close()
-    except OSError: return False
-    return True
+    return hub_answers()
 
 def architecture_of(file:str, name:str='')->str: # file: of weights; name: as the user gives it
     "Returns the timm architecture of a file of weights: the given one, or the one that begins the file's name."

@@ -10,7 +10,7 @@ __all__ = ['cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifar_stem', 'che
            'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
-import functools, json, math, re, tempfile, typing
+import contextlib, functools, json, math, re, tempfile, typing
 from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np, timm, torch, torch.nn.functional as F
 from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
@@ -20,7 +20,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretra
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
 from .config import Config, VitdistillError, nearest, no_space, write_atomic
-from .hub import weights_place, why_not
+from .hub import weights_place, why_not, without_retries
 from .layers import LITv2, check_windows
 
 # %% ../nbs/02_models.ipynb #8fee561b
@@ -139,7 +139,9 @@ def create(
         raise VitdistillError(f"stem = 'cifar' is for ResNets: {nearest(model, cifar_stems.values())}")
     cfg = get_pretrained_cfg(_described(name)[0], allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
-    try: made = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
+    try:
+        with without_retries() if pretrained else contextlib.nullcontext():
+            made = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
     except VitdistillError: raise # of a model of this package
     except (AssertionError, KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise VitdistillError(f'{name} takes no such argument or value as in {kwargs} ({_why(e)}): mend student_kwargs '
@@ -148,7 +150,7 @@ def create(
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "
-                              'student_weights or teacher_weights and set pretrained to false.') from None
+                              'student_weights or teacher_weights, and set student_pretrained to false.') from None
     check_size(made, name, size)
     return made
 
