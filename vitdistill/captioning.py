@@ -275,7 +275,7 @@ def train_captions(setup:Captioning, run:RunWriter)->None:
             progress.epoch(dict(images_per_second=0.) | row)
     progress.bar.close()
 
-# %% ../nbs/09a_captioning.ipynb #5abc3b34
+# %% ../nbs/09a_captioning.ipynb #144e905a
 def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kinds, most, 2) float16
     "Returns points of embeddings in the plane in which all of them together vary most."
     parts = [kind[:most] for kind in kinds]
@@ -326,7 +326,7 @@ def finish_captions(setup:Captioning, run:RunWriter)->None:
 
 STEPS = prepare_captions, train_captions, finish_captions
 
-# %% ../nbs/09a_captioning.ipynb #4b163fe7
+# %% ../nbs/09a_captioning.ipynb #3387eb5f
 def load_captioner(folder:str|Path, device:str='cpu')->tuple: # a run's model folder -> (encoder, captioner, settings)
     "Returns what captions images, from a folder that a run wrote; another folder is a `VitdistillError`."
     folder = from_root(folder)
@@ -363,7 +363,7 @@ def caption_files(
         rows += zip(map(str, read), captioner.captions(embeddings, about['beams']))
     return pd.DataFrame(rows, columns=['path', 'caption'])
 
-# %% ../nbs/09a_captioning.ipynb #7e7ffef5
+# %% ../nbs/09a_captioning.ipynb #27fee98d
 def own_config(texts:str|Path, out:str|Path, fields:dict)->Config: # fields: of Config, and preset
     "Returns the config of a run on a text file of one's own; everything is written below `out`."
     fields = dict(fields)
@@ -403,11 +403,11 @@ def main_captions(given:argparse.Namespace, fields:dict)->int: # given: of `pars
     else: print(table.to_csv(index=False), end='')
     return int(bool(failed))
 
-# %% ../nbs/09a_captioning.ipynb #042f788d
+# %% ../nbs/09a_captioning.ipynb #e350859d
 def main(arguments:list=None)->int:
     "Runs `python -m vitdistill.captioning`, which trains as one rank; returns the exit status."
     return train_main(arguments, 'captioning', STEPS)
 
-# %% ../nbs/09a_captioning.ipynb #95964a6e
+# %% ../nbs/09a_captioning.ipynb #56e0d746
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

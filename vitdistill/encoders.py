@@ -65,9 +65,11 @@ class Encoder:
         raise NotImplementedError
 
     def kept_images(self, images:torch.Tensor, folder:str|Path)->torch.Tensor:
-        "Returns the embeddings of images, (N, H, W, 3) uint8, from the folder's file if there is one."
-        def compute(): return torch.cat([self.images(part) for part in images.split(512)])
-        return kept(folder, self.key | dict(images=digest(images)), compute)
+        "Returns the embeddings of images, (N, H, W, 3) uint8, from the folder's files, one for 5,000 images."
+        def embedded(images):
+            def compute(): return torch.cat([self.images(part) for part in images.split(512)])
+            return kept(folder, self.key | dict(images=digest(images)), compute)
+        return torch.cat([embedded(part) for part in images.split(5000)])
 
     def kept_texts(self, texts:list[str], folder:str|Path)->torch.Tensor:
         "Returns the embeddings of texts, from the folder's file if there is one; equal texts are embedded once."
