@@ -21,6 +21,8 @@ from vitdistill.runs import Run
 from vitdistill.setup import resolve
 from vitdistill.train import train
 
+pytest.importorskip("transformers", reason="the extra captions is not installed")
+pytest.importorskip("open_clip", reason="the extra captions is not installed")
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
 SMALL = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=300)
 
