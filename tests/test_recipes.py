@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
              e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain", e07_finetune="deit",
-             e08_own_images="distilled")
+             e08_own_images="distilled", e09_captions="captions")
 OWN = {*notebook_names} - {"preset", "role"}  # parameters of notebooks that are no fields of Config
 
 
@@ -104,7 +104,7 @@ def test_recipe_runs(words, tmp_path):
     small |= student if "student" not in given and not convnet else {}
     if given.get("student", "").startswith("deit"):
         small |= dict(student_kwargs=TINY_VIT)
-    if notebook.startswith("e06"):  # with the small transformer of its own preset
+    if notebook.startswith(("e06", "e09")):  # with the small transformer of its own preset
         small |= dict(preset=given["preset"], student_kwargs=None)
     if notebook.startswith("e03"):
         small |= dict(allow_untrained=True, teacher_weights=None)

@@ -131,7 +131,7 @@ ASKED_FIRST = "7b98faa"  # records that came later than this commit had their qu
 BY_ISSUE = {"baseline-resnet50_cifar-labels-s1-ca935cf9", # a quarter of an hour on a GPU, asked for in issue 46
             "distilled-resnet50_cifar-vit_tiny_patch16_224-s1-5be64162"}
 LOST = {"2ee85e7d57346dbd5179f057dfbb8a7d34e8f4a4": "64305f9"}  # with its machine -> what its session began with
-ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit")  # notebook -> the experiment that it runs
+ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit", e09="captions")  # notebook -> its experiment
 HANDED_ON = {*field_names(shared=True), *field_names(split=True), *field_names(group="student"), "seed"}  # by e06
 
 

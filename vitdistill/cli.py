@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train_parser', 'meant', 'field_values', 'configured',
            'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
-           'new_folder', 'new', 'grid', 'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
+           'new_folder', 'new', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench', 'export',
+           'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -305,6 +306,16 @@ def new(words:list[str])->int:
     print(f'made {folder} with notebooks, presets and studies; start with README.md in it')
     return 0
 
+# %% ../nbs/11_cli.ipynb #3694294e
+def captions(words:list[str])->int:
+    "learns captions from a text file, and writes one for each of your images"
+    from vitdistill import captioning
+    given, others = captioning.parser().parse_known_args(words)
+    fields, source = field_values(others)
+    if source:
+        raise VitdistillError(f'--config {source} is for vitdistill train: give --preset, or fields by name.')
+    return captioning.main_captions(given, fields)
+
 # %% ../nbs/11_cli.ipynb #09a43fc2
 def grid(words:list[str])->int:
     "trains many runs from one YAML file, or shows their state"
@@ -353,8 +364,8 @@ def export(words:list[str])->int:
     from vitdistill import export
     return export.main(words)
 
-COMMANDS = {command.__name__: command for command in (demo, distill, predict, study, train, grid, compare, figures,
-                                                      report, bench, export, new)}
+COMMANDS = {command.__name__: command for command in (demo, distill, predict, captions, study, train, grid, compare,
+                                                      figures, report, bench, export, new)}
 
 # %% ../nbs/11_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:

@@ -154,7 +154,7 @@ def cores()->int:
     return int(max(1, min(here, cgroup_limit('cpu.max'))))
 
 # %% ../nbs/00_config.ipynb #b4b0d2aa
-GROUPS = 'student', 'data', 'teacher', 'objective', 'optimization', 'machine', 'record', 'found'
+GROUPS = 'student', 'data', 'teacher', 'objective', 'captions', 'optimization', 'machine', 'record', 'found'
 
 def _field(
     default,                      # a value; `dict` or `list` for an empty one
@@ -170,7 +170,7 @@ def _field(
     how = 'default_factory' if isinstance(default, type) else 'default'
     return field(**{how: default}, metadata=about)
 
-_student, _data, _teacher, _objective, _optimization, _machine, _record, _found = (
+_student, _data, _teacher, _objective, _captions, _optimization, _machine, _record, _found = (
     functools.partial(_field, group=group, hashed=group not in ('machine', 'record'),
                       teaching=group in ('teacher', 'objective')) for group in GROUPS)
 
@@ -181,6 +181,7 @@ _devices, _places = ('auto', 'cuda', 'mps', 'cpu'), ('auto', 'device', 'host', '
 _stems, _filters, _depths = ('imagenet', 'cifar'), ('bicubic', 'bilinear'), ('growing', 'constant')
 _lengths, _means = ('public', 'longer'), ('batchmean', 'public')
 _ends = 'first', 'last'
+_sources, _mappers = ('text', 'image', 'shuffled'), ('mlp', 'transformer')
 _folds, _tokens = ('unseen', 'seen', 'drawn'), ('auto', 'class', 'distillation')
 
 # %% ../nbs/00_config.ipynb #de604553
@@ -246,6 +247,21 @@ class Config:
     soft_top_k:int=_objective(0, '[0, inf)') # number of logits that soft answers keep, plus the sum of the rest; 0: all
     kl_reduction:str=_objective('batchmean', _means) # mean of the KL over the batch; public: and over classes (DeiT)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
+    # The captions; without `clip` a run has none
+    clip:str=_captions('') # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
+    clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
+    text_tower:dict=_captions(dict) # width, depth, heads, epochs, lr... of own's text tower (vitdistill.captions.TOWER)
+    templates:str=_captions('plain') # sentences that captions are made of where data has classes: plain, web, verse
+    learn_from:str=_captions('text', _sources) # embeddings that the decoder learns from; shuffled: of other captions
+    noise_std:float|str=_captions('auto', '[0, inf)') # deviation of the noise on embeddings; auto: by `noise_rule`
+    noise_factor:float=_captions(1., '[0, inf)') # factor of noise_std
+    noise_pairs:int=_captions(15, '[2, inf)') # pairs of image and text that `noise_rule` is given
+    center:bool=_captions(False) # subtract from embeddings the mean of their kind, text or image
+    decoder:str=_captions('') # GPT-2 of transformers by name or folder; '': a small one; nearest: a training caption
+    decoder_kwargs:dict=_captions(dict) # settings of the small one (GPT2Config): n_embd, n_layer, n_head, n_positions
+    mapper:str=_captions('mlp', _mappers) # network from an embedding to the decoder's prefix
+    prefix:int=_captions(10, '[1, inf)') # tokens that an embedding becomes
+    beams:int=_captions(1, '[1, inf)') # captions kept while searching the likeliest; 1: greedy
     # The optimization
     epochs:int=_optimization(200, '[1, inf)') # passes over the training images
     batch_size:int=_optimization(128, '[1, inf)') # images per step, over all ranks
@@ -327,7 +343,7 @@ def check(config:Config)->None:
                 raise VitdistillError(f'{f.name} = {value!r} is not known: {nearest(value, allowed)}')
         elif allowed and value != 'auto':
             if isinstance(value, str):
-                raise VitdistillError(f"{f.name} = {value!r}: give 'auto' or a whole number in {allowed}.")
+                raise VitdistillError(f"{f.name} = {value!r}: give 'auto' or a number in {allowed}.")
             if not _in_range(value, allowed):
                 raise VitdistillError(f'{f.name} = {value} is out of range: give a value in {allowed}.')
 
@@ -414,7 +430,8 @@ def student_name(config:Config)->str:
     return config.student + '_cifar'*(config.stem == 'cifar')
 
 def run_name(config:Config)->str:
-    "Returns the run folder's name: experiment-student-teacher-s<seed>-<hash8>; no teacher is `labels`."
-    parts = (config.experiment, student_name(config), config.teacher or 'labels', f's{config.seed}',
-             config_hash(config)[:8])
+    "Returns the run folder's name: experiment-student-teacher-s<seed>-<hash8>; captions have what they learn from."
+    taught = config.learn_from if config.clip else config.teacher or 'labels'
+    model = student_name(config) if config.clip in ('', 'own') else Path(config.clip).name
+    parts = (config.experiment, model, taught, f's{config.seed}', config_hash(config)[:8])
     return '-'.join(part.replace('/', '_').replace(':', '_') for part in parts)

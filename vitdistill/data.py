@@ -6,10 +6,10 @@
 __all__ = ['DATASETS', 'cifar100_constants', 'generator', 'seed_host', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side',
            'data_root', 'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified',
            'load_digits', 'list_images', 'image_lines', 'load_images', 'labelled_images', 'load_data', 'fingerprint',
-           'held_out', 'fold_rows', 'split_rows']
+           'image_words', 'read_texts', 'text_marks', 'refuse_texts', 'held_out', 'fold_rows', 'split_rows']
 
 # %% ../nbs/01_data.ipynb #86df81f7
-import functools, hashlib, io, math, os, pickle, random, tempfile, typing
+import functools, hashlib, io, math, os, pickle, random, re, tempfile, typing
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -94,7 +94,9 @@ DATASETS = {
     'hfds/': Dataset('Hub dataset', lambda c: load_images(c), lambda c: image_lines(c), package='datasets',
         needs='a dataset of the hub with the columns image and label, and a network, or its cache as data_root'),
     'wds/': Dataset('WebDataset', lambda c: load_images(c), lambda c: image_lines(c),
-        needs='shards named *train*.tar and *val*.tar (or test), of images beside .cls files with the class number')}
+        needs='shards named *train*.tar and *val*.tar (or test), of images beside .cls files with the class number'),
+    'texts': Dataset('Texts', lambda c: refuse_texts(c), lambda c: text_marks(c), 32,
+        needs='a text file, one caption a line, as data_root')}
 
 # %% ../nbs/01_data.ipynb #ccd5c2ea
 def check_dataset(name:str)->Dataset:
@@ -315,6 +317,42 @@ def fingerprint(config:Config)->str:
     digest = hashlib.sha256(config.dataset.encode())
     for part in check_dataset(config.dataset).marks(config): digest.update(part)
     return digest.hexdigest()[:16]
+
+# %% ../nbs/01_data.ipynb #03457c36
+def image_words(config:Config, data:Data)->tuple: # two lists: a word for each training and each test image
+    "Returns the word that each image was searched by, from CIFAR's file names; of other data, the name of its class."
+    labels = data.train_labels, data.test_labels
+    if config.dataset not in _cifar: return tuple([data.classes[label] for label in part.tolist()] for part in labels)
+    root, (folder, train, test, *_) = cifar_root(config), _cifar[config.dataset]
+    def names(files, wanted):
+        found = [name for file in files for name in read_pickle(root/folder/file).get('filenames', ())]
+        if len(found) != wanted:
+            raise VitdistillError(f'{root/folder/files[0]} has {len(found)} filenames for {wanted} images: give the '
+                                  'official files, which name each image.')
+        return [re.sub(r'_s_\d+\.png$', '', str(name)) for name in found]
+    return tuple(names(files, len(part)) for files, part in zip((train, test), labels))
+
+# %% ../nbs/01_data.ipynb #c3ddd45f
+def read_texts(file:str|Path)->list[str]:
+    "Returns the lines of a text file that are not empty, without spaces around them."
+    place = from_root(file)
+    try: lines = [line.strip() for line in place.read_text(encoding='utf-8').splitlines()]
+    except (OSError, ValueError) as e:
+        why = getattr(e, 'strerror', None) or 'it is not UTF-8'
+        raise VitdistillError(f'{place} can not be read as text ({why}): name a text file, one caption a '
+                              'line.') from None
+    if not any(lines): raise VitdistillError(f'{place} holds no caption: write one a line.')
+    return [line for line in lines if line]
+
+def text_marks(config:Config)->list[bytes]:
+    "Returns the texts of a config, as bytes."
+    if not config.data_root:
+        raise VitdistillError("dataset = 'texts' has no default place: name its file as data_root.")
+    return ['\n'.join(read_texts(config.data_root)).encode()]
+
+def refuse_texts(config:Config)->None:
+    "Raises `VitdistillError`, for a run that needs images."
+    raise VitdistillError("dataset = 'texts' has no images: it is for captions (clip = 'own' or a model of open_clip).")
 
 # %% ../nbs/01_data.ipynb #047cf683
 def held_out(

@@ -29,7 +29,7 @@ from .track import tracker_names
 # %% ../nbs/07_launch.ipynb #bd45b26d
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
                   'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out', 'data',
-                  'teacher_name', 'seeds')
+                  'teacher_name', 'seeds', 'texts')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 
 # %% ../nbs/07_launch.ipynb #ecb4f3bd
@@ -115,7 +115,8 @@ def torchrun_command(
             '--rdzv-endpoint', config.rdzv_endpoint] if config.nnodes > 1 else \
         ['--standalone', '--nnodes', '1', '--local-addr', '127.0.0.1'] # whatever name this host has
     return [sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node', str(ranks),
-            *(['--log-dir', errors] if errors else []), '-m', 'vitdistill.train', '--config', str(file), *extra]
+            *(['--log-dir', errors] if errors else []), '-m', f"vitdistill.{'captioning' if config.clip else 'train'}",
+            '--config', str(file), *extra]
 
 # %% ../nbs/07_launch.ipynb #3d71952b
 def bind_to_parent()->None:

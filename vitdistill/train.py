@@ -334,19 +334,21 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
 def train(
     config:Config,      # resolved or not
     ranks:Ranks|None=None, # default: one process
-    command:str=''      # the command line, for environment.json
+    command:str='',     # the command line, for environment.json
+    steps:tuple=None    # (prepare, train_epochs, finish) of another kind of run
 )->Run:
     "Trains a run to its last epoch, from its checkpoint if there is one; a finished run is returned unchanged."
+    first, middle, last = steps or (prepare, train_epochs, finish)
     config = resolve(config)
     ranks = ranks or Ranks(device=config.device)
     run = RunWriter.of(config)
     if run.status == 'done': return run
-    setup = prepare(config, ranks)
+    setup = first(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0: run.begin(config, command)
         ranks.barrier()
-        train_epochs(setup, run)
-        if ranks.rank == 0: finish(setup, run)
+        middle(setup, run)
+        if ranks.rank == 0: last(setup, run)
     ranks.barrier()
     return run
 
@@ -367,29 +369,34 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->None:
 
 # %% ../nbs/06_train.ipynb #5a2f8c0d
 @record
-def rank_main(path:str, ahead:bool)->None: # path: config file; ahead: only fill the memo
+def rank_main(
+    path:str,   # config file
+    ahead:bool, # only fill the memo
+    module:str='train', # name of the module, for environment.json
+    steps:tuple=None    # as in `train`
+)->None:
     "Trains as one rank; torch elastic hands an error to the launcher, and a full disk is named in one sentence."
     config = load(path)
     try:
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
         started = f'torchrun --nproc-per-node {ranks.local_world}' if ranks.world > 1 else 'python'
         if ahead: fill_memo(config, ranks)
-        else: run = train(config, ranks, f'{started} -m vitdistill.train --config {told(path)}')
+        else: run = train(config, ranks, f'{started} -m vitdistill.{module} --config {told(path)}', steps)
         if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
     except VitdistillError: raise
     except Exception as e: raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or gave_up(e) or e
 
 # %% ../nbs/06_train.ipynb #bd3c7a6b
-def main(arguments:list=None)->int:
+def main(arguments:list=None, module:str='train', steps:tuple=None)->int: # module, steps: as in `rank_main`
     "Runs the command line; returns the exit status."
     about = 'Train one run from a config file; use torchrun for several ranks. For options see vitdistill train --help.'
-    parser = argparse.ArgumentParser(prog='python -m vitdistill.train', description=about)
+    parser = argparse.ArgumentParser(prog=f'python -m vitdistill.{module}', description=about)
     parser.add_argument('--config', required=True, help='YAML file of fields, such as config.yaml of a run')
     parser.add_argument('--fill', action='store_true', help="only store the teacher's answers about every view")
     args = parser.parse_args(arguments)
     end_with_parent()
     end_by_signal()
-    try: rank_main(args.config, args.fill)
+    try: rank_main(args.config, args.fill, module, steps)
     except VitdistillError as e: return _fail(str(e))
     except Exception: return _fail(traceback.format_exc())
     if dist.is_initialized(): dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad input."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, environment, run_of, wait_until
+from test_notebooks import execute
+from vitdistill.captioning import STEPS, caption_files, prepare_captions
+from vitdistill.captions import create_decoder
+from vitdistill.config import Config, VitdistillError, save
+from vitdistill.data import load_data
+from vitdistill.models import create_student, save_model
+from vitdistill.ranks import Ranks
+from vitdistill.runs import Run
+from vitdistill.setup import resolve
+from vitdistill.train import train
+
+pytest.importorskip("transformers", reason="the extra captions is not installed")
+pytest.importorskip("open_clip", reason="the extra captions is not installed")
+VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+SMALL = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("captions")
+
+
+@pytest.fixture(scope="module")
+def config(place):
+    """A run on digits that takes seconds: an untrained image tower, a text tower that is fitted to it."""
+    digits = load_data(Config(dataset="digits"))
+    torch.manual_seed(0)
+    model = create_student(Config(dataset="digits", student="vit_tiny_patch16_224", student_kwargs=VIT), 10, 32).model
+    card = dict(classes=digits.classes, constants=((0.5,) * 3,) * 2, input_size=32, image_size=32)
+    save_model(model, place / "vit", VIT, card, "", card["constants"], 32)
+    return Config(experiment="captions", dataset="digits", data_fraction=0.3, val_fraction=0.3, clip="own",
+                  student_weights=str(place / "vit"), text_tower=dict(width=24, depth=1, epochs=2, batch=50),
+                  decoder_kwargs=SMALL, prefix=2, epochs=6, batch_size=64, optimizer="adamw", lr=3e-3,
+                  precision="fp32", teacher_precision="fp32", device="cpu", threads=1, checkpoint_seconds=0.0,
+                  runs_dir=str(place / "runs"), work_dir=str(place / "work"))
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return train(config, steps=STEPS)
+
+
+def start(config, file, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "vitdistill.captioning", "--config", str(save(config, file))]
+    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_killed_run_writes_the_same_captions(config, alone, place):
+    """SIGKILL after some epochs; started again it ends with the same decisions, captions and weights, bit for bit."""
+    cut = replace(config, runs_dir=str(place / "cut"), epochs=12)
+    one = train(replace(cut, runs_dir=str(place / "whole")), steps=STEPS)
+    process = start(cut, place / "cut.yaml")
+    assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 60)
+    process.kill()
+    process.wait()
+    assert run_of(cut).status == "interrupted"
+    assert start(cut, place / "cut.yaml").wait(60) == 0
+    two = run_of(cut)
+    timed = ["seconds", "images_per_second"]
+    assert one.metrics().drop(columns=timed).equals(two.metrics().drop(columns=timed)) and len(two.metrics()) == 12
+    assert one.result["examples"] == two.result["examples"]
+    assert one.result["weights_hash"] == two.result["weights_hash"]
+    arrays = [np.load(run.folder / "predictions.npz") for run in (one, two)]
+    assert all(np.array_equal(arrays[0][name], arrays[1][name], equal_nan=True) for name in arrays[0])
+
+
+def test_ranks_share_a_batch(config, alone, place):
+    """Two ranks read the same rows and noise: the losses are those of one."""
+    both = replace(config, runs_dir=str(place / "two"))
+    assert start(both, place / "two.yaml", ranks=2).wait(120) == 0
+    losses = [run.metrics().train_loss for run in (alone, run_of(both))]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_decoder_recovers_its_training_texts(config, place):
+    """Ten different texts, no noise: trained long enough, each comes back from its embedding."""
+    long = replace(config, runs_dir=str(place / "long"), noise_factor=0.0, epochs=150, evaluate_every=150, lr=5e-3,
+                   decoder_kwargs=SMALL | dict(n_embd=64), data_fraction=0.1)
+    setup = prepare_captions(resolve(long), Ranks())
+    train(long, steps=(lambda *_: setup, *STEPS[1:]))
+    said = setup.captions(setup.embeddings)
+    assert sum(a == b for a, b in zip(said, setup.texts)) / len(said) > 0.95
+
+
+def test_noise_and_arms_differ_in_what_they_say(config, place):
+    """The deviation is the rule's times the factor; other embeddings and no noise have none of it."""
+    def prepared(**fields):
+        return prepare_captions(resolve(replace(config, **fields)), Ranks())
+
+    setups = {factor: prepared(noise_factor=factor) for factor in (0.0, 1.0, 3.0)}
+    assert setups[0.0].std == 0 and setups[3.0].std == pytest.approx(3 * setups[1.0].about["noise_rule"])
+    given = prepared(noise_std=0.2)
+    assert given.std == 0.2 and given.about["noise_rule"] == setups[1.0].about["noise_rule"]
+    shuffled = prepared(learn_from="shuffled")
+    assert not shuffled.embeddings.equal(setups[0.0].embeddings)
+    assert shuffled.embeddings.sum(0).allclose(setups[0.0].embeddings.sum(0), atol=1e-3)
+    centred = prepared(center=True)
+    assert centred.about["gap"]["distance_means"] < setups[0.0].about["gap"]["distance_means"]
+
+
+@pytest.fixture(scope="module")
+def own(alone, place):
+    """A text file and a folder of images of one's own, and an encoder: that of the run above."""
+    texts, images = place / "texts.txt", place / "images"
+    texts.write_text("".join(f"one sees a {word} {i}\n" for i in range(5) for word in ("cat", "dog", "bird", "fish")))
+    images.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((40, 30 + i, 3), 80 * i, np.uint8)).save(images / f"{i}.png")
+    (images / "torn.png").write_bytes(b"no image")
+    return texts, images, next((place / "work/encoders").glob("*/dual.json")).parent
+
+
+def options(own, out):
+    texts, images, clip = own
+    return ["--texts", str(texts), "--images", str(images), "--out", str(out), "--clip", str(clip),
+            "--clip_pretrained", "", "--decoder", "", "--decoder_kwargs", json.dumps(SMALL), "--noise_std", "0.05",
+            "--epochs", "2", "--lr", "0.003", "--precision", "fp32", "--teacher_precision", "fp32", "--device", "cpu"]
+
+
+def test_command_captions_ones_own_images(own, place):
+    """A caption for each image that can be read, a sentence for the other, and nothing is trained twice."""
+    command = [sys.executable, "-m", "vitdistill.cli", "captions", *options(own, place / "mine"), "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["path"][-5:] for row in rows] == ["0.png", "1.png", "2.png"] and done.returncode == 1, done.stderr
+    assert "torn.png can not be read as an image" in done.stderr and "Traceback" not in done.stderr
+    run, = [Run(file.parent) for file in (place / "mine/runs").glob("*/result.json")]
+    assert run.name.startswith("captions-") and run.config.dataset == "texts"
+    again = caption_files(run.model, [own[1] / "0.png"])
+    assert again.caption.tolist() == [rows[0]["caption"]]
+
+
+def test_notebook_counts_and_shows_captions(config, alone, place):
+    """By papermill: a table of shares and a picture grid."""
+    fields = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
+    fields.pop("experiment")
+    fields["epochs"] = 2
+    executed = execute("e09_captions", place / "e09.ipynb", preset="captions_demo", **fields)
+    text = json.dumps([cell.get("outputs") for cell in executed["cells"]])
+    assert "right class" in text and "image/png" in text
+
+
+@pytest.mark.parametrize("field, value, sentence", [
+    ("noise_std", -1.0, "out of range: give a value in"),
+    ("noise_pairs", 1, "out of range: give a value in"),
+    ("learn_from", "labels", "is not known"),
+    ("templates", "plane", "did you mean 'plain'"),
+    ("clip", "vit_tiny_patch16_224", "without a text tower"),
+    ("student_weights", "", "student_weights names none"),
+    ("decoder", "nobody/nothing", "name a folder that holds GPT-2"),
+    ("val_fraction", 0.0, "choices need some"),
+    ("text_tower", dict(widths=3), "did you mean 'width'"),
+])
+def test_bad_settings_are_refused_in_a_sentence(config, field, value, sentence, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(VitdistillError, match=sentence) as caught:
+        prepare_captions(resolve(replace(config, **{field: value})), Ranks())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["transformers", "open_clip", "tokenizers"])
+def test_a_missing_extra_is_named(config, package, monkeypatch):
+    """Each library is asked for where it is used, and the sentence says what to install."""
+    from importlib.util import find_spec
+
+    def without(name, *rest):
+        return None if name == package else find_spec(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", without)
+    clip = "ViT-B-32" if package == "open_clip" else "own"
+    with pytest.raises(VitdistillError, match=rf"needs the package {package}.*'vitdistill\[captions\]'"):
+        if clip == "own":
+            create_decoder(config, ["a"])
+        else:
+            prepare_captions(resolve(replace(config, clip=clip)), Ranks())
+
+
+def test_captions_name_classes_of_cifar(real_data):
+    """The official pickles name each image: captions of words, classes and superclasses, and hashes as before."""
+    from vitdistill.captioning import image_facts
+    config = Config(dataset="cifar100", data_root=str(real_data))
+    data = load_data(config)
+    train, test = image_facts(config, data)
+    assert len(train) == 50000 and len(test) == 10000 and len({one.word for one in train}) == 865
+    assert {one.name for one in train} == {name.replace("_", " ") for name in data.classes}
