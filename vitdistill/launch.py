@@ -169,7 +169,7 @@ def follow(process:subprocess.Popen, run:Run, log:Path, show:bool)->collections.
             tail.append(line)
             failed = failed or re.match(r'\[rank \d+\]|Traceback ', line) # what follows is the error's
             if failed or not show or not line or re.match(r'[WIEF]\d{4} |\*{5}', line): continue # torchrun's own
-            if curve and line.startswith('epoch '): curve.update(line)
+            if curve and re.match(r'epoch |  \d+% of epoch ', line): curve.update(line.strip())
             else: print(line, flush=True)
     process.wait()
     return tail
