@@ -144,10 +144,22 @@ def test_what_is_left_out_is_said_and_other_images_are_refused(job, images, weig
     api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
     assert "left out of the dataset: 1 .txt" in capfd.readouterr().out
     shutil.copy(mine / "dark/0.png", mine / "dark/new.png")
-    with pytest.raises(VitdistillError, match="was made of 31 files, and .* holds 32 now"):
+    (tmp_path / "out/runs").mkdir()  # something was trained
+    with pytest.raises(VitdistillError, match="a job on 31 files of .* where there are 32 now"):
         api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
     parts = [[*(tmp_path / "out/data" / part).rglob("*.png")] for part in ("train", "val")]
     assert [len(part) for part in parts] == [24, 6]
+
+
+def test_broken_images_are_named_at_once_and_can_be_removed(images, weights, tmp_path):
+    shutil.copytree(images, mine := tmp_path / "mine")
+    for name in ("a", "b"):
+        (mine / f"dark/{name}.png").write_text("no image")
+    with pytest.raises(VitdistillError, match=f"{mine}/dark/a.png .*{mine}/dark/b.png .*: replace or remove them"):
+        api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
+    for name in ("a", "b"):
+        (mine / f"dark/{name}.png").unlink()
+    api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
 
 
 def test_weights_with_the_right_head_are_adopted(images, tmp_path):

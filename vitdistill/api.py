@@ -14,9 +14,9 @@ from .answers import Memo
 from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset
 from .hub import weights_place
 from .losses import OBJECTIVES, Batch, criterion
-from .models import save_model
+from .models import check_name, save_model
 from .predict import from_folder
-from .teachers import Teacher, least_accuracy
+from .teachers import Teacher, least_accuracy, read_card
 from .grids import study_cells
 from .job import (Distilled, costs, fitting_side, look, study_of, teacher_part, train, weights_here,
                             what_it_takes, with_test, write_study)
@@ -32,7 +32,7 @@ def distill(
     epochs:int=20,                  # of each student
     seeds:int=1,                    # students of each kind
     image_size:int|str='auto',      # side in px that images are cropped to; auto: by their size
-    teacher_size:int|str='auto',    # side of the teacher's input in px; auto: 224 on a GPU, 128 elsewhere
+    teacher_size:int|str='auto',    # side of the teacher's input in px; auto: its own, or 224 on a GPU, 128 elsewhere
     teacher_name:str='',            # architecture of a file of weights; '': its name begins with it
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     dry_run:bool=False,             # only say what is there and what it will take
@@ -40,6 +40,7 @@ def distill(
 )->Distilled|None:                  # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
     data, out, gpu = from_here(data), from_here(out), torch.cuda.is_available()
+    if not student.startswith('hf-hub:'): check_name(student)
     root = with_test(data, out)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     of_data = {name: value for name, value in fields.items() if name in field_names(group='data')}
@@ -47,8 +48,9 @@ def distill(
     print(images, flush=True)
     def chosen(size, auto): return auto if size == 'auto' else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
-    theirs = chosen(teacher_size, max(side, 224 if gpu else 128))
     teacher = from_here(teacher) if from_here(teacher).exists() else teacher
+    card = read_card(str(teacher)) if Path(teacher).exists() else None # of one that was trained here
+    theirs = chosen(teacher_size, card['input_size'] if card else max(side, 224 if gpu else 128))
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
@@ -58,14 +60,15 @@ def distill(
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given)
     cells = study_cells(Study(out.name, **study))
+    file = None if dry_run else write_study(study, out) # refuses other settings before the speed is measured
+    print('measures how fast the models are here', flush=True)
     print(what_it_takes(costs(cells, images)), flush=True)
     if dry_run: return None
-    file = write_study(study, out)
     for number, cell in enumerate(cells, 1):
         print(f'[{number}/{len(cells)}] {cell.name}', flush=True)
         train(cell)
     result = Distilled(file, out)
-    print(f'\n{result}\npage: {write(result.comparison, out, str(result).splitlines())}', flush=True)
+    print(f'\n{result}\npage: {write(result.comparison, out, [str(result)])}', flush=True)
     print('models:', *(str(result.folder(name)) for name in result.runs()), flush=True)
     print(f'use one: vitdistill predict {result.folder()} IMAGES', flush=True)
     return result
@@ -98,18 +101,18 @@ class LoadedTeacher(Teacher):
         mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in self.mean_std)
         return self.logits((pixels*std + mean)*255)
 
-    def check(self, loader)->float: # yields (pixels, labels)
+    def check(self, loader)->float: # yields (pixels, labels, ...)
         "Returns the share of a loader's images that it answers right; one that seems untrained is a `VitdistillError`."
-        right = torch.cat([self(pixels).argmax(-1).cpu() == labels.cpu() for pixels, labels in loader])
+        right = torch.cat([self(pixels).argmax(-1).cpu() == labels.cpu() for pixels, labels, *_ in loader])
         share, chance = right.float().mean().item(), 1/len(self.classes)
         if share >= least_accuracy(len(self.classes)): return share
         raise VitdistillError(f'the teacher answers only {share:.1%} of {len(right)} images right (chance '
                               f'{chance:.1%}), so its head seems untrained: fine-tune it first, or give the weights '
-                              'that fit these classes.')
+                              'that fit these classes, and as mean_std how the loader normalizes.')
 
 def load_teacher(
     weights:str|Path,               # model folder of a run, or hf-hub:OWNER/MODEL of one
-    mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # that the loader's pixels were normalized by
+    mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # by which the loader normalized pixels of 0 to 1
     **kw                            # precision, device and compile of `Teacher`
 )->LoadedTeacher:
     "Returns a teacher that was trained here."

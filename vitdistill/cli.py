@@ -85,7 +85,7 @@ def train_parser()->argparse.ArgumentParser:
 _elsewhere = dict(model='student', model_kwargs='student_kwargs', pretrained='student_pretrained',
                   initial_checkpoint='student_weights', finetune='student_weights', img_size='student_size',
                   input_size='student_size', size='image_size', data_dir='data_root', data_path='data_root',
-                  opt='optimizer',
+                  opt='optimizer', learning_rate='lr',
                   sched='scheduler', aa='randaugment', reprob='random_erasing', aug_repeats='repeats',
                   smoothing='label_smoothing', model_ema_decay='ema_decay', amp='precision', torchcompile='compile',
                   output='runs_dir', output_dir='runs_dir', teacher_model='teacher', teacher_path='teacher_weights',
@@ -96,9 +96,9 @@ def meant(
     word:str,              # an unknown option, such as --img-size=32
     known:Iterable[str]    # names of the valid options
 )->str:
-    "Returns a suggestion for an unknown option: the field for timm's or DeiT's option, or the most similar name."
+    "Returns a suggestion for an unknown option: the field for another program's option, or the most similar name."
     name = word[2:].partition('=')[0].replace('-', '_')
-    return f'what timm or DeiT calls so is --{_elsewhere[name]} here.' if name in _elsewhere else nearest(name, known)
+    return f'did you mean --{_elsewhere[name]}?' if name in _elsewhere else nearest(name, known)
 
 # %% ../nbs/11_cli.ipynb #1e4d91b2
 def field_values(

@@ -259,8 +259,8 @@ def launch(
         try: said = torchrun(config, run, nproc, show)
         except KeyboardInterrupt:
             epochs = saved['epochs'] if run.status != 'new' and (saved := run.checkpoint()) else 0
-            raise Interrupted(f'interrupted after epoch {run.epochs_done}; run this again to continue after epoch '
-                              f'{epochs}') from None
+            raise Interrupted(f'interrupted after epoch {run.epochs_done}; run this again to '
+                              + (f'continue after epoch {epochs}' if epochs else 'start from the beginning')) from None
         run = Run(run.folder)
         if not ended(run, config.nnodes):
             raise VitdistillError(said or f'{run.name} ended without a result: start it again.')

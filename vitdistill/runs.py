@@ -103,6 +103,8 @@ def find_run(
     if isinstance(run, Run): return run
     for place in (from_root(run), from_root(folder)/run):
         if (place/'config.yaml').is_file(): return Run(place)
+        if (begun := place.resolve().parent/'launch.yaml').is_file(): # a model folder, or a link to one
+            return Run(from_root(load(begun).runs_dir)/begun.parent.name)
     known, place = find_runs(folder), from_root(folder)
     if not known: raise VitdistillError(f'no runs in {place}: start one, or name another folder.')
     like = [other for other in known if str(run) in other.name]

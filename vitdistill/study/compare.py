@@ -274,8 +274,10 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
               '_choices': (choices(comparison), 'Accuracy on held-out images of the settings that were tried.')}
     made = [save_table(frame, out, f'{study.name}{end}', caption, key=['arm', 'other'])[1]
             for end, (frame, caption) in tables.items() if len(frame)]
+    many = any(len(ended(arm)) > 1 for arm in comparison.arms.values())
     pictures = {'forest': (draw_forest(comparison), 'Differences in points; lines are 95% intervals.'),
-                'curves': (draw_curves(comparison), 'Test accuracy by epoch: means over seeds; bands: worst to best.')}
+                'curves': (draw_curves(comparison),
+                           'Test accuracy by epoch' + ': means over seeds; bands: worst to best'*many + '.')}
     drawn = [save_figure(fig, out, f'{study.name}_{name}', caption, runs)
              for name, (fig, caption) in pictures.items() if fig]
     for fig, _ in pictures.values(): plt.close(fig)

@@ -74,7 +74,7 @@ td { white-space: nowrap }
   img { width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm } figure { overflow: visible }
   table { font-size: 7.5pt } td { white-space: normal } tr { break-inside: avoid } }
 </style></head><body><h1>{{ title }}</h1>
-{% for line in lead %}<p>{{ line }}</p>{% endfor %}
+{% for line in lead %}<p style="white-space: pre-line">{{ line }}</p>{% endfor %}
 <nav>{% for name in parts %}<a href="#{{ name|replace(' ', '-') }}">{{ name }}</a>{% endfor %}</nav>
 {% for name, items in parts.items() %}<section id="{{ name|replace(' ', '-') }}"><h2>{{ name }}</h2>
 {% for it in items %}<figure{{ dict(id=it.id)|xmlattr }}>
