@@ -283,8 +283,10 @@ def look(
         cell.state = state_now(cell, jobs.get(cell.place.stem), queue, any(cells[n].failed for n in cell.after))
         runs = noted_runs(cell)
         if elsewhere and cell.arm and cell.state == 'left':
-            runs = runs_with(cell.arm, read(runs_folder(cell.declared | cell.chosen)), named_fields(cell))
-            if runs: cell.state = 'done'
+            states = dict(interrupted='cut', running='running', done='done') # of a run -> of its cell; the last counts
+            runs = runs_with(cell.arm, read(runs_folder(cell.declared | cell.chosen)), named_fields(cell), (*states,))
+            runs.sort(key=lambda run: [*states].index(run.status))
+            if runs: cell.state = states[runs[-1].status]
         if not runs or runs[-1].status in ('new', 'unreadable'): continue
         rows = runs[-1].rows()[-30:]
         cell.epochs = int(rows[-1]['epoch']) + 1 if rows else 0, runs[-1].config.epochs

@@ -227,9 +227,13 @@ def runs_folder(parameters:dict)->str: # of a notebook
     shared = preset_parts(preset).get('common', {}) if preset else {}
     return parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
 
-def runs_with(arm:str, records:list[Run], fields:dict)->list[Run]: # arm: 'study/arm'; fields: of Config
-    "Returns the finished runs of an arm."
-    return [run for run in records if arm in run.arms and run.status == 'done'
+def runs_with(
+    arm:str, records:list[Run], # 'study/arm'
+    fields:dict,                # of Config, that they have
+    states:tuple=('done',)      # of `Run.status`
+)->list[Run]:
+    "Returns the runs of an arm that are in one of these states."
+    return [run for run in records if arm in run.arms and run.status in states
             and all(getattr(run.config, key, value) == value for key, value in fields.items())]
 
 def model_of(
