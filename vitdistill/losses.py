@@ -14,7 +14,7 @@ import inspect, math, typing
 from dataclasses import dataclass
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from .config import Config, VitdistillError, nearest
+from .config import Config, VitdistillError, field_names, nearest
 
 # %% ../nbs/03_losses.ipynb #91f3c0d5
 @dataclass(frozen=True)
@@ -344,7 +344,8 @@ def criterion(config:Config)->nn.Module:
     if name not in OBJECTIVES:
         raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, OBJECTIVES)}')
     arguments = inspect.signature(OBJECTIVES[name]).parameters
-    fields, own = ([a for a in arguments if hasattr(config, a) == known] for known in (True, False))
+    settings = {*field_names()} - {*field_names(group='captions')} # an objective's decoder is not theirs
+    fields, own = ([a for a in arguments if (a in settings) == known] for known in (True, False))
     for argument in given:
         if argument in own: continue
         raise VitdistillError(f'objective_kwargs: {name!r} has no argument {argument!r} beside those of a config: '
