@@ -44,7 +44,8 @@ def study(tmp_path_factory):
     """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
-    execute("e00_teacher", folder / "e00.ipynb", arm="pair/teacher", student_kwargs=SMALL_VIT, epochs=32, **where)
+    vit = dict(student_kwargs=SMALL_VIT, epochs=32, batch_size=64, lr=2e-3)
+    execute("e00_teacher", folder / "e00.ipynb", arm="pair/teacher", **vit, **where)
     teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
     short = dict(epochs=2, student="resnet18", **where)
     execute("e01_baseline_resnet50", folder / "e01.ipynb", EXPERIMENTS, "pair/plain", **short)  # as JupyterLab does
