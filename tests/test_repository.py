@@ -71,14 +71,14 @@ def test_notebook_says_what_it_is(notebook):
 
 
 def exported_faults(sources):
-    """Exported cells that are too long (but Config's), or that no example follows: (cell, what is wrong), from 0."""
+    """Exported cells that are too long, or that no example follows: (cell, what is wrong), from 0."""
     found, exported = [], [bool(re.search(r"^#\| *exports?i?\b", source, re.M)) for source in sources]
     for i, source in enumerate(sources):
         if not exported[i]:
             continue
         defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
-        if len(lines) > LENGTH and "Config" not in defined:
+        if len(lines) > LENGTH:
             found.append((i, f"exports {len(lines)} lines, not {LENGTH} at most"))
         public = [name for name in defined if not name.startswith("_")]
         if public and (i + 1 == len(sources) or exported[i + 1]):
@@ -91,7 +91,6 @@ def exported_faults(sources):
     (["#| export\nclass A: pass", "#| export\ndef f(): pass"], [0, 1]),
     (["#| export\n#| eval: false\nclass A: pass", "#| exports\ndef f(): pass", "f()"], [0]),
     (["#| export\n" + "\n\na = 1" * 45, "#| export\n" + "a = 1\n" * 46], [1]),
-    (["#| export\nclass Config:\n" + "    a = 1\n" * 46, "Config()"], []),
 ])
 def test_faults_of_exported_cells_are_seen(sources, at):
     assert [i for i, _ in exported_faults(sources)] == at

@@ -53,7 +53,8 @@ def lacking(
 # %% ../nbs/11_cli.ipynb #cb8f4ae9
 def field_comments()->dict:
     "Returns the comment of each field of `Config`: name -> comment."
-    return dict(re.findall(r'^    (\w+):.* # (.+)$', inspect.getsource(Config), re.M))
+    source = ''.join(map(inspect.getsource, Config.__mro__[-2::-1])) # of its groups, the first last
+    return dict(re.findall(r'^    (\w+):.* # (.+)$', source, re.M))
 
 # %% ../nbs/11_cli.ipynb #ce21cf7b
 def _told(f, comment:str)->str: # a field's line in the help

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'Message', 'VitdistillError', 'Interrupted', 'nearest', 'need', 'repo_root',
            'from_root', 'from_here', 'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit',
-           'cores', 'Config', 'field_names', 'check', 'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset_parts',
-           'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
+           'cores', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields', 'CaptionFields',
+           'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config', 'field_names', 'check',
+           'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
+           'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
@@ -184,11 +186,10 @@ _ends = 'first', 'last'
 _sources, _mappers = ('text', 'image', 'shuffled'), ('mlp', 'transformer')
 _folds, _tokens = ('unseen', 'seen', 'drawn'), ('auto', 'class', 'distillation')
 
-# %% ../nbs/00_config.ipynb #de604553
+# %% ../nbs/00_config.ipynb #3f40dd3f
 @dataclass(frozen=True)
-class Config:
-    "Holds all settings of a run; `preset` and `load` make one, `dataclasses.replace` changes fields."
-    # The student
+class StudentFields:
+    "The student."
     student:str=_student('resnet50') # timm architecture to train
     student_kwargs:dict=_student(dict) # further arguments of timm.create_model for the student
     stem:str=_student('imagenet', _stems) # first layers of a ResNet: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
@@ -201,7 +202,11 @@ class Config:
     student_drop_path:str=_student('growing', _depths) # drop_path_rate grows with depth up to its value, or is constant
     student_class_token_std:float=_student(0., '[0, inf)') # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6
     student_normalization:str=_student('data', _norms) # pixels' mean and std: the dataset's, or the pretrained model's
-    # The data
+
+# %% ../nbs/00_config.ipynb #109a42fa
+@dataclass(frozen=True)
+class DataFields:
+    "The data and their augmentation."
     dataset:str=_data('cifar100', shared=True, split=True) # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
     data_root:str=_data('', hashed=False, shared=True) # folder of the dataset; '': $VITDISTILL_DATA, else a download
     data_fraction:float=_data(1., '(0, 1]', shared=True, split=True) # share of the training images used, class-balanced
@@ -223,7 +228,11 @@ class Config:
     random_erasing:float=_data(0., '[0, 1]') # probability that a rectangle of an image becomes noise
     repeats:int=_data(1, '[1, inf)') # copies of an image in an epoch, each augmented independently
     repeats_mode:str=_data('public', _lengths) # public: an epoch keeps its length (DeiT's code); longer: it grows
-    # The teacher; '' is none
+
+# %% ../nbs/00_config.ipynb #ed2aaf36
+@dataclass(frozen=True)
+class TeacherFields:
+    "The teacher; without `teacher` a run has none."
     teacher:str=_teacher('') # timm architecture of the teacher; '': none
     teacher_kwargs:dict=_teacher(dict) # further arguments of timm.create_model for the teacher
     teacher_weights:str=_teacher('', hashed=False) # model folder, weights file, answers.npz or a pattern; '': untrained
@@ -237,7 +246,10 @@ class Config:
     memo:bool=_teacher(True, hashed=False) # store the teacher's answer to each view of an image, and reuse it
     plan_memo:bool=_teacher(False, hashed=False) # also store answers to mixed or augmented images, by epoch and row
     memo_temperatures:list=_teacher(list, hashed=False) # temperatures kept in stored soft_top_k answers; []: this run's
-    # The objective
+
+@dataclass(frozen=True)
+class ObjectiveFields:
+    "The objective."
     distillation:str=_objective('none') # the loss: none, hard, soft... (vitdistill.losses.OBJECTIVES)
     token:str=_objective('auto', _tokens) # the head that learns from the teacher; auto: the last one
     alpha:float=_objective(.5, '[0, 1]') # weight of the teacher's term (lambda for 'soft')
@@ -247,7 +259,11 @@ class Config:
     soft_top_k:int=_objective(0, '[0, inf)') # number of logits that soft answers keep, plus the sum of the rest; 0: all
     kl_reduction:str=_objective('batchmean', _means) # mean of the KL over the batch; public: and over classes (DeiT)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
-    # The captions; without `clip` a run has none
+
+# %% ../nbs/00_config.ipynb #fa1dfe03
+@dataclass(frozen=True)
+class CaptionFields:
+    "The captions; without `clip` a run has none."
     clip:str=_captions('') # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
     clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
     text_tower:dict=_captions(dict) # width, depth, heads, epochs, lr... of own's text tower (vitdistill.captions.TOWER)
@@ -262,7 +278,10 @@ class Config:
     mapper:str=_captions('mlp', _mappers) # network from an embedding to the decoder's prefix
     prefix:int=_captions(10, '[1, inf)') # tokens that an embedding becomes
     beams:int=_captions(1, '[1, inf)') # captions kept while searching the likeliest; 1: greedy
-    # The optimization
+
+@dataclass(frozen=True)
+class OptimizationFields:
+    "The optimization."
     epochs:int=_optimization(200, '[1, inf)') # passes over the training images
     batch_size:int=_optimization(128, '[1, inf)') # images per step, over all ranks
     optimizer:str=_optimization('sgd') # 'sgd' (with momentum), or any of timm's: nesterov, adamw, lamb, ...
@@ -279,7 +298,11 @@ class Config:
     warmup_epochs:int=_optimization(0, '[0, inf)') # epochs of linear warm-up from lr / 100
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
     seed:int=_optimization(1, '[0, 18446744073709551616)') # sets initial weights, order of images, views; below 2^64
-    # The machine
+
+# %% ../nbs/00_config.ipynb #37bc2594
+@dataclass(frozen=True)
+class MachineFields:
+    "The machine."
     device:str=_machine('auto', _devices, shared=True) # where the model runs
     precision:str=_machine('auto', _precisions, hashed=True, shared=True) # fp32, or bf16 by autocast
     compile:str=_machine('auto', _compile_modes) # none, graph (of a step), or a mode of torch.compile
@@ -290,7 +313,10 @@ class Config:
     nproc:int|str=_machine('auto', '[1, inf)') # processes (ranks) on this node; auto: one per GPU, or 1
     nnodes:int=_machine(1, '[1, inf)', shared=True) # number of nodes, for torchrun
     rdzv_endpoint:str=_machine('', shared=True) # host:port where torchrun's nodes meet
-    # The record
+
+@dataclass(frozen=True)
+class RecordFields:
+    "The record of the run."
     experiment:str=_record('baseline') # first part of the run folder's name
     runs_dir:str=_record('reports/runs', shared=True) # folder for the runs' small records
     work_dir:str=_record('out/work', shared=True) # folder for checkpoints, models and memos
@@ -301,12 +327,20 @@ class Config:
     keep_logits:bool=_record(True) # save test logits (fp16) with the predictions, for up to 100 classes
     hub_repo:str=_record('') # hub repository for the finished model; '': none
     track:str=_record('none') # curves also go to: tensorboard, trackio, or tensorboard,trackio
-    # Found by `resolve`
+
+@dataclass(frozen=True)
+class FoundFields:
+    "What `resolve` finds out."
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
     auto:list=_found(None, hashed=False) # fields that were 'auto' before `resolve`
 
+# %% ../nbs/00_config.ipynb #de604553
+@dataclass(frozen=True)
+class Config(FoundFields, RecordFields, MachineFields, OptimizationFields, CaptionFields,
+             ObjectiveFields, TeacherFields, DataFields, StudentFields):
+    "Holds all settings of a run; `preset` and `load` make one, `dataclasses.replace` changes fields."
     def __post_init__(self): check(self)
 
 # %% ../nbs/00_config.ipynb #7d1e02c4
