@@ -266,7 +266,7 @@ class CaptionFields:
     "The captions; without `clip` a run has none."
     clip:str=_captions('') # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
     clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
-    text_tower:dict=_captions(dict) # width, depth, heads, epochs, lr... of own's text tower (vitdistill.captions.TOWER)
+    text_tower:dict=_captions(dict) # width, depth, heads, epochs, lr... of own's text tower (vitdistill.encoders.TOWER)
     templates:str=_captions('plain') # sentences that captions are made of where data has classes: plain, web, verse
     learn_from:str=_captions('text', _sources) # embeddings that the decoder learns from; shuffled: of other captions
     noise_std:float|str=_captions('auto', '[0, inf)') # deviation of the noise on embeddings; auto: by `noise_rule`
