@@ -23,7 +23,7 @@ from .encoders import DualEncoder, Encoder, OpenClip, TextTower, digest, fit_tex
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
 from .launch import launch
 from .optimize import create_optimizer, create_schedule
-from .predict import named_images
+from .predict import named_images, read_batches
 from .ranks import Ranks, batch_bounds, local_rows, parallel, set_numerics, threads_per_rank
 from .runs import RunWriter
 from .teachers import file_hash
@@ -346,20 +346,13 @@ def load_captioner(folder:str|Path, device:str='cpu')->tuple: # a run's model fo
 def caption_files(
     folder:str|Path,              # model folder of a run
     images:list[str|Path],        # files and folders
-    skipped:typing.Callable=None, # called with a sentence for each unreadable image; None: it is a `VitdistillError`
+    skipped:typing.Callable=None, # as in `read_batches`
     batch:int=64                  # images at once
 )->pd.DataFrame:                  # path, caption
     "Returns a caption for each image file."
     (encoder, captioner, about), files, rows = load_captioner(folder), named_images(images), []
-    for start in range(0, len(files), batch):
-        read = {}
-        for file in files[start:start + batch]:
-            try: read[file] = encoder.read(file)
-            except VitdistillError as e:
-                if skipped is None: raise
-                skipped(str(e))
-        if not read: continue
-        embeddings = centred(encoder.images(torch.stack([*read.values()])), about['means'].get('image', []))
+    for read, pixels in read_batches(files, encoder.read, batch, skipped):
+        embeddings = centred(encoder.images(pixels), about['means'].get('image', []))
         rows += zip(map(str, read), captioner.captions(embeddings, about['beams']))
     return pd.DataFrame(rows, columns=['path', 'caption'])
 

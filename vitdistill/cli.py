@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'extra_of', 'lacking', 'field_comments', 'train_parser', 'meant', 'field_values', 'configured',
            'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
-           'new_folder', 'new', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench', 'export',
-           'main']
+           'new_folder', 'new', 'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench',
+           'export', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -308,14 +308,18 @@ def new(words:list[str])->int:
     return 0
 
 # %% ../nbs/11_cli.ipynb #3694294e
+def fields_alone(words:list[str])->dict:
+    "Returns the fields of a command line; a config file is a `VitdistillError`."
+    fields, source = field_values(words)
+    if source:
+        raise VitdistillError(f'--config {source} is for vitdistill train: give --preset, or fields such as --lr 0.01.')
+    return fields
+
 def captions(words:list[str])->int:
     "learns captions from a text file, and writes one for each of your images"
     from vitdistill import captioning
     given, others = captioning.parser().parse_known_args(words)
-    fields, source = field_values(others)
-    if source:
-        raise VitdistillError(f'--config {source} is for vitdistill train: give --preset, or fields by name.')
-    return captioning.main_captions(given, fields)
+    return captioning.main_captions(given, fields_alone(others))
 
 # %% ../nbs/11_cli.ipynb #09a43fc2
 def grid(words:list[str])->int:
@@ -344,10 +348,7 @@ def distill(words:list[str])->int:
     from vitdistill import api
     hyphened = [re.sub(r'^--\w+', lambda option: option[0].replace('_', '-'), word) for word in words]
     given, others = api.parser().parse_known_args(hyphened)
-    fields, source = field_values(others)
-    if source:
-        raise VitdistillError(f'--config {source} is for vitdistill train: give fields by name, such as --lr 0.01.')
-    api.distill(**vars(given), **fields)
+    api.distill(**vars(given), **fields_alone(others))
     return 0
 
 def predict(words:list[str])->int:

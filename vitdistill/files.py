@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
            'files_in_tar', 'folder_classes', 'ImageFiles', 'what_is_left_out', 'in_folders', 'shard_split', 'in_shards',
-           'as_published', 'on_hub', 'image_files', 'square_pixels', 'DiskImages']
+           'as_published', 'on_hub', 'image_files', 'square_pixels', 'decoded', 'read_image', 'DiskImages']
 
 # %% ../nbs/01c_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, tarfile, typing
@@ -316,6 +316,25 @@ def square_pixels(
     box = left, top, right, bottom
     return np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BILINEAR, box))
 
+# %% ../nbs/01c_files.ipynb #01c5ead1
+def decoded(
+    opened:typing.Callable,     # returns the open file
+    name:str|Path,              # for the message
+    size:int,                   # px
+    exif_orientation:bool=True  # as in `square_pixels`
+)->np.ndarray: # (size, size, 3) uint8
+    "Returns the centre of an image, as training reads it; one that can not be read is a `VitdistillError`."
+    from PIL import Image
+    try:
+        with opened() as file: return square_pixels(Image.open(file), size, exif_orientation)
+    except Exception as e: # a damaged image raises almost any exception
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise VitdistillError(f'{name} can not be read as an image ({why}): replace or remove it.') from None
+
+def read_image(file:Path, size:int)->torch.Tensor: # (size, size, 3) uint8
+    "Returns the centre of an image file, as `decoded` does."
+    return torch.from_numpy(np.array(decoded(functools.partial(file.open, 'rb'), file, size)))
+
 # %% ../nbs/01c_files.ipynb #0641a0f2
 class DiskImages:
     "Decodes images when they are indexed; takes rows like an (N, size, size, 3) uint8 tensor in memory."
@@ -331,11 +350,5 @@ class DiskImages:
         for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
         return images
     def _decode(self, row)->np.ndarray:
-        from PIL import Image
-        try:
-            with self.files.opener(row) as file:
-                return square_pixels(Image.open(file), self.shape[1], self.exif_orientation)
-        except Exception as e: # a damaged image raises almost any exception
-            why = (str(e).splitlines() or [type(e).__name__])[0]
-            raise VitdistillError(f'{self.files.path(row)} can not be read as an image ({why}): replace or remove '
-                                  'it.') from None
+        opened = functools.partial(self.files.opener, row)
+        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation)

@@ -298,9 +298,6 @@ class Distilled:
         root = Path(read_study(self.study).common['data_root'])
         return next((root/name for name in ('val', 'validation', 'test') if (root/name).is_dir()), root)
 
-    @property
-    def classes(self)->int: return len(read_card(str(self.folder('plain')))['classes']) # their number
-
     def runs(self)->dict: # 'teacher', 'plain', 'taught' -> finished runs by seed
         "Returns the finished runs of the job."
         study = read_study(self.study)
@@ -351,8 +348,9 @@ def in_words(result:Distilled)->str:
         chance = '' if row.low > 0 or row.high < 0 else ': this may be chance'
         lines.append(points(row) + (chance or "; another seed may differ by more"*(row.seeds < 2)))
     students = rows.top1.drop('teacher', errors='ignore')
-    if len(students) and students.max() < least_accuracy(result.classes):
-        lines.append(f'Both students are near chance, {1/result.classes:.0%}: train them longer (--epochs) before you '
+    classes = len(read_card(str(result.folder(students.index[0])))['classes']) if len(students) else 0
+    if classes and students.max() < least_accuracy(classes):
+        lines.append(f'Both students are near chance, {1/classes:.0%}: train them longer (--epochs) before you '
                      'compare them.')
     if {'teacher', 'plain'} <= {*rows.index} and rows.top1['teacher'] <= rows.top1['plain']:
         lines.append('The teacher is no better than the plain student: a better teacher may help more.')

@@ -38,7 +38,6 @@ def fitting_fp16(logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B, C)
     shifted = (logits - logits.amax(-1, keepdim=True)).clamp(min=-FP16_MOST)
     return torch.where(too_large, shifted, logits)
 
-
 # %% ../nbs/03_losses.ipynb #e61b9d30
 @dataclass(frozen=True)
 class Logits:
@@ -59,7 +58,6 @@ class DecisionAndLogits:
     def part(self, kind, answer:torch.Tensor)->torch.Tensor: # kind: `HardLabel` or `Logits`
         "Returns the answer of one of the two kinds."
         return answer[:, 0].long() if kind == HardLabel() else answer[:, 1:]
-
 
 # %% ../nbs/03_losses.ipynb #07e000b9
 @dataclass(frozen=True)

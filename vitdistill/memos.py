@@ -37,7 +37,6 @@ def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_ke
     "Returns the file of the memo with this key."
     return Path(folder)/f'memo-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.bin'
 
-
 # %% ../nbs/04b_memos.ipynb #0d278bae
 def create_file(
     file:Path,
@@ -113,7 +112,6 @@ def keeps_both(
     size = key['images']*key['views']*key['classes']*Logits().dtype(key['classes']).itemsize
     return size < shutil.disk_usage(folder).free/10
 
-
 # %% ../nbs/04b_memos.ipynb #c58d07f2
 class PairedMemo(Memo):
     "A memo of decisions or of logits that takes both, and fills the memo of the other kind too."
@@ -126,7 +124,6 @@ class PairedMemo(Memo):
         super().put(image, view, self.takes.part(self.kind, answer))
         new = ~self.other.get(image, view)[1] # what is known stays
         self.other.put(image[new], view[new], self.takes.part(self.other.kind, answer)[new])
-
 
 # %% ../nbs/04b_memos.ipynb #e24c7dcb
 def keep(

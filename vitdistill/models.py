@@ -175,7 +175,6 @@ def plain_values()->list: # as `torch.serialization.safe_globals` takes them
     paths = [(kind, f'{module}.{name}') for module in ('pathlib', 'pathlib._local') for name, kind in kinds.items()]
     return [*scalars, np.dtype, *dtypes, *paths]
 
-
 # %% ../nbs/02_models.ipynb #3e52b306
 def read_weights(path:str|Path)->dict:
     "Returns the state dict in a safetensors or pth file; raises `VitdistillError` if it is damaged or holds code."

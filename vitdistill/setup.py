@@ -150,7 +150,6 @@ def refuse_cramped(
         raise VitdistillError(f'{path} is too long a path for the sockets of loading processes: set TMPDIR to a '
                               'shorter one such as /tmp, or workers to 0.')
 
-
 # %% ../nbs/05b_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
 class Setup:

@@ -95,7 +95,6 @@ def tensors(batch:Batch)->list:
     "Returns the tensors of a batch."
     return [part for part in batch if isinstance(part, torch.Tensor)]
 
-
 # %% ../nbs/05f_step.ipynb #8f476fe1
 class CapturedStep(TrainingStep):
     "The same step, captured as a CUDA graph for each size of a batch, and replayed; it runs as usual if that fails."

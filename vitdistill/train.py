@@ -60,7 +60,6 @@ def from_processes(loader:DataLoader)->typing.Iterator:
         raise VitdistillError(f'a process that loads images is gone or silent ({str(e).splitlines()[0]}): look for '
                               'other programs that fill the memory or the disk, or set workers to 0.') from None
 
-
 # %% ../nbs/06_train.ipynb #271625df
 def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
     "Yields `cut(step)` of each step; images on the host are cut, and pinned for a GPU, while an earlier step runs."
@@ -338,17 +337,17 @@ def train(
     steps:tuple=None    # (prepare, train_epochs, finish) of another kind of run
 )->Run:
     "Trains a run to its last epoch, from its checkpoint if there is one; a finished run is returned unchanged."
-    first, middle, last = steps or (prepare, train_epochs, finish)
+    preparing, training, finishing = steps or (prepare, train_epochs, finish)
     config = resolve(config)
     ranks = ranks or Ranks(device=config.device)
     run = RunWriter.of(config)
     if run.status == 'done': return run
-    setup = first(config, ranks)
+    setup = preparing(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0: run.begin(config, command)
         ranks.barrier()
-        middle(setup, run)
-        if ranks.rank == 0: last(setup, run)
+        training(setup, run)
+        if ranks.rank == 0: finishing(setup, run)
     ranks.barrier()
     return run
 

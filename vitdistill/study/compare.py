@@ -289,7 +289,7 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
 # %% ../../nbs/study/04_compare.ipynb #5688aef2
 def points(row)->str: # row: of `Comparison.table`, as a tuple
     "Returns a difference with its interval as text."
-    ends = '' if np.isnan(row.low) else f'  ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
+    ends = '' if np.isnan(row.low) else f' ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
     return f'{row.arm} minus {row.other}: {100*row.difference:+.1f} points{ends}'
 
 def printed(comparison:Comparison)->str:
