@@ -270,7 +270,8 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
     runs = [run for runs in comparison.arms.values() for run in runs]
     tables = {'': (comparison.table(), 'Test accuracy of an arm minus that of another, 95% intervals. Pooled: with the '
                    "scatter of all of the study's arms; Holm: p corrected for the rows of this table."),
-              '_arms': (comparison.accuracies(), 'Test accuracy of each arm, mean and standard deviation over seeds.'),
+              '_arms': (comparison.accuracies(), 'Test accuracy of each arm, mean and standard deviation over seeds; '
+               'teacher_top1: of its teacher, on held-out images.'),
               '_choices': (choices(comparison), 'Accuracy on held-out images of the settings that were tried.')}
     made = [save_table(frame, out, f'{study.name}{end}', caption, key=['arm', 'other'])[1]
             for end, (frame, caption) in tables.items() if len(frame)]
