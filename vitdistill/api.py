@@ -13,7 +13,7 @@ import torch
 from .answers import Memo
 from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset
 from .hub import weights_place
-from .losses import OBJECTIVES, Batch, criterion
+from .losses import OBJECTIVES, Batch, Logits, criterion
 from .models import check_name, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
@@ -141,6 +141,9 @@ class Loss(torch.nn.Module):
         labels:torch.Tensor        # (B,) int64
     )->torch.Tensor:               # the mean over the batch
         heads = logits if isinstance(logits, tuple) else (logits,)
+        if type(self.kind) is Logits and answer.shape != heads[0].shape:
+            raise VitdistillError(f"the student's logits have shape {(*heads[0].shape,)} and the teacher's answer "
+                                  f'{(*answer.shape,)}: give both the same images and classes.')
         return self.criterion(heads, Batch(None, labels, answer))[0]
 
 loss = Loss
@@ -151,12 +154,13 @@ def memo(
     folder:str|Path,  # for the file; it is kept between programs
     loss:Loss,        # whose kind of answer is kept
     keys:int          # number of keys: 0 to keys - 1
-)->Callable:          # (pixels, (B,) int64 keys) -> the loss's answers, on the pixels' device
+)->Callable:          # (pixels, (B,) int64 keys or a list) -> the loss's answers, on the pixels' device
     "Returns a teacher that answers each key once. Equal keys have to stand for equal pixels."
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),
                  mean_std=teacher.mean_std, teacher_size=teacher.size, dtype=teacher.precision, **loss.kind.key())
     stored = Memo(from_here(folder), json.loads(json.dumps(about)), loss.kind)
     def answer(pixels, key):
+        key = torch.as_tensor(key)
         if len(wrong := key[(key < 0) | (key >= keys)]):
             raise VitdistillError(f'key {int(wrong[0])} is not in 0 to {keys - 1}: give memo more keys.')
         key, view = key.cpu(), torch.zeros(len(key), dtype=torch.int64)

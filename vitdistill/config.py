@@ -36,7 +36,8 @@ def nearest(
 )->str:
     "Returns the end of an error message: the known name nearest to `name`, or all known names if they are few."
     known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=.5)
+    begun = [one for one in known if one.startswith(str(name))]
+    near = begun if len(begun) == 1 else difflib.get_close_matches(str(name), known, n=1, cutoff=.5)
     if near: return f'did you mean {near[0]!r}?'
     return hint or (f"choose from {', '.join(known)}." if len(known) <= 12 else 'check its spelling.')
 
