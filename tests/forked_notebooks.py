@@ -15,7 +15,7 @@ from vitdistill.config import repo_root
 ROOT = repo_root(Path(__file__).parent)
 FORKED = multiprocessing.get_context("forkserver")  # to start a kernel and import torch takes longer than most runs
 FORKED.set_forkserver_preload(["execnb.shell", "papermill", "seaborn", "timm", "vitdistill.bench.attention",
-                               "vitdistill.findings", "vitdistill.study.deit"])
+                               "vitdistill.study.captions", "vitdistill.study.deit", "vitdistill.study.findings"])
 POOL = ProcessPoolExecutor(1, mp_context=FORKED, max_tasks_per_child=1)
 
 

@@ -252,8 +252,11 @@ def test_finetuning_follows_its_preset():
     assert (large.student_size, image_side(large), large.student_kwargs) == (0, 384, {"drop_path_rate": 0.1})
     control = begun(distillation="none")
     assert not (control.teacher or control.teacher_weights) and control.student == begun().student
-    with pytest.raises(VitdistillError, match="student_weights = None"):  # a name alone trains from scratch
-        begun(student_weights=None, student="hf-hub:me/vit")
+    for given in (dict(student="hf-hub:me/vit"), dict(preset="demo")):  # a name alone trains from scratch
+        with mock.patch("vitdistill.launch.with_teacher") as taught, \
+                pytest.raises(VitdistillError, match="student_weights = None: name the student that is trained"):
+            begun(student_weights=None, teacher_weights=None, **given)
+        assert not taught.called  # at once, before a teacher is trained
 
 
 def test_both_heads_are_measured(recipe):

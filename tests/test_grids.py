@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import grid_cells, held, main, noted_runs, read_record, start_order, write_record
+from vitdistill.grids import grid_cells, held, main, noted_runs, read_record, write_record
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 
@@ -22,17 +22,6 @@ def grid(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
     return file
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "nbs/studies").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_study_has_an_order(file):
-    """Each cell starts after those that it waits for; a student that goes on waits for the run that it begins with."""
-    order = start_order(cells := grid_cells(file))
-    assert sorted(order) == list(range(len(cells)))
-    assert all(order.index(first) < order.index(n) for n in order for first in cells[n].after)
-    if file.stem == "deit_resolution":
-        begun = {cells[first].arm for cell in cells if cell.notebook.stem[:3] == "e07" for first in cell.after}
-        assert begun == {"deit_resolution/student on labels", "deit_resolution/taught student"}
 
 
 def command(*words):

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, elsewhere, environment, processes_mentioning, run_of, train_command, wait_until
 from vitdistill.config import save
 from vitdistill.launch import failure
+from vitdistill.train import train
 
 # jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may be quicker
 NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
@@ -35,16 +36,15 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
 
     Its images are augmented by two processes, those of the one left alone by itself."""
     config = replace(recipe, epochs=8, batch_size=16)
-    alone = elsewhere(config, tmp_path / "alone")
+    one = train(elsewhere(config, tmp_path / "alone"))
     cut = replace(elsewhere(config, tmp_path / "cut"), workers=2)
-    assert start(alone, tmp_path / "alone.yaml").wait(120) == 0
     process = start(cut, tmp_path / "cut.yaml")
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 90)
     time.sleep(np.random.default_rng(0).uniform(0, 0.2))
     kill(process)
     assert run_of(cut).status == "interrupted"
     assert start(cut, tmp_path / "cut.yaml").wait(120) == 0
-    one, two = run_of(alone), run_of(cut)
+    two = run_of(cut)
     assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8
     assert one.metrics().ema_test_top1.notna().all() and len(set(one.metrics().train_loss)) == 8
     assert (one.model / "model.safetensors").read_bytes() == (two.model / "model.safetensors").read_bytes()

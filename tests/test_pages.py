@@ -7,8 +7,9 @@ import pytest
 
 from conftest import ROOT
 
-PAGES = sorted(["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for folder in ("reports", "docs")
-                                                  for path in (ROOT / folder).glob("*.md"))])
+PAGES = sorted(["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+                *(path.relative_to(ROOT).as_posix() for folder in ("reports", "docs")
+                  for path in (ROOT / folder).glob("*.md"))])
 PAGES.remove("docs/index.md")  # of the site, whose links docs/build.py follows
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 

@@ -344,31 +344,26 @@ def test_chain_of_notebooks(tmp_path):
     vit = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, class_token=False, global_pool="avg",
                fc_norm=False)
 
-    def execute(name, **parameters):
-        output = tmp_path / f"{name}.ipynb"
-        folder = EXPERIMENTS if name.startswith("e") else ROOT / "nbs/analysis"
-        papermill.execute_notebook(str(folder / f"{name}.ipynb"), str(output), parameters, cwd=str(ROOT),
-                                   progress_bar=False)
-        return " ".join("".join(line) for cell in json.loads(output.read_text())["cells"]
-                        for out in cell.get("outputs", []) for line in out.get("text", []))
+    def ran(name, **parameters):
+        return said(execute(name, tmp_path / f"{name}.ipynb", **parameters))
 
-    said = execute("e06_pretrain", student_kwargs=vit, objective_kwargs=SMALL, epochs=6, nproc=2, **where)
+    shown = ran("e06_pretrain", student_kwargs=vit, objective_kwargs=SMALL, epochs=6, nproc=2, **where)
     encoder = next(run for run in find_runs(tmp_path / "runs"))
-    assert "linear probe: " in said and str(encoder.model) in said
+    assert "linear probe: " in shown and str(encoder.model) in shown
     assert "nproc-per-node 2" in encoder.environment["command"]
-    said = execute("e06_pretrain", student_kwargs=vit, objective_kwargs=SMALL, epochs=6, role="teacher",
-                   adopted="can-s1", **where)
+    shown = ran("e06_pretrain", student_kwargs=vit, objective_kwargs=SMALL, epochs=6, role="teacher",
+                adopted="can-s1", **where)
     tuned = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "teacher")
-    assert "is done already" in said and tuned.config.weights_hash == encoder.result["encoder_hash"]
-    execute("e00_teacher", student_kwargs=vit, student_weights=str(encoder.model), epochs=3, **where)
+    assert "is done already" in shown and tuned.config.weights_hash == encoder.result["encoder_hash"]
+    ran("e00_teacher", student_kwargs=vit, student_weights=str(encoder.model), epochs=3, **where)
     teachers = [run for run in find_runs(tmp_path / "runs") if run.config.experiment == "teacher"]
     assert len(teachers) == 2 and {run.config.weights_hash for run in teachers} == {encoder.result["encoder_hash"]}
     assert tuned.result["test_top1"] > 0.3
-    execute("e02_distilled_resnet50", teacher_kwargs=vit, teacher_weights=str(tmp_path / "work/can-s1/model"),
+    ran("e02_distilled_resnet50", teacher_kwargs=vit, teacher_weights=str(tmp_path / "work/can-s1/model"),
             student="resnet18", epochs=1, **where)
     pupil = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "distilled")
     assert pupil.result["teacher_top1"] == pytest.approx(tuned.result["held_out_top1"], abs=1e-4)
-    said = execute("a08_can", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    ran("a08_can", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     assert (tmp_path / "out/figures/can_reconstructions.svg").stat().st_size > 5_000
     table = (tmp_path / "out/tables/can_arms.md").read_text()
     assert f"{encoder.result['linear_test_top1']:.4g}" in table and encoder.name in table

@@ -19,7 +19,7 @@ from test_notebooks import execute
 from vitdistill.api import parser as distill_parser, save
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, config_hash, defining, field_names, run_name, save as save_config
-from vitdistill.grids import grid_cells, not_here, parser, study_cells
+from vitdistill.grids import grid_cells, not_here, parser, start_order, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
 from vitdistill.runs import find_runs
@@ -268,12 +268,20 @@ STUDIES = [read_study(file) for file in sorted((ROOT / "nbs/studies").glob("*.ya
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_study_says_what_it_asks(study):
-    """It asks a question; a study of the small ones that expects an answer names its seeds; each cell is a config."""
+    """It asks a question; each cell is a config and starts after those that it waits for; references train nothing."""
+    cells = study_cells(study)
     assert study.title and study.asked.endswith("?")
-    for cell in study_cells(study):
+    assert cells or all("arms" in arm for arm in study.arms.values())  # only a study of references has none
+    for cell in cells:
         values = {k: v for k, v in cell.chosen.items() if k not in OWN}
         part = values.pop("role", None) or PARTS[cell.notebook.stem]
         assert configure(part, values).experiment == part
+    order = start_order(cells)
+    assert sorted(order) == list(range(len(cells)))
+    assert all(order.index(first) < order.index(n) for n in order for first in cells[n].after)
+    if study.name == "deit_resolution":  # a student that goes on waits for the run that it begins with
+        begun = {cells[first].arm for cell in cells if cell.notebook.stem[:3] == "e07" for first in cell.after}
+        assert begun == {"deit_resolution/student on labels", "deit_resolution/taught student"}
 
 
 def test_records_name_arms_of_studies():

@@ -6,12 +6,11 @@
 __all__ = ['TOWER_TEMPLATES', 'PAIRS', 'STEPS', 'image_facts', 'Part', 'own_encoder', 'create_encoder', 'Captioning', 'centred',
            'labelled_parts', 'unlabelled_parts', 'noise_facts', 'prepare_captions', 'caption_epoch', 'text_loss',
            'measured', 'train_captions', 'plane', 'test_arrays', 'save_captioner', 'finish_captions', 'load_captioner',
-           'caption_files', 'own_config', 'parser', 'describe', 'main_captions', 'main']
+           'caption_files', 'own_config', 'parser', 'main_captions', 'main']
 
 # %% ../nbs/09a_captioning.ipynb #5a9b6589
 import argparse, csv, json, sys, time, typing
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, safetensors.torch, torch, torch.nn.functional as F
 from filelock import FileLock
@@ -50,7 +49,6 @@ class Part:
     rows:torch.Tensor   # numbers of the images
     labels:torch.Tensor
     facts:list[Facts]   # [] where texts are not about images
-    texts:list[str]
     image:torch.Tensor|None # (N, D); None without images
     text:torch.Tensor       # (N, D)
     wanted:list[str]        # captions in the words of the training texts
@@ -103,11 +101,7 @@ class Captioning:
     parts:dict[str, Part]    # val, test
     std:float                # of the noise
     means:dict[str, list]    # 'text', 'image' -> what is subtracted from their embeddings
-    about:dict = field(default_factory=dict) # for the result
-
-    def autocast(self):
-        device = self.ranks.device.split(':')[0]
-        return torch.autocast(device, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
+    about:dict               # for the result
 
     def captions(self, embeddings:torch.Tensor)->list[str]: # (N, D)
         "Returns what the decoder writes, or the training caption with the nearest embedding."
@@ -142,10 +136,10 @@ def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts
     if config.learn_from == 'image': source = pictured(data.train_images, train)
     source = centred(source, means.get('image' if config.learn_from == 'image' else 'text', []))
     def part(number, rows, labels, name):
-        lines = say(number, rows, TOWER_TEMPLATES)
-        return Part(rows, labels[rows], [facts[number][row] for row in rows.tolist()], lines,
-                    centred(image[name], means.get('image', [])),
-                    centred(encoder.kept_texts(lines, kept), means.get('text', [])), say(number, rows))
+        text = encoder.kept_texts(say(number, rows, TOWER_TEMPLATES), kept)
+        return Part(rows, labels[rows], [facts[number][row] for row in rows.tolist()],
+                    centred(image[name], means.get('image', [])), centred(text, means.get('text', [])),
+                    say(number, rows))
     parts = dict(val=part(0, choice, data.train_labels, 'val'), test=part(1, test, data.test_labels, 'test'))
     return encoder, texts, source, parts, means
 
@@ -160,7 +154,7 @@ def unlabelled_parts(config:Config, device:str)->tuple: # as `labelled_parts`
     kept = [texts[i] for i in sorted(order[len(held):])]
     folder = from_root(config.work_dir)/'embeddings'
     held = held or kept[:100]
-    val = Part(torch.arange(len(held)), torch.zeros(len(held)), [], held, None, encoder.kept_texts(held, folder), held)
+    val = Part(torch.arange(len(held)), torch.zeros(len(held)), [], None, encoder.kept_texts(held, folder), held)
     return encoder, kept, encoder.kept_texts(kept, folder), dict(val=val), {}
 
 # %% ../nbs/09a_captioning.ipynb #9c866fb8
@@ -216,7 +210,8 @@ def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int,
         noisy = add_noise(setup.embeddings[order[start:stop]], setup.std, noise)[own.start - start:own.stop - start]
         tokens = setup.tokens[order[own]]
         tokens = tokens[:, :int((tokens >= 0).sum(1).max())].to(ranks.device)
-        with setup.autocast(): loss = model(noisy.to(ranks.device), tokens).mean()
+        with torch.autocast(ranks.device.split(':')[0], torch.bfloat16, enabled=c.precision == 'bf16'):
+            loss = model(noisy.to(ranks.device), tokens).mean()
         (loss*weight).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -252,12 +247,11 @@ def measured(setup:Captioning, name:str)->tuple: # name of a part -> (numbers, {
 def train_captions(setup:Captioning, run:RunWriter)->None:
     "Trains the remaining epochs; each ends with a row of metrics and, where it is due, a checkpoint."
     c, ranks, captioner, done, kept = setup.config, setup.ranks, setup.captioner, 0, {}
-    progress = Progress(c, len(setup.texts), done, shown=ranks.rank == 0)
     if captioner:
         optimizer = create_optimizer(c, captioner)
         kept = dict(model=captioner, optimizer=optimizer)
         schedule, (done, _) = create_schedule(c, optimizer), restore(setup, run, kept)
-        progress = Progress(c, len(setup.texts), done, shown=ranks.rank == 0)
+    progress = Progress(c, len(setup.texts), done, shown=ranks.rank == 0)
     progress.say(f'{run.name}: {len(setup.texts):,} captions, noise {setup.std:.4g}, {ranks.world} rank(s)')
     if done: progress.say(f'resumes after epoch {done}')
     model = captioner and parallel(captioner, ranks)
@@ -299,8 +293,6 @@ def test_arrays(setup:Captioning, said:dict)->dict: # said: of `measured`
 def save_captioner(setup:Captioning, folder:Path)->Path:
     "Writes what captions images later: the decoder, its tokenizer, and where its encoder is."
     captioner, c = setup.captioner, setup.config
-    folder.mkdir(parents=True, exist_ok=True)
-    def keep(place): safetensors.torch.save_model(captioner, str(place))
     captioner.tokenizer.save_pretrained(folder/'tokenizer')
     encoder = c.clip
     if isinstance(setup.encoder, DualEncoder):
@@ -309,7 +301,7 @@ def save_captioner(setup:Captioning, folder:Path)->Path:
                  prefix=c.prefix, clip=encoder, clip_pretrained=c.clip_pretrained, precision=c.teacher_precision,
                  means=setup.means)
     write_atomic(folder/'captioner.json', json.dumps(about, indent=1, default=str))
-    return write_atomic(folder/'model.safetensors', keep)
+    return write_atomic(folder/'model.safetensors', lambda place: safetensors.torch.save_model(captioner, str(place)))
 
 def finish_captions(setup:Captioning, run:RunWriter)->None:
     "Ends a run: captions the test images, and writes predictions, model and, last, the result."
@@ -359,11 +351,10 @@ def caption_files(
 # %% ../nbs/09a_captioning.ipynb #27fee98d
 def own_config(texts:str|Path, out:str|Path, fields:dict)->Config: # fields: of Config, and preset
     "Returns the config of a run on a text file of one's own; everything is written below `out`."
-    fields = dict(fields)
     if not Path(texts).is_file(): read_texts(from_here(texts)) # says what is wrong
-    places = dict(runs_dir=str(from_here(out)/'runs'), work_dir=str(from_here(out)/'work'))
-    name = fields.pop('preset', None) or 'captions_own'
-    return preset(name, 'captions', **dict(dataset='texts', data_root=str(from_here(texts))) | places | fields)
+    given = dict(dataset='texts', data_root=str(from_here(texts)), runs_dir=str(from_here(out)/'runs'),
+                 work_dir=str(from_here(out)/'work')) | fields
+    return preset(given.pop('preset', None) or 'captions_own', 'captions', **given)
 
 def parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill captions`, without the fields of Config."
@@ -378,19 +369,14 @@ def parser()->argparse.ArgumentParser:
     made.add_argument('--json', action='store_true', help='print a JSON object per line instead of CSV')
     return made
 
-def describe(texts:str, images:list[str], out:str, fields:dict, show:bool=True)->tuple: # -> (table, run)
-    "Trains on a text file, unless it is done, and captions images; writes captions.csv below `out`."
-    named_images(images) # before it trains
-    run, failed = launch(own_config(texts, out, fields), show=show, needed=True), []
-    table = caption_files(run.model, images, failed.append)
-    for sentence in failed: print(sentence, file=sys.stderr)
-    write_atomic(from_here(out)/'captions.csv', table.to_csv(index=False))
-    return table, run, failed
-
 def main_captions(given:argparse.Namespace, fields:dict)->int: # given: of `parser`
-    "Runs `vitdistill captions`; returns the exit status."
-    sys.stdout.flush()
-    table, _, failed = describe(given.texts, given.images, given.out, fields | dict(preset=given.preset), show=False)
+    "Runs `vitdistill captions`: trains unless it is done, writes captions.csv, prints it; returns the exit status."
+    named_images(given.images) # before it trains
+    config, failed = own_config(given.texts, given.out, fields | dict(preset=given.preset)), []
+    run = launch(config, show=False, needed=True)
+    table = caption_files(run.model, given.images, failed.append)
+    for sentence in failed: print(sentence, file=sys.stderr)
+    write_atomic(from_here(given.out)/'captions.csv', table.to_csv(index=False))
     if given.json:
         for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))
     else: print(table.to_csv(index=False), end='')

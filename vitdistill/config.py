@@ -438,8 +438,7 @@ def preset(
 # %% ../nbs/00_config.ipynb #ad8ba557
 def save(config:Config, path:str|Path)->Path:
     "Writes all fields to a flat YAML file, whole or not at all."
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    return write_atomic(path, text)
+    return write_atomic(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 # %% ../nbs/00_config.ipynb #bb005a53
 _default = functools.cache(Config)

@@ -49,21 +49,19 @@ def kept(
 
 # %% ../nbs/03d_encoders.ipynb #002e10b1
 class Encoder:
-    "Embeds images and texts in one space; a subclass says how."
+    "Embeds images and texts in one space, with norm 1; a subclass says how."
     width:int # of an embedding
     key:dict  # what embeddings depend on, beside what is embedded
-    def images(self, images:torch.Tensor)->torch.Tensor: # (B, H, W, 3) uint8 -> (B, D) of norm 1
-        raise NotImplementedError
-    def texts(self, texts:list[str])->torch.Tensor: # -> (B, D) of norm 1
-        raise NotImplementedError
-    def read(self, file:Path)->torch.Tensor: # -> (H, W, 3) uint8, of which `images` takes a batch
-        raise NotImplementedError
+    image_key:dict|None=None # what embeddings of images depend on, if that is less than `key`
+    def images(self, images:torch.Tensor)->torch.Tensor: raise NotImplementedError # (B, H, W, 3) uint8 -> (B, D)
+    def texts(self, texts:list[str])->torch.Tensor: raise NotImplementedError # -> (B, D)
+    def read(self, file:Path)->torch.Tensor: raise NotImplementedError # -> (H, W, 3) uint8, a row of `images`
 
     def kept_images(self, images:torch.Tensor, folder:str|Path)->torch.Tensor:
         "Returns the embeddings of images, (N, H, W, 3) uint8, from the folder's files, one for 5,000 images."
         def embedded(images):
             def compute(): return torch.cat([self.images(part) for part in images.split(512)])
-            return kept(folder, self.key | dict(images=digest(images)), compute)
+            return kept(folder, (self.image_key or self.key) | dict(images=digest(images)), compute)
         return torch.cat([embedded(part) for part in images.split(5000)])
 
     def kept_texts(self, texts:list[str], folder:str|Path)->torch.Tensor:
@@ -154,8 +152,7 @@ def fit_text_tower(tower:TextTower, texts:list[str], image:torch.Tensor, setting
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings['lr'], steps, pct_start=.1)
     losses, tokens = [], tower.tokens(texts)
     for epoch in range(settings['epochs']):
-        order = torch.randperm(len(texts), generator=generator(settings['seed'], epoch)).tolist()
-        parts = [order[i:i + settings['batch']] for i in range(0, len(order), settings['batch'])]
+        parts = torch.randperm(len(texts), generator=generator(settings['seed'], epoch)).split(settings['batch'])
         whole = [part for part in parts if len(part) == settings['batch']] or parts
         total = 0.
         for part in whole:
@@ -205,10 +202,6 @@ class DualEncoder(Encoder):
     def texts(self, texts): return F.normalize(self.text(self.text.tokens(texts)), dim=-1).float().cpu()
     def read(self, file): return read_image(file, self.facts['side'])
 
-    def kept_images(self, images, folder): # these do not depend on the text tower
-        whole, self.key = self.key, self.image_key
-        try: return super().kept_images(images, folder)
-        finally: self.key = whole
 
 def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: settings of the text tower, and more
     "Writes a dual encoder into a folder, its card last."

@@ -6,7 +6,7 @@
 __all__ = ['trained_student', 'difference', 'export_onnx', 'main']
 
 # %% ../nbs/06d_export.ipynb #008dca30
-import argparse, logging, sys, warnings
+import argparse, logging, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -82,10 +82,5 @@ def main(arguments:list=None)->int:
     parser.add_argument('--to', default='onnx', choices=['onnx'], help='format (default: %(default)s)')
     parser.add_argument('--out', metavar='FILE', help="file to write (default: model.onnx in the model's folder)")
     args = parser.parse_args(arguments)
-    try: print(export_onnx(find_run(args.run), args.out and from_root(args.out)))
-    except VitdistillError as e: sys.exit(f'{e}')
+    print(export_onnx(find_run(args.run), args.out and from_root(args.out)))
     return 0
-
-# %% ../nbs/06d_export.ipynb #7f88583d
-#| eval: false
-if __name__ == '__main__': sys.exit(main())

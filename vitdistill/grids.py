@@ -26,7 +26,7 @@ from .config import (VitdistillError, field_names, fitting, from_root, load_yaml
                                shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, makes_teacher, stop
 from .runs import Run, cores, find_runs, is_locked
-from .studies import (MODELS, Study, check_vary, combinations, full_name, model_of, named, order,
+from .studies import (MODELS, Study, check_vary, combinations, full_name, listed, model_of, named, order,
                                 parameters_of, read_study, runs_folder, runs_with)
 
 # %% ../nbs/07a_grids.ipynb #2ce04fbc
@@ -185,8 +185,7 @@ def not_here(cells:list)->list:
     absent, ours = [], {cell.arm for cell in cells}
     for cell in cells:
         for key in MODELS[1:]:
-            files = cell.chosen.get(key) or []
-            absent += [str(file) for file in (files if isinstance(files, list) else [files])
+            absent += [str(file) for file in listed(cell.chosen.get(key) or None)
                        if not (str(file).startswith('hf-hub:') or fitting(str(file)))]
         for arm in [arm for arm in cell.models.values() if arm not in ours]:
             try: model_for(cell, arm)

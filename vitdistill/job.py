@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_test', 'linked', 'Images', 'sides_of', 'look', 'fitting_side', 'weights_here', 'architecture_of', 'outputs',
            'teacher_part', 'study_of', 'write_study', 'what_it_takes', 'config_of', 'seconds_an_image', 'costs',
-           'adopted', 'train', 'Distilled', 'in_words', 'model_folder']
+           'adopted', 'train', 'Distilled', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import os, shutil, statistics, tempfile, time
@@ -14,11 +14,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from PIL import Image
 from tqdm import tqdm
-from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest
-from .config import write_atomic
+from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest, write_atomic
 from .data import list_images, load_data, split_rows, stratified
 from .files import files_below, is_image
-from .grids import Cell
+from .grids import Cell, model_for
 from .launch import configure, launch, note_run, with_teacher
 from .models import create, head_names, near_models, read_weights, started_from, weights_file
 from .hub import hub_answers, weights_place
@@ -26,17 +25,13 @@ from .outcome import record_adopted
 from .predict import load_model, predict
 from .runs import Run, find_runs
 from .setup import auto_device, auto_precision, resolve
-from .studies import model_of, read_study, runs_folder, runs_of, runs_with
+from .studies import read_study, runs_folder, runs_of, runs_with
 from .study.compare import Comparison, draw_curves, ended, load, points
 from .teachers import adopt, least_accuracy, read_card
 from .views import expected_views, view_count
 
 # %% ../nbs/10_job.ipynb #b2c6be94
-def with_test(
-    root:Path,  # the user's folder
-    out:Path,   # folder of the job
-    share:float=.2 # of each class that becomes the test set
-)->Path:
+def with_test(root:Path, out:Path)->Path: # root: the user's folder; out: folder of the job
     "Returns a folder with train/ and val/: the user's own, or one of links to its images in `out`."
     if not root.is_dir(): raise VitdistillError(f'no folder {root}: name the folder that holds your images.')
     if any((root/name).exists() for name in ('train', 'train.tar')): return root
@@ -47,7 +42,7 @@ def with_test(
         raise VitdistillError(f'{root} holds no train/ and not two folders of images: it needs train/CLASS/* and '
                               'val/CLASS/*, or CLASS/* for each class.')
     labels = torch.tensor([classes.index(name.partition('/')[0]) for name in images])
-    test = {images[row] for row in stratified(labels, share, seed=0)[1]}
+    test = {images[row] for row in stratified(labels, .2, seed=0)[1]} # as `Images` says: a fifth of each class
     parted = {name: 'val' if name in test else 'train' for name in names} # other files are left out by whoever reads
     return linked(parted, root, out/'data')
 
@@ -122,12 +117,10 @@ def weights_here(name:str)->bool: # name: of timm's, or hf-hub:OWNER/MODEL
     from huggingface_hub import try_to_load_from_cache
     repository = name.removeprefix('hf-hub:') if name.startswith('hf-hub:') else ''
     if not repository:
-        about = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+        about = timm.models.get_pretrained_cfg(name)
         if about is None or not about.has_weights: return False
-        own = about.hf_hub_id or 'timm/'
-        repository = own if own != 'timm/' else f'timm/{about.architecture}.{about.tag}'
-    if isinstance(try_to_load_from_cache(repository, 'model.safetensors'), str): return True
-    return hub_answers()
+        repository = about.hf_hub_id or f'timm/{about.architecture}.{about.tag}'
+    return isinstance(try_to_load_from_cache(repository, 'model.safetensors'), str) or hub_answers()
 
 def architecture_of(file:str, name:str='')->str: # file: of weights; name: as the user gives it
     "Returns the timm architecture of a file of weights: the given one, or the one that begins the file's name."
@@ -225,13 +218,12 @@ _parts = dict(e00_teacher='teacher', e01_baseline_resnet50='baseline', e02_disti
 def seconds_an_image(
     name:str, size:int, device:str, # timm name, side of the input in px
     bf16:bool, train:bool, # its precision; a training step, or an answer
-    least:float=1., # seconds to measure for
-    **kwargs        # of timm.create_model
+    **kwargs               # of timm.create_model
 )->float:
     "Returns the seconds that a model takes for an image on this machine, warm."
     model = create(name, 10, size, **kwargs).to(device).train(train)
     pixels, begun, n = torch.zeros(16, 3, size, size, device=device), 0., 0
-    while not begun or time.perf_counter() - begun < least:
+    while not begun or time.perf_counter() - begun < 1: # for a second
         with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16, enabled=bf16):
             total = model(pixels)[0].float().sum()
         if train: total.backward()
@@ -276,7 +268,7 @@ def adopted(cell:Cell)->Run:
 
 def train(cell:Cell)->Run:
     "Trains a cell, unless its run is finished; returns the run."
-    models = {key: model_of(arm, cell.chosen.get('seed'), runs_folder(cell.chosen)) for key, arm in cell.models.items()}
+    models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     os.environ['VITDISTILL_ARM'] = cell.arm
     try:
         if cell.notebook.stem == 'e04_adopted_teacher': return adopted(cell)
@@ -323,7 +315,8 @@ class Distilled:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(model_folder(run), link.parent))
+            place = from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
+            link.symlink_to(os.path.relpath(place, link.parent))
         return link
 
     @property
@@ -355,7 +348,3 @@ def in_words(result:Distilled)->str:
     if {'teacher', 'plain'} <= {*rows.index} and rows.top1['teacher'] <= rows.top1['plain']:
         lines.append('The teacher is no better than the plain student: a better teacher may help more.')
     return '\n'.join(lines)
-
-def model_folder(run:Run)->Path: # finished
-    "Returns the model folder of a run; of an adopted teacher it is the one that was adopted."
-    return from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model

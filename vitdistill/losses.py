@@ -344,10 +344,9 @@ def criterion(config:Config)->nn.Module:
     arguments = inspect.signature(OBJECTIVES[name]).parameters
     settings = {*field_names()} - {*field_names(group='captions')} # an objective's decoder is not theirs
     fields, own = ([a for a in arguments if (a in settings) == known] for known in (True, False))
-    for argument in given:
-        if argument in own: continue
-        raise VitdistillError(f'objective_kwargs: {name!r} has no argument {argument!r} beside those of a config: '
-                              f'{nearest(argument, own, "leave it out.")}')
+    if unknown := [argument for argument in given if argument not in own]:
+        raise VitdistillError(f'objective_kwargs: {name!r} has no argument {unknown[0]!r} beside those of a config: '
+                              f'{nearest(unknown[0], own, "leave it out.")}')
     try: made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
     except VitdistillError: raise
     except (TypeError, ValueError) as e:

@@ -289,14 +289,12 @@ def question_all(
 def placed(
     model:nn.Module,
     device:str,
-    memory:torch.memory_format=torch.channels_last,
-    products:bool=True, # on a CPU, compute small convolutions as matrix products
     precision:str='fp32' # of training; 'bf16' on a CPU computes attention over few tokens unfused
 )->nn.Module:
     "Returns a student on its device, in the form that trains fastest there."
-    if device == 'cpu' and products: with_matrix_products(model)
+    if device == 'cpu': with_matrix_products(model)
     if device == 'cpu' and precision == 'bf16': with_plain_attention(model)
-    return model.to(device, memory_format=memory)
+    return model.to(device, memory_format=torch.channels_last)
 
 # %% ../nbs/05b_setup.ipynb #f357b114
 def prepare(config:Config, ranks:Ranks)->Setup:

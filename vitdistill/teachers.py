@@ -89,7 +89,7 @@ def use_quickest(
             known = json.loads(file.read_text()) if file.is_file() else {}
             if key not in known:
                 known |= {key: _trial(teacher, chunks, compiles)}
-                write_atomic(file, json.dumps(known, indent=1).encode())
+                write_atomic(file, json.dumps(known, indent=1))
     except OSError: known = {key: _trial(teacher, chunks, compiles)} # the folder can't be written
     teacher.use(known[key]['chunk'], known[key]['compile'])
 
