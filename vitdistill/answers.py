@@ -7,13 +7,13 @@ __all__ = ['AHEAD', 'PLAN', 'Stopwatch', 'ByStep', 'Online', 'Answers', 'fill', 
            'drawn_labels', 'Drawn', 'DrawnAnswers', 'plan_rows', 'student_constants', 'plan_key', 'Planned']
 
 # %% ../nbs/04a_answers.ipynb #bd37da4a
-import hashlib, math, time, typing
+import math, time, typing
 import numpy as np, PIL, timm, torch, torch.distributed as dist, torchvision
 from timm.models import get_pretrained_cfg
 from tqdm import tqdm
 from .augment import AUGMENTATIONS
 from .config import Config, VitdistillError
-from .data import Data, generator
+from .data import Data, digest, generator
 from .losses import HardLabel
 from .memos import Memo, PairedMemo, memo_key
 from .teachers import Absent, Teacher, images_a_second, some
@@ -295,7 +295,7 @@ def plan_key(
     recipe = {name: getattr(config, name) for name in PLAN}
     libraries = np, PIL, timm, torch, torchvision # which draw the images
     drawn_by = {library.__name__: library.__version__.split('+')[0] for library in libraries}
-    order = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    order = digest([rows])
     return memo_key(teacher, config, data) | dict(
         recipe=recipe, drawn_by=drawn_by, rows=order, noise=student_constants(config, data),
         drawn_from=view_count(config), images=config.epochs, views=plan_rows(config, len(rows)))

@@ -17,8 +17,8 @@ from filelock import FileLock
 from .captions import Captioner, Facts, add_noise, bleu, check_templates, create_decoder, gap, noise_rule
 from .captions import parsed, share_right, spoken, tokens_of, build_tokenizer, written
 from .config import Config, VitdistillError, from_here, from_root, preset, shipped, write_atomic
-from .data import Data, generator, image_words, load_data, read_texts, split_rows, stratified
-from .encoders import DualEncoder, Encoder, OpenClip, TextTower, digest, fit_text_tower, image_tower
+from .data import Data, digest, generator, image_words, load_data, read_texts, split_rows, stratified
+from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
 from .launch import launch
 from .optimize import create_optimizer, create_schedule
@@ -58,7 +58,7 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
     settings, facts = tower_settings(config.text_tower), tower_facts(config, data)
     image = image_tower(facts, config.student_weights, config.teacher_precision, device)
     alone = DualEncoder(image, facts, None)
-    key = digest(json.dumps([alone.image_key, settings], sort_keys=True), '\n'.join([*pairs[0], *texts]))
+    key = digest([json.dumps([alone.image_key, settings], sort_keys=True), '\n'.join([*pairs[0], *texts])])
     folder = from_root(config.work_dir)/'encoders'/key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'lock'):

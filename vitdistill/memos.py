@@ -6,12 +6,12 @@
 __all__ = ['memo_key', 'memo_file', 'create_file', 'Memo', 'other_memo', 'keeps_both', 'PairedMemo', 'keep', 'KeptMemo']
 
 # %% ../nbs/04b_memos.ipynb #8e2f94b6
-import hashlib, io, json, math, shutil
+import io, json, math, shutil
 from pathlib import Path
 import numpy as np, torch
 from filelock import FileLock
 from .config import Config, VitdistillError, write_atomic
-from .data import Data
+from .data import Data, digest
 from .losses import OBJECTIVES, DecisionAndLogits, HardLabel, Logits
 from .teachers import Teacher, answers_head, answers_in
 from .views import view_count
@@ -35,7 +35,7 @@ def memo_key(
 # %% ../nbs/04b_memos.ipynb #d0e7a45c
 def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_key`
     "Returns the file of the memo with this key."
-    return Path(folder)/f'memo-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.bin'
+    return Path(folder)/f'memo-{digest([json.dumps(key, sort_keys=True)])[:12]}.bin'
 
 # %% ../nbs/04b_memos.ipynb #0d278bae
 def create_file(

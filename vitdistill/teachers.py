@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from .config import Config, VitdistillError, field_names, fitting, from_dict, student_name, write_atomic
-from .data import Data, load_data, split_rows
+from .data import Data, digest, load_data, split_rows
 from .hub import weights_place
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks
 from .views import Views, centre_view, epoch_plan, normalize, view_count
@@ -26,10 +26,7 @@ from .models import weights_file
 # %% ../nbs/04_teachers.ipynb #758f9ae4
 def model_hash(model:torch.nn.Module)->str:
     "Returns sixteen hexadecimal digits that identify a model's tensors and their names."
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor.float().cpu()))
 
 class Teacher:
     "A frozen model in eval mode that maps views to logits."
