@@ -1,4 +1,4 @@
-"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks links (`make docs`).
+"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks what they load (`make docs`).
 
 Executed notebooks are kept in out/docs-work until they, the package or the records change.
 """
@@ -62,26 +62,15 @@ def as_page(notebook):
     return notebook
 
 
-def without_machine(text):
-    """Returns a text without paths of this machine."""
-    return text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-
-
-def digest(*files):
-    """Returns a hash of the names and contents of files."""
-    state = hashlib.sha256()
-    for file in files:
-        state.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return state.hexdigest()[:16]
-
-
 def execute(name):
     """Executes a source or analysis notebook, unless that was done before, and returns the path of the copy."""
     source = ROOT / PAGES[name]
     inputs = [source, *sorted((ROOT / "vitdistill").rglob("*.py"))]
     if name.startswith("analysis"):
         inputs += sorted([*(ROOT / "reports").glob("r*/**/*.*"), *source.parent.glob("*.jinja")])
-    kept = WORK / "executed" / f"{source.stem}-{digest(*inputs)}.ipynb"
+    state = b"".join(file.relative_to(ROOT).as_posix().encode() + file.read_bytes() for file in inputs)
+    stem = name.replace("/", "-")
+    kept = WORK / "executed" / f"{stem}-{hashlib.sha256(state).hexdigest()[:16]}.ipynb"
     if kept.is_file():
         return kept
     if name.startswith("analysis"):
@@ -99,9 +88,10 @@ def execute(name):
         NotebookClient(notebook, kernel_name="python3", timeout=900, extra_arguments=["--IPKernelApp.log_level=ERROR"],
                        resources={"metadata": {"path": str(source.parent)}}).execute()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    for older in kept.parent.glob(f"{source.stem}-*"):
+    for older in kept.parent.glob(f"{stem}-*"):
         older.unlink()
-    kept.write_text(without_machine(nbformat.writes(notebook)), encoding="utf-8")
+    text = nbformat.writes(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")  # without paths of this machine
+    kept.write_text(text, encoding="utf-8")
     print(f"executed {PAGES[name]}", flush=True)
     return kept
 
@@ -149,7 +139,7 @@ def lay_out(folder):
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = relink(cell.source, source, page, files)
-        api = f"Module [`vitdistill.{module[1]}`](../api/{module[1]}.rst). " if module else ""
+        api = f"Module [`vitdistill.{module[1]}`]({'../' * page.count('/')}api/{module[1]}.rst). " if module else ""
         notebook.cells[0].source += f"\n\n{api}Source: [{source}]({REPOSITORY}/blob/main/{source})."
         target.write_text(nbformat.writes(notebook), encoding="utf-8")
         if module:
@@ -162,42 +152,25 @@ def lay_out(folder):
         shutil.copy(ROOT / file, folder / file)
 
 
-class Links(HTMLParser):
-    """Collects what a page links to, what it loads, and the places in it that can be linked to."""
+class Loads(HTMLParser):
+    """Collects what a page loads: scripts, pictures and styles."""
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.loads, self.places = [], [], set()
+        self.urls = []
         self.feed(text)
 
     def handle_starttag(self, tag, pairs):
         given = dict(pairs)
         style = given.get("href") if tag == "link" and given.get("rel") == "stylesheet" else None
-        self.places |= {given.get("id"), given.get("name")}
-        loaded = given.get("src") or style
-        if loaded:
-            self.loads.append(loaded)
-        if given.get("href"):
-            self.links.append(given["href"])
+        self.urls += filter(None, [given.get("src"), style])
 
 
-def link_faults(folder):
-    """Returns the broken links of a built site, and what it would load from another site."""
-    found = [file.resolve() for file in folder.rglob("*.html") if "_static" not in file.parts]
-    pages = {file: Links(file.read_text(encoding="utf-8")) for file in found}
-    faults = []
-    for file, page in pages.items():
-        faults += [f"{file.name} loads {url}" for url in page.loads if urlsplit(url).netloc and "badge" not in url]
-        for url in page.links + page.loads:
-            parts = urlsplit(url)
-            if parts.scheme or parts.netloc:
-                continue
-            target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
-            target = target / "index.html" if target.is_dir() else target
-            known = pages[target].places if target in pages else set()
-            if not target.is_file() or (parts.fragment and target in pages and unquote(parts.fragment) not in known):
-                faults.append(f"{file.relative_to(folder.resolve())} links to {url}, which is not there")
-    return faults
+def foreign_loads(folder):
+    """Returns what a built site would load from another site; Sphinx checks its links."""
+    pages = [file for file in folder.rglob("*.html") if "_static" not in file.parts]
+    return [f"{file.name} loads {url}" for file in pages for url in Loads(file.read_text(encoding="utf-8")).urls
+            if urlsplit(url).netloc and "badge" not in url]
 
 
 def main():
@@ -213,7 +186,7 @@ def main():
     shutil.rmtree(OUT, ignore_errors=True)
     if subprocess.run([*map(str, sphinx), str(WORK / "source"), str(OUT)]).returncode:
         raise SystemExit("the site was built with warnings: mend what is named above.")
-    if faults := link_faults(OUT):
+    if faults := foreign_loads(OUT):
         raise SystemExit("\n".join(faults))
     print(f"wrote {OUT.relative_to(ROOT)}/index.html")
 

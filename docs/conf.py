@@ -21,7 +21,6 @@ nb_execution_mode = "off"  # docs/build.py has executed what is shown
 nb_output_stderr = "remove"
 nb_merge_streams = True
 myst_heading_anchors = 4
-suppress_warnings = ["myst.xref_missing"]  # build.py follows every link, those to places in raw HTML too
 html_theme = "pydata_sphinx_theme"
 html_title = f"{project} {version}"
 html_show_sourcelink = False

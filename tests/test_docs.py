@@ -59,19 +59,12 @@ def test_links_of_a_notebook_are_there(page):
             build.relink(cell.source, build.PAGES[page], page, set())
 
 
-def test_broken_links_of_a_site_are_found(tmp_path):
-    (tmp_path / "sub").mkdir()
-    head = '<h1 id="top">a</h1><a href="sub/b.html#here">b</a><a href="https://e.org">e</a>'
-    (tmp_path / "index.html").write_text(head)
-    (tmp_path / "sub/b.html").write_text('<p id="here"></p><a href="../index.html#top">a</a><a href="../sub">s</a>')
-    (tmp_path / "sub/index.html").write_text("")
-    assert build.link_faults(tmp_path) == []
-    broken = '<img src="c.png"><a href="../index.html#bottom">a</a><script src="https://e.org/s.js">'
-    (tmp_path / "sub/b.html").write_text(broken)
-    faults = "\n".join(build.link_faults(tmp_path))
-    for word in ("sub/b.html links to c.png", "../index.html#bottom", "loads https://e.org/s.js", "sub/b.html#here"):
-        assert word in faults
-    assert len(build.link_faults(tmp_path)) == 4
+def test_what_a_site_loads_from_elsewhere_is_found(tmp_path):
+    page = tmp_path / "a.html"
+    page.write_text('<a href="https://e.org">e</a><img src="c.png"><img src="https://e.org/badge.svg">')
+    assert build.foreign_loads(tmp_path) == []
+    page.write_text('<script src="https://e.org/s.js"></script><link rel="stylesheet" href="//e.org/s.css">')
+    assert build.foreign_loads(tmp_path) == ["a.html loads https://e.org/s.js", "a.html loads //e.org/s.css"]
 
 
 def test_docstrings_are_plain_text_with_code():

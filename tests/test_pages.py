@@ -10,7 +10,7 @@ from conftest import ROOT
 PAGES = sorted(["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
                 *(path.relative_to(ROOT).as_posix() for folder in ("reports", "docs")
                   for path in (ROOT / folder).glob("*.md"))])
-PAGES.remove("docs/index.md")  # of the site, whose links docs/build.py follows
+PAGES.remove("docs/index.md")  # of the site, whose links Sphinx follows
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
