@@ -52,10 +52,11 @@ def field_lines():
     from vitdistill.cli import field_comments
     from vitdistill.config import Config
 
+    comments = field_comments()
     for f in fields(Config):
         allowed = f.metadata["allowed"]
         within = f"one of {', '.join(allowed)}" if isinstance(allowed, tuple) else f"in {allowed}"
-        yield f.name, field_comments()[f.name] + f"; {within}" * bool(allowed)
+        yield f.name, comments[f.name] + f"; {within}" * bool(allowed)
 
 
 def parameter_lines(thing, name):

@@ -18,7 +18,7 @@ from vitdistill.setup import resolve
 from vitdistill.teachers import untrained
 
 ROOT = repo_root(Path(__file__).parent)
-LONGEST = "notebooks analysis kill ranks real_data deit_figures agreement pages outcome hub".split()
+LONGEST = "notebooks analysis own_images kill captions ranks deit_figures real_data pretraining deit hub".split()
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
 

@@ -191,6 +191,7 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
     assert len(crossings) and set(crossings.measured) == {"the lead may be chance"}
 
 
+@pytest.mark.slow
 def test_trends_analysis_without_runs_says_so(tmp_path):
     text = said(analyse("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "none"),
                         out=str(tmp_path / "out")))

@@ -61,13 +61,12 @@ def resumed(cell, run):
     return (run.work / "log.txt").read_text()
 
 
-def test_without_slurm_it_is_one_sentence(grid, tmp_path):
+def test_without_slurm_it_is_one_sentence(grid, tmp_path, monkeypatch):
     """On a machine that has none, nothing is written."""
-    bare = environment() | dict(PATH=str(Path(sys.executable).parent))
-    refused = subprocess.run(command(grid, "--out", tmp_path / "out", "--on", "slurm"), cwd=ROOT, env=bare,
-                             capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("there is no Slurm here (no sbatch on the PATH)")
-    assert refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    with pytest.raises(SystemExit, match=r"^there is no Slurm here \(no sbatch on the PATH\)") as refused:
+        main([str(grid), "--out", str(tmp_path / "out"), "--on", "slurm"])
+    assert "\n" not in refused.value.code and not (tmp_path / "out").exists()
 
 
 def test_two_grids_do_not_share_a_folder(grid, tmp_path):

@@ -99,15 +99,19 @@ def hub(tmp_path):
 SCRIPT = """
 import shutil, sys
 from pathlib import Path
-from vitdistill.config import load
+from vitdistill.config import VitdistillError, load
 from vitdistill.outcome import push_memos
 from vitdistill.train import train
-teacher, first, second = map(load, sys.argv[1:])
+teacher, first, second, nowhere = map(load, sys.argv[1:])
 train(teacher)
 train(first)
 print('pushed', *push_memos('me/vit', Path('out/hub/me--vit')))
 for place in ('out/hub', 'hf'): shutil.rmtree(place)
 train(second)
+try: train(nowhere)
+except VitdistillError as e: print('refused:', e)
+unwanted = {'tensorboard', 'trackio', 'onnx', 'onnxruntime', 'submitit', 'papermill', 'seaborn'}
+print('imported', *unwanted & {*sys.modules})
 """
 
 
@@ -118,11 +122,14 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     teacher = replace(tiny, experiment="teacher", hub_repo="me/vit", **plain)
     first = replace(tiny, epochs=1, teacher_weights="hf-hub:me/vit")
     second = replace(first, lr=2e-3)
-    files = [str(save(config, tmp_path / f"{n}.yaml")) for n, config in enumerate((teacher, first, second))]
-    (tmp_path / "settings.ini").touch()  # the root of the three
+    nowhere = replace(tiny, teacher_weights="hf-hub:me/nothing", runs_dir=str(tmp_path / "nowhere"))
+    files = [str(save(config, tmp_path / f"{n}.yaml")) for n, config in enumerate((teacher, first, second, nowhere))]
+    (tmp_path / "settings.ini").touch()  # the root of all
     ran = subprocess.run([sys.executable, "-c", SCRIPT, *files], cwd=tmp_path, env=env, capture_output=True, text=True,
                          timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "refused: hf-hub:me/nothing could not be fetched (there is no such repository, or it" in ran.stdout
+    assert not (tmp_path / "nowhere").exists() and "imported\n" in ran.stdout  # what a run needs, and no more
     shared = there.repositories["me/vit"]
     memos = sorted(name for name in shared if name.endswith(".bin"))  # of decisions and of logits
     cards = [memo[:-3] + "md" for memo in memos]
@@ -139,15 +146,3 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     asked = [path for _, path in there.requests]
     assert asked.count("/api/models/me/vit/commit/main") == 2 and asked.count("/api/models/me/vit/revision/main") >= 2
     assert all((tmp_path / "out/hub/me--vit" / memo).is_file() for memo in memos)
-
-
-def test_names_that_do_not_exist(hub, tiny, tmp_path):
-    """A teacher that is on no hub, a repository that refuses: one sentence, and nothing is left."""
-    _, env = hub
-    config = replace(tiny, teacher_weights="hf-hub:me/nothing")
-    command = [sys.executable, "-m", "vitdistill.train", "--config", str(save(config, tmp_path / "c.yaml"))]
-    (tmp_path / "settings.ini").touch()
-    refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "hf-hub:me/nothing could not be fetched (there is no such repository, or it is not yours" in refused.stderr
-    assert not (tmp_path / "runs").exists() and not list((tmp_path / "out/hub").glob("[!.]*"))

