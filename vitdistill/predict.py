@@ -53,6 +53,9 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     try: about = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError): about = {}
     card = read_card(str(folder)) or {} # a model that was saved by hand has none
+    if 'pretrained_by' in card:
+        raise VitdistillError(f'{folder} is pre-trained without labels, and its head was never trained: fine-tune it '
+                              f'with e00_teacher (student_weights: {folder}).')
     classes = card.get('classes') or about.get('label_names')
     if not classes:
         raise VitdistillError(f'{folder} is no model folder that names its classes: name one of a finished run.')

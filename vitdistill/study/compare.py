@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Comparison', 'run_names', 'load', 'named', 'pairs',
            'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair', 'plot_forest',
-           'draw_forest', 'draw_curves', 'write', 'points', 'printed', 'main']
+           'draw_forest', 'draw_curves', 'compare_runs', 'write', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..config import Config, VitdistillError, from_root, shipped_names
-from ..runs import Run, find_runs
+from ..runs import Run, find_run, find_runs
 from ..studies import Study, arm_names, read_study, runs_folder, runs_of, sides, trains
 from .figures import save_figure, save_table, style
 from .page import write_page
@@ -262,6 +262,20 @@ def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn;
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='epoch', ylabel='test accuracy', title=comparison.study.title)
     return fig
+
+# %% ../../nbs/study/04_compare.ipynb #92ade4d9
+def compare_runs(
+    runs:str|list='',               # part of their names ('': all), or runs, folders and names
+    folder:str|Path='reports/runs', # of run folders
+    most:int=12                     # number of curves
+): # -> a figure
+    "Draws the test accuracy of each run by epoch, the best last accuracies first."
+    found = [run for run in find_runs(folder) if runs in run.name] if isinstance(runs, str) else \
+        [find_run(run, folder) for run in runs]
+    figure = draw_curves(Comparison(Study(''), {run.name: [run] for run in found}), most)
+    if figure is None: raise VitdistillError(f'no epoch of such runs in {from_root(folder)}: name others.')
+    plt.close(figure) # the notebook shows what is returned
+    return figure
 
 # %% ../../nbs/study/04_compare.ipynb #b013319c
 def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out: folder; found: lines that come first
