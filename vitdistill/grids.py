@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'study_cells', 'old_cells', 'grid_cells', 'slot_environment',
-           'read_json', 'write_record', 'read_record', 'noted_runs', 'held', 'end', 'model_for', 'named_fields',
-           'has_model', 'not_here', 'execute', 'execute_alone', 'state_now', 'start_order', 'look', 'tally', 'table',
-           'refuse_busy', 'begun', 'run_batch', 'submit_batch', 'parser', 'main']
+           'write_record', 'read_record', 'noted_runs', 'held', 'end', 'model_for', 'named_fields', 'has_model',
+           'not_here', 'execute', 'execute_alone', 'state_now', 'start_order', 'look', 'tally', 'table', 'refuse_busy',
+           'begun', 'run_batch', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
 import argparse, inspect, json, os, re, signal, socket, subprocess, sys, time
@@ -25,7 +25,7 @@ from .cluster import Ask, check_slurm, meeting, queued, read_ask, submit
 from .config import (VitdistillError, field_names, fitting, from_root, load_yaml, nearest, repo_root, shipped,
                                shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, makes_teacher, stop
-from .runs import Run, cores, find_runs, is_locked
+from .runs import Run, cores, find_runs, is_locked, read_json
 from .studies import (MODELS, Study, check_vary, combinations, full_name, listed, model_of, named, order,
                                 parameters_of, read_study, runs_folder, runs_with)
 
@@ -131,11 +131,6 @@ def slot_environment(slot:int, slots:int, gpus:int)->dict:
     return mine | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
 
 # %% ../nbs/07a_grids.ipynb #4a4a455b
-def read_json(file:Path)->dict:
-    "Returns what a JSON file holds; {} if it is missing or incomplete."
-    try: return json.loads(file.read_text())
-    except (OSError, ValueError): return {}
-
 def write_record(cell:Cell)->None:
     "Writes all about a cell, such as its parameters and its state."
     write_atomic(cell.file('.json'), json.dumps(vars(cell), default=str, indent=1))
