@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from vitdistill.config import Config, preset, repo_root, save
@@ -19,6 +20,7 @@ from vitdistill.teachers import untrained
 
 ROOT = repo_root(Path(__file__).parent)
 LONGEST = "notebooks analysis own_images kill captions ranks deit_figures real_data pretraining deit hub".split()
+TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
 
@@ -103,6 +105,21 @@ def on_ranks(config, folder, *counts):
         log.seek(0)
         assert said == "ok\n", said + log.read()[-2000:]
     return [run_of(here) for here in places]
+
+
+def assert_same_losses(one, other, atol=1e-5):
+    """Two runs have the same training loss in every epoch, up to `atol`."""
+    pd.testing.assert_series_equal(one.metrics().train_loss, other.metrics().train_loss, rtol=0, atol=atol)
+
+
+def assert_same(one, other):
+    """Two runs left the same metrics, but for times, the same weights and the same average of them, bit for bit."""
+    mine, theirs = (run.metrics().drop(columns=TIMED, errors="ignore") for run in (one, other))
+    pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+    assert one.result.get("weights_hash") == other.result.get("weights_hash")
+    averages = [run.checkpoint().get("average") or {} for run in (one, other)]
+    assert averages[0].keys() == averages[1].keys()
+    assert all(averages[0][name].equal(averages[1][name]) for name in averages[0])
 
 
 def wait_until(condition, seconds, poll=0.05):

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from conftest import ROOT, TINY, elsewhere, on_ranks
+from conftest import ROOT, TINY, assert_same_losses, elsewhere, on_ranks
 from vitdistill.study.results import published
 from vitdistill.augment import AUGMENTATIONS
 from vitdistill.config import Config, VitdistillError, config_hash, field_names, preset
@@ -318,7 +318,7 @@ def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
     assert first.metrics().memo_hit_rate.tolist() == [0, 0]
     assert later.metrics().memo_hit_rate.tolist() == again.metrics().memo_hit_rate.tolist() == [1, 1]
     for run in (first, again):
-        assert (run.metrics().train_loss - online.metrics().train_loss).abs().max() < 1e-5
+        assert_same_losses(run, online)
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
     train(replace(first.config, runs_dir=str(tmp_path / "seed"), work_dir=str(tmp_path / "work3"), seed=2, epochs=1))
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
@@ -369,7 +369,7 @@ def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
     online = run("online", replace(config, memo=False))
     assert again.metrics().memo_hit_rate.tolist() == [1, 1] != first.metrics().memo_hit_rate.tolist()
     for made in (first, again):
-        assert (made.metrics().train_loss - online.metrics().train_loss).abs().max() < 1e-5
+        assert_same_losses(made, online)
     alone = run("alone", replace(tiny, epochs=2))
     assert (alone.metrics().train_loss - online.metrics().train_loss).abs().max() > 1e-3
     hashes = [config_hash(resolve(made)) for made in (config, student("twice", other, other))]

@@ -11,14 +11,13 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import ROOT, elsewhere, environment, processes_mentioning, run_of, train_command, wait_until
+from conftest import ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of, train_command, wait_until
 from vitdistill.config import save
 from vitdistill.launch import failure
 from vitdistill.train import train
 
 # jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may be quicker
 NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
-TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
 
 def start(config, file, ranks=1):
@@ -45,11 +44,8 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
     assert run_of(cut).status == "interrupted"
     assert start(cut, tmp_path / "cut.yaml").wait(120) == 0
     two = run_of(cut)
-    assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8
+    assert_same(one, two)
     assert one.metrics().ema_test_top1.notna().all() and len(set(one.metrics().train_loss)) == 8
-    assert (one.model / "model.safetensors").read_bytes() == (two.model / "model.safetensors").read_bytes()
-    averages = [run.checkpoint()["average"] for run in (one, two)]
-    assert all(averages[0][name].equal(averages[1][name]) for name in averages[0])
     predictions = [np.load(run.folder / "predictions.npz").values() for run in (one, two)]
     assert all(np.array_equal(a, b) for a, b in zip(*predictions))
 
@@ -67,11 +63,8 @@ def test_four_ranks_resume_to_the_same_bytes(recipe, tmp_path):
     next(p for p in ranks if p.environ().get("RANK") == "0").kill()
     assert process.wait(60) and 3 <= run_of(cut).epochs_done < 8
     assert start(cut, tmp_path / "cut.yaml", ranks=4).wait(240) == 0
-    one, two = run_of(alone), run_of(cut)
-    assert one.metrics().drop(columns=TIMED).equals(two.metrics().drop(columns=TIMED)) and len(two.metrics()) == 8
-    assert (one.model / "model.safetensors").read_bytes() == (two.model / "model.safetensors").read_bytes()
-    averages = [run.checkpoint()["average"] for run in (one, two)]
-    assert all(averages[0][name].equal(averages[1][name]) for name in averages[0])
+    assert_same(run_of(alone), run_of(cut))
+    assert len(run_of(cut).metrics()) == 8
 
 
 def test_a_signal_saves_first(tiny, tmp_path):
@@ -104,9 +97,7 @@ def test_killed_at_random_moments(tiny, tmp_path):
         time.sleep(random.uniform(0, 0.5))
         kill(process)
     assert start(cut, tmp_path / "cut.yaml").wait(300) == 0
-    assert run_of(alone).metrics().drop(columns=TIMED).equals(run_of(cut).metrics().drop(columns=TIMED))
-    weights = [(run_of(config).model / "model.safetensors").read_bytes() for config in (alone, cut)]
-    assert weights[0] == weights[1]
+    assert_same(run_of(alone), run_of(cut))
 
 
 def test_killed_rank_ends_the_others(tiny, tmp_path):

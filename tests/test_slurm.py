@@ -13,14 +13,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from conftest import ROOT, elsewhere, environment, run_of, wait_until
+from conftest import ROOT, TIMED, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
 from vitdistill.grids import grid_cells, look, noted_runs, table
 from vitdistill.runs import find_runs
 
 pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
-TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 PORT = 26817
 
 
