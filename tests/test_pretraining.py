@@ -2,7 +2,6 @@
 import json
 import subprocess
 import time
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from conftest import train_command, wait_until
 from forked_notebooks import analyse
 from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, config_hash, preset, save
-from vitdistill.grids import grid_cells, not_here, start_order
+from vitdistill.grids import grid_cells, not_here
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
@@ -193,15 +192,6 @@ def test_studies_name_the_published_arms():
     assert targets == [(True, n == 2) for n in range(6)]  # of unit variance are pixels; noise in one arm
 
 
-def test_published_arms_come_first():
-    """CAN, SimCLR and MAE, as others wait for them; each is fine-tuned, of seeds 2 and 3 CAN alone."""
-    cells = grid_cells("can_pretrain")
-    assert [cells[n].name for n in start_order(cells)[:3]] == ["CAN seed=1", "SimCLR seed=1", "MAE seed=1"]
-    tuned = {cell.arm: cell.models["student_weights"] for cell in (*cells, *grid_cells("can_seeds")) if cell.models}
-    encoders = "can_pretrain/CAN", "can_pretrain/SimCLR", "can_pretrain/MAE", "can_seeds/CAN"
-    assert tuned == {f"{encoder} fine-tuned": encoder for encoder in encoders}
-
-
 def test_pretraining_has_the_published_betas():
     """AdamW's (.9, .95), in every group of the optimizer that training makes; fine-tuning has the usual ones."""
     for part, betas in ("pretrain", (0.9, 0.95)), ("teacher", (0.9, 0.999)):
@@ -231,12 +221,8 @@ def test_scratch_is_a_fair_beginning():
 
 
 def test_students_have_the_teachers_of_their_studies():
-    """Three seeds each, of CAN's model and of two controls; the models that were lost are trained alike again."""
+    """They are at hand or trained first; the models that were lost are trained alike again."""
     cells = [cell for name in ("can_students", "can_controls_teach") for cell in grid_cells(name)]
-    taught = [cell.models["teacher_weights"] for cell in cells if "teacher_weights" in cell.models]
-    assert Counter(taught) == dict.fromkeys(
-        ["can_pretrain/CAN fine-tuned", "can_scratch/80 epochs", "can_even/even control",
-         "can_controls_teach/from scratch", "can_controls_teach/even"], 3)
     assert not_here(cells) == []
     made = configs("can_scratch", "can_even", "can_controls_teach")
     for again, first in (("from scratch", "can_scratch/80 epochs"), ("even", "can_even/even control"),
@@ -367,13 +353,3 @@ def test_chain_of_notebooks(tmp_path):
     assert (tmp_path / "out/figures/can_reconstructions.svg").stat().st_size > 5_000
     table = (tmp_path / "out/tables/can_arms.md").read_text()
     assert f"{encoder.result['linear_test_top1']:.4g}" in table and encoder.name in table
-
-
-def test_published_figures_of_can_are_shown():
-    """ViT-B's linear probe and its leads, in the reference and in the committed tables of a08."""
-    for file in "reference/can.csv", "tables/can_published.csv":
-        known = pd.read_csv(ROOT / "reports" / file).set_index("item").value.astype(float)
-        items = "CAN ViT-B", "CAN ViT-B over MAE", "CAN ViT-B over SimCLR"
-        assert [known[item] for item in items] == [74.8, 6.8, 1.3], file
-    steps = pd.read_csv(ROOT / "reports/tables/can_differences.csv").set_index(["arm", "other"]).published
-    assert [steps["CAN", other] for other in ("MAE", "SimCLR")] == pytest.approx([0.068, 0.013])
