@@ -92,7 +92,7 @@ def test_two_nodes_meet(tiny, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     file = save(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), tmp_path / "together.yaml")
-    command = rank_command(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), file, 1)
+    command, _ = rank_command(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), file, 1)
     started = dict(env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     nodes = [subprocess.Popen(command, **started) for _ in range(2)]
     said = [node.communicate(timeout=240)[0] for node in nodes]

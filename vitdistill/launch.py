@@ -107,17 +107,19 @@ def rank_command(
     ranks:int,       # number of ranks on this node
     *extra:str,      # further options of `vitdistill.train`
     errors:str=''    # folder for the error files of ranks that fail
-)->list:
-    "Returns the command of this node's ranks: torchrun, or Python for one rank. Several nodes meet at `rdzv_endpoint`."
+)->tuple[list, dict]:
+    "Returns the command of this node's ranks, and what it adds to the environment; nodes meet at `rdzv_endpoint`."
     module = ['-m', f"vitdistill.{'captioning' if config.clip else 'train'}", '--config', str(file), *extra]
-    if ranks == config.nnodes == 1: return [sys.executable, *module]
+    if ranks == config.nnodes == 1: # Python alone, whatever ranks the environment speaks of
+        alone = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
+        return [sys.executable, *module], alone | dict(TORCHELASTIC_ERROR_FILE=f'{errors}/0/error.json')
     if config.nnodes > 1 and not config.rdzv_endpoint:
         raise VitdistillError(f"nnodes = {config.nnodes} needs rdzv_endpoint: give 'host:port' of one of the nodes.")
     meet = ['--nnodes', str(config.nnodes), '--rdzv-backend', 'c10d', '--rdzv-id', file.parent.name,
             '--rdzv-endpoint', config.rdzv_endpoint] if config.nnodes > 1 else \
         ['--standalone', '--nnodes', '1', '--local-addr', '127.0.0.1'] # whatever name this host has
     return [sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node', str(ranks),
-            *(['--log-dir', errors] if errors else []), *module]
+            *(['--log-dir', errors] if errors else []), *module], {}
 
 # %% ../nbs/07_launch.ipynb #3d71952b
 def bind_to_parent()->None:
@@ -190,12 +192,9 @@ def train_on_ranks(config:Config, run:Run, nproc:int|None, show:bool, *extra:str
                             TORCHINDUCTOR_CACHE_DIR=str(caches/'inductor'), # keeps what torch.compile makes
                             TRITON_CACHE_DIR=str(caches/'triton'))
     with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:
-        command = rank_command(config, file, ranks, *extra, errors=errors)
-        if 'torch.distributed.run' not in command: # what torchrun would say, whatever the environment says
-            only = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
-            env |= only | dict(TORCHELASTIC_ERROR_FILE=f'{errors}/0/error.json')
-            Path(errors, '0').mkdir()
-        process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        Path(errors, '0').mkdir() # torchrun makes its own folders
+        command, more = rank_command(config, file, ranks, *extra, errors=errors)
+        process = subprocess.Popen(command, env=env | more, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    errors='replace', preexec_fn=bind_to_parent)
         try: tail = follow(process, run, work/'log.txt', show)
         finally: stop(process)

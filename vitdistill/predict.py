@@ -51,7 +51,8 @@ def from_onnx(file:Path)->Predictor:
 def from_folder(folder:Path)->Predictor: # of a run's model
     "Returns the model in a folder that a run wrote."
     try: about = json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError): about = {}
+    except (OSError, ValueError):
+        raise VitdistillError(f'there is no model in {folder}: train it here, or put its model folder there.') from None
     card = read_card(str(folder)) or {} # a model that was saved by hand has none
     if 'pretrained_by' in card:
         raise VitdistillError(f'{folder} is pre-trained without labels, and its head was never trained: fine-tune it '

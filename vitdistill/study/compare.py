@@ -273,7 +273,7 @@ def compare_runs(
     found = [run for run in find_runs(folder) if runs in run.name] if isinstance(runs, str) else \
         [find_run(run, folder) for run in runs]
     figure = draw_curves(Comparison(Study(''), {run.name: [run] for run in found}), most)
-    if figure is None: raise VitdistillError(f'no epoch of such runs in {from_root(folder)}: name others.')
+    if figure is None: raise VitdistillError(f'no run with an epoch to draw in {from_root(folder)}: name others.')
     plt.close(figure) # the notebook shows what is returned
     return figure
 
