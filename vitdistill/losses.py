@@ -196,7 +196,7 @@ class Labels(nn.Module):
         two = len(getattr(student, 'heads', ())) > 1
         if self.token == 'distillation' and not two:
             raise VitdistillError("token = 'distillation' needs a second head, and this student has one: take one "
-                                  "such as deit_tiny_distilled_patch16_224, or token = 'class'.")
+                                  "such as deit_tiny_distilled_patch16_224 or resnet50_distilled, or token = 'class'.")
         if self.token == 'class' and two:
             raise VitdistillError("token = 'class' would leave this student's second head untrained: take the student "
                                   "without it, or token = 'distillation'.")
