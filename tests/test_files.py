@@ -15,6 +15,9 @@ from torchvision.datasets import ImageFolder
 from vitdistill.config import Config, VitdistillError, config_hash
 from vitdistill.data import fingerprint, image_lines, labelled_images, load_data
 from vitdistill.files import in_folders, say_once, square_pixels
+from vitdistill.ranks import Ranks
+from vitdistill.setup import prepare, resolve
+from vitdistill.train import batches
 
 
 def encoded(*color, kind="PNG", **options):
@@ -269,6 +272,34 @@ def test_images_are_turned_as_exif_says(tmp_path, number):
     assert np.array_equal(as_stored.train_images[0], pixels)
     assert turned.train_hash != as_stored.train_hash  # the key of a teacher's memo
     assert fingerprint(config) != fingerprint(replace(config, exif_orientation=False))
+
+
+@pytest.mark.parametrize("given", [dict(padding=0), dict(padding=0, resized_crop=0.08)], ids=["simple", "resized"])
+def test_crops_see_the_borders_of_wide_images(tmp_path, given):
+    """`whole_image` cuts anywhere; a run's crops don't depend on processes, and without it none leaves the centre."""
+    picture = Image.new("RGB", (96, 32))
+    for left, colour in ((0, (255, 0, 0)), (32, (0, 255, 0)), (64, (0, 0, 255))):
+        picture.paste(colour, (left, 0, left + 32, 32))
+    file = saved(picture, "PNG").fp.getvalue()
+    config = write(tmp_path, {f"{name}/{i}.png": file for name in ("cat", "dog") for i in range(4)})
+    config = replace(config, student="resnet18", val_fraction=0.0, batch_size=4, device="cpu", **given)
+
+    def reds_and_blues(**more):  # pixels, and shares of the crops that see the left and the right third
+        setup = prepare(resolve(replace(config, student_normalization="own", **more)), Ranks())
+        seen = torch.cat([batch.pixels for epoch in range(6) for batch in batches(setup, epoch)])
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in setup.constants)
+        return seen, *((seen * std + mean)[:, [0, 2]].amax((2, 3)) > 0.75).float().mean(0).tolist()
+
+    centre, *ends = reds_and_blues()
+    assert ends == [0, 0]
+    whole, *ends = reds_and_blues(whole_image=True, workers=0)
+    assert min(ends) > 0.3 and not torch.equal(whole, centre)
+    assert torch.equal(whole, reds_and_blues(whole_image=True, workers=2)[0])
+
+
+def test_whole_images_are_of_files():
+    with pytest.raises(VitdistillError, match="the images of digits are squares: set it to false"):
+        load_data(Config(dataset="digits", whole_image=True))
 
 
 def test_damaged_exif_turns_nothing():

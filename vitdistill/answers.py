@@ -292,7 +292,7 @@ def plan_key(
     rows:torch.Tensor # (n,) training images as rows of the dataset, in order
 )->dict:
     "Returns all that an answer for a row of the plan depends on; `images` and `views` become epochs and rows."
-    recipe = {name: getattr(config, name) for name in PLAN}
+    recipe = {name: getattr(config, name) for name in PLAN} | ({'whole_image': True} if config.whole_image else {})
     libraries = np, PIL, timm, torch, torchvision # which draw the images
     drawn_by = {library.__name__: library.__version__.split('+')[0] for library in libraries}
     order = digest([rows])

@@ -222,6 +222,7 @@ class DataFields:
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
     mixup:float=_data(0., '[0, inf)') # alpha of mixup (timm's Beta distribution), which blends two images; 0: none
     cutmix:float=_data(0., '[0, inf)') # CutMix's alpha (a box of another image); 0: none; with mixup, a coin chooses
+    whole_image:bool=_data(False) # crop anywhere in an image, not in its centre square; for folders of images
     resized_crop:float=_data(0., '[0, 1]') # smallest share of the area kept by a random resized crop; 0: no such crop
     randaugment:str=_data('') # timm's RandAugment, such as rand-m9-mstd0.5-inc1; '': none
     three_augment:bool=_data(False) # DeiT III's 3-Augment: an image becomes grey, solarized or blurred

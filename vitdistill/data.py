@@ -125,6 +125,8 @@ def image_side(config:Config)->int:
     if not own and not given:
         raise VitdistillError(f'dataset = {config.dataset!r} has images of any size and image_size is not given: '
                               'set image_size = 224, as is usual, or a smaller one.')
+    if own and config.whole_image:
+        raise VitdistillError(f'whole_image = true: the images of {config.dataset} are squares: set it to false.')
     if own and given not in (0, own):
         raise VitdistillError(f'image_size = {given}: the images of {config.dataset} have {own} px. '
                               'Leave it out, or give student_size.')
@@ -286,13 +288,15 @@ def load_images(config:Config)->Data:
     pixels = (len(train) + len(test))*size*size*3
     if pixels > room:
         say_once(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
-    def read(files):
+    def read(files, on_disk):
         images = DiskImages(files, size, config.exif_orientation)
-        return images if pixels > room else images.resident(), torch.tensor([label for *_, label in files.files])
+        return images if on_disk else images.resident(), torch.tensor([label for *_, label in files.files])
+    large = pixels > room
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = [f'{size} px, {_reading(config)}',
                *(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)]
-    return Data(config.dataset, *read(train), *read(test), train.classes, listing='\n'.join(listing))
+    return Data(config.dataset, *read(train, large or config.whole_image), *read(test, large), train.classes,
+                listing='\n'.join(listing))
 
 # %% ../nbs/01_data.ipynb #3e91c0f4
 def labelled_images(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
            'files_in_tar', 'folder_classes', 'ImageFiles', 'what_is_left_out', 'in_folders', 'shard_split', 'in_shards',
-           'as_published', 'on_hub', 'image_files', 'square_pixels', 'decoded', 'read_image', 'DiskImages']
+           'as_published', 'on_hub', 'image_files', 'centred', 'square_pixels', 'decoded', 'read_image', 'DiskImages']
 
 # %% ../nbs/01c_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, tarfile, typing
@@ -293,12 +293,27 @@ def image_files(
     return {'train': replace(train, classes=classes), 'test': test}
 
 # %% ../nbs/01c_files.ipynb #93311deb
+def centred(
+    image,      # PIL image
+    size:int,   # px
+    at:float=.5 # place of the square along the longer side, from 0 to 1
+): # PIL image of (size, size)
+    "Returns the square in the middle of an image, or elsewhere along its longer side, resized bilinearly."
+    from PIL import Image
+    def shown(side): # the two ends, in px of the image, of what a crop shows after resizing
+        resized = int(size*side/min(image.size))
+        start = round((resized - size)*at)
+        return start*side/resized, (start + size)*side/resized
+    (left, right), (top, bottom) = map(shown, image.size)
+    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
+
 def square_pixels(
     image,                      # opened PIL image
     size:int,                   # px
-    exif_orientation:bool=True  # turn it as its EXIF data say
+    exif_orientation:bool=True, # turn it as its EXIF data say
+    cut:typing.Callable=centred # makes a square of `size` px of an RGB image
 )->np.ndarray: # (size, size, 3) uint8
-    "Returns the centre of an image, its shorter side resized; numbers of more than 16 bits raise a ValueError."
+    "Returns a square of an image, usually its centre; numbers of more than 16 bits raise a ValueError."
     from PIL import Image, ImageOps
     image.load()
     with contextlib.suppress(Exception): # damaged EXIF data say nothing
@@ -308,25 +323,20 @@ def square_pixels(
         if image.mode == 'F' or grey.min() < 0 or grey.max() >= 2**16:
             raise ValueError('its pixels have neither 8 nor 16 bits')
         image = Image.fromarray((grey/257).round().astype(np.uint8))
-    def shown(side): # the two ends, in px of the image, of what a crop shows after resizing
-        resized = int(size*side/min(image.size))
-        start = round((resized - size)/2)
-        return start*side/resized, (start + size)*side/resized
-    (left, right), (top, bottom) = map(shown, image.size)
-    box = left, top, right, bottom
-    return np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BILINEAR, box))
+    return np.asarray(cut(image.convert('RGB'), size))
 
 # %% ../nbs/01c_files.ipynb #01c5ead1
 def decoded(
     opened:typing.Callable,     # returns the open file
     name:str|Path,              # for the message
     size:int,                   # px
-    exif_orientation:bool=True  # as in `square_pixels`
+    exif_orientation:bool=True, # this and `cut` as in `square_pixels`
+    cut:typing.Callable=centred
 )->np.ndarray: # (size, size, 3) uint8
-    "Returns the centre of an image, as training reads it; one that can not be read is a `VitdistillError`."
+    "Returns a square of an image, as training reads it; one that can not be read is a `VitdistillError`."
     from PIL import Image
     try:
-        with opened() as file: return square_pixels(Image.open(file), size, exif_orientation)
+        with opened() as file: return square_pixels(Image.open(file), size, exif_orientation, cut)
     except Exception as e: # a damaged image raises almost any exception
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise VitdistillError(f'{name} can not be read as an image ({why}): replace or remove it.') from None
@@ -349,6 +359,8 @@ class DiskImages:
         images = torch.empty(self.shape, dtype=torch.uint8)
         for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
         return images
-    def _decode(self, row)->np.ndarray:
+    def _decode(self, row)->np.ndarray: return self.square(row)
+    def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`
+        "Returns a square of one image as (size, size, 3) uint8."
         opened = functools.partial(self.files.opener, row)
-        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation)
+        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation, cut)

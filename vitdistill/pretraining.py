@@ -325,7 +325,7 @@ UNFIT = { # fields of a config that pre-training can't use -> why
     **dict.fromkeys(('label_smoothing', 'mixup', 'cutmix'), 'it has no labels'),
     **dict.fromkeys(('student_weights', 'student_pretrained'), 'it begins with random weights: others may have seen '
                     'labels, and its positions would replace theirs'),
-    **dict.fromkeys(('repeats', *AUGMENTATIONS), 'it draws crops, colours and copies of its own')}
+    **dict.fromkeys(('repeats', 'whole_image', *AUGMENTATIONS), 'it draws crops, colours and copies of its own')}
 
 def refuse_unfit(
     config:Config,
