@@ -51,9 +51,10 @@ def test_figures_of_made_up_records(tmp_path):
     """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map, and the claims."""
     record(tmp_path, 0.95, "deit_teacher/MobileNetV2", student="mobilenetv2_100", student_kwargs={})
     for seed in (1, 2):
-        for epochs, study in ((16, "lengths"), (32, "table3"), (64, "lengths")):
-            record(tmp_path, 0.5 + epochs / 1000, f"deit_{study}/plain", seed=seed, epochs=epochs)
-            record(tmp_path, 0.5 + seed * epochs / 500, f"deit_{study}/hard, token", seed=seed, epochs=epochs, **TAUGHT)
+        for epochs, studies in ((16, ["lengths"]), (32, ["table3", "fresh"]), (64, ["lengths"])):
+            plain, taught = ([f"deit_{study}/{arm}" for study in studies] for arm in ("plain", "hard, token"))
+            record(tmp_path, 0.5 + epochs / 1000, *plain, seed=seed, epochs=epochs)
+            record(tmp_path, 0.5 + seed * epochs / 500, *taught, seed=seed, epochs=epochs, **TAUGHT)
     table = tables(tmp_path)
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.svg") if path.stat().st_size > 10_000}
     assert drawn == {f"deit_{name}" for name in ("claims", "disagreement", "throughput", "lengths", "positions")}
