@@ -39,7 +39,7 @@ test: venv ## check that vitdistill/ matches nbs/, then run all notebooks and te
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_repository.py -k drifted
 	OMP_NUM_THREADS=1 $(call limit,900) $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
 		--durations 25 --durations-min 4 -m "not slow" \
 		--deselect tests/test_repository.py::test_export_has_not_drifted tests
 
