@@ -87,7 +87,8 @@ class Augment:
         config:Config,
         side:int,          # of the images, px
         constants:tuple):  # (mean, std) per channel in [0, 1], which scale the noise of erasing
-        self.config, self.seed, self.parts = config, config.seed, image_parts(config, side, constants[0])
+        self.seed, self.parts = config.seed, image_parts(config, side, constants[0])
+        self.crop = resized_crop(config, side) if config.resized_crop else None # of whole images
         self.mean, self.std = (torch.tensor(c)[:, None, None]*255 for c in constants)
         rate = config.random_erasing
         self.erase = RandomErasing(rate, mode='pixel', device='cpu') if rate else None
@@ -123,10 +124,11 @@ class Augment:
             rows = []
             for number in zip(image.tolist(), copy.tolist()):
                 seed_host(self.seed, epoch, *number, 6) # 6: another draw than that of `__call__`
-                crop = resized_crop(self.config, images.shape[1]) if self.config.resized_crop else None
-                rows.append(images.square(number[0], lambda its, size: crop(its) if crop else
-                                          centred(its, size, random.random())))
+                rows.append(images.square(number[0], self.cut))
         return torch.from_numpy(np.stack(rows))
+
+    def cut(self, image:Image.Image, side:int)->Image.Image: # a square of `side` px
+        return self.crop(image) if self.crop else centred(image, side, random.random())
 
 # %% ../nbs/01b_augment.ipynb #d1f60b48
 class Mix(typing.NamedTuple):

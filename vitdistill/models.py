@@ -71,7 +71,7 @@ default_cfgs = generate_default_cfgs({name: _resnet_cfg(name) for name in (*two_
 def _resnet(name:str, pretrained=False, **kwargs):
     base, change = (two_heads[name], with_second_head) if name in two_heads else (cifar_stems[name], with_cifar_stem)
     def make(**given): return change(timm.create_model(base, **given))
-    return build_model_with_cfg(make, name, pretrained, pretrained_strict=False, **kwargs)
+    return build_model_with_cfg(make, name, pretrained, **kwargs)
 
 for name in (*two_heads, *cifar_stems): _register(name, functools.partial(_resnet, name))
 
