@@ -68,10 +68,14 @@ def _resnet_cfg(name): # timm's of the ResNet that a name begins with
 
 default_cfgs = generate_default_cfgs({name: _resnet_cfg(name) for name in (*two_heads, *cifar_stems)})
 
+def _with_new_layers(state:dict, model:nn.Module)->dict: # timm's weights know no second head and no CIFAR stem
+    own = {name: new for name, new in model.state_dict().items() if name.startswith(('conv1.', 'fc_dist.'))}
+    return state | {name: new for name, new in own.items() if name not in state or state[name].shape != new.shape}
+
 def _resnet(name:str, pretrained=False, **kwargs):
     base, change = (two_heads[name], with_second_head) if name in two_heads else (cifar_stems[name], with_cifar_stem)
     def make(**given): return change(timm.create_model(base, **given))
-    return build_model_with_cfg(make, name, pretrained, **kwargs)
+    return build_model_with_cfg(make, name, pretrained, pretrained_filter_fn=_with_new_layers, **kwargs)
 
 for name in (*two_heads, *cifar_stems): _register(name, functools.partial(_resnet, name))
 
