@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from vitdistill.config import Config, preset, repo_root, save
-from vitdistill.runs import Run
+from vitdistill.runs import Run, RunWriter
 from vitdistill.setup import resolve
 from vitdistill.teachers import untrained
 
@@ -72,6 +72,19 @@ def elsewhere(config, folder):
 
 def run_of(config):
     return Run.of(resolve(config))
+
+
+def record(config, *arms, metrics=None, **result):
+    """A run's folder, without a training; ended if it has a result. `metrics`: a row per epoch."""
+    run = RunWriter.of(config)
+    save(config, run.folder / "config.yaml")
+    frame = pd.DataFrame(dict(epoch=[config.epochs - 1])) if metrics is None else metrics
+    frame.to_csv(run.folder / "metrics.csv", index=False)
+    for arm in arms:
+        run.add_arm(arm)
+    if result:
+        run.finish(result)
+    return run
 
 
 def environment():

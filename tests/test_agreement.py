@@ -2,9 +2,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+
+from conftest import record
 from forked_notebooks import analyse
-from vitdistill.config import Config, save
-from vitdistill.runs import RunWriter
+from vitdistill.config import Config
 
 FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_teacher"]
 TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
@@ -20,11 +21,8 @@ def looked_at(folder, **parameters):
 def write_run(folder, arrays, arm="", **over):
     """A run folder with given predictions, as training leaves one; `arm` of the study pair."""
     config = Config(dataset="cifar100", runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), **over)
-    run = RunWriter.of(config)
-    save(config, run.folder / "config.yaml")
+    run = record(config, f"pair/{arm}", test_top1=0.5)
     run.save_predictions(**arrays)
-    run.add_arm(f"pair/{arm}")
-    run.finish(dict(test_top1=0.5))
     return run
 
 

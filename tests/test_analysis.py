@@ -1,6 +1,5 @@
 """Analysis notebooks on runs that are written here, on none, and on those that are committed."""
 import functools
-import json
 import os
 import re
 import subprocess
@@ -10,12 +9,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, record
 
 from forked_notebooks import analyse
 from test_notebooks import said
 from vitdistill.cli import analysis_parameters
-from vitdistill.config import Config, config_hash, run_name, save, shipped_names
+from vitdistill.config import Config, shipped_names
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
            for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
@@ -130,22 +129,13 @@ def test_complexity_analysis(rebuilt):
     assert not list(out.parent.glob("*/*/complexity_seconds*"))
 
 
-def in_pair(folder, taught):
-    """Makes a run an arm of the study pair."""
-    (folder / "arms.json").write_text(json.dumps(["pair/taught" if taught else "pair/plain"]))
-
-
 def curve_run(root, accuracy, seed=1, done=60, **over):
     """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a point."""
-    c, epoch = Config(dataset="digits", epochs=60, seed=seed, **over), np.arange(1, done + 1)
-    save(c, root / run_name(c) / "config.yaml")
-    noise = np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
+    c = Config(dataset="digits", epochs=60, seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"), **over)
+    epoch, noise = np.arange(1, done + 1), np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
     frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise))
-    frame.to_csv(root / run_name(c) / "metrics.csv", index=False)
-    if done == 60:
-        (root / run_name(c) / "result.json").write_text(json.dumps({"hash": config_hash(c)}))
-    in_pair(root / run_name(c), c.teacher)
-    return root / run_name(c)
+    return record(c, "pair/taught" if c.teacher else "pair/plain", metrics=frame,
+                  **dict(epochs=60) if done == 60 else {}).folder
 
 
 def test_trends_analysis_says_what_is_cut_short(tmp_path):
@@ -201,13 +191,11 @@ def papers_pair(root, taught_less_plain, done=(150, 140), seeds=(1, 2, 3)):
     for seed in seeds:
         for way, more, n in (({}, 0.0, done[0]), (taught, taught_less_plain, done[1])):
             c = Config(dataset="cifar100", student="resnet50", val_fraction=0.0, epochs=150, t_max=2000, seed=seed,
-                       **way)
-            save(c, root / run_name(c) / "config.yaml")
+                       runs_dir=str(root), work_dir=str(root.parent / "work"), **way)
             epoch = np.arange(1, n + 1)
             top1 = 0.05 + 0.1 * np.log(epoch) + more + np.random.default_rng(seed + len(way)).normal(0, 0.003, n)
             frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=top1, seconds=1.0, teacher_seconds=0.5))
-            frame.to_csv(root / run_name(c) / "metrics.csv", index=False)
-            in_pair(root / run_name(c), way)
+            record(c, "pair/taught" if way else "pair/plain", metrics=frame)
 
 
 def test_figure4_on_the_papers_axes(tmp_path):

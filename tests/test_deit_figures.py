@@ -1,17 +1,15 @@
 """DeiT's figures and tables, of records that are made up here."""
-import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, record
 from safetensors.torch import save_file
 
 from forked_notebooks import analyse
-from vitdistill.config import Config, VitdistillError, config_hash, run_name, save
-from vitdistill.runs import Run
+from vitdistill.config import Config, VitdistillError
 
 ONE, TWO = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TAUGHT = dict(experiment="deit", teacher="regnety_002", distillation="hard")
@@ -23,21 +21,17 @@ def decide(seed, right):
     return np.where(rng.random(360) < right, label, (label + 1) % 10)
 
 
-def record(root, top1, *arms, result=(), **over):
+def answering(root, top1, *arms, result=(), **over):
     """A finished run of these arms, with answers that are right as often as said."""
-    c = Config(**dict(dataset="digits", student=TWO, student_kwargs=TINY, work_dir=str(root / "work"),
-                      experiment="baseline") | over)
-    folder = root / "runs" / run_name(c)
-    save(c, folder / "config.yaml")
-    (folder / "arms.json").write_text(json.dumps(arms))
-    (folder / "metrics.csv").write_text(f"epoch,test_top1\n{c.epochs - 1},{top1}\n")
+    c = Config(**dict(dataset="digits", student=TWO, student_kwargs=TINY, runs_dir=str(root / "runs"),
+                      work_dir=str(root / "work"), experiment="baseline") | over)
     heads = ("class", "distillation", "softmax", "logits") if c.student == TWO else ("class",)
-    known = dict(hash=config_hash(c), test_top1=top1, heads=dict.fromkeys(heads, top1))
-    (folder / "result.json").write_text(json.dumps(known | dict(result)))
+    run = record(c, *arms, metrics=pd.DataFrame(dict(epoch=[c.epochs - 1], test_top1=top1)),
+                 **dict(test_top1=top1, heads=dict.fromkeys(heads, top1)) | dict(result))
     arrays = {f"test_{head}_decision": decide([c.seed, len(head)], top1) for head in heads}
     arrays |= {f"test_{head}_confidence": np.full(360, 0.9, np.float16) for head in heads}
-    np.savez(folder / "predictions.npz", test_image=np.arange(360), test_label=np.arange(360) % 10, **arrays)
-    return Run(folder)
+    run.save_predictions(test_image=np.arange(360), test_label=np.arange(360) % 10, **arrays)
+    return run
 
 
 def tables(root, **parameters):
@@ -49,12 +43,12 @@ def tables(root, **parameters):
 
 def test_figures_of_made_up_records(tmp_path):
     """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map, and the claims."""
-    record(tmp_path, 0.95, "deit_teacher/MobileNetV2", student="mobilenetv2_100", student_kwargs={})
+    answering(tmp_path, 0.95, "deit_teacher/MobileNetV2", student="mobilenetv2_100", student_kwargs={})
     for seed in (1, 2):
         for epochs, studies in ((16, ["lengths"]), (32, ["table3", "fresh"]), (64, ["lengths"])):
             plain, taught = ([f"deit_{study}/{arm}" for study in studies] for arm in ("plain", "hard, token"))
-            record(tmp_path, 0.5 + epochs / 1000, *plain, seed=seed, epochs=epochs)
-            record(tmp_path, 0.5 + seed * epochs / 500, *taught, seed=seed, epochs=epochs, **TAUGHT)
+            answering(tmp_path, 0.5 + epochs / 1000, *plain, seed=seed, epochs=epochs)
+            answering(tmp_path, 0.5 + seed * epochs / 500, *taught, seed=seed, epochs=epochs, **TAUGHT)
     table = tables(tmp_path)
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.svg") if path.stat().st_size > 10_000}
     assert drawn == {f"deit_{name}" for name in ("claims", "disagreement", "throughput", "lengths", "positions")}
@@ -97,13 +91,13 @@ def test_figures_that_are_measured(tmp_path):
 def test_what_held_out_images_chose(tmp_path):
     """The arms that chose a recipe or a rate are shown by held-out images alone; Table 8 has the average of weights."""
     for lr, rate, held_out in (0.0005, 0.001, 0.41), (0.00025, 0.0003, 0.43):
-        record(tmp_path, 0.48, "deit_strengths/weak", student=ONE, lr=lr, result=dict(val_top1=held_out))
+        answering(tmp_path, 0.48, "deit_strengths/weak", student=ONE, lr=lr, result=dict(val_top1=held_out))
         for arm, top1, epochs in ("transferred", 0.9, 4), ("from scratch", 0.8, 5):
-            record(tmp_path, top1 + 0.037 * (rate == 0.001), f"deit_transfer/{arm}", student=ONE, lr=rate,
+            answering(tmp_path, top1 + 0.037 * (rate == 0.001), f"deit_transfer/{arm}", student=ONE, lr=rate,
                    epochs=epochs, result=dict(val_top1=held_out))
     for arm, top1, more in ("plain", 0.5, {}), ("SGD", 0.3, dict(optimizer="sgd", lr=0.05)), \
                            ("averaged weights", 0.5, dict(ema_decay=0.99)):
-        record(tmp_path, top1, f"deit_table8/{arm}", student=ONE, result=dict(ema_test_top1=0.52),
+        answering(tmp_path, top1, f"deit_table8/{arm}", student=ONE, result=dict(ema_test_top1=0.52),
                **dict(optimizer="adamw") | more)
     table = tables(tmp_path)
     chosen = table("choices").chosen
@@ -128,7 +122,7 @@ def test_a_users_own_study(tmp_path):
     for seed in 1, 2, 3:
         for arm, (top1, more) in arms.items():
             more = more | dict(result=dict(val_top1=top1, token_cosines=[0.1, 0.5, 0.6 + 0.1 * seed]))
-            record(tmp_path, top1 + 0.001 * seed * len(arm), f"mine/{arm}", seed=seed, **more)
+            answering(tmp_path, top1 + 0.001 * seed * len(arm), f"mine/{arm}", seed=seed, **more)
     table = tables(tmp_path, study=str(file))
     claims = table("claims", "what")
     assert claims.difference["hard labels"] == pytest.approx(0.06 - 0.002)
@@ -144,8 +138,8 @@ def test_a_users_own_study(tmp_path):
 def test_runs_without_a_study(tmp_path):
     """Runs of docs/recipes.md name no study: their accuracies stand beside the published ones."""
     for seed in 1, 2:
-        record(tmp_path, 0.6, seed=seed, **TAUGHT)
-    record(tmp_path, 0.5, student=ONE)
+        answering(tmp_path, 0.6, seed=seed, **TAUGHT)
+    answering(tmp_path, 0.5, student=ONE)
     table = tables(tmp_path)
     methods = table("methods")
     assert methods.seeds[methods.seeds > 0].tolist() == [1] * 3 and methods.published["hard"] == 0.83

@@ -1,5 +1,4 @@
 """HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
-import json
 from collections import Counter
 
 import pandas as pd
@@ -8,12 +7,13 @@ import timm
 import torch
 from torch import nn
 
+from conftest import record
 from forked_notebooks import analyse
 from test_notebooks import said
 from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
-from vitdistill.config import Config, VitdistillError, config_hash, preset, run_name, save, shipped
+from vitdistill.config import Config, VitdistillError, preset, shipped
 from vitdistill.grids import grid_cells, not_here
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
@@ -270,16 +270,11 @@ def test_rates_are_tried_on_both_sides_of_the_expected():
 @pytest.mark.slow
 def test_notebook_compares_teachers_with_the_plain_student(tmp_path):
     """A teacher below the plain ResNet has a row that says so, though it taught none."""
-    def ended(config, arm, **result):
-        folder = tmp_path / "runs" / run_name(config)
-        save(config, folder / "config.yaml")
-        (folder / "metrics.csv").write_text("epoch\n0\n")
-        (folder / "arms.json").write_text(json.dumps([arm]))
-        (folder / "result.json").write_text(json.dumps(dict(hash=config_hash(config), **result)))
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     for cell, right in zip(asked("_teachers"), (0.6, 0.3)):
-        ended(configure("teacher", cell.declared | cell.chosen), cell.arm, test_top1=right)
+        record(configure("teacher", cell.declared | cell.chosen | where), cell.arm, test_top1=right)
     for seed in (1, 2):
-        ended(preset("small", "baseline", t_max=0, lr=0.02, seed=seed), "small_tuned/plain", test_top1=0.35)
+        record(preset("small", "baseline", t_max=0, lr=0.02, seed=seed, **where), "small_tuned/plain", test_top1=0.35)
     analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"),
             reports=str(tmp_path / "runs"))
     rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index(["arm", "other"]).difference

@@ -1,5 +1,4 @@
 """Pre-training by the same road: ranks, kills, papermill; its encoder is fine-tuned and teaches."""
-import json
 import subprocess
 import time
 from dataclasses import replace
@@ -12,17 +11,17 @@ import safetensors.torch
 import torch
 
 from conftest import ROOT, assert_same, elsewhere, environment, on_ranks, processes_mentioning, run_of
-from conftest import train_command, wait_until
+from conftest import record, train_command, wait_until
 from forked_notebooks import analyse
 from test_notebooks import execute, said
-from vitdistill.config import Config, VitdistillError, config_hash, preset, save
+from vitdistill.config import Config, VitdistillError, preset, save
 from vitdistill.grids import grid_cells, not_here
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
 from vitdistill.optimize import create_optimizer
 from vitdistill.ranks import Ranks
-from vitdistill.runs import Run, find_runs
+from vitdistill.runs import find_runs
 from vitdistill.setup import prepare, resolve
 from vitdistill.studies import read_study
 from vitdistill.study.pretraining import noise_explained
@@ -230,17 +229,6 @@ def test_students_have_the_teachers_of_their_studies():
         assert made[f"can_controls_teach/{again}", 1] == made[first, 1]
 
 
-def record(config, *arms, **result):
-    """A finished run's folder, without having run."""
-    folder = Run.of(config).folder
-    folder.mkdir(parents=True)
-    save(config, folder / "config.yaml")
-    (folder / "metrics.csv").write_text("epoch\n")
-    (folder / "arms.json").write_text(json.dumps(arms))
-    (folder / "result.json").write_text(json.dumps(dict(hash=config_hash(config), seconds=60.0, **result)))
-    return folder
-
-
 def probes(value):
     return dict(linear_val_top1=value - 0.05, linear_test_top1=value, knn_val_top1=0.1, knn_test_top1=0.1)
 
@@ -254,7 +242,7 @@ def made_up(tmp_path):
         begun = arm if arm.endswith("fine-tuned") else ""
         top1 = 0.4 if begun else 0.25 + config.epochs / 1000
         place = [*read_study(arm.partition("/")[0]).arms].index(arm.partition("/")[2])
-        record(replace(config, weights_hash=begun, **where), arm,
+        record(replace(config, weights_hash=begun, **where), arm, seconds=60.0,
                **(probes(0.3 - place / 100) if pretrains else dict(held_out_top1=0.5, test_top1=top1)))
     return where
 
@@ -262,11 +250,12 @@ def made_up(tmp_path):
 def test_analysis_compares_arms_of_its_studies(made_up, tmp_path):
     """On test images, by seed; a run of no arm is listed and compared with none; teachers beside their students."""
     mine = record(Config(**made_up, dataset="digits", experiment="pretrain", distillation="can",
-                         student="vit_tiny_patch16_224"), **probes(0.9)).name
+                         student="vit_tiny_patch16_224"), seconds=60.0, **probes(0.9)).name
     answers = dict(experiment="distilled", distillation="hard", teacher="vit_tiny_patch16_224", student="resnet18")
     for seed in 1, 2:
-        record(preset("can", "baseline", seed=seed, **made_up), "small_tuned/plain", test_top1=0.41)
-        record(Config(**answers, **made_up, seed=seed), "can_students/taught by CAN's model", test_top1=0.4 + seed / 50)
+        record(preset("can", "baseline", seed=seed, **made_up), "small_tuned/plain", seconds=60.0, test_top1=0.41)
+        record(Config(**answers, **made_up, seed=seed), "can_students/taught by CAN's model", seconds=60.0,
+               test_top1=0.4 + seed / 50)
     analyse("a08_can", tmp_path / "a08.ipynb", reports=made_up["runs_dir"], out=str(tmp_path / "out"))
 
     def table(name):
