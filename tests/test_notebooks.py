@@ -20,14 +20,14 @@ from vitdistill.study.compare import load, main as compare
 from vitdistill.teachers import answers_head, untrained
 from vitdistill.train import train
 
-EXPERIMENTS, ANALYSIS = ROOT / "nbs/experiments", ROOT / "nbs/analysis"
+EXPERIMENTS = ROOT / "nbs/experiments"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
 
 
 def execute(name, output, cwd=ROOT, arm="", **parameters):
-    notebook = (EXPERIMENTS if name.startswith("e") else ANALYSIS) / f"{name}.ipynb"
     os.environ["VITDISTILL_ARM"] = arm
-    papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
+    notebook = str(EXPERIMENTS / f"{name}.ipynb")
+    papermill.execute_notebook(notebook, str(output), parameters, cwd=str(cwd), progress_bar=False)
     return json.loads(output.read_text())
 
 
@@ -75,7 +75,7 @@ def test_paper_analysis_draws_the_runs(study):
 
 def test_the_pair_is_compared(study, tmp_path):
     """The difference of two runs on the digits is that of their records; one seed has an interval over test images."""
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
+    analyse("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
     row, = pd.read_csv(tmp_path / "tables/pair.csv").itertuples()

@@ -338,7 +338,7 @@ def test_chain_of_notebooks(tmp_path):
             student="resnet18", epochs=1, **where)
     pupil = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "distilled")
     assert pupil.result["teacher_top1"] == pytest.approx(tuned.result["held_out_top1"], abs=1e-4)
-    ran("a08_can", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    analyse("a08_can", tmp_path / "a08.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     assert (tmp_path / "out/figures/can_reconstructions.svg").stat().st_size > 5_000
     table = (tmp_path / "out/tables/can_arms.md").read_text()
     assert f"{encoder.result['linear_test_top1']:.4g}" in table and encoder.name in table
