@@ -21,7 +21,7 @@ def decide(seed, right):
     return np.where(rng.random(360) < right, label, (label + 1) % 10)
 
 
-def answering(root, top1, *arms, result=(), **over):
+def finished_run(root, top1, *arms, result=(), **over):
     """A finished run of these arms, with answers that are right as often as said."""
     c = Config(**dict(dataset="digits", student=TWO, student_kwargs=TINY, runs_dir=str(root / "runs"),
                       work_dir=str(root / "work"), experiment="baseline") | over)
@@ -43,12 +43,12 @@ def tables(root, **parameters):
 
 def test_figures_of_made_up_records(tmp_path):
     """Figure 1 of published numbers, Figure 3 of lengths, Table 4's heat map, and the claims."""
-    answering(tmp_path, 0.95, "deit_teacher/MobileNetV2", student="mobilenetv2_100", student_kwargs={})
+    finished_run(tmp_path, 0.95, "deit_teacher/MobileNetV2", student="mobilenetv2_100", student_kwargs={})
     for seed in (1, 2):
         for epochs, studies in ((16, ["lengths"]), (32, ["table3", "fresh"]), (64, ["lengths"])):
             plain, taught = ([f"deit_{study}/{arm}" for study in studies] for arm in ("plain", "hard, token"))
-            answering(tmp_path, 0.5 + epochs / 1000, *plain, seed=seed, epochs=epochs)
-            answering(tmp_path, 0.5 + seed * epochs / 500, *taught, seed=seed, epochs=epochs, **TAUGHT)
+            finished_run(tmp_path, 0.5 + epochs / 1000, *plain, seed=seed, epochs=epochs)
+            finished_run(tmp_path, 0.5 + seed * epochs / 500, *taught, seed=seed, epochs=epochs, **TAUGHT)
     table = tables(tmp_path)
     drawn = {path.stem for path in (tmp_path / "out/figures").glob("*.svg") if path.stat().st_size > 10_000}
     assert drawn == {f"deit_{name}" for name in ("claims", "disagreement", "throughput", "lengths", "positions")}
@@ -91,13 +91,13 @@ def test_figures_that_are_measured(tmp_path):
 def test_what_held_out_images_chose(tmp_path):
     """The arms that chose a recipe or a rate are shown by held-out images alone; Table 8 has the average of weights."""
     for lr, rate, held_out in (0.0005, 0.001, 0.41), (0.00025, 0.0003, 0.43):
-        answering(tmp_path, 0.48, "deit_strengths/weak", student=ONE, lr=lr, result=dict(val_top1=held_out))
+        finished_run(tmp_path, 0.48, "deit_strengths/weak", student=ONE, lr=lr, result=dict(val_top1=held_out))
         for arm, top1, epochs in ("transferred", 0.9, 4), ("from scratch", 0.8, 5):
-            answering(tmp_path, top1 + 0.037 * (rate == 0.001), f"deit_transfer/{arm}", student=ONE, lr=rate,
+            finished_run(tmp_path, top1 + 0.037 * (rate == 0.001), f"deit_transfer/{arm}", student=ONE, lr=rate,
                    epochs=epochs, result=dict(val_top1=held_out))
     for arm, top1, more in ("plain", 0.5, {}), ("SGD", 0.3, dict(optimizer="sgd", lr=0.05)), \
                            ("averaged weights", 0.5, dict(ema_decay=0.99)):
-        answering(tmp_path, top1, f"deit_table8/{arm}", student=ONE, result=dict(ema_test_top1=0.52),
+        finished_run(tmp_path, top1, f"deit_table8/{arm}", student=ONE, result=dict(ema_test_top1=0.52),
                **dict(optimizer="adamw") | more)
     table = tables(tmp_path)
     chosen = table("choices").chosen
@@ -122,7 +122,7 @@ def test_a_users_own_study(tmp_path):
     for seed in 1, 2, 3:
         for arm, (top1, more) in arms.items():
             more = more | dict(result=dict(val_top1=top1, token_cosines=[0.1, 0.5, 0.6 + 0.1 * seed]))
-            answering(tmp_path, top1 + 0.001 * seed * len(arm), f"mine/{arm}", seed=seed, **more)
+            finished_run(tmp_path, top1 + 0.001 * seed * len(arm), f"mine/{arm}", seed=seed, **more)
     table = tables(tmp_path, study=str(file))
     claims = table("claims", "what")
     assert claims.difference["hard labels"] == pytest.approx(0.06 - 0.002)
@@ -138,8 +138,8 @@ def test_a_users_own_study(tmp_path):
 def test_runs_without_a_study(tmp_path):
     """Runs of docs/recipes.md name no study: their accuracies stand beside the published ones."""
     for seed in 1, 2:
-        answering(tmp_path, 0.6, seed=seed, **TAUGHT)
-    answering(tmp_path, 0.5, student=ONE)
+        finished_run(tmp_path, 0.6, seed=seed, **TAUGHT)
+    finished_run(tmp_path, 0.5, student=ONE)
     table = tables(tmp_path)
     methods = table("methods")
     assert methods.seeds[methods.seeds > 0].tolist() == [1] * 3 and methods.published["hard"] == 0.83

@@ -181,7 +181,7 @@ def create(
                               'takes them back.') from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
-        raise VitdistillError(f"timm's weights of {name} could not be downloaded ({_why(e)}): name a local file as "
+        raise VitdistillError(f"timm's weights of {name} could not be loaded ({_why(e)}): name a local file as "
                               'student_weights or teacher_weights, and set student_pretrained to false.') from None
     check_size(made, name, size)
     return made
