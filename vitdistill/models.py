@@ -10,7 +10,7 @@ __all__ = ['two_heads', 'cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifa
            'pretrained_constants', 'Mixture', 'started_from', 'forget', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
-import contextlib, functools, json, math, re, tempfile, typing
+import contextlib, functools, json, math, re, tempfile, textwrap, typing
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np, timm, torch, torch.nn.functional as F
@@ -140,7 +140,8 @@ def check_name(name:str)->None:
 def _why(error:Exception)->str: # the reason in a line, without torch's and timm's advice to allow code in the file
     if isinstance(error, KeyError): return f'there is no {error}' # this error's text is only the key
     text = f'{error}\n{error.__cause__}'
-    if 'weights_only' not in text: return why_not(error)
+    if 'weights_only' not in text:
+        return textwrap.shorten(str(error), 200) if isinstance(error, RuntimeError) else why_not(error) # names layers
     return f'it calls {found[1]}' if (found := re.search(r'GLOBAL (\S+)', text)) else 'it holds more than tensors'
 
 # %% ../nbs/02_models.ipynb #c7c2ec46
