@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
            'block_length', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'fit_early', 'back_test', 'explained']
+           'measured_crossover', 'fit_early', 'forecast_error', 'back_test', 'explained']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
 import math
@@ -199,6 +199,11 @@ def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: ac
     known = curve[curve.index <= last]
     try: return fit(law, known.index, known)
     except VitdistillError: return Trend(law, (math.nan,)*len(law.symbols))
+
+def forecast_error(law:Law, curve:pd.Series)->float: # curve: accuracies by epoch; NaN: no fit
+    "Returns a law's forecast of the last epoch from the first three eighths of the epochs, minus what was measured."
+    last = curve.index[-1]
+    return fit_early(law, curve, last*3/8)(last) - curve.iloc[-1]
 
 def back_test(curve:pd.Series)->pd.DataFrame: # curve: accuracies by epoch -> law, k, error; NaN: no fit
     "Returns the errors of forecasts of the last epoch from the first k, a row per law and k; at most 60 k."
