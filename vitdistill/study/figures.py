@@ -133,7 +133,10 @@ class Showing:
         plt.close(fig)
         print(textwrap.fill(caption, 120))
 
-    def table(self, rows, name:str, caption:str='', # rows: a frame, or dicts
-              key:list[str]=()): # as `save_table` takes it
-        save_table(frame := pd.DataFrame(rows), self.out, name, caption, key)
-        return frame.head(50).drop(columns='runs', errors='ignore').style.hide().format(format_cell)
+    def table(self, rows, name:str, caption:str='', # rows: a frame, or dicts; without one, nothing is saved
+              key:list[str]=())->None: # as `save_table` takes it
+        from IPython.display import display
+        frame = pd.DataFrame(rows)
+        if not len(frame): return print(f'{name}: no runs yet.')
+        save_table(frame, self.out, name, caption, key)
+        display(frame.head(50).drop(columns='runs', errors='ignore').style.hide().format(format_cell))
