@@ -180,13 +180,16 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     (dict(student="resnet1"), "resnet1"),
     (dict(lrr=1), "unknown field 'lrr'"),
     (dict(epochs=0), "epochs = 0 is out of range"),
+    (dict(distillation="hrad"), "did you mean 'hard'"),
+    (dict(distillation="dkd", soft_top_k=3), "needs all logits"),
+    (dict(optimizer="sdg"), "did you mean 'sgd'"),
     (dict(image_size="big"), "image_size = 'big' is a str"),
     (dict(data="nowhere"), "no folder"),
 ])
 def test_bad_input_is_one_sentence_before_anything_is_trained(given, message, images, weights, tmp_path):
     with pytest.raises(VitdistillError, match=message):
         api.distill(**dict(data=images, teacher=str(weights), out=tmp_path) | SMALL | given)
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("*.yaml"))  # another try is free
 
 
 def test_another_job_in_the_same_folder_is_refused(job, images, weights):

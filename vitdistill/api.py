@@ -6,20 +6,20 @@
 __all__ = ['loss', 'train_all', 'distill', 'save', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'parser']
 
 # %% ../nbs/10a_api.ipynb #3f0c4a49
-import argparse, inspect, json, re
+import argparse, inspect, json, math, re
 from collections.abc import Callable
 from pathlib import Path
 import torch
 from .answers import Memo
 from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset
 from .hub import weights_place
-from .losses import OBJECTIVES, Batch, Logits, criterion
+from .losses import OBJECTIVES, Batch, criterion
 from .models import check_name, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
 from .grids import study_cells
-from .job import (Distilled, costs, fitting_side, look, study_of, teacher_part, train, weights_here,
-                            what_it_takes, with_test, write_study)
+from .job import (Distilled, check_cells, costs, fitting_side, look, study_of, teacher_part, train,
+                            weights_here, what_it_takes, with_test, write_study)
 from .study.compare import write
 from .studies import Study
 
@@ -72,6 +72,7 @@ def distill(
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given)
     cells = study_cells(Study(out.name, **study))
+    check_cells(cells)
     file = None if dry_run else write_study(study, out) # refuses other settings before the speed is measured
     print('measures how fast the models are here', flush=True)
     print(what_it_takes(costs(cells, images)), flush=True)
@@ -138,13 +139,16 @@ class Loss(torch.nn.Module):
     def forward(self,
         logits:torch.Tensor|tuple, # (B, C) of the student, or of its class and distillation heads
         answer:torch.Tensor,       # of `memo`, or a teacher's logits (B, C)
-        labels:torch.Tensor        # (B,) int64
+        labels:torch.Tensor,       # (B,) int64
+        epoch:float=math.inf       # number of the epoch, from 0, for losses that warm up; inf: their full weight
     )->torch.Tensor:               # the mean over the batch
         heads = logits if isinstance(logits, tuple) else (logits,)
-        if type(self.kind) is Logits and answer.shape != heads[0].shape:
+        wanted = self.kind.make(heads[0].detach()).shape # of an answer to these images
+        if answer.shape == heads[0].shape != wanted: answer = self.kind.make(answer)
+        if answer.shape != wanted:
             raise VitdistillError(f"the student's logits have shape {(*heads[0].shape,)} and the teacher's answer "
                                   f'{(*answer.shape,)}: give both the same images and classes.')
-        return self.criterion(heads, Batch(None, labels, answer))[0]
+        return self.criterion(heads, Batch(None, labels, answer, epoch))[0]
 
 loss = Loss
 

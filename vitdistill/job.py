@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['with_test', 'linked', 'Images', 'sides_of', 'look', 'fitting_side', 'weights_here', 'architecture_of', 'outputs',
-           'teacher_part', 'study_of', 'write_study', 'what_it_takes', 'config_of', 'seconds_an_image', 'costs',
-           'adopted', 'train', 'Distilled', 'in_words']
+           'teacher_part', 'study_of', 'write_study', 'what_it_takes', 'config_of', 'check_cells', 'seconds_an_image',
+           'costs', 'adopted', 'train', 'Distilled', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import os, shutil, statistics, tempfile, time
@@ -24,7 +24,7 @@ from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
 from .runs import Run, find_runs
-from .setup import auto_device, auto_precision, resolve
+from .setup import auto_device, auto_precision, check_settings, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with
 from .study.compare import Comparison, draw_curves, ended, load, points
 from .teachers import adopt, least_accuracy, read_card
@@ -167,6 +167,7 @@ def study_of(
     given:dict               # preset, student, and other fields of Config, name -> value
 )->dict:
     "Returns the content of the job's study file; an unknown field is a `VitdistillError`."
+    if seeds < 1: raise VitdistillError(f'seeds = {seeds}: give 1 or more.')
     for name in given:
         if name not in ('preset', *field_names()):
             raise VitdistillError(f'unknown field {name!r}: {nearest(name, field_names())}')
@@ -211,6 +212,10 @@ def what_it_takes(seconds:dict)->str: # of `costs`
 def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the like
     "Returns the config of a cell."
     return configure(_parts[cell.notebook.stem], {**cell.declared, **cell.chosen, **models})
+
+def check_cells(cells:list[Cell])->None:
+    "Raises `VitdistillError` for settings with which a cell could not train, before the first one trains."
+    for cell in cells: check_settings(config_of(cell))
 
 _parts = dict(e00_teacher='teacher', e01_baseline_resnet50='baseline', e02_distilled_resnet50='distilled',
               e04_adopted_teacher='teacher') # notebook -> part of the preset
