@@ -23,9 +23,9 @@ from .encoders import load_dual, save_dual, tower_facts, tower_settings
 from .launch import launch
 from .optimize import create_optimizer, create_schedule
 from .predict import named_images, read_batches
-from .ranks import Ranks, batch_bounds, local_rows, parallel, set_numerics, threads_per_rank
+from .ranks import Ranks, batch_bounds, local_rows, parallel, seed_step, set_numerics, threads_per_rank
 from .runs import RunWriter
-from .teachers import file_hash
+from .teachers import file_hash, refuse_begun_on
 from .train import Checkpoints, Progress, main as train_main, peak_lr, restore
 from .views import epoch_plan
 
@@ -58,7 +58,8 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
     settings, facts = tower_settings(config.text_tower), tower_facts(config, data)
     image = image_tower(facts, config.student_weights, config.teacher_precision, device)
     alone = DualEncoder(image, facts, None)
-    key = digest([json.dumps([alone.image_key, settings], sort_keys=True), '\n'.join([*pairs[0], *texts])])
+    about = json.dumps([alone.image_key, settings], sort_keys=True)
+    key = digest([about, '\n'.join([*pairs[0], *texts]), pairs[1]])
     folder = from_root(config.work_dir)/'encoders'/key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'lock'):
@@ -117,6 +118,7 @@ def centred(embeddings:torch.Tensor, mean:list)->torch.Tensor: # mean: [] leaves
 def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts, their embeddings, parts, means)
     "Loads a dataset of images with classes, and embeds its images and captions."
     data, kept = load_data(config), from_root(config.work_dir)/'embeddings'
+    refuse_begun_on(config, data)
     train, val = split_rows(data.train_labels, config)
     if not len(val):
         raise VitdistillError('no image is held out, and choices need some: give val_fraction or val_rows.')
@@ -192,7 +194,8 @@ def prepare_captions(config:Config, ranks:Ranks)->Captioning:
     if config.decoder != 'nearest':
         torch.manual_seed(config.seed)
         captioner = Captioner(*create_decoder(config, texts), encoder.width, config.mapper, config.prefix)
-        tokens = tokens_of(captioner.tokenizer, texts, captioner.room)
+        said = [texts, *(part.wanted for part in parts.values())]
+        tokens, *_ = (tokens_of(captioner.tokenizer, one, captioner.room) for one in said) # raises if one is too long
         captioner.to(ranks.device)
     return Captioning(config=config, ranks=ranks, encoder=encoder, captioner=captioner, texts=texts, embeddings=source,
                       tokens=tokens, parts=parts, std=about['noise_std'], means=means, about=about)
@@ -207,6 +210,7 @@ def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int,
     for number, (start, stop) in enumerate(batch_bounds(n, c.batch_size, ranks.world, False)):
         own, weight = local_rows(start, stop, ranks.rank, ranks.world)
         noise = generator(c.seed, epoch, number, 1)
+        seed_step(c.seed, epoch, number, ranks.rank, ranks.device) # of dropout
         noisy = add_noise(setup.embeddings[order[start:stop]], setup.std, noise)[own.start - start:own.stop - start]
         tokens = setup.tokens[order[own]]
         tokens = tokens[:, :int((tokens >= 0).sum(1).max())].to(ranks.device)
@@ -247,6 +251,8 @@ def measured(setup:Captioning, name:str)->tuple: # name of a part -> (numbers, {
 def train_captions(setup:Captioning, run:RunWriter)->None:
     "Trains the remaining epochs; each ends with a row of metrics and, where it is due, a checkpoint."
     c, ranks, captioner, done, kept = setup.config, setup.ranks, setup.captioner, 0, {}
+    last = c.epochs if captioner else 1
+    if not captioner and not ranks.rank: run.keep_epochs(0) # it has no checkpoint
     if captioner:
         optimizer = create_optimizer(c, captioner)
         kept = dict(model=captioner, optimizer=optimizer)
@@ -256,13 +262,13 @@ def train_captions(setup:Captioning, run:RunWriter)->None:
     if done: progress.say(f'resumes after epoch {done}')
     model = captioner and parallel(captioner, ranks)
     with Checkpoints(run, c, kept, ranks) as checkpoints:
-        for epoch in range(done, c.epochs if captioner else 1):
+        for epoch in range(done, last):
             begun, row = time.perf_counter(), dict(epoch=epoch, lr=0., train_loss=0.)
             if captioner:
                 schedule.step(epoch)
                 row |= dict(lr=peak_lr(optimizer)) | caption_epoch(setup, model, optimizer, epoch, progress)
             if ranks.rank: continue
-            if (epoch + 1) % c.evaluate_every == 0 or epoch + 1 == c.epochs: row |= measured(setup, 'val')[0]
+            if (epoch + 1) % c.evaluate_every == 0 or epoch + 1 == last: row |= measured(setup, 'val')[0]
             row['seconds'] = time.perf_counter() - begun
             run.append(row)
             checkpoints.add(epoch + 1)
@@ -354,7 +360,9 @@ def own_config(texts:str|Path, out:str|Path, fields:dict)->Config: # fields: of 
     if not Path(texts).is_file(): read_texts(from_here(texts)) # says what is wrong
     given = dict(dataset='texts', data_root=str(from_here(texts)), runs_dir=str(from_here(out)/'runs'),
                  work_dir=str(from_here(out)/'work')) | fields
-    return preset(given.pop('preset', None) or 'captions_own', 'captions', **given)
+    config = preset(given.pop('preset', None) or 'captions_own', 'captions', **given)
+    if config.decoder != 'nearest': return config
+    raise VitdistillError("decoder = 'nearest' keeps no model that could caption images: leave decoder out.")
 
 def parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill captions`, without the fields of Config."

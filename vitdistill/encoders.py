@@ -168,9 +168,10 @@ def tower_facts(config:Config, data:Data)->dict: # what an image tower is, besid
     known, card = started_from(weights), read_card(weights)
     if known and card:
         return known | dict(size=card['input_size'], side=card.get('image_size', card['input_size']),
-                            constants=card['constants'])
+                            constants=card['constants'], exif_orientation=card.get('exif_orientation', True))
     return dict(student=config.student, stem=config.stem, student_kwargs=config.student_kwargs, side=data.side,
-                size=student_size(config, data.side), constants=data.mean_std)
+                size=student_size(config, data.side), constants=data.mean_std,
+                exif_orientation=config.exif_orientation)
 
 def image_tower(facts:dict, weights:str='', precision:str='fp32', device:str='cpu')->Teacher: # facts: of `tower_facts`
     "Returns a frozen image tower, a model without its head; without weights it is untrained."
@@ -183,7 +184,8 @@ def image_tower(facts:dict, weights:str='', precision:str='fp32', device:str='cp
 class DualEncoder(Encoder):
     "Embeds images by a frozen model of timm, and texts by a tower that was fitted to it."
     def __init__(self, image:Teacher, facts:dict, text:TextTower|None): # facts: of `tower_facts`
-        self.image, self.facts, self.text, self.width = image, facts, text, image.model.num_features
+        self.image, self.facts, self.text = image, facts, text
+        self.width = self.images(torch.zeros(1, *[facts['side']]*2, 3, dtype=torch.uint8)).shape[-1]
         constants = [[round(float(x), 6) for x in part] for part in image.constants]
         self.image_key = dict(encoder='own', image=image.weights_hash(), size=image.size, side=facts['side'],
                               precision=image.precision, constants=constants)
@@ -192,7 +194,7 @@ class DualEncoder(Encoder):
     def images(self, images): return F.normalize(self.image.logits(images.permute(0, 3, 1, 2)), dim=-1).cpu()
     @torch.inference_mode()
     def texts(self, texts): return F.normalize(self.text(self.text.tokens(texts)), dim=-1).float().cpu()
-    def read(self, file): return read_image(file, self.facts['side'])
+    def read(self, file): return read_image(file, self.facts['side'], self.facts.get('exif_orientation', True))
 
 
 def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: settings of the text tower, and more
@@ -215,6 +217,6 @@ def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEnco
     image = image_tower(about['facts'], '', precision, device)
     image.model.load_state_dict(safetensors.torch.load_file(folder/'image.safetensors'))
     tokenizer = read_tokenizer((folder/'tokenizer.json').read_text())
-    text = TextTower(tokenizer, image.model.num_features, about['settings'])
+    text = TextTower(tokenizer, DualEncoder(image, about['facts'], None).width, about['settings'])
     text.load_state_dict(safetensors.torch.load_file(folder/'text.safetensors'))
     return DualEncoder(image, about['facts'], text.eval().requires_grad_(False).to(device))

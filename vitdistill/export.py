@@ -49,7 +49,7 @@ def export_onnx(
                                      input_names=['pixels'], output_names=list(student.heads),
                                      dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
         about = dict(classes=model.classes, image_size=cropped, mean=list(model.constants[0]),
-                     std=list(model.constants[1]))
+                     std=list(model.constants[1]), exif_orientation=model.exif_orientation)
         proto = made.model_proto
         onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
         onnx.save(proto, str(path))

@@ -341,9 +341,9 @@ def decoded(
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise VitdistillError(f'{name} can not be read as an image ({why}): replace or remove it.') from None
 
-def read_image(file:Path, size:int)->torch.Tensor: # (size, size, 3) uint8
+def read_image(file:Path, size:int, exif_orientation:bool=True)->torch.Tensor: # (size, size, 3) uint8
     "Returns the centre of an image file, as `decoded` does."
-    return torch.from_numpy(np.array(decoded(functools.partial(file.open, 'rb'), file, size)))
+    return torch.from_numpy(np.array(decoded(functools.partial(file.open, 'rb'), file, size, exif_orientation)))
 
 # %% ../nbs/01c_files.ipynb #0641a0f2
 class DiskImages:

@@ -27,7 +27,9 @@ class Predictor:
     sides:tuple          # (side in px that an image is cropped to, side of the model's input)
     constants:tuple      # (mean, std) per channel
     forward:Callable     # (B, 3, S, S) float32, normalized -> tuple of logits (B, C), one for each head
+    exif_orientation:bool=True # whether images are turned as their EXIF data say, as in training
 
+    def read(self, file:Path)->torch.Tensor: return read_image(file, self.sides[0], self.exif_orientation)
     def probabilities(self, images:torch.Tensor)->torch.Tensor: # (B, H, W, 3) uint8 -> (B, C)
         pixels = normalize(images.permute(0, 3, 1, 2), *self.constants, self.sides[1])
         with torch.inference_mode(): return combine(self.forward(pixels))
@@ -46,7 +48,8 @@ def from_onnx(file:Path)->Predictor:
         raise VitdistillError(f'{file} does not name its classes: give a file that vitdistill export wrote.')
     classes, mean, std = (ast.literal_eval(about[name]) for name in ('classes', 'mean', 'std'))
     def forward(pixels): return tuple(map(torch.from_numpy, session.run(None, {'pixels': pixels.numpy()})))
-    return Predictor(str(file), classes, (int(about.get('image_size', shape[-1])), shape[-1]), (mean, std), forward)
+    sides, turned = (int(about.get('image_size', shape[-1])), shape[-1]), about.get('exif_orientation') != 'False'
+    return Predictor(str(file), classes, sides, (mean, std), forward, turned)
 
 def from_folder(folder:Path)->Predictor: # of a run's model
     "Returns the model in a folder that a run wrote."
@@ -65,7 +68,8 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     model = create(told['student'], len(classes), size, told['stem'], **told['student_kwargs'])
     student = Student(load_weights(model, folder)).eval()
     sides = card.get('image_size', size), size
-    return Predictor(str(folder), classes, sides, (pixels['mean'], pixels['std']), student)
+    turned = card.get('exif_orientation', True)
+    return Predictor(str(folder), classes, sides, (pixels['mean'], pixels['std']), student, turned)
 
 def load_model(
     name:str|Path,            # model folder, run folder, ONNX file, or part of the name of one finished run
@@ -120,7 +124,7 @@ def predict(
     model = model if isinstance(model, Predictor) else load_model(model)
     files = named_images([images] if isinstance(images, (str, Path)) else images)
     rows = []
-    for read, pixels in read_batches(files, lambda file: read_image(file, model.sides[0]), batch, skipped):
+    for read, pixels in read_batches(files, model.read, batch, skipped):
         best = model.probabilities(pixels).topk(min(top, len(model.classes)))
         for file, shares, numbers in zip(read, best.values.tolist(), best.indices.tolist()):
             named = [(model.classes[number], round(share, 4)) for number, share in zip(numbers, shares)]

@@ -268,7 +268,9 @@ class RunWriter(Run):
         return write_atomic(self.folder/file, packed(arrays))
 
     def add_arm(self, arm:str)->None: # 'study/arm'
-        if arm not in self.arms: self._write_json('arms.json', sorted([*self.arms, arm]))
+        with FileLock(self.folder/'arms.lock'): # two grids may add theirs at once
+            self.__dict__.pop('arms', None)
+            if arm not in self.arms: self._write_json('arms.json', sorted([*self.arms, arm]))
         self.__dict__.pop('arms')
 
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'listed', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations', 'named',
            'arm_names', 'references', 'check', 'check_part', 'sides', 'study_file', 'read_study', 'parsed', 'runs_of',
-           'teachers_of', 'runs_folder', 'runs_with', 'model_of']
+           'having', 'teachers_of', 'runs_folder', 'runs_with', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from .config import (Config, VitdistillError, from_root, nearest, preset_parts, read_yaml, shipped,
-                               shipped_names)
+from .config import (Config, VitdistillError, defining, from_dict, from_root, nearest, preset_parts,
+                               read_yaml, shipped, shipped_names)
 from .runs import Run, find_runs
 
 # %% ../nbs/07_studies.ipynb #e4aeb0b9
@@ -49,6 +49,7 @@ def listed(given)->list: # such as `after` of a part; None: nothing
 # %% ../nbs/07_studies.ipynb #3956d2e3
 MODELS = 'teacher', 'teacher_weights', 'fold_weights', 'student_weights', 'weights' # parameters that may name a part
 _keys = 'notebook', 'after', 'vary', 'seeds' # of a part, which are no parameters of its notebook
+_places = 'preset', 'runs_dir', 'work_dir' # what teachers share with arms, which look for them there
 
 def trains(part:dict)->bool: # a teacher or an arm
     "Returns whether the study itself trains a part."
@@ -62,7 +63,7 @@ def full_name(study:Study, name:str)->str:
 
 def parameters_of(study:Study, name:str)->tuple[dict, dict]: # name: of a part that is trained here
     "Returns the parameters of a part's notebook without seed and varied ones, and those that name parts."
-    shared = study.common if name in study.arms else {k: v for k, v in study.common.items() if k == 'preset'}
+    shared = study.common if name in study.arms else {k: v for k, v in study.common.items() if k in _places}
     given = shared | {key: value for key, value in study.parts[name].items() if key not in _keys}
     named = {key: given.pop(key) for key in MODELS if isinstance(given.get(key), str) and given[key] in study.parts}
     if 'teacher' in named: named['teacher_weights'] = named.pop('teacher')
@@ -208,8 +209,15 @@ def runs_of(
         found = [run for other, name in references(study, arm) for run in runs_of(other, named(name, varied), records)]
     elif 'runs' in part: found = [run for run in records if any(fnmatch(run.name, one) for one in listed(part['runs']))]
     else: found = [run for run in records if full_name(study, arm) in run.arms]
-    found = [run for run in found if all(getattr(run.config, key) == value for key, value in varied.items())]
-    return sorted(found, key=lambda run: (run.config.seed, run.name))
+    return sorted(having(found, varied), key=lambda run: (run.config.seed, run.name))
+
+def having(runs:list[Run], values:dict)->list[Run]: # values: name -> value; names that are no fields do not count
+    "Returns the runs that were asked for these values, written as in YAML: '1e-3' is a number, 'auto' is itself."
+    if not values: return runs
+    def asked(config): return vars(config) | defining(config)
+    wanted = asked(from_dict({key: value for key, value in values.items() if key in Config.__dataclass_fields__}))
+    def has(known): return all(known[key] == wanted[key] for key in values if key in wanted)
+    return [run for run in runs if has(asked(run.config))]
 
 def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_of` takes them
     "Returns the runs of the teacher that an arm names or, without one, of the teachers that it waits for."
@@ -233,8 +241,7 @@ def runs_with(
     states:tuple=('done',)      # of `Run.status`
 )->list[Run]:
     "Returns the runs of an arm that are in one of these states."
-    return [run for run in records if arm in run.arms and run.status in states
-            and all(getattr(run.config, key, value) == value for key, value in fields.items())]
+    return having([run for run in records if arm in run.arms and run.status in states], fields)
 
 def model_of(
     arm:str,       # 'study/arm'

@@ -125,7 +125,7 @@ def card_facts(
     train, val = split_rows(data.train_labels, config)
     return dict(architecture=config.student, kwargs=config.student_kwargs, stem=config.stem, classes=data.classes,
                 input_size=size, image_size=data.side, normalization=config.student_normalization,
-                constants=constants,
+                constants=constants, exif_orientation=config.exif_orientation,
                 train_hash=data.train_hash, n_train=len(train), n_held_out=len(val),
                 split={f: getattr(config, f) for f in field_names(split=True)})
 
@@ -236,7 +236,7 @@ def refuse_overlap(
 def refuse_begun_on(config:Config, data:Data)->None:
     "Raises `VitdistillError` if the run would validate on images whose labels its starting weights were trained on."
     card = read_card(config.student_weights)
-    if card and 'pretrained_by' not in card and card['train_hash'] == data.train_hash:
+    if card and 'pretrained_by' not in card and card.get('train_hash') == data.train_hash:
         refuse_overlap(config, data, card, "its student_weights'")
 
 def refuse_seen(config:Config, data:Data, card:dict|None)->None:

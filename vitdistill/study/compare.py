@@ -141,7 +141,8 @@ def difference(
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs
     "Returns two runs with the same seed, finished ones if there are; [] without any."
     seeds = seeds or sorted({run.config.seed for run in one} & {run.config.seed for run in other})
-    return [next(run for run in arm if run.config.seed == seeds[0]) for arm in (one, other)] if seeds else []
+    return [ended(arm).get(seeds[0]) or next(run for run in arm if run.config.seed == seeds[0])
+            for arm in (one, other)] if seeds else []
 
 # %% ../../nbs/study/04_compare.ipynb #a78ef33c
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
@@ -159,7 +160,8 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
         means = (common if len(common) else tops[group.arm]).mean()
         frame.loc[group.index, by] = group.arm.map(means)
         frame.loc[group.index, 'seeds'] = len(common)
-        frame.loc[group.index, 'chosen'] = ['yes' if arm == means.idxmax() else 'no' for arm in group.arm]
+        best = means.idxmin() if by.endswith('_loss') else means.idxmax()
+        frame.loc[group.index, 'chosen'] = ['yes' if arm == best else 'no' for arm in group.arm]
     return frame.drop(columns=['group', 'runs']).assign(runs=frame.runs)
 
 # %% ../../nbs/study/04_compare.ipynb #979f9ceb
