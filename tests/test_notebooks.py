@@ -47,7 +47,9 @@ def study(tmp_path_factory):
     execute("e00_teacher", folder / "e00.ipynb", arm="pair/teacher", **vit, **where)
     teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
     short = dict(epochs=2, student="resnet18", **where)
-    execute("e01_baseline_resnet50", folder / "e01.ipynb", EXPERIMENTS, "pair/plain", **short)  # as JupyterLab does
+    with pytest.MonkeyPatch.context() as jupyterlab:  # where the curve is drawn while it trains
+        jupyterlab.setenv("JPY_SESSION_NAME", "a notebook")
+        execute("e01_baseline_resnet50", folder / "e01.ipynb", EXPERIMENTS, "pair/plain", **short)
     taught = dict(teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT)
     execute("e02_distilled_resnet50", folder / "e02.ipynb", arm="pair/taught", **taught, **short)
     return folder
@@ -62,6 +64,8 @@ def test_study_runs_by_papermill(study):
     for name, file in (("teacher", "e00"), ("baseline", "e01"), ("distilled", "e02")):
         notebook = json.loads((study / f"{file}.ipynb").read_text())
         assert f"record: {runs[name].folder}" in said(notebook)  # where to look
+        pictures = [out for cell in notebook["cells"] for out in cell.get("outputs", []) if "image/png" in str(out)]
+        assert len(pictures) == (2 if file == "e01" else 1)  # the live curve, and the figure after it
 
 
 def test_paper_analysis_draws_the_runs(study):

@@ -17,8 +17,9 @@ def in_jupyterlab()->bool:
 def live_figure(metrics, text:str):
     "Returns a figure of top-1 and loss from a run's metrics so far, with `text` as its title."
     import matplotlib.pyplot as plt
-    with plt.style.context('default'):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
+    figure = plt.figure(figsize=(9, 3), layout='constrained', facecolor='white') # a first one sets up the backend,
+    with plt.style.context('default'):                                           # which this would undo
+        left, right = figure.subplots(1, 2)
         for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-'),
                            ('knn_test_top1', '--'), ('linear_test_top1', '-')): # probes of pre-training
             if name not in metrics or metrics[name].isna().all(): continue
