@@ -21,6 +21,7 @@ from test_recipes import blocks
 from vitdistill import api
 from vitdistill.cli import main
 from vitdistill.config import VitdistillError, preset
+from vitdistill.job import config_of
 from vitdistill.losses import OBJECTIVES
 from vitdistill.predict import load_model, predict
 from vitdistill.ranks import Ranks
@@ -146,7 +147,8 @@ def test_what_is_left_out_is_said_and_other_images_are_refused(job, images, weig
     api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
     assert "left out of the dataset: 1 .txt" in capfd.readouterr().out
     shutil.copy(mine / "dark/0.png", mine / "dark/new.png")
-    (tmp_path / "out/runs").mkdir()  # something was trained
+    (tmp_path / "out/runs/run").mkdir(parents=True)
+    (tmp_path / "out/runs/run/metrics.csv").touch()  # something was trained
     with pytest.raises(VitdistillError, match="a job on 31 files of .* where there are 32 now"):
         api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
     parts = [[*(tmp_path / "out/data" / part).rglob("*.png")] for part in ("train", "val")]
@@ -190,6 +192,12 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(given, message, im
     with pytest.raises(VitdistillError, match=message):
         api.distill(**dict(data=images, teacher=str(weights), out=tmp_path) | SMALL | given)
     assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("*.yaml"))  # another try is free
+
+
+def test_a_recipe_for_other_data_reads_the_folder(images, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "train_all", lambda cells, *_: cells)
+    cells = api.distill(images, teacher=str(weights), out=tmp_path / "out", preset="demo", **SMALL)
+    assert {config_of(cell).dataset for cell in cells} == {"imagefolder"}
 
 
 def test_another_job_in_the_same_folder_is_refused(job, images, weights):

@@ -8,10 +8,12 @@ __all__ = ['loss', 'train_all', 'distill', 'save', 'LoadedTeacher', 'load_teache
 # %% ../nbs/10a_api.ipynb #3f0c4a49
 import argparse, inspect, json, math, re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 import torch
 from .answers import Memo
 from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset
+from .data import check_dataset
 from .hub import weights_place
 from .losses import OBJECTIVES, Batch, criterion
 from .models import check_name, save_model
@@ -56,9 +58,12 @@ def distill(
     root = with_test(data, out)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     of_data = {name: value for name, value in fields.items() if name in field_names(group='data')}
-    images = look(config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root))), drawn=root != data)
+    recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
+    if check_dataset(recipe.dataset).side: # of a dataset that is not yours, such as digits
+        fields['dataset'], recipe = 'imagefolder', replace(recipe, dataset='imagefolder')
+    images = look(recipe, drawn=root != data)
     print(images, flush=True)
-    def chosen(size, auto): return auto if size == 'auto' else from_dict(dict(image_size=size)).image_size
+    def chosen(size, auto): return auto if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
     teacher = from_here(teacher) if from_here(teacher).exists() else teacher
     card = read_card(str(teacher)) if Path(teacher).exists() else None # of one that was trained here
@@ -66,14 +71,15 @@ def distill(
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
-    how = "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
+    how = f"from {fields.get('student_weights')}" if fields.get('student_weights') else "from timm's weights" if \
+        fields['student_pretrained'] else 'from scratch, since its weights are not here'
     print(f'student: {student} at {side} px, {how}; teacher: {part["student"]} at {theirs} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given)
     cells = study_cells(Study(out.name, **study))
     check_cells(cells)
-    file = None if dry_run else write_study(study, out) # refuses other settings before the speed is measured
+    file = write_study(study, out, dry_run) # refuses other settings before the speed is measured
     print('measures how fast the models are here', flush=True)
     print(what_it_takes(costs(cells, images)), flush=True)
     if dry_run: return None

@@ -22,7 +22,7 @@ from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
 from .runs import Run, RunWriter, check_folders, find_runs, is_locked
-from .setup import resolve, uses_batch_norm
+from .setup import check_settings, resolve, uses_batch_norm
 from .teachers import as_teacher, read_card, the_only
 from .track import tracker_names
 
@@ -340,6 +340,7 @@ def with_teacher(
     if config.teacher == 'mixture':
         raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
                               'weights a list of theirs, and give that as teacher_weights.')
+    check_settings(replace(config, fold_answers=Config().fold_answers)) # before a teacher trains
     wanted = teacher_of_preset(given, experiment)
     nproc = given['nproc'] if isinstance(given.get('nproc'), int) else None # 'auto' is None's
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained_teacher(wanted, nproc))

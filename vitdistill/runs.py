@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from filelock import FileLock, Timeout
-from .config import SHIPPED, Config, VitdistillError, config_hash, cores, from_root, load, nearest, repo_root
-from .config import run_name, save, write_atomic
+from .config import SHIPPED, Config, VitdistillError, config_hash, cores, from_here, from_root, load, nearest
+from .config import repo_root, run_name, save, write_atomic
 from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c
@@ -103,7 +103,8 @@ def find_run(
 )->Run:
     "Returns the run that is meant; if several fit, the one that is running."
     if isinstance(run, Run): return run
-    for place in (from_root(run), from_root(folder)/run):
+    if from_here(folder).is_dir(): folder = from_here(folder)
+    for place in (from_here(run), from_root(folder)/run):
         if (place/'config.yaml').is_file(): return Run(place)
         if (begun := place.resolve().parent/'launch.yaml').is_file(): # a model folder, or a link to one
             return Run(from_root(load(begun).runs_dir)/begun.parent.name)

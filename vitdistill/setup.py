@@ -94,6 +94,7 @@ def refuse_unfit_folds(config:Config)->None:
 def check_settings(config:Config)->None:
     "Raises `VitdistillError` for models, objective, augmentation, schedule or optimizer that no run can have."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
+    check_device(config.device)
     refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
@@ -104,7 +105,7 @@ def resolve(config:Config)->Config:
     check_settings(config)
     weights = 'student_weights', 'teacher_weights', 'fold_weights'
     config = replace(config, **{name: the_only(getattr(config, name)) for name in weights})
-    check_device(device := (chosen := auto_values(config)).get('device', config.device))
+    device = (chosen := auto_values(config)).get('device', config.device)
     asked = config.compile not in ('auto', 'none', 'graph')
     if asked and (lacks := compiler_missing(device)):
         raise VitdistillError(f"compile = {config.compile!r} needs {lacks}, which is not here: install it, or set "

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['columns', 'ended', 'right_answers', 'difference_over_images', 'Comparison', 'run_names', 'load', 'named', 'pairs',
-           'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair', 'plot_forest',
-           'draw_forest', 'draw_curves', 'compare_runs', 'write', 'points', 'printed', 'main']
+           'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair',
+           'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
-import argparse
+import argparse, json
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from ..config import Config, VitdistillError, from_root, shipped_names
+from ..config import Config, VitdistillError, defining, field_names, from_here, from_root, shipped_names
 from ..runs import Run, find_run, find_runs
 from ..studies import Study, arm_names, read_study, runs_folder, runs_of, sides, trains
 from .figures import save_figure, save_table, style
@@ -189,7 +189,20 @@ def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], 
             if gain or not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
             if taught[0].config.teacher and on_labels(plain[0].config):
                 found.setdefault(frozenset(run.name for run in taught + plain), (f'{name}: {arm}', plain, taught))
-    return list(found.values())
+    return list(found.values()) or unnamed_pairs(records, dataset)
+
+def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]: # as `taught_pairs`
+    "Returns the pairs of runs of no study that differ in nothing but seed and teaching, such as those of e01 and e02."
+    teaching, groups = {*field_names(teaching=True), 'experiment', 'seed'}, {}
+    for run in records:
+        if run.arms or run.config.experiment not in ('baseline', 'distilled'): continue
+        if dataset not in ('', run.config.dataset): continue
+        whole = defining(run.config)
+        rest, how = (json.dumps({name: value for name, value in whole.items() if (name in teaching) == mine
+                                 and name != 'seed'}, default=str) for mine in (False, True))
+        groups.setdefault(rest, {}).setdefault(how, []).append(run)
+    return [(arm[0].name, plain, arm) for ways in groups.values() for plain in ways.values()
+            if on_labels(plain[0].config) for arm in ways.values() if arm[0].config.teacher]
 
 def on_labels(config:Config)->bool:
     "Returns whether a student learns from the true labels alone, without smoothing."
@@ -332,5 +345,5 @@ def main(arguments:list=None)->int:
         raise VitdistillError(f'there is no run of {args.study}: start it by vitdistill grid {args.study}, or '
                               'name run folders in the file: "plain: {runs: [NAME, ...]}".')
     print(printed(comparison))
-    print(f'wrote {write(comparison, from_root(args.out))}')
+    print(f'wrote {write(comparison, from_here(args.out))}')
     return 0
