@@ -55,11 +55,13 @@ def memo_head(file:Path)->dict: # path of a memo
 def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for the message
     "Raises `VitdistillError` for a memo that does not hold the answers of the teacher in the folder."
     card = folder/'card.json'
-    weights = json.loads(card.read_text()).get('weights_hash') if card.is_file() else None
+    told = json.loads(card.read_text()) if card.is_file() else {}
+    weights = told.get('weights_hash')
     for file in sorted(folder.glob('memo-*.bin')):
         head = memo_head(file)
-        rounded = head.get('dtype', '').startswith('bf16-weights') # rounded weights have another hash
-        if not head or weights and not rounded and head.get('weights') != weights:
+        changed = (head.get('dtype', '').startswith('bf16-weights') # weights that were rounded or resampled as they
+                   or head.get('teacher_size') != told.get('input_size')) # were loaded have another hash
+        if not head or weights and not changed and head.get('weights') != weights:
             raise VitdistillError(f'{file.name} of {name} is the memo of another teacher (weights '
                                   f"{head.get('weights', 'not told')}, here {weights}): remove it there, "
                                   'and its answers are asked anew.')

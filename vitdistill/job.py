@@ -49,6 +49,9 @@ def with_test(root:Path, out:Path)->Path: # root: the user's folder; out: folder
                               'elsewhere.')
     labels = torch.tensor([classes.index(name.partition('/')[0]) for name in images])
     test = {images[row] for row in stratified(labels, .2, seed=0)[1]} # as `Images` says: a fifth of each class
+    if few := sorted({*classes} - {name.partition('/')[0] for name in test}):
+        raise VitdistillError(f"{root}: {', '.join(few[:5])}: too few images to set a fifth of them aside as test "
+                              'images: give each class five or more, or leave it out.')
     parted = {name: 'val' if name in test else 'train' for name in names} # other files are left out by whoever reads
     return linked(parted, root, out/'data')
 
@@ -326,7 +329,8 @@ class Distilled:
 
     def folder(self, name:str='taught')->Path: # or plain, teacher
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
-        link, run = self.out/'models'/name, next(iter(self.runs()[name].values()))
+        link, by_seed = self.out/'models'/name, self.runs()[name]
+        run = by_seed[min(by_seed)]
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)

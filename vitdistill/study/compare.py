@@ -54,6 +54,11 @@ class Comparison:
     study:Study
     arms:dict[str, list[Run]] # name, with what it varies -> runs, ended or not
 
+    @property
+    def measured(self)->str: # what is compared, in words
+        known = dict(test_top1='test accuracy', val_top1='accuracy on held-out images')
+        return known.get(self.study.measure, self.study.measure)
+
     def tops(self, measure:str='')->pd.DataFrame: # a row a seed, a column an arm; NaN: no finished run
         "Returns a number of result.json of the finished runs, by default the study's `measure`."
         measure = measure or self.study.measure
@@ -254,7 +259,7 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
              'dashed: one seed, interval over test images': (rows.interval != 'seeds').any()}
     about = '; '.join(text for text, drawn in about.items() if drawn)
     minus = f' minus {rows.other.iloc[0]}' if one_baseline else ''
-    ax.set(xlabel=f'points of test accuracy{minus}\n{about}', title=comparison.study.title)
+    ax.set(xlabel=f'points of {comparison.measured}{minus}\n{about}', title=comparison.study.title)
     return fig
 
 def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn; -> a figure; None without epochs
@@ -297,9 +302,11 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
     "Writes tables, figures and a page of a study into a folder; returns the path of the page."
     study, out = comparison.study, Path(out)
     runs = [run for runs in comparison.arms.values() for run in runs]
-    tables = {'': (comparison.table(), 'Test accuracy of an arm minus that of another, 95% intervals. Pooled: with the '
+    of = comparison.measured.capitalize()
+    tables = {'': (comparison.table().drop(columns=['gaps', 'later']),
+                   f'{of} of an arm minus that of another, 95% intervals. Pooled: with the '
                    "scatter of all of the study's arms; Holm: p corrected for the rows of this table."),
-              '_arms': (comparison.accuracies(), 'Test accuracy of each arm, mean and standard deviation over seeds; '
+              '_arms': (comparison.accuracies(), f'{of} of each arm, mean and standard deviation over seeds; '
                'teacher_top1: of its teacher, on held-out images.'),
               '_choices': (choices(comparison), 'Accuracy on held-out images of the settings that were tried.')}
     made = [save_table(frame, out, f'{study.name}{end}', caption, key=['arm', 'other'])[1]
