@@ -59,9 +59,8 @@ def distill(
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     of_data = {name: value for name, value in fields.items() if name in field_names(group='data')}
     recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
-    if check_dataset(recipe.dataset).side: # of a dataset that is not yours, such as digits
-        fields['dataset'], recipe = 'imagefolder', replace(recipe, dataset='imagefolder')
-    images = look(recipe, drawn=root != data)
+    if check_dataset(recipe.dataset).side: fields['dataset'] = 'imagefolder' # a recipe for digits, for example
+    images = look(replace(recipe, dataset=fields.get('dataset', recipe.dataset)), drawn=root != data)
     print(images, flush=True)
     def chosen(size, auto): return auto if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))

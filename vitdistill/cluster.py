@@ -56,7 +56,8 @@ def read_ask(
 # %% ../nbs/07_cluster.ipynb #adf4be25
 def _slurm(*command:str)->list|None: # lines of a Slurm command's answer; None where there is none
     if not shutil.which(command[0]): return None
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try: asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired: return None
     return None if asked.returncode else asked.stdout.splitlines()
 
 def check_slurm(ask:Ask)->None:

@@ -104,10 +104,17 @@ class OpenClip(Encoder):
 TOWER = dict(width=192, depth=2, heads=3, epochs=40, batch=250, lr=1e-3, tau=.07, seed=0)
 
 def tower_settings(given:dict)->dict: # as `Config.text_tower`
-    "Returns the settings of a text tower; an unknown one is a `VitdistillError`."
-    for name in given:
+    "Returns the settings of a text tower; an unknown or impossible one is a `VitdistillError`."
+    settings = dict(TOWER)
+    for name, value in given.items():
         if name not in TOWER: raise VitdistillError(f'text_tower has no {name!r}: {nearest(name, TOWER)}')
-    return TOWER | given
+        try: settings[name] = type(TOWER[name])(value) # YAML reads 1e-3 as a word
+        except (TypeError, ValueError): settings[name] = None
+        if settings[name] is None or settings[name] != float(value) or settings[name] <= 0 and name != 'seed':
+            raise VitdistillError(f'text_tower: {name} = {value!r} is no {type(TOWER[name]).__name__} above 0.')
+    if settings['width'] % settings['heads']:
+        raise VitdistillError(f"text_tower: {settings['heads']} heads do not divide width = {settings['width']}.")
+    return settings
 
 class TextTower(nn.Module):
     "Embeds tokens by a small transformer of transformers' CLIP."

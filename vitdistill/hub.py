@@ -60,7 +60,7 @@ def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for t
     for file in sorted(folder.glob('memo-*.bin')):
         head = memo_head(file)
         changed = (head.get('dtype', '').startswith('bf16-weights') # weights that were rounded or resampled as they
-                   or head.get('teacher_size') != told.get('input_size')) # were loaded have another hash
+                   or told.get('input_size', size := head.get('teacher_size')) != size) # were loaded have another hash
         if not head or weights and not changed and head.get('weights') != weights:
             raise VitdistillError(f'{file.name} of {name} is the memo of another teacher (weights '
                                   f"{head.get('weights', 'not told')}, here {weights}): remove it there, "

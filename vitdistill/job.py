@@ -76,7 +76,9 @@ def linked(
         for name, part in parted.items():
             (link := Path(draft, 'data', part, name)).parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((root/name).resolve())
-        Path(draft, 'data').rename(to)
+        try: Path(draft, 'data').rename(to)
+        except OSError:
+            if not to.is_dir(): raise # else another process was first
     return to
 
 # %% ../nbs/10_job.ipynb #128a7f52

@@ -138,6 +138,13 @@ def check(study:Study)->None:
         for arm in arms:
             if arm not in known:
                 raise VitdistillError(f'{study.name}: {where} names the arm {arm!r}: {nearest(str(arm), study.arms)}')
+    for arm, value in study.published.items():
+        if type(value) not in (int, float):
+            raise VitdistillError(f'{study.name}: published: {arm}: {value!r} is no fraction: write 0.76 for 76%.')
+    for arm in itertools.chain(*(sides(pair) for pair in study.compare if isinstance(pair[0], list))):
+        if arm not in arm_names(study):
+            raise VitdistillError(f'{study.name}: a difference of gains names {arm!r}, which varies: name one of '
+                                  f"{', '.join(name for name, (of, _) in arm_names(study).items() if of == arm)}.")
     settings = {}
     for name, part in study.arms.items():
         if not trains(part): continue
@@ -163,7 +170,8 @@ def check_part(study:Study, name:str)->None:
 def sides(pair:list)->list[str]: # an entry of `compare`
     "Returns the arms that a comparison names; [a, b] or, of a difference of gains, [[a, b], [c, d]]."
     flat = [arm for side in listed(pair) for arm in listed(side)]
-    if len(flat) not in (2, 4) or len(pair) != 2:
+    lengths = {len(side) if isinstance(side, list) else 0 for side in listed(pair)}
+    if len(listed(pair)) != 2 or lengths not in ({0}, {2}):
         raise VitdistillError(f'compare: {pair!r} is no pair: write [arm, other] or [[arm, other], [arm, other]].')
     return flat
 
