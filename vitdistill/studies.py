@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'listed', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations', 'named',
-           'arm_names', 'references', 'check', 'check_part', 'sides', 'study_file', 'read_study', 'parsed', 'runs_of',
+           'arm_names', 'references', 'sides', 'check', 'check_part', 'study_file', 'read_study', 'parsed', 'runs_of',
            'having', 'teachers_of', 'runs_folder', 'runs_with', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
@@ -124,6 +124,15 @@ def references(study:Study, name:str)->list[tuple[Study, str]]:
         found.append((there, part))
     return found
 
+# %% ../nbs/07_studies.ipynb #8f250e36
+def sides(pair:list)->list[str]: # an entry of `compare`
+    "Returns the arms that a comparison names; [a, b] or, of a difference of gains, [[a, b], [c, d]]."
+    flat = [arm for side in listed(pair) for arm in listed(side)]
+    lengths = {len(side) if isinstance(side, list) else 0 for side in listed(pair)}
+    if len(listed(pair)) != 2 or lengths not in ({0}, {2}):
+        raise VitdistillError(f'compare: {pair!r} is no pair: write [arm, other] or [[arm, other], [arm, other]].')
+    return flat
+
 # %% ../nbs/07_studies.ipynb #b7d64580
 def check(study:Study)->None:
     "Raises a `VitdistillError` for an unknown arm, a circle, or two arms of equal settings."
@@ -166,14 +175,6 @@ def check_part(study:Study, name:str)->None:
     for key in part.get('vary') or {}:
         if key not in Config.__dataclass_fields__:
             wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
-
-def sides(pair:list)->list[str]: # an entry of `compare`
-    "Returns the arms that a comparison names; [a, b] or, of a difference of gains, [[a, b], [c, d]]."
-    flat = [arm for side in listed(pair) for arm in listed(side)]
-    lengths = {len(side) if isinstance(side, list) else 0 for side in listed(pair)}
-    if len(listed(pair)) != 2 or lengths not in ({0}, {2}):
-        raise VitdistillError(f'compare: {pair!r} is no pair: write [arm, other] or [[arm, other], [arm, other]].')
-    return flat
 
 # %% ../nbs/07_studies.ipynb #28e58666
 def study_file(name:str|Path)->Path: # name of a study, or path of its file
