@@ -20,6 +20,7 @@ from vitdistill.models import create_student, save_model
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run
 from vitdistill.setup import resolve
+from vitdistill.teachers import card_facts
 from vitdistill.train import train
 
 pytest.importorskip("transformers", reason="the extra captions is not installed")
@@ -74,6 +75,16 @@ def test_killed_run_writes_the_same_captions(config, alone, place):
     assert len(two.metrics()) == 12 and one.result["examples"] == two.result["examples"]
     arrays = [np.load(run.folder / "predictions.npz") for run in (one, two)]
     assert all(np.array_equal(arrays[0][name], arrays[1][name], equal_nan=True) for name in arrays[0])
+
+
+def test_a_tower_that_saw_the_held_out_images_is_refused(config, place):
+    """Its captions would be chosen on images whose labels it knows."""
+    digits, constants = load_data(config), ((0.5,) * 3,) * 2
+    other = replace(config, student="vit_tiny_patch16_224", student_kwargs=VIT, student_weights="", split_seed=3)
+    model = create_student(other, 10, 32).model
+    save_model(model, place / "seen", VIT, card_facts(other, digits, 32, constants), "", constants, 32)
+    with pytest.raises(VitdistillError, match="its student_weights'"):
+        prepare_captions(replace(config, student_weights=str(place / "seen")), Ranks())
 
 
 def test_ranks_share_a_batch(config, alone, place):
