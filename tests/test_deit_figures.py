@@ -94,11 +94,11 @@ def test_what_held_out_images_chose(tmp_path):
         finished_run(tmp_path, 0.48, "deit_strengths/weak", student=ONE, lr=lr, result=dict(val_top1=held_out))
         for arm, top1, epochs in ("transferred", 0.9, 4), ("from scratch", 0.8, 5):
             finished_run(tmp_path, top1 + 0.037 * (rate == 0.001), f"deit_transfer/{arm}", student=ONE, lr=rate,
-                   epochs=epochs, result=dict(val_top1=held_out))
+                         epochs=epochs, result=dict(val_top1=held_out))
     for arm, top1, more in ("plain", 0.5, {}), ("SGD", 0.3, dict(optimizer="sgd", lr=0.05)), \
                            ("averaged weights", 0.5, dict(ema_decay=0.99)):
         finished_run(tmp_path, top1, f"deit_table8/{arm}", student=ONE, result=dict(ema_test_top1=0.52),
-               **dict(optimizer="adamw") | more)
+                     **dict(optimizer="adamw") | more)
     table = tables(tmp_path)
     chosen = table("choices").chosen
     assert [*chosen.index[chosen == "yes"]] == ["weak lr=0.00025", "transferred lr=0.0003", "from scratch lr=0.0003"]

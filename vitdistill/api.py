@@ -70,8 +70,8 @@ def distill(
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
-    how = f"from {fields.get('student_weights')}" if fields.get('student_weights') else "from timm's weights" if \
-        fields['student_pretrained'] else 'from scratch, since its weights are not here'
+    how = "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
+    if weights := fields.get('student_weights'): how = f'from {weights}'
     print(f'student: {student} at {side} px, {how}; teacher: {part["student"]} at {theirs} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOWER', 'kept', 'Encoder', 'OpenClip', 'tower_settings', 'TextTower', 'contrastive_loss', 'fit_text_tower',
-           'tower_facts', 'image_tower', 'DualEncoder', 'save_dual', 'load_dual']
+           'tower_facts', 'image_tower', 'width_of', 'DualEncoder', 'save_dual', 'load_dual']
 
 # %% ../nbs/03d_encoders.ipynb #74fb97fd
 import json, typing
@@ -111,7 +111,7 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
         try: settings[name] = type(TOWER[name])(value) # YAML reads 1e-3 as a word
         except (TypeError, ValueError): settings[name] = None
         if settings[name] is None or settings[name] != float(value) or settings[name] <= 0 and name != 'seed':
-            raise VitdistillError(f'text_tower: {name} = {value!r} is no {type(TOWER[name]).__name__} above 0.')
+            raise VitdistillError(f'text_tower: {name} = {value!r}: give {type(TOWER[name]).__name__} above 0.')
     if settings['width'] % settings['heads']:
         raise VitdistillError(f"text_tower: {settings['heads']} heads do not divide width = {settings['width']}.")
     return settings
@@ -188,11 +188,16 @@ def image_tower(facts:dict, weights:str='', precision:str='fp32', device:str='cp
     return Teacher(model, facts['constants'], facts['size'], precision, device)
 
 # %% ../nbs/03d_encoders.ipynb #7db971a8
+def width_of(image:Teacher)->int: # timm's num_features is another number for some models
+    "Returns the number of features of an image tower."
+    blank = torch.zeros(1, 3, image.size, image.size, device=image.device, dtype=image.dtype)
+    with torch.inference_mode(): return image.model(blank).shape[-1]
+
 class DualEncoder(Encoder):
     "Embeds images by a frozen model of timm, and texts by a tower that was fitted to it."
     def __init__(self, image:Teacher, facts:dict, text:TextTower|None): # facts: of `tower_facts`
         self.image, self.facts, self.text = image, facts, text
-        self.width = self.images(torch.zeros(1, *[facts['side']]*2, 3, dtype=torch.uint8)).shape[-1]
+        self.width = width_of(image)
         constants = [[round(float(x), 6) for x in part] for part in image.constants]
         self.image_key = dict(encoder='own', image=image.weights_hash(), size=image.size, side=facts['side'],
                               precision=image.precision, constants=constants)
@@ -224,6 +229,6 @@ def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEnco
     image = image_tower(about['facts'], '', precision, device)
     image.model.load_state_dict(safetensors.torch.load_file(folder/'image.safetensors'))
     tokenizer = read_tokenizer((folder/'tokenizer.json').read_text())
-    text = TextTower(tokenizer, DualEncoder(image, about['facts'], None).width, about['settings'])
+    text = TextTower(tokenizer, width_of(image), about['settings'])
     text.load_state_dict(safetensors.torch.load_file(folder/'text.safetensors'))
     return DualEncoder(image, about['facts'], text.eval().requires_grad_(False).to(device))

@@ -59,9 +59,9 @@ def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for t
     weights = told.get('weights_hash')
     for file in sorted(folder.glob('memo-*.bin')):
         head = memo_head(file)
-        changed = (head.get('dtype', '').startswith('bf16-weights') # weights that were rounded or resampled as they
-                   or told.get('input_size', size := head.get('teacher_size')) != size) # were loaded have another hash
-        if not head or weights and not changed and head.get('weights') != weights:
+        size, rounded = head.get('teacher_size'), head.get('dtype', '').startswith('bf16-weights')
+        resampled = told.get('input_size', size) != size # rounded or resampled weights have another hash
+        if not head or weights and not (rounded or resampled) and head.get('weights') != weights:
             raise VitdistillError(f'{file.name} of {name} is the memo of another teacher (weights '
                                   f"{head.get('weights', 'not told')}, here {weights}): remove it there, "
                                   'and its answers are asked anew.')

@@ -70,10 +70,11 @@ def with_test(root:Path, out:Path)->Path: # root: the user's folder; out: folder
         raise VitdistillError(f'{root} holds no train/ and not two folders of images: it needs train/CLASS/* and '
                               'val/CLASS/*, or CLASS/* for each class.')
     if parts := [name for name in classes if re.fullmatch('(train|test)(ing)?|val(id(ation)?)?', name.lower())]:
-        raise VitdistillError(f"{root}: {' and '.join(parts)} look like parts, not classes: name them train and val.")
+        raise VitdistillError(f"{root}: the folders {' and '.join(parts)} look like training and test images, not like "
+                              'classes: name them train and val.')
     if out.resolve().is_relative_to(root.resolve()):
-        raise VitdistillError(f'out = {out} lies among your images, where its own would count too: name a folder '
-                              'elsewhere.')
+        raise VitdistillError(f'out = {out} lies in your folder of images, and what the job writes there would count '
+                              'as images: name a folder elsewhere.')
     labels = torch.tensor([classes.index(name.partition('/')[0]) for name in images])
     test = {images[row] for row in stratified(labels, .2, seed=0)[1]} # as `Images` says: a fifth of each class
     if few := sorted({*classes} - {name.partition('/')[0] for name in test}):
@@ -367,8 +368,8 @@ def in_words(result:Distilled)->str:
     labels = read_predictions(next(iter(result.runs()[students.index[0]].values()))).label if classes else ()
     often = pd.Series(labels).value_counts(normalize=True).max() # of answering the most frequent class alone
     if classes and students.max() <= max(often, least_accuracy(classes)):
-        lines.append(f'Both students are near chance ({often:.0%} are of one class): train them longer (--epochs) '
-                     'before you compare them.')
+        lines.append(f'Both students are near chance ({often:.0%} of the test images are of one class): train them '
+                     'longer (--epochs) before you compare them.')
     if {'teacher', 'plain'} <= {*rows.index} and rows.top1['teacher'] <= rows.top1['plain']:
         lines.append('The teacher is no better than the plain student: a better teacher may help more.')
     return '\n'.join(lines)

@@ -270,9 +270,9 @@ class RunWriter(Run):
 
     def add_arm(self, arm:str)->None: # 'study/arm'
         with FileLock(self.folder.parent/'.arms.lock'): # two grids may add theirs at once
-            self.__dict__.pop('arms', None)
-            if arm not in self.arms: self._write_json('arms.json', sorted([*self.arms, arm]))
-        self.__dict__.pop('arms')
+            known = read_json(self.folder/'arms.json') or []
+            if arm not in known: self._write_json('arms.json', sorted([*known, arm]))
+        self.__dict__.pop('arms', None)
 
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done
         self._write_json('result.json', {'hash': config_hash(self.config), **result})

@@ -152,7 +152,7 @@ def check(study:Study)->None:
             raise VitdistillError(f'{study.name}: published: {arm}: {value!r} is no fraction: write 0.76 for 76%.')
     for arm in itertools.chain(*(sides(pair) for pair in study.compare if isinstance(pair[0], list))):
         if arm not in arm_names(study):
-            raise VitdistillError(f'{study.name}: a difference of gains names {arm!r}, which varies: name one of '
+            raise VitdistillError(f'{study.name}: compare names the arm {arm!r}, which varies: name one of '
                                   f"{', '.join(name for name, (of, _) in arm_names(study).items() if of == arm)}.")
     settings = {}
     for name, part in study.arms.items():
