@@ -269,7 +269,7 @@ class RunWriter(Run):
         return write_atomic(self.folder/file, packed(arrays))
 
     def add_arm(self, arm:str)->None: # 'study/arm'
-        with FileLock(self.folder.parent/'.arms.lock'): # two grids may add theirs at once
+        with FileLock(self.folder.parent/'lock'): # two grids may add theirs at once
             known = read_json(self.folder/'arms.json') or []
             if arm not in known: self._write_json('arms.json', sorted([*known, arm]))
         self.__dict__.pop('arms', None)
