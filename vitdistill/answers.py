@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AHEAD', 'PLAN', 'Stopwatch', 'ByStep', 'Online', 'Answers', 'fill', 'break_even', 'divided', 'FoldMemos', 'OutOfFold',
-           'drawn_labels', 'Drawn', 'DrawnAnswers', 'plan_rows', 'student_constants', 'plan_key', 'Planned']
+           'drawn_labels', 'Drawn', 'DrawnAnswers', 'student_constants', 'plan_key', 'Planned']
 
 # %% ../nbs/04a_answers.ipynb #bd37da4a
 import math, time, typing
@@ -17,7 +17,7 @@ from .data import Data, digest, generator
 from .losses import HardLabel
 from .memos import Memo, PairedMemo, memo_key
 from .teachers import Absent, Teacher, images_a_second, some
-from .views import Plan, Views, centre_view, expected_views, view_count
+from .views import Plan, Views, centre_view, expected_views, plan_rows, view_count
 
 # %% ../nbs/04a_answers.ipynb #9c91654f
 class Stopwatch:
@@ -274,10 +274,6 @@ class DrawnAnswers(Answers):
 
 # %% ../nbs/04a_answers.ipynb #592e0260
 PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', *AUGMENTATIONS, 'repeats', 'repeats_mode')
-
-def plan_rows(config:Config, images:int)->int: # images: number of training images
-    "Returns the number of rows in an epoch's plan."
-    return images*(config.repeats if config.repeats_mode == 'longer' else 1)
 
 def student_constants(config:Config, data:Data)->list|str: # [mean, std]; the model's name if timm doesn't list it
     "Returns the constants that normalize a student's pixels, since they scale the noise of random erasing."

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from .answers import Memo
-from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset
+from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset, stoppable
 from .data import check_dataset
 from .hub import weights_place
 from .losses import OBJECTIVES, Batch, criterion
@@ -38,6 +38,7 @@ def train_all(cells:list, file:Path, out:Path)->Distilled: # of the job's study;
     return result
 
 # %% ../nbs/10a_api.ipynb #ded02a1f
+@stoppable()
 def distill(
     data:str|Path,                  # folder of train/CLASS/* and val/CLASS/* (or test), or of CLASS/* alone
     student:str='mobilenetv3_small_100', # timm name
@@ -81,8 +82,7 @@ def distill(
     file = write_study(study, out, dry_run) # refuses other settings before the speed is measured
     print('measures how fast the models are here', flush=True)
     print(what_it_takes(costs(cells, images)), flush=True)
-    if dry_run: return None
-    return train_all(cells, file, out)
+    return None if dry_run else train_all(cells, file, out)
 
 # %% ../nbs/10a_api.ipynb #fb86fdc1
 def save(

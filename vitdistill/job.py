@@ -19,7 +19,7 @@ from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image
 from .grids import Cell, model_for
 from .launch import configure, launch, note_run, with_teacher
-from .models import create, head_names, near_models, read_weights, started_from, weights_file
+from .models import create, head_names, near_models, read_weights, started_from, try_size, weights_file
 from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
@@ -29,7 +29,7 @@ from .studies import read_study, runs_folder, runs_of, runs_with
 from .study.compare import Comparison, draw_curves, ended, load, points
 from .study.results import read_predictions
 from .teachers import adopt, least_accuracy, read_card
-from .views import expected_views, view_count
+from .views import expected_views, plan_rows, view_count
 
 # %% ../nbs/10_job.ipynb #807e1267
 def begun(out:Path)->bool: # folder of a job
@@ -243,7 +243,9 @@ def seconds_an_image(
     **kwargs               # of timm.create_model
 )->float:
     "Returns the seconds that a model takes for an image on this machine, warm."
-    model = create(name, 10, size, **kwargs).to(device).train(train)
+    model = create(name, 10, size, **kwargs)
+    try_size(model, name, size)
+    model.to(device).train(train)
     pixels, begun, n = torch.zeros(16, 3, size, size, device=device), 0., 0
     while not begun or time.perf_counter() - begun < 1: # for a second
         with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -254,6 +256,7 @@ def seconds_an_image(
         else: begun = time.perf_counter() # after the first, which warms up
     return (time.perf_counter() - begun)/max(1, n)
 
+# %% ../nbs/10_job.ipynb #93cd2f14
 def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     "Returns about how long each unfinished cell will take here, at the speed of this moment."
     found, steps = {}, {}
@@ -269,11 +272,12 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     for cell in cells:
         if is_done(cell): continue
         c = config_of(cell)
-        seen = 0 if cell.notebook.stem == 'e04_adopted_teacher' else images.train*c.epochs
+        seen = 0 if cell.notebook.stem == 'e04_adopted_teacher' else plan_rows(c, images.train)*c.epochs
         evaluated = images.test*max(1, c.epochs)
         found[cell.name] = seen*step(c, True) + evaluated*step(c, False)
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
-            found[cell.name] += images.train*expected_views(view_count(c), c.epochs)*step(config_of(first), False)
+            answers = images.train*expected_views(view_count(c), c.epochs*plan_rows(c, 1))
+            found[cell.name] += answers*step(config_of(first), False)
     return found
 
 # %% ../nbs/10_job.ipynb #a8d6787b

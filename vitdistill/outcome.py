@@ -20,7 +20,7 @@ from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .memos import Memo, keep
 from .models import combine, load_weights, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
-from .runs import Run, RunWriter, told
+from .runs import Run, RunWriter, read_checkpoint, told
 from .setup import Setup, auto_device, predict, prepare, resolve
 from .teachers import Teacher, card_facts, file_hash, make_card, read_card, seen_by
 
@@ -222,7 +222,7 @@ def checkpoint_at(
     work = repo_root(run.folder)/Path(run.config.work_dir).expanduser()/run.name
     for file in (work/f'checkpoint-{epochs or 0:04d}.pt', work/'checkpoint.pt'):
         if not file.is_file(): continue
-        state = torch.load(file, map_location='cpu', weights_only=True)
+        state = read_checkpoint(file)
         if epochs in (None, state['epochs']): return state
     there = ', '.join(sorted(file.name for file in work.glob('checkpoint*.pt'))) or 'none'
     which = '' if epochs is None else f' of epoch {epochs}'

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from .answers import Answers, DrawnAnswers, OutOfFold, Planned, divided, plan_key, plan_rows
+from .answers import Answers, DrawnAnswers, OutOfFold, Planned, divided, plan_key
 from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, cores, from_root
 from .data import Data, fingerprint, image_side, load_data, split_rows
@@ -32,7 +32,7 @@ from .ranks import threads_per_rank
 from .runs import Run
 from .teachers import Absent, Teacher, answers_head, check_health, file_hash, is_answers, load_teacher
 from .teachers import refuse_begun_on, seen_by, the_only, use_quickest, weights_folder
-from .views import Plan, Views, epoch_plan, normalize, scaled, view_count
+from .views import Plan, Views, epoch_plan, normalize, plan_rows, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #f0417754
 def auto_device()->str:

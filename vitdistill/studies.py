@@ -154,6 +154,8 @@ def check(study:Study)->None:
         if arm not in arm_names(study):
             raise VitdistillError(f'{study.name}: compare names the arm {arm!r}, which varies: name one of '
                                   f"{', '.join(name for name, (of, _) in arm_names(study).items() if of == arm)}.")
+    if study.seeds and 'seed' in study.common:
+        raise VitdistillError(f"{study.name}: common has a seed, so that seeds would do nothing: remove one.")
     settings = {}
     for name, part in study.arms.items():
         if not trains(part): continue

@@ -17,7 +17,7 @@ from .agreement import agreements, ece
 from .compare import Comparison, ended, run_names
 from .results import curves, mean_curve, read_predictions, significant
 from .trends import EXPONENTIAL, LOG, fit_early
-from ..views import expected_views, view_count
+from ..views import expected_views, plan_rows, view_count
 
 # %% ../../nbs/study/05_findings.ipynb #4f931dc5
 def mean_top1(arm:list[Run])->pd.Series: # index: epoch, from 1
@@ -73,11 +73,12 @@ def teacher_calls(
     sharing:int=1 # number of runs of different seeds that share the memo
 )->dict:          # heard: answers used; online: passes without a memo; memo, shared: passes per run with one
     "Returns the number of teacher answers that a run uses, and the expected number of teacher passes."
-    heard = images*config.epochs if config.teacher else 0.
+    seen = config.epochs*plan_rows(config, 1) # how often a run sees an image
+    heard = images*seen if config.teacher else 0.
     if config.fold_answers == 'drawn': # centre views, once
         return dict(heard=heard, online=images, memo=images, shared=images/sharing)
     if unnumbered(config) or not heard: return dict.fromkeys(['heard', 'online', 'memo', 'shared'], heard)
-    alone, shared = (images*expected_views(view_count(config), config.epochs*n)/n for n in (1, sharing))
+    alone, shared = (images*expected_views(view_count(config), seen*n)/n for n in (1, sharing))
     return dict(heard=heard, online=heard, memo=alone, shared=shared)
 
 # %% ../../nbs/study/05_findings.ipynb #1aea37fe
@@ -106,13 +107,14 @@ def cost_rows(
         n = training_images(done[0]) if done else np.nan
         if np.isnan(n): continue
         c = done[0].config
+        shown = plan_rows(c, n) # images in an epoch
         calls = teacher_calls(c, n, len(done))
         known = rates and (not c.teacher or timed in ((), (c.teacher, c.teacher_size)))
-        def minutes(passes): return (n*c.epochs/rates['vitdistill plain'] + passes/rates['teacher alone'])/60
+        def minutes(passes): return (shown*c.epochs/rates['vitdistill plain'] + passes/rates['teacher alone'])/60
         spent = {f'minutes, {way}': significant(minutes(calls[way])) if known else np.nan
                  for way in ('online', 'memo', 'shared')}
         rows.append(dict(arm=name, top1=np.mean([run.result['test_top1'] for run in done]), seeds=len(done),
-                         steps=int(np.ceil(n/c.batch_size)*c.epochs), **{k: round(significant(v)) for k, v in
+                         steps=int(np.ceil(shown/c.batch_size)*c.epochs), **{k: round(significant(v)) for k, v in
                          calls.items()}, **spent, runs=run_names(done)))
     return pd.DataFrame(rows)
 
