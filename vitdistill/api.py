@@ -41,13 +41,13 @@ def train_all(cells:list, file:Path, out:Path)->Distilled: # of the job's study;
 @stoppable()
 def distill(
     data:str|Path,                  # folder of train/CLASS/* and val/CLASS/* (or test), or of CLASS/* alone
-    student:str='mobilenetv3_small_100', # timm name
+    student:str='mobilenetv3_small_100', # timm name, or hf-hub:OWNER/MODEL
     teacher:str='vit_tiny_patch16_224', # timm name, file of weights, model folder, or hf-hub:OWNER/MODEL
     out:str|Path='out/mine',        # everything of the job goes here
     epochs:int=20,                  # of each student
     seeds:int=1,                    # students of each kind
-    image_size:int|str='auto',      # side in px that images are cropped to; auto: by their size
-    teacher_size:int|str='auto',    # side of the teacher's input in px; auto: its own, or 224 on a GPU, 128 elsewhere
+    image_size:int|str='auto',      # side in px of the crops; auto: the images', at most 224, without a GPU 128
+    teacher_size:int|str='auto',    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
     teacher_name:str='',            # architecture of a file of weights; '': its name begins with it
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     dry_run:bool=False,             # only say what is there and what it will take
@@ -183,9 +183,10 @@ def memo(
 # %% ../nbs/10a_api.ipynb #1076010f
 def parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill distill`."
-    made = argparse.ArgumentParser(prog='vitdistill distill', allow_abbrev=False, description='Train a student with '
+    made = argparse.ArgumentParser(prog='vitdistill distill', allow_abbrev=False,
+        usage='%(prog)s DIR [options] [--FIELD VALUE ...]', description='Train a student with '
         'and without a teacher on a folder of images, compare them, and keep both. Any field that `vitdistill train '
-        '--help` lists can be given too, such as --lr 0.01.')
+        '--help` lists can be given too, after DIR, such as --lr 0.01.')
     made.add_argument('data', metavar='DIR', help='folder of train/CLASS/* and val/CLASS/*, or of CLASS/* alone')
     about = dict(re.findall(r'^    (\w+):.* # (.+)$', inspect.getsource(distill), re.M))
     for name, parameter in inspect.signature(distill).parameters.items():

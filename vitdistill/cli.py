@@ -235,7 +235,7 @@ Start here: `vitdistill demo` trains a teacher and students on small digits, in 
 - `nbs/experiments`: notebooks that train. Open one in `jupyter lab`, or execute it from this folder:
   `papermill nbs/experiments/e02_distilled_resnet50.ipynb out/e02.ipynb --cwd . -p preset demo -p epochs 2`.
 - `nbs/studies`: files that say which runs are trained and compared.
-  `vitdistill grid small_overtake` trains the runs of one.
+  `vitdistill grid pair` trains the runs of one, on the digits.
 - `nbs/presets`: training recipes. Edit them here, or set single fields: `vitdistill train --help` lists all fields.
 - `nbs/analysis`: notebooks that draw figures and tables from run records. `vitdistill figures` executes all of them.
 

@@ -203,9 +203,9 @@ class StudentFields:
     stem:str=_student('imagenet', _stems) # first layers of a ResNet: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
     student_size:int=_student(0, '[0, inf)') # side of the student's input in px, resized bilinearly; 0: as the images
     test_size:int=_student(0, '[0, inf)') # the same in evaluations (FixRes, DeiT III); 0: as in training
-    student_weights:str=_student('', hashed=False) # initial weights: safetensors/pth file, model folder or hf-hub:NAME
+    student_weights:str=_student('', hashed=False) # initial weights: file, model folder, hf-hub:OWNER/MODEL
     student_pretrained:bool=_student(False) # start from timm's pretrained weights, which are downloaded
-    student_head:str=_student('new', ('new', 'keep')) # output layer: untrained, or the one in student_weights
+    student_head:str=_student('new', ('new', 'keep')) # output layer: untrained, or that of student_weights
     student_resampling:str=_student('bicubic', _filters) # how position embeddings of student_weights are resized
     student_drop_path:str=_student('growing', _depths) # drop_path_rate grows with depth up to its value, or is constant
     student_class_token_std:float=_student(0., '[0, inf)') # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6
@@ -216,14 +216,14 @@ class StudentFields:
 class DataFields:
     "The data and their augmentation."
     dataset:str=_data('cifar100', shared=True, split=True) # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
-    data_root:str=_data('', hashed=False, shared=True) # folder of the dataset; '': $VITDISTILL_DATA, else a download
+    data_root:str=_data('', hashed=False, shared=True) # folder or file of the data; '': $VITDISTILL_DATA or a download
     data_fraction:float=_data(1., '(0, 1]', shared=True, split=True) # share of the training images used, class-balanced
     val_fraction:float=_data(.1, '[0, 1)', split=True) # share of the training images to hold out, class-balanced
     val_rows:str=_data('', split=True) # 'start:stop': hold out these training images instead of a random share
     fold:str=_data('', split=True) # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
     split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws the held-out images and the share that is used
     image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px; needed for folders of images only
-    class_folder:str=_data('first', _ends, shared=True) # which folder above an image is its class (timm: the last)
+    class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
@@ -244,9 +244,9 @@ class TeacherFields:
     "The teacher; without `teacher` a run has none."
     teacher:str=_teacher('') # timm architecture of the teacher; '': none
     teacher_kwargs:dict=_teacher(dict) # further arguments of timm.create_model for the teacher
-    teacher_weights:str=_teacher('', hashed=False) # model folder, weights file, answers.npz or a pattern; '': untrained
+    teacher_weights:str=_teacher('', hashed=False) # file, model folder, hf-hub:OWNER/MODEL, answers.npz, pattern
     fold_weights:str=_teacher('', hashed=False) # second teacher, trained on the other fold (see fold, fold_answers)
-    fold_answers:str=_teacher('unseen', _folds) # teacher that wasn't trained on an image, or was; drawn: random errors
+    fold_answers:str=_teacher('unseen', _folds) # by the teacher that hasn't seen an image, or has; or drawn
     teacher_pretrained:bool=_teacher(False) # timm's pretrained weights; the head is untrained if the classes differ
     teacher_size:int=_teacher(224, '[1, inf)') # side of the teacher's input in px, resized bilinearly
     teacher_normalization:str=_teacher('data', _norms) # pixels' mean and std: the dataset's, or the pretrained model's
@@ -301,7 +301,7 @@ class OptimizationFields:
     layer_decay:float=_optimization(1., '(0, 1]') # learning rate factor per layer below the head (timm's layer_decay)
     clip_grad:float=_optimization(0., '[0, inf)') # largest norm of the gradient; 0: no clipping
     ema_decay:float=_optimization(0., '[0, 1)') # decay of a moving average of the weights, also evaluated; 0: none
-    scheduler:str=_optimization('cosine') # learning rate by epoch: cosine, constant or another of timm's
+    scheduler:str=_optimization('cosine') # timm's, by epoch: cosine, constant, tanh, step, multistep, poly
     sched_kwargs:dict=_optimization(dict) # further arguments of timm's schedule
     t_max:int=_optimization(0, '[0, inf)') # length of the schedule in epochs; 0: as `epochs`
     warmup_epochs:int=_optimization(0, '[0, inf)') # epochs of linear warm-up from lr / 100
@@ -314,11 +314,11 @@ class MachineFields:
     "The machine."
     device:str=_machine('auto', _devices, shared=True) # where the model runs
     precision:str=_machine('auto', _precisions, hashed=True, shared=True) # fp32, or bf16 by autocast
-    compile:str=_machine('auto', _compile_modes) # none, graph (of a step), or a mode of torch.compile
+    compile:str=_machine('auto', _compile_modes) # none (auto on a CPU), graph (of a step), torch.compile's
     deterministic:bool=_machine(False) # same bits in every run on CUDA, but slower; on a CPU always
     data_on:str=_machine('auto', _places) # where images are kept; auto: where they fit
     threads:int|str=_machine('auto', '[1, inf)') # CPU threads per rank
-    workers:int|str=_machine('auto', '[0, inf)') # augmenting processes per rank; auto: 0 on a CPU
+    workers:int|str=_machine('auto', '[0, inf)') # augmenting processes per rank; auto: up to 16, on a CPU 0
     nproc:int|str=_machine('auto', '[1, inf)') # processes (ranks) on this node; auto: one per GPU, or 1
     nnodes:int=_machine(1, '[1, inf)', shared=True) # number of nodes, for torchrun
     rdzv_endpoint:str=_machine('', shared=True) # host:port where torchrun's nodes meet
@@ -333,7 +333,7 @@ class RecordFields:
     checkpoint_seconds:float=_record(60., '[0, inf)') # least seconds between them; a signal saves at once
     keep_checkpoints:list=_record(list) # epochs whose checkpoints are kept, besides the last
     evaluate_every:int=_record(1, '[1, inf)') # epochs between evaluations; the last epoch always has one
-    keep_logits:bool=_record(True) # save test logits (fp16) with the predictions, for up to 100 classes
+    keep_logits:bool=_record(True) # save test and held-out logits (fp16) too, for up to 100 classes
     hub_repo:str=_record('') # hub repository for the finished model; '': none
     track:str=_record('none') # curves also go to: tensorboard, trackio, or tensorboard,trackio
 

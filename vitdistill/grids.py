@@ -400,7 +400,8 @@ def parser()->argparse.ArgumentParser:
     made.add_argument('--status', action='store_true', help='show the state of each run; train nothing')
     made.add_argument('--on', choices=('local', 'slurm'), default='local',
                       help='train on this machine or as Slurm jobs (default: %(default)s)')
-    made.add_argument('--cluster', default='', metavar='FILE', help='YAML file with the options of Slurm below')
+    made.add_argument('--cluster', default='', metavar='FILE',
+                      help='YAML file of these options (with _ for -), at_once, setup (shell lines), more (for sbatch)')
     slurm = made.add_argument_group('resources of each Slurm job')
     comments = dict(re.findall(r'^    (\w+):.* # (.+)$', inspect.getsource(Ask), re.M))
     for f in fields(Ask):

@@ -306,8 +306,9 @@ def teacher_of_preset(
     "Returns the config of a preset's teacher, for the student's images or for `teacher_data_fraction` of all images."
     if experiment not in preset_parts(given['preset']):
         able = [name for name in shipped_names('nbs/presets', '.yaml') if experiment in preset_parts(name)]
-        raise VitdistillError(f"preset {given['preset']!r} trains no teacher: give teacher_weights, which e00_teacher "
-                              f"makes with role {experiment} and preset {', '.join(able)}, and e04 of a file.")
+        raise VitdistillError(f"preset {given['preset']!r} trains no teacher: give teacher_weights (student_weights in "
+                              f"e09), which e00_teacher makes with role {experiment} and preset {', '.join(able)}, and "
+                              'e04 of a file.')
     values = {name: given.get(name) for name in field_names(shared=True)}
     values |= {f'student{end}': given.get(f'teacher{end}') for end in ('', '_kwargs', '_normalization')}
     if given.get('teacher_data_fraction'): values['data_fraction'] = given['teacher_data_fraction']

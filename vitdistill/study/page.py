@@ -150,7 +150,7 @@ def write_report(
     reports:str|Path='reports', # folder with figures/, tables/, bench/ and runs/; absolute, or from the root
     out:str|Path='out/report',  # folder of the page
 )->Path:
-    "Writes index.html: all figures, tables and run records of a folder, by the beginning of their names."
+    "Writes index.html: all figures, tables and run records of a folder, grouped by the first word of their names."
     reports, out = from_root(reports), from_root(out)
     theme = lambda path: re.match(r'[^_\d]*', path.stem)[0] or path.stem
     files = [*reports.glob('figures/*.svg'), *reports.glob('tables/*.md')]
