@@ -270,7 +270,9 @@ def test_images_are_turned_as_exif_says(tmp_path, number):
     turned, as_stored = load_data(config), load_data(replace(config, exif_orientation=False))
     assert np.array_equal(turned.train_images[0], UPRIGHT[number](pixels))
     assert np.array_equal(as_stored.train_images[0], pixels)
-    assert turned.train_hash != as_stored.train_hash  # the key of a teacher's memo
+    larger = load_data(replace(config, image_size=2 * config.image_size))
+    assert len({data.train_hash for data in (turned, as_stored, larger)}) == 3  # the key of a teacher's memo
+    assert turned.images_hash == as_stored.images_hash == larger.images_hash  # on its card
     assert fingerprint(config) != fingerprint(replace(config, exif_orientation=False))
 
 

@@ -151,12 +151,12 @@ class Answers(Online):
         self.seconds += time.perf_counter() - begun
         return answers
 
-    def in_words(self, config:Config, rows:torch.Tensor, images:int)->str: # images: of an epoch
+    def in_words(self, config:Config, rows:torch.Tensor)->str: # rows: the training images
         if not self.by_view: return 'no memo: the teacher runs on every batch'
         known, cost = self.memo.known(rows), 'the teacher itself does not run'
         if known < 1 and not isinstance(self.teacher, Absent):
             rate = self.world*images_a_second(self.teacher)
-            cost = break_even(images, view_count(config), config.epochs, rate, known)
+            cost = break_even(len(rows), view_count(config), config.epochs*plan_rows(config, 1), rate, known)
         return f'memo: {known:.1%} of the answers are known; {cost}'
 
 # %% ../nbs/04a_answers.ipynb #0d62c787
@@ -173,7 +173,7 @@ def fill(
 
 # %% ../nbs/04a_answers.ipynb #945320cb
 def break_even(
-    images:int, n_views:int, epochs:int,
+    images:int, n_views:int, epochs:int, # epochs: of one view of each image
     rate:float,    # images that the teacher answers in a second, on all ranks
     known:float=0. # share of the answers that the memo has already
 )->str:
@@ -182,7 +182,7 @@ def break_even(
     online, asked = images*epochs, images*shown*(1 - known)
     hours = lambda n: tqdm.format_interval(n/rate)
     alone = '; for one student alone the memo saves almost nothing' if asked > .95*online else ''
-    return (f'{epochs} epochs show {shown:.1f} of {n_views} views of an image: about {asked:,.0f} questions to the '
+    return (f'{epochs} passes show {shown:.1f} of {n_views} views of an image: about {asked:,.0f} questions to the '
             f'teacher with the memo, {online:,} without '
             f'({hours(asked)} against {hours(online)} at {rate:,.0f} images/s here){alone}')
 

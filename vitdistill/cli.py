@@ -155,6 +155,7 @@ def run_pair(
     deit:bool=False  # whether to run the reverse too: a convnet teaches a DeiT
 )->None:
     "Trains a teacher, a student on labels alone and the same student with the teacher, then draws the figures."
+    from vitdistill.runs import Run
     config = preset(preset_name, 'baseline', **{k: v for k, v in given.items() if k in ('dataset', 'runs_dir')})
     begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
     def theirs(group): return {name: None for name in field_names(group=group) if name in given} # not for this step
@@ -167,10 +168,15 @@ def run_pair(
                 if deit else {}),
              'a01_paper': ('draw figures and tables', shown)}
     arms = dict(e00_teacher='teacher', e01_baseline_resnet50='plain', e02_distilled_resnet50='taught') # of study pair
+    noted, others = out/'.teacher', alone or {'out_of_fold', 'teacher_data_fraction'} & {*given} # or another teacher
+    noted.unlink(missing_ok=True)
     for n, (name, (what, own)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps)}] {what}', flush=True)
         os.environ['VITDISTILL_ARM'] = f'pair/{arms[name]}' if name in arms else ''
         values = own if own is shown else dict(preset=preset_name, **{**given, **own})
+        os.environ['VITDISTILL_CELL'] = str(noted) if name == 'e00_teacher' else ''
+        if arms.get(name) == 'taught' and noted.is_file() and not others:
+            values['teacher_weights'] = str(Run(noted.read_text().splitlines()[-1]).model)
         print('notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
 
 # %% ../nbs/11_cli.ipynb #44c7d728

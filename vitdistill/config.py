@@ -476,4 +476,4 @@ def run_name(config:Config)->str:
     taught = config.learn_from if config.clip else config.teacher or 'labels'
     model = student_name(config) if config.clip in ('', 'own') else Path(config.clip).name
     parts = (config.experiment, model, taught, f's{config.seed}', config_hash(config)[:8])
-    return '-'.join(part.replace('/', '_').replace(':', '_') for part in parts)
+    return '-'.join(part.replace('/', '_').replace(':', '_')[-80:] for part in parts) # a path may be long

@@ -54,6 +54,7 @@ class Data:
     classes:list
     constants:tuple=None # published ((mean), (std)) per channel in [0, 1]; None: computed from the images
     listing:str=''       # names and sizes of the training files; '': the images come from no files
+    reading:str=''       # of files: the side and the reader that the pixels depend on
 
     @property
     def side(self)->int: # side of the images, px
@@ -72,8 +73,13 @@ class Data:
         return tuple(mean.tolist()), tuple((((counts*value**2).sum(1)/counts.sum(1) - mean**2)**.5).tolist())
 
     @functools.cached_property
-    def train_hash(self)->str: # hash of the training images and labels, for memos and for the cards of teachers
-        return digest([os.fsencode(self.listing) or self.train_images, self.train_labels]) # of files: names and sizes
+    def train_hash(self)->str: # hash of the training images and labels, for memos
+        files = os.fsencode(f'{self.reading}\n{self.listing}') if self.listing else None # their names and sizes
+        return digest([files or self.train_images, self.train_labels])
+
+    @functools.cached_property
+    def images_hash(self)->str: # the same at any side, for the cards of teachers
+        return digest([os.fsencode(self.listing), self.train_labels]) if self.listing else self.train_hash
 
 # %% ../nbs/01_data.ipynb #e8b2b02a
 @dataclass(frozen=True)
@@ -293,10 +299,9 @@ def load_images(config:Config)->Data:
         return images if on_disk else images.resident(), torch.tensor([label for *_, label in files.files])
     large = pixels > room
     root = os.path.commonpath([path for path, *_ in train.files])
-    listing = [f'{size} px, {_reading(config)}',
-               *(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)]
+    listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
     return Data(config.dataset, *read(train, large or config.whole_image), *read(test, large), train.classes,
-                listing='\n'.join(listing))
+                listing=listing, reading=f'{size} px, {_reading(config)}')
 
 # %% ../nbs/01_data.ipynb #3e91c0f4
 def labelled_images(
@@ -419,5 +424,6 @@ def split_rows(
         part = fold_rows(labels[train], config.fold, config.split_seed)
         train, val = train[~part], torch.cat([val, train[part]]).sort().values
     if len(train) == 0:
-        raise VitdistillError(f'data_fraction = {config.data_fraction} leaves no image to train on: give a larger one.')
+        raise VitdistillError(f'data_fraction = {config.data_fraction} and val_fraction = {config.val_fraction} leave '
+                              'no image to train on: give a larger data_fraction, or hold fewer images out.')
     return train, val

@@ -35,7 +35,7 @@ def difference(
 # %% ../nbs/09b_export.ipynb #1ae683f0
 def export_onnx(
     run:Run,
-    file:str|Path=None # file to write; default: model.onnx in the model's folder
+    file:str|Path=None # file to write, or a folder for model.onnx; default: the model's folder
 )->Path:
     "Writes a finished student as one ONNX file if its logits are torch's within 1e-4; returns the file."
     for package in ('onnx', 'onnxscript', 'onnxruntime'): need(package, 'export')
@@ -57,7 +57,8 @@ def export_onnx(
         if not (off := difference(path, student, side)) <= 1e-4:
             raise VitdistillError(f"onnxruntime's logits of {run.name} differ from torch's by {off:.2g}, more than "
                                   '0.0001: try other versions of onnxruntime and torch.')
-    return write_atomic(file or run.model/'model.onnx', write)
+    place = Path(file or run.model)
+    return write_atomic(place/'model.onnx' if place.is_dir() else place, write)
 
 # %% ../nbs/09b_export.ipynb #41d422da
 def main(arguments:list=None)->int:

@@ -100,6 +100,8 @@ def _members(file, path, start, left_out): # yields each file in an open tar, an
             else: yield Found(name, member.size, path, where)
         file.seek(tar.offset)
         if file.read(512) != bytes(512): raise tarfile.ReadError('its end is missing') # else tarfile says nothing
+        while rest := file.read(2**20):
+            if any(rest): raise tarfile.ReadError('another archive follows its end')
 
 def files_in_tar(path:Path)->tuple:
     "Returns the files in a tar, [`Found`], and a Counter of the links; a cut one raises a `VitdistillError`."

@@ -83,11 +83,11 @@ def configure(
 # %% ../nbs/07_launch.ipynb #585d3921
 def rank_count(
     config:Config,  # its nproc is a wish: 'auto' or a number of GPUs
-    given:int|None, # nproc of the call
+    given:int|str|None, # nproc of the call
     gpus:int        # number of visible GPUs
 )->tuple[int, str]:
     "Returns the ranks to start on this node, and a sentence if that is not the number asked for."
-    on_gpu = config.device == 'cuda'
+    on_gpu, given = config.device == 'cuda', None if given == 'auto' else given
     available = max(1, gpus) if on_gpu else 1
     if given and (not on_gpu or given <= available): return given, ''
     wish = given or config.nproc
@@ -227,8 +227,8 @@ def ended(run:Run, nodes:int, patience:float=60.)->bool: # seconds to wait for t
 # %% ../nbs/07_launch.ipynb #e1a6f73c
 def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
-    if nproc is not None and not (type(nproc) is int and nproc > 0):
-        raise VitdistillError(f'nproc = {nproc!r}: give a whole number above 0.')
+    if nproc not in (None, 'auto') and not (type(nproc) is int and nproc > 0):
+        raise VitdistillError(f"nproc = {nproc!r}: give a whole number above 0, or 'auto'.")
     tracker_names(config.track)
     check_folders(config)
     if makes_teacher(config.experiment) and not (config.val_fraction or config.val_rows or config.fold):
@@ -291,12 +291,13 @@ TEACHER_FIELDS = ('experiment', 'student', 'stem', 'student_kwargs', 'student_si
                   'data_hash', *field_names(split=True)) # fields that have to agree
 
 def finished_teacher(wanted:Config)->Run|None:
-    "Returns the newest finished run of the same model, data and split whose weights are here; None without one."
+    "Returns a finished run of this model, data and split whose weights are here: of this recipe, else the newest."
+    own = Run.of(resolve(wanted)).name
     wanted = replace(wanted, data_hash=fingerprint(wanted))
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run)
             and all(getattr(run.config, name) == getattr(wanted, name) for name in TEACHER_FIELDS)
             and image_side(run.config) == image_side(wanted)]
-    return max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime, default=None)
+    return max(runs, key=lambda run: (run.name == own, (run.folder/'result.json').stat().st_mtime), default=None)
 
 # %% ../nbs/07_launch.ipynb #bb83ccb8
 def teacher_of_preset(
@@ -311,6 +312,7 @@ def teacher_of_preset(
                               'e04 of a file.')
     values = {name: given.get(name) for name in field_names(shared=True)}
     values |= {f'student{end}': given.get(f'teacher{end}') for end in ('', '_kwargs', '_normalization')}
+    values |= {name: given[name] for name in ('val_fraction', 'val_rows') if given.get(name)} # the student's own choice
     if given.get('teacher_data_fraction'): values['data_fraction'] = given['teacher_data_fraction']
     return preset(given['preset'], experiment, **values)
 
@@ -342,8 +344,7 @@ def with_teacher(
         raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
                               'weights a list of theirs, and give that as teacher_weights.')
     check_settings(replace(config, fold_answers=Config().fold_answers)) # before a teacher trains
-    wanted = teacher_of_preset(given, experiment)
-    nproc = given['nproc'] if isinstance(given.get('nproc'), int) else None # 'auto' is None's
+    wanted, nproc = teacher_of_preset(given, experiment), given.get('nproc')
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained_teacher(wanted, nproc))
     return replace(config, teacher_weights=trained_teacher(replace(wanted, fold='1/2'), nproc),
                    fold_weights=trained_teacher(replace(wanted, fold='2/2'), nproc))

@@ -21,6 +21,9 @@ def optimizer_class(config:Config)->tuple:
     if name not in known:
         raise VitdistillError(f'optimizer = {config.optimizer!r} is not known to timm: '
                               f'{nearest(config.optimizer, known)}')
+    if timm.optim.get_optimizer_info(name).second_order:
+        raise VitdistillError(f'optimizer = {config.optimizer!r} needs second derivatives, which are not computed: '
+                              'take another.')
     try: found = timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as e: # bitsandbytes' and apex's
         raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({e}): take one of torch's or "
@@ -35,7 +38,7 @@ def optimizer_class(config:Config)->tuple:
             raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {key!r}: {nearest(key, arguments)}')
     momentum = {'momentum': config.momentum} if 'momentum' in arguments else {}
     try: found([nn.Parameter(torch.zeros(1, 1))], lr=config.lr, **momentum, **config.opt_kwargs)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, IndexError, AssertionError) as e:
         raise VitdistillError(f'opt_kwargs = {config.opt_kwargs}: {config.optimizer!r} refuses a value ({e}): mend it, '
                               'or leave it out.') from None
     return name, found
@@ -98,7 +101,7 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     try:
         schedule = create_scheduler_v2(optimizer, **given | config.sched_kwargs)[0]
         for epoch in (config.warmup_epochs, 0): schedule.step(epoch) # some values fail only here
-    except (TypeError, ValueError, ArithmeticError) as e:
+    except (TypeError, ValueError, ArithmeticError, AssertionError) as e:
         raise VitdistillError(f'sched_kwargs = {config.sched_kwargs}: {config.scheduler!r} refuses a value ({e}): mend '
                               'it (YAML reads 1e-6 as a word: write 1.0e-6), or leave it out.') from None
     return schedule

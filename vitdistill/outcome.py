@@ -22,7 +22,7 @@ from .models import combine, load_weights, save_model, student_size, token_cosin
 from .ranks import Ranks, start_ranks
 from .runs import Run, RunWriter, read_checkpoint, told
 from .setup import Setup, auto_device, predict, prepare, resolve
-from .teachers import Teacher, card_facts, file_hash, make_card, read_card, seen_by
+from .teachers import Teacher, card_facts, file_hash, make_card, of_these_images, read_card, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #15ac9fdb
 def reduced(
@@ -52,7 +52,8 @@ def predictions(
     for part in parts:
         views, labels, mine = setup.parts[part]
         if not len(mine): continue
-        arrays[f'{part}_image'], arrays[f'{part}_label'] = mine.int().numpy(), labels[mine].short().numpy()
+        kind = torch.int16 if len(setup.data.classes) <= 2**15 else torch.int32
+        arrays[f'{part}_image'], arrays[f'{part}_label'] = mine.int().numpy(), labels[mine].to(kind).numpy()
         pieces = [reduced(setup.student.heads, predict(setup, views, some), keep and part != 'train')
                   for some in mine.split(few)]
         arrays |= {f'{part}_{name}': np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -92,7 +93,7 @@ def teacher_brief(
 )->dict|None:
     "Returns the main facts of the teacher's card, and how many of the student's images the teacher was trained on."
     if not (card := read_card(config.teacher_weights)): return None
-    shared = int(seen_by(card, data)[rows].sum()) if card['train_hash'] == data.train_hash else 0
+    shared = int(seen_by(card, data)[rows].sum()) if of_these_images(card, data) else 0
     names = 'run', 'architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views'
     return {name: card.get(name) for name in names} | dict(n_shared=shared)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'some', 'top1', 'card_facts', 'make_card', 'is_answers',
            'answers_in', 'answers_head', 'weights_folder', 'read_card', 'file_hash', 'the_only', 'as_teacher',
-           'seen_by', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'Absent', 'refuse_other_classes',
-           'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'least_accuracy',
-           'check_health', 'refuse_test_images', 'with_members', 'adopt', 'same_teacher']
+           'of_these_images', 'seen_by', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'Absent',
+           'refuse_other_classes', 'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained',
+           'least_accuracy', 'check_health', 'refuse_used_images', 'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
 import glob, hashlib, json, timeit
@@ -126,7 +126,7 @@ def card_facts(
     return dict(architecture=config.student, kwargs=config.student_kwargs, stem=config.stem, classes=data.classes,
                 input_size=size, image_size=data.side, normalization=config.student_normalization,
                 constants=constants, exif_orientation=config.exif_orientation,
-                train_hash=data.train_hash, n_train=len(train), n_held_out=len(val),
+                train_hash=data.train_hash, images_hash=data.images_hash, n_train=len(train), n_held_out=len(val),
                 split={f: getattr(config, f) for f in field_names(split=True)})
 
 # %% ../nbs/04_teachers.ipynb #2ac0be18
@@ -209,12 +209,16 @@ def as_teacher(card:dict|None)->dict: # of `read_card`
     return fields
 
 # %% ../nbs/04_teachers.ipynb #74d0f45c
+def of_these_images(card:dict, data:Data)->bool: # card: of a teacher
+    "Returns whether a card names these training images, at whatever side."
+    return card.get('images_hash') == data.images_hash or card.get('train_hash') == data.train_hash # an earlier card
+
 def seen_by(
     card:dict|None, # of a teacher
     data:Data
 )->torch.Tensor: # (N,) bool
     "Returns which of the training images a teacher was trained on, by its card."
-    if card is None or card['train_hash'] != data.train_hash:
+    if card is None or not of_these_images(card, data):
         raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
                               "train both with e00_teacher, fold = '1/2' and '2/2'.")
     rows, _ = split_rows(data.train_labels, from_dict(card['split']))
@@ -236,7 +240,7 @@ def refuse_overlap(
 def refuse_begun_on(config:Config, data:Data)->None:
     "Raises `VitdistillError` if the run would validate on images whose labels its starting weights were trained on."
     card = read_card(config.student_weights)
-    if card and 'pretrained_by' not in card and card.get('train_hash') == data.train_hash:
+    if card and 'pretrained_by' not in card and of_these_images(card, data):
         refuse_overlap(config, data, card, "its student_weights'")
 
 def refuse_seen(config:Config, data:Data, card:dict|None)->None:
@@ -247,7 +251,7 @@ def refuse_seen(config:Config, data:Data, card:dict|None)->None:
                               'seen the validation images: write one with `vitdistill.teachers.adopt`, '
                               'or set val_fraction to 0.')
     if card['split']['dataset'] != config.dataset: return
-    if card['train_hash'] != data.train_hash:
+    if not of_these_images(card, data):
         raise VitdistillError(f"the teacher's card names other training data ({card['train_hash']}, here "
                               f'{data.train_hash}), so its held-out rows mean nothing here: use the data that it was '
                               'trained on, or set val_fraction to 0.')
@@ -355,7 +359,7 @@ def check_health(
     views:Views # of the training images, on the teacher's device
 )->tuple:
     "Returns (top-1 on up to 1,000 held-out or else training images, which of the two); raises if it seems untrained."
-    its_own = card and card['train_hash'] == data.train_hash
+    its_own = card and of_these_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card['split']) if its_own else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     if isinstance(teacher, Absent): accuracy = card['top1_held_out' if len(val) else 'top1_train_views']
@@ -369,16 +373,19 @@ def check_health(
     return accuracy, which
 
 # %% ../nbs/04_teachers.ipynb #3b8e60d1
-def refuse_test_images(
+def refuse_used_images(
     images:torch.Tensor, # (N, H, W, 3) uint8, to measure a teacher on
     data:Data
 )->None:
-    "Raises `VitdistillError` if any of the images is a test image."
+    "Raises `VitdistillError` if any of the images is a test image or, if they are in memory, a training image."
     digests = lambda images: {hashlib.sha256(image.numpy()).digest() for image in images}
-    if both := len(digests(images) & digests(data.test_images[torch.arange(len(data.test_images))])):
-        raise VitdistillError(f'{both} of the {len(images)} images to measure the teacher by are test images of '
-                              f'{data.name}, which choose nothing: give other images of its classes, '
-                              'or training images that it has not seen (val_rows).')
+    used = dict(test=data.test_images[torch.arange(len(data.test_images))])
+    if isinstance(data.train_images, torch.Tensor): used['training'] = data.train_images
+    for part, its in used.items():
+        if both := len(digests(images) & digests(its)):
+            raise VitdistillError(f'{both} of the {len(images)} images to measure the teacher by are {part} images of '
+                                  f'{data.name}: give other images of its classes, or training images that it has not '
+                                  'seen by val_rows.')
 
 # %% ../nbs/04_teachers.ipynb #e570bba9
 def with_members(
@@ -419,8 +426,12 @@ def adopt(
     "Writes model, config.json and a card with measured accuracies; returns the card."
     if not weights:
         raise VitdistillError(f'weights = {weights!r}: name the safetensors or pth file that is to be the teacher.')
-    if held_out: refuse_test_images(held_out[0], data)
-    elif not len(split_rows(data.train_labels, config)[1]):
+    rows = split_rows(data.train_labels, config)[1]
+    if held_out and len(rows):
+        raise VitdistillError(f'held_out is for weights that were trained on all training images, and {len(rows)} are '
+                              "held out here: set val_fraction to 0, val_rows and fold to ''.")
+    if held_out: refuse_used_images(held_out[0], data)
+    elif not len(rows):
         raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
                               'which training images the weights have not seen, or give other images as held_out.')
     size = config.student_size or data.side
@@ -428,6 +439,10 @@ def adopt(
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     places = [weights_place(place) for place in (weights if isinstance(weights, list) else [weights])]
+    for its in filter(None, (read_card(str(place)) for place in places)):
+        if its.get('normalization', config.student_normalization) != config.student_normalization:
+            raise VitdistillError('these weights were trained on pixels that are normalized otherwise: set '
+                                  f"student_normalization to {its['normalization']!r}.")
     load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)

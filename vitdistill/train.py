@@ -237,7 +237,10 @@ def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> objec
     "Loads the checkpoint, if there is one, on every rank; returns (epochs done, number of ranks that trained them)."
     none = dict(epochs=0, world=setup.ranks.world)
     state = run.checkpoint() or none
-    if run.epochs_done < state['epochs']: state = none # metrics.csv would have gaps
+    if (rows := run.epochs_done) < state['epochs'] or rows and not state['epochs']:
+        setup.ranks.rank or print(f"{run.name} starts anew: its checkpoint is of epoch {state['epochs']}, and "
+                                  f'metrics.csv has {rows} rows', flush=True)
+        state = none # metrics.csv would have gaps
     if setup.ranks.world > 1: # each rank has read its own disk
         dist.all_gather_object(found := [None]*setup.ranks.world, state['epochs'])
         if min(found) < max(found):
@@ -258,7 +261,7 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
     if done: say(f'resumes after epoch {done}{others*(world != ranks.world)}')
     if answers:
         say(f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}')
-        say(answers.in_words(c, setup.train_rows, images))
+        say(answers.in_words(c, setup.train_rows))
     norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
         say('batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
-           'block_length', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
+           'block_length', 'noise', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
            'measured_crossover', 'fit_early', 'forecast_error', 'back_test', 'explained']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
@@ -133,16 +133,18 @@ def block_length(trend:Trend)->int: # epochs, from 1 to a third of those fitted
     return max(1, min(round((6*trend.n*rho**2/(1 - rho**2)**2)**(1/3)), trend.n//3))
 
 # %% ../../nbs/study/02_trends.ipynb #066bbb27
+def noise(trend:Trend)->np.ndarray: # (n,)
+    "Returns the residuals about their mean, rescaled to the noise: p parameters use p of n degrees of freedom."
+    return (trend.residuals - trend.residuals.mean())*math.sqrt(trend.n/(trend.n - len(trend.parameters)))
+
 def bootstrap(
     trend:Trend,      # a fitted one
     generator:np.random.Generator, # the same seed gives the same refits
     repeats:int=200,  # refits
 )->list[Trend]:       # those that converged
     "Returns refits of the law to curves whose residuals are drawn anew, in moving blocks."
-    n, p, law, block = trend.n, len(trend.parameters), trend.law, block_length(trend)
+    n, law, block, residuals = trend.n, trend.law, block_length(trend), noise(trend)
     fitted, shape, refits = trend(trend.epoch), trend.parameters[law.linear:], []
-    # rescaled to the noise: a fit uses p of n degrees of freedom
-    residuals = (trend.residuals - trend.residuals.mean())*math.sqrt(n/(n - p))
     for first in generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))):
         drawn = residuals[(first[:, None] + np.arange(block)).ravel()[:n]]
         try: refits.append(Trend(law, _least_squares(law, trend.epoch, fitted + drawn, [shape])[0], epoch=trend.epoch))
@@ -161,7 +163,7 @@ def forecast_band(
 )->np.ndarray:          # (2, m): low, high
     "Returns the 95% band in which accuracies measured at these epochs should lie, if the law holds."
     curves = np.stack([refit(epoch) for refit in refits])
-    curves = curves + generator.choice(trend.residuals, len(refits))[:, None]
+    curves = curves + generator.choice(noise(trend), len(refits))[:, None]
     return np.quantile(curves, [.025, .975], axis=0)
 
 # %% ../../nbs/study/02_trends.ipynb #8787c1f9
