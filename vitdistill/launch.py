@@ -312,7 +312,8 @@ def teacher_of_preset(
                               'e04 of a file.')
     values = {name: given.get(name) for name in field_names(shared=True)}
     values |= {f'student{end}': given.get(f'teacher{end}') for end in ('', '_kwargs', '_normalization')}
-    values |= {name: given[name] for name in ('val_fraction', 'val_rows') if given.get(name)} # the student's own choice
+    if held := {name: given[name] for name in ('val_fraction', 'val_rows') if given.get(name)}: # the student's choice
+        values |= dict(val_rows='') | held
     if given.get('teacher_data_fraction'): values['data_fraction'] = given['teacher_data_fraction']
     return preset(given['preset'], experiment, **values)
 
