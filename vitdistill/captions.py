@@ -30,7 +30,7 @@ def add_noise(
 
 # %% ../nbs/03c_captions.ipynb #8b0f6d39
 def noise_rule(text:torch.Tensor, image:torch.Tensor)->float: # (N, D) each: row i of both is a pair
-    "Returns the mean infinity norm of the differences between the embeddings of pairs, as CapDec reads its deviation."
+    "Returns the mean infinity norm of the differences between the embeddings of pairs (CapDec: of captions)."
     if len(text) < 2 or text.shape != image.shape:
         raise VitdistillError(f'the rule for the noise is given {len(text)} texts and {len(image)} images, and a '
                               'single pair says little: give two pairs or more, such as 15.')
