@@ -21,6 +21,7 @@ from .config import Config, VitdistillError, from_here, from_root, preset, shipp
 from .data import Data, digest, generator, image_words, load_data, read_texts, split_rows, stratified
 from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
+from .files import printable
 from .launch import launch
 from .optimize import create_optimizer, create_schedule
 from .predict import named_images, read_batches
@@ -390,6 +391,7 @@ def main_captions(given:argparse.Namespace, fields:dict)->int: # given: of `pars
     run = launch(config, show=False, needed=True)
     table = caption_files(run.model, given.images, failed.append)
     for sentence in failed: print(sentence, file=sys.stderr)
+    table['path'] = table.path.map(printable)
     write_atomic(from_here(given.out)/'captions.csv', table.to_csv(index=False))
     if given.json:
         for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))

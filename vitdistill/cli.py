@@ -143,6 +143,7 @@ def experiment_values(
     "Returns parameters for experiment notebooks, name -> value; a name that none of them has is a `VitdistillError`."
     from vitdistill.launch import check_names, notebook_names
     values = {name: _read(name, value) for name, value in given}
+    if 'preset' in values: raise VitdistillError(f"give --preset {values['preset']}, not -p preset.")
     check_names(values, notebook_names)
     return values
 
@@ -257,16 +258,17 @@ def new_folder(folder:str|Path)->Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VitdistillError(f'{folder} is there and not empty: name a new folder.')
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}-', dir=folder.parent) as scratch:
-            draft = Path(scratch, folder.name)
+        folder.mkdir(parents=True, exist_ok=True) # a shell may be in it
+        with tempfile.TemporaryDirectory(prefix='.draft-', dir=folder) as draft:
+            draft = Path(draft)
             for part in copied:
                 shutil.copytree(SHIPPED/part, draft/part, ignore=shutil.ignore_patterns('.*', '__pycache__'))
             (draft/'README.md').write_text(_about.format(version=__version__))
             (draft/'.gitignore').write_text('out/\n')
             (draft/'out').mkdir() # papermill makes no folder
             (draft/ROOT_MARKS[-1]).write_text(f'vitdistill {__version__}\n')
-            draft.replace(folder)
+            for part in sorted(draft.iterdir(), key=lambda part: part.name == ROOT_MARKS[-1]): # the mark last
+                part.replace(folder/part.name)
     except OSError as e:
         raise VitdistillError(f'{folder} can not be made ({e.strerror}): name a folder elsewhere.') from None
     return folder

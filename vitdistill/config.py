@@ -428,7 +428,12 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
     path = Path(name) if str(name).endswith(('.yaml', '.yml')) else shipped(f'nbs/presets/{name}.yaml')
     if not path.is_file():
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, shipped_names("nbs/presets", ".yaml"))}')
-    return read_yaml(path)
+    parts = {part: values or {} for part, values in read_yaml(path).items()}
+    for part, values in parts.items():
+        if not isinstance(values, dict):
+            raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below common, '
+                                  'teacher, baseline or another part.')
+    return parts
 
 def preset(
     name:str,       # as in `preset_parts`

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from PIL import Image
 from tqdm import tqdm
+from .augment import unnumbered
 from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest, write_atomic
 from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image
@@ -23,12 +24,12 @@ from .models import create, head_names, near_models, read_weights, started_from,
 from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
-from .runs import Run, find_runs
+from .runs import Run, find_runs, read_json
 from .setup import auto_device, auto_precision, check_settings, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with
 from .study.compare import Comparison, draw_curves, ended, load, points
 from .study.results import read_predictions
-from .teachers import adopt, least_accuracy, read_card
+from .teachers import adopt, least_accuracy, read_card, weights_folder
 from .views import expected_views, plan_rows, view_count
 
 # %% ../nbs/10_job.ipynb #807e1267
@@ -169,7 +170,8 @@ def teacher_part(
                               f'{near_models(teacher)}')
     model = started_from(teacher) or dict(student=architecture_of(teacher, name), student_kwargs={})
     card, weights = read_card(teacher), teacher if teacher.startswith('hf-hub:') else str(from_root(teacher).resolve())
-    fits = card['classes'] == classes if card else \
+    by_hand = read_json(weights_folder(teacher)/'config.json').get('label_names') # pixels may be scaled otherwise
+    fits = card['classes'] == classes if card else not by_hand and \
         outputs(create(model['student'], len(classes), size, **model['student_kwargs']), teacher) == len(classes)
     if model.get('stem') == 'imagenet': del model['stem']
     common = model | dict(student_size=size, student_normalization=(card or {}).get('normalization', 'own'))
@@ -240,10 +242,11 @@ _parts = dict(e00_teacher='teacher', e01_baseline_resnet50='baseline', e02_disti
 def seconds_an_image(
     name:str, size:int, device:str, # timm name, side of the input in px
     bf16:bool, train:bool, # its precision; a training step, or an answer
+    stem:str='imagenet',   # as `Config.stem`
     **kwargs               # of timm.create_model
 )->float:
     "Returns the seconds that a model takes for an image on this machine, warm."
-    model = create(name, 10, size, **kwargs)
+    model = create(name, 10, size, stem, **kwargs)
     try_size(model, name, size)
     model.to(device).train(train)
     pixels, begun, n = torch.zeros(16, 3, size, size, device=device), 0., 0
@@ -266,7 +269,7 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     def step(c, train):
         device = auto_device() if c.device == 'auto' else c.device
         bf16 = (auto_precision(device) if c.precision == 'auto' else c.precision) == 'bf16'
-        key = c.student, c.student_size or c.image_size, device, bf16, train
+        key = c.student, c.student_size or c.image_size, device, bf16, train, c.stem
         if key not in steps: steps[key] = seconds_an_image(*key, **c.student_kwargs)
         return steps[key]
     for cell in cells:
@@ -276,8 +279,9 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
         evaluated = images.test*max(1, c.epochs)
         found[cell.name] = seen*step(c, True) + evaluated*step(c, False)
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
-            answers = images.train*expected_views(view_count(c), c.epochs*plan_rows(c, 1))
-            found[cell.name] += answers*step(config_of(first), False)
+            shown = c.epochs*plan_rows(c, 1)
+            if c.memo and not (unnumbered(c) or c.whole_image): shown = expected_views(view_count(c), shown)
+            found[cell.name] += images.train*shown*step(config_of(first), False)
     return found
 
 # %% ../nbs/10_job.ipynb #a8d6787b
@@ -294,7 +298,7 @@ def adopted(cell:Cell)->Run:
 
 def train(cell:Cell)->Run:
     "Trains a cell, unless its run is finished; returns the run."
-    models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
+    models = {key: model_for(cell, arm, cell.wanted.get(arm, {})) for key, arm in cell.models.items()}
     os.environ['VITDISTILL_ARM'] = cell.arm
     try:
         if cell.notebook.stem == 'e04_adopted_teacher': return adopted(cell)

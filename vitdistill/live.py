@@ -6,12 +6,13 @@
 __all__ = ['in_jupyterlab', 'live_figure', 'LiveCurve']
 
 # %% ../nbs/05d_live.ipynb #f557664e
-import os
+import os, sys
 
 # %% ../nbs/05d_live.ipynb #4d156f14
 def in_jupyterlab()->bool:
     "Returns whether this is the kernel of a notebook open in JupyterLab."
-    return 'JPY_SESSION_NAME' in os.environ
+    shell = sys.modules.get('IPython') # a command of a cell, such as !vitdistill, has none
+    return 'JPY_SESSION_NAME' in os.environ and shell is not None and shell.get_ipython() is not None
 
 # %% ../nbs/05d_live.ipynb #8b4a4977
 def live_figure(metrics, text:str):

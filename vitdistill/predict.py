@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
 from .config import VitdistillError, from_here, need
-from .files import is_image, read_image
+from .files import is_image, printable, read_image
 from .models import Student, combine, create, load_weights, started_from
 from .runs import find_run
 from .teachers import read_card
@@ -87,6 +87,7 @@ def named_images(paths:Iterable[str|Path])->list[Path]: # files, folders; '-': p
     found = []
     for path in paths:
         if str(path) == '-': found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
+        elif not str(path): raise VitdistillError('a path of images is empty: name image files, or a folder.')
         elif (path := Path(path).expanduser()).is_dir():
             found += sorted(file for file in path.rglob('*') if is_image(file.name)
                             and not any(part.startswith('.') for part in file.relative_to(path).parts))
@@ -150,6 +151,7 @@ def main(arguments:list=None)->int:
         failed.append(sentence)
         print(sentence, file=sys.stderr)
     table = predict(load_model(args.model, args.runs), args.images, args.top, skipped=skipped)
+    table['path'] = table.path.map(printable)
     if args.json:
         for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))
     else:

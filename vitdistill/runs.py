@@ -31,7 +31,7 @@ def is_locked(file:Path)->bool:
     lock = FileLock(file)
     try: lock.acquire(timeout=.03, poll_interval=.005)
     except Timeout: return True
-    except PermissionError: return False # another user's file, which we can only read
+    except OSError: return False # another user's file, or a disk that we can only read
     lock.release()
     return False
 

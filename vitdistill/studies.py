@@ -264,10 +264,10 @@ def model_of(
     runs = runs_with(arm, find_runs(runs_dir), fields)
     runs = [run for run in runs if run.config.seed == seed] or runs
     if not runs: raise VitdistillError(f'{arm} has no finished run in {runs_dir}: run its study first.')
-    if len(runs) > 1:
+    if len(runs) > 1 and not (fields and len({run.config.seed for run in runs}) == 1):
         raise VitdistillError(f"{arm} stands for {len(runs)} models ({', '.join(run.name for run in runs[:3])}): name "
                               'an arm with one model a seed.')
-    run, = runs
+    run = max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime) # of equal fields: a preset has changed
     folders = [run.model]
     if run.config.experiment == 'adopted_teacher': # its weights are in the folder that e04 made
         folders.append(from_root(run.config.work_dir)/Path(run.config.student_weights).parent.name/'model')

@@ -84,7 +84,8 @@ def teacher_calls(
 # %% ../../nbs/study/05_findings.ipynb #1aea37fe
 def read_rates(folder:Path)->tuple: # of a bench -> {contender: images a second}, name of the machine
     "Returns the rates that a bench measured on the first machine by name; {} and '' without a bench."
-    if not (first := min(folder.glob('*.txt'), default=None)): return {}, ''
+    of_training = [file for file in folder.glob('*.txt') if not file.stem.endswith(('-recipe', '-tries'))]
+    if not (first := min(of_training, default=None)): return {}, ''
     table = pd.read_csv(first.with_suffix('.csv')).set_index('contender')
     return table.images_per_second.dropna().to_dict(), first.read_text().partition(', torch')[0]
 
