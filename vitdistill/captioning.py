@@ -126,6 +126,9 @@ def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts
         raise VitdistillError('no image is held out, and choices need some: give val_fraction or val_rows.')
     facts = image_facts(config, data)
     pairs, choice = (val[part] for part in stratified(data.train_labels[val], 1 - PAIRS, config.split_seed))
+    if not (len(pairs) and len(choice)):
+        raise VitdistillError(f'{len(val)} images are held out, too few to fit an encoder on and to choose by: give a '
+                              'larger val_fraction or val_rows.')
     def say(part, rows, templates=config.templates): # its captions
         lines = written(facts[part], templates, config.split_seed, part)
         return [lines[row] for row in rows.tolist()]

@@ -357,8 +357,6 @@ def run_batch(
 )->list[Cell]:
     "Executes cells on this machine, teachers first; returns them with their states."
     gpus, free, processes, stopped = torch.cuda.device_count(), SimpleQueue(), [], Event()
-    slots = max(1, min(len(cells), at_once or gpus or cores()))
-    for slot in range(slots): free.put(slot)
     def one(n):
         cell = cells[n]
         wait([started[first] for first in cell.after if first in started])
@@ -375,16 +373,18 @@ def run_batch(
                 write_record(cell)
         finally: free.put(slot)
         print(f'{cell.state[:200]}: {cell} ({tqdm.format_interval(cell.seconds)}; {tally(cells, slots)})', flush=True)
-    with begun(cells, folder) as todo, ThreadPoolExecutor(slots) as pool:
+    with begun(cells, folder) as todo:
+        slots, started = max(1, min(len(todo), at_once or gpus or cores())), {}
+        for slot in range(slots): free.put(slot)
         print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
-        started = {}
-        try:
-            for n in todo: started[n] = pool.submit(one, n)
-            for future in started.values(): future.result()
-        except KeyboardInterrupt:
-            stopped.set()
-            for process in processes: stop(process)
-            raise Interrupted('interrupted; run this again to go on') from None
+        with ThreadPoolExecutor(slots) as pool:
+            try:
+                for n in todo: started[n] = pool.submit(one, n)
+                for future in started.values(): future.result()
+            except KeyboardInterrupt:
+                stopped.set()
+                for process in processes: stop(process)
+                raise Interrupted('interrupted; run this again to go on') from None
     return look(cells, folder)
 
 # %% ../nbs/07a_grids.ipynb #612cda00

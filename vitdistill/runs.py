@@ -110,7 +110,7 @@ def find_run(
     "Returns the run that is meant; if several fit, the one that is running."
     if isinstance(run, Run): return run
     if from_here(folder).is_dir(): folder = from_here(folder)
-    for place in (from_here(run), from_root(folder)/run):
+    for place in (from_here(run), from_root(folder)/run) if run else ():
         if (place/'config.yaml').is_file(): return Run(place)
         if (begun := place.resolve().parent/'launch.yaml').is_file(): # a model folder, or a link to one
             return Run(from_root(load(begun).runs_dir)/begun.parent.name)

@@ -43,7 +43,10 @@ def auto_device()->str:
 def auto_precision(device:str)->str:
     "Returns 'bf16' if the device computes in it without emulation (CPU: AVX-512 BF16 or AMX), else 'fp32'."
     if device == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: fast = device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    else:
+        wide = torch.backends.cpu.get_cpu_capability() not in ('DEFAULT', 'AVX2') # the environment may turn it off
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = device == 'cpu' and wide and able
     return 'bf16' if fast else 'fp32'
 
 # %% ../nbs/05b_setup.ipynb #cec25c0c
