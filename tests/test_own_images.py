@@ -21,7 +21,7 @@ from test_recipes import blocks
 from vitdistill import api
 from vitdistill.cli import main
 from vitdistill.config import VitdistillError, preset
-from vitdistill.job import config_of
+from vitdistill.job import config_of, teacher_part
 from vitdistill.losses import OBJECTIVES
 from vitdistill.predict import load_model, predict
 from vitdistill.ranks import Ranks
@@ -175,6 +175,14 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
         api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
     adopted, = (tmp_path / "out").rglob("model.safetensors")
     assert torch.equal(load_model(adopted.parent).forward.model.head.weight, vit.head.weight)
+
+
+def test_a_teacher_that_was_saved_by_hand_is_fine_tuned(tmp_path):
+    """Its head has as many classes, but others, and its pixels may be scaled otherwise."""
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **VIT)
+    folder = api.save(vit, tmp_path / "vit", list("abc"), 32, ((0.0,) * 3, (1.0,) * 3), **VIT)
+    for classes in ("abc", "xyz"):
+        assert teacher_part(str(folder), "", 32, list(classes))["notebook"] == "e00_teacher"
 
 
 @pytest.mark.parametrize("given, message", [

@@ -185,7 +185,7 @@ def noise_facts(config:Config, val:Part)->dict: # noise_std, and how it was foun
                 noise_rule_draws=[round(rule(draw)[0], 6) for draw in range(1, 101)],
                 gap=gap(val.text, val.image), gap_with_noise=gap(noisy, val.image))
 
-UNUSED = 'mixup', 'cutmix', 'repeats', 'label_smoothing', 'ema_decay', *AUGMENTATIONS # fields
+UNUSED = 'mixup', 'cutmix', 'repeats', 'label_smoothing', 'ema_decay', *AUGMENTATIONS # fields that captions do not use
 
 def prepare_captions(config:Config, ranks:Ranks)->Captioning:
     "Loads texts, encoder and decoder, and checks them before anything is written."
@@ -194,7 +194,7 @@ def prepare_captions(config:Config, ranks:Ranks)->Captioning:
     check_templates(config.templates)
     plain = Config()
     if given := [name for name in UNUSED if getattr(config, name) != getattr(plain, name)]:
-        raise VitdistillError(f"captions know no {', '.join(given)}: leave {'them' if given[1:] else 'it'} out.")
+        raise VitdistillError(f"captions do not use {', '.join(given)}: leave {'them' if given[1:] else 'it'} out.")
     parts_of = unlabelled_parts if config.dataset == 'texts' else labelled_parts
     encoder, texts, source, parts, means = parts_of(config, ranks.device)
     about = noise_facts(config, parts['val'])

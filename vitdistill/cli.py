@@ -169,14 +169,15 @@ def run_pair(
                 if deit else {}),
              'a01_paper': ('draw figures and tables', shown)}
     arms = dict(e00_teacher='teacher', e01_baseline_resnet50='plain', e02_distilled_resnet50='taught') # of study pair
-    noted, others = out/'.teacher', alone or {'out_of_fold', 'teacher_data_fraction'} & {*given} # or another teacher
+    noted = out/'.teacher' # gets the folder of the teacher's run
+    another = alone or {'out_of_fold', 'teacher_data_fraction'} & {*given} # the student asks for another teacher
     noted.unlink(missing_ok=True)
     for n, (name, (what, own)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps)}] {what}', flush=True)
         os.environ['VITDISTILL_ARM'] = f'pair/{arms[name]}' if name in arms else ''
         values = own if own is shown else dict(preset=preset_name, **{**given, **own})
         os.environ['VITDISTILL_CELL'] = str(noted) if name == 'e00_teacher' else ''
-        if arms.get(name) == 'taught' and noted.is_file() and not others:
+        if arms.get(name) == 'taught' and noted.is_file() and not another:
             values['teacher_weights'] = str(Run(noted.read_text().splitlines()[-1]).model)
         print('notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
 

@@ -445,7 +445,7 @@ def preset(
     if experiment not in (known := set(parts) - {'common'}):
         raise VitdistillError(f'preset {name!r} has no experiment {experiment!r}: {nearest(experiment, known)}')
     given = {key: value for key, value in given.items() if value is not None}
-    values = {'experiment': experiment, **(parts.get('common') or {}), **(parts[experiment] or {}), **given}
+    values = {'experiment': experiment, **parts.get('common', {}), **parts[experiment], **given}
     return from_dict(values, f'preset {name}')
 
 # %% ../nbs/00_config.ipynb #ad8ba557

@@ -171,8 +171,9 @@ def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patien
     while any(is_locked(run.folder/'lock') for run in noted_runs(cell)) and time.monotonic() < give_up: time.sleep(.1)
 
 # %% ../nbs/07a_grids.ipynb #5a1e0c02
-def model_for(cell:Cell, arm:str, fields:dict={})->str: # fields: as `model_of` takes them
+def model_for(cell:Cell, arm:str, fields:dict=None)->str: # fields: as `model_of` takes them; None: as `wanted` says
     "Returns the path of an arm's model for a cell; none is a `VitdistillError`."
+    if fields is None: fields = cell.wanted.get(arm, {})
     return model_of(arm, cell.chosen.get('seed'), runs_folder(cell.declared | cell.chosen), fields)
 
 def has_model(cell:Cell)->bool:
@@ -197,11 +198,11 @@ def execute(
     cell:Cell,
     environment:dict={}, # further environment variables
     more:dict={},        # further parameters, such as nnodes and rdzv_endpoint of a cell on several nodes
-    started:list=None    # gets the process
+    processes:list=None  # gets the process that executes it
 )->None:
     "Executes a cell by papermill and sets its state."
     cell.host = socket.gethostname()
-    try: models = {key: model_for(cell, arm, cell.wanted.get(arm, {})) for key, arm in cell.models.items()}
+    try: models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     except VitdistillError as e:
         cell.state = str(e)
         return write_record(cell)
@@ -216,7 +217,7 @@ def execute(
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=bind_to_parent,
                                        env=os.environ | environment | dict(VITDISTILL_CELL=str(runs),
                                                                            VITDISTILL_ARM=cell.arm))
-        if started is not None: started.append(process)
+        if processes is not None: processes.append(process)
         try:
             ended = process.wait()
             said = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
@@ -364,7 +365,7 @@ def run_batch(
         try:
             if stopped.is_set(): return
             if all(cells[first].state == 'done' for first in cell.after):
-                execute(cell, slot_environment(slot, slots, gpus), started=processes)
+                execute(cell, slot_environment(slot, slots, gpus), processes=processes)
             else:
                 cell.state = NO_TEACHER
                 write_record(cell)

@@ -14,7 +14,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from PIL import Image
 from tqdm import tqdm
-from .augment import unnumbered
 from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest, write_atomic
 from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image
@@ -28,9 +27,10 @@ from .runs import Run, find_runs, read_json
 from .setup import auto_device, auto_precision, check_settings, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with
 from .study.compare import Comparison, draw_curves, ended, load, points
+from .study.findings import teacher_calls
 from .study.results import read_predictions
 from .teachers import adopt, least_accuracy, read_card, weights_folder
-from .views import expected_views, plan_rows, view_count
+from .views import plan_rows
 
 # %% ../nbs/10_job.ipynb #807e1267
 def begun(out:Path)->bool: # folder of a job
@@ -279,9 +279,8 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
         evaluated = images.test*max(1, c.epochs)
         found[cell.name] = seen*step(c, True) + evaluated*step(c, False)
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
-            shown = c.epochs*plan_rows(c, 1)
-            if c.memo and not (unnumbered(c) or c.whole_image): shown = expected_views(view_count(c), shown)
-            found[cell.name] += images.train*shown*step(config_of(first), False)
+            asked = teacher_calls(c, images.train)['memo' if c.memo else 'online']
+            found[cell.name] += asked*step(config_of(first), False)
     return found
 
 # %% ../nbs/10_job.ipynb #a8d6787b
@@ -298,7 +297,7 @@ def adopted(cell:Cell)->Run:
 
 def train(cell:Cell)->Run:
     "Trains a cell, unless its run is finished; returns the run."
-    models = {key: model_for(cell, arm, cell.wanted.get(arm, {})) for key, arm in cell.models.items()}
+    models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     os.environ['VITDISTILL_ARM'] = cell.arm
     try:
         if cell.notebook.stem == 'e04_adopted_teacher': return adopted(cell)

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from .config import Config, Interrupted, VitdistillError, field_names, from_root, nearest, preset
 from .config import preset_parts, save, shipped_names
-from .data import fingerprint, image_side
+from .data import image_side
 from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
 from .ranks import ended_by_watchdog, threads_per_rank
@@ -292,8 +292,8 @@ TEACHER_FIELDS = ('experiment', 'student', 'stem', 'student_kwargs', 'student_si
 
 def finished_teacher(wanted:Config)->Run|None:
     "Returns a finished run of this model, data and split whose weights are here: of this recipe, else the newest."
-    own = Run.of(resolve(wanted)).name
-    wanted = replace(wanted, data_hash=fingerprint(wanted))
+    wanted = resolve(wanted)
+    own = Run.of(wanted).name
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run)
             and all(getattr(run.config, name) == getattr(wanted, name) for name in TEACHER_FIELDS)
             and image_side(run.config) == image_side(wanted)]

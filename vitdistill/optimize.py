@@ -102,8 +102,9 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
         schedule = create_scheduler_v2(optimizer, **given | config.sched_kwargs)[0]
         for epoch in (config.warmup_epochs, 0): schedule.step(epoch) # some values fail only here
     except (TypeError, ValueError, ArithmeticError, AssertionError) as e:
-        raise VitdistillError(f'sched_kwargs = {config.sched_kwargs}: {config.scheduler!r} refuses a value ({e}): mend '
-                              'it (YAML reads 1e-6 as a word: write 1.0e-6), or leave it out.') from None
+        why = str(e) or type(e).__name__
+        raise VitdistillError(f'sched_kwargs = {config.sched_kwargs}: {config.scheduler!r} refuses a value ({why}): '
+                              'mend it (YAML reads 1e-6 as a word: write 1.0e-6), or leave it out.') from None
     return schedule
 
 # %% ../nbs/05c_optimize.ipynb #60b57e90

@@ -97,8 +97,8 @@ def refuse_unfit_folds(config:Config)->None:
 def check_settings(config:Config)->None:
     "Raises `VitdistillError` for models, objective, augmentation, schedule or optimizer that no run can have."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
+    fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
     for whose in ('student', 'teacher'):
-        fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
         if given := [name for name in getattr(config, f'{whose}_kwargs') if name in fixed]:
             raise VitdistillError(f"{whose}_kwargs can't have {', '.join(given)}: give the fields {whose}_size, "
                                   f'{whose}_pretrained, {whose}_weights or stem instead.')

@@ -238,8 +238,9 @@ def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> objec
     none = dict(epochs=0, world=setup.ranks.world)
     state = run.checkpoint() or none
     if (rows := run.epochs_done) < state['epochs'] or rows and not state['epochs']:
-        setup.ranks.rank or print(f"{run.name} starts anew: its checkpoint is of epoch {state['epochs']}, and "
-                                  f'metrics.csv has {rows} rows', flush=True)
+        if not setup.ranks.rank:
+            print(f"{run.name} starts anew: metrics.csv has {rows} epochs, its checkpoint {state['epochs'] or 'none'}",
+                  flush=True)
         state = none # metrics.csv would have gaps
     if setup.ranks.world > 1: # each rank has read its own disk
         dist.all_gather_object(found := [None]*setup.ranks.world, state['epochs'])
