@@ -16,8 +16,8 @@ from sklearn.metrics import log_loss
 from .results import prediction_arrays
 from .agreement import ece
 from ..config import VitdistillError, from_root, write_atomic
-from ..records import share_images, without_logits
-from ..runs import Run
+from ..records import share_images
+from ..runs import Run, packed, read_arrays
 
 # %% ../../nbs/study/07_calibration.ipynb #6921b77d
 def scores(log_p, label)->dict: # (n, C) log-probabilities, (n,) classes
@@ -68,7 +68,8 @@ def keep_scores(run:Run)->list: # names of the written files
     if not run.folder.is_dir(): raise VitdistillError(f'{run.folder} is no folder: name one of a run that has ended.')
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
-    write_atomic(run.folder/'predictions.npz', without_logits(run.folder/'predictions.npz'))
+    file = run.folder/'predictions.npz'
+    write_atomic(file, packed({name: values for name, values in read_arrays(file).items() if '_logits' not in name}))
     share_images(run.folder)
     return [SCORES, 'predictions.npz']
 
