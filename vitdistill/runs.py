@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'as_frame', 'Run', 'read_checkpoint', 'read_json', 'find_runs', 'find_run',
-           'read_arrays', 'all_metrics', 'told', 'environment', 'machine_in_words', 'append_row', 'packed', 'locked',
-           'check_folders', 'RunWriter']
+           'read_arrays', 'told', 'environment', 'machine_in_words', 'append_row', 'packed', 'locked', 'check_folders',
+           'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, io, json, os, platform, shutil, subprocess
@@ -142,16 +142,6 @@ def read_arrays(
         raise VitdistillError(f"{file} is damaged ({e}): copy it anew, "
                               "or remove the folder's result.json and start the run again.") from None
     return values
-
-# %% ../nbs/05_runs.ipynb #f8c7d366
-def all_metrics(
-    runs:dict        # key -> Run
-)->pd.DataFrame:     # a row per run and epoch: `key`, then the columns of metrics.csv
-    "Returns the metrics of many runs in one frame."
-    rows = [(key, row) for key, run in runs.items() for row in run.rows()]
-    frame = as_frame([row for _, row in rows])
-    frame.insert(0, 'key', [key for key, _ in rows])
-    return frame
 
 # %% ../nbs/05_runs.ipynb #9d550f9f
 def told(path:str|Path)->str:

@@ -16,7 +16,6 @@ from ..studies import teachers_of
 from .agreement import agreements, ece
 from .compare import Comparison, ended, run_names
 from .results import curves, mean_curve, read_predictions, significant
-from .trends import EXPONENTIAL, LOG, fit_early
 from ..views import expected_views, plan_rows, view_count
 
 # %% ../../nbs/study/05_findings.ipynb #4f931dc5
@@ -43,20 +42,16 @@ def course_rows(
 def long_rows(
     arms:dict[str, list[Run]], # two or more, the first two compared; ended or not
     line,                      # the published law: epochs -> accuracies
-)->pd.DataFrame:               # line_rms, line_most: distances from the published law, from epoch 10 on
-    "Returns accuracies at the last epoch that both arms have, log line, its forecast from 60% of them, a ceiling."
+)->pd.DataFrame:               # line_rms: distance from the published law, from epoch 10 on
+    "Returns test and training accuracy of each arm at the last epoch that both have, as fractions."
     curves_of = {name: mean_top1(arm) for name, arm in arms.items() if arm}
     last, rows = min(curve.index.max() for curve in [*curves_of.values()][:2]) if curves_of else 0, []
     for name, curve in curves_of.items():
         curve = curve[curve.index <= last]
-        done, whole = curve.index[-1], fit_early(LOG, curve)
-        misses = (fit_early(LOG, curve, done*.6)(curve.index) - curve)[curve.index > done*.6]
-        off = (curve - line(curve.index))[curve.index >= 10]
+        done, off = curve.index[-1], (curve - line(curve.index))[curve.index >= 10]
         rows.append(dict(arm=name, epochs_done=done, epochs=arms[name][0].config.epochs, seeds=len(arms[name]),
                          last=curve.iloc[-1], train=mean_curve(curves(arms[name]), 'train_top1').get(done, np.nan),
-                         slope=whole.parameters[1], r2=whole.r2, rest_error=misses.mean(), last_error=misses.iloc[-1],
-                         line_rms=(off**2).mean()**.5, level=fit_early(EXPONENTIAL, curve).parameters[0],
-                         line_most=off.abs().max(), runs=run_names(arms[name])))
+                         line_rms=(off**2).mean()**.5, runs=run_names(arms[name])))
     return significant(pd.DataFrame(rows))
 
 # %% ../../nbs/study/05_findings.ipynb #2a06758a

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from .figures import format_cell
 from ..config import from_root, write_atomic
 from ..runs import Run, find_runs, machine_in_words
-from .watch import standing
+from .watch import run_state
 
 # %% ../../nbs/study/06_page.ipynb #d4aae7d3
 def read_picture(path:Path)->dict: # an SVG
@@ -137,7 +137,7 @@ def write_index(
 # %% ../../nbs/study/06_page.ipynb #585acb0f
 def record(run:Run, here:Path)->list: # here: the page's folder
     "Returns a row of the table of run records, linked to the run's folder."
-    row, about = standing(run), run.environment
+    row, about = run_state(run), run.environment
     device = '' if row['status'] == 'unreadable' else run.config.device
     cells = [row['status'], f"{row['epochs_done']}/{row['epochs'] or '?'}", format_cell(100*row['test_top1']),
              about.get('commit', '')[:8] + (' and changes' if about.get('uncommitted') else ''),
