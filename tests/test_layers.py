@@ -199,18 +199,16 @@ def made_up(folder, slower=()):
 
 
 @pytest.mark.slow
-def test_notebook_says_where_the_goal_is_missed(tmp_path):
-    """Where time is multiply-adds HiLo reaches its goal; made three times slower it misses by 44%."""
+def test_notebook_says_how_fast_attention_is(tmp_path):
+    """Where time is multiply-adds HiLo is as much faster as it has fewer; else a third of that."""
     made_up(tmp_path / "bench", slower=["HiLo, alpha 0.5"])
     analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
             reports=str(tmp_path / "none"))
-    goals = pd.read_csv(tmp_path / "out/tables/hilo_goal.csv").set_index(["contender", "image (px)"])["goal met"]
-    assert goals["HiLo, alpha 0.9", 1024] == "yes" and goals["HiLo, alpha 0.5", 1024] == "no, by 44.4%"
     faster = pd.read_csv(tmp_path / "out/tables/hilo_goal.csv").set_index(["contender", "image (px)"])["faster (times)"]
     assert [round(faster[f"HiLo, alpha {alpha}", 1024], 2) for alpha in (0.5, 0.9)] == [1.56, 3.66]
     models = pd.read_csv(tmp_path / "out/tables/hilo_models.csv")
     assert models.parameters.tolist()[:3] == ["27,844,000", "48,830,368", "86,520,704"]
-    assert [round(value, 2) for value in models["by its formula (G)"]][:3] == [3.73, 7.48, 13.19]
+    assert [round(value, 2) for value in models["multiply-adds (G)"]][:3] == [3.72, 7.46, 13.17]
     alphas = pd.read_csv(tmp_path / "out/tables/hilo_alpha.csv").set_index("alpha")
     assert alphas["published ImageNet top-1 (%)"].tolist() == [81.16, 82.03]
     assert (tmp_path / "out/figures/hilo_attention.svg").is_file()

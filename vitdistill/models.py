@@ -23,7 +23,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretra
 from torch import nn
 from .config import Config, VitdistillError, nearest, no_space, write_atomic
 from .hub import weights_place, why_not, without_retries
-from .layers import LITv2, check_windows
+from .layers import LITv2
 
 # %% ../nbs/02_models.ipynb #8fee561b
 def with_cifar_stem(model:nn.Module)->nn.Module:
@@ -98,7 +98,7 @@ for name in _litv2: _register(name, functools.partial(_litv2_model, name))
 
 # %% ../nbs/02_models.ipynb #8066de93
 def check_size(model:nn.Module, name:str, size:int)->None:
-    "Raises `VitdistillError` if images of `size` px don't fit the model's patches or windows."
+    "Raises `VitdistillError` if images of `size` px don't fit the model's patches."
     embed = getattr(model, 'patch_embed', None)
     sides = [getattr(embed, which, None) for which in ('img_size', 'patch_size')]
     if None in sides: return # it has no patches, or takes any size
@@ -109,7 +109,6 @@ def check_size(model:nn.Module, name:str, size:int)->None:
     if built != size and not getattr(model, 'dynamic_img_size', False):
         raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: set img_size to {size}, '
                               'or dynamic_img_size to true.')
-    if isinstance(model, LITv2): check_windows(model, size)
 
 # %% ../nbs/02_models.ipynb #7ad20c12
 def try_size(model:nn.Module, name:str, size:int)->None: # on the CPU

@@ -105,8 +105,7 @@ def table(turns:pd.DataFrame)->pd.DataFrame: # turns: of `measure`
 # %% ../../nbs/bench/02_attention.ipynb #0fb85ccf
 def speedups(
     turns:pd.DataFrame,         # table of `measure`
-    than:str='plain attention', # contender to compare with
-    goal:float=.6               # share of the ratio of multiply-adds that the speedup should reach
+    than:str='plain attention'  # contender to compare with
 )->pd.DataFrame:                # a row for each other contender of the same study, and each size
     "Returns how many times faster each contender is, next to the ratio of multiply-adds."
     turns, rows = turns[turns.study == turns.study[turns.contender == than].iloc[0]], []
@@ -115,8 +114,8 @@ def speedups(
     count = turns.groupby(keys).multiply_adds.first()
     for name, size in seconds.drop(columns=than):
         promised = count[than, size]/count[name, size]
-        rows.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised, goal=goal*promised,
-                         **over_rounds(seconds[than, size]/seconds[name, size], '>=', goal*promised)))
+        rows.append(dict(contender=name, size=size, tokens=(size//16)**2, promised=promised,
+                         **over_rounds(seconds[than, size]/seconds[name, size])))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/bench/02_attention.ipynb #e45a3ace
