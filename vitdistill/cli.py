@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'meant', 'field_values', 'configured', 'train', 'run_notebook',
            'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures', 'new_folder', 'new',
-           'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
+           'fields_alone', 'captions', 'grid', 'compare', 'distill', 'predict', 'bench', 'export', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -309,17 +309,6 @@ def compare(words:list[str])->int:
     from vitdistill.study import compare
     return compare.main(words)
 
-def report(words:list[str])->int:
-    "writes everything in reports/ into one HTML page"
-    from vitdistill.study.page import write_report
-    parser = argparse.ArgumentParser(prog='vitdistill report', description=inspect.getdoc(write_report))
-    parser.add_argument('--reports', default='reports',
-                        help='folder with figures/, tables/, bench/ and runs/ (default: %(default)s)')
-    parser.add_argument('--out', default='out/report', help='folder for index.html (default: %(default)s)')
-    args = parser.parse_args(words)
-    print('page:', write_report(args.reports, args.out))
-    return 0
-
 def distill(words:list[str])->int:
     "trains a student on a folder of your images, with and without a teacher, and compares them"
     from vitdistill import api
@@ -344,7 +333,7 @@ def export(words:list[str])->int:
     return export.main(words)
 
 COMMANDS = {command.__name__: command for command in (demo, distill, predict, captions, study, train, grid, compare,
-                                                      figures, report, bench, export, new)}
+                                                      figures, bench, export, new)}
 
 # %% ../nbs/11_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:
