@@ -283,7 +283,6 @@ def train_captions(setup:Captioning, run:RunWriter)->None:
             run.append(row)
             checkpoints.add(epoch + 1)
             progress.epoch(dict(images_per_second=0.) | row)
-    progress.bar.close()
 
 # %% ../nbs/09a_captioning.ipynb #144e905a
 def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kinds, most, 2) float16

@@ -100,26 +100,20 @@ def bleu(captions:list[str], references:list[str])->float: # in [0, 100]
 # %% ../nbs/03c_captions.ipynb #0b9ae738
 PAD, END = '<pad>', '<end>' # special tokens
 
-def _wrapped(tokenizer): # a tokenizer of `tokenizers` -> of `transformers`
-    from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
-
 def build_tokenizer(texts:list[str], size:int=2000): # size: most tokens
     "Returns a tokenizer whose tokens are frequent parts of the texts, by byte pairs."
     need('tokenizers', 'captions', 'captions')
     need('transformers', 'captions', 'captions')
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=[PAD, END], show_progress=False,
-                                                        initial_alphabet=alphabet))
-    return _wrapped(made)
+    from tokenizers import ByteLevelBPETokenizer
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, size, min_frequency=0, special_tokens=[PAD, END], show_progress=False)
+    return read_tokenizer(made.to_str())
 
 def read_tokenizer(text:str): # of tokenizer.json
     "Returns the tokenizer that a run wrote."
     from tokenizers import Tokenizer
-    return _wrapped(Tokenizer.from_str(text))
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token=PAD, eos_token=END)
 
 # %% ../nbs/03c_captions.ipynb #83addc0a
 def tokens_of(tokenizer, texts:list[str], most:int)->torch.Tensor: # (N, T) int64, T <= most

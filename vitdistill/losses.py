@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FP16_MOST', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'DecisionAndLogits', 'TopK', 'soft_loss',
-           'soft_loss_top_k', 'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'whole_batch', 'Batch',
-           'Labels', 'within', 'term_weight', 'BinaryLabels', 'SwitchedDistillationLoss', 'stored_logits',
-           'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation',
-           'RelationalDistillation', 'criterion', 'Output', 'Objective']
+           'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within',
+           'term_weight', 'BinaryLabels', 'SwitchedDistillationLoss', 'stored_logits', 'SoftDistillation',
+           'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation',
+           'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import inspect, math, typing
@@ -44,6 +44,9 @@ class Logits:
     "All logits, (B, C) float32, rounded to fp16."
     def make(self, logits:torch.Tensor)->torch.Tensor: return fitting_fp16(logits).half().float()
     def decision(self, answer:torch.Tensor)->torch.Tensor: return answer.argmax(-1)
+    def outcomes(self, logits:torch.Tensor, answer:torch.Tensor, tau:float)->tuple: # tau: temperature
+        "Returns the log-probabilities of student and teacher."
+        return (logits/tau).log_softmax(-1), (answer.float()/tau).log_softmax(-1)
     def key(self)->dict: return dict(kind='logits')
     def dtype(self, classes:int)->np.dtype: return np.dtype(np.float16)
     def store(self, answer:torch.Tensor)->np.ndarray: return answer.numpy()
@@ -76,42 +79,29 @@ class TopK(Logits):
         k = (answer.shape[-1] - len(self.temperatures))//2
         return answer[:, :k].long(), answer[:, k:2*k], answer[:, 2*k:]
     def decision(self, answer:torch.Tensor)->torch.Tensor: return answer[:, 0].long()
+    def outcomes(self, logits:torch.Tensor, answer:torch.Tensor, tau:float)->tuple: # the k classes, and the rest as one
+        index, value, tails = self.parts(answer)
+        log_p, value, tail = (logits/tau).log_softmax(-1), value/tau, tails[:, [self.temperatures.index(tau)]]
+        kept = log_p.gather(-1, index)
+        if index.shape[-1] == logits.shape[-1]: return kept, value.log_softmax(-1)
+        rest = log_p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([kept, rest], -1), torch.cat([value, tail], -1).log_softmax(-1)
     def key(self)->dict: return dict(top_k=self.k, temperatures=list(self.temperatures))
     def dtype(self, classes:int)->np.dtype: # wide enough for every class number
         return np.dtype(np.float16 if classes <= 2048 else np.float32)
 
 # %% ../nbs/03_losses.ipynb #2c02cf52
-def _kl(log_p, log_q, temperature, reduction, classes): # log-probabilities of student and teacher
-    kl = F.kl_div(log_p, log_q, reduction='batchmean', log_target=True)*temperature**2
-    return kl/classes if reduction == 'public' else kl
-
 def soft_loss(
     logits:torch.Tensor,         # (B, C) of the student
-    teacher_logits:torch.Tensor, # (B, C)
+    answer:torch.Tensor,         # the teacher's: (B, C) logits, or as the kind makes it
     temperature:float,           # tau > 0
-    reduction:str='batchmean'    # divides by the batch size; 'public': by batch size and classes
+    reduction:str='batchmean',   # divides by the batch size; 'public': by batch size and classes
+    kind:Logits=Logits()         # of the answer; of `TopK` the temperature is one of its own
 )->torch.Tensor:
-    "Returns tau² KL(teacher || student), DeiT (2012.12877) eq. 2."
-    log_p, log_q = (z.float().div(temperature).log_softmax(-1) for z in (logits, teacher_logits))
-    return _kl(log_p, log_q, temperature, reduction, logits.shape[-1])
-
-# %% ../nbs/03_losses.ipynb #40d6fee4
-def soft_loss_top_k(
-    logits:torch.Tensor, # (B, C) of the student
-    answer:torch.Tensor, # (B, 2k + T) of `TopK.make`
-    kind:TopK,           # kind of the answer
-    temperature:float,   # one of `kind.temperatures`
-    reduction:str='batchmean' # as in `soft_loss`
-)->torch.Tensor:
-    "Returns tau² KL(teacher || student) over the teacher's k likeliest classes and the rest as one outcome."
-    index, value, tails = kind.parts(answer)
-    value, tail = value/temperature, tails[:, [kind.temperatures.index(temperature)]]
-    log_p = logits.float().div(temperature).log_softmax(-1)
-    outcomes, log_q = log_p.gather(-1, index), value.log_softmax(-1)
-    if index.shape[-1] < logits.shape[-1]:
-        outcomes = torch.cat([outcomes, log_p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)], -1)
-        log_q = torch.cat([value, tail], -1).log_softmax(-1)
-    return _kl(outcomes, log_q, temperature, reduction, logits.shape[-1])
+    "Returns tau² KL(teacher || student), DeiT (2012.12877) eq. 2, over the outcomes that the answer tells apart."
+    log_p, log_q = kind.outcomes(logits.float(), answer, temperature)
+    kl = F.kl_div(log_p, log_q, reduction='batchmean', log_target=True)*temperature**2
+    return kl/logits.shape[-1] if reduction == 'public' else kl
 
 # %% ../nbs/03_losses.ipynb #6aa19c83
 def decoupled_loss(
@@ -274,9 +264,7 @@ class SoftDistillation(SwitchedDistillationLoss):
     @classmethod
     def kind(cls, config): return stored_logits(config.soft_top_k, config.temperature, config.memo_temperatures)
     def term(self, logits, batch):
-        how = self.temperature, self.kl_reduction
-        if isinstance(self.wants, TopK): return soft_loss_top_k(logits, batch.answer, self.wants, *how)
-        return soft_loss(logits, batch.answer, *how)
+        return soft_loss(logits, batch.answer, self.temperature, self.kl_reduction, self.wants)
 
 # %% ../nbs/03_losses.ipynb #e85d03b7
 class HardAndSoftDistillation(SoftDistillation):

@@ -154,28 +154,24 @@ def batches(
 
 # %% ../nbs/06_train.ipynb #72d73f68
 class Progress:
-    "Shows the progress of a run on rank 0: a bar in a terminal, lines elsewhere."
+    "Prints the progress of a run, on rank 0."
     def __init__(self, config:Config, images:int, done_epochs:int, shown:bool):
-        self.config, self.shown, self.lines = config, shown, shown and not sys.stderr.isatty()
+        self.config, self.shown = config, shown
         self.seconds, self.done, self.images, self.seen = [], done_epochs, images, 0 # seen: images of this epoch
         self.answered = 0 # views of the present stretch
         self.begun = self.asked_since = self.spoke = time.monotonic()
-        self.bar = tqdm(total=config.epochs*images, initial=done_epochs*images, unit=' images', unit_scale=True,
-                        smoothing=.1, desc=config.experiment, dynamic_ncols=True, disable=self.lines or not shown)
 
     def now_and_then(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
         now = time.monotonic()
-        if not self.lines or now - self.spoke < max(10, (now - self.begun)/30): return
+        if not self.shown or now - self.spoke < max(10, (now - self.begun)/30): return
         self.spoke = now
         print(text, flush=True)
 
     def step(self, n:int)->None:
-        self.bar.update(min(n, self.bar.total - self.bar.n))
         self.seen += n
         self.now_and_then(f'  {min(1, self.seen/self.images):.0%} of epoch {self.done + 1}')
 
     def teacher(self, done:int, total:int)->None: # views of the present stretch: answered, in all
-        self.bar.set_postfix_str(f'teacher {done:,}/{total:,}', refresh=False)
         if done <= self.answered: self.asked_since = time.monotonic() # a new stretch
         self.answered = done
         left = tqdm.format_interval((time.monotonic() - self.asked_since)*(total/done - 1))
@@ -185,9 +181,8 @@ class Progress:
         shown = 'train_top1', 'val_top1', 'test_top1', 'knn_test_top1', 'linear_test_top1'
         names = [n for n in shown if row.get(n) is not None]
         text = f"loss {row['train_loss']:.3f}  " + '  '.join(f'{n[:-5]} {row[n]:.1%}' for n in names)
-        self.bar.set_postfix_str(text)
         self.done, self.seen, self.spoke = row['epoch'] + 1, 0, time.monotonic()
-        if not self.lines: return
+        if not self.shown: return
         self.seconds.append(row['seconds'])
         done = self.done
         left = fmean(self.seconds[1:] or self.seconds)*(self.config.epochs - done) # the first one is slow
@@ -196,8 +191,7 @@ class Progress:
         print(f'epoch {done}/{self.config.epochs}  {text}  {pace}', flush=True)
 
     def say(self, text:str)->None:
-        if self.lines: print(text, flush=True)
-        elif self.shown: self.bar.write(text)
+        if self.shown: print(text, flush=True)
 
 # %% ../nbs/06_train.ipynb #f94d167c
 def peak_lr(optimizer:torch.optim.Optimizer)->float:
@@ -343,7 +337,6 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
                 run.append(row)
                 checkpoints.add(epoch + 1)
             progress.epoch(row)
-    progress.bar.close()
 
 # %% ../nbs/06_train.ipynb #3cede1f0
 def train(
