@@ -14,7 +14,7 @@ from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
 from vitdistill.config import Config, VitdistillError, preset, shipped
-from vitdistill.grids import grid_cells, not_here
+from vitdistill.grids import grid_cells, missing_weights
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student  # and registers LITv2
@@ -243,7 +243,7 @@ def test_litv2s_studies_leave_nothing_to_chance():
     cells = asked("", "_teachers", "_resnets")
     taught = Counter(cell.models["teacher_weights"] for cell in cells if cell.models)
     assert taught == {"deit_teacher/MobileNetV2": 6, "small_litv2_teachers/LITv2": 3, "small_litv2_teachers/DeiT": 3}
-    assert not_here(cells) == []
+    assert missing_weights(cells) == []
     students = [cell.chosen for cell in asked("")]
     assert [cell["seed"] for cell in students] == [1] * 4 + [2] * 4 + [3] * 4
     assert all({**cell, "seed": 1} == students[n % 4] for n, cell in enumerate(students))

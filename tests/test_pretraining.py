@@ -15,7 +15,7 @@ from conftest import record, train_command, wait_until
 from forked_notebooks import analyse
 from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, preset, save
-from vitdistill.grids import grid_cells, not_here
+from vitdistill.grids import grid_cells, missing_weights
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
@@ -222,7 +222,7 @@ def test_scratch_is_a_fair_beginning():
 def test_students_have_the_teachers_of_their_studies():
     """They are at hand or trained first; the models that were lost are trained alike again."""
     cells = [cell for name in ("can_students", "can_controls_teach") for cell in grid_cells(name)]
-    assert not_here(cells) == []
+    assert missing_weights(cells) == []
     made = configs("can_scratch", "can_even", "can_controls_teach")
     for again, first in (("from scratch", "can_scratch/80 epochs"), ("even", "can_even/even control"),
                          ("labels on CAN's views", "can_even/labels on CAN's views")):

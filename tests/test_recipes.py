@@ -19,7 +19,7 @@ from test_notebooks import execute
 from vitdistill.api import parser as distill_parser, save
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, config_hash, defining, field_names, run_name, save as save_config
-from vitdistill.grids import grid_cells, not_here, parser, start_order, study_cells
+from vitdistill.grids import grid_cells, missing_weights, parser, start_order, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
 from vitdistill.runs import find_runs
@@ -179,7 +179,7 @@ def test_targets_of_make_exist():
 
 def test_grids_of_the_pages_need_nothing_that_a_clone_lacks():
     named = {words[2] for words in VITDISTILL if words[1] == "grid"}
-    assert named and not any(not_here(grid_cells(ROOT / path)) for path in named)
+    assert named and not any(missing_weights(grid_cells(ROOT / path)) for path in named)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
 from .grids import study_cells
 from .job import (Distilled, check_cells, costs, fitting_side, look, study_of, teacher_part, train,
-                            weights_here, what_it_takes, with_test, write_study)
+                            weights_here, costs_in_words, with_test, write_study)
 from .study.compare import write
 from .studies import Study
 
@@ -81,7 +81,7 @@ def distill(
     check_cells(cells)
     file = write_study(study, out, dry_run) # refuses other settings before the speed is measured
     print('measures how fast the models are here', flush=True)
-    print(what_it_takes(costs(cells, images)), flush=True)
+    print(costs_in_words(costs(cells, images)), flush=True)
     return None if dry_run else train_all(cells, file, out)
 
 # %% ../nbs/10a_api.ipynb #fb86fdc1

@@ -16,7 +16,7 @@ import numpy as np, pandas as pd, safetensors.torch, torch, torch.nn.functional 
 from filelock import FileLock
 from .augment import AUGMENTATIONS
 from .captions import Captioner, Facts, add_noise, bleu, check_templates, create_decoder, gap, noise_rule
-from .captions import parsed, share_right, spoken, tokens_of, build_tokenizer, written
+from .captions import parse_caption, share_right, as_words, tokens_of, build_tokenizer, write_captions
 from .config import Config, VitdistillError, from_here, from_root, preset, shipped, write_atomic
 from .data import Data, digest, generator, image_words, load_data, read_texts, split_rows, stratified
 from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
@@ -40,7 +40,7 @@ def image_facts(config:Config, data:Data)->tuple: # two lists of `Facts`
     if config.dataset == 'cifar100':
         with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
             group |= {row['class']: row['superclass'] for row in csv.DictReader(file)}
-    return tuple([Facts(*map(spoken, (word, name, group[name])))
+    return tuple([Facts(*map(as_words, (word, name, group[name])))
                   for word, name in zip(words, (data.classes[label] for label in labels.tolist()))]
                  for words, labels in zip(image_words(config, data), (data.train_labels, data.test_labels)))
 
@@ -130,7 +130,7 @@ def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts
         raise VitdistillError(f'{len(val)} images are held out, too few to fit an encoder on and to choose by: give a '
                               'larger val_fraction or val_rows.')
     def say(part, rows, templates=config.templates): # its captions
-        lines = written(facts[part], templates, config.split_seed, part)
+        lines = write_captions(facts[part], templates, config.split_seed, part)
         return [lines[row] for row in rows.tolist()]
     seen = say(0, train, TOWER_TEMPLATES)
     encoder = create_encoder(config, device, data, seen, (say(0, pairs, TOWER_TEMPLATES), data.train_images[pairs]))
@@ -299,7 +299,7 @@ def test_arrays(setup:Captioning, said:dict)->dict: # said: of `measured`
     for facts, label in zip(part.facts, part.labels.tolist()): names[facts.name] = label
     arrays = dict(test_image=part.rows.int().numpy(), test_label=part.labels.short().numpy())
     for kind, head in (('image', 'class'), ('text', 'text')):
-        named = [names.get(parsed(one, setup.config.templates).name, -1) for one in said[kind]]
+        named = [names.get(parse_caption(one, setup.config.templates).name, -1) for one in said[kind]]
         arrays |= {f'test_{head}_decision': np.array(named, np.int16),
                    f'test_{head}_confidence': np.full(len(named), np.nan, np.float16)}
     noisy = add_noise(val.text, setup.std, generator(setup.config.split_seed, 1, 1))

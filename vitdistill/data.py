@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from .config import Config, VitdistillError, cgroup_limit, from_root, nearest
-from .files import DiskImages, image_files, in_folders, printable, say_once, what_is_left_out
+from .files import DiskImages, image_files, in_folders, printable, say_once, left_out_in_words
 
 # %% ../nbs/01_data.ipynb #c07f9f07
 def generator(*numbers:int)->torch.Generator:
@@ -266,7 +266,7 @@ def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
 
 def _say(place, *parts): # prints which folders are the classes, and what was left out
     if parts[0].note: say_once(parts[0].note)
-    if left_out := what_is_left_out(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
+    if left_out := left_out_in_words(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
 
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
     "Returns the image files of a config's dataset; prints which folders are the classes, and what was left out."

@@ -10,7 +10,7 @@ import argparse, logging, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from .config import VitdistillError, from_here, need, write_atomic
+from .config import VitdistillError, from_here, require, write_atomic
 from .predict import from_folder
 from .runs import Run, find_run
 
@@ -38,7 +38,7 @@ def export_onnx(
     file:str|Path=None # file to write, or a folder for model.onnx; default: the model's folder
 )->Path:
     "Writes a finished student as one ONNX file if its logits are torch's within 1e-4; returns the file."
-    for package in ('onnx', 'onnxscript', 'onnxruntime'): need(package, 'export')
+    for package in ('onnx', 'onnxscript', 'onnxruntime'): require(package, 'export')
     import onnx
     model = from_folder(run.model)
     student, (cropped, side) = model.forward, model.sides

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
-           'files_in_tar', 'folder_classes', 'ImageFiles', 'what_is_left_out', 'in_folders', 'shard_split', 'in_shards',
-           'as_published', 'on_hub', 'image_files', 'centred', 'square_pixels', 'decoded', 'read_image', 'DiskImages']
+           'files_in_tar', 'folder_classes', 'ImageFiles', 'left_out_in_words', 'in_folders', 'shard_split',
+           'in_shards', 'as_published', 'on_hub', 'image_files', 'centred', 'square_pixels', 'decoded', 'read_image',
+           'DiskImages']
 
 # %% ../nbs/01c_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, tarfile, typing
@@ -146,7 +147,7 @@ class ImageFiles:
         path = f'{self.root}/{self.files[row][0]}'
         return printable(os.path.realpath(path) if os.path.islink(path) else path)
 
-def what_is_left_out(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
+def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
     "Returns what was left out of splits and how often, the most frequent first."
     left_out = sum((part.left_out for part in parts), collections.Counter())
     return ', '.join(f'{count:,} {printable(what)}' for what, count in left_out.most_common())
@@ -287,7 +288,7 @@ def image_files(
     except Exception as e: # each library has its own errors
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
-    why = f' ({left_out} left out)' if (left_out := what_is_left_out(train, test)) else ''
+    why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
     if not (train and test):
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
     if differ := {*train.classes} ^ {*test.classes}:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'named_fields', 'study_cells', 'old_cells', 'grid_cells',
-           'slot_environment', 'write_record', 'read_record', 'noted_runs', 'held', 'end', 'model_for', 'has_model',
-           'not_here', 'execute', 'execute_alone', 'state_now', 'start_order', 'look', 'tally', 'table', 'refuse_busy',
-           'begun', 'run_batch', 'submit_batch', 'parser', 'main']
+           'slot_environment', 'write_record', 'read_record', 'noted_runs', 'hold_lock', 'end', 'model_for',
+           'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order', 'look', 'tally',
+           'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
 import argparse, inspect, json, os, re, signal, socket, subprocess, sys, time
@@ -22,7 +22,7 @@ from threading import Event
 import torch, yaml
 from filelock import FileLock
 from tqdm import tqdm
-from .cluster import Ask, check_slurm, meeting, queued, read_ask, submit
+from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from .config import (Interrupted, VitdistillError, field_names, fitting, from_root, load_yaml, nearest,
                                preset_parts, repo_root, shipped, shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, makes_teacher, stop
@@ -158,7 +158,7 @@ def noted_runs(cell:Cell)->list[Run]:
 
 # %% ../nbs/07a_grids.ipynb #39857a2d
 @contextmanager
-def held(file:Path, what:str):
+def hold_lock(file:Path, what:str):
     "Holds a lock file; raises `VitdistillError` if another process holds it."
     if is_locked(file): raise VitdistillError(f'{what} is being carried out by another process: wait for it.')
     with FileLock(file): yield
@@ -181,7 +181,7 @@ def has_model(cell:Cell)->bool:
     try: return bool(cell.arm and model_for(cell, cell.arm, named_fields(cell)))
     except VitdistillError: return False
 
-def not_here(cells:list)->list:
+def missing_weights(cells:list)->list:
     "Returns the weights and the arms of other studies that cells name and that are not here or on the hub."
     absent, ours = [], {cell.arm for cell in cells}
     for cell in cells:
@@ -208,8 +208,8 @@ def execute(
         return write_record(cell)
     command = [sys.executable, '-m', 'papermill', str(cell.notebook), str(cell.place), '--cwd', str(repo_root()),
                '--log-output', '--no-progress-bar', '--parameters_yaml', yaml.safe_dump(cell.chosen | models | more)]
-    begun, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
-    with held(cell.file('.lock'), cell.place.stem):
+    hold_folder, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
+    with hold_lock(cell.file('.lock'), cell.place.stem):
         runs.unlink(missing_ok=True)
         cell.state = 'running'
         write_record(cell)
@@ -227,7 +227,7 @@ def execute(
             cell.state = 'cut'
             raise
         finally:
-            cell.seconds = round(time.monotonic() - begun, 2)
+            cell.seconds = round(time.monotonic() - hold_folder, 2)
             write_record(cell)
 
 # %% ../nbs/07a_grids.ipynb #2623bd73
@@ -239,7 +239,7 @@ def execute_alone(file:str|Path)->int: # a cell's .json of out/batches
         signal.signal(signal.SIGTERM, signal.SIG_IGN) # ignore further ones
         sys.exit(128 + signal.SIGTERM)
     signal.signal(signal.SIGTERM, leave)
-    node, several = meeting(os.environ)
+    node, several = rendezvous(os.environ)
     place = file.with_suffix(f'.node{node}.ipynb' if node else '.ipynb') # the first node writes the cell's own files
     cell = Cell(**record | dict(notebook=Path(record['notebook']), place=place))
     execute(cell, more=several)
@@ -332,10 +332,10 @@ def refuse_busy(folder:Path)->None:
 
 # %% ../nbs/07a_grids.ipynb #0c9a1d35
 @contextmanager
-def begun(cells:list[Cell], folder:Path): # folder: of their files
+def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
     "Holds a grid's folder while its cells start; yields the numbers of those that are not done, in their order."
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder/'lock', str(folder)):
+    with hold_lock(folder/'lock', str(folder)):
         refuse_busy(folder)
         look(cells, folder)
         (folder/'slurm.json').unlink(missing_ok=True)
@@ -374,7 +374,7 @@ def run_batch(
                 write_record(cell)
         finally: free.put(slot)
         print(f'{cell.state[:200]}: {cell} ({tqdm.format_interval(cell.seconds)}; {tally(cells, slots)})', flush=True)
-    with begun(cells, folder) as todo:
+    with hold_folder(cells, folder) as todo:
         slots, started = max(1, min(len(todo), at_once or gpus or cores())), {}
         for slot in range(slots): free.put(slot)
         print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
@@ -396,7 +396,7 @@ def submit_batch(
 )->list[Cell]:
     "Submits the unfinished cells to Slurm; returns all cells with their states."
     check_slurm(ask)
-    with begun(cells, folder) as todo:
+    with hold_folder(cells, folder) as todo:
         waves, commands = {}, {} # waves: cells that have to succeed first -> cells
         for n in todo:
             waves.setdefault(tuple(first for first in cells[n].after if first in todo), []).append(n)
@@ -441,7 +441,8 @@ def main(arguments:list=None)->int:
         folder = from_root(args.out)/Path(args.grid).stem
         cells = grid_cells(args.grid, folder)
         if args.dry_run:
-            if absent := not_here(cells): print(f"Missing weights (see the head of {args.grid}): {', '.join(absent)}.")
+            if absent := missing_weights(cells):
+                print(f"Missing weights (see the head of {args.grid}): {', '.join(absent)}.")
             print(*cells, sep='\n')
             return 0
         if args.status: look(cells, folder, elsewhere=True)

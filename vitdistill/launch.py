@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'TEACHER_FIELDS', 'check_names', 'parameters', 'configure', 'rank_count', 'rank_command',
            'bind_to_parent', 'stop', 'failure', 'follow', 'train_on_ranks', 'makes_teacher', 'has_model', 'note_run',
-           'ended', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'finished_teacher', 'teacher_of_preset',
-           'told_teacher', 'with_teacher', 'trained_teacher']
+           'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'finished_teacher',
+           'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
@@ -20,10 +20,10 @@ from .config import preset_parts, save, shipped_names
 from .data import image_side
 from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
-from .ranks import ended_by_watchdog, threads_per_rank
+from .ranks import error_of_watchdog, threads_per_rank
 from .runs import Run, RunWriter, check_folders, find_runs, is_locked
 from .setup import check_settings, resolve, uses_batch_norm
-from .teachers import as_teacher, read_card, the_only
+from .teachers import as_teacher, read_card, only_match
 from .track import tracker_names
 
 # %% ../nbs/07_launch.ipynb #bd45b26d
@@ -145,7 +145,7 @@ def failure(
 )->str:
     "Returns why a launch failed: which rank was killed, else the first error of a rank, else the end of the log."
     lines = list(lines)
-    if late := ended_by_watchdog(lines): return str(late)
+    if late := error_of_watchdog(lines): return str(late)
     table = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)'
     killed = re.search(table, '\n'.join(lines))
     rank, number = killed.groups() if killed else ('0', str(-status))
@@ -218,8 +218,8 @@ def note_run(run:Run, serves:bool=True)->None: # serves: whether it is what the 
     with open(file, 'a') as f: print(run.folder, file=f)
 
 # %% ../nbs/07_launch.ipynb #9f88d2c1
-def ended(run:Run, nodes:int, patience:float=60.)->bool: # seconds to wait for the shared disk of several nodes
-    "Returns whether the run is done."
+def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: seconds
+    "Returns whether the run is done; of several nodes, waits a while for their shared disk."
     give_up = time.monotonic() + (patience if nodes > 1 else 0)
     while not (done := Run(run.folder).status == 'done') and time.monotonic() < give_up: time.sleep(.5)
     return done
@@ -268,7 +268,7 @@ def launch(
             raise Interrupted(f'interrupted after epoch {run.epochs_done}; run this again to '
                               + (f'continue after epoch {epochs}' if epochs else 'start from the beginning')) from None
         run = Run(run.folder)
-        if not ended(run, config.nnodes):
+        if not wait_until_done(run, config.nnodes):
             raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
     if show and (weak := weak_teacher(run.result)): print(weak)
     model = f'model and log.txt: {run.work}' if has_model(run) else \
@@ -318,12 +318,12 @@ def teacher_of_preset(
     return preset(given['preset'], experiment, **values)
 
 # %% ../nbs/07_launch.ipynb #435053ff
-def told_teacher(
+def teacher_fields(
     weights:str, # the teacher's weights; '' for none
     given:dict   # the notebook's parameters; they replace what the card says
 )->dict:
     "Returns what a teacher's card says about it, as fields of the student's config; {} without a card."
-    told = as_teacher(read_card(the_only(weights))) if weights else {}
+    told = as_teacher(read_card(only_match(weights))) if weights else {}
     if told and given.get('teacher') not in (None, told['teacher']): return {} # loading it will say what doesn't fit
     return {name: value for name, value in told.items() if given.get(name) is None}
 
@@ -340,7 +340,7 @@ def with_teacher(
         if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
             raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: '
                                   'leave teacher_weights, teacher_pretrained and allow_untrained out.')
-        return replace(config, **told_teacher(config.teacher_weights, given))
+        return replace(config, **teacher_fields(config.teacher_weights, given))
     if config.teacher == 'mixture':
         raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
                               'weights a list of theirs, and give that as teacher_weights.')

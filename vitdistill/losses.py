@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FP16_MOST', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'DecisionAndLogits', 'TopK', 'soft_loss',
-           'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels', 'within',
-           'term_weight', 'BinaryLabels', 'SwitchedDistillationLoss', 'stored_logits', 'SoftDistillation',
-           'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation',
-           'criterion', 'Output', 'Objective']
+           'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels',
+           'check_range', 'term_weight', 'BinaryLabels', 'SwitchedDistillationLoss', 'stored_logits',
+           'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation',
+           'RelationalDistillation', 'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import inspect, math, typing
@@ -203,14 +203,14 @@ class Labels(nn.Module):
         return label, dict(label=label)
 
 # %% ../nbs/03_losses.ipynb #df6a836e
-def within(name:str, value:float, low:float=0., high:float=1.)->float:
+def check_range(name:str, value:float, low:float=0., high:float=1.)->float:
     "Returns the value; raises `VitdistillError` if it is outside [low, high]."
     if low <= value <= high: return value
     raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
 
 def term_weight(name:str, value:float)->float:
     "Returns a term's weight; raises `VitdistillError` if it is below 0."
-    return within(name, value, 0., float('inf'))
+    return check_range(name, value, 0., float('inf'))
 
 # %% ../nbs/03_losses.ipynb #27bfa406
 class BinaryLabels(Labels):
@@ -219,7 +219,7 @@ class BinaryLabels(Labels):
         label_smoothing:float=0., # s in [0, 1): targets become s/2 and 1 - s/2
         threshold:float=0.):      # share of a mixed image above which a class counts as present, in [0, 1)
         super().__init__(label_smoothing)
-        self.threshold = within('threshold', threshold, high=.999)
+        self.threshold = check_range('threshold', threshold, high=.999)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
         shares = F.one_hot(targets, heads[0].shape[-1]) if targets.ndim == 1 else targets
         there = (shares > self.threshold).float()*(1 - self.label_smoothing) + self.label_smoothing/2
@@ -233,7 +233,7 @@ class SwitchedDistillationLoss(Labels):
         alpha:float=.5,           # weight of the teacher's term, in [0, 1]
         label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__(label_smoothing)
-        self.alpha = within('alpha', alpha)
+        self.alpha = check_range('alpha', alpha)
     def term(self, logits:torch.Tensor, batch:Batch)->torch.Tensor: # the teacher's term; subclasses replace it
         return F.cross_entropy(logits, self.wants.decision(batch.answer))
     def forward(self, heads:tuple, batch:Batch)->tuple:
@@ -243,7 +243,7 @@ class SwitchedDistillationLoss(Labels):
 # %% ../nbs/03_losses.ipynb #1d94e7a3
 def stored_logits(soft_top_k:int, temperature:float, memo_temperatures:list=())->Logits: # as in `SoftDistillation`
     "Returns the kind of answer that soft losses need: all logits, or the top k with the rest's log-mass."
-    kept = tuple(within('memo_temperatures', float(t), 1e-6, math.inf) for t in memo_temperatures or [temperature])
+    kept = tuple(check_range('memo_temperatures', float(t), 1e-6, math.inf) for t in memo_temperatures or [temperature])
     if soft_top_k and temperature not in kept:
         raise VitdistillError(f'temperature = {temperature} has no tail in a memo of temperatures {list(kept)}: '
                               'add it to memo_temperatures (another memo is filled then), or leave these out.')
@@ -259,7 +259,7 @@ class SoftDistillation(SwitchedDistillationLoss):
         memo_temperatures:list=(),  # temperatures at which `TopK` keeps the rest's log-mass; empty: `temperature` alone
         label_smoothing:float=0.):  # of the true labels, in [0, 1)
         super().__init__(alpha, label_smoothing)
-        self.temperature, self.kl_reduction = within('temperature', temperature, 1e-6, float('inf')), kl_reduction
+        self.temperature, self.kl_reduction = check_range('temperature', temperature, 1e-6, float('inf')), kl_reduction
         self.wants = stored_logits(soft_top_k, temperature, memo_temperatures)
     @classmethod
     def kind(cls, config): return stored_logits(config.soft_top_k, config.temperature, config.memo_temperatures)
@@ -273,7 +273,7 @@ class HardAndSoftDistillation(SoftDistillation):
         memo_temperatures:list=(), label_smoothing:float=0., # as in `SoftDistillation`
         beta:float=.5):                                      # weight of the soft part, in [0, 1]
         super().__init__(alpha, temperature, kl_reduction, soft_top_k, memo_temperatures, label_smoothing)
-        self.beta = within('beta', beta)
+        self.beta = check_range('beta', beta)
     def term(self, logits, batch):
         hard = F.cross_entropy(logits, self.wants.decision(batch.answer))
         return (1 - self.beta)*hard + self.beta*super().term(logits, batch)

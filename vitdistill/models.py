@@ -7,7 +7,7 @@ __all__ = ['two_heads', 'cifar_stems', 'default_cfgs', 'OF_TRAINING', 'with_cifa
            'check_size', 'try_size', 'near_models', 'check_name', 'create', 'weights_file', 'plain_values',
            'read_weights', 'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
            'student_size', 'check_start', 'with_constant_drop_path', 'with_drawn_class_token', 'create_student',
-           'pretrained_constants', 'Mixture', 'started_from', 'forget', 'save_model', 'token_cosines']
+           'pretrained_constants', 'Mixture', 'started_from', 'drop_pretrained_facts', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import contextlib, functools, json, math, re, tempfile, textwrap, typing
@@ -22,7 +22,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretra
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
 from .config import Config, VitdistillError, nearest, no_space, write_atomic
-from .hub import weights_place, why_not, without_retries
+from .hub import weights_place, failure_in_words, without_retries
 from .layers import LITv2
 
 # %% ../nbs/02_models.ipynb #8fee561b
@@ -140,7 +140,8 @@ def _why(error:Exception)->str: # the reason in a line, without torch's and timm
     if isinstance(error, KeyError): return f'there is no {error}' # this error's text is only the key
     text = f'{error}\n{error.__cause__}'
     if 'weights_only' not in text:
-        return textwrap.shorten(str(error), 200) if isinstance(error, RuntimeError) else why_not(error) # names layers
+        if isinstance(error, RuntimeError): return textwrap.shorten(str(error), 200) # it names layers
+        return failure_in_words(error)
     return f'it calls {found[1]}' if (found := re.search(r'GLOBAL (\S+)', text)) else 'it holds more than tensors'
 
 # %% ../nbs/02_models.ipynb #c7c2ec46
@@ -427,7 +428,7 @@ def started_from(
                 student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
-def forget(file:Path)->None: # config.json
+def drop_pretrained_facts(file:Path)->None: # config.json
     "Removes from a model's description what it says of timm's weights, which it does not have."
     about = json.loads(file.read_text())
     kept = {'num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
@@ -454,7 +455,7 @@ def save_model(
         about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
         try: save_for_hf(model, draft, about, kwargs or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
-        forget(Path(draft)/'config.json')
+        drop_pretrained_facts(Path(draft)/'config.json')
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
     if [*card] != ['classes']: write_atomic(folder/'card.json', json.dumps(card, indent=1))

@@ -19,7 +19,7 @@ from .losses import OBJECTIVES
 from .memos import Memo, keep
 from .models import combine, load_weights, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
-from .runs import Run, RunWriter, read_checkpoint, told
+from .runs import Run, RunWriter, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
 from .teachers import Teacher, card_facts, file_hash, make_card, of_these_images, read_card, seen_by
 
@@ -256,7 +256,7 @@ def push_memos(
     "Uploads a teacher's memos."
     names = sorted(file.name for file in Path(folder).glob('memo-*.bin'))
     if not names:
-        raise VitdistillError(f'{told(folder)} holds no memo: train a student of it, or fill one (fill_memo).')
+        raise VitdistillError(f'{record_path(folder)} holds no memo: train a student of it, or fill one (fill_memo).')
     push(repository, folder, f"memo: {', '.join(names)}", allow_patterns='memo-*.bin')
     return names
 
@@ -268,12 +268,12 @@ def keep_answers(
     "Writes a teacher's hard labels into its record; `teacher_weights` can name that file where weights are missing."
     folder = Path(folder)
     if not (card := read_card(folder)):
-        raise VitdistillError(f'{told(folder)} has no card.json, which says who answers and what it has seen: write '
-                              'one with `vitdistill.teachers.adopt`.')
+        raise VitdistillError(f'{record_path(folder)} has no card.json, which says who answers and what it has seen: '
+                              'write one with `vitdistill.teachers.adopt`.')
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
     by_view = [head for head in heads if head and not {'kind', 'top_k', 'recipe'} & head.keys()] # of hard labels
     if len(by_view) != 1:
-        raise VitdistillError(f'{told(folder)} holds {len(by_view)} memos of hard labels by view, and one is kept: '
-                              'ask ahead (fill_memo), or move the others away.')
+        raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view, and one is '
+                              'kept: ask ahead (fill_memo), or move the others away.')
     memo = Memo(folder, by_view[0])
     return keep(memo, Path(record)/'answers.npz', card=card, teacher_hash=file_hash(str(folder)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
-from .config import VitdistillError, from_here, need
+from .config import VitdistillError, from_here, require
 from .files import is_image, printable, read_image
 from .models import Student, combine, create, load_weights, started_from
 from .runs import find_run
@@ -37,7 +37,7 @@ class Predictor:
 # %% ../nbs/09_predict.ipynb #64a2cb85
 def from_onnx(file:Path)->Predictor:
     "Returns the model in a file that `vitdistill export` wrote."
-    need('onnxruntime', 'export')
+    require('onnxruntime', 'export')
     import onnxruntime
     try: session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     except Exception as e: # onnxruntime has its own errors

@@ -17,9 +17,9 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed, freq_bands
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from .augment import AUGMENTATIONS, coloured, cropped, crops, normal, uniform
-from .config import Config, VitdistillError, need
+from .config import Config, VitdistillError, require
 from .data import generator, image_side
-from .losses import OBJECTIVES, Batch, Output, whole_batch, within
+from .losses import OBJECTIVES, Batch, Output, whole_batch, check_range
 from .models import Student, create, student_size
 
 # %% ../nbs/03a_pretraining.ipynb #5f79c88f
@@ -295,8 +295,8 @@ class ContrastiveMaskedNoise(CanTerms):
         for fault in can_faults(views, mask, sigma, weights): raise VitdistillError(fault)
         self.seed, self.copies, self.mask, self.sigma, self.weights = seed, views, mask, sigma, weights
         self.needs_two = weights[0] > 0 # a contrast needs two images in a batch
-        self.area, self.jitter = within('crop_area', crop_area, 1e-6), within('colour_jitter', colour_jitter)
-        self.tau, self.embed_sigma = within('tau', tau, 1e-6, math.inf), embed_sigma and sigma > 0
+        self.area, self.jitter = check_range('crop_area', crop_area, 1e-6), check_range('colour_jitter', colour_jitter)
+        self.tau, self.embed_sigma = check_range('tau', tau, 1e-6, math.inf), embed_sigma and sigma > 0
         self.normalize_targets, self.normalize_noise = normalize_targets, normalize_noise
         self.projector_widths, self.decoder_sizes = projector, decoder
     def fit(self, student:Student)->MaskedEncoder: # the encoder to train; builds projector and decoder of its size
@@ -347,7 +347,7 @@ def refuse_unfit(
         value, default = getattr(config, name), getattr(usual, name)
         if value != default:
             raise VitdistillError(f'{name} = {value}: pre-training does without, since {why}; set it to {default!r}.')
-    need('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
+    require('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
 
 # %% ../nbs/03a_pretraining.ipynb #604c1c7b
 def refuse_another_model(

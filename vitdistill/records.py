@@ -10,7 +10,7 @@ import argparse, hashlib, re, sys
 from pathlib import Path
 import numpy as np, yaml
 from .config import Config, VitdistillError, load, repo_root, write_atomic
-from .runs import find_runs, packed, read_arrays
+from .runs import find_runs, npz_bytes, read_arrays
 
 # %% ../nbs/06b_records.ipynb #44df24f6
 def is_outside(path:str)->bool:
@@ -67,10 +67,10 @@ def share_images(folder:str|Path)->list: # of a record
             numbers = b''.join(array.astype('<i8').tobytes() for array in images.values())
             name = f'{part}-{hashlib.sha256(numbers).hexdigest()[:12]}'
             shared = file.resolve().parents[1]/f'images/{name}.npz'
-            if not shared.is_file(): write_atomic(shared, packed(images))
+            if not shared.is_file(): write_atomic(shared, npz_bytes(images))
             arrays[f'{part}_images'] = name
         with np.load(file) as stored: same = arrays.keys() == stored.keys()
-        if not same: changed.append(write_atomic(file, packed(arrays)).name)
+        if not same: changed.append(write_atomic(file, npz_bytes(arrays)).name)
     return changed
 
 # %% ../nbs/06b_records.ipynb #c1d102ad

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'as_frame', 'Run', 'read_checkpoint', 'read_json', 'find_runs', 'find_run',
-           'read_arrays', 'told', 'environment', 'machine_in_words', 'append_row', 'packed', 'locked', 'check_folders',
-           'RunWriter']
+           'read_arrays', 'record_path', 'environment', 'machine_in_words', 'append_row', 'npz_bytes', 'lock_folder',
+           'check_folders', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, io, json, os, platform, shutil, subprocess
@@ -144,7 +144,7 @@ def read_arrays(
     return values
 
 # %% ../nbs/05_runs.ipynb #9d550f9f
-def told(path:str|Path)->str:
+def record_path(path:str|Path)->str:
     "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
     path = from_root(path)
     return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
@@ -195,14 +195,14 @@ def append_row(
     write_atomic(file, pd.DataFrame([*rows, texts], columns=names).to_csv(index=False, lineterminator='\n'))
     return texts
 
-def packed(arrays:dict)->bytes:
+def npz_bytes(arrays:dict)->bytes:
     "Returns the bytes of an npz file."
     np.savez_compressed(file := io.BytesIO(), **arrays)
     return file.getvalue()
 
 # %% ../nbs/05_runs.ipynb #19781542
 @contextlib.contextmanager
-def locked(folder:Path):
+def lock_folder(folder:Path):
     "Locks a run folder, created if missing, for the one process that writes to it, until that process ends."
     lock = FileLock(folder/'lock')
     try:
@@ -228,7 +228,7 @@ def check_folders(config:Config)->None:
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "Writes a run folder, in the one process that holds its lock."
-    def lock(self): return locked(self.folder)
+    def lock(self): return lock_folder(self.folder)
     def _write_json(self, name:str, values:dict):
         write_atomic(self.folder/name, json.dumps(values, indent=1))
 
@@ -262,7 +262,7 @@ class RunWriter(Run):
         if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second, so that no resume misses it
 
     def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # arrays by name, per split and head
-        return write_atomic(self.folder/file, packed(arrays))
+        return write_atomic(self.folder/file, npz_bytes(arrays))
 
     def add_arm(self, arm:str)->None: # 'study/arm'
         with FileLock(self.folder.parent/'lock'): # two grids may add theirs at once

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
            'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'Setup',
-           'image_device', 'beside_weights', 'open_memo', 'question', 'question_all', 'placed', 'prepare', 'pass_size',
-           'predict', 'evaluate']
+           'image_device', 'beside_weights', 'open_memo', 'question', 'question_all', 'place_model', 'prepare',
+           'pass_size', 'predict', 'evaluate']
 
 # %% ../nbs/05b_setup.ipynb #adde9794
 import functools, math, os, shutil, tempfile, typing
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from .answers import Answers, DrawnAnswers, OutOfFold, Planned, divided, plan_key
+from .answers import Answers, DrawnAnswers, OutOfFold, Planned, by_part, plan_key
 from .augment import Augment, augments, image_parts, unnumbered
 from .config import Config, VitdistillError, cores, from_root
 from .data import Data, fingerprint, image_side, load_data, split_rows
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
 from .layers import with_plain_attention
 from .losses import OBJECTIVES, HardLabel, criterion
-from .memos import KeptMemo, Memo, PairedMemo, keeps_both, memo_key
+from .memos import KeptMemo, Memo, PairedMemo, stores_logits, memo_key
 from .models import Student, check_name, combine, create, create_student, pretrained_constants
 from .models import student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -31,7 +31,7 @@ from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_amon
 from .ranks import threads_per_rank
 from .runs import Run
 from .teachers import Absent, Teacher, answers_head, check_health, file_hash, is_answers, load_teacher
-from .teachers import refuse_begun_on, seen_by, the_only, use_quickest, weights_folder
+from .teachers import refuse_begun_on, seen_by, only_match, use_quickest, weights_folder
 from .views import Plan, Views, epoch_plan, normalize, plan_rows, scaled, view_count
 
 # %% ../nbs/05b_setup.ipynb #f0417754
@@ -112,7 +112,7 @@ def resolve(config:Config)->Config:
     "Returns the config with `auto` values, path patterns and file hashes filled in; a started run keeps its values."
     check_settings(config)
     weights = 'student_weights', 'teacher_weights', 'fold_weights'
-    config = replace(config, **{name: the_only(getattr(config, name)) for name in weights})
+    config = replace(config, **{name: only_match(getattr(config, name)) for name in weights})
     device = (chosen := auto_values(config)).get('device', config.device)
     asked = config.compile not in ('auto', 'none', 'graph')
     if asked and (lacks := compiler_missing(device)):
@@ -244,7 +244,7 @@ def open_memo(
     "Returns the teacher's memo; None (the teacher runs online) if its folder has no room or can't be written."
     if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
     folder, alone = beside_weights(config), bool(config.fold_weights) # two teachers keep one kind of answer
-    try: return (PairedMemo if not alone and keeps_both(folder, key, kind) else Memo)(folder, key, kind)
+    try: return (PairedMemo if not alone and stores_logits(folder, key, kind) else Memo)(folder, key, kind)
     except OSError as e: print(f'{e} The teacher runs online instead.', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
@@ -289,7 +289,7 @@ def question_all(
         other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks, rows)
         seen = [seen_by(c, data) for c in (card, other_card)]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
-        asked = [(part, rows[where]) for part, where in divided(answers.parts, answers.which[rows])]
+        asked = [(part, rows[where]) for part, where in by_part(answers.parts, answers.which[rows])]
     for part, its in asked:
         absent = not ranks.rank and isinstance(part.teacher, Absent)
         if absent and (known := part.memo.known(its)) < 1:
@@ -300,7 +300,7 @@ def question_all(
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
 # %% ../nbs/05b_setup.ipynb #fcbf15de
-def placed(
+def place_model(
     model:nn.Module,
     device:str,
     precision:str='fp32' # of training; 'bf16' on a CPU computes attention over few tokens unfused
@@ -326,7 +326,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.side))
     if objective.labelled: try_size(student.model, config.student, size)
-    student = placed(student, ranks.device, precision=config.precision)
+    student = place_model(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # raises if batches are too small
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'listed', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations', 'named',
-           'arm_names', 'references', 'sides', 'check', 'check_part', 'study_file', 'read_study', 'parsed', 'runs_of',
-           'having', 'teachers_of', 'runs_folder', 'runs_with', 'model_of']
+           'arm_names', 'references', 'sides', 'check', 'check_part', 'study_file', 'read_study', 'parse_study',
+           'runs_of', 'matching_runs', 'teachers_of', 'runs_folder', 'runs_with', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
@@ -190,10 +190,10 @@ def study_file(name:str|Path)->Path: # name of a study, or path of its file
 def read_study(file:str|Path)->Study: # name or path
     "Reads a study; a file that does not make sense is a `VitdistillError`."
     file = study_file(file)
-    return parsed(file, file.stat().st_mtime_ns)
+    return parse_study(file, file.stat().st_mtime_ns)
 
 @lru_cache
-def parsed(file:Path, changed:int)->Study: # changed: time of the file's last change
+def parse_study(file:Path, changed:int)->Study: # changed: time of the file's last change
     "Returns `read_study` of a file, once for each state of it."
     values = read_yaml(file)
     allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
@@ -220,9 +220,9 @@ def runs_of(
         found = [run for other, name in references(study, arm) for run in runs_of(other, named(name, varied), records)]
     elif 'runs' in part: found = [run for run in records if any(fnmatch(run.name, one) for one in listed(part['runs']))]
     else: found = [run for run in records if full_name(study, arm) in run.arms]
-    return sorted(having(found, varied), key=lambda run: (run.config.seed, run.name))
+    return sorted(matching_runs(found, varied), key=lambda run: (run.config.seed, run.name))
 
-def having(runs:list[Run], values:dict)->list[Run]: # values: name -> value; names that are no fields do not count
+def matching_runs(runs:list[Run], values:dict)->list[Run]: # values: name -> value; names that are no fields are ignored
     "Returns the runs that were asked for these values, written as in YAML: '1e-3' is a number, 'auto' is itself."
     if not values: return runs
     def asked(config): return vars(config) | defining(config)
@@ -252,7 +252,7 @@ def runs_with(
     states:tuple=('done',)      # of `Run.status`
 )->list[Run]:
     "Returns the runs of an arm that are in one of these states."
-    return having([run for run in records if arm in run.arms and run.status in states], fields)
+    return matching_runs([run for run in records if arm in run.arms and run.status in states], fields)
 
 def model_of(
     arm:str,       # 'study/arm'

@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'TensorBoard', 'Trackio', 'tracker_names', 'Trackers']
 import contextlib, io, json
 from dataclasses import asdict
 from pathlib import Path
-from .config import Config, VitdistillError, nearest, need
+from .config import Config, VitdistillError, nearest, require
 
 # %% ../nbs/05e_track.ipynb #15a8f663
 class TensorBoard:
@@ -55,7 +55,7 @@ def tracker_names(
     names = [name.strip() for name in track.split(',') if name.strip() not in ('', 'none')]
     for name in names:
         if name not in TRACKERS: raise VitdistillError(f'track = {name!r} is not known: {nearest(name, TRACKERS)}')
-        need(TRACKERS[name].needs, 'track', f'track = {name!r}', ', or set track to none')
+        require(TRACKERS[name].needs, 'track', f'track = {name!r}', ', or set track to none')
     return names
 
 # %% ../nbs/05e_track.ipynb #747349ad

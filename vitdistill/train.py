@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Step', 'epoch_steps', 'from_processes', 'cut_ahead', 'copy_views', 'drawn_views', 'cut_in_step', 'batches',
-           'Progress', 'peak_lr', 'train_epoch', 'accuracies', 'create_objective', 'restore', 'announce', 'settle',
+           'Progress', 'peak_lr', 'train_epoch', 'accuracies', 'create_objective', 'restore', 'announce', 'warm_up_ddp',
            'Checkpoints', 'train_epochs', 'train', 'fill_memo', 'rank_main', 'main']
 
 # %% ../nbs/06_train.ipynb #73b7b303
@@ -24,9 +24,9 @@ from .config import Config, VitdistillError, from_root, load, no_space
 from .losses import Batch, Objective
 from .outcome import finish
 from .optimize import create_optimizer, create_schedule, weight_average
-from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, gave_up, has_batch_norm
-from .ranks import local_rows, parallel, seed_step, start_ranks
-from .runs import Run, RunWriter, told
+from .ranks import (Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent, error_of_timeout,
+                              has_batch_norm, local_rows, parallel, seed_step, start_ranks)
+from .runs import Run, RunWriter, record_path
 from .setup import Setup, auto_device, compiled, evaluate, loading_processes, prepare, program, resolve
 from .step import TrainingStep, create_step
 from .views import Plan, cut_views, scaled, view_count
@@ -265,7 +265,7 @@ def announce(setup:Setup, run:Run, done:int, world:int, progress:Progress)->None
         say(f'the last batch of each epoch, {left} image(s), is dropped: {who}')
 
 # %% ../nbs/06_train.ipynb #3cc86d7f
-def settle(setup:Setup, objective:Objective)->None:
+def warm_up_ddp(setup:Setup, objective:Objective)->None:
     "Runs a step forward and back that changes nothing, after which DDP keeps its order of summing gradients."
     ranks, answers, step = setup.ranks, setup.answers, epoch_steps(setup, len(setup.train_rows))[0]
     rows = setup.train_rows[step.rows]
@@ -320,7 +320,7 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
     if average: kept['average'] = average.module
     schedule, (done, world) = create_schedule(config, optimizer), restore(setup, run, kept)
     step = create_step(setup, create_objective(student, setup.criterion, config.compile, ranks), optimizer)
-    if ranks.world > 2 and done < config.epochs: settle(setup, step.objective)
+    if ranks.world > 2 and done < config.epochs: warm_up_ddp(setup, step.objective)
     progress = Progress(config, setup.rows, done, shown=ranks.rank == 0)
     announce(setup, run, done, world, progress)
     with Checkpoints(run, config, kept, ranks) as checkpoints:
@@ -389,10 +389,11 @@ def rank_main(
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
         started = f'torchrun --nproc-per-node {ranks.local_world}' if ranks.world > 1 else 'python'
         if ahead: fill_memo(config, ranks)
-        else: run = train(config, ranks, f'{started} -m vitdistill.{module} --config {told(path)}', steps)
+        else: run = train(config, ranks, f'{started} -m vitdistill.{module} --config {record_path(path)}', steps)
         if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
     except VitdistillError: raise
-    except Exception as e: raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or gave_up(e) or e
+    except Exception as e:
+        raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or error_of_timeout(e) or e
 
 # %% ../nbs/06_train.ipynb #bd3c7a6b
 def main(arguments:list=None, module:str='train', steps:tuple=None)->int: # module, steps: as in `rank_main`

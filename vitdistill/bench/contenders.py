@@ -29,7 +29,7 @@ from ..models import create, create_student, student_size
 from ..optimize import create_optimizer
 from ..ranks import Ranks
 from ..runs import cores
-from ..setup import Setup, auto_values, image_device, loading_processes, placed
+from ..setup import Setup, auto_values, image_device, loading_processes, place_model
 from ..teachers import load_teacher
 from ..step import create_step
 from ..train import Progress, create_objective, train_epoch
@@ -60,7 +60,7 @@ def random_data(n:int=50_000)->Data: # n: number of training images
 # %% ../../nbs/bench/01_contenders.ipynb #40edc69a
 def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "Returns a `Setup` as `prepare` does, for data in memory and without a check of the teacher."
-    student = placed(create_student(config, len(data.classes), 32), ranks.device, precision=config.precision)
+    student = place_model(create_student(config, len(data.classes), 32), ranks.device, precision=config.precision)
     place = image_device(config, data.train_images.shape, ranks.device)
     views, rows = Views(data.train_images, config.padding, place), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None

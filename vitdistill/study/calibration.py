@@ -17,7 +17,7 @@ from .results import prediction_arrays
 from .agreement import ece
 from ..config import VitdistillError, from_root, write_atomic
 from ..records import share_images
-from ..runs import Run, packed, read_arrays
+from ..runs import Run, npz_bytes, read_arrays
 
 # %% ../../nbs/study/07_calibration.ipynb #6921b77d
 def scores(log_p, label)->dict: # (n, C) log-probabilities, (n,) classes
@@ -69,7 +69,7 @@ def keep_scores(run:Run)->list: # names of the written files
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     file = run.folder/'predictions.npz'
-    write_atomic(file, packed({name: values for name, values in read_arrays(file).items() if '_logits' not in name}))
+    write_atomic(file, npz_bytes({name: values for name, values in read_arrays(file).items() if '_logits' not in name}))
     share_images(run.folder)
     return [SCORES, 'predictions.npz']
 

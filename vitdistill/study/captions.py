@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'gap_closed', 'tried_factors', 'caption_rows', 'accuracy_
 
 # %% ../../nbs/study/05d_captions.ipynb #d74d5889
 import numpy as np, pandas as pd
-from .compare import Comparison, choices, ended, run_names
+from .compare import Comparison, choices, finished_runs, run_names
 from .stats import paired_difference
 
 # %% ../../nbs/study/05d_captions.ipynb #9eb47f48
@@ -30,7 +30,7 @@ def caption_rows(comparison:Comparison, full:str)->pd.DataFrame: # full: the arm
     "Returns a row per arm: deviation of the noise, means over seeds, and the share of the gap that the arm closes."
     rows = []
     for arm, runs in comparison.arms.items():
-        if not (runs := [*ended(runs).values()]): continue
+        if not (runs := [*finished_runs(runs).values()]): continue
         def mean(key): return np.mean([run.result.get(key, np.nan) for run in runs])
         values = {key: mean(key) for key in MEASURES}
         std = np.std([run.result['test_top1'] for run in runs], ddof=1) if len(runs) > 1 else np.nan
@@ -65,7 +65,7 @@ def claim_rows(comparison:Comparison, full:str)->pd.DataFrame: # full: the arm t
         gain['low'] > 0)
     if full in tops and tops[full].notna().any():
         row('b', 'share of the gap closed by the best noise', gap_closed(comparison, arms[best], full), 'at least', .5)
-    about = next(iter(ended(comparison.arms[none]).values())).result
+    about = next(iter(finished_runs(comparison.arms[none]).values())).result
     if len(val) > 2:
         drawn = accuracy_at(np.array(about['noise_rule_draws'])/about['noise_rule'], val)
         lost = max(val.values()) - drawn

@@ -14,7 +14,7 @@ from ..complexity import build
 from ..config import Config, defining, field_names, preset
 from ..runs import Run
 from ..studies import Study
-from .compare import Comparison, ended, run_names
+from .compare import Comparison, finished_runs, run_names
 from .stats import seed_interval
 
 # %% ../../nbs/study/05a_deit.ipynb #22f3951e
@@ -23,7 +23,7 @@ HEADS = {'class': 'class head', 'distillation': 'distillation head', 'softmax': 
 
 def values_by_seed(runs:list[Run], key:str)->pd.DataFrame: # runs: of an arm; key: heads or token_cosines
     "Returns a dict or a list of result.json of the finished runs with two heads, a row a seed."
-    values = {seed: pd.Series(run.result.get(key) or {}) for seed, run in sorted(ended(runs).items())}
+    values = {seed: pd.Series(run.result.get(key) or {}) for seed, run in sorted(finished_runs(runs).items())}
     return pd.DataFrame({seed: one for seed, one in values.items() if len(one) > 1}).T
 
 def head_rows(comparisons:list[Comparison])->pd.DataFrame: # difference: from the class head, paired by seed
@@ -34,14 +34,14 @@ def head_rows(comparisons:list[Comparison])->pd.DataFrame: # difference: from th
         for head in tops:
             mean, low, high = seed_interval(tops[head] - tops['class']) if head != 'class' else [np.nan]*3
             rows.append(dict(arm=arm, head=HEADS[head], seeds=len(tops), top1=tops[head].mean(), std=tops[head].std(),
-                             difference=mean, low=low, high=high, runs=run_names(ended(runs).values())))
+                             difference=mean, low=low, high=high, runs=run_names(finished_runs(runs).values())))
     return pd.DataFrame(rows, columns=['arm', 'head', 'seeds', 'top1', 'std', 'difference', 'low', 'high', 'runs']
                         ).drop_duplicates(['head', 'runs'])
 
 def token_rows(comparisons:list[Comparison])->pd.DataFrame: # block 0: the learned vectors
     "Returns a row per arm whose records have it: the cosine of the two tokens after each block, means over seeds."
     rows = [dict(arm=arm, seeds=len(cosines), **cosines.mean().add_prefix('block '),
-                 runs=run_names(ended(runs).values()))
+                 runs=run_names(finished_runs(runs).values()))
             for one in comparisons for arm, runs in one.arms.items()
             if len(cosines := values_by_seed(runs, 'token_cosines'))]
     return pd.DataFrame(rows).drop_duplicates('runs') if rows else pd.DataFrame()

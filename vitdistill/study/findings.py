@@ -14,7 +14,7 @@ from ..config import Config, VitdistillError
 from ..runs import Run, read_arrays
 from ..studies import teachers_of
 from .agreement import agreements, ece
-from .compare import Comparison, ended, run_names
+from .compare import Comparison, finished_runs, run_names
 from .results import curves, mean_curve, read_predictions, significant
 from ..views import expected_views, plan_rows, view_count
 
@@ -99,7 +99,7 @@ def cost_rows(
     "Returns the accuracy of each arm and the cost of a run: steps, teacher answers, teacher passes, minutes."
     rows = []
     for name, arm in arms.items():
-        done = [*ended(arm).values()]
+        done = [*finished_runs(arm).values()]
         n = training_images(done[0]) if done else np.nan
         if np.isnan(n): continue
         c = done[0].config
@@ -121,7 +121,7 @@ def calibration_rows(arms:dict[str, list[Run]])->pd.DataFrame: # finished runs w
         frame = read_predictions(run)
         return ece(frame.confidence, frame.decision == frame.label)
     runs = [(name, run.name, run.result['test_top1'], error(run)) for name, arm in arms.items()
-            for run in ended(arm).values() if (run.folder/'predictions.npz').is_file()]
+            for run in finished_runs(arm).values() if (run.folder/'predictions.npz').is_file()]
     by_arm = pd.DataFrame(runs, columns=['arm', 'run', 'top1', 'ece']).groupby('arm', sort=False)
     return significant(by_arm.agg(top1=('top1', 'mean'), ece=('ece', 'mean'), ece_std=('ece', 'std'),
                                   seeds=('run', 'size'), runs=('run', ', '.join)).reset_index())
@@ -135,7 +135,7 @@ def teacher_rows(
     rows, table = [], comparison.table()
     for row in table[table.other == comparison.study.baseline].itertuples():
         teachers = [run for run in teachers_of(comparison.study, row.arm, records) if run.status == 'done']
-        plain, students = ([*ended(comparison.arms[arm]).values()] for arm in (row.other, row.arm))
+        plain, students = ([*finished_runs(comparison.arms[arm]).values()] for arm in (row.other, row.arm))
         if students[0].config.fold_answers != 'unseen': continue # records of folds hold only answers on unseen images
         try: met = {part: pd.DataFrame([agreements(teachers, run, part) for run in plain]).mean(numeric_only=True)
                     for part in ('test', 'train') if teachers}

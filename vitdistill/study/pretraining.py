@@ -18,7 +18,7 @@ from ..losses import criterion
 from ..models import create, create_student, student_size
 from ..pretraining import ContrastiveMaskedNoise, silent_error, split_patches
 from ..runs import Run
-from .compare import Comparison, ended, run_names
+from .compare import Comparison, finished_runs, run_names
 
 # %% ../../nbs/study/05b_pretraining.ipynb #53764c07
 def can_settings(config:Config)->dict: # of a pre-training, or of a training on labels
@@ -78,7 +78,7 @@ def spread(values:list[float])->str: # None and NaN don't count
     if not len(values): return ''
     return f'{values.mean():.4g}' + (f' ± {values.std():.2g}' if len(values) > 1 else '')
 
-def _finished(runs): return [run for _, run in sorted(ended(runs).items())] # by seed
+def _finished(runs): return [run for _, run in sorted(finished_runs(runs).items())] # by seed
 
 def arm_rows(encoders:dict[str, list[Run]], models:dict[str, list[Run]])->pd.DataFrame: # arm -> runs, ended or not
     "Returns what each arm cost and reached, mean and standard deviation over seeds; `models` learned from labels."
