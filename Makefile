@@ -16,7 +16,7 @@ VITDISTILL = PYTHONWARNINGS=ignore PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/pytho
 # $(call limit,SECONDS) stops the command after so many seconds, where `timeout` exists (not on macOS).
 limit = $(if $(shell command -v timeout),timeout $(1))
 
-.PHONY: help venv demo test test-all test-slurm test-versions study figures docs bench bench-attention gpu lab clean
+.PHONY: help venv demo test test-all test-slurm test-versions study figures report docs bench bench-attention gpu lab clean
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -61,6 +61,9 @@ study: venv ## run the paper's experiment on CIFAR-100; PRESET=paper|quick, TEAC
 figures: venv ## rebuild figures and tables in reports/ from reports/runs (changes tracked files)
 	@mkdir -p out/home/runtime
 	@$(VITDISTILL) figures $(ARGS)
+
+report: venv ## put all of reports/ on one page -> out/report/index.html
+	@$(VITDISTILL) report $(ARGS)
 
 docs: venv .venv/docs ## build the documentation site -> out/docs/index.html
 	@mkdir -p out/home/runtime

@@ -7,7 +7,7 @@ from conftest import record
 from forked_notebooks import analyse
 from vitdistill.config import Config
 
-FIGURES = ["agreement_disagreement", "agreement_teacher"]
+FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_teacher"]
 TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 
@@ -58,7 +58,7 @@ def cifar(tmp_path):
 
 
 def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
-    """Numbers put in come out, and what can't be read is said while the rest is drawn."""
+    """Numbers put in come out, superclasses are named, and what can't be read is said while the rest is drawn."""
     short, torn = (write_run(cifar, {}, seed=seed) for seed in (8, 9))
     (short.folder / "predictions.npz").unlink()
     (short.folder / "result.json").unlink()
@@ -67,10 +67,13 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     assert f"{short.name} has no predictions.npz, for it was cut short" in said
     assert f"{torn.folder / 'predictions.npz'} is damaged" in said
     table = {name: pd.read_csv(out / "tables" / f"agreement_{name}.csv")
-             for name in ("teacher", "disagreement")}
+             for name in ("teacher", "classes", "noise", "disagreement")}
+    assert len(table["classes"]) == 20 and "aquatic mammals" in set(table["classes"].superclass)
     sides = table["teacher"].set_index(["student", "part"])["there with the teacher (%)"]
     assert sides["taught", "test"] == pytest.approx(28 * 0.3, abs=1.5)
     assert sides["plain", "test"] < 1  # 28% wrong, 30% of them the teacher's
+    gain = 2 + 28 * 0.3 * 0.84  # and what the teacher has right of the rest
+    assert len(table["noise"]) == 3 and table["noise"]["difference (points)"].mean() == pytest.approx(gain, abs=1)
     # the teacher's error; one wrong draw in 100 is the label
     assert table["disagreement"].set_index("different decisions (%)").labels["teacher"] == pytest.approx(15.8, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)

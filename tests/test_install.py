@@ -109,9 +109,9 @@ print("grid", "hard seed=1" in grid)
 sys.modules["papermill"] = None
 print("lacking", said("demo"))
 from vitdistill import watch
-from vitdistill.study import compare, page, results, trends
+from vitdistill.study import agreement, compare, page, results, trends
 from vitdistill.runs import find_runs
-print("reference", len(results.published()) > 20)
+print("reference", len(results.published()) > 20, len(agreement.class_names("cifar100", 100)))
 runs = [run for run in find_runs(sys.argv[1]) if run.config.experiment == "baseline"]
 print("analysis", *{run.status for run in runs}, len(results.curves(runs)) > 100)
 """
@@ -122,7 +122,7 @@ def test_package_away_from_a_clone(away, tmp_path):
     lines = away(tmp_path, "-W", "ignore", "-c", AWAY, ROOT / "reports/runs").splitlines()
     said = dict(line.split(" ", 1) for line in lines)
     assert said["version"] == f"{SETTINGS['version']} {SETTINGS['version']}"
-    assert said["shipped"] == "share 128 True" and said["reference"] == "True"
+    assert said["shipped"] == "share 128 True" and said["reference"] == "True 100"
     assert said["root"] == "True lr = -1.0 is out of range: give a value in (0, inf)."
     assert said["grid"] == "True" and "done" in said["analysis"] and said["analysis"].endswith("True")
     assert said["lacking"].endswith("vitdistill demo needs papermill, which is not installed here: "

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import elsewhere, environment, run_of
 from vitdistill.config import save
-from vitdistill.outcome import head_accuracies, predictions_at
+from vitdistill.outcome import head_accuracies, main
 from vitdistill.train import train
 
 
@@ -19,8 +19,8 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
     """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics counted."""
     config = replace(tiny, epochs=2, keep_checkpoints=[1], distillation="none", teacher="", data_fraction=1.0)
     run = train(elsewhere(config, tmp_path))
-    predictions_at(run, 1)
-    predictions_at(run, record=tmp_path / "record")
+    assert main([str(run.folder), "--epochs", "1"]) == 0
+    assert main([str(run.folder), "--record", str(tmp_path / "record")]) == 0
     last, done = np.load(tmp_path / "record" / "predictions-0002.npz"), np.load(run.folder / "predictions.npz")
     head = {f"test_class_{kind}" for kind in ("decision", "confidence")}
     assert {"test_image", "test_label"} | head == set(last)

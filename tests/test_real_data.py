@@ -2,11 +2,10 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT
+from vitdistill.study.agreement import class_names
 from vitdistill.config import Config
 from vitdistill.data import cifar100_constants, load_data, read_pickle
 from vitdistill.launch import launch
@@ -33,7 +32,7 @@ def test_numbers_of_cifar100(cifar):
 def test_superclasses_are_those_of_the_data(real_data):
     """reports/reference/cifar100_superclasses.csv says what the official files say."""
     meta, train = (read_pickle(real_data / "cifar-100-python" / name) for name in ("meta", "train"))
-    table = pd.read_csv(ROOT / "reports/reference/cifar100_superclasses.csv", index_col="index")
+    table = class_names("cifar100", 100)
     assert table["class"].tolist() == list(meta["fine_label_names"])
     labels = zip(train["fine_labels"], train["coarse_labels"], strict=True)
     assert {(fine, meta["coarse_label_names"][coarse]) for fine, coarse in labels} == set(table["superclass"].items())

@@ -267,9 +267,9 @@ class DrawnAnswers(Answers):
         labels:torch.Tensor, # (N,) int64, true labels
         rows:torch.Tensor,   # the training images
         seed:int):
-        said = answers(Plan(rows, torch.zeros_like(rows), torch.full_like(rows, centre_view(answers.views.padding))))
+        given = answers(Plan(rows, torch.zeros_like(rows), torch.full_like(rows, centre_view(answers.views.padding))))
         classes = answers.teacher.model.num_classes
-        self.counts = torch.bincount(labels[rows]*classes + said, minlength=classes**2).view(classes, classes)
+        self.counts = torch.bincount(labels[rows]*classes + given, minlength=classes**2).view(classes, classes)
         super().__init__(answers.teacher, answers.views, memo=Drawn(drawn_labels(labels, self.counts, seed)))
 
 # %% ../nbs/04a_answers.ipynb #592e0260
@@ -278,8 +278,8 @@ PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', *AUGMENTATIONS, 'repe
 def student_constants(config:Config, data:Data)->list|str: # [mean, std]; the model's name if timm doesn't list it
     "Returns the constants that normalize a student's pixels, since they scale the noise of random erasing."
     if config.student_normalization == 'data': return [list(c) for c in data.mean_std]
-    its = get_pretrained_cfg(config.student)
-    return [list(its.mean), list(its.std)] if its else config.student
+    about = get_pretrained_cfg(config.student)
+    return [list(about.mean), list(about.std)] if about else config.student
 
 def plan_key(
     teacher:Teacher,

@@ -204,8 +204,8 @@ def prepare_captions(config:Config, ranks:Ranks)->Captioning:
     if config.decoder != 'nearest':
         torch.manual_seed(config.seed)
         captioner = Captioner(*create_decoder(config, texts), encoder.width, config.mapper, config.prefix)
-        said = [texts, *(part.wanted for part in parts.values())]
-        tokens, *_ = (tokens_of(captioner.tokenizer, one, captioner.room) for one in said) # raises if one is too long
+        known = [texts, *(part.wanted for part in parts.values())]
+        tokens, *_ = (tokens_of(captioner.tokenizer, one, captioner.room) for one in known) # raises if one is too long
         captioner.to(ranks.device)
     return Captioning(config=config, ranks=ranks, encoder=encoder, captioner=captioner, texts=texts, embeddings=source,
                       tokens=tokens, parts=parts, std=about['noise_std'], means=means, about=about)
@@ -246,16 +246,16 @@ def text_loss(setup:Captioning, part:Part)->float:
 
 def measured(setup:Captioning, name:str)->tuple: # name of a part -> (numbers, {'image', 'text' -> captions})
     "Returns how good the captions of a part's images are, and those of its texts, by which the gap is seen."
-    part, said, found = setup.parts[name], {}, {}
+    part, made, found = setup.parts[name], {}, {}
     if setup.captioner: found[f'{name}_loss'] = text_loss(setup, part)
     for kind in ('image', 'text'):
         if (embeddings := getattr(part, kind)) is None: continue
-        said[kind], start = setup.captions(embeddings), name + '_'*(kind == 'image') + '_text_'*(kind == 'text')
-        found[f'{start}exact'] = sum(a == b for a, b in zip(said[kind], part.wanted))/len(part.wanted)
+        made[kind], start = setup.captions(embeddings), name + '_'*(kind == 'image') + '_text_'*(kind == 'text')
+        found[f'{start}exact'] = sum(a == b for a, b in zip(made[kind], part.wanted))/len(part.wanted)
         if not part.facts: continue
-        shares = share_right(said[kind], part.facts, setup.config.templates)
+        shares = share_right(made[kind], part.facts, setup.config.templates)
         found |= {f'{start}{key}': share for key, share in shares.items()}
-    return found, said
+    return found, made
 
 # %% ../nbs/09a_captioning.ipynb #7004cf35
 def train_captions(setup:Captioning, run:RunWriter)->None:
@@ -293,13 +293,13 @@ def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kind
     axes = axes*axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     return torch.stack([(part - whole.mean(0)).double()@axes.T for part in parts]).half().numpy()
 
-def test_arrays(setup:Captioning, said:dict)->dict: # said: of `measured`
+def test_arrays(setup:Captioning, made:dict)->dict: # made: of `measured`
     "Returns the arrays of predictions.npz: the class that each caption names, -1 for none, and points of the gap."
     part, val, names = setup.parts['test'], setup.parts['val'], {}
     for facts, label in zip(part.facts, part.labels.tolist()): names[facts.name] = label
     arrays = dict(test_image=part.rows.int().numpy(), test_label=part.labels.short().numpy())
     for kind, head in (('image', 'class'), ('text', 'text')):
-        named = [names.get(parse_caption(one, setup.config.templates).name, -1) for one in said[kind]]
+        named = [names.get(parse_caption(one, setup.config.templates).name, -1) for one in made[kind]]
         arrays |= {f'test_{head}_decision': np.array(named, np.int16),
                    f'test_{head}_confidence': np.full(len(named), np.nan, np.float16)}
     noisy = add_noise(val.text, setup.std, generator(setup.config.split_seed, 1, 1))
@@ -324,10 +324,10 @@ def finish_captions(setup:Captioning, run:RunWriter)->None:
     last = metrics.iloc[-1].drop(['epoch', 'seconds', 'lr']).dropna().to_dict()
     result = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2), n_train=len(setup.texts))
     if part := setup.parts.get('test'):
-        numbers, said = measured(setup, 'test')
-        result |= numbers | {f'{kind}_bleu': round(bleu(said[kind], part.wanted), 3) for kind in said}
-        result['examples'] = [[row, caption] for row, caption in zip(part.rows[:24].tolist(), said['image'])]
-        run.save_predictions(**test_arrays(setup, said))
+        numbers, made = measured(setup, 'test')
+        result |= numbers | {f'{kind}_bleu': round(bleu(made[kind], part.wanted), 3) for kind in made}
+        result['examples'] = [[row, caption] for row, caption in zip(part.rows[:24].tolist(), made['image'])]
+        run.save_predictions(**test_arrays(setup, made))
     if setup.captioner: result['weights_hash'] = file_hash(str(save_captioner(setup, run.model)))
     run.finish(result | setup.about)
 

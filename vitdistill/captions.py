@@ -87,9 +87,9 @@ def parse_caption(caption:str, templates:str)->Facts:
 # %% ../nbs/03c_captions.ipynb #65ca52f2
 def share_right(captions:list[str], facts:list[Facts], templates:str)->dict: # shares in [0, 1]
     "Returns the shares of captions with the right class, with the right word, and of those that follow a template."
-    said = [parse_caption(one, templates) for one in captions]
-    def share(name): return sum(getattr(a, name) == getattr(b, name) for a, b in zip(said, facts))/len(facts)
-    return dict(top1=share('name'), word=share('word'), parsed=sum(bool(one.name) for one in said)/len(said))
+    found = [parse_caption(one, templates) for one in captions]
+    def share(name): return sum(getattr(a, name) == getattr(b, name) for a, b in zip(found, facts))/len(facts)
+    return dict(top1=share('name'), word=share('word'), parsed=sum(bool(one.name) for one in found)/len(found))
 
 def bleu(captions:list[str], references:list[str])->float: # in [0, 100]
     "Returns the BLEU of a corpus, with one reference a caption, by sacrebleu."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'field_values', 'configured', 'train',
            'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
-           'new_folder', 'new', 'fields_alone', 'captions', 'grid', 'compare', 'distill', 'predict', 'bench', 'export',
-           'main']
+           'new_folder', 'new', 'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench',
+           'export', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -133,8 +133,8 @@ def run_notebook(
         papermill.execute_notebook(str(source), str(output), given, cwd=str(repo_root()), **quiet,
                                    stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as e:
-        said = e.evalue if e.ename == VitdistillError.__name__ else f'{name} failed ({e.ename}: {e.evalue}).'
-        raise VitdistillError(f'{said} Its notebook: {output}') from None
+        reason = e.evalue if e.ename == VitdistillError.__name__ else f'{name} failed ({e.ename}: {e.evalue}).'
+        raise VitdistillError(f'{reason} Its notebook: {output}') from None
     return output
 
 # %% ../nbs/11_cli.ipynb #7cf8a010
@@ -310,6 +310,17 @@ def compare(words:list[str])->int:
     from vitdistill.study import compare
     return compare.main(words)
 
+def report(words:list[str])->int:
+    "writes everything in reports/ into one HTML page"
+    from vitdistill.study.page import write_index
+    parser = argparse.ArgumentParser(prog='vitdistill report', description=inspect.getdoc(write_index))
+    parser.add_argument('--reports', default='reports',
+                        help='folder with figures/, tables/, bench/ and runs/ (default: %(default)s)')
+    parser.add_argument('--out', default='out/report', help='folder for index.html (default: %(default)s)')
+    args = parser.parse_args(words)
+    print('page:', write_index(from_root(args.out), 'vitdistill: the report', source=from_root(args.reports)))
+    return 0
+
 def distill(words:list[str])->int:
     "trains a student on a folder of your images, with and without a teacher, and compares them"
     from vitdistill import api
@@ -334,7 +345,7 @@ def export(words:list[str])->int:
     return export.main(words)
 
 COMMANDS = {command.__name__: command for command in (demo, distill, predict, captions, study, train, grid, compare,
-                                                      figures, bench, export, new)}
+                                                      figures, report, bench, export, new)}
 
 # %% ../nbs/11_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:

@@ -153,6 +153,6 @@ def submit(
             ids |= {key: job.job_id for key, job in zip(keys, jobs)}
         except submitit.core.utils.FailedJobError as e:
             if ids: subprocess.run(['scancel', *ids.values()], check=False)
-            said = re.findall(r'error: (.*)', str(e)) or [str(e).strip().splitlines()[-1]]
-            raise VitdistillError(f"Slurm refuses the jobs ({said[0].rstrip('.')}): mend what they ask for.") from None
+            found = re.findall(r'error: (.*)', str(e)) or [str(e).strip().splitlines()[-1]]
+            raise VitdistillError(f"Slurm refuses the jobs ({found[0].rstrip('.')}): mend what they ask for.") from None
     return ids

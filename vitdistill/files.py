@@ -220,11 +220,11 @@ def _in_json(root, split): # the same for iNaturalist; its test*.json have no la
     files = [path for year in ('', '20??') for path in root.glob(f'{split}{year}.json')]
     if not files or split == 'test': return [], []
     if len(files) > 1: raise ValueError(f'{" and ".join(sorted(path.name for path in files))} are of several years')
-    told = json.loads(files[0].read_text())
-    classes = {kind['id']: f"{kind['id']:05} {kind['name']}" for kind in told['categories']} # names are not unique
+    index = json.loads(files[0].read_text())
+    classes = {kind['id']: f"{kind['id']:05} {kind['name']}" for kind in index['categories']} # names are not unique
     label = {kind: i for i, kind in enumerate(sorted(classes))}
-    paths = {image['id']: image['file_name'] for image in told['images']}
-    samples = [(str(root/paths[row['image_id']]), label[row['category_id']]) for row in told['annotations']]
+    paths = {image['id']: image['file_name'] for image in index['images']}
+    samples = [(str(root/paths[row['image_id']]), label[row['category_id']]) for row in index['annotations']]
     return samples, [classes[kind] for kind in label]
 
 _official = {'flowers102': functools.partial(_in_torchvision, 'Flowers102', ['train', 'val']),

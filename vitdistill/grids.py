@@ -97,7 +97,8 @@ def study_cells(study:Study)->list[Cell]:
             numbers = [n for n, (other, _) in enumerate(made) if other == first]
             same = [n for n in numbers if made[n][1].chosen.get('seed') == cell.chosen.get('seed')]
             cell.after += same or numbers
-            if len(its := same or numbers) == 1: cell.wanted[f'{study.name}/{first}'] = named_fields(made[its[0]][1])
+            if len(same or numbers) == 1:
+                cell.wanted[f'{study.name}/{first}'] = named_fields(made[(same or numbers)[0]][1])
         if preset := cell.chosen.get('preset', cell.declared.get('preset')): cell.recipe = preset_parts(preset)
     return [cell for _, cell in made]
 
@@ -220,8 +221,8 @@ def execute(
         if processes is not None: processes.append(process)
         try:
             ended = process.wait()
-            said = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
-            cell.state = 'done' if not ended else said[-1] if said else f'ended with status {ended}'
+            lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+            cell.state = 'done' if not ended else lines[-1] if lines else f'ended with status {ended}'
         except BaseException: # this process has to stop
             end(process, cell)
             cell.state = 'cut'

@@ -156,11 +156,11 @@ def failure(
     if not files: # no rank could write one
         own = list(itertools.takewhile(lambda line: not re.match(r'E\d{4} ', line), lines)) # torchrun's words follow
         return 'the ranks ended without a result; the log ends:\n' + '\n'.join((own or lines)[-12:])
-    said = [json.loads(file.read_text())['message'] for file in files]
-    for error in said:
+    messages = [json.loads(file.read_text())['message'] for file in files]
+    for error in messages:
         kind, _, sentence = error['message'].partition(': ')
         if kind == VitdistillError.__name__: return sentence
-    trace = said[0]['extraInfo']['py_callstack'].rstrip().splitlines()
+    trace = messages[0]['extraInfo']['py_callstack'].rstrip().splitlines()
     return f'rank {files[0].parent.name} failed:\n' + '\n'.join(trace[-12:])
 
 # %% ../nbs/07_launch.ipynb #1e6f6059
@@ -254,7 +254,7 @@ def launch(
     "Trains a config on its ranks; a finished run is not repeated. A failure raises `VitdistillError`."
     check_launch(config, nproc)
     config = resolve(config)
-    run, said = Run.of(config), ''
+    run, reason = Run.of(config), ''
     note_run(run, serves)
     if run.status == 'done':
         if (needed or makes_teacher(config.experiment)) and not has_model(run): # a clone has the record only
@@ -262,14 +262,14 @@ def launch(
                                   f'or remove {run.folder} to train it again.')
         if show: print(f'{run.name} is done already')
     else:
-        try: said = train_on_ranks(config, run, nproc, show)
+        try: reason = train_on_ranks(config, run, nproc, show)
         except KeyboardInterrupt:
             epochs = saved['epochs'] if run.status != 'new' and (saved := run.checkpoint()) else 0
             raise Interrupted(f'interrupted after epoch {run.epochs_done}; run this again to '
                               + (f'continue after epoch {epochs}' if epochs else 'start from the beginning')) from None
         run = Run(run.folder)
         if not wait_until_done(run, config.nnodes):
-            raise VitdistillError(said or f'{run.name} ended without a result: start it again.')
+            raise VitdistillError(reason or f'{run.name} ended without a result: start it again.')
     if show and (weak := weak_teacher(run.result)): print(weak)
     model = f'model and log.txt: {run.work}' if has_model(run) else \
         'the model is not here: to train it, remove that folder or set another runs_dir'
@@ -284,7 +284,7 @@ def launch_fill(
     "Stores the teacher's answers about every view; after an interruption the next call continues."
     check_folders(config)
     config = resolve(config)
-    if said := train_on_ranks(config, Run.of(config), nproc, True, '--fill'): raise VitdistillError(said)
+    if reason := train_on_ranks(config, Run.of(config), nproc, True, '--fill'): raise VitdistillError(reason)
 
 # %% ../nbs/07_launch.ipynb #6303ad4e
 TEACHER_FIELDS = ('experiment', 'student', 'stem', 'student_kwargs', 'student_size', 'student_normalization',
@@ -323,9 +323,9 @@ def teacher_fields(
     given:dict   # the notebook's parameters; they replace what the card says
 )->dict:
     "Returns what a teacher's card says about it, as fields of the student's config; {} without a card."
-    told = as_teacher(read_card(only_match(weights))) if weights else {}
-    if told and given.get('teacher') not in (None, told['teacher']): return {} # loading it will say what doesn't fit
-    return {name: value for name, value in told.items() if given.get(name) is None}
+    known = as_teacher(read_card(only_match(weights))) if weights else {}
+    if known and given.get('teacher') not in (None, known['teacher']): return {} # loading it will say what doesn't fit
+    return {name: value for name, value in known.items() if given.get(name) is None}
 
 # %% ../nbs/07_launch.ipynb #89eba505
 def with_teacher(

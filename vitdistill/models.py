@@ -150,8 +150,8 @@ def _described(name:str)->tuple[str, dict]: # timm's name and arguments: (name, 
     if not source: return name, {}
     try:
         if source == 'hf-hub': return load_model_config_from_hf(place)[1:]
-        told = json.loads((Path(place)/'config.json').read_text())
-        return told['architecture'], told.get('model_args') or {}
+        about = json.loads((Path(place)/'config.json').read_text())
+        return about['architecture'], about.get('model_args') or {}
     except Exception as e: # from the hub, the path or JSON; transformers' config.json has other keys
         raise VitdistillError(f"{name} could not be read in timm's format ({_why(e)}): check name and network, or "
                               'download a model that timm saved and name its folder, local-dir:FOLDER.') from None
@@ -259,7 +259,7 @@ def load_weights(
 )->nn.Module:
     "Loads weights strictly; a `VitdistillError` names the tensors that are missing, unknown or of another shape."
     if isinstance(path, list):
-        for member, its in zip(model.members, path, strict=True): load_weights(member, its, new_head, interpolation)
+        for member, file in zip(model.members, path, strict=True): load_weights(member, file, new_head, interpolation)
         return model
     state, heads = fit_positions(read_weights(path), model, interpolation), tuple(f'{h}.' for h in head_names(model))
     def shapes(tensors): # of those that are to be loaded
@@ -382,8 +382,8 @@ class Mixture(nn.Module):
         named_weights:bool=False): # load the members' pretrained weights
         super().__init__()
         common = dict(classes=num_classes, size=to_2tuple(img_size)[0], pretrained=named_weights)
-        told = [dict(model=member) if isinstance(member, str) else member for member in members]
-        try: made = [create(**common, **member) for member in told]
+        given = [dict(model=member) if isinstance(member, str) else member for member in members]
+        try: made = [create(**common, **member) for member in given]
         except TypeError: made = [] # a member is no dictionary, or has no model
         if not made:
             raise VitdistillError(f'a mixture of members = {members!r}: give it, in student_kwargs or teacher_kwargs, '
@@ -391,8 +391,8 @@ class Mixture(nn.Module):
         self.members, self.num_classes = nn.ModuleList(made), num_classes
         self.num_features = sum(member.num_features for member in self.members) # number of features that heads read
     def forward(self, x):
-        said = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
-        return said.logsumexp(0) - math.log(len(self.members))
+        log_p = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
+        return log_p.logsumexp(0) - math.log(len(self.members))
 
 # %% ../nbs/02_models.ipynb #d9a7e738
 default_cfgs |= generate_default_cfgs({'mixture': dict(fixed_input_size=True)}) # so that timm passes img_size

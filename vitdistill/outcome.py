@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['reduced', 'predictions', 'head_accuracies', 'cosines', 'true_answers', 'teacher_brief', 'card_data', 'model_card',
            'encoder_outcome', 'student_outcome', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at',
-           'push_memos', 'keep_answers']
+           'memo_kind', 'memo_card', 'push_memos', 'keep_answers', 'main']
 
 # %% ../nbs/06a_outcome.ipynb #03c21770
+import argparse, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, timm, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
-from .config import Config, VitdistillError, repo_root, student_name
-from .hub import memo_head, push, weights_place
-from .losses import OBJECTIVES
+from .config import Config, VitdistillError, from_root, repo_root, student_name
+from .hub import memo_head, push, refuse_other_memos, weights_place
+from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .memos import Memo, keep
 from .models import combine, load_weights, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
@@ -248,16 +249,53 @@ def predictions_at(
     name = f"predictions-{state['epochs']:04d}.npz"
     return RunWriter(record or run.folder).save_predictions(name, **predictions(setup, ('test',)))
 
+# %% ../nbs/06a_outcome.ipynb #e65c7d54
+def memo_kind(head:dict): # head: of a memo's file
+    "Returns the kind of answer that a memo stores."
+    if 'top_k' in head: return TopK(head['top_k'], tuple(head['temperatures']))
+    return Logits() if head.get('kind') == 'logits' else HardLabel()
+
+# %% ../nbs/06a_outcome.ipynb #32cd578b
+def memo_card(file:str|Path)->str: # file: of a memo
+    "Returns a Markdown card that says what a memo holds and how to use it."
+    file, head = Path(file), memo_head(Path(file))
+    kind = memo_kind(head)
+    known = Memo(file.parent, head, kind).known()
+    rows = '\n'.join(f'| {name.replace("_", " ")} | {value} |' for name, value in head.items())
+    about, others = f"{head['images']:,} training images, each in {head['views']} views of crop and flip", 'views'
+    if 'recipe' in head: # a memo of a plan: `plan_key` keeps epochs and rows under images and views
+        about, others = f"{head['views']:,} rows of a plan in each of {head['images']} epochs", 'plans'
+    return f"""---
+license: apache-2.0
+tags: [distillation, teacher-answers]
+---
+# A teacher's answers: {file.name}
+
+Answers of {head['architecture']} (kind: {type(kind).__name__}) about {about}.
+{known:.1%} of them are known; the others are computed when they are needed.
+
+Keep this file in the folder of the teacher's weights. A student uses it when `teacher_weights` names that folder or
+this repository (`hf-hub:OWNER/MODEL`). It is refused for another teacher, other images or other {others}.
+
+| made for | |
+|---|---|
+{rows}
+"""
+
 # %% ../nbs/06a_outcome.ipynb #a156b2a9
 def push_memos(
     repository:str,     # the teacher's repository, OWNER/NAME
     folder:str|Path     # the teacher's folder, with weights, card and memos
 )->list:                # file names of the memos
-    "Uploads a teacher's memos."
-    names = sorted(file.name for file in Path(folder).glob('memo-*.bin'))
-    if not names:
+    "Uploads a teacher's memos, each with a card; a memo of another teacher is an error before anything is sent."
+    folder = Path(folder)
+    memos = sorted(folder.glob('memo-*.bin'))
+    if not memos:
         raise VitdistillError(f'{record_path(folder)} holds no memo: train a student of it, or fill one (fill_memo).')
-    push(repository, folder, f"memo: {', '.join(names)}", allow_patterns='memo-*.bin')
+    refuse_other_memos(folder, record_path(folder))
+    for file in memos: file.with_suffix('.md').write_text(memo_card(file))
+    names = [file.name for file in memos]
+    push(repository, folder, f"memo: {', '.join(names)}", allow_patterns=['memo-*.bin', 'memo-*.md'])
     return names
 
 # %% ../nbs/06a_outcome.ipynb #0a18c6c2
@@ -267,13 +305,32 @@ def keep_answers(
 )->Path: # record/answers.npz
     "Writes a teacher's hard labels into its record; `teacher_weights` can name that file where weights are missing."
     folder = Path(folder)
+    refuse_other_memos(folder, record_path(folder))
     if not (card := read_card(folder)):
         raise VitdistillError(f'{record_path(folder)} has no card.json, which says who answers and what it has seen: '
                               'write one with `vitdistill.teachers.adopt`.')
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
-    by_view = [head for head in heads if head and not {'kind', 'top_k', 'recipe'} & head.keys()] # of hard labels
+    by_view = [head for head in heads if isinstance(memo_kind(head), HardLabel) and 'recipe' not in head]
     if len(by_view) != 1:
         raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view, and one is '
                               'kept: ask ahead (fill_memo), or move the others away.')
     memo = Memo(folder, by_view[0])
     return keep(memo, Path(record)/'answers.npz', card=card, teacher_hash=file_hash(str(folder)))
+
+# %% ../nbs/06a_outcome.ipynb #9857693c
+def main(arguments:list=None)->int:
+    "Runs the command line; returns the exit status."
+    parser = argparse.ArgumentParser(prog='python -m vitdistill.outcome',
+                                     description="Write a checkpoint's test predictions into the record of its run.")
+    parser.add_argument('run', metavar='RUN_FOLDER', help='run folder, of this clone or another, finished or not')
+    parser.add_argument('--epochs', type=int, help='epoch of the checkpoint; default: the last checkpoint')
+    parser.add_argument('--record', metavar='FOLDER', help="folder to write into; default: the run's own")
+    args = parser.parse_args(arguments)
+    run = Run(from_root(args.run))
+    try: print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
+    except VitdistillError as e: sys.exit(f'{e}')
+    return 0
+
+# %% ../nbs/06a_outcome.ipynb #7f88583d
+#| eval: false
+if __name__ == '__main__': sys.exit(main())

@@ -63,9 +63,9 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     classes = card.get('classes') or about.get('label_names')
     if not classes:
         raise VitdistillError(f'{folder} is no model folder that names its classes: name one of a finished run.')
-    told, pixels = started_from(folder), about['pretrained_cfg']
+    fields, pixels = started_from(folder), about['pretrained_cfg']
     size = pixels['input_size'][-1]
-    model = create(told['student'], len(classes), size, told['stem'], **told['student_kwargs'])
+    model = create(fields['student'], len(classes), size, fields['stem'], **fields['student_kwargs'])
     student = Student(load_weights(model, folder)).eval()
     sides = card.get('image_size', size), size
     turned = card.get('exif_orientation', True)

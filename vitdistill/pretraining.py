@@ -189,7 +189,7 @@ def patch_scale(patches:torch.Tensor)->tuple: # (B, N, P) -> two of (B, N, 1)
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + PATCH_EPS).sqrt()
 
 def patch_error(
-    said:torch.Tensor,   # (B, N, P) predictions of the decoder
+    decoded:torch.Tensor, # (B, N, P) predictions of the decoder
     pixels:torch.Tensor, # (B, 3, S, S) target
     where:torch.Tensor,  # (B, K) indices of the patches that count
     side:tuple,          # height and width of a patch, px
@@ -200,7 +200,7 @@ def patch_error(
     if normalize:
         mean, deviation = patch_scale(target)
         target = (target - mean)/deviation
-    return F.mse_loss(pick(said, where), pick(target, where))
+    return F.mse_loss(pick(decoded, where), pick(target, where))
 
 def silent_error(
     sigma:float,         # largest standard deviation of the noise, as in `draw_views`
@@ -240,11 +240,12 @@ class CanTerms(nn.Module):
         if weights['contrast']:
             pooled = self.projector(tokens.mean(1)).chunk(2) # one part per view
             parts['contrast'] = nt_xent(*(whole_batch(z, batch.weight > 0) for z in pooled), self.tau)
-        if any(self.weights[1:]): said = self.decoder(tokens, views.keep, views.share).float()
+        if any(self.weights[1:]): decoded = self.decoder(tokens, views.keep, views.share).float()
         if weights['reconstruction']:
-            parts['reconstruction'] = patch_error(said, batch.pixels, views.hidden, self.side, self.normalize_targets)
+            parts['reconstruction'] = patch_error(decoded, batch.pixels, views.hidden, self.side,
+                                                  self.normalize_targets)
         if weights['denoising']:
-            parts['denoising'] = patch_error(said, views.noise, views.keep, self.side, self.normalize_noise)
+            parts['denoising'] = patch_error(decoded, views.noise, views.keep, self.side, self.normalize_noise)
         return sum(weights[name]*part for name, part in parts.items()), parts
 
 # %% ../nbs/03a_pretraining.ipynb #48c8a097
@@ -377,15 +378,15 @@ def reconstructions(
 )->tuple:                # (input of the encoder, result of the decoder), each (B, 3, S, S), normalized
     "Returns pictures before and after the decoder; patches that were normalized get their mean and deviation back."
     encoder.eval()
-    said = can.eval().decoder(encoder(views.pixels, views.keep), views.keep, views.share).float()
+    decoded = can.eval().decoder(encoder(views.pixels, views.keep), views.keep, views.share).float()
     clean, noise, noisy = (to_patches(x, can.side) for x in (pixels, views.noise, views.pixels))
-    visible = torch.zeros(said.shape[:2] + (1,), device=said.device).scatter(1, views.keep[..., None], 1.).bool()
+    visible = torch.zeros(decoded.shape[:2] + (1,), device=decoded.device).scatter(1, views.keep[..., None], 1.).bool()
     for where, target, normalized in ((~visible, clean, can.normalize_targets), (visible, noise, can.normalize_noise)):
         if not normalized: continue
         mean, deviation = patch_scale(target)
-        said = torch.where(where, said*deviation + mean, said)
-    if not can.weights[2]: noisy, said = clean, torch.where(visible, 0., said)
-    pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - said, said)
+        decoded = torch.where(where, decoded*deviation + mean, decoded)
+    if not can.weights[2]: noisy, decoded = clean, torch.where(visible, 0., decoded)
+    pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - decoded, decoded)
     return tuple(to_images(x, can.side, pixels.shape[-2:]) for x in pictures)
 
 # %% ../nbs/03a_pretraining.ipynb #bbbd018e

@@ -81,8 +81,8 @@ def error_of_timeout(error:Exception)->VitdistillError|None:
 # %% ../nbs/05a_ranks.ipynb #a1a884a7
 def error_of_watchdog(lines:list)->VitdistillError|None: # lines: the end of a log
     "Returns `timeout_error`'s error if the log shows that NCCL's watchdog ended a rank after a timeout; else None."
-    said = re.search(r'\[Rank (\d+)\] Watchdog caught collective operation timeout', '\n'.join(lines))
-    return timeout_error(int(said[1])) if said else None
+    found = re.search(r'\[Rank (\d+)\] Watchdog caught collective operation timeout', '\n'.join(lines))
+    return timeout_error(int(found[1])) if found else None
 
 # %% ../nbs/05a_ranks.ipynb #dc15f55a
 def end_with_parent()->None:

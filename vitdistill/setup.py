@@ -290,10 +290,10 @@ def question_all(
         seen = [seen_by(c, data) for c in (card, other_card)]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
         asked = [(part, rows[where]) for part, where in by_part(answers.parts, answers.which[rows])]
-    for part, its in asked:
+    for part, images in asked:
         absent = not ranks.rank and isinstance(part.teacher, Absent)
-        if absent and (known := part.memo.known(its)) < 1:
-            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(its):,} '
+        if absent and (known := part.memo.known(images)) < 1:
+            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(images):,} '
                                   'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
                                   "or name the teacher's weights.")
     if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)

@@ -58,8 +58,8 @@ class Meter:
                                   f'rate {lr:.3g}): lower lr or add warmup_epochs; the last checkpoint is kept.')
         asked, hit_rate = setup.answers.take() if setup.answers else (None, None)
         rate = n/(time.perf_counter() - self.begun - (asked or 0.))
-        told = {f'train_{name}': setup.ranks.sum(part).item()/n for name, part in self.parts.items()}
-        return dict(train_loss=loss/n, **told or dict(train_top1=right/n), images_per_second=rate,
+        terms = {f'train_{name}': setup.ranks.sum(part).item()/n for name, part in self.parts.items()}
+        return dict(train_loss=loss/n, **terms or dict(train_top1=right/n), images_per_second=rate,
                     teacher_seconds=asked, memo_hit_rate=hit_rate)
 
 # %% ../nbs/05f_step.ipynb #98fbbe82

@@ -280,8 +280,8 @@ class Absent(Teacher):
 # %% ../nbs/04_teachers.ipynb #32a76bac
 def refuse_other_classes(card:dict|None, data:Data)->None:
     "Raises `VitdistillError` if the classes on a teacher's card differ from those of the data."
-    if card and (its := card['classes']) != data.classes:
-        raise VitdistillError(f'the teacher knows {len(its)} classes ({its[0]}, ...), {data.name} has '
+    if card and (known := card['classes']) != data.classes:
+        raise VitdistillError(f'the teacher knows {len(known)} classes ({known[0]}, ...), {data.name} has '
                               f'{len(data.classes)} ({data.classes[0]}, ...): fine-tune the teacher on {data.name} '
                               'with e00_teacher.')
 
@@ -292,8 +292,8 @@ def refuse_new_head(
 )->None:
     "Raises `VitdistillError` if timm dropped the pretrained head because its number of classes is not the data's."
     for part in getattr(model, 'members', [model]): # of a mixture, each
-        if (its := part.pretrained_cfg['num_classes']) != len(data.classes) and not config.allow_untrained:
-            raise VitdistillError(f'the pretrained head of {config.teacher} is for {its} classes, {data.name} has '
+        if (outputs := part.pretrained_cfg['num_classes']) != len(data.classes) and not config.allow_untrained:
+            raise VitdistillError(f'the pretrained head of {config.teacher} is for {outputs} classes, {data.name} has '
                                   f'{len(data.classes)}: fine-tune it on {data.name} with e00_teacher and name its '
                                   'folder as teacher_weights, or set allow_untrained=True to teach with a new head.')
 
@@ -302,8 +302,8 @@ def refuse_other_weights(teacher:Teacher, card:dict|None, config:Config)->None: 
     "Raises `VitdistillError` if the card next to a teacher's weights was written for other weights."
     if not card or card['input_size'] != teacher.size or config.teacher_precision == 'bf16-weights':
         return # weights were resampled or rounded when they were loaded
-    if (its := card.get('weights_hash')) and its != (found := teacher.weights_hash()):
-        raise VitdistillError(f'{config.teacher_weights}: its card.json is of other weights ({its}, here {found}): '
+    if (stated := card.get('weights_hash')) and stated != (found := teacher.weights_hash()):
+        raise VitdistillError(f'{config.teacher_weights}: its card.json is of other weights ({stated}, here {found}): '
                               'put it beside its own, or write one with `vitdistill.teachers.adopt`.')
 
 def load_teacher(config:Config, data:Data, device='cpu')->tuple:
@@ -343,8 +343,8 @@ def untrained(
     data = load_data(config)
     views = Views(data.train_images, config.padding)
     teacher = balance(load_teacher(config, data)[0], views)
-    its = replace(config, student=config.teacher, student_kwargs=config.teacher_kwargs)
-    card = make_card(teacher, its, data, views, most=200)
+    as_student = replace(config, student=config.teacher, student_kwargs=config.teacher_kwargs)
+    card = make_card(teacher, as_student, data, views, most=200)
     save_model(teacher.model, folder, config.teacher_kwargs, card, '', teacher.constants, teacher.size)
     return str(folder)
 
@@ -381,8 +381,8 @@ def refuse_used_images(
     digests = lambda images: {hashlib.sha256(image.numpy()).digest() for image in images}
     used = dict(test=data.test_images[torch.arange(len(data.test_images))])
     if isinstance(data.train_images, torch.Tensor): used['training'] = data.train_images
-    for part, its in used.items():
-        if both := len(digests(images) & digests(its)):
+    for part, others in used.items():
+        if both := len(digests(images) & digests(others)):
             raise VitdistillError(f'{both} of the {len(images)} images to measure the teacher by are {part} images of '
                                   f'{data.name}: give other images of its classes, or training images that it has not '
                                   'seen by val_rows.')
@@ -439,10 +439,10 @@ def adopt(
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     places = [weights_place(place) for place in (weights if isinstance(weights, list) else [weights])]
-    for its in filter(None, (read_card(str(place)) for place in places)):
-        if its.get('normalization', config.student_normalization) != config.student_normalization:
+    for card in filter(None, (read_card(str(place)) for place in places)):
+        if card.get('normalization', config.student_normalization) != config.student_normalization:
             raise VitdistillError('these weights were trained on pixels that are normalized otherwise: set '
-                                  f"student_normalization to {its['normalization']!r}.")
+                                  f"student_normalization to {card['normalization']!r}.")
     load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)

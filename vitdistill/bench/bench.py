@@ -53,8 +53,8 @@ class Worker:
         with contextlib.suppress(BrokenPipeError): print(steps, file=self.process.stdin, flush=True)
         if line := self.process.stdout.readline(): return json.loads(line)
         self.log.seek(0)
-        said = [text.strip() for text in self.log if text.strip()]
-        reason = next((text for text in reversed(said) if 'Error' in text), said[-1] if said else 'it said nothing')
+        lines = [text.strip() for text in self.log if text.strip()]
+        reason = next((text for text in reversed(lines) if 'Error' in text), lines[-1] if lines else 'it lines nothing')
         raise VitdistillError(f'{self.name} ended with status {self.process.wait()}: {reason}')
 
     def close(self, patience:float=20.): # patience: seconds before SIGKILL
