@@ -91,9 +91,9 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def train_command(file, ranks=1):
+def train_command(file, ranks=1, module="train"):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "vitdistill.train", "--config", str(file)]
+    return [sys.executable, *launcher, "-m", f"vitdistill.{module}", "--config", str(file)]
 
 
 @functools.cache

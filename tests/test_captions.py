@@ -1,7 +1,6 @@
 """Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad input."""
 import json
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import assert_same, environment, run_of, wait_until
+from conftest import assert_same, environment, run_of, train_command, wait_until
 from test_notebooks import execute
 from vitdistill.captioning import STEPS, caption_files, prepare_captions
 from vitdistill.captions import create_decoder
@@ -55,8 +54,7 @@ def alone(config):
 
 
 def start(config, file, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "vitdistill.captioning", "--config", str(save(config, file))]
+    command = train_command(save(config, file), ranks, "captioning")
     return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

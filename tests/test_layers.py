@@ -17,7 +17,7 @@ from vitdistill.config import Config, VitdistillError, preset, shipped
 from vitdistill.grids import grid_cells, missing_weights
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
-from vitdistill.models import create, create_student  # and registers LITv2
+from vitdistill.models import create, create_student, try_size  # and registers LITv2
 from vitdistill.optimize import create_optimizer
 from vitdistill.studies import read_study
 
@@ -142,10 +142,10 @@ def test_a_wrong_argument_is_one_sentence(given, words):
 
 
 def test_a_window_larger_than_the_map_is_one_sentence():
-    """Where the model is made for a size, so before anything is written; and of one that is made otherwise."""
+    """Where a run tries the model at its size, so before anything is written; and of one that is made otherwise."""
     given = dict(windows=[0, 8, 1], depths=[1, 1, 1], embed_dim=24)
-    with pytest.raises(VitdistillError, match="8 x 8 tokens is larger than the map of 4 x 4 that stage 2 has at 16 px"):
-        create("litv2_cifar", 10, 16, **given)
+    with pytest.raises(VitdistillError, match="not take images of 16 px .*8 x 8 tokens is larger than the map of 4"):
+        try_size(create("litv2_cifar", 10, 16, **given), "litv2_cifar", 16)
     assert create("litv2_cifar", 10, 32, **given)(images(side=32)).shape == (4, 10)
     with pytest.raises(VitdistillError, match="8 x 8 tokens is larger than the map of 4 x 4: take"):
         timm.create_model("litv2_cifar", **given)(images(side=16))

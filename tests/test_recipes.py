@@ -14,11 +14,11 @@ import pytest
 import timm
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, record
 from test_notebooks import execute
 from vitdistill.api import parser as distill_parser, save
 from vitdistill.cli import COMMANDS, configured, field_values
-from vitdistill.config import Config, config_hash, defining, field_names, run_name, save as save_config
+from vitdistill.config import Config, defining, field_names
 from vitdistill.grids import grid_cells, missing_weights, parser, start_order, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
@@ -240,23 +240,13 @@ def test_a_trained_model_is_used_as_the_library_does(teacher, tmp_path, capsys):
     assert seen["classes"] == about["classes"] and capsys.readouterr().out.split()[0] in about["classes"]
 
 
-def record(root, curve, seed=1, **over):
-    """Writes the record of a finished run on the digits with this test accuracy by epoch."""
-    c = Config(**{"dataset": "digits", "epochs": len(curve), "seed": seed, **over})
-    folder = root / "runs" / run_name(c)
-    save_config(c, folder / "config.yaml")
-    frame = pd.DataFrame(dict(epoch=np.arange(len(curve)), test_top1=curve, train_top1=curve))
-    frame.to_csv(folder / "metrics.csv", index=False)
-    result = dict(hash=config_hash(c), test_top1=float(curve[-1]), train_top1=0.9)
-    (folder / "result.json").write_text(json.dumps(result))
-
-
 def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     """Each name fits one run of the demo, though the DeiT's has `distilled` in it too."""
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
     deit = dict(taught, experiment="deit", student="deit_tiny_distilled_patch16_224", teacher="regnety_002")
     for made in {}, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
-        record(tmp_path, [0.1, 0.5], **made)
+        config = Config(dataset="digits", epochs=2, runs_dir=str(tmp_path / "runs"), **made)
+        record(config, metrics=pd.DataFrame(dict(epoch=[0, 1], test_top1=[0.1, 0.5])), test_top1=0.5)
     lines, seen = snippet("vitdistill.watch").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
     exec(lines.replace("\ncompare", "\nfig = compare"), seen)
     assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
