@@ -19,6 +19,8 @@ from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student, try_size  # and registers LITv2
 from vitdistill.optimize import create_optimizer
+from vitdistill.ranks import Ranks
+from vitdistill.setup import prepare
 from vitdistill.studies import read_study
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -147,6 +149,8 @@ def test_a_window_larger_than_the_map_is_one_sentence():
     with pytest.raises(VitdistillError, match="not take images of 16 px .*8 x 8 tokens is larger than the map of 4"):
         try_size(create("litv2_cifar", 10, 16, **given), "litv2_cifar", 16)
     assert create("litv2_cifar", 10, 32, **given)(images(side=32)).shape == (4, 10)
+    with pytest.raises(VitdistillError, match="not take images of 16 px"):
+        prepare(Config(dataset="digits", student="litv2_cifar", student_kwargs=given, test_size=16), Ranks())
     with pytest.raises(VitdistillError, match="8 x 8 tokens is larger than the map of 4 x 4: take"):
         timm.create_model("litv2_cifar", **given)(images(side=16))
 

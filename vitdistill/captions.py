@@ -203,11 +203,11 @@ class Captioner(nn.Module):
             raise VitdistillError(f'the decoder reads embeddings of width {self.width}, and these have '
                                   f'{embeddings.shape[-1]}: take the encoder that it was trained with.')
         ends = dict(eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id)
-        write_captions, device = [], next(self.parameters()).device
+        texts, device = [], next(self.parameters()).device
         for part in embeddings.split(batch):
             prefix = self.eval().mapper(F.normalize(part.to(device), dim=-1))
             seen = torch.ones(prefix.shape[:2], dtype=torch.int64, device=device)
             ids = self.decoder.generate(inputs_embeds=prefix, attention_mask=seen, num_beams=beams, do_sample=False,
                                         max_new_tokens=self.room, **ends)
-            write_captions += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return write_captions
+            texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts

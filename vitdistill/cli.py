@@ -318,7 +318,8 @@ def report(words:list[str])->int:
                         help='folder with figures/, tables/, bench/ and runs/ (default: %(default)s)')
     parser.add_argument('--out', default='out/report', help='folder for index.html (default: %(default)s)')
     args = parser.parse_args(words)
-    print('page:', write_index(from_root(args.out), 'vitdistill: the report', source=from_root(args.reports)))
+    lead = ['All figures, tables and run records. Published numbers are grey, our own are coloured.']
+    print('page:', write_index(from_root(args.out), 'vitdistill: the report', lead, source=from_root(args.reports)))
     return 0
 
 def distill(words:list[str])->int:

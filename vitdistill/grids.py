@@ -209,7 +209,7 @@ def execute(
         return write_record(cell)
     command = [sys.executable, '-m', 'papermill', str(cell.notebook), str(cell.place), '--cwd', str(repo_root()),
                '--log-output', '--no-progress-bar', '--parameters_yaml', yaml.safe_dump(cell.chosen | models | more)]
-    hold_folder, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
+    begun, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
     with hold_lock(cell.file('.lock'), cell.place.stem):
         runs.unlink(missing_ok=True)
         cell.state = 'running'
@@ -228,7 +228,7 @@ def execute(
             cell.state = 'cut'
             raise
         finally:
-            cell.seconds = round(time.monotonic() - hold_folder, 2)
+            cell.seconds = round(time.monotonic() - begun, 2)
             write_record(cell)
 
 # %% ../nbs/07a_grids.ipynb #2623bd73

@@ -236,7 +236,7 @@ def predictions_at(
     epochs:int=None,       # epochs after which the checkpoint was written; None: the last checkpoint
     record:str|Path=None,  # folder to write into; None: the run's own
 )->Path: # the file, predictions-<epochs>.npz
-    "Writes the test predictions of a checkpoint into the record of its run, which may still be training."
+    "Writes the test predictions of a checkpoint, without logits, into the record of its run, which may still train."
     if not OBJECTIVES[run.config.distillation].labelled:
         raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it '
                               'decides nothing: fine-tune it with e00_teacher, and ask that.')

@@ -74,13 +74,13 @@ def timeout_error(rank:int)->VitdistillError:
 
 # %% ../nbs/05a_ranks.ipynb #8ab7068b
 def error_of_timeout(error:Exception)->VitdistillError|None:
-    "Returns `timeout_error`'s error if `error` is a timeout of this rank; None for other errors."
+    "Returns `timeout_error` if `error` is a timeout of this rank; None for other errors."
     late = dist.is_initialized() and re.search('timed? ?out', str(error), re.IGNORECASE)
     return timeout_error(dist.get_rank()) if late else None
 
 # %% ../nbs/05a_ranks.ipynb #a1a884a7
 def error_of_watchdog(lines:list)->VitdistillError|None: # lines: the end of a log
-    "Returns `timeout_error`'s error if the log shows that NCCL's watchdog ended a rank after a timeout; else None."
+    "Returns `timeout_error` if the log shows that NCCL's watchdog ended a rank after a timeout; else None."
     found = re.search(r'\[Rank (\d+)\] Watchdog caught collective operation timeout', '\n'.join(lines))
     return timeout_error(int(found[1])) if found else None
 

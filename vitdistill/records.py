@@ -55,7 +55,6 @@ def clean_record(folder:str|Path)->list:
                               'is: train it again with a path relative to the repository.')
     return [] if new == values else [write_atomic(file, yaml.safe_dump(new, sort_keys=False)).name]
 
-
 # %% ../nbs/06b_records.ipynb #bd0df418
 def share_images(folder:str|Path)->list: # of a record
     "Moves image numbers and labels of predictions into files that records share; returns the changed files' names."

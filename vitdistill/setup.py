@@ -22,7 +22,7 @@ from .data import Data, fingerprint, image_side, load_data, split_rows
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
 from .layers import with_plain_attention
 from .losses import OBJECTIVES, HardLabel, criterion
-from .memos import KeptMemo, Memo, PairedMemo, stores_logits, memo_key
+from .memos import KeptMemo, Memo, PairedMemo, keeps_both_kinds, memo_key
 from .models import Student, check_name, combine, create, create_student, pretrained_constants
 from .models import student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -244,7 +244,7 @@ def open_memo(
     "Returns the teacher's memo; None (the teacher runs online) if its folder has no room or can't be written."
     if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
     folder, alone = beside_weights(config), bool(config.fold_weights) # two teachers keep one kind of answer
-    try: return (PairedMemo if not alone and stores_logits(folder, key, kind) else Memo)(folder, key, kind)
+    try: return (PairedMemo if not alone and keeps_both_kinds(folder, key, kind) else Memo)(folder, key, kind)
     except OSError as e: print(f'{e} The teacher runs online instead.', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
@@ -325,7 +325,8 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     refuse_begun_on(config, data)
     if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
     student = objective.fit(create_student(config, len(data.classes), data.side))
-    if objective.labelled: try_size(student.model, config.student, size)
+    for side in {size, config.test_size or size} if objective.labelled else ():
+        try_size(student.model, config.student, side)
     student = place_model(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
     batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # raises if batches are too small

@@ -54,7 +54,7 @@ class Worker:
         if line := self.process.stdout.readline(): return json.loads(line)
         self.log.seek(0)
         lines = [text.strip() for text in self.log if text.strip()]
-        reason = next((text for text in reversed(lines) if 'Error' in text), lines[-1] if lines else 'it lines nothing')
+        reason = next((text for text in reversed(lines) if 'Error' in text), lines[-1] if lines else 'it said nothing')
         raise VitdistillError(f'{self.name} ended with status {self.process.wait()}: {reason}')
 
     def close(self, patience:float=20.): # patience: seconds before SIGKILL

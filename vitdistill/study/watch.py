@@ -17,7 +17,7 @@ from ..runs import Run, find_run, find_runs
 # %% ../../nbs/study/07_watch.ipynb #9d9b21b5
 frame_columns = ['run', 'status', 'experiment', 'student', 'teacher', 'dataset', 'seed', 'epochs_done', 'epochs',
                  'eta',                                # local time
-                 'train_loss', 'val_top1', 'test_top1', # at the last epoch; top-1 in [0, 1]
+                 'train_loss', 'val_top1', 'test_top1', # last measured; top-1 in [0, 1]
                  'linear_test_top1',                    # of a pre-training's linear probe
                  'written']                            # local time
 
