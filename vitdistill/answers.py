@@ -53,14 +53,14 @@ class ByStep:
             self.first, last = step.start, steps[number:number + window][-1].stop
             self.open(epoch, Plan(*(t[self.first:last] for t in plan)), pixels.device, progress)
         here = slice(step.rows.start - self.first, step.rows.stop - self.first)
-        answers = self.hear(here, plan.image[step.rows], pixels, step.weight > 0)
+        answers = self.step_answers(here, plan.image[step.rows], pixels, step.weight > 0)
         if (number + 1) % window == 0 or number + 1 == len(steps): self.close()
         return answers
 
     def open(self, epoch, plan, device, progress)->None: # begins a stretch of the plan, from row `first`, on all ranks
         if self.by_view: self.ahead = self(plan, progress).to(device)
 
-    def hear(self, here, image, pixels, counts)->torch.Tensor: # here: this rank's rows of a step, from the stretch's
+    def step_answers(self, here, image, pixels, counts)->torch.Tensor: # here: this rank's rows of a step
         return self.ahead[here] if self.by_view else self.online(pixels, image) # counts: False for rows that fill in
 
     def close(self)->None: pass # ends the stretch, on all ranks
@@ -122,7 +122,7 @@ class Answers(Online):
     @property
     def block(self)->int: return 16*self.teacher.chunk*self.world # images that fill the teacher's passes on all ranks
 
-    def recalled(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as `Memo.get`, on all ranks
+    def from_memo(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as `Memo.get`, on all ranks
         answers, known = self.memo.get(image, view) if self.memo else (self.blanks(len(image)), torch.zeros(len(image)))
         return self.shared(answers, add=False), self.shared(known.int(), add=False).bool()
 
@@ -138,7 +138,7 @@ class Answers(Online):
         progress:typing.Callable[[int, int], None]=lambda done, total: None # called with numbers of answers
     )->torch.Tensor: # (n, ...) on the CPU
         begun = time.perf_counter()
-        answers, known = self.recalled(plan.image, plan.view)
+        answers, known = self.from_memo(plan.image, plan.view)
         todo = torch.nonzero(~known).flatten()
         for start in range(0, len(todo), self.block):
             part = todo[start:start + self.block]
@@ -309,11 +309,11 @@ class Planned(Answers):
     def open(self, epoch, plan, device, progress)->None:
         rows = torch.arange(len(plan.image))
         self.where = torch.full_like(rows, epoch), self.first + rows
-        self.answers, self.is_known = self.recalled(*self.where)
+        self.answers, self.is_known = self.from_memo(*self.where)
         self.is_new = torch.zeros_like(self.is_known)
         self.check_row = int(torch.randint(len(rows), (), generator=generator(epoch, self.first)))
 
-    def hear(self, here, image, pixels, counts)->torch.Tensor:
+    def step_answers(self, here, image, pixels, counts)->torch.Tensor:
         if self.is_known[here].all():
             self.asked += len(pixels)
             self.hits += len(pixels)

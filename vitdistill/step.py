@@ -115,7 +115,7 @@ class CapturedStep(TrainingStep):
     def run(self, batch:Batch)->None: # what is captured: it reads and writes tensors at the same places each time
         super().__call__(batch)
 
-    def aside(self, batch:Batch)->None: # runs on the stream that is captured later
+    def run_aside(self, batch:Batch)->None: # runs on the stream that is captured later
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream): self.run(batch)
         torch.cuda.current_stream().wait_stream(self.stream)
@@ -130,7 +130,7 @@ class CapturedStep(TrainingStep):
         size = tuple(part.shape for part in tensors(batch))
         self.done[size] += 1
         if size not in self.graphs and self.done[size] > self.usual and not self.fails: self._keep(size, batch)
-        if size not in self.graphs: return self.aside(batch)
+        if size not in self.graphs: return self.run_aside(batch)
         kept, replay = self.graphs[size]
         for place, value in zip(kept, tensors(batch), strict=True): place.copy_(value, non_blocking=True)
         replay()

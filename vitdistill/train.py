@@ -159,29 +159,29 @@ class Progress:
         self.config, self.shown = config, shown
         self.seconds, self.done, self.images, self.seen = [], done_epochs, images, 0 # seen: images of this epoch
         self.answered = 0 # views of the present stretch
-        self.begun = self.asked_since = self.spoke = time.monotonic()
+        self.begun = self.stretch_begun = self.last_line = time.monotonic()
 
-    def now_and_then(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
+    def say_seldom(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
         now = time.monotonic()
-        if not self.shown or now - self.spoke < max(10, (now - self.begun)/30): return
-        self.spoke = now
+        if not self.shown or now - self.last_line < max(10, (now - self.begun)/30): return
+        self.last_line = now
         print(text, flush=True)
 
     def step(self, n:int)->None:
         self.seen += n
-        self.now_and_then(f'  {min(1, self.seen/self.images):.0%} of epoch {self.done + 1}')
+        self.say_seldom(f'  {min(1, self.seen/self.images):.0%} of epoch {self.done + 1}')
 
     def teacher(self, done:int, total:int)->None: # views of the present stretch: answered, in all
-        if done <= self.answered: self.asked_since = time.monotonic() # a new stretch
+        if done <= self.answered: self.stretch_begun = time.monotonic() # a new stretch
         self.answered = done
-        left = tqdm.format_interval((time.monotonic() - self.asked_since)*(total/done - 1))
-        self.now_and_then(f'teacher: {done:,} of {total:,} views answered, ETA {left}')
+        left = tqdm.format_interval((time.monotonic() - self.stretch_begun)*(total/done - 1))
+        self.say_seldom(f'teacher: {done:,} of {total:,} views answered, ETA {left}')
 
     def epoch(self, row:dict)->None:
         shown = 'train_top1', 'val_top1', 'test_top1', 'knn_test_top1', 'linear_test_top1'
         names = [n for n in shown if row.get(n) is not None]
         text = f"loss {row['train_loss']:.3f}  " + '  '.join(f'{n[:-5]} {row[n]:.1%}' for n in names)
-        self.done, self.seen, self.spoke = row['epoch'] + 1, 0, time.monotonic()
+        self.done, self.seen, self.last_line = row['epoch'] + 1, 0, time.monotonic()
         if not self.shown: return
         self.seconds.append(row['seconds'])
         done = self.done
