@@ -96,9 +96,9 @@ def study_cells(study:Study)->list[Cell]:
         for first in after[name]:
             numbers = [n for n, (other, _) in enumerate(made) if other == first]
             same = [n for n in numbers if made[n][1].chosen.get('seed') == cell.chosen.get('seed')]
-            cell.after += same or numbers
-            if len(same or numbers) == 1:
-                cell.wanted[f'{study.name}/{first}'] = named_fields(made[(same or numbers)[0]][1])
+            makers = same or numbers
+            cell.after += makers
+            if len(makers) == 1: cell.wanted[f'{study.name}/{first}'] = named_fields(made[makers[0]][1])
         if preset := cell.chosen.get('preset', cell.declared.get('preset')): cell.recipe = preset_parts(preset)
     return [cell for _, cell in made]
 

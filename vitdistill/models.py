@@ -118,8 +118,8 @@ def try_size(model:nn.Module, name:str, size:int)->None: # on the CPU
         with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size))
     except Exception as e: # whatever a layer raises
         reason = str(e).splitlines()[0].partition(': ' if isinstance(e, VitdistillError) else '\n')[0] # not its advice
-        raise VitdistillError(f'{name} can not take images of {size} px ({reason}): give a larger image_size or '
-                              'student_size (teacher_size of a teacher), or another model.') from None
+        raise VitdistillError(f'{name} can not take images of {size} px ({reason}): give a larger image_size, '
+                              'student_size or test_size (teacher_size of a teacher), or another model.') from None
     finally: model.train(training)
 
 # %% ../nbs/02_models.ipynb #02a1b2c3

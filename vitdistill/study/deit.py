@@ -23,7 +23,7 @@ HEADS = {'class': 'class head', 'distillation': 'distillation head', 'softmax': 
 
 def values_by_seed(runs:list[Run], key:str)->pd.DataFrame: # runs: of an arm; key: heads or token_cosines
     "Returns a dict or a list of result.json of the finished runs with two heads, a row a seed."
-    values = {seed: pd.Series(run.result.get(key) or {}) for seed, run in sorted(finished_runs(runs).items())}
+    values = {seed: pd.Series(run.result.get(key) or {}) for seed, run in finished_runs(runs).items()}
     return pd.DataFrame({seed: one for seed, one in values.items() if len(one) > 1}).T
 
 def head_rows(comparisons:list[Comparison])->pd.DataFrame: # difference: from the class head, paired by seed

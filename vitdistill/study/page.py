@@ -128,13 +128,13 @@ def write_index(
 )->Path:
     "Writes index.html: all figures, tables and run records of a folder, and links to executed notebooks below `out`."
     out, rank = Path(out), lambda path: order(path, first)
-    shown, more = Path(source or out), {}
-    if source: more = {
-        'Bench': sorted([*shown.glob('bench/figures/*.svg'), *shown.glob('bench/*.csv')], key=rank),
-        'Run records': [dict(links={}, rows=[record(run, out) for run in find_runs(shown/'runs')], head=RECORD)]}
+    shown = Path(source or out)
     notebooks = [*sorted(out.glob('*.ipynb')), *sorted(out.glob('*/*.ipynb'))]
     links = {path.relative_to(out).as_posix(): address(path, out) for path in notebooks}
-    return write_page(out/'index.html', title, lead, {
-        'Figures': sorted(shown.glob('figures/*.svg'), key=rank),
-        'Tables': sorted(shown.glob('tables/*.md'), key=rank),
-        'Executed notebooks': [dict(links=links)] if links else [], **more})
+    parts = {'Figures': sorted(shown.glob('figures/*.svg'), key=rank),
+             'Tables': sorted(shown.glob('tables/*.md'), key=rank),
+             'Executed notebooks': [dict(links=links)] if links else []}
+    if source: parts |= {
+        'Bench': sorted([*shown.glob('bench/figures/*.svg'), *shown.glob('bench/*.csv')], key=rank),
+        'Run records': [dict(links={}, rows=[record(run, out) for run in find_runs(shown/'runs')], head=RECORD)]}
+    return write_page(out/'index.html', title, lead, parts)

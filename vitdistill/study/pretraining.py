@@ -78,7 +78,7 @@ def spread(values:list[float])->str: # None and NaN don't count
     if not len(values): return ''
     return f'{values.mean():.4g}' + (f' ± {values.std():.2g}' if len(values) > 1 else '')
 
-def _finished(runs): return [run for _, run in sorted(finished_runs(runs).items())] # by seed
+def _finished(runs): return [*finished_runs(runs).values()] # by seed
 
 def arm_rows(encoders:dict[str, list[Run]], models:dict[str, list[Run]])->pd.DataFrame: # arm -> runs, ended or not
     "Returns what each arm cost and reached, mean and standard deviation over seeds; `models` learned from labels."
