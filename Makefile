@@ -38,9 +38,9 @@ test: venv ## check that vitdistill/ matches nbs/, then run all notebooks and te
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_repository.py -k drifted
-	OMP_NUM_THREADS=1 $(call limit,900) $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
-		--durations 25 --durations-min 4 -m "not slow" \
+	OMP_NUM_THREADS=1 $(call limit,900) $(BIN)/python tests/forked.py $(BIN)/nbdev_test --n_workers 3 --timing
+	OMP_NUM_THREADS=1 $(call limit,1500) $(BIN)/python tests/forked.py -m pytest -q -n 3 --dist loadfile \
+		--no-loadscope-reorder --durations 25 --durations-min 4 -m "not slow" -W "ignore:Module already imported" \
 		--deselect tests/test_repository.py::test_export_has_not_drifted tests
 
 test-all: test ## run the slow tests and notebook cells too

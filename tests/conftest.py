@@ -1,11 +1,8 @@
 """What several tests share: tiny runs, subprocesses, the real data where it lies."""
-import functools
 import os
-import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from vitdistill.setup import resolve
 from vitdistill.teachers import untrained
 
 ROOT = repo_root(Path(__file__).parent)
+PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # of a process of its own (forked.py)
 LONGEST = "notebooks analysis own_images kill captions ranks deit_figures real_data pretraining deit hub".split()
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -91,32 +89,18 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def train_command(file, ranks=1, module="train"):
+def train_command(file, ranks=1, module="train", python=sys.executable):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", f"vitdistill.{module}", "--config", str(file)]
-
-
-@functools.cache
-def forked_ranks():
-    """The process that trains on ranks, one for all tests, and its log; it ends when this one does."""
-    log = tempfile.TemporaryFile("a+")
-    return subprocess.Popen([sys.executable, str(ROOT / "tests/forked_ranks.py")], env=environment(), text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log), log
+    return [python, *launcher, "-m", f"vitdistill.{module}", "--config", str(file)]
 
 
 def on_ranks(config, folder, *counts):
     """The finished runs of a config, each on so many gloo ranks."""
     places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
-    process, log = forked_ranks()
     for ranks, here in zip(counts, places):
-        print(ranks, save(here, folder / f"{ranks}.yaml"), file=process.stdin, flush=True)
-        answered = select.select([process.stdout], [], [], 240)[0]
-        if not answered:  # nor may it answer the next test instead; its ranks end with it
-            process.kill()
-            forked_ranks.cache_clear()
-        said = process.stdout.readline() if answered else f"no answer of {ranks} ranks in 240 s"
-        log.seek(0)
-        assert said == "ok\n", said + log.read()[-2000:]
+        done = subprocess.run(train_command(save(here, folder / f"{ranks}.yaml"), ranks), env=environment(), text=True,
+                              capture_output=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
     return [run_of(here) for here in places]
 
 

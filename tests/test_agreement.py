@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from conftest import record
-from forked_notebooks import analyse
+from test_notebooks import execute
 from vitdistill.config import Config
 
 FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_teacher"]
@@ -13,7 +13,7 @@ TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 def looked_at(folder, **parameters):
     """Everything that the notebook says, and the folder of what it wrote."""
-    notebook = analyse("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), **parameters)
+    notebook = execute("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), **parameters)
     said = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
     return said, folder / "out"
 

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, record
 
-from forked_notebooks import analyse
-from test_notebooks import said
+from test_notebooks import execute, said
 from vitdistill.cli import analysis_parameters
 from vitdistill.config import Config, shipped_names
 
@@ -51,7 +50,7 @@ def rebuilt(tmp_path_factory):
 
     @functools.cache
     def build(name):
-        analyse(name, folder / f"{name}.ipynb", **FIGURES[name] | dict(out=str(folder / name)))
+        execute(name, folder / f"{name}.ipynb", **FIGURES[name] | dict(out=str(folder / name)))
         return folder / name
 
     return build
@@ -91,7 +90,7 @@ def test_every_page_of_reports_is_still_written(rebuilt):
 
 @pytest.mark.slow
 def test_paper_analysis_without_runs_says_so(tmp_path):
-    notebook = analyse("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"),
+    notebook = execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "none"),
                        out=str(tmp_path / "out"))
     assert f"No runs in {tmp_path / 'none'}: only what was published is shown" in said(notebook)
     assert (tmp_path / "out/index.html").is_file() and (tmp_path / "out/figures/figure4.svg").is_file()
@@ -148,7 +147,7 @@ def test_trends_analysis_says_what_is_cut_short(tmp_path):
     with (last / "metrics.csv").open("a") as file:
         file.write("50,0.")
     (curve_run(tmp_path / "runs", np.sqrt, seed=3) / "config.yaml").write_text("learning_rat: 1")
-    text = said(analyse("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
+    text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
                         out=str(tmp_path / "out"), bootstraps=20))
     assert f"Cut short: {last.name} is interrupted, 50 of 60" in text and "Left out: the config of baseline" in text
     for name in ("published", "plateau", "laws", "backtest", "crossover"):
@@ -170,7 +169,7 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
     for seed in (1, 2):
         for way in ({}, taught):
             curve_run(tmp_path / "runs", lambda e: 0.1 + 0.15 * np.log(e) + 0.002 * len(way), seed, done=12, **way)
-    analyse("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+    execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
             bootstraps=20)
     crossings = pd.read_csv(tmp_path / "out/tables/trends_crossovers.csv")
     assert len(crossings) and set(crossings.measured) == {"the lead may be chance"}
@@ -178,7 +177,7 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
 
 @pytest.mark.slow
 def test_trends_analysis_without_runs_says_so(tmp_path):
-    text = said(analyse("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "none"),
+    text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "none"),
                         out=str(tmp_path / "out")))
     assert "only what was published is shown" in text and "epoch 397.7" in text and "epoch 2,981" in text
     drawn = sorted(path.name for path in (tmp_path / "out/figures").glob("*.svg"))
@@ -202,7 +201,7 @@ def test_figure4_on_the_papers_axes(tmp_path):
     """Both laws over the epochs that both arms have; the crossover; Table 1 to the letter, or why not."""
     papers_pair(tmp_path / "runs", -0.03)
     (curve_run(tmp_path / "runs", lambda e: 0.5) / "arms.json").unlink()  # of no study: not in the figure
-    analyse("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     laws = pd.read_csv(tmp_path / "out/tables/trendlines.csv").set_index("curve")
     assert (laws.loc[["baseline, measured", "distilled, measured"], "fitted to epochs"] == "1 to 140").all()
     assert laws.loc["baseline, published", "R²"] == 0.662 and laws.loc["distilled, published", "R²"] == 0.962
@@ -223,7 +222,7 @@ def test_figure4_on_the_papers_axes(tmp_path):
 def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
     """Two epochs and one: drawn, without laws; nothing is read off them."""
     papers_pair(tmp_path / "runs", 0.0, (2, 1), (1,))
-    text = said(analyse("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out")))
+    text = said(execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out")))
     assert "the logarithm needs 3 epochs, this curve has 1" in text
     assert len(pd.read_csv(tmp_path / "out/tables/crossovers.csv")) == 1  # the published one
     assert "1 of 150 epochs" in (tmp_path / "out/figures/figure4.svg").read_text()

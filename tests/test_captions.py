@@ -1,6 +1,7 @@
 """Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad input."""
 import json
 import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import assert_same, environment, run_of, train_command, wait_until
+from conftest import PYTHON, assert_same, environment, run_of, train_command, wait_until
 from test_notebooks import execute
 from vitdistill.captioning import STEPS, caption_files, prepare_captions
 from vitdistill.captions import create_decoder
@@ -53,8 +54,8 @@ def alone(config):
     return train(config, steps=STEPS)
 
 
-def start(config, file, ranks=1):
-    command = train_command(save(config, file), ranks, "captioning")
+def start(config, file, ranks=1, python=sys.executable):
+    command = train_command(save(config, file), ranks, "captioning", python)
     return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -63,7 +64,7 @@ def test_killed_run_writes_the_same_captions(config, alone, place):
     dropout = config.decoder_kwargs | dict(resid_pdrop=0.1)
     cut = replace(config, runs_dir=str(place / "cut"), epochs=12, decoder_kwargs=dropout)
     one = train(replace(cut, runs_dir=str(place / "whole")), steps=STEPS)
-    process = start(cut, place / "cut.yaml")
+    process = start(cut, place / "cut.yaml", python=PYTHON)
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 60)
     process.kill()
     process.wait()

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, record
+from test_notebooks import execute
 from safetensors.torch import save_file
 
-from forked_notebooks import analyse
 from vitdistill.config import Config, VitdistillError
 
 ONE, TWO = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
@@ -37,7 +37,7 @@ def finished_run(root, top1, *arms, result=(), **over):
 def tables(root, **parameters):
     """Runs the notebook on the records; returns a function that reads a table, by arm."""
     (root / "runs").mkdir(exist_ok=True)
-    analyse("a06_deit", root / "a06.ipynb", reports=str(root / "runs"), out=str(root / "out"), **parameters)
+    execute("a06_deit", root / "a06.ipynb", reports=str(root / "runs"), out=str(root / "out"), **parameters)
     return lambda name, index="arm": pd.read_csv(root / f"out/tables/deit_{name}.csv").set_index(index)
 
 
@@ -66,7 +66,7 @@ def test_weights_without_position_embeddings_are_one_sentence(tmp_path):
     (tmp_path / "runs").mkdir()
     save_file(dict(weight=torch.ones(1)), tmp_path / "other.safetensors")
     with pytest.raises(VitdistillError, match="holds no position embeddings of 14 x 14 patches: name the weights"):
-        analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+        execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
                 bench=str(tmp_path / "bench"), trained_positions=str(tmp_path / "other.safetensors"))
     assert not (tmp_path / "bench/positions.csv").exists()
 
@@ -76,7 +76,7 @@ def test_figures_that_are_measured(tmp_path):
     """Asked to measure, it times Figure 1's models here; of named weights it tells how position embeddings shorten."""
     (tmp_path / "runs").mkdir()
     save_file(dict(pos_embed=torch.ones(1, 2 + 14 * 14, 8)), tmp_path / "alike.safetensors")
-    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
+    execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
             bench=str(tmp_path / "bench"), measure=True, batch=1, passes=1,
             trained_positions=str(tmp_path / "alike.safetensors"))
     positions = pd.read_csv(tmp_path / "bench/positions.csv").set_index("positions")

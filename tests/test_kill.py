@@ -11,7 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of, train_command, wait_until
+from conftest import PYTHON, ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of, train_command
+from conftest import wait_until
 from vitdistill.config import save
 from vitdistill.launch import failure
 from vitdistill.train import train
@@ -21,8 +22,8 @@ NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
 
 
 def start(config, file, ranks=1):
-    return subprocess.Popen(train_command(save(config, file), ranks), env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = train_command(save(config, file), ranks, python=PYTHON)
+    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def kill(process):
@@ -123,7 +124,7 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
 def test_killed_papermill_leaves_no_process(tmp_path, end):
     """Papermill is killed or interrupted: within 10 s neither its kernel nor torchrun nor a rank is left."""
     notebook = ROOT / "nbs/experiments/e01_baseline_resnet50.ipynb"
-    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
+    command = [PYTHON, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "--cwd", str(ROOT),
                "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"),
                "-p", "work_dir", str(tmp_path / "work")]
     # a shell's background job ignores SIGINT, and its children inherit that

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from conftest import record
-from forked_notebooks import analyse
-from test_notebooks import said
+from test_notebooks import execute, said
 from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
@@ -206,7 +205,7 @@ def made_up(folder, slower=()):
 def test_notebook_says_how_fast_attention_is(tmp_path):
     """Where time is multiply-adds HiLo is as much faster as it has fewer; else a third of that."""
     made_up(tmp_path / "bench", slower=["HiLo, alpha 0.5"])
-    analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
+    execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
             reports=str(tmp_path / "none"))
     faster = pd.read_csv(tmp_path / "out/tables/hilo_goal.csv").set_index(["contender", "image (px)"])["faster (times)"]
     assert [round(faster[f"HiLo, alpha {alpha}", 1024], 2) for alpha in (0.5, 0.9)] == [1.56, 3.66]
@@ -220,7 +219,7 @@ def test_notebook_says_how_fast_attention_is(tmp_path):
 
 @pytest.mark.slow
 def test_notebook_without_a_record_says_so(tmp_path):
-    notebook = analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"))
+    notebook = execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"))
     assert "only what can be counted is shown. Run make bench-attention" in said(notebook)
     assert (tmp_path / "out/figures/hilo_networks.svg").is_file()
     assert not (tmp_path / "out/tables/hilo_goal.csv").exists()
@@ -277,7 +276,7 @@ def test_notebook_compares_teachers_with_the_plain_student(tmp_path):
         record(configure("teacher", cell.declared | cell.chosen | where), cell.arm, test_top1=right)
     for seed in (1, 2):
         record(preset("small", "baseline", t_max=0, lr=0.02, seed=seed, **where), "small_tuned/plain", test_top1=0.35)
-    analyse("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"),
+    execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"),
             reports=str(tmp_path / "runs"))
     rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index(["arm", "other"]).difference
     assert rows.to_dict() == pytest.approx({("LITv2", "plain ResNet-18"): 0.25, ("DeiT", "plain ResNet-18"): -0.05})

@@ -12,7 +12,6 @@ import timm
 import yaml
 
 from conftest import ROOT
-from forked_notebooks import analyse
 from vitdistill.config import preset
 from vitdistill.grids import grid_cells, run_batch
 from vitdistill.runs import find_runs
@@ -26,8 +25,8 @@ SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
 
 def execute(name, output, cwd=ROOT, arm="", **parameters):
     os.environ["VITDISTILL_ARM"] = arm
-    notebook = str(EXPERIMENTS / f"{name}.ipynb")
-    papermill.execute_notebook(notebook, str(output), parameters, cwd=str(cwd), progress_bar=False)
+    notebook, = (ROOT / "nbs").glob(f"*/{name}.ipynb")
+    papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
     return json.loads(output.read_text())
 
 
@@ -69,7 +68,7 @@ def test_study_runs_by_papermill(study):
 
 
 def test_paper_analysis_draws_the_runs(study):
-    analyse("a01_paper", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
+    execute("a01_paper", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
     for name in ("figure1", "figure2", "figure3", "figure4"):
         assert (study / "out/figures" / f"{name}.svg").stat().st_size > 10_000
     table = (study / "out/tables/timing.csv").read_text()
@@ -79,7 +78,7 @@ def test_paper_analysis_draws_the_runs(study):
 
 def test_the_pair_is_compared(study, tmp_path):
     """The difference of two runs on the digits is that of their records; one seed has an interval over test images."""
-    analyse("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
+    execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
     row, = pd.read_csv(tmp_path / "tables/pair.csv").itertuples()
@@ -126,7 +125,7 @@ def test_deit_notebook(tmp_path):
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
     assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
     assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # added
-    analyse("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     heads = pd.read_csv(tmp_path / "out/tables/deit_heads.csv").set_index("head").top1
     for name, head in {"class head": "class", "softmaxes added": "softmax"}.items():
         assert heads[name] == run.result["heads"][head]

@@ -12,7 +12,6 @@ import torch
 
 from conftest import ROOT, assert_same, elsewhere, environment, on_ranks, processes_mentioning, run_of
 from conftest import record, train_command, wait_until
-from forked_notebooks import analyse
 from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, preset, save
 from vitdistill.grids import grid_cells, missing_weights
@@ -256,7 +255,7 @@ def test_analysis_compares_arms_of_its_studies(made_up, tmp_path):
         record(preset("can", "baseline", seed=seed, **made_up), "small_tuned/plain", seconds=60.0, test_top1=0.41)
         record(Config(**answers, **made_up, seed=seed), "can_students/taught by CAN's model", seconds=60.0,
                test_top1=0.4 + seed / 50)
-    analyse("a08_can", tmp_path / "a08.ipynb", reports=made_up["runs_dir"], out=str(tmp_path / "out"))
+    execute("a08_can", tmp_path / "a08.ipynb", reports=made_up["runs_dir"], out=str(tmp_path / "out"))
 
     def table(name):
         return pd.read_csv(tmp_path / f"out/tables/can_{name}.csv").set_index(["arm", "other"][:1 + (name in compared)])
@@ -284,7 +283,7 @@ def test_analysis_compares_arms_of_its_studies(made_up, tmp_path):
 def test_analysis_compares_the_arms_of_a_file_of_ones_own(made_up, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("measure: linear_test_top1\narms: {mine: {runs: ['pretrain-*-s2-*']}, CAN: can_pretrain/CAN}\n")
-    analyse("a08_can", tmp_path / "a08.ipynb", study=str(file), reports=made_up["runs_dir"], out=str(tmp_path / "out"))
+    execute("a08_can", tmp_path / "a08.ipynb", study=str(file), reports=made_up["runs_dir"], out=str(tmp_path / "out"))
     arms = pd.read_csv(tmp_path / "out/tables/can_arms.csv").set_index("arm")
     assert float(arms["linear probe, test"]["CAN"]) == 0.3 and arms.seeds["mine"] == 1
     assert not (tmp_path / "out/tables/can_differences.csv").exists()  # the file compares none
@@ -338,7 +337,7 @@ def test_chain_of_notebooks(tmp_path):
             student="resnet18", epochs=1, **where)
     pupil = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "distilled")
     assert pupil.result["teacher_top1"] == pytest.approx(tuned.result["held_out_top1"], abs=1e-4)
-    analyse("a08_can", tmp_path / "a08.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    execute("a08_can", tmp_path / "a08.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     assert (tmp_path / "out/figures/can_reconstructions.svg").stat().st_size > 5_000
     table = (tmp_path / "out/tables/can_arms.md").read_text()
     assert f"{encoder.result['linear_test_top1']:.4g}" in table and encoder.name in table

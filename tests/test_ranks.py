@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 
-from conftest import ROOT, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command, wait_until
+from conftest import assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from vitdistill.config import save
 from vitdistill.launch import rank_command
 
@@ -44,26 +44,26 @@ def test_uneven_last_batch_is_weighted(tiny, tmp_path):
 LATE = """
 import sys, time
 from datetime import timedelta
-sys.path.insert(0, {tests!r})
 import torch.distributed.distributed_c10d as c10d
-import forked_ranks
 from vitdistill import ranks, train
+file, patience = sys.argv[1:]
 c10d._get_default_timeout = lambda backend: timedelta(seconds=5)
 finish = train.finish
 train.finish = lambda *args: (time.sleep(10), finish(*args))
-print(forked_ranks.train(2, {files[0]!r}))
-ranks.PATIENCE = timedelta(seconds=5)
-print(forked_ranks.train(2, {files[1]!r}))
+ranks.PATIENCE = timedelta(seconds=int(patience))
+sys.exit(train.main(["--config", file]))
 """
 
 
 def test_ranks_wait_for_one_that_finishes(tiny, tmp_path):
     """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a sentence."""
-    places = {name: elsewhere(replace(tiny, epochs=1), tmp_path / name) for name in ("well", "late")}
-    files = [str(save(config, tmp_path / f"{name}.yaml")) for name, config in places.items()]
-    command = [sys.executable, "-c", LATE.format(tests=str(ROOT / "tests"), files=files)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.stdout.split() == ["False", "True"], done.stderr[-2000:]  # whether they failed
+    (script := tmp_path / "late.py").write_text(LATE)
+    for patience, failed in ((60, False), (5, True)):
+        file = save(elsewhere(replace(tiny, epochs=1), tmp_path / str(patience)), tmp_path / f"{patience}.yaml")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+        done = subprocess.run([*command, file, str(patience)], env=environment(), capture_output=True, text=True,
+                              timeout=240)
+        assert bool(done.returncode) == failed, done.stderr[-2000:]
     assert "[rank 1] rank 1 waited 5 s for the others and gave up: see in the log" in done.stderr
     assert "[rank 1] Traceback" not in done.stderr
 

@@ -17,7 +17,7 @@ uv venv -q --python "$python" "$folder/env"
 
 with() { # with EXTRAS TEST...: the tests in an environment with these extras
     uv pip install -q --system-certs --upgrade --resolution "$resolution" --python "$folder/env" -e ".[$1]"
-    uv pip install -q --system-certs --python "$folder/env" pytest execnb
+    uv pip install -q --system-certs --python "$folder/env" pytest
     uv pip freeze -q --python "$folder/env" | grep -v nvidia | paste -sd ' '
     "$folder/env/bin/python" -m pytest -q -p no:cacheprovider -m "" --durations 0 --durations-min 5 "${@:2}"
 }

@@ -1,0 +1,157 @@
+"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but each Python below it is a fork of this process.
+
+This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork imports the
+package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and standard streams here,
+passes signals on, and ends as its fork ends. `python -c CODE` starts a new process. So do tests that look for processes
+or kill them, with conftest.PYTHON. It needs Linux: elsewhere nothing is forked.
+"""
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+import warnings
+from pathlib import Path
+
+IMPORTED = ("ipykernel.zmqshell ipywidgets papermill scipy.stats seaborn sklearn.metrics timm torch._dynamo "
+            "torch.distributed.run torchvision.transforms.v2").split()
+READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_"  # an environment that differs in these gets a new process
+SCRIPT = """#!{python} -IS
+import json, os, signal, socket, sys
+if sys.argv[1] == '-c':
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect({place!r})
+asked = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [len(asked).to_bytes(8, 'big')], [0, 1, 2])
+server.sendall(asked)
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+    signal.signal(number, lambda number, frame: server.send(bytes([number])))
+status = int(server.recv(9) or 255)
+if status >= 0:
+    os._exit(status)
+if -status != signal.SIGKILL:
+    signal.signal(-status, signal.SIG_DFL)
+os.kill(os.getpid(), -status)
+"""
+
+
+def serve(arguments):
+    """Ends as `python ARGUMENTS` does; in each fork, returns the arguments that a script has sent."""
+    folder = Path(tempfile.mkdtemp(prefix="forked-"))
+    python, place, forks = folder / "python", str(folder / "socket"), []
+    python.write_text(SCRIPT.format(python=sys.executable, place=place))
+    python.chmod(0o700)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen(64)
+    first = subprocess.Popen([python, *arguments], env=os.environ | dict(VITDISTILL_PYTHON=sys.executable))
+    ended = os.pidfd_open(first.pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too, and decides
+    signal.signal(signal.SIGTERM, lambda number, frame: first.send_signal(number))
+    while ended not in select.select([listener, ended], [], [])[0]:
+        script = listener.accept()[0]
+        forks = [child for child in forks if not os.waitpid(child, os.WNOHANG)[0]]
+        if not (child := os.fork()):
+            listener.close()
+            return become(script, python)
+        forks.append(child)
+        script.close()
+    shutil.rmtree(folder)
+    status = first.wait()
+    os._exit(status if status >= 0 else 128 - status)
+
+
+def become(script, python):
+    """In a child of this fork, returns the script's arguments, with its folder, environment and streams."""
+    os.setsid()  # a terminal's signals reach the script, which passes them on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    size, streams, *_ = socket.recv_fds(script, 8, 3)
+    words, folder, environment = json.loads(script.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    if child := os.fork():
+        watch(script, child)
+    script.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    if any(name.startswith(READ_AT_IMPORT) for name, _ in os.environ.items() ^ environment.items()):
+        os.execve(sys.executable, [sys.executable, *words], environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.executable = str(python)
+    return words
+
+
+def watch(script, child):
+    """Passes signals of a script on to the child and ends with it; kills the child if the script ends first."""
+    ended, received = os.pidfd_open(child), True
+    while received and ended not in select.select([script, ended], [], [])[0]:
+        received = script.recv(1)
+        os.kill(child, received[0] if received else signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        script.sendall(str(status).encode())
+    os._exit(0)
+
+
+def run(words):
+    """What `python WORDS` runs, with -m, -c or a file."""
+    for number, (name, mode) in enumerate(dict(stdin="r", stdout="w", stderr="w").items()):
+        setattr(sys, name, open(number, mode, 1, closefd=False))
+        setattr(sys, f"__{name}__", getattr(sys, name))
+    words = [word for n, word in enumerate(words) if n or word != "-u"]  # streams are written line by line
+    kind, target = words[:2] if words[0].startswith("-") else ("", words[0])
+    sys.path[0] = "" if kind else str(Path(target).resolve().parent)
+    sys.argv = [kind or target, *words[1 + bool(kind):]]
+    if target == "ipykernel_launcher":  # which sets it in the environment, for matplotlib's import
+        sys.modules["matplotlib"].rcParams["backend"] = "module://matplotlib_inline.backend_inline"
+    if kind == "-m":
+        warnings.filterwarnings("ignore", ".*found in sys.modules", module="runpy")
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(target, "<string>", "exec"), main.__dict__)
+    else:
+        runpy.run_path(target, run_name="__main__")
+
+
+def status_of(words):
+    """The exit status after `run`; errors are printed as an interpreter prints them."""
+    try:
+        run(words)
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.platform != "linux":
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()
+    status = status_of(serve(sys.argv[1:]))
+    threading._shutdown()  # as an interpreter ends, but without a last look at each object, which takes 2 seconds
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status & 255)
