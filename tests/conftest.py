@@ -16,7 +16,7 @@ from vitdistill.setup import resolve
 from vitdistill.teachers import untrained
 
 ROOT = repo_root(Path(__file__).parent)
-PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # of a process of its own (forked.py)
+PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # starts a new process, under forked.py too
 LONGEST = "notebooks analysis own_images kill captions ranks deit_figures real_data pretraining deit hub".split()
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -94,12 +94,12 @@ def train_command(file, ranks=1, module="train", python=sys.executable):
     return [python, *launcher, "-m", f"vitdistill.{module}", "--config", str(file)]
 
 
-def on_ranks(config, folder, *counts):
+def on_ranks(config, folder, *counts, python=sys.executable):
     """The finished runs of a config, each on so many gloo ranks."""
     places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
     for ranks, here in zip(counts, places):
-        done = subprocess.run(train_command(save(here, folder / f"{ranks}.yaml"), ranks), env=environment(), text=True,
-                              capture_output=True, timeout=240)
+        command = train_command(save(here, folder / f"{ranks}.yaml"), ranks, python=python)
+        done = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
     return [run_of(here) for here in places]
 

@@ -1,9 +1,9 @@
-"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but each Python below it is a fork of this process.
+"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but the processes that it starts are forks of this one.
 
 This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork imports the
 package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and standard streams here,
-passes signals on, and ends as its fork ends. `python -c CODE` starts a new process. So do tests that look for processes
-or kill them, with conftest.PYTHON. It needs Linux: elsewhere nothing is forked.
+passes signals on, and ends with its fork. That the package forgets to import such a library does not show in a fork.
+`python -c CODE` is a new process; so is conftest.PYTHON, for tests that kill. Without Linux, all are new.
 """
 import atexit
 import contextlib
@@ -21,25 +21,32 @@ import sys
 import tempfile
 import threading
 import traceback
-import types
 import warnings
 from pathlib import Path
 
 IMPORTED = ("ipykernel.zmqshell ipywidgets papermill scipy.stats seaborn sklearn.metrics timm torch._dynamo "
             "torch.distributed.run torchvision.transforms.v2").split()
-READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_"  # an environment that differs in these gets a new process
-SCRIPT = """#!{python} -IS
+READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_", "TMPDIR"  # if one of these differs, a new process starts
+SCRIPT = """#!/bin/sh
+'''exec' "{python}" -IS "$0" "$@"
+' '''
 import json, os, signal, socket, sys
-if sys.argv[1] == '-c':
+if sys.argv[1][0] == '-' and sys.argv[1] not in ('-m', '-u'):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-server = socket.socket(socket.AF_UNIX)
+parent, status, server = os.getppid(), None, socket.socket(socket.AF_UNIX)
 server.connect({place!r})
 asked = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [len(asked).to_bytes(8, 'big')], [0, 1, 2])
 server.sendall(asked)
-for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+for number in signal.SIGHUP, signal.SIGINT, signal.SIGTERM:
     signal.signal(number, lambda number, frame: server.send(bytes([number])))
-status = int(server.recv(9) or 255)
+server.settimeout(1)
+while status is None:
+    try:
+        status = int(server.recv(9) or 255)
+    except TimeoutError:
+        if os.getppid() != parent:  # the fork can't see that its launcher has ended
+            os._exit(3)
 if status >= 0:
     os._exit(status)
 if -status != signal.SIGKILL:
@@ -48,7 +55,7 @@ os.kill(os.getpid(), -status)
 """
 
 
-def serve(arguments):
+def serve(arguments, environment):
     """Ends as `python ARGUMENTS` does; in each fork, returns the arguments that a script has sent."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
     python, place, forks = folder / "python", str(folder / "socket"), []
@@ -57,7 +64,7 @@ def serve(arguments):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)
     listener.listen(64)
-    first = subprocess.Popen([python, *arguments], env=os.environ | dict(VITDISTILL_PYTHON=sys.executable))
+    first = subprocess.Popen([python, *arguments], env=environment | dict(VITDISTILL_PYTHON=sys.executable))
     ended = os.pidfd_open(first.pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too, and decides
     signal.signal(signal.SIGTERM, lambda number, frame: first.send_signal(number))
@@ -66,9 +73,13 @@ def serve(arguments):
         forks = [child for child in forks if not os.waitpid(child, os.WNOHANG)[0]]
         if not (child := os.fork()):
             listener.close()
+            os.close(ended)
             return become(script, python)
         forks.append(child)
         script.close()
+    for child in forks:  # what an interrupted test has left
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     shutil.rmtree(folder)
     status = first.wait()
     os._exit(status if status >= 0 else 128 - status)
@@ -76,8 +87,9 @@ def serve(arguments):
 
 def become(script, python):
     """In a child of this fork, returns the script's arguments, with its folder, environment and streams."""
-    os.setsid()  # a terminal's signals reach the script, which passes them on
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setsid()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
     size, streams, *_ = socket.recv_fds(script, 8, 3)
     words, folder, environment = json.loads(script.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     if child := os.fork():
@@ -97,7 +109,7 @@ def become(script, python):
 
 
 def watch(script, child):
-    """Passes signals of a script on to the child and ends with it; kills the child if the script ends first."""
+    """Passes the script's signals on to the child and ends after it; kills the child if the script ends first."""
     ended, received = os.pidfd_open(child), True
     while received and ended not in select.select([script, ended], [], [])[0]:
         received = script.recv(1)
@@ -109,28 +121,27 @@ def watch(script, child):
 
 
 def run(words):
-    """What `python WORDS` runs, with -m, -c or a file."""
-    for number, (name, mode) in enumerate(dict(stdin="r", stdout="w", stderr="w").items()):
-        setattr(sys, name, open(number, mode, 1, closefd=False))
+    """What `python WORDS` runs: a module, a file, or the code of an xdist worker, which comes as `-u -c CODE`."""
+    for number, name in enumerate(["stdin", "stdout", "stderr"]):  # written line by line, as with -u
+        setattr(sys, name, open(number, "w" if number else "r", 1, errors="backslashreplace", closefd=False))
         setattr(sys, f"__{name}__", getattr(sys, name))
-    words = [word for n, word in enumerate(words) if n or word != "-u"]  # streams are written line by line
+    words = words[words[0] == "-u":]
     kind, target = words[:2] if words[0].startswith("-") else ("", words[0])
-    sys.path[0] = "" if kind else str(Path(target).resolve().parent)
     sys.argv = [kind or target, *words[1 + bool(kind):]]
-    if target == "ipykernel_launcher":  # which sets it in the environment, for matplotlib's import
+    sys.path[0] = os.getcwd() if kind else str(Path(target).resolve().parent)
+    if target == "ipykernel_launcher":  # the launcher sets it in the environment, which matplotlib reads at import
         sys.modules["matplotlib"].rcParams["backend"] = "module://matplotlib_inline.backend_inline"
     if kind == "-m":
         warnings.filterwarnings("ignore", ".*found in sys.modules", module="runpy")
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     elif kind == "-c":
-        sys.modules["__main__"] = main = types.ModuleType("__main__")
-        exec(compile(target, "<string>", "exec"), main.__dict__)
+        exec(compile(target, "<string>", "exec"), {"__name__": "__main__"})
     else:
         runpy.run_path(target, run_name="__main__")
 
 
 def status_of(words):
-    """The exit status after `run`; errors are printed as an interpreter prints them."""
+    """The exit status after `run`; errors are printed."""
     try:
         run(words)
     except SystemExit as end:
@@ -147,11 +158,14 @@ def status_of(words):
 if __name__ == "__main__":
     if sys.platform != "linux":
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    given = dict(os.environ)  # imports add to it
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()
-    status = status_of(serve(sys.argv[1:]))
+    status = status_of(serve(sys.argv[1:], given))
     threading._shutdown()  # as an interpreter ends, but without a last look at each object, which takes 2 seconds
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in sys.__stdout__, sys.__stderr__:
+        with contextlib.suppress(ValueError):  # closed
+            stream.flush()
     os._exit(status & 255)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from test_notebooks import execute, said
 from test_recipes import blocks
 from vitdistill import api
@@ -135,7 +135,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path
 def test_a_reader_that_stops_is_no_error(job):
     out, _, _ = job
     run = next(run for run in find_runs(out / "runs") if "mine/plain" in run.arms)
-    command = f"PYTHONUNBUFFERED= {sys.executable} -m vitdistill.cli predict {run.model} {out / 'data/val'} | head -n 0"
+    command = f"PYTHONUNBUFFERED= {PYTHON} -m vitdistill.cli predict {run.model} {out / 'data/val'} | head -n 0"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert "BrokenPipe" not in done.stderr, done.stderr
 
