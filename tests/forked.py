@@ -55,6 +55,17 @@ os.kill(os.getpid(), -status)
 """
 
 
+def free_port(cache, ip):
+    """A port for a kernel that no other process picks: jupyter_client frees it before the kernel binds it."""
+    first = 10_000 + 50 * (os.getpid() % 400)
+    for port in set(range(first, first + 50)) - cache.currently_used_ports:
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind((ip, port))
+            cache.currently_used_ports.add(port)
+            return port
+    raise OSError(f"no port from {first} to {first + 49} is free")
+
+
 def serve(arguments, environment):
     """Ends as `python ARGUMENTS` does; in each fork, returns the arguments that a script has sent."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
@@ -161,6 +172,7 @@ if __name__ == "__main__":
     given = dict(os.environ)  # imports add to it
     for name in IMPORTED:
         importlib.import_module(name)
+    sys.modules["jupyter_client.connect"].LocalPortCache.find_available_port = free_port
     gc.freeze()
     status = status_of(serve(sys.argv[1:], given))
     threading._shutdown()  # as an interpreter ends, but without a last look at each object, which takes 2 seconds
