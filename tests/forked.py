@@ -3,7 +3,7 @@
 This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork imports the
 package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and standard streams here,
 passes signals on, and ends with its fork. That the package forgets to import such a library does not show in a fork.
-`python -c CODE` is a new process; so is conftest.PYTHON, for tests that kill. Without Linux, all are new.
+`python -c CODE` is a new process; so is conftest.PYTHON, for tests that kill. Outside Linux nothing is forked.
 """
 import atexit
 import contextlib
