@@ -7,8 +7,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'Message', 'VitdistillError', 'Int
            'repo_root', 'from_root', 'from_here', 'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic',
            'cgroup_limit', 'cores', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields', 'CaptionFields',
            'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config', 'field_names', 'check',
-           'from_dict', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
-           'student_name', 'run_name']
+           'from_dict', 'refuse_repeats', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save',
+           'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
@@ -402,13 +402,30 @@ def from_dict(values:dict, source:str='')->Config:
 # %% ../nbs/00_config.ipynb #2eb0b684
 _safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the C loader is eight times as fast
 
+def refuse_repeats(node:yaml.Node)->None:
+    "Raises a `yaml.MarkedYAMLError` if a key stands twice in a mapping: PyYAML would drop the first."
+    if not isinstance(node, yaml.CollectionNode): return
+    seen = []
+    for child in node.value:
+        if isinstance(node, yaml.MappingNode):
+            key, child = child
+            if key.value in seen: raise yaml.MarkedYAMLError(problem=f'{key.value!r} stands twice',
+                                                             problem_mark=key.start_mark)
+            seen.append(key.value)
+        refuse_repeats(child)
+
 def load_yaml(path:Path, loader:type=_safe_loader): # -> the parsed content
     "Returns the content of a YAML file; an unreadable or damaged file raises a `VitdistillError`."
-    try: return yaml.load(path.read_text(encoding='utf-8'), loader)
+    try:
+        maker = loader(path.read_text(encoding='utf-8'))
+        if (node := maker.get_single_node()) is None: return None # an empty file
+        refuse_repeats(node)
+        return maker.construct_document(node)
     except OSError as e:
         raise VitdistillError(f'no config file at {path} ({e.strerror}): give the path of a YAML file.') from None
     except (yaml.YAMLError, ValueError) as e: # ValueError: an impossible date, or bytes that are not text
-        raise VitdistillError(f'{path} is not YAML ({str(e).splitlines()[0]}): mend that line.') from None
+        where = f'line {e.problem_mark.line + 1}: {e.problem}' if hasattr(e, 'problem_mark') else str(e).splitlines()[0]
+        raise VitdistillError(f'{path} is not YAML ({where}): mend that line.') from None
 
 def read_yaml(path:Path, loader:type=_safe_loader)->dict:
     "Returns the keys and values of a YAML file; a missing, damaged or keyless file raises a `VitdistillError`."
@@ -416,6 +433,7 @@ def read_yaml(path:Path, loader:type=_safe_loader)->dict:
     if not isinstance(values, dict):
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values
+
 
 # %% ../nbs/00_config.ipynb #3d3178d1
 def load(path:str|Path)->Config:
