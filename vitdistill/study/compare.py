@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..config import Config, VitdistillError, defining, field_names, from_here, from_root, shipped_names
 from ..runs import Run, find_run, find_runs
-from ..studies import Study, arm_names, read_study, runs_folder, runs_of, sides, trains
+from ..studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of, sides, trains
 from .figures import save_figure, save_table, style
 from .page import write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
@@ -98,9 +98,11 @@ def load(
 )->Comparison:
     "Returns a study with the runs that are there."
     study = study if isinstance(study, Study) else read_study(study)
-    if runs == '': runs = runs_folder(study.common)
-    records = runs if isinstance(runs, list) else [run for run in find_runs(runs) if run.status != 'unreadable']
-    return Comparison(study, {name: newest(runs_of(study, name, records)) for name in arm_names(study)})
+    if not isinstance(runs, list):
+        places = [study.common, *(parameters_of(study, name)[0] for name, part in study.parts.items() if trains(part))]
+        folders = [runs] if runs else sorted({runs_folder(place) for place in places})
+        runs = [run for folder in folders for run in find_runs(folder) if run.status != 'unreadable']
+    return Comparison(study, {name: newest(runs_of(study, name, runs)) for name in arm_names(study)})
 
 # %% ../../nbs/study/04_compare.ipynb #4032c5c8
 def named(study:Study, arm:str)->list[str]: # with or without what it varies
