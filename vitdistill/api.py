@@ -19,8 +19,8 @@ from .losses import OBJECTIVES, Batch, criterion
 from .models import check_name, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
-from .grids import study_cells
-from .job import (Distilled, check_cells, costs, fitting_side, look, study_of, teacher_part, train,
+from .grids import check_cells, study_cells
+from .job import (Distilled, costs, fitting_side, look, study_of, teacher_part, train,
                             weights_here, costs_in_words, with_test, write_study)
 from .study.compare import write
 from .studies import Study
@@ -114,12 +114,18 @@ class LoadedTeacher(Teacher):
 
     def check(self, loader)->float: # yields (pixels, labels, ...)
         "Returns the share of a loader's images that it answers right; one that seems untrained is a `VitdistillError`."
+        theirs = getattr(getattr(loader, 'dataset', None), 'classes', self.classes)
+        if sorted(theirs) == sorted(self.classes) and [*theirs] != self.classes:
+            raise VitdistillError(f"the loader's classes ({', '.join(theirs[:3])}, ...) stand in another order than "
+                                  f"the teacher's ({', '.join(self.classes[:3])}, ...): number labels as "
+                                  'teacher.classes does.')
         right = torch.cat([self(pixels).argmax(-1).cpu() == labels.cpu() for pixels, labels, *_ in loader])
         share, chance = right.float().mean().item(), 1/len(self.classes)
         if share >= least_accuracy(len(self.classes)): return share
         raise VitdistillError(f'the teacher answers only {share:.1%} of {len(right)} images right (chance '
                               f'{chance:.1%}), so its head seems untrained: fine-tune it first, or give the weights '
-                              'that fit these classes, and as mean_std how the loader normalizes.')
+                              'that fit these classes, labels in the order of teacher.classes, and as mean_std how '
+                              'the loader normalizes.')
 
 def load_teacher(
     weights:str|Path,               # model folder of a run, or hf-hub:OWNER/MODEL of one

@@ -291,9 +291,10 @@ def image_files(
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
     if not (train and test):
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
-    if differ := {*train.classes} ^ {*test.classes}:
-        raise VitdistillError(f'{place}: the classes of train and test differ ({", ".join(sorted(differ)[:5])}){why}: '
-                              'give both the same folders.')
+    for part, one, other in (('train', train, test), ('test', test, train)):
+        if absent := sorted({*other.classes} - {*one.classes}):
+            raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give train and test '
+                                  'the same classes.')
     classes = train.classes or [str(c) for c in range(1 + max(label for *_, label in train.files + test.files))]
     if len(classes) < 2:
         raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['has_runs', 'link_images', 'with_test', 'Images', 'sides_of', 'look', 'fitting_side', 'weights_here',
-           'architecture_of', 'outputs', 'teacher_part', 'study_of', 'write_study', 'costs_in_words', 'config_of',
-           'check_cells', 'seconds_an_image', 'costs', 'measure_teacher', 'train', 'Distilled', 'in_words']
+           'architecture_of', 'outputs', 'teacher_part', 'study_of', 'write_study', 'costs_in_words',
+           'seconds_an_image', 'costs', 'measure_teacher', 'train', 'Distilled', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import os, re, shutil, statistics, tempfile, time
@@ -17,14 +17,15 @@ from tqdm import tqdm
 from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest, write_atomic
 from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image
-from .grids import Cell, model_for
-from .launch import configure, launch, note_run, with_teacher
-from .models import create, head_names, near_models, read_weights, started_from, try_size, weights_file
+from .grids import Cell, config_of, model_for
+from .launch import launch, note_run, with_teacher
+from .models import (create, head_names, load_weights, near_models, read_weights, started_from, try_size,
+                               weights_file)
 from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
 from .runs import Run, find_runs, read_json
-from .setup import auto_device, auto_precision, check_settings, resolve
+from .setup import auto_device, auto_precision, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
 from .study.findings import teacher_calls
@@ -103,14 +104,15 @@ class Images:
                 f'{self.test:,} test images ({whose}). {self.held_out:,} more of train are held out: they measure the '
                 'teacher, and are called val in the records.')
 
-def sides_of(files, most:int=20_000)->list: # files: of a part of the dataset; most: images that are opened
-    "Returns the shorter side of each image, in px; images that can not be read are a `VitdistillError`."
+def sides_of(*parts, most:int=20_000)->list: # parts: files of the dataset's parts; most: images of each that are opened
+    "Returns the shorter side of each image, in px; images whose size can not be read are a `VitdistillError`."
     sides, wrong = [], []
-    for row in np.random.default_rng(0).permutation(len(files))[:most].tolist():
-        try:
-            with files.opener(row) as file, Image.open(file) as image: sides.append(min(image.size))
-        except Exception as e: # Pillow raises almost any exception for a damaged file
-            wrong.append(f'{files.path(row)} ({type(e).__name__})')
+    for files in parts:
+        for row in np.random.default_rng(0).permutation(len(files))[:most].tolist():
+            try:
+                with files.opener(row) as file, Image.open(file) as image: sides.append(min(image.size))
+            except Exception as e: # Pillow raises almost any exception for a damaged file
+                wrong.append(f'{files.path(row)} ({type(e).__name__})')
     if not wrong: return sides
     more = f' and {len(wrong) - 5} more'*(len(wrong) > 5)
     raise VitdistillError(f"these images can not be read: {', '.join(sorted(wrong)[:5])}{more}: replace or remove "
@@ -120,9 +122,8 @@ def look(config:Config, drawn:bool)->Images: # config: of a student; drawn: as i
     "Returns what is in a config's folder of images."
     train, test = list_images(config).values()
     used, held_out = split_rows(torch.tensor([label for *_, label in train.files]), config)
-    sides = sides_of(train) + sides_of(test)
     return Images(Path(config.data_root), train.classes, len(used), len(held_out), len(test),
-                  round(statistics.median(sides)), drawn)
+                  round(statistics.median(sides_of(train, test))), drawn)
 
 # %% ../nbs/10_job.ipynb #9f129d83
 def fitting_side(side:int, gpu:bool=False)->int: # usual shorter side of the images, px; gpu: whether one is here
@@ -171,8 +172,9 @@ def teacher_part(
     model = started_from(teacher) or dict(student=architecture_of(teacher, name), student_kwargs={})
     card, weights = read_card(teacher), teacher if teacher.startswith('hf-hub:') else str(from_root(teacher).resolve())
     by_hand = read_json(weights_folder(teacher)/'config.json').get('label_names') # pixels may be scaled otherwise
-    fits = card['classes'] == classes if card else not by_hand and \
-        outputs(create(model['student'], len(classes), size, **model['student_kwargs']), teacher) == len(classes)
+    made = create(model['student'], len(classes), size, model.get('stem', 'imagenet'), **model['student_kwargs'])
+    fits = card['classes'] == classes if card else not by_hand and outputs(made, teacher) == len(classes)
+    load_weights(made, weights_place(weights), new_head=not fits) # tells whether they are of this architecture
     if model.get('stem') == 'imagenet': del model['stem']
     common = model | dict(student_size=size, student_normalization=(card or {}).get('normalization', 'own'))
     if not fits: return dict(notebook='e00_teacher', student_weights=weights, **common)
@@ -187,6 +189,8 @@ def study_of(
 )->dict:
     "Returns the content of the job's study file; an unknown field is a `VitdistillError`."
     if type(seeds) is not int or seeds < 1: raise VitdistillError(f'seeds = {seeds!r}: give a number, 1 or more.')
+    if 'seed' in given:
+        raise VitdistillError(f"seed = {given['seed']!r} can't be chosen: seeds = {seeds} trains seeds 1 to {seeds}.")
     for name in given:
         if name not in ('preset', *field_names()):
             raise VitdistillError(f'unknown field {name!r}: {nearest(name, field_names())}')
@@ -228,17 +232,6 @@ def costs_in_words(seconds:dict)->str: # of `costs`
     return f'this takes about {total} at the speed that was measured just now: {parts}'
 
 # %% ../nbs/10_job.ipynb #93cd2f13
-def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the like
-    "Returns the config of a cell."
-    return configure(_parts[cell.notebook.stem], {**cell.declared, **cell.chosen, **models})
-
-def check_cells(cells:list[Cell])->None:
-    "Raises `VitdistillError` for settings with which a cell could not train, before the first one trains."
-    for cell in cells: check_settings(config_of(cell))
-
-_parts = dict(e00_teacher='teacher', e01_baseline_resnet50='baseline', e02_distilled_resnet50='distilled',
-              e04_adopted_teacher='teacher') # notebook -> part of the preset
-
 def seconds_an_image(
     name:str, size:int, device:str, # timm name, side of the input in px
     bf16:bool, train:bool, # its precision; a training step, or an answer
@@ -376,7 +369,7 @@ def in_words(result:Distilled)->str:
     often = pd.Series(labels).value_counts(normalize=True).max() # of answering the most frequent class alone
     if classes and students.max() <= max(often, least_accuracy(classes)):
         lines.append(f'Both students are near chance ({often:.0%} of the test images are of one class): train them '
-                     'longer (--epochs) before you compare them.')
+                     'longer (epochs) before you compare them.')
     if {'teacher', 'plain'} <= {*rows.index} and rows.top1['teacher'] <= rows.top1['plain']:
         lines.append('The teacher is no better than the plain student: a better teacher may help more.')
     return '\n'.join(lines)

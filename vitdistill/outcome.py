@@ -15,6 +15,7 @@ import numpy as np, timm, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
 from .config import Config, VitdistillError, from_root, repo_root, student_name
+from .data import check_dataset
 from .hub import memo_head, push, refuse_other_memos, weights_place
 from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .memos import Memo, keep
@@ -101,12 +102,14 @@ def teacher_brief(
 def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
     "Returns the head of a model card for the hub: licence, data, tags, and accuracies as evaluation results."
     config = run.config
+    known = bool(check_dataset(config.dataset).side) # images of a user's may have another licence
     shown = ('test_top1', 'test', 1), ('test_top5', 'test', 5), ('held_out_top1', 'validation', 1)
     measured = [EvalResult(task_type='image-classification', dataset_type=config.dataset, dataset_name=config.dataset,
                            dataset_split=split, metric_type='accuracy', metric_name=f'top-{k} accuracy',
                            metric_value=result[name]) for name, split, k in shown if result.get(name) is not None]
-    return ModelCardData(library_name='timm', license='apache-2.0', tags=['image-classification', 'distillation'],
-                         datasets=[config.dataset], model_name=run.name, eval_results=measured)
+    return ModelCardData(library_name='timm', license='apache-2.0' if known else None,
+                         tags=['image-classification', 'distillation'], datasets=[config.dataset],
+                         model_name=run.name, eval_results=measured)
 
 # %% ../nbs/06a_outcome.ipynb #852cfa33
 def model_card(

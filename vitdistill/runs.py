@@ -114,6 +114,9 @@ def find_run(
         if (place/'config.yaml').is_file(): return Run(place)
         if (begun := place.resolve().parent/'launch.yaml').is_file(): # a model folder, or a link to one
             return Run(from_root(load(begun).runs_dir)/begun.parent.name)
+    if len(Path(run).parts) > 1 or run and from_here(run).exists():
+        raise VitdistillError(f'{run} is no run folder and no model folder: give one, such as out/mine/models/taught, '
+                              'or part of the name of a run.')
     known, place = find_runs(folder), from_root(folder)
     if not known: raise VitdistillError(f'no runs in {place}: start one, or name another folder.')
     like = [other for other in known if str(run) in other.name]
@@ -122,8 +125,8 @@ def find_run(
         raise VitdistillError(f'no run in {place} has {str(run)!r} in its name: {near}')
     going = like if len(like) == 1 else [other for other in like if other.status == 'running']
     if len(going) == 1: return going[0]
-    none, such = '' if going else ' and none of them is going on', going or like
-    raise VitdistillError(f'{len(such)} runs fit {str(run)!r}{none}: name more of one, such as {such[-1].name!r}.')
+    like = going or like
+    raise VitdistillError(f'{len(like)} runs fit {str(run)!r}: name more of one, such as {like[-1].name!r}.')
 
 # %% ../nbs/05_runs.ipynb #9a57b2fb
 def read_arrays(

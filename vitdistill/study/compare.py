@@ -336,7 +336,7 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
 def points(row)->str: # row: of `Comparison.table`, as a tuple
     "Returns a difference with its interval as text."
     ends = '' if np.isnan(row.low) else f' ({100*row.low:.1f} to {100*row.high:.1f} over {row.interval})'
-    return f'{row.arm} minus {row.other}: {100*row.difference:+.1f} points{ends}'
+    return f'{row.arm} minus {row.other}: {100*row.difference:+z.1f} points{ends}'
 
 def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
