@@ -434,7 +434,6 @@ def read_yaml(path:Path, loader:type=_safe_loader)->dict:
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values
 
-
 # %% ../nbs/00_config.ipynb #3d3178d1
 def load(path:str|Path)->Config:
     "Reads a `Config` from a flat YAML file, such as a run folder's config.yaml."

@@ -143,11 +143,11 @@ def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the li
     given = {**cell.declared, **cell.chosen, **models}
     return configure(_parts.get(cell.notebook.stem) or given['role'], given)
 
-def check_cells(cells:list[Cell])->None:
+def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they will train on this machine
     "Raises `VitdistillError` for settings with which a cell could not train, before the first one trains."
+    later = dict(fold_answers='unseen') | ({} if here else dict(device='auto')) # teachers of folds are trained first
     for cell in cells:
         if cell.notebook.stem not in _parts and 'role' not in cell.declared: continue # it makes more than one run
-        later = dict(device='auto', fold_answers='unseen') # another machine's; teachers of folds are trained first
         try: check_settings(replace(config_of(cell), **later))
         except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
 
@@ -459,7 +459,7 @@ def main(arguments:list=None)->int:
             raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it out.')
         folder = from_root(args.out)/Path(args.grid).stem
         cells = grid_cells(args.grid, folder)
-        if not args.status: check_cells(cells)
+        if not args.status: check_cells(cells, here=args.on == 'local' and not args.dry_run)
         if args.dry_run:
             if absent := missing_weights(cells):
                 print(f"Missing weights (see the head of {args.grid}): {', '.join(absent)}.")
