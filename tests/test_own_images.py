@@ -166,6 +166,20 @@ def test_broken_images_are_named_at_once_and_can_be_removed(images, weights, tmp
     api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
 
 
+def test_broken_images_of_both_parts_are_named_together(images, weights, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(images, mine := tmp_path / "mine" / part)
+        (mine / "dark/a.png").write_text("no image")
+    with pytest.raises(VitdistillError, match="train/dark/a.png .*val/dark/a.png "):
+        api.distill(tmp_path / "mine", teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
+
+
+def test_weights_of_another_architecture_are_refused_before_anything_trains(images, weights, tmp_path):
+    shutil.copy(weights / "model.safetensors", file := tmp_path / "bare.safetensors")
+    with pytest.raises(VitdistillError, match="does not fit resnet18"):
+        api.distill(images, teacher=str(file), teacher_name="resnet18", out=tmp_path / "out", dry_run=True, **SMALL)
+
+
 def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     """A bare file, whose name begins with its architecture."""
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
