@@ -20,7 +20,7 @@ def grid(tmp_path):
                  device="cpu", precision="fp32", threads=1, checkpoint_seconds=3600.0,
                  runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     file = tmp_path / "grid.yaml"
-    file.write_text(yaml.safe_dump(dict(notebook="e01_baseline_resnet50", parameters=given)))
+    file.write_text(yaml.safe_dump(dict(arms=dict(plain=dict(notebook="e01_baseline_resnet50", **given)))))
     return file
 
 

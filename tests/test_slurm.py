@@ -118,17 +118,18 @@ def jobs_of(folder, name="grid"):
 
 
 def write_grid(folder, *cells, name="grid"):
-    """A grid whose cells train on a part of the digits for seconds, with runs in the folder."""
+    """A study whose cells train on a part of the digits for seconds, with runs in the folder."""
     folder.mkdir(exist_ok=True)
     common = dict(preset="demo", device="cpu", precision="fp32", teacher_precision="fp32", threads=1, epochs=24,
                   data_fraction=0.4, batch_size=64, student="vit_tiny_patch16_224", student_kwargs=VIT,
                   optimizer="adamw", lr=0.002, checkpoint_seconds=3600.0,
                   runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
-    taught = dict(teacher_kwargs=VIT, teacher="vit_tiny_patch16_224", teacher_size=32,
-                  allow_untrained=True)  # seconds make no good teacher
-    cells = [dict(notebook=notebook, parameters={**common, **(taught if notebook.startswith("e02") else {}), **given})
-             for notebook, given in cells]
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(cells, sort_keys=False))
+    taught = dict(teacher="e00_teacher 0", allow_untrained=True)  # seconds make no good teacher
+    parts = {f"{notebook} {n}": dict(notebook=notebook, **common, **(taught if notebook.startswith("e02") else {}))
+             | given for n, (notebook, given) in enumerate(cells)}
+    study = dict(teachers={name: part for name, part in parts.items() if name.startswith("e00")},
+                 arms={name: part for name, part in parts.items() if not name.startswith("e00")})
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return folder / f"{name}.yaml"
 
 

@@ -21,6 +21,7 @@ from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .memos import Memo, keep
 from .models import combine, load_weights, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
+from .records import clean_config
 from .runs import Run, RunWriter, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
 from .teachers import Teacher, card_facts, file_hash, make_card, of_these_images, read_card, seen_by
@@ -128,7 +129,8 @@ def model_card(
     name = student_name(c)
     ours = timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith('timm.') # registered by us
     imports = 'import timm, vitdistill.models' if ours else 'import timm'
-    recipe = yaml.safe_dump({k: v for k, v in asdict(c).items() if v != getattr(Config(), k)}, sort_keys=False)
+    values = clean_config(asdict(c), repo_root()) # the hub has no use for this machine's paths
+    recipe = yaml.safe_dump({k: v for k, v in values.items() if v != getattr(Config(), k)}, sort_keys=False)
     return f"""---
 {card_data(run, result).to_yaml()}
 ---

@@ -87,13 +87,15 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
 
 # %% ../nbs/07_studies.ipynb #3e7a4fb8
 def check_vary(vary:dict, name:str)->None: # name: of what varies it, for the message
-    "Raises a `VitdistillError` for values to vary that are no lists."
+    "Raises a `VitdistillError` for values to vary that are no lists, or that repeat."
     if not isinstance(vary, dict):
         raise VitdistillError(f'vary = {vary!r} of {name} names no parameters: write "vary: {{seed: ...}}".')
     for key, values in vary.items():
         if not values or not isinstance(values, list):
             raise VitdistillError(f'vary: {key} = {values!r} of {name} is no list of values: give one, such as '
                                   f'[{1 if values == [] else values}].')
+        if len({*map(str, values)}) < len(values):
+            raise VitdistillError(f'{key} = {values!r} of {name} has a value twice: leave one out.')
 
 def combinations(part:dict)->list[dict]: # of `vary`; [{}] without it
     "Returns each combination of the values that a part varies."
@@ -140,6 +142,7 @@ def check(study:Study)->None:
     for key in study.choose:
         if key not in ('field', 'by'): raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
     for name in study.parts: check_part(study, name)
+    if study.seeds: check_vary(dict(seed=study.seeds), study.name)
     order(study)
     known = {*study.arms, *arm_names(study)}
     for where, arms in dict(published=study.published, baseline=listed(study.baseline or None),
@@ -174,6 +177,7 @@ def check_part(study:Study, name:str)->None:
         wrong(f'= {part!r} names no notebook: write "notebook: e00_teacher".')
     if not isinstance(seeds := part.get('seeds', []), list): wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
     check_vary(part.get('vary') or {}, name)
+    if seeds: check_vary(dict(seed=seeds), name)
     for key in part.get('vary') or {}:
         if key not in Config.__dataclass_fields__:
             wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
