@@ -74,7 +74,7 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
     folder = tmp_path / "out/grid"
     folder.mkdir(parents=True)
     (folder / "000-e09_another.json").write_text("{}")
-    busy = {"lock": "is being carried out by another process", "000-e09_another.lock": "is in use: 1 cell"}
+    busy = {"lock": "is in use by another process", "000-e09_another.lock": "is in use: 1 run"}
     for lock, told in busy.items():
         with hold_lock(folder / lock, "it"), pytest.raises(SystemExit) as refused:
             main([str(grid), "--out", str(tmp_path / "out")])

@@ -140,7 +140,7 @@ def test_encoder_is_one_graph(can):
     (dict(batch_size=2), 2, "batches of 2 give 2 rank(s) fewer than 2 images each, too few to contrast"),
     (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
     (dict(objective_kwargs=dict(decoder=[30, 1, 3])), 1, "a width of 30 has no sine-cosine positions"),
-    (dict(mixup=0.8), 1, "mixup = 0.8: pre-training does without, since it has no labels; set it to 0"),
+    (dict(mixup=0.8), 1, "mixup = 0.8 is not for pre-training, since it has no labels: set it to 0"),
 ])
 def test_bad_input_is_a_sentence(can, change, ranks, words):
     with pytest.raises(VitdistillError) as said:

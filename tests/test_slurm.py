@@ -175,7 +175,7 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
     assert status(grid, folder)[0][0] == ("done", "24/24")
     answer("scontrol", "requeue", taught[0])
     again = start(grid, folder, "--on", "slurm")
-    assert again.returncode == 1 and "cell(s) of a grid of that name are running or waiting" in again.stderr
+    assert again.returncode == 1 and "run(s) of a study of that name are running or waiting" in again.stderr
     assert wait_until(lambda: all(state == "done" for state, _ in status(grid, folder)[0]), 600, poll=3), \
         status(grid, folder)[1]
     for number in (1, 2):

@@ -39,7 +39,7 @@ class Stopwatch:
 AHEAD = 2**24 # numbers that answers for the next steps may hold: 64 MB
 
 class ByStep:
-    "Answers for the steps of an epoch; other ways to answer inherit from it. What is about views is asked ahead."
+    "Gives the answers for the steps of an epoch; subclasses say how. Answers by view are computed ahead."
     by_view = False # answers are about views, and known before pixels are cut
 
     def for_step(self,

@@ -48,7 +48,7 @@ def distill(
     seeds:int=1,                    # students of each kind
     image_size:int|str='auto',      # side in px of the crops; auto: the images', at most 224, without a GPU 128
     teacher_size:int|str='auto',    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
-    teacher_name:str='',            # architecture of a file of weights; '': its name begins with it
+    teacher_name:str='',            # architecture of a file of weights; '': the file's name up to its first dot
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     dry_run:bool=False,             # only say what is there and what it will take
     **fields                        # fields of Config, such as distillation='hard'
@@ -80,7 +80,7 @@ def distill(
     cells = study_cells(Study(out.name, **study))
     check_cells(cells)
     file = write_study(study, out, dry_run) # refuses other settings before the speed is measured
-    print('measures how fast the models are here', flush=True)
+    print('measuring how fast the models are here', flush=True)
     print(costs_in_words(costs(cells, images)), flush=True)
     return None if dry_run else train_all(cells, file, out)
 

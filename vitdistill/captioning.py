@@ -16,7 +16,7 @@ import numpy as np, pandas as pd, safetensors.torch, torch, torch.nn.functional 
 from filelock import FileLock
 from .augment import AUGMENTATIONS
 from .captions import Captioner, Facts, add_noise, bleu, check_templates, create_decoder, gap, noise_rule
-from .captions import parse_caption, share_right, as_words, tokens_of, build_tokenizer, write_captions
+from .captions import parse_caption, share_right, tokens_of, build_tokenizer, write_captions
 from .config import Config, VitdistillError, from_here, from_root, preset, shipped, write_atomic
 from .data import Data, digest, generator, image_words, load_data, read_texts, split_rows, stratified
 from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
@@ -40,7 +40,7 @@ def image_facts(config:Config, data:Data)->tuple: # two lists of `Facts`
     if config.dataset == 'cifar100':
         with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
             group |= {row['class']: row['superclass'] for row in csv.DictReader(file)}
-    return tuple([Facts(*map(as_words, (word, name, group[name])))
+    return tuple([Facts(*(text.replace('_', ' ') for text in (word, name, group[name])))
                   for word, name in zip(words, (data.classes[label] for label in labels.tolist()))]
                  for words, labels in zip(image_words(config, data), (data.train_labels, data.test_labels)))
 
@@ -123,7 +123,7 @@ def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts
     refuse_begun_on(config, data)
     train, val = split_rows(data.train_labels, config)
     if not len(val):
-        raise VitdistillError('no image is held out, and choices need some: give val_fraction or val_rows.')
+        raise VitdistillError('no image is held out to choose settings by: give val_fraction or val_rows.')
     facts = image_facts(config, data)
     pairs, choice = (val[part] for part in stratified(data.train_labels[val], 1 - PAIRS, config.split_seed))
     if not (len(pairs) and len(choice)):

@@ -31,8 +31,6 @@ def _field_help(f, comment:str)->str: # a field's line in the help
     within = f"; one of {', '.join(allowed)}" if isinstance(allowed, tuple) else f'; in {allowed}' if allowed else ''
     return f"{comment}{within} (default: {default!r})".replace('%', '%%')
 
-def _kind(f)->str: return getattr(f.type, '__name__', str(f.type)) # float, int | str
-
 # %% ../nbs/11_cli.ipynb #573fb193
 @functools.cache
 def train_parser()->argparse.ArgumentParser:
@@ -47,8 +45,8 @@ def train_parser()->argparse.ArgumentParser:
         section = parser.add_argument_group(f'{group} (fields of Config)')
         for f in fields(Config):
             if f.metadata['group'] == group:
-                section.add_argument(f'--{f.name}', metavar=_kind(f).upper(), default=argparse.SUPPRESS,
-                                     help=_field_help(f, comments[f.name]))
+                section.add_argument(f'--{f.name}', metavar=getattr(f.type, '__name__', str(f.type)).upper(),
+                                     default=argparse.SUPPRESS, help=_field_help(f, comments[f.name]))
     return parser
 
 # %% ../nbs/11_cli.ipynb #63b6e5f1

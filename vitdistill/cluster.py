@@ -115,7 +115,7 @@ class Job:
         if not first: # the first node queues the job again
             signal.signal(signal.SIGUSR2, lambda *_: self.process.terminate())
         while (rc := self.process.poll()) is None: time.sleep(.1) # so that signals are handled
-        if rc: raise VitdistillError(f'{self.log} says why it ended with status {rc}.')
+        if rc: raise VitdistillError(f"the job's command ended with status {rc}: see {self.log}.")
 
     def checkpoint(self): # submitit's hook, on SIGUSR2
         import submitit

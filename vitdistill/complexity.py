@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'build', 'layers', 'complexity', 'images_per_second', 'largest_batch', 'throughput']
 
 # %% ../nbs/02b_complexity.ipynb #038f3d9f
-import copy, statistics, time, typing
+import copy, statistics, timeit, typing
 import pandas as pd, torch, torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,14 +108,11 @@ def images_per_second(
     average:typing.Callable=statistics.median # average of their seconds
 )->float:
     "Returns the throughput of forward passes: the batch over the average of their seconds."
-    wait, seconds = torch.cuda.synchronize if images.is_cuda else lambda: None, []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            wait()
-            begun = time.perf_counter()
-            model(images)
-            wait()
-            seconds.append(time.perf_counter() - begun)
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    def forward():
+        model(images)
+        wait()
+    with torch.inference_mode(): seconds = timeit.repeat(forward, number=1, repeat=repeats + 1)
     return len(images)/average(seconds[1:])
 
 # %% ../nbs/02b_complexity.ipynb #dc6f31a5

@@ -7,8 +7,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'Message', 'VitdistillError', 'Int
            'repo_root', 'from_root', 'from_here', 'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic',
            'cgroup_limit', 'cores', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields', 'CaptionFields',
            'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config', 'field_names', 'check',
-           'from_dict', 'refuse_repeats', 'load_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save',
-           'defining', 'config_hash', 'student_name', 'run_name']
+           'from_dict', 'refuse_repeats', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining',
+           'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
@@ -246,7 +246,7 @@ class TeacherFields:
     teacher_kwargs:dict=_teacher(dict) # further arguments of timm.create_model for the teacher
     teacher_weights:str=_teacher('', hashed=False) # file, model folder, hf-hub:OWNER/MODEL, answers.npz, pattern
     fold_weights:str=_teacher('', hashed=False) # second teacher, trained on the other fold (see fold, fold_answers)
-    fold_answers:str=_teacher('unseen', _folds) # by the teacher that hasn't seen an image, or has; or drawn
+    fold_answers:str=_teacher('unseen', _folds) # who labels: the teacher that hasn't or has seen an image; a draw
     teacher_pretrained:bool=_teacher(False) # timm's pretrained weights; the head is untrained if the classes differ
     teacher_size:int=_teacher(224, '[1, inf)') # side of the teacher's input in px, resized bilinearly
     teacher_normalization:str=_teacher('data', _norms) # pixels' mean and std: the dataset's, or the pretrained model's
@@ -414,22 +414,17 @@ def refuse_repeats(node:yaml.Node)->None:
             seen.append(key.value)
         refuse_repeats(child)
 
-def load_yaml(path:Path, loader:type=_safe_loader): # -> the parsed content
-    "Returns the content of a YAML file; an unreadable or damaged file raises a `VitdistillError`."
+def read_yaml(path:Path, loader:type=_safe_loader)->dict:
+    "Returns the keys and values of a YAML file; a missing, damaged or keyless file raises a `VitdistillError`."
     try:
         maker = loader(path.read_text(encoding='utf-8'))
-        if (node := maker.get_single_node()) is None: return None # an empty file
-        refuse_repeats(node)
-        return maker.construct_document(node)
+        refuse_repeats(node := maker.get_single_node()) # None: an empty file
+        values = maker.construct_document(node) if node else None
     except OSError as e:
         raise VitdistillError(f'no config file at {path} ({e.strerror}): give the path of a YAML file.') from None
     except (yaml.YAMLError, ValueError) as e: # ValueError: an impossible date, or bytes that are not text
         where = f'line {e.problem_mark.line + 1}: {e.problem}' if hasattr(e, 'problem_mark') else str(e).splitlines()[0]
         raise VitdistillError(f'{path} is not YAML ({where}): mend that line.') from None
-
-def read_yaml(path:Path, loader:type=_safe_loader)->dict:
-    "Returns the keys and values of a YAML file; a missing, damaged or keyless file raises a `VitdistillError`."
-    values = load_yaml(path, loader)
     if not isinstance(values, dict):
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values
@@ -460,7 +455,7 @@ def preset(
     "Returns the config of one experiment of a preset; an unknown preset, part or key raises a `VitdistillError`."
     parts = preset_parts(name)
     if experiment not in (known := set(parts) - {'common'}):
-        raise VitdistillError(f'preset {name!r} has no experiment {experiment!r}: {nearest(experiment, known)}')
+        raise VitdistillError(f'preset {name!r} has no part {experiment!r}: {nearest(experiment, known)}')
     given = {key: value for key, value in given.items() if value is not None}
     values = {'experiment': experiment, **parts.get('common', {}), **parts[experiment], **given}
     return from_dict(values, f'preset {name}')

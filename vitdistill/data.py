@@ -292,12 +292,11 @@ def load_images(config:Config)->Data:
     half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold
     pixels = (len(train) + len(test))*size*size*3
-    if pixels > room:
+    if large := pixels > room:
         say_once(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
     def read(files, on_disk):
         images = DiskImages(files, size, config.exif_orientation)
         return images if on_disk else images.resident(), torch.tensor([label for *_, label in files.files])
-    large = pixels > room
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
     return Data(config.dataset, *read(train, large or config.whole_image), *read(test, large), train.classes,

@@ -36,8 +36,8 @@ def cached_embeddings(
             found = {'embeddings': compute().contiguous()}
             write_atomic(file, lambda place: safetensors.torch.save_file(found, place, metadata=dict(key=text)))
         try: return safetensors.torch.load_file(file)['embeddings']
-        except Exception as e: # a torn file
-            raise VitdistillError(f'{file} is torn ({e}): remove it, and its embeddings are computed anew.') from None
+        except Exception as e: # a damaged file
+            raise VitdistillError(f'{file} is damaged ({e}): remove it; its embeddings are computed anew.') from None
 
 # %% ../nbs/03d_encoders.ipynb #002e10b1
 class Encoder:

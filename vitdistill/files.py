@@ -363,12 +363,11 @@ class DiskImages:
     def __len__(self): return self.shape[0]
     def __getitem__(self, rows:torch.Tensor)->torch.Tensor: # (B,) int64, or a slice -> (B, size, size, 3)
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return torch.from_numpy(np.stack(list(self.pool.map(self._decode, rows))))
+        return torch.from_numpy(np.stack(list(self.pool.map(self.square, rows))))
     def resident(self)->torch.Tensor: # all images as one tensor, decoded 256 at a time
         images = torch.empty(self.shape, dtype=torch.uint8)
         for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
         return images
-    def _decode(self, row)->np.ndarray: return self.square(row)
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`
         "Returns a square of one image as (size, size, 3) uint8."
         opened = functools.partial(self.files.opener, row)

@@ -55,8 +55,8 @@ class Cell:
     @property
     def failed(self)->bool: return self.state not in STANDING
 
-STANDING = 'left', 'waiting', 'running', 'cut', 'done' # states; 'waiting': for Slurm
-NO_TEACHER = 'not started, because its teacher failed: fix that, then start the grid again'
+STANDING = 'left', 'waiting', 'running', 'cut', 'done' # left: to do; waiting: for Slurm; cut: interrupted
+NO_TEACHER = 'not started, because its teacher failed: fix that, then start the study again'
 
 # %% ../nbs/07a_grids.ipynb #50254623
 def notebook_of(
@@ -158,7 +158,7 @@ def noted_runs(cell:Cell)->list[Run]:
 @contextmanager
 def hold_lock(file:Path, what:str):
     "Holds a lock file; raises `VitdistillError` if another process holds it."
-    if is_locked(file): raise VitdistillError(f'{what} is being carried out by another process: wait for it.')
+    if is_locked(file): raise VitdistillError(f'{what} is in use by another process: wait for it.')
     with FileLock(file): yield
 
 # %% ../nbs/07a_grids.ipynb #0acf582c
@@ -232,7 +232,7 @@ def execute(
 def execute_alone(file:str|Path)->int: # a cell's .json of out/batches
     "Executes one cell from its record, as the jobs of a cluster do; returns the exit status."
     if not (record := read_json(file := Path(file))):
-        raise VitdistillError(f'{file} is no record of a cell: start the grid again.')
+        raise VitdistillError(f'{file} is no record of a cell: start the study again.')
     def leave(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN) # ignore further ones
         sys.exit(128 + signal.SIGTERM)
@@ -325,8 +325,8 @@ def refuse_busy(folder:Path)->None:
     busy = {job for job in jobs.values() if job in queue}
     busy |= {jobs.get(lock.stem, lock.stem) for lock in folder.glob('[0-9]*.lock') if is_locked(lock)}
     if busy:
-        raise VitdistillError(f"{folder} is in use: {len(busy)} cell(s) of a grid of that name are running or waiting "
-                              f"({', '.join(sorted(busy)[:4])}): wait for them, end them, or name your grid otherwise.")
+        raise VitdistillError(f"{folder} is in use: {len(busy)} run(s) of a study of that name are running or waiting "
+                              f"({', '.join(sorted(busy)[:4])}): wait for them, end them, or set another --out.")
 
 # %% ../nbs/07a_grids.ipynb #0c9a1d35
 @contextmanager
@@ -441,7 +441,7 @@ def main(arguments:list=None)->int:
         if not args.status: check_cells(cells, here=args.on == 'local' and not args.dry_run)
         if args.dry_run:
             if absent := missing_weights(cells):
-                print(f"Missing weights (see the head of {args.grid}): {', '.join(absent)}.")
+                print(f"Missing weights (see the comments at the top of {args.grid}): {', '.join(absent)}.")
             print(*cells, sep='\n')
             return 0
         if args.status: look(cells, folder, elsewhere=True)

@@ -63,8 +63,8 @@ def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for t
         resampled = told.get('input_size', size) != size # rounded or resampled weights have another hash
         if not head or weights and not (rounded or resampled) and head.get('weights') != weights:
             raise VitdistillError(f'{file.name} of {name} is the memo of another teacher (weights '
-                                  f"{head.get('weights', 'not told')}, here {weights}): remove it there, "
-                                  'and its answers are asked anew.')
+                                  f"{head.get('weights', 'unknown')}, here {weights}): remove it there, "
+                                  'and the teacher answers again.')
 
 # %% ../nbs/02c_hub.ipynb #28994d1c
 def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', or with '@REVISION'

@@ -14,13 +14,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from PIL import Image
 from tqdm import tqdm
-from .config import Config, VitdistillError, field_names, from_root, load_yaml, nearest, write_atomic
+from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
 from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image
 from .grids import Cell, config_of, model_for
 from .launch import launch, note_run, with_teacher
-from .models import (create, head_names, load_weights, near_models, read_weights, started_from, try_size,
-                               weights_file)
+from .models import (create, head_names, load_weights, near_models, read_weights, started_from, try_size)
 from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict
@@ -47,8 +46,8 @@ def link_images(
         there = {file.relative_to(to).as_posix().partition('/')[2] for file in to.rglob('*') if file.is_symlink()}
         if there == {*parted}: return to
         if has_runs(to.parent):
-            raise VitdistillError(f'{to.parent} holds a job on {len(there)} files of {root}, where there are '
-                                  f'{len(parted)} now, or others: name another folder as out.')
+            raise VitdistillError(f'{to.parent} holds a job on other files of {root} ({len(there)} then, '
+                                  f'{len(parted)} now): name another folder as out.')
         shutil.rmtree(to) # nothing was trained on them
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as draft:
@@ -151,12 +150,12 @@ def architecture_of(file:str, name:str='')->str: # file: of weights; name: as th
 # %% ../nbs/10_job.ipynb #a5341675
 def outputs(model:torch.nn.Module, weights:str)->int: # model: of the architecture of the weights
     "Returns the number of outputs of the head in a file of weights; 0 if it has none."
-    state = read_weights(weights_file(weights_place(weights)))
+    state = read_weights(weights_place(weights))
     return max((len(state[f'{head}.weight']) for head in head_names(model) if f'{head}.weight' in state), default=0)
 
 def teacher_part(
     teacher:str,   # timm name, file of weights, model folder, or hf-hub:OWNER/MODEL
-    name:str,      # architecture of a file of weights; '': as its name begins
+    name:str,      # architecture of a file of weights; '': the file's name up to its first dot
     size:int,      # side of its input, px
     classes:list   # names of the classes
 )->dict: # as a study file has it
@@ -211,7 +210,7 @@ def study_of(
 def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; folder of the job; dry: only refuses
     "Writes a study file into the folder of the job, and returns its path; refuses a folder that holds another job."
     file = out/f'{out.name}.yaml'
-    before = load_yaml(file) if file.is_file() and has_runs(out) else study
+    before = read_yaml(file) if file.is_file() and has_runs(out) else study
     if differ := [key for key in study if key != 'seeds' and study[key] != before.get(key)]:
         what = sorted({name for key in differ for name in _changed(before.get(key), study[key])})
         raise VitdistillError(f"{out} holds a job with other settings ({', '.join(what)}): name another folder as out, "
@@ -280,7 +279,7 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
 def measure_teacher(cell:Cell)->Run:
     "Measures weights as a teacher and records it, as e04 does; returns its run."
     config, given = resolve(config_of(cell)), cell.chosen
-    print('measures it on the training, held-out and test images', flush=True)
+    print('measuring the teacher on the training, held-out and test images', flush=True)
     folder = from_root(config.work_dir)/given['adopted']/'model'
     adopt(config, given['weights'], folder, load_data(config), config.device, config.precision)
     run = record_adopted(config, folder)

@@ -201,7 +201,7 @@ def train_on_ranks(config:Config, run:Run, nproc:int|None, show:bool, *extra:str
         return failure(tail, errors, process.returncode) if process.returncode else ''
 
 # %% ../nbs/07_launch.ipynb #8de76a1f
-def makes_teacher(name:str)->bool: # name of an experiment or of a notebook
+def makes_teacher(name:str)->bool: # name of an experiment
     "Returns whether an experiment makes a teacher for students."
     return name.endswith('teacher')
 
@@ -307,9 +307,9 @@ def teacher_of_preset(
     "Returns the config of a preset's teacher, for the student's images or for `teacher_data_fraction` of all images."
     if experiment not in preset_parts(given['preset']):
         able = [name for name in shipped_names('nbs/presets', '.yaml') if experiment in preset_parts(name)]
-        raise VitdistillError(f"preset {given['preset']!r} trains no teacher: give teacher_weights (student_weights in "
-                              f"e09), which e00_teacher makes with role {experiment} and preset {', '.join(able)}, and "
-                              'e04 of a file.')
+        raise VitdistillError(f"preset {given['preset']!r} trains no teacher: make one by e00_teacher (role "
+                              f"{experiment}, preset {', '.join(able)}) or e04, and give it as teacher_weights "
+                              '(student_weights in e09).')
     values = {name: given.get(name) for name in field_names(shared=True)}
     values |= {f'student{end}': given.get(f'teacher{end}') for end in ('', '_kwargs', '_normalization')}
     if held := {name: given[name] for name in ('val_fraction', 'val_rows') if given.get(name)}: # the student's choice
@@ -338,12 +338,12 @@ def with_teacher(
         return replace(config, **{name: getattr(Config(), name) for name in field_names(group='teacher')})
     if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
-            raise VitdistillError(f'{name} = {given[name]} says what its preset trains the teacher on: '
-                                  'leave teacher_weights, teacher_pretrained and allow_untrained out.')
+            raise VitdistillError(f'{name} = {given[name]} is for a teacher that the preset trains: leave it out, '
+                                  'or teacher_weights, teacher_pretrained and allow_untrained.')
         return replace(config, **teacher_fields(config.teacher_weights, given))
     if config.teacher == 'mixture':
-        raise VitdistillError('a mixture is made of teachers that are trained already: make its folder with e04, '
-                              'weights a list of theirs, and give that as teacher_weights.')
+        raise VitdistillError('a mixture needs trained teachers: give e04 the list of their weights, and the folder '
+                              'that it makes as teacher_weights.')
     check_settings(replace(config, fold_answers=Config().fold_answers)) # before a teacher trains
     wanted, nproc = teacher_of_preset(given, experiment), given.get('nproc')
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained_teacher(wanted, nproc))

@@ -71,8 +71,8 @@ class Memo:
         if not self.file.is_file(): create_file(self.file, head, size)
         with open(self.file, 'rb') as file: there = file.read(self.head)
         if there != head or self.file.stat().st_size != self.head + size:
-            raise VitdistillError(f'{self.file} is torn, or the memo of other questions: remove it, and its answers '
-                                  'are asked anew.')
+            raise VitdistillError(f'{self.file} is incomplete or belongs to other settings: remove it, and the teacher '
+                                  'answers again.')
         self.stored = np.memmap(self.file, self.dtype, 'r+', self.head, self.shape)
 
     def _lay_out(self, key, kind)->int: # bytes of all answers
@@ -134,8 +134,8 @@ def keep(
     "Writes a memo's answers for the images whose views are all known; returns the file."
     known = np.flatnonzero(memo.kind.known(memo.stored[..., 0], memo.key['classes']).all(1))
     if not len(known):
-        raise VitdistillError(f"{memo.file} knows no image in all of its {memo.key['views']} views: ask ahead first "
-                              '(fill_memo).')
+        raise VitdistillError(f"no image in {memo.file} has answers for all {memo.key['views']} views: fill the memo "
+                              'first (fill_memo).')
     head = json.dumps(dict(key=memo.key, **about), sort_keys=True)
     np.savez_compressed(written := io.BytesIO(), head=head, images=known.astype(np.int32), answers=memo.stored[known])
     return write_atomic(file, written.getvalue())
@@ -146,7 +146,7 @@ class KeptMemo(Memo):
         size = self._lay_out(key, kind)
         there = answers_head(file)['key']
         if differ := sorted(name for name in {*there, *key} if there.get(name) != key.get(name)):
-            raise VitdistillError(f"{file} has answers to other questions (its {', '.join(differ)} differ): ask as "
-                                  "they were asked, or name the teacher's weights.")
+            raise VitdistillError(f"{file} has a teacher's answers for other settings ({', '.join(differ)} differ): "
+                                  "use the same settings, or give the teacher's weights.")
         self.stored = np.full(size, 255, np.uint8).view(self.dtype).reshape(self.shape)
         self.stored[answers_in(file, 'images')] = answers_in(file, 'answers')

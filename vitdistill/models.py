@@ -315,8 +315,8 @@ def check_start(
     "Raises `VitdistillError` if the config asks to keep a head or resample positions without a fitting checkpoint."
     if config.student_weights: return
     if config.student_resampling != 'bicubic':
-        raise VitdistillError(f'student_resampling = {config.student_resampling!r} is of student_weights: name a file '
-                              'or folder there.')
+        raise VitdistillError(f'student_resampling = {config.student_resampling!r} is for student_weights: give '
+                              'these, or leave it out.')
     if config.student_head == 'new': return
     if not config.student_pretrained:
         raise VitdistillError("student_head = 'keep' has no checkpoint to keep it of: give student_weights.")

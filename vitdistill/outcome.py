@@ -317,8 +317,8 @@ def keep_answers(
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
     by_view = [head for head in heads if isinstance(memo_kind(head), HardLabel) and 'recipe' not in head]
     if len(by_view) != 1:
-        raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view, and one is '
-                              'kept: ask ahead (fill_memo), or move the others away.')
+        raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view instead of '
+                              'one: fill one (fill_memo), or move the others away.')
     memo = Memo(folder, by_view[0])
     return keep(memo, Path(record)/'answers.npz', card=card, teacher_hash=file_hash(str(folder)))
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PATCH_EPS', 'PARTS', 'UNFIT', 'pick', 'VisiblePatches', 'split_patches', 'positions', 'MaskedEncoder', 'to_patches',
-           'to_images', 'sines', 'Decoder', 'nt_xent', 'MaskedViews', 'draw_views', 'augmented', 'patch_scale',
-           'patch_error', 'silent_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
-           'ContrastiveMaskedNoise', 'refuse_unfit', 'refuse_another_model', 'reconstructions', 'pictures', 'knn_probe',
-           'linear_probe', 'features', 'probed']
+           'sines', 'Decoder', 'nt_xent', 'MaskedViews', 'draw_views', 'augmented', 'patch_scale', 'patch_error',
+           'silent_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining', 'ContrastiveMaskedNoise',
+           'refuse_unfit', 'refuse_another_model', 'reconstructions', 'pictures', 'knn_probe', 'linear_probe',
+           'features', 'probed']
 
 # %% ../nbs/03a_pretraining.ipynb #50150e2a
 import math, typing, warnings
@@ -85,11 +85,6 @@ class MaskedEncoder(nn.Module):
 def to_patches(pixels:torch.Tensor, side:tuple)->torch.Tensor: # (B, 3, H, W) -> (B, N, 3*h*w); side: (h, w) of a patch
     "Cuts images into patches, a row for each."
     return F.unfold(pixels, side, stride=side).transpose(1, 2)
-
-# %% ../nbs/03a_pretraining.ipynb #3d53022a
-def to_images(patches:torch.Tensor, side:tuple, size:tuple)->torch.Tensor: # size: (H, W)
-    "Puts patches together to images."
-    return F.fold(patches.transpose(1, 2), size, side, stride=side)
 
 # %% ../nbs/03a_pretraining.ipynb #d2989e23
 def sines(
@@ -347,7 +342,7 @@ def refuse_unfit(
     for name, why in UNFIT.items():
         value, default = getattr(config, name), getattr(usual, name)
         if value != default:
-            raise VitdistillError(f'{name} = {value}: pre-training does without, since {why}; set it to {default!r}.')
+            raise VitdistillError(f'{name} = {value} is not for pre-training, since {why}: set it to {default!r}.')
     require('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
 
 # %% ../nbs/03a_pretraining.ipynb #604c1c7b
@@ -387,7 +382,7 @@ def reconstructions(
         decoded = torch.where(where, decoded*deviation + mean, decoded)
     if not can.weights[2]: noisy, decoded = clean, torch.where(visible, 0., decoded)
     pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - decoded, decoded)
-    return tuple(to_images(x, can.side, pixels.shape[-2:]) for x in pictures)
+    return tuple(F.fold(x.transpose(1, 2), pixels.shape[-2:], can.side, stride=can.side) for x in pictures)
 
 # %% ../nbs/03a_pretraining.ipynb #bbbd018e
 def pictures(setup, images:int=8)->dict: # setup: a `Setup`

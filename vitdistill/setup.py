@@ -245,7 +245,7 @@ def open_memo(
     if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
     folder, alone = beside_weights(config), bool(config.fold_weights) # two teachers keep one kind of answer
     try: return (PairedMemo if not alone and keeps_both_kinds(folder, key, kind) else Memo)(folder, key, kind)
-    except OSError as e: print(f'{e} The teacher runs online instead.', flush=True)
+    except OSError as e: print(f'{e} Instead, the teacher answers in each step.', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
 def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor)->tuple: # rows: of the plan
@@ -256,9 +256,8 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     absent = isinstance(teacher, Absent)
     at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images in a batch
     if absent and online:
-        raise VitdistillError(f'{config.teacher_weights} has answers about views of crop and flip, and this run asks '
-                              "about pixels: leave memo on and mixing and augmentation out, or name the teacher's "
-                              'weights.')
+        raise VitdistillError(f'{config.teacher_weights} answers only plain crops and flips: leave memo on and '
+                              "mixing and augmentation out, or give the teacher's weights.")
     if online: teacher.chunk = at_once # before the health check: each size is compiled
     if teacher.device.type == 'cuda' and not absent:
         both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
@@ -293,9 +292,9 @@ def question_all(
     for part, images in asked:
         absent = not ranks.rank and isinstance(part.teacher, Absent)
         if absent and (known := part.memo.known(images)) < 1:
-            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of what may be asked about {len(images):,} '
-                                  'images: train on those that it is about (data_fraction, split_seed, val_fraction), '
-                                  "or name the teacher's weights.")
+            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of the views of the {len(images):,} '
+                                  'training images: train on images that it answers (data_fraction, split_seed, '
+                                  "val_fraction), or give the teacher's weights.")
     if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 

@@ -77,7 +77,7 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
         if not trains(part): continue
         first = listed(part.get('after'))
         if unknown := [other for other in first if other not in study.parts]:
-            raise VitdistillError(f'{study.name}: {name} is after {unknown[0]!r}: {nearest(unknown[0], study.parts)}')
+            raise VitdistillError(f'{study.name}: {name} has after: {unknown[0]}: {nearest(unknown[0], study.parts)}')
         first = dict.fromkeys([*first, *parameters_of(study, name)[1].values()])
         after[name] = [other for other in first if trains(study.parts[other])]
     try: return {name: after[name] for name in TopologicalSorter(after).static_order()}
@@ -208,7 +208,7 @@ def parse_study(file:Path, changed:int)->Study: # changed: time of the file's la
     study = Study(file.stem, **values)
     try: check(study)
     except RecursionError:
-        raise VitdistillError(f'{file} and another study name arms of each other: let one of them train.') from None
+        raise VitdistillError(f'{file} and another study name arms of each other: define them in one.') from None
     return study
 
 # %% ../nbs/07_studies.ipynb #09c0817d

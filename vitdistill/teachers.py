@@ -272,8 +272,8 @@ class Absent(Teacher):
 
     def logits(self, pixels:torch.Tensor)->torch.Tensor:
         "Raises `VitdistillError`, since there are no weights."
-        raise VitdistillError(f'{self.file} has answers and no weights, and this run asks for more than it answers: '
-                              "take the images and views of that file, or name the teacher's weights.")
+        raise VitdistillError(f'{self.file} has answers and no weights, and this run needs others: use its images and '
+                              "views, or give the teacher's weights.")
 
     def weights_hash(self)->str: return self.key['weights']
 
@@ -304,7 +304,7 @@ def refuse_other_weights(teacher:Teacher, card:dict|None, config:Config)->None: 
         return # weights were resampled or rounded when they were loaded
     if (stated := card.get('weights_hash')) and stated != (found := teacher.weights_hash()):
         raise VitdistillError(f'{config.teacher_weights}: its card.json is of other weights ({stated}, here {found}): '
-                              'put it beside its own, or write one with `vitdistill.teachers.adopt`.')
+                              'put that card beside its own weights, or write one with `vitdistill.teachers.adopt`.')
 
 def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     "Returns (teacher, card or None); raises `VitdistillError` if classes, split or weights don't fit the config."
