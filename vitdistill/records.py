@@ -85,7 +85,8 @@ def main(arguments:list=None)->int:
         except VitdistillError as e:
             refused = 1
             print(e, file=sys.stderr)
-        else: print(f"{run.name}: {', '.join(written) or 'nothing to do'}")
+        else:
+            if written: print(f"{run.name}: {', '.join(written)}")
     return refused
 
 # %% ../nbs/06b_records.ipynb #7f88583d
