@@ -19,7 +19,7 @@ from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image
 from .grids import Cell, config_of, model_for
 from .launch import launch, note_run, with_teacher
-from .models import (create, head_names, load_weights, near_models, read_weights, started_from, try_size)
+from .models import create, head_names, load_weights, near_models, read_weights, started_from, try_size
 from .hub import hub_answers, weights_place
 from .outcome import record_adopted
 from .predict import load_model, predict

@@ -77,7 +77,7 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
         if not trains(part): continue
         first = listed(part.get('after'))
         if unknown := [other for other in first if other not in study.parts]:
-            raise VitdistillError(f'{study.name}: {name} has after: {unknown[0]}: {nearest(unknown[0], study.parts)}')
+            raise VitdistillError(f'{study.name}: {name} waits for {unknown[0]!r}: {nearest(unknown[0], study.parts)}')
         first = dict.fromkeys([*first, *parameters_of(study, name)[1].values()])
         after[name] = [other for other in first if trains(study.parts[other])]
     try: return {name: after[name] for name in TopologicalSorter(after).static_order()}
