@@ -9,8 +9,6 @@ import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
 from vitdistill.grids import grid_cells, hold_lock, main, noted_runs, read_record, write_record
-from vitdistill.launch import configure
-from vitdistill.losses import criterion
 
 
 @pytest.fixture
@@ -80,11 +78,3 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
             main([str(grid), "--out", str(tmp_path / "out")])
         assert told in refused.value.code and "\n" not in refused.value.code
     assert sorted(file.name for file in folder.glob("*.json")) == ["000-e09_another.json"]
-
-
-def test_no_term_is_still_warming_up_when_a_run_of_a_grid_ends():
-    """DKD's ramp of 20 epochs is of 240; a run of 16 would end before its term had its weight."""
-    grids = [path for path in (ROOT / "nbs/studies").glob("*.yaml") if ": dkd" in path.read_text()]
-    configs = [configure("distilled", cell.declared | cell.chosen) for grid in grids for cell in grid_cells(grid)]
-    ramps = [criterion(config).ramp_epochs / config.epochs for config in configs if config.distillation == "dkd"]
-    assert ramps and max(ramps) <= 1 / 4

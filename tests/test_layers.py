@@ -1,5 +1,4 @@
 """HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
-from collections import Counter
 
 import pandas as pd
 import pytest
@@ -13,7 +12,7 @@ from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
 from vitdistill.complexity import complexity
 from vitdistill.config import Config, VitdistillError, preset, shipped
-from vitdistill.grids import grid_cells, missing_weights
+from vitdistill.grids import grid_cells
 from vitdistill.layers import DeformableMerging, LITv2
 from vitdistill.launch import configure
 from vitdistill.models import create, create_student, try_size  # and registers LITv2
@@ -241,31 +240,13 @@ def test_litv2_stands_beside_a_transformer_of_equal_cost():
     assert litv2 == pytest.approx(2.60e8, rel=0.002) and deit == pytest.approx(litv2, rel=0.03)
 
 
-def test_litv2s_studies_leave_nothing_to_chance():
-    """Every teacher is here; seeds are whole; the published shares of Lo-Fi heads, with their accuracies."""
-    cells = asked("", "_teachers", "_resnets")
-    taught = Counter(cell.models["teacher_weights"] for cell in cells if cell.models)
-    assert taught == {"deit_teacher/MobileNetV2": 6, "small_litv2_teachers/LITv2": 3, "small_litv2_teachers/DeiT": 3}
-    assert missing_weights(cells) == []
-    students = [cell.chosen for cell in asked("")]
-    assert [cell["seed"] for cell in students] == [1] * 4 + [2] * 4 + [3] * 4
-    assert all({**cell, "seed": 1} == students[n % 4] for n, cell in enumerate(students))
+def test_the_study_of_alpha_has_the_published_accuracies():
+    """By the share of Lo-Fi heads that they were published for."""
     known = published(shipped("reports/reference/litv2.csv"))
     known = known[known["where"] == "effect of alpha on LITv2-S"].set_index("item").value.astype(float)
     study = read_study("small_litv2_alpha")
     assert study.published == pytest.approx({f"share {item}": value / 100 for item, value in known.items()})
     assert all(float(arm.split()[-1]) == part["student_kwargs"]["alpha"] for arm, part in study.arms.items())
-
-
-def test_rates_are_tried_on_both_sides_of_the_expected():
-    """The expected rate of each student lies between two others; what the students have is none of the outermost."""
-    tried = {}
-    for cell in asked("_rates"):
-        tried.setdefault(cell.chosen["student"], []).append(cell.chosen["lr"])
-    for cell in asked(""):
-        assert cell.chosen["lr"] in sorted(tried[cell.chosen["student"]])[1:-1]
-    for name, expected in {"litv2_cifar": 0.0005, "deit_tiny_patch16_224": 0.00025}.items():
-        assert expected in sorted(tried[name])[1:-1]
 
 
 @pytest.mark.slow

@@ -34,6 +34,12 @@ VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
 SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, allow_untrained=True, nproc=1)
 
 
+@pytest.fixture(autouse=True)
+def known_speed(monkeypatch):
+    """The command of `job` measures it; calls in this process would, for a second a model."""
+    monkeypatch.setattr("vitdistill.job.seconds_an_image", lambda *given, **more: 0.001)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Three classes of ten noisy pictures, dark to bright."""

@@ -14,7 +14,7 @@ from conftest import ROOT, assert_same, elsewhere, environment, on_ranks, proces
 from conftest import record, train_command, wait_until
 from test_notebooks import execute, said
 from vitdistill.config import Config, VitdistillError, preset, save
-from vitdistill.grids import grid_cells, missing_weights
+from vitdistill.grids import grid_cells
 from vitdistill.launch import configure
 from vitdistill.losses import criterion
 from vitdistill.models import create_student
@@ -167,29 +167,6 @@ def configs(*studies):
             for name in studies for cell in grid_cells(name)}
 
 
-def test_studies_name_the_published_arms():
-    """At equal encoder passes, with the same crops and colours, each part beside the arm that lacks only it."""
-    made, parts = configs("can_pretrain", "can_seeds"), ("CAN", "SimCLR", "MAE")
-    can, simclr, mae, floor, augmented, untold, quiet, pictures = (made[f"can_pretrain/{arm}", 1] for arm in (
-        *parts, "hardly trained", "noise as augmentation only", "sigma not told", "no noise", "digits"))
-    assert all(made[f"can_seeds/{arm}", seed] == replace(made[f"can_pretrain/{arm}", 1], seed=seed)
-               for arm in parts for seed in (2, 3))
-    unit = made["can_seeds/noise of unit variance", 1]
-    assert replace(floor, **{name: getattr(can, name) for name in ("epochs", "lr", "warmup_epochs")},
-                   evaluate_every=can.evaluate_every) == can
-    assert (pictures.dataset, pictures.runs_dir) == ("digits", can.runs_dir)  # of which the report shows some
-    arms = [can, untold, unit, augmented, quiet, simclr, mae]
-    made = [criterion(arm) for arm in arms]
-    weights = [list(one.weights) for one in made]
-    assert weights == [[0.03, 0.67, 0.3]] * 3 + [[0.03, 0.67, 0.0]] * 2 + [[1, 0, 0], [0, 1, 0]]
-    assert [one.sigma for one in made] == [0.05] * 4 + [0.0] * 3
-    assert [one.embed_sigma for one in made] == [True] + [False] * 6  # is the decoder told sigma?
-    assert {arm.epochs * one.copies for arm, one in zip(arms, made)} == {60}
-    assert {(one.area, one.jitter) for one in made} == {(0.25, 0.4)}  # published: the same augmentations
-    targets = [(one.normalize_targets, one.normalize_noise) for one in made if any(one.weights[1:])]
-    assert targets == [(True, n == 2) for n in range(6)]  # of unit variance are pixels; noise in one arm
-
-
 def test_pretraining_has_the_published_betas():
     """AdamW's (.9, .95), in every group of the optimizer that training makes; fine-tuning has the usual ones."""
     for part, betas in ("pretrain", (0.9, 0.95)), ("teacher", (0.9, 0.999)):
@@ -201,31 +178,6 @@ def test_pretraining_has_the_published_betas():
         optimizer = create_optimizer(config, model.model, terms)
         assert isinstance(optimizer, torch.optim.AdamW)
         assert {tuple(group["betas"]) for group in optimizer.param_groups} == {betas}
-
-
-def test_scratch_is_a_fair_beginning():
-    """As long as fine-tuning, as long as both together, and every layer at the rate: there is nothing to keep."""
-    scratch = configs("can_scratch").values()
-    tuned, before = preset("can", "teacher"), preset("can", "pretrain")
-    strong = "mixup", "cutmix", "label_smoothing", "random_erasing"  # lost by far on held-out images: deit_strengths
-    assert not any(getattr(tuned, name) for name in strong) and not tuned.randaugment
-    long = tuned.epochs + 2 * before.epochs
-    assert [(one.epochs, one.seed) for one in scratch] == [(long, 1), *((tuned.epochs, seed) for seed in (1, 2, 3))]
-    for one in scratch:
-        like = dict(epochs=tuned.epochs, layer_decay=tuned.layer_decay, seed=tuned.seed, work_dir=tuned.work_dir)
-        assert replace(one, **like) == tuned
-        model = create_student(one, 100, 32).model
-        assert {group.get("lr_scale", 1.0) for group in create_optimizer(one, model).param_groups} == {1.0}
-
-
-def test_students_have_the_teachers_of_their_studies():
-    """They are at hand or trained first; the models that were lost are trained alike again."""
-    cells = [cell for name in ("can_students", "can_controls_teach") for cell in grid_cells(name)]
-    assert missing_weights(cells) == []
-    made = configs("can_scratch", "can_even", "can_controls_teach")
-    for again, first in (("from scratch", "can_scratch/80 epochs"), ("even", "can_even/even control"),
-                         ("labels on CAN's views", "can_even/labels on CAN's views")):
-        assert made[f"can_controls_teach/{again}", 1] == made[first, 1]
 
 
 def probes(value):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from conftest import PYTHON, ROOT
-from vitdistill.config import Config, field_names, load
+from vitdistill.config import Config, field_names, load, read_yaml
 from vitdistill.studies import Study, combinations, parameters_of, trains
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -118,6 +118,7 @@ ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit", e09="cap
 HANDED_ON = {*field_names(shared=True), *field_names(split=True), *field_names(group="student"), "seed"}  # by e06
 
 
+@functools.cache
 def git(*words):
     done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
     return None if done.returncode else done.stdout
@@ -179,7 +180,7 @@ def is_cell(config, experiment, given):
     if experiment != config.experiment or bool(config.fold_weights) != bool(given.get("out_of_fold")):
         return False
     return all(getattr(config, name) == given.get(name, getattr(USUAL, name))
-               for name in ASKED if name not in (config.auto or ()))
+               for name in ASKED if name not in config.auto)
 
 
 def test_cells_of_a_commit_are_told_from_others():
@@ -202,7 +203,7 @@ def test_a_study_asks_before_its_runs_answer():
     if git("cat-file", "-e", ASKED_FIRST) is None:
         pytest.skip("this clone has no history")
     old = set((git("ls-tree", "--name-only", ASKED_FIRST, "reports/runs/") or "").split())
-    studies = {file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / "nbs/studies").glob("*.yaml")}
+    studies = {file.stem: read_yaml(file) for file in (ROOT / "nbs/studies").glob("*.yaml")}
     foretold = {name for name, study in studies.items() if study.get("expected")}
     for record in sorted((ROOT / "reports/runs").glob("*/environment.json")):
         used_by = {arm.partition("/")[0] for arm in json.loads((record.parent / "arms.json").read_text())}

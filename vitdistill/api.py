@@ -15,7 +15,7 @@ from .answers import Memo
 from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset, stoppable
 from .data import check_dataset
 from .hub import weights_place
-from .losses import OBJECTIVES, Batch, criterion
+from .losses import OBJECTIVES, Batch, TopK, criterion
 from .models import check_name, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
@@ -155,6 +155,9 @@ class Loss(torch.nn.Module):
     )->torch.Tensor:               # the mean over the batch
         heads = logits if isinstance(logits, tuple) else (logits,)
         wanted = self.kind.make(heads[0].detach()).shape # of an answer to these images
+        if isinstance(self.kind, TopK) and wanted == heads[0].shape:
+            raise VitdistillError(f'soft_top_k = {self.kind.k} keeps {wanted[1]} numbers of an image, as many as there '
+                                  "are classes, so that logits can't be told from kept answers: give another number.")
         if answer.shape == heads[0].shape != wanted: answer = self.kind.make(answer)
         if answer.shape != wanted:
             raise VitdistillError(f"the student's logits have shape {(*heads[0].shape,)} and the teacher's answer "
@@ -172,7 +175,8 @@ def memo(
 )->Callable:          # (pixels, (B,) int64 keys or a list) -> the loss's answers, on the pixels' device
     "Returns a teacher that answers each key once. Equal keys have to stand for equal pixels."
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),
-                 mean_std=teacher.mean_std, teacher_size=teacher.size, dtype=teacher.precision, **loss.kind.key())
+                 mean_std=teacher.mean_std, constants=teacher.constants, teacher_size=teacher.size,
+                 dtype=teacher.dtype_name, **loss.kind.key())
     stored = Memo(from_here(folder), json.loads(json.dumps(about)), loss.kind)
     def answer(pixels, key):
         key = torch.as_tensor(key)

@@ -250,7 +250,7 @@ def measured(setup:Captioning, name:str)->tuple: # name of a part -> (numbers, {
     if setup.captioner: found[f'{name}_loss'] = text_loss(setup, part)
     for kind in ('image', 'text'):
         if (embeddings := getattr(part, kind)) is None: continue
-        made[kind], start = setup.captions(embeddings), name + '_'*(kind == 'image') + '_text_'*(kind == 'text')
+        made[kind], start = setup.captions(embeddings), f'{name}_' if kind == 'image' else f'{name}_text_'
         found[f'{start}exact'] = sum(a == b for a, b in zip(made[kind], part.wanted))/len(part.wanted)
         if not part.facts: continue
         shares = share_right(made[kind], part.facts, setup.config.templates)

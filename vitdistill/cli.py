@@ -98,7 +98,7 @@ def configured(
     name, colon, experiment = source.rpartition(':')
     if not colon or Path(source).is_file():
         config = load(source)
-        return replace(config, **given, auto=[name for name in config.auto or () if name not in given] or None)
+        return replace(config, **given, auto=[name for name in config.auto if name not in given])
     given, called = {**given}, given.get('experiment', experiment) # part of the preset, name of the run's experiment
     given.pop('experiment', None)
     config = replace(preset(name, experiment, **given), experiment=called)
@@ -131,8 +131,8 @@ def run_notebook(
         papermill.execute_notebook(str(source), str(output), given, cwd=str(repo_root()), **quiet,
                                    stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as e:
-        reason = e.evalue if e.ename == VitdistillError.__name__ else f'{name} failed ({e.ename}: {e.evalue}).'
-        raise VitdistillError(f'{reason} Its notebook: {output}') from None
+        reason = e.evalue if e.ename == VitdistillError.__name__ else f'{name} failed ({e.ename}: {e.evalue})'
+        raise VitdistillError(f'{reason}; see its notebook, {output}') from None
     return output
 
 # %% ../nbs/11_cli.ipynb #7cf8a010
@@ -164,21 +164,23 @@ def run_pair(
     steps = {'e00_teacher': ('train the teacher', own | alone | begun),
              'e01_baseline_resnet50': ('train a student on labels alone', alone),
              'e02_distilled_resnet50': ('train the same student with the teacher', {}),
-             **({'e03_deit_from_regnet': ('the reverse: train a DeiT with a convnet as teacher', own | alone)}
-                if deit else {}),
-             'a01_paper': ('draw figures and tables', shown)}
+             'e03_deit_from_regnet': ('the reverse: train a DeiT with a convnet as teacher', own | alone)}
+    if not deit: del steps['e03_deit_from_regnet']
     arms = dict(e00_teacher='teacher', e01_baseline_resnet50='plain', e02_distilled_resnet50='taught') # of study pair
     noted = out/'.teacher' # gets the folder of the teacher's run
     another = alone or {'out_of_fold', 'teacher_data_fraction'} & {*given} # the student asks for another teacher
     noted.unlink(missing_ok=True)
-    for n, (name, (what, own)) in enumerate(steps.items(), 1):
-        print(f'[{n}/{len(steps)}] {what}', flush=True)
+    for n, (name, (what, changed)) in enumerate(steps.items(), 1):
+        print(f'[{n}/{len(steps) + 1}] {what}', flush=True)
         os.environ['VITDISTILL_ARM'] = f'pair/{arms[name]}' if name in arms else ''
-        values = own if own is shown else dict(preset=preset_name, **{**given, **own})
+        values = dict(preset=preset_name) | given | changed
         os.environ['VITDISTILL_CELL'] = str(noted) if name == 'e00_teacher' else ''
         if arms.get(name) == 'taught' and noted.is_file() and not another:
             values['teacher_weights'] = str(Run(noted.read_text().splitlines()[-1]).model)
         print('notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
+    os.environ['VITDISTILL_ARM'] = os.environ['VITDISTILL_CELL'] = ''
+    print(f'[{n + 1}/{n + 1}] draw figures and tables', flush=True)
+    print('notebook:', run_notebook('a01_paper', out/'a01_paper.ipynb', shown), flush=True)
 
 # %% ../nbs/11_cli.ipynb #44c7d728
 def study(words:list[str])->int:

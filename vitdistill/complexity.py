@@ -54,7 +54,8 @@ def _forward(model, shape): # {name: (output's shape, bytes of all calls)} in or
         def leave(_, inputs, output):
             output = output[0] if isinstance(output, (tuple, list)) else output
             calls[name] = tuple(output.shape[1:]), calls[name][1] + _new_bytes(output, inputs)
-        module.register_forward_pre_hook(lambda *_: calls.setdefault(name, (None, 0)) and None)
+        def enter(*_): calls.setdefault(name, (None, 0)) # a hook must return None
+        module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
     for name, module in model.named_modules(): watch(name, module)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

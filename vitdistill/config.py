@@ -343,7 +343,7 @@ class FoundFields:
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
-    auto:list=_found(None, hashed=False) # fields that were 'auto' before `resolve`
+    auto:list=_found(list, hashed=False) # fields that were 'auto' before `resolve`
 
 # %% ../nbs/00_config.ipynb #de604553
 @dataclass(frozen=True)
@@ -471,7 +471,7 @@ _default = functools.cache(Config)
 def defining(config:Config)->dict: # name -> value
     "Returns the fields that change the result, with resolved values as 'auto' and former defaults as today's."
     def value(f):
-        if f.name in (config.auto or ()): return 'auto'
+        if f.name in config.auto: return 'auto'
         found, formerly = getattr(config, f.name), f.metadata['formerly']
         return getattr(_default(), f.name) if found in formerly else found
     return {f.name: value(f) for f in fields(config) if f.metadata['hashed']}
@@ -486,7 +486,7 @@ def config_hash(config:Config)->str:
 # %% ../nbs/00_config.ipynb #01c08748
 def student_name(config:Config)->str:
     "Returns timm's name for the student, with `_cifar` for the CIFAR stem."
-    return config.student + '_cifar'*(config.stem == 'cifar')
+    return f'{config.student}_cifar' if config.stem == 'cifar' else config.student
 
 def run_name(config:Config)->str:
     "Returns the run folder's name: experiment-student-teacher-s<seed>-<hash8>; captions have what they learn from."

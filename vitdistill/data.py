@@ -70,7 +70,9 @@ class Data:
             return sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(1000)).double()
         value, counts = torch.arange(256).double()/255, torch.stack([histogram(images[..., c]) for c in range(3)])
         mean = (counts*value).sum(1)/counts.sum(1)
-        return tuple(mean.tolist()), tuple((((counts*value**2).sum(1)/counts.sum(1) - mean**2)**.5).tolist())
+        variance = (counts*value**2).sum(1)/counts.sum(1) - mean**2
+        std = torch.where(variance > 1e-12, variance, 1.)**.5 # a channel of one value becomes 0
+        return tuple(mean.tolist()), tuple(std.tolist())
 
     @functools.cached_property
     def train_hash(self)->str: # hash of the training images and labels, for memos
@@ -134,8 +136,8 @@ def image_side(config:Config)->int:
     if own and config.whole_image:
         raise VitdistillError(f'whole_image = true: the images of {config.dataset} are squares: set it to false.')
     if own and given not in (0, own):
-        raise VitdistillError(f'image_size = {given}: the images of {config.dataset} have {own} px. '
-                              'Leave it out, or give student_size.')
+        raise VitdistillError(f'image_size = {given}: the images of {config.dataset} have {own} px: '
+                              'leave it out, or give student_size.')
     return own or given
 
 # %% ../nbs/01_data.ipynb #2d1bd6f4

@@ -113,7 +113,7 @@ def sides_of(*parts, most:int=20_000)->list: # parts: files of the dataset's par
             except Exception as e: # Pillow raises almost any exception for a damaged file
                 wrong.append(f'{files.path(row)} ({type(e).__name__})')
     if not wrong: return sides
-    more = f' and {len(wrong) - 5} more'*(len(wrong) > 5)
+    more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
     raise VitdistillError(f"these images can not be read: {', '.join(sorted(wrong)[:5])}{more}: replace or remove "
                           'them.')
 
@@ -267,9 +267,10 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     for cell in cells:
         if is_done(cell): continue
         c = config_of(cell)
-        seen = 0 if cell.notebook.stem == 'e04_adopted_teacher' else plan_rows(c, images.train)*c.epochs
-        evaluated = images.test*max(1, c.epochs)
-        found[cell.name] = seen*step(c, True) + evaluated*step(c, False)
+        if cell.notebook.stem == 'e04_adopted_teacher': # it only answers
+            found[cell.name] = (images.train + images.held_out + images.test)*step(c, False)
+            continue
+        found[cell.name] = c.epochs*(plan_rows(c, images.train)*step(c, True) + images.test*step(c, False))
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
             asked = teacher_calls(c, images.train)['memo' if c.memo else 'online']
             found[cell.name] += asked*step(config_of(first), False)
@@ -360,8 +361,9 @@ def in_words(result:Distilled)->str:
         of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
         lines.append(f'{row.Index:8} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
     for row in result.comparison.table().dropna(subset='difference').itertuples():
-        chance = '' if row.low > 0 or row.high < 0 else ': this may be chance'
-        lines.append(points(row) + (chance or "; another seed may differ by more"*(row.seeds < 2)))
+        sure = row.low > 0 or row.high < 0
+        seeds = '; another seed may differ by more' if row.seeds < 2 else ''
+        lines.append(points(row) + (seeds if sure else ': this may be chance'))
     students = rows.top1.drop('teacher', errors='ignore')
     classes = len(read_card(str(result.folder(students.index[0])))['classes']) if len(students) else 0
     labels = read_predictions(next(iter(result.runs()[students.index[0]].values()))).label if classes else ()

@@ -185,7 +185,7 @@ def train_on_ranks(config:Config, run:Run, nproc:int|None, show:bool, *extra:str
     ranks, note = rank_count(config, nproc, torch.cuda.device_count())
     if note and show: print(note)
     work, caches = from_root(config.work_dir)/run.name, from_root(config.work_dir)/'compiled'
-    config = replace(config, **dict.fromkeys(config.auto or (), 'auto')) # each rank resolves it for its own node
+    config = replace(config, **dict.fromkeys(config.auto, 'auto')) # each rank resolves it for its own node
     file = save(config, work/'launch.yaml')
     env = os.environ | dict(VITDISTILL_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1',
                             OMP_NUM_THREADS=str(threads_per_rank(config, ranks)),

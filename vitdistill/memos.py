@@ -12,6 +12,7 @@ import numpy as np, torch
 from filelock import FileLock
 from .config import Config, VitdistillError, write_atomic
 from .data import Data, digest
+from .hub import MEMO_HEAD
 from .losses import OBJECTIVES, DecisionAndLogits, HardLabel, Logits
 from .teachers import Teacher, answers_head, answers_in
 from .views import view_count
@@ -24,12 +25,12 @@ def memo_key(
 )->dict:
     "Returns everything that an answer and its storage depend on."
     kwargs = json.loads(json.dumps(config.teacher_kwargs, sort_keys=True)) # in an order that a grid leaves unchanged
-    return dict(version=2, architecture=config.teacher + f' {kwargs}'*bool(kwargs),
+    return dict(version=2, architecture=f'{config.teacher} {kwargs}' if kwargs else config.teacher,
                 weights=teacher.weights_hash(), train_images=data.train_hash,
                 images=len(data.train_labels), classes=len(data.classes),
                 padding=config.padding, views=view_count(config),
                 image_size=data.side, teacher_size=teacher.size, resize='bilinear',
-                constants=[list(c) for c in teacher.constants], dtype=teacher.precision + ' compiled'*teacher.compile,
+                constants=[list(c) for c in teacher.constants], dtype=teacher.dtype_name,
                 **OBJECTIVES[config.distillation].kind(config).key())
 
 # %% ../nbs/04b_memos.ipynb #d0e7a45c
@@ -40,7 +41,7 @@ def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_ke
 # %% ../nbs/04b_memos.ipynb #0d278bae
 def create_file(
     file:Path,
-    head:bytes, # the first bytes
+    head:bytes, # the first bytes, of MEMO_HEAD
     size:int    # bytes after the head, all 255
 )->None:
     "Creates a memo's file, without answers, unless it exists; raises `OSError` if the disk has too little space."
@@ -48,32 +49,32 @@ def create_file(
         with open(path, 'wb') as f:
             f.write(head)
             for start in range(0, size, 2**26): f.write(b'\xff'*min(2**26, size - start))
+    if len(head) > MEMO_HEAD: raise OSError(f'its {len(head):,} bytes of settings are over {MEMO_HEAD:,}')
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f'.{file.name}.lock')): # several students may start at once
         if file.is_file(): return
         free = shutil.disk_usage(file.parent).free
         if free < size + 2**20:
-            raise OSError(f'the memo of {size/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on the disk.')
+            raise OSError(f'the memo of {size/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on the disk')
         print(f'memo: {size/1e6:.1f} MB in {file}', flush=True)
         write_atomic(file, write)
 
 # %% ../nbs/04b_memos.ipynb #16494b9d
 class Memo:
     "A frozen teacher's answers for (image, view), each computed once and kept in a file next to the teacher's weights."
-    head = 4096 # bytes of the file before its answers: the key as JSON, and spaces
     def __init__(self,
         parent:str|Path, # folder that holds memos
         key:dict,        # of `memo_key`, or of `plan_key`: (epoch, row of the plan) then stands for (image, view)
         kind=HardLabel()): # kind of answer
         size = self._lay_out(key, kind)
-        head = json.dumps(key, sort_keys=True).encode().ljust(self.head)
+        head = json.dumps(key, sort_keys=True).encode().ljust(MEMO_HEAD) # and spaces
         self.file = memo_file(parent, key)
         if not self.file.is_file(): create_file(self.file, head, size)
-        with open(self.file, 'rb') as file: there = file.read(self.head)
-        if there != head or self.file.stat().st_size != self.head + size:
+        with open(self.file, 'rb') as file: there = file.read(MEMO_HEAD)
+        if there != head or self.file.stat().st_size != MEMO_HEAD + size:
             raise VitdistillError(f'{self.file} is incomplete or belongs to other settings: remove it, and the teacher '
                                   'answers again.')
-        self.stored = np.memmap(self.file, self.dtype, 'r+', self.head, self.shape)
+        self.stored = np.memmap(self.file, self.dtype, 'r+', MEMO_HEAD, self.shape)
 
     def _lay_out(self, key, kind)->int: # bytes of all answers
         self.kind, self.key = kind, key

@@ -289,7 +289,7 @@ def load_weights(
         listed = '; '.join(f'{k} is {given.get(k, "missing")}, wants {wanted.get(k, "nothing")}' for k in wrong[:4])
         head = ', or a student a new head (student_head: new)' if all(name.startswith(heads) for name in wrong) else ''
         raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed} "
-                              f'({len(wrong)} tensors in all). Give weights of this architecture, these '
+                              f'({len(wrong)} tensors in all): give weights of this architecture, these '
                               f'student_kwargs or teacher_kwargs and classes{head}.')
     model.load_state_dict({name: state[name] for name in given}, strict=False)
     return model

@@ -248,7 +248,7 @@ def predictions_at(
     state = checkpoint_at(run, epochs)
     alone = dict(distillation='none', teacher='', objective_kwargs={}, student_weights='', student_pretrained=False,
                  student_head='new', student_resampling='bicubic', keep_logits=False)
-    device = auto_device() if 'device' in (run.config.auto or ()) else run.config.device # 'auto': chosen anew here
+    device = auto_device() if 'device' in run.config.auto else run.config.device # 'auto': chosen anew here
     setup = prepare(replace(run.config, **alone), start_ranks(device))
     setup.student.model.load_state_dict(state['model'])
     name = f"predictions-{state['epochs']:04d}.npz"

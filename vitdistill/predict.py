@@ -105,13 +105,13 @@ def read_batches(
 )->Iterator[tuple]: # (files, (B, side, side, 3) uint8)
     "Yields files with their pixels, a batch at a time, without those that can not be read."
     for start in range(0, len(files), batch):
-        pixels = {}
+        there = []
         for file in files[start:start + batch]:
-            try: pixels[file] = read(file)
+            try: there.append((file, read(file)))
             except VitdistillError as e:
                 if skipped is None: raise
                 skipped(str(e))
-        if pixels: yield [*pixels], torch.stack([*pixels.values()])
+        if there: yield [file for file, _ in there], torch.stack([pixels for _, pixels in there])
 
 # %% ../nbs/09_predict.ipynb #f28cf5f7
 def predict(

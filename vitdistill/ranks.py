@@ -147,14 +147,14 @@ def batch_bounds(
     n:int,           # rows of the epoch
     batch:int,       # rows of a global batch
     world:int,       # number of ranks
-    batch_norm:bool  # the model has batch norm, so every rank needs two images
+    two:bool         # every rank needs two images, for batch norm or a contrast of images
 )->list:
-    "Returns (start, stop) of each global batch; batch norm drops a last batch of fewer than 2 images per rank."
-    if batch_norm and (least := min(batch, n))//world < 2:
+    "Returns (start, stop) of each global batch; with `two`, without a last batch of fewer than 2 images a rank."
+    if two and (least := min(batch, n))//world < 2:
         raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few for batch '
-                              'norm: use a larger batch_size, more images or fewer ranks.')
+                              'norm or a contrast: use a larger batch_size, more images or fewer ranks.')
     bounds = [(i, min(i + batch, n)) for i in range(0, n, batch)]
-    return bounds[:-1] if batch_norm and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
+    return bounds[:-1] if two and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
 
 # %% ../nbs/05a_ranks.ipynb #37a2e368
 def local_rows(start:int, stop:int, rank:int, world:int)->tuple:

@@ -22,7 +22,8 @@ def clean_path(path:str, root:Path)->str: # root: of the repository that holds t
     "Returns a path relative to the repository that it is in, or to another clone whose usual folders it is in."
     if Path(path).is_relative_to(root): return str(Path(path).relative_to(root))
     for folder in (Config.work_dir, Config.runs_dir):
-        if f'/{folder}/' in path: return folder + path.partition(f'/{folder}')[2]
+        _, there, rest = path.partition(f'/{folder}/')
+        if there: return f'{folder}/{rest}'
     return path
 
 def clean_config(

@@ -180,7 +180,7 @@ def machine_in_words(
     gpus = about.get('gpus')
     if gpus and device != 'cpu': return ', '.join(f'{n} x {name}' for name, n in Counter(gpus).items())
     n = about.get('cores', '?')
-    return f"{n} core{'s'*(n != 1)} of {about.get('processor', 'an unknown processor')}"
+    return f"{n} {'core' if n == 1 else 'cores'} of {about.get('processor', 'an unknown processor')}"
 
 # %% ../nbs/05_runs.ipynb #a2d717a0
 def append_row(

@@ -59,9 +59,8 @@ def uses_batch_norm(config:Config)->bool:
 
 # %% ../nbs/05b_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
-    "Returns the config's `compile`; 'auto' gives CUDA graphs on one GPU, where kernel launches are the bottleneck."
-    if config.compile != 'auto' or device != 'cuda': return config.compile.replace('auto', 'none')
-    if compiler_missing(device): return 'none'
+    "Returns the mode for compile = 'auto': CUDA graphs on one GPU, where kernel launches are the bottleneck."
+    if device != 'cuda' or compiler_missing(device): return 'none'
     if place_among_ranks()[2] == 1: return 'reduce-overhead'
     return 'none' if uses_batch_norm(config) else 'default' # compiled synchronized batch norm hangs or is wrong
 
@@ -70,7 +69,8 @@ def auto_values(config:Config)->dict:
     "Returns values for the fields that are 'auto', chosen for this machine and number of ranks."
     device = auto_device() if config.device == 'auto' else config.device
     precision = auto_precision(device)
-    values = dict(device=device, precision=precision, teacher_precision=precision, compile=auto_compile(config, device))
+    values = dict(device=device, precision=precision, teacher_precision=precision)
+    if config.compile == 'auto': values['compile'] = auto_compile(config, device)
     if is_answers(file := config.teacher_weights): # the precision of the answers
         values['teacher_precision'] = answers_head(file)['key']['dtype'].split()[0]
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
@@ -118,13 +118,13 @@ def resolve(config:Config)->Config:
     if asked and (lacks := compiler_missing(device)):
         raise VitdistillError(f"compile = {config.compile!r} needs {lacks}, which is not here: install it, or set "
                               "compile to 'none'.")
-    if asked and device == 'cuda' and auto_compile(replace(config, compile='auto'), device) == 'none':
+    if asked and device == 'cuda' and auto_compile(config, device) == 'none':
         raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, where '
                               "compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
     teachers = filter(None, (config.teacher_weights, config.fold_weights))
     found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
                  teacher_hash='+'.join(map(file_hash, teachers)))
-    config = replace(config, **found, **chosen, auto=sorted({*chosen, *(config.auto or ())}))
+    config = replace(config, **found, **chosen, auto=sorted({*chosen, *config.auto}))
     begun = Run.of(config)
     if not (begun.folder/'config.yaml').is_file() or begun.status == 'unreadable': return config
     kept = [name for name in chosen if name not in ('device', 'compile')] # these depend on machine and ranks
@@ -245,7 +245,7 @@ def open_memo(
     if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
     folder, alone = beside_weights(config), bool(config.fold_weights) # two teachers keep one kind of answer
     try: return (PairedMemo if not alone and keeps_both_kinds(folder, key, kind) else Memo)(folder, key, kind)
-    except OSError as e: print(f'{e} Instead, the teacher answers in each step.', flush=True)
+    except OSError as e: print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
 
 # %% ../nbs/05b_setup.ipynb #ad9e39fe
 def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor)->tuple: # rows: of the plan
@@ -260,7 +260,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
                               "mixing and augmentation out, or give the teacher's weights.")
     if online: teacher.chunk = at_once # before the health check: each size is compiled
     if teacher.device.type == 'cuda' and not absent:
-        both = (False, True) if teacher.compile and 'compile' in (config.auto or ()) else (teacher.compile,)
+        both = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
         use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
@@ -313,6 +313,9 @@ def place_model(
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Loads data, student and teacher, checks them before anything is written, and returns them as a `Setup`."
     set_numerics(ranks.device, config.deterministic)
+    if config.precision == 'bf16' and ranks.device == 'cpu' and auto_precision('cpu') == 'fp32' and not ranks.rank:
+        print("precision = 'bf16' is slower than fp32 on this processor, which emulates it: set precision to 'auto'.",
+              flush=True)
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)

@@ -48,6 +48,10 @@ class Teacher:
         elif equal_blocks(self.model): self.forward = with_compiled_blocks(self.model)
         else: self.forward = torch.compile(self.model, dynamic=False)
 
+    @property
+    def dtype_name(self)->str: # for the keys of memos
+        return f'{self.precision} compiled' if self.compile else self.precision
+
     @torch.inference_mode()
     def logits(self, pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W) in [0, 255], uint8 or float32 -> (B, C) float32
         answers = []
@@ -79,7 +83,8 @@ def use_quickest(
 )->None:
     "Makes a teacher work in the way that a short trial on this device found fastest."
     device = torch.cuda.get_device_name(teacher.device)
-    key = f'{device}, torch {torch.__version__}, {teacher.precision}, chunks {chunks}, compiled {compiles}'
+    model = f'{sum(p.numel() for p in teacher.model.parameters()):,} parameters at {teacher.size} px'
+    key = f'{device}, torch {torch.__version__}, {model}, {teacher.precision}, chunks {chunks}, compiled {compiles}'
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f'.{file.name}.lock')): # the first rank tries, the others wait and read
@@ -321,7 +326,7 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     if is_answers(config.teacher_weights): return Absent(config, model, constants, device), card
     if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))
-    auto = 'compile' in (config.auto or ()) # the resolved value depends on the student: ranks, batch norm
+    auto = 'compile' in config.auto # the resolved value depends on the student: ranks, batch norm
     compile = str(device).startswith('cuda') and not compiler_missing(device) if auto else \
         config.compile not in ('none', 'auto', 'graph')
     teacher = Teacher(model, constants, config.teacher_size, config.teacher_precision, device, compile=compile)

@@ -323,7 +323,7 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
     many = any(len(finished_runs(arm)) > 1 for arm in comparison.arms.values())
     pictures = {'forest': (draw_forest(comparison), 'Differences in points; lines are 95% intervals.'),
                 'curves': (draw_curves(comparison),
-                           'Test accuracy by epoch' + ': means over seeds; bands: worst to best'*many + '.')}
+                           f"Test accuracy by epoch{': means over seeds; bands: worst to best' if many else ''}.")}
     drawn = [save_figure(fig, out, f'{study.name}_{name}', caption, runs)
              for name, (fig, caption) in pictures.items() if fig]
     for fig, _ in pictures.values(): plt.close(fig)
@@ -342,7 +342,8 @@ def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
     arms, rows = comparison.accuracies(), comparison.table()
     arms = arms[arms.seeds > 0]
-    lines = [f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} seed{"s"*(row.seeds != 1)}' for row in arms.itertuples()]
+    def line(row): return f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} {"seed" if row.seeds == 1 else "seeds"}'
+    lines = [*map(line, arms.itertuples())]
     return '\n'.join([comparison.study.title, *lines, *map(points, rows.itertuples()), *missing(comparison)])
 
 def main(arguments:list=None)->int:
