@@ -213,7 +213,7 @@ def test_a_teacher_that_was_saved_by_hand_is_fine_tuned(tmp_path):
     (dict(distillation="hrad"), "did you mean 'hard'"),
     (dict(distillation="dkd", soft_top_k=3), "needs all logits"),
     (dict(optimizer="sdg"), "did you mean 'sgd'"),
-    (dict(image_size="big"), "image_size = 'big' is a str"),
+    (dict(image_size="big"), "image_size = 'big' has the wrong form"),
     (dict(data="nowhere"), "no folder"),
 ])
 def test_bad_input_is_one_sentence_before_anything_is_trained(given, message, images, weights, tmp_path):
@@ -242,7 +242,7 @@ def test_notebook(job, images, weights, tmp_path):
     assert "taught minus plain" in said(notebook)
     pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in
                 output.get("data", {})]
-    assert len(pictures) == 1  # the curves
+    assert len(pictures) == 2  # the curves, and some test images
 
 
 def test_the_loop_of_the_readme_runs(job, tmp_path):

@@ -19,7 +19,7 @@ from test_notebooks import execute
 from vitdistill.api import parser as distill_parser, save
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, defining, field_names
-from vitdistill.grids import grid_cells, missing_weights, parser, start_order, study_cells
+from vitdistill.grids import check_cells, grid_cells, missing_weights, parser, start_order, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
 from vitdistill.runs import find_runs
@@ -153,6 +153,14 @@ def tiny_weights(folder):
 VITDISTILL = commands("vitdistill")
 
 
+def test_the_study_of_the_recipes_can_train(tmp_path):
+    """`vitdistill grid alpha.yaml` finds a teacher and nine students, each with settings that fit."""
+    (tmp_path / "alpha.yaml").write_text(*blocks("yaml", [ROOT / "docs/recipes.md"]))
+    cells = study_cells(read_study(tmp_path / "alpha.yaml"))
+    check_cells(cells)
+    assert len(cells) == 10 and sum(cell.models == {"teacher_weights": "alpha/vit"} for cell in cells) == 6
+
+
 @pytest.mark.parametrize("words", VITDISTILL, ids=" ".join)
 def test_command_and_its_options_exist(words, capsys):
     assert words[1] in COMMANDS
@@ -163,7 +171,7 @@ def test_command_and_its_options_exist(words, capsys):
     elif words[1] == "distill":
         assert field_values(distill_parser().parse_known_args(words[2:])[1])
     elif words[1] == "grid":
-        assert study_file(parser().parse_args(words[2:]).grid)
+        assert words[2] == "alpha.yaml" or study_file(parser().parse_args(words[2:]).grid)
     else:
         with pytest.raises(SystemExit, match="0"):
             COMMANDS[words[1]](["--help"])

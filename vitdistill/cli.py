@@ -66,7 +66,8 @@ def suggested_option(
 )->str:
     "Returns a suggestion for an unknown option: the field for another program's option, or the most similar name."
     name = word[2:].partition('=')[0].replace('-', '_')
-    return f'did you mean --{_elsewhere[name]}?' if name in _elsewhere else nearest(name, known)
+    if name in _elsewhere: return f'did you mean --{_elsewhere[name]}?'
+    return nearest(f'--{name}', [f'--{option}' for option in known])
 
 # %% ../nbs/11_cli.ipynb #1e4d91b2
 def field_values(

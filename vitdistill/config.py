@@ -82,7 +82,8 @@ def from_root(path:str|Path)->Path:
 def from_here(path:str|Path)->Path:
     "Returns `from_root(path)` in the repository; elsewhere the path from the working folder, as on a command line."
     here = Path.cwd()
-    return from_root(path) if repo_root() in (here, *here.parents) else Path(path).expanduser().resolve()
+    path = from_root(path) if repo_root() in (here, *here.parents) else Path(path).expanduser()
+    return path.resolve()
 
 # %% ../nbs/00_config.ipynb #e191ccae
 def fitting(pattern:str)->list[str]: # a path from the repository's root; may contain *, ? or [...]
@@ -360,14 +361,16 @@ def field_names(
     return tuple(f.name for f in fields(Config) if all(f.metadata[key] == value for key, value in about.items()))
 
 # %% ../nbs/00_config.ipynb #150e4e28
+_forms = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list', dict: 'a dict'}
+
 def _typed(f, value): # converts `value` to the type of field `f`
     kinds = typing.get_args(f.type) or (f.type,)
     number = next((kind for kind in kinds if kind in (int, float)), None)
     if number and type(value) in (str, int):
         with contextlib.suppress(ValueError): value = number(value) # 'auto' stays a word
     if type(value) in kinds or value is None and f.default is None: return value
-    names = ' or '.join(k.__name__ for k in kinds if k is not type(None))
-    raise VitdistillError(f'{f.name} = {value!r} is a {type(value).__name__}: give {names}.')
+    names = ' or '.join(_forms[k] for k in kinds if k is not type(None))
+    raise VitdistillError(f'{f.name} = {value!r} has the wrong form: give {names}.')
 
 # %% ../nbs/00_config.ipynb #256952d7
 def _in_range(value:float, interval:str)->bool: # is `value` inside an interval such as '[0, 1)'?

@@ -293,8 +293,8 @@ def image_files(
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
     for part, one, other in (('train', train, test), ('test', test, train)):
         if absent := sorted({*other.classes} - {*one.classes}):
-            raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give train and test '
-                                  'the same classes.')
+            raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give both parts the '
+                                  'same classes.')
     classes = train.classes or [str(c) for c in range(1 + max(label for *_, label in train.files + test.files))]
     if len(classes) < 2:
         raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '
@@ -365,9 +365,16 @@ class DiskImages:
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         return torch.from_numpy(np.stack(list(self.pool.map(self.square, rows))))
     def resident(self)->torch.Tensor: # all images as one tensor, decoded 256 at a time
-        images = torch.empty(self.shape, dtype=torch.uint8)
-        for rows in torch.arange(len(self)).split(256): images[rows] = self[rows]
-        return images
+        images, wrong = np.empty(self.shape, np.uint8), {}
+        def decode(row):
+            try: images[row] = self.square(row)
+            except VitdistillError as e: wrong[row] = e
+        for rows in torch.arange(len(self)).split(256): list(self.pool.map(decode, rows.tolist()))
+        if len(wrong) < 2:
+            for error in wrong.values(): raise error
+            return torch.from_numpy(images)
+        names = ', '.join(str(self.files.path(row)) for row in sorted(wrong)[:5])
+        raise VitdistillError(f'{len(wrong)} images can not be read, such as {names}: replace or remove them.')
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`
         "Returns a square of one image as (size, size, 3) uint8."
         opened = functools.partial(self.files.opener, row)

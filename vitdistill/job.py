@@ -8,21 +8,21 @@ __all__ = ['has_runs', 'link_images', 'with_test', 'Images', 'sides_of', 'look',
            'seconds_an_image', 'costs', 'measure_teacher', 'train', 'Distilled', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
-import os, re, shutil, statistics, tempfile, time
+import itertools, os, re, shutil, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
 from .data import list_images, load_data, split_rows, stratified
-from .files import TESTS, files_below, is_image
+from .files import TESTS, files_below, is_image, printable
 from .grids import Cell, config_of, model_for
 from .launch import launch, note_run, with_teacher
 from .models import create, head_names, load_weights, near_models, read_weights, started_from, try_size
 from .hub import hub_answers, weights_place
 from .outcome import record_adopted
-from .predict import load_model, predict
+from .predict import load_model, named_images, predict
 from .runs import Run, find_runs, read_json
 from .setup import auto_device, auto_precision, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with
@@ -99,9 +99,10 @@ class Images:
         there = [name for name in TESTS if (self.root/name).is_dir()] or ['val or test']
         unused = f"; your {' and '.join(there[1:])} not used" if there[1:] else ''
         whose = 'a fifth of each class, set aside' if self.drawn else f'your {there[0]}{unused}'
-        return (f'{self.root}: {len(self.classes)} classes, about {self.side} px. {self.train:,} training images, '
-                f'{self.test:,} test images ({whose}). {self.held_out:,} more of train are held out: they measure the '
-                'teacher, and are called val in the records.')
+        named = ', '.join(self.classes[:10]) + (', ...' if len(self.classes) > 10 else '')
+        return (f'{self.root}: {len(self.classes)} classes ({named}), about {self.side} px. {self.train:,} training '
+                f'images, {self.test:,} test images ({whose}). {self.held_out:,} more of train are held out to measure '
+                'the teacher; records call them val.')
 
 def sides_of(*parts, most:int=20_000)->list: # parts: files of the dataset's parts; most: images of each that are opened
     "Returns the shorter side of each image, in px; images whose size can not be read are a `VitdistillError`."
@@ -211,16 +212,20 @@ def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; fo
     "Writes a study file into the folder of the job, and returns its path; refuses a folder that holds another job."
     file = out/f'{out.name}.yaml'
     before = read_yaml(file) if file.is_file() and has_runs(out) else study
-    if differ := [key for key in study if key != 'seeds' and study[key] != before.get(key)]:
-        what = sorted({name for key in differ for name in _changed(before.get(key), study[key])})
-        raise VitdistillError(f"{out} holds a job with other settings ({', '.join(what)}): name another folder as out, "
-                              'or remove that one.')
+    lines = [_changes(before[key], study[key]) for key in ('common', 'teachers', 'arms')]
+    if changes := sorted({*itertools.chain(*lines)}):
+        keeps = f' (teacher = {kept} keeps its teacher)' if (kept := out/'models/teacher').exists() else ''
+        raise VitdistillError(f"{out} holds a job with other settings ({'; '.join(changes)}): name another folder as "
+                              f'out{keeps}, or remove that one.')
     return file if dry else write_atomic(file, yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
 
-def _changed(old, new): # names of the entries in which two parts of a study differ
-    if not (isinstance(old, dict) and isinstance(new, dict)): return ['']
-    return [name if not isinstance(old.get(name), dict) else f'{name}: {inner}' for name in {*old, *new}
-            for inner in (_changed(old.get(name), new.get(name)) if old.get(name) != new.get(name) else [])]
+def _changes(old, new, name=''): # lines that say in which entries two parts of a study differ
+    if old == new: return []
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        then, now = ('not given' if value is None else repr(value) for value in (old, new))
+        return [f'{name}: {then} then, {now} now']
+    within = f"{name}'s " if name in ('teacher', 'taught') else ''
+    return [within + line for key in {**old, **new} for line in _changes(old.get(key), new.get(key), key)]
 
 # %% ../nbs/10_job.ipynb #93cd2f11
 def costs_in_words(seconds:dict)->str: # of `costs`
@@ -255,22 +260,25 @@ def seconds_an_image(
 def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     "Returns about how long each unfinished cell will take here, at the speed of this moment."
     found, steps = {}, {}
-    def is_done(cell):
-        seeds = [run.config.seed for run in runs_with(cell.arm, find_runs(runs_folder(cell.chosen)), {})]
-        return bool(seeds) and cell.chosen.get('seed', seeds[0]) in seeds
+    def begun(cell):
+        fields = {'seed': cell.chosen['seed']} if 'seed' in cell.chosen else {}
+        states = 'done', 'running', 'interrupted'
+        return runs_with(cell.arm, find_runs(runs_folder(cell.chosen)), fields, states)
     def step(c, train):
         device = auto_device() if c.device == 'auto' else c.device
         bf16 = (auto_precision(device) if c.precision == 'auto' else c.precision) == 'bf16'
         key = c.student, c.student_size or c.image_size, device, bf16, train, c.stem
-        if key not in steps: steps[key] = seconds_an_image(*key, **c.student_kwargs)
-        return steps[key]
+        name = str((*key, c.student_kwargs))
+        if name not in steps: steps[name] = seconds_an_image(*key, **c.student_kwargs)
+        return steps[name]
     for cell in cells:
-        if is_done(cell): continue
-        c = config_of(cell)
+        runs = begun(cell)
+        if any(run.status == 'done' for run in runs): continue
+        c, done = config_of(cell), max([run.epochs_done for run in runs], default=0)
         if cell.notebook.stem == 'e04_adopted_teacher': # it only answers
             found[cell.name] = (images.train + images.held_out + images.test)*step(c, False)
             continue
-        found[cell.name] = c.epochs*(plan_rows(c, images.train)*step(c, True) + images.test*step(c, False))
+        found[cell.name] = (c.epochs - done)*(plan_rows(c, images.train)*step(c, True) + images.test*step(c, False))
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
             asked = teacher_calls(c, images.train)['memo' if c.memo else 'online']
             found[cell.name] += asked*step(config_of(first), False)
@@ -346,6 +354,19 @@ class Distilled:
     def student(self)->torch.nn.Module: # in eval mode
         "Returns the taught student, a model of timm's."
         return load_model(self.folder()).forward.model
+
+    def pictures(self, most:int=8): # -> a matplotlib figure
+        "Draws some test images with their class and what the taught student sees, in red where that is wrong."
+        files, rows = named_images([self.test_images]), -(-most//4)
+        answers = self.predict(files[::-(-len(files)//most)], top=1)
+        figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
+        for axis in axes.flat: axis.axis('off')
+        for axis, path, answer, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
+            name = printable(Path(path).relative_to(self.test_images).parts[0])
+            with Image.open(path) as image: axis.imshow(ImageOps.exif_transpose(image).convert('RGB'))
+            axis.set_title(f'{name}\n{answer} ({share:.0%})', fontsize=8, color='black' if answer == name else 'C3')
+        plt.close(figure)
+        return figure
 
     def predict(self, images, top:int=5)->pd.DataFrame:
         "Returns what the taught student sees in image files, as `predict` does."

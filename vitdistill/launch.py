@@ -265,8 +265,8 @@ def launch(
         try: reason = train_on_ranks(config, run, nproc, show)
         except KeyboardInterrupt:
             epochs = saved['epochs'] if run.status != 'new' and (saved := run.checkpoint()) else 0
-            raise Interrupted(f'interrupted after epoch {run.epochs_done}; run this again to '
-                              + (f'continue after epoch {epochs}' if epochs else 'start from the beginning')) from None
+            where = f'go on after epoch {epochs}' if epochs else 'start from the beginning'
+            raise Interrupted(f'interrupted; run this again to {where}') from None
         run = Run(run.folder)
         if not wait_until_done(run, config.nnodes):
             raise VitdistillError(reason or f'{run.name} ended without a result: start it again.')
@@ -356,6 +356,8 @@ def trained_teacher(wanted:Config, nproc:int|None=None)->str: # nproc: as in `la
         lock = from_root(wanted.work_dir)/Run.of(resolve(wanted)).name/'waiting.lock'
         if is_locked(lock): print('Another process trains the teacher: waiting for it.', flush=True)
         with nullcontext() if wanted.nnodes > 1 else FileLock(lock): # nodes train it together
-            run = finished_teacher(wanted) or launch(wanted, nproc, serves=False)
+            if not (run := finished_teacher(wanted)):
+                print(f'The teacher is trained first: {wanted.student}, {wanted.epochs} epochs.', flush=True)
+                run = launch(wanted, nproc, serves=False)
     print(f'teacher: {run.name}')
     return str(run.model)

@@ -155,6 +155,6 @@ def main(arguments:list=None)->int:
     if args.json:
         for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))
     else:
-        listed = table.top.map(lambda top: ' '.join(f'{name}:{share:.4f}' for name, share in top))
+        listed = table.top.map(lambda top: '; '.join(f'{name}: {share:.4f}' for name, share in top))
         print(table.assign(top=listed).to_csv(index=False), end='')
     return int(bool(failed))

@@ -103,6 +103,7 @@ def check_settings(config:Config)->None:
             raise VitdistillError(f"{whose}_kwargs can't have {', '.join(given)}: give the fields {whose}_size, "
                                   f'{whose}_pretrained, {whose}_weights or stem instead.')
     check_device(config.device)
+    image_side(config)
     refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))

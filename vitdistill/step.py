@@ -54,7 +54,7 @@ class Meter:
     def row(self, setup:Setup, epoch:int, lr:float)->dict: # metrics over all ranks; VitdistillError if not finite
         (loss, right, n), (steps, bad) = setup.ranks.sum(self.sums).tolist(), self.steps.tolist()
         if bad < steps or not math.isfinite(loss):
-            raise VitdistillError(f'the loss is not finite from epoch {epoch + 1}, step {min(bad, steps) + 1} on '
+            raise VitdistillError(f'the loss is not finite from epoch {epoch + 1}, step {min(bad + 1, steps)} on '
                                   f'(learning rate {lr:.3g}): lower lr or add warmup_epochs; the last checkpoint is '
                                   'kept.')
         asked, hit_rate = setup.answers.take() if setup.answers else (None, None)

@@ -174,7 +174,7 @@ def check_part(study:Study, name:str)->None:
     if not isinstance(name, str): wrong(f'is no name: write "{name}" in quotation marks.')
     if name in study.teachers and name in study.arms: wrong('is both a teacher and an arm: rename one.')
     if not isinstance(part, dict) or not {'notebook', 'runs', 'arms'} & part.keys():
-        wrong(f'= {part!r} names no notebook: write "notebook: e00_teacher".')
+        wrong(f'= {part!r} names no notebook: write one, such as "notebook: e02_distilled_resnet50".')
     if not isinstance(seeds := part.get('seeds', []), list): wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
     check_vary(part.get('vary') or {}, name)
     if seeds: check_vary(dict(seed=seeds), name)

@@ -312,9 +312,10 @@ def write(comparison:Comparison, out:str|Path, found:list[str]=())->Path: # out:
     study, out = comparison.study, Path(out)
     runs = [run for runs in comparison.arms.values() for run in runs]
     of = comparison.measured.capitalize()
-    tables = {'': (comparison.table().drop(columns=['gaps', 'later']),
-                   f'{of} of an arm minus that of another, 95% intervals. Pooled: with the '
-                   "scatter of all of the study's arms; Holm: p corrected for the rows of this table."),
+    rows = comparison.table().drop(columns=['gaps', 'later'])
+    pooled = '' if rows.pooled_low.isna().all() else (" Pooled: with the scatter of all of the study's arms; Holm: p "
+                                                      'corrected for the rows of this table.')
+    tables = {'': (rows, f'{of} of an arm minus that of another, 95% intervals.{pooled}'),
               '_arms': (comparison.accuracies(), f'{of} of each arm, mean and standard deviation over seeds; '
                'teacher_top1: of its teacher, on held-out images.'),
               '_choices': (choices(comparison), 'Accuracy on held-out images of the settings that were tried.')}

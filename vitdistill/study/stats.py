@@ -7,6 +7,7 @@ __all__ = ['seed_interval', 'detectable', 'paired_difference', 'pooled_scatter',
            'paired_score']
 
 # %% ../../nbs/study/01_stats.ipynb #5f1027c6
+import warnings
 import numpy as np, pandas as pd
 from scipy.optimize import brentq
 from scipy.special import nctdtrinc
@@ -40,7 +41,8 @@ def paired_difference(
     row |= dict(p=float(ttest_1samp(one - other, 0).pvalue), std=std, detectable=detectable(std, len(one)))
     if min(np.ptp(one), np.ptp(other)) > 1e-9: # six decimals and no -0.0: processors agree
         row |= dict(correlation=round(float(np.corrcoef(one, other)[0, 1]), 6) + 0)
-    welch = ttest_ind(one, other, equal_var=False).confidence_interval()
+    with warnings.catch_warnings(action='ignore', category=RuntimeWarning): # scipy warns of an arm without scatter
+        welch = ttest_ind(one, other, equal_var=False).confidence_interval()
     return row | dict(welch_low=float(welch.low), welch_high=float(welch.high))
 
 # %% ../../nbs/study/01_stats.ipynb #387fe8f9
