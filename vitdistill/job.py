@@ -212,7 +212,7 @@ def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; fo
     "Writes a study file into the folder of the job, and returns its path; refuses a folder that holds another job."
     file = out/f'{out.name}.yaml'
     before = read_yaml(file) if file.is_file() and has_runs(out) else study
-    lines = [_changes(before[key], study[key]) for key in ('common', 'teachers', 'arms')]
+    lines = [_changes(before.get(key), study[key]) for key in ('common', 'teachers', 'arms')]
     if changes := sorted({*itertools.chain(*lines)}):
         keeps = f' (teacher = {kept} keeps its teacher)' if (kept := out/'models/teacher').exists() else ''
         raise VitdistillError(f"{out} holds a job with other settings ({'; '.join(changes)}): name another folder as "

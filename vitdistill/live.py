@@ -41,7 +41,7 @@ def live_figure(metrics, text:str):
 class LiveCurve:
     "Shows accuracy and loss by epoch, redrawn in place; before the first epoch, only the text."
     def __init__(self, run): # a `Run`
-        import matplotlib.pyplot # noqa: F401, now: interrupted while a run trains, this import breaks for the whole kernel
+        import matplotlib.pyplot # noqa: F401 (later, an interruption of the run could break it)
         from IPython.display import Markdown, display
         self.run, self.text, self.handle = run, Markdown, display(Markdown(''), display_id=True)
         if run.epochs_done: self.update(f'{run.epochs_done} epochs so far')
