@@ -140,10 +140,10 @@ def test_stochastic_depth_of_presets():
 
 
 @pytest.mark.parametrize("name", [
-    "deit_strengths", "deit3_strengths", "deit_table2", "deit_table8", "deit_resolution", "deit_gpu",
-    "deit_gpu_strengths", "deit_gpu_parts"])
+    "deit_strengths", "deit3_strengths", "deit_table2", "deit_table3", "deit_table8", "deit_lengths",
+    "deit_resolution", "deit_transfer", "deit_gpu", "deit_gpu_strengths", "deit_gpu_parts"])
 def test_studies_make_configs(name):
-    """Strengths are chosen on held-out images; weak teachers come first; one factor changes at a time."""
+    """No two cells are the same run; strengths are chosen on held-out images; one factor changes at a time."""
     arms = dict(e01="baseline", e02="distilled", e03="deit")
     made = []
     for cell in grid_cells(ROOT / f"nbs/studies/{name}.yaml"):

@@ -177,7 +177,8 @@ def memo(
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),
                  mean_std=teacher.mean_std, constants=teacher.constants, teacher_size=teacher.size,
                  dtype=teacher.dtype_name, **loss.kind.key())
-    stored = Memo(from_here(folder), json.loads(json.dumps(about)), loss.kind)
+    try: stored = Memo(from_here(folder), json.loads(json.dumps(about)), loss.kind)
+    except OSError as e: raise VitdistillError(f'no memo in {folder} ({e}): name another folder.') from None
     def answer(pixels, key):
         key = torch.as_tensor(key)
         if len(wrong := key[(key < 0) | (key >= keys)]):

@@ -132,8 +132,8 @@ def run_notebook(
         papermill.execute_notebook(str(source), str(output), given, cwd=str(repo_root()), **quiet,
                                    stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as e:
-        reason = e.evalue if e.ename == VitdistillError.__name__ else f'{name} failed ({e.ename}: {e.evalue})'
-        raise VitdistillError(f'{reason}; see its notebook, {output}') from None
+        reason = e.evalue if e.ename == VitdistillError.__name__ else f'{e.ename}: {e.evalue}'
+        raise VitdistillError(f'{name} failed (notebook: {output}): {reason}') from None
     return output
 
 # %% ../nbs/11_cli.ipynb #7cf8a010

@@ -14,7 +14,7 @@ import numpy as np, safetensors.torch, timm, torch, torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from .captions import read_tokenizer, tokens_of
-from .config import Config, VitdistillError, from_root, nearest, require, write_atomic
+from .config import FORMS, Config, VitdistillError, from_root, nearest, require, write_atomic
 from .data import Data, digest, generator
 from .files import read_image
 from .hub import weights_place, failure_in_words
@@ -111,7 +111,7 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
         try: settings[name] = type(TOWER[name])(value) # YAML reads 1e-3 as a word
         except (TypeError, ValueError): settings[name] = None
         if settings[name] is None or settings[name] != float(value) or settings[name] <= 0 and name != 'seed':
-            raise VitdistillError(f'text_tower: {name} = {value!r}: give {type(TOWER[name]).__name__} above 0.')
+            raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[type(TOWER[name])]} above 0.')
     if settings['width'] % settings['heads']:
         raise VitdistillError(f"text_tower: {settings['heads']} heads do not divide width = {settings['width']}.")
     return settings

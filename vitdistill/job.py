@@ -212,9 +212,10 @@ def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; fo
     "Writes a study file into the folder of the job, and returns its path; refuses a folder that holds another job."
     file = out/f'{out.name}.yaml'
     before = read_yaml(file) if file.is_file() and has_runs(out) else study
-    lines = [_changes(before.get(key), study[key]) for key in ('common', 'teachers', 'arms')]
+    lines = [_changes(before.get(key, {}), study[key]) for key in ('common', 'teachers', 'arms')]
     if changes := sorted({*itertools.chain(*lines)}):
-        keeps = f' (teacher = {kept} keeps its teacher)' if (kept := out/'models/teacher').exists() else ''
+        kept, other = out/'models/teacher', any(change.startswith('teacher ') for change in changes)
+        keeps = f' (teacher = {kept} keeps its teacher)' if kept.exists() and not other else ''
         raise VitdistillError(f"{out} holds a job with other settings ({'; '.join(changes)}): name another folder as "
                               f'out{keeps}, or remove that one.')
     return file if dry else write_atomic(file, yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
@@ -224,7 +225,7 @@ def _changes(old, new, name=''): # lines that say in which entries two parts of 
     if not (isinstance(old, dict) and isinstance(new, dict)):
         then, now = ('not given' if value is None else repr(value) for value in (old, new))
         return [f'{name}: {then} then, {now} now']
-    within = f"{name}'s " if name in ('teacher', 'taught') else ''
+    within = f'{name} ' if name and name != 'plain' else ''
     return [within + line for key in {**old, **new} for line in _changes(old.get(key), new.get(key), key)]
 
 # %% ../nbs/10_job.ipynb #93cd2f11
@@ -281,7 +282,7 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
         found[cell.name] = (c.epochs - done)*(plan_rows(c, images.train)*step(c, True) + images.test*step(c, False))
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
             asked = teacher_calls(c, images.train)['memo' if c.memo else 'online']
-            found[cell.name] += asked*step(config_of(first), False)
+            found[cell.name] += asked*step(config_of(first), False)*(c.epochs - done)/c.epochs
     return found
 
 # %% ../nbs/10_job.ipynb #a8d6787b
@@ -357,12 +358,16 @@ class Distilled:
 
     def pictures(self, most:int=8): # -> a matplotlib figure
         "Draws some test images with their class and what the taught student sees, in red where that is wrong."
+        if self.test_images.name not in TESTS:
+            raise VitdistillError(f'{self.test_images} has no folder of test images: give files to `predict`.')
+        config = next(iter(self.runs()['taught'].values())).config
         files, rows = named_images([self.test_images]), -(-most//4)
         answers = self.predict(files[::-(-len(files)//most)], top=1)
         figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
         for axis in axes.flat: axis.axis('off')
         for axis, path, answer, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
-            name = printable(Path(path).relative_to(self.test_images).parts[0])
+            folders = Path(path).relative_to(self.test_images).parts[:-1]
+            name = printable(folders[-1 if config.class_folder == 'last' else 0])
             with Image.open(path) as image: axis.imshow(ImageOps.exif_transpose(image).convert('RGB'))
             axis.set_title(f'{name}\n{answer} ({share:.0%})', fontsize=8, color='black' if answer == name else 'C3')
         plt.close(figure)

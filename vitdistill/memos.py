@@ -44,12 +44,12 @@ def create_file(
     head:bytes, # the first bytes, of MEMO_HEAD
     size:int    # bytes after the head, all 255
 )->None:
-    "Creates a memo's file, without answers, unless it exists; raises `OSError` if the disk has too little space."
+    "Creates a memo's file, without answers, unless it exists; raises `OSError` if it has no room."
     def write(path):
         with open(path, 'wb') as f:
             f.write(head)
             for start in range(0, size, 2**26): f.write(b'\xff'*min(2**26, size - start))
-    if len(head) > MEMO_HEAD: raise OSError(f'its {len(head):,} bytes of settings are over {MEMO_HEAD:,}')
+    if len(head) > MEMO_HEAD: raise OSError(f'the memo has {len(head):,} bytes of settings, over {MEMO_HEAD:,}')
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f'.{file.name}.lock')): # several students may start at once
         if file.is_file(): return

@@ -147,14 +147,14 @@ def batch_bounds(
     n:int,           # rows of the epoch
     batch:int,       # rows of a global batch
     world:int,       # number of ranks
-    two:bool         # every rank needs two images, for batch norm or a contrast of images
+    needs_two:bool   # each rank needs two images, for batch norm, or for a contrast, which has world = 1
 )->list:
-    "Returns (start, stop) of each global batch; with `two`, without a last batch of fewer than 2 images a rank."
-    if two and (least := min(batch, n))//world < 2:
-        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few for batch '
-                              'norm or a contrast: use a larger batch_size, more images or fewer ranks.')
+    "Returns (start, stop) of each global batch; with `needs_two`, without a last batch of fewer than 2 images a rank."
+    if needs_two and (least := min(batch, n))//world < 2:
+        raise VitdistillError(f'batches of {least} are fewer than 2 images a rank, too few for batch norm or a '
+                              'contrast: use a larger batch_size, more images or fewer ranks.')
     bounds = [(i, min(i + batch, n)) for i in range(0, n, batch)]
-    return bounds[:-1] if two and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
+    return bounds[:-1] if needs_two and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
 
 # %% ../nbs/05a_ranks.ipynb #37a2e368
 def local_rows(start:int, stop:int, rank:int, world:int)->tuple:

@@ -314,7 +314,8 @@ def place_model(
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Loads data, student and teacher, checks them before anything is written, and returns them as a `Setup`."
     set_numerics(ranks.device, config.deterministic)
-    if config.precision == 'bf16' and ranks.device == 'cpu' and auto_precision('cpu') == 'fp32' and not ranks.rank:
+    asked = config.precision == 'bf16' and 'precision' not in config.auto
+    if asked and ranks.device == 'cpu' and auto_precision('cpu') == 'fp32' and not ranks.rank:
         print("precision = 'bf16' is slower than fp32 on this processor, which emulates it: set precision to 'auto'.",
               flush=True)
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from .config import (Config, VitdistillError, defining, from_dict, from_root, nearest, preset_parts,
+from .config import (FORMS, Config, VitdistillError, defining, from_dict, from_root, nearest, preset_parts,
                                read_yaml, shipped, shipped_names)
 from .runs import Run, find_runs
 
@@ -203,8 +203,8 @@ def parse_study(file:Path, changed:int)->Study: # changed: time of the file's la
     allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
     for key, value in values.items():
         if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
-        kind = allowed[key].type
-        if not isinstance(value, kind): raise VitdistillError(f'{file}: {key} = {value!r} is no {kind.__name__}.')
+        if not isinstance(value, kind := allowed[key].type):
+            raise VitdistillError(f'{file}: {key} = {value!r} has the wrong form: give {FORMS[kind]}.')
     study = Study(file.stem, **values)
     try: check(study)
     except RecursionError:
