@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['has_runs', 'link_images', 'with_test', 'Images', 'sides_of', 'look', 'fitting_side', 'weights_here',
            'architecture_of', 'outputs', 'teacher_part', 'study_of', 'write_study', 'costs_in_words',
-           'seconds_an_image', 'costs', 'measure_teacher', 'train', 'Distilled', 'in_words']
+           'seconds_an_image', 'costs', 'measure_teacher', 'train', 'draw_answers', 'Distilled', 'draw_test_images',
+           'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import itertools, os, re, shutil, statistics, tempfile, time
@@ -308,12 +309,32 @@ def train(cell:Cell)->Run:
         return launch(config, cell.chosen.get('nproc'), needed=True)
     finally: del os.environ['VITDISTILL_ARM']
 
+# %% ../nbs/10_job.ipynb #93cd2f21
+def draw_answers(
+    answers:pd.DataFrame, # of `predict`
+    root:Path,            # folder that holds the folders of the classes
+    class_folder:str      # as `Config.class_folder`
+): # -> a matplotlib figure
+    "Draws images with the class of their folder above the one that a model sees, in red where they differ."
+    rows = -(-len(answers)//4)
+    figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
+    for axis in axes.flat: axis.axis('off')
+    for axis, path, seen, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
+        folders = Path(path).relative_to(root).parts[:-1]
+        name = printable(folders[-1 if class_folder == 'last' else 0])
+        with Image.open(path) as image: axis.imshow(ImageOps.exif_transpose(image).convert('RGB'))
+        axis.set_title(f'{name}\n{seen} ({share:.0%})', fontsize=8, color='black' if seen == name else 'C3')
+    plt.close(figure)
+    return figure
+
 # %% ../nbs/10_job.ipynb #67811f63
 @dataclass
 class Distilled:
     "Holds the result of a job: its study, and the finished runs."
     study:Path  # its file
     out:Path    # its folder
+    def pictures(self, most:int=8): return draw_test_images(self, most) # -> a matplotlib figure
+    def __str__(self): return in_words(self)
     @property
     def comparison(self)->Comparison: return load(self.study)
     @property
@@ -356,28 +377,18 @@ class Distilled:
         "Returns the taught student, a model of timm's."
         return load_model(self.folder()).forward.model
 
-    def pictures(self, most:int=8): # -> a matplotlib figure
-        "Draws some test images with their class and what the taught student sees, in red where that is wrong."
-        if self.test_images.name not in TESTS:
-            raise VitdistillError(f'{self.test_images} has no folder of test images: give files to `predict`.')
-        config = next(iter(self.runs()['taught'].values())).config
-        files, rows = named_images([self.test_images]), -(-most//4)
-        answers = self.predict(files[::-(-len(files)//most)], top=1)
-        figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
-        for axis in axes.flat: axis.axis('off')
-        for axis, path, answer, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
-            folders = Path(path).relative_to(self.test_images).parts[:-1]
-            name = printable(folders[-1 if config.class_folder == 'last' else 0])
-            with Image.open(path) as image: axis.imshow(ImageOps.exif_transpose(image).convert('RGB'))
-            axis.set_title(f'{name}\n{answer} ({share:.0%})', fontsize=8, color='black' if answer == name else 'C3')
-        plt.close(figure)
-        return figure
-
     def predict(self, images, top:int=5)->pd.DataFrame:
         "Returns what the taught student sees in image files, as `predict` does."
         return predict(self.folder(), images, top)
 
-    def __str__(self): return in_words(self)
+# %% ../nbs/10_job.ipynb #93cd2f23
+def draw_test_images(result:Distilled, most:int): # -> a matplotlib figure
+    "Draws some of a job's test images and what the taught student sees, as `draw_answers` does."
+    if result.test_images.name not in TESTS:
+        raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
+    files, run = named_images([result.test_images]), next(iter(result.runs()['taught'].values()))
+    answers = result.predict(files[::-(-len(files)//most)], top=1)
+    return draw_answers(answers, result.test_images, run.config.class_folder)
 
 # %% ../nbs/10_job.ipynb #93cd2f01
 def in_words(result:Distilled)->str:
