@@ -363,8 +363,7 @@ class Distilled:
 
     def folder(self, name:str='taught')->Path: # or plain, teacher
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
-        link, by_seed = self.out/'models'/name, self.runs()[name]
-        run = by_seed[min(by_seed)]
+        link, (_, run) = self.out/'models'/name, min(self.runs()[name].items())
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)
