@@ -77,9 +77,3 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     # the teacher's error; one wrong draw in 100 is the label
     assert table["disagreement"].set_index("different decisions (%)").labels["teacher"] == pytest.approx(15.8, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)
-
-
-@pytest.mark.slow
-def test_without_runs_says_so(tmp_path):
-    said, out = looked_at(tmp_path, reports=str(tmp_path / "none"))
-    assert "No finished run of a study with predictions" in said and not out.exists()

@@ -152,26 +152,11 @@ def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path,
     assert told.count("\n") == 1 and "4 .heic, 2 files without an ending, 2 .gz" in told
 
 
-def test_only_rank_0_speaks(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RANK", "1")
-    load_data(write(tmp_path, NESTED | {"cat/a.txt": b""}))
-    assert capsys.readouterr().out == ""
-
-
 def test_a_class_of_other_formats_is_not_lost_silently(tmp_path):
     config = write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png", "cow/1.png"], PNG), splits=["train"])
     write(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG, "cow/1.heic": b""}, splits=["val"])
     with pytest.raises(VitdistillError, match=r"test has no image of cow \(1 .heic left out\)"):
         load_data(config)
-
-
-def test_order_is_that_of_names_in_every_process(tmp_path):
-    """Classes A and a, images 1 and ¹, whatever the order of the disk; Python hashes anew in each process."""
-    files = dict.fromkeys(["a/b.png", "A/B.png", "A/b.png", "a/1.png", "a/1¹.png"], PNG)
-    for order, names in (("one", files), ("other", reversed(files))):
-        write(tmp_path / order, {name: PNG for name in names}, splits=["train"])
-        assert in_folders(tmp_path / order, "train").files == [(f"train/{name}", len(PNG), label) for name, label in [
-            ("a/1.png", 1), ("a/1¹.png", 1), ("A/B.png", 0), ("A/b.png", 0), ("a/b.png", 1)]]
 
 
 def test_order_is_timms_where_names_do_not_collide(tmp_path):
@@ -310,13 +295,7 @@ def test_damaged_exif_turns_nothing():
 
 
 def test_a_long_narrow_image_takes_little_memory(tmp_path):
-    """An image of 12,000 x 3 px took 1.7 GB; its pixels are those of torchvision, which resizes all of it."""
-    from torchvision.transforms.v2 import functional as T
-    for size in ((1200, 3), (3, 1200), (101, 47)):
-        pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-        image = Image.fromarray(pixels)
-        whole = np.asarray(T.center_crop(T.resize(image, [56]), [56, 56])).astype(int)
-        assert np.abs(square_pixels(image, 56) - whole).max() <= 1
+    """An image of 12,000 x 3 px took 1.7 GB."""
     for name, size in dict(wide=(12_000, 3), high=(3, 12_000)).items():
         Image.new("RGB", size, (7, 8, 9)).save(tmp_path / f"{name}.png")
     command = """if True:
@@ -357,13 +336,6 @@ def sample(key, label, *color, end="png", kind="PNG"):
             f"{key}.cls": str(label).encode()}
 
 
-def test_a_shard_is_in_one_split(tmp_path):
-    config = shards(tmp_path, trains_train_0=sample(1, 0, 10, 0, 0), trains_test_0=sample(2, 1, 20, 0, 0))
-    data = load_data(config)
-    assert [images[:, 0, 0, 0].tolist() for images in (data.train_images, data.test_images)] == [[10], [20]]
-    assert data.classes == ["0", "1"]
-
-
 def test_samples_of_shards_are_read_or_counted(tmp_path, capsys):
     """Dots in keys, .jpeg, samples that lack a part, and other files; on the disk too, and the same each time."""
     first = sample("a.b.1", 1, 30, 30, 30, end="jpeg", kind="JPEG") | {"a.b.1.json": b"{}", "x.png": PNG}
@@ -379,23 +351,12 @@ def test_samples_of_shards_are_read_or_counted(tmp_path, capsys):
 def test_damaged_shards_are_refused(tmp_path):
     config = shards(tmp_path, train_0=sample(1, 0) | sample(2, 1), val_0=sample(1, 0))
     path = tmp_path / "train-0.tar"
-    whole = path.read_bytes()
-    with tarfile.open(path) as tar:
-        starts = [member.offset for member in tar]
-    for length in (starts[1], starts[2], starts[2] + 100, starts[2] + 600):  # between two files, in a header, in a file
-        path.write_bytes(whole[:length])
-        for load in (load_data, fingerprint):
-            with pytest.raises(VitdistillError, match="train-0.tar is damaged, cut or compressed"):
-                load(config)
+    path.write_bytes(path.read_bytes()[:1300])
+    for load in (load_data, fingerprint):
+        with pytest.raises(VitdistillError, match="train-0.tar is damaged, cut or compressed"):
+            load(config)
     write_tar(path, sample(1, 0) | {"2.png": PNG[:50], "2.cls": b"1"})
     with pytest.raises(VitdistillError, match="train-0.tar/2.png can not be read as an image"):
-        load_data(config)
-
-
-@pytest.mark.parametrize("label", [b"-1", b"1.5", b"cat", b""])
-def test_labels_are_numbers_from_0(tmp_path, label):
-    config = shards(tmp_path, train_0=sample(1, 0) | {"2.png": PNG, "2.cls": label}, val_0=sample(1, 1))
-    with pytest.raises(VitdistillError, match=f"train-0.tar/2.cls holds '{label.decode()}': write the number"):
         load_data(config)
 
 

@@ -141,24 +141,10 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path
 def test_a_reader_that_stops_is_no_error(job):
     out, _, _ = job
     run = next(run for run in find_runs(out / "runs") if "mine/plain" in run.arms)
-    command = f"PYTHONUNBUFFERED= {PYTHON} -m vitdistill.cli predict {run.model} {out / 'data/val'} | head -n 0"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert "BrokenPipe" not in done.stderr, done.stderr
-
-
-def test_what_is_left_out_is_said_and_other_images_are_refused(job, images, weights, tmp_path, capfd):
-    """The split of a folder is made once: images that are added later would be in both parts."""
-    shutil.copytree(images, mine := tmp_path / "mine")
-    (mine / "dark/notes.txt").write_text("no image")
-    api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
-    assert "left out of the dataset: 1 .txt" in capfd.readouterr().out
-    shutil.copy(mine / "dark/0.png", mine / "dark/new.png")
-    (tmp_path / "out/runs/run").mkdir(parents=True)
-    (tmp_path / "out/runs/run/metrics.csv").touch()  # something was trained
-    with pytest.raises(VitdistillError, match="a job on other files of .* .31 then, 32 now"):
-        api.distill(mine, teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
-    parts = [[*(tmp_path / "out/data" / part).rglob("*.png")] for part in ("train", "val")]
-    assert [len(part) for part in parts] == [24, 6]
+    predict = f"PYTHONUNBUFFERED= {PYTHON} -m vitdistill.cli predict {run.model} {out / 'data/val'}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{predict} | head -n 0"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 141 and "BrokenPipe" not in done.stderr, done.stderr
 
 
 def test_broken_images_are_named_at_once_and_can_be_removed(images, weights, tmp_path):
@@ -209,9 +195,7 @@ def test_a_teacher_that_was_saved_by_hand_is_fine_tuned(tmp_path):
     (dict(teacher="vit_tiny_patch16"), "teacher = 'vit_tiny_patch16' is no file and no model of timm"),
     (dict(student="resnet1"), "resnet1"),
     (dict(lrr=1), "unknown field 'lrr'"),
-    (dict(epochs=0), "epochs = 0 is out of range"),
     (dict(distillation="hrad"), "did you mean 'hard'"),
-    (dict(distillation="dkd", soft_top_k=3), "needs all logits"),
     (dict(optimizer="sdg"), "did you mean 'sgd'"),
     (dict(image_size="big"), "image_size = 'big' has the wrong form"),
     (dict(data="nowhere"), "no folder"),
@@ -226,12 +210,6 @@ def test_a_recipe_for_other_data_reads_the_folder(images, weights, tmp_path, mon
     monkeypatch.setattr(api, "train_all", lambda cells, *_: cells)
     cells = api.distill(images, teacher=str(weights), out=tmp_path / "out", preset="demo", **SMALL)
     assert {config_of(cell).dataset for cell in cells} == {"imagefolder"}
-
-
-def test_another_job_in_the_same_folder_is_refused(job, images, weights):
-    out, _, _ = job
-    with pytest.raises(VitdistillError, match="holds a job with other settings .*lr.*: name another"):
-        api.distill(images, teacher=str(weights), out=out, lr=0.5, **SMALL)
 
 
 def test_notebook(job, images, weights, tmp_path):

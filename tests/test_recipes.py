@@ -14,12 +14,12 @@ import pytest
 import timm
 import yaml
 
-from conftest import ROOT, record
+from conftest import ROOT, TINY, record
 from test_notebooks import execute
 from vitdistill.api import parser as distill_parser, save
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, defining, field_names
-from vitdistill.grids import check_cells, grid_cells, missing_weights, parser, start_order, study_cells
+from vitdistill.grids import check_cells, config_of, grid_cells, missing_weights, parser, start_order, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
 from vitdistill.runs import find_runs
@@ -27,7 +27,6 @@ from vitdistill.studies import read_study, study_file, trains
 
 RECORDS = ROOT / "reports/runs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
              e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain", e07_finetune="deit",
              e08_own_images="distilled", e09_captions="captions")
@@ -99,18 +98,18 @@ def test_recipe_runs(words, tmp_path):
     """Runs a recipe with the digits, tiny models, one epoch, one process and files that are made here."""
     notebook, given = given_of(words)
     small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
-    student = dict(student="resnet18") if notebook[:3] in ("e01", "e02") else dict(student_kwargs=TINY_VIT)
+    student = dict(student="resnet18") if notebook[:3] in ("e01", "e02") else dict(student_kwargs=TINY)
     convnet = given.get("role") == "deit_teacher"
     small |= student if "student" not in given and not convnet else {}
     if given.get("student", "").startswith("deit"):
-        small |= dict(student_kwargs=TINY_VIT)
+        small |= dict(student_kwargs=TINY)
     if notebook.startswith(("e06", "e09")):  # with the small transformer of its own preset
         small |= dict(preset=given["preset"], student_kwargs=None)
     if notebook.startswith("e03"):
         small |= dict(allow_untrained=True, teacher_weights=None)
     if notebook.startswith("e02"):
         folds = given.get("out_of_fold")  # two teachers are trained here, on all digits
-        small |= dict(teacher_kwargs=TINY_VIT, data_fraction=1.0 if folds else 0.5)
+        small |= dict(teacher_kwargs=TINY, data_fraction=1.0 if folds else 0.5)
         small |= {} if folds else dict(allow_untrained=True, teacher_weights=None)
     if given.get("dataset") == "imagefolder":
         small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), batch_size=8)
@@ -121,8 +120,8 @@ def test_recipe_runs(words, tmp_path):
     if notebook.startswith("e00"):
         small |= dict(student_pretrained=False)
     if notebook.startswith("e08"):
-        vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
-        teacher = save(vit, tmp_path / "vit", [*"0123456789"], 32, ((0.5,) * 3, (0.5,) * 3), **TINY_VIT)
+        vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY)
+        teacher = save(vit, tmp_path / "vit", [*"0123456789"], 32, ((0.5,) * 3, (0.5,) * 3), **TINY)
         small = dict(data=str(folders(tmp_path / "images")), teacher=str(teacher), out=str(tmp_path), epochs=1, nproc=1,
                      image_size=32, teacher_size=32, allow_untrained=True)
     execute(notebook, tmp_path / "run.ipynb", **given | small)
@@ -145,7 +144,7 @@ def folders(root):
 def tiny_weights(folder):
     """Writes the weights of a small vision transformer and returns the file."""
     from safetensors.torch import save_file
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY)
     save_file(model.state_dict(), folder / "a.safetensors")
     return folder / "a.safetensors"
 
@@ -260,23 +259,16 @@ def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 
 
-def made_of(cell):
-    """Returns the config that a cell's notebook makes, without the model of a cell that it waits for."""
-    values = {k: v for k, v in cell.chosen.items() if k not in OWN}
-    return configure(values.pop("role", None) or PARTS[cell.notebook.stem], values)
-
-
 FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # fields that a run fills in itself
 STUDIES = [read_study(file) for file in sorted((ROOT / "nbs/studies").glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_study_says_what_it_asks(study):
-    """It asks a question; each cell is a config and starts after those that it waits for; references train nothing."""
+    """It asks a question; each cell starts after those that it waits for; references train nothing."""
     cells = study_cells(study)
     assert study.title and study.asked
     assert cells or all("arms" in arm for arm in study.arms.values())  # only a study of references has none
-    assert all(made_of(cell).experiment == cell.chosen.get("role", PARTS[cell.notebook.stem]) for cell in cells)
     order = start_order(cells)
     assert sorted(order) == list(range(len(cells)))
     assert all(order.index(first) < order.index(n) for n in order for first in cells[n].after)
@@ -312,7 +304,7 @@ def test_records_are_cells_of_the_studies_that_they_name():
                 wanted.setdefault(study, []).append(run)
     assert len(wanted) > 40
     for study, runs in wanted.items():
-        cells = [made_of(cell) for cell in grid_cells(study)]
+        cells = [config_of(cell) for cell in grid_cells(study)]
         made = {known(config, has_card) for config in cells for has_card in (True, False)}
         for run in runs:
             assert known(run.config, bool(run.config.teacher_weights)) in made, f"{run.name} is no cell of {study}"
