@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import grid_cells, hold_lock, main, noted_runs, read_record, write_record
+from vitdistill.grids import grid_cells, main, noted_runs, read_record, write_record
+from vitdistill.runs import lock_folder
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
     (folder / "000-e09_another.json").write_text("{}")
     busy = {"lock": "is in use by another process", "000-e09_another.lock": "is in use: 1 run"}
     for lock, told in busy.items():
-        with hold_lock(folder / lock, "it"), pytest.raises(SystemExit) as refused:
+        with lock_folder(folder, lock), pytest.raises(SystemExit) as refused:
             main([str(grid), "--out", str(tmp_path / "out")])
         assert told in refused.value.code and "\n" not in refused.value.code
     assert sorted(file.name for file in folder.glob("*.json")) == ["000-e09_another.json"]

@@ -135,7 +135,7 @@ def test_encoder_is_one_graph(can):
     (dict(objective_kwargs=dict(mask=None)), 1, "{'mask': None} has a value of a type that 'can' does not take"),
     (dict(objective_kwargs=dict(views=2.0)), 1, "views = 2.0: give 1 or 2 of an image"),
     (dict(objective_kwargs=dict(weights="abc")), 1, "{'weights': 'abc'} has a value of a type"),
-    (dict(batch_size=2), 2, "batches of 2 give 2 rank(s) fewer than 2 images each, too few to contrast"),
+    (dict(batch_size=2), 2, "batches of 2 are fewer than 2 images a rank"),
     (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
     (dict(mixup=0.8), 1, "mixup = 0.8 is not for pre-training, since it has no labels: set it to 0"),
 ])

@@ -15,7 +15,7 @@ from .answers import Memo
 from .config import VitdistillError, field_names, from_dict, from_here, preset as config_of_preset, stoppable
 from .data import check_dataset
 from .hub import weights_place
-from .losses import OBJECTIVES, Batch, TopK, criterion
+from .losses import Batch, TopK, criterion
 from .models import check_name, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
@@ -145,7 +145,8 @@ class Loss(torch.nn.Module):
         **given):  # fields of Config, such as alpha
         super().__init__()
         config = from_dict(dict(distillation=name, teacher='a teacher', **given))
-        self.criterion, self.kind = criterion(config), OBJECTIVES[name].kind(config)
+        self.criterion = criterion(config)
+        self.kind = self.criterion.wants
 
     def forward(self,
         logits:torch.Tensor|tuple, # (B, C) of the student, or of its class and distillation heads

@@ -353,12 +353,11 @@ def load_captioner(folder:str|Path, device:str='cpu')->tuple: # a run's model fo
 def caption_files(
     folder:str|Path,              # model folder of a run
     images:list[str|Path],        # files and folders
-    skipped:typing.Callable=None, # as in `read_batches`
-    batch:int=64                  # images at once
+    skipped:typing.Callable=None  # as in `read_batches`
 )->pd.DataFrame:                  # path, caption
     "Returns a caption for each image file."
     (encoder, captioner, about), files, rows = load_captioner(folder), named_images(images), []
-    for read, pixels in read_batches(files, encoder.read, batch, skipped):
+    for read, pixels in read_batches(files, encoder.read, 64, skipped):
         embeddings = centred(encoder.images(pixels), about['means'].get('image', []))
         rows += zip(map(str, read), captioner.captions(embeddings, about['beams']))
     return pd.DataFrame(rows, columns=['path', 'caption'])

@@ -98,7 +98,6 @@ PAD, END = '<pad>', '<end>' # special tokens
 
 def build_tokenizer(texts:list[str], size:int=2000): # size: most tokens
     "Returns a tokenizer whose tokens are frequent parts of the texts, by byte pairs."
-    require('tokenizers', 'captions', 'captions')
     require('transformers', 'captions', 'captions')
     from tokenizers import ByteLevelBPETokenizer
     made = ByteLevelBPETokenizer()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
-from .config import Config, VitdistillError, cgroup_limit, from_root, nearest
+from .config import Config, VitdistillError, cgroup_limit, from_root, nearest, require
 from .files import DiskImages, image_files, in_folders, printable, say_once, left_out_in_words
 
 # %% ../nbs/01_data.ipynb #c07f9f07
@@ -248,10 +248,8 @@ def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n shuffled 
 # %% ../nbs/01_data.ipynb #d612c32a
 def load_digits()->Data:
     "Loads the UCI handwritten digits at 32x32 RGB: 1,438 for training and 359 for test, stratified and fixed."
-    try: from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        raise VitdistillError("the digits come with scikit-learn, which is not installed here: pip install "
-                              "'vitdistill[notebooks]'.") from None
+    require('sklearn', 'notebooks', "dataset = 'digits'")
+    from sklearn.datasets import load_digits
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float()[:, None]*(255/16)
     images = F.interpolate(grey, size=32, mode='bilinear').round().to(torch.uint8)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .config import VitdistillError, from_here, require, write_atomic
-from .predict import from_folder
+from .predict import from_folder, from_onnx
 from .runs import Run, find_run
 
 # %% ../nbs/09b_export.ipynb #0db1547f
@@ -22,15 +22,9 @@ def difference(
     batch:int=3        # number of images, not the one of the export
 )->float:
     "Returns the largest difference of onnxruntime's logits from torch's on random images, over the largest above 1."
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(): expected = student(pixels)
-    got = session.run(None, {'pixels': pixels.numpy()})
-    return max(((torch.from_numpy(a) - b).abs().max()/b.abs().max().clamp(min=1)).item()
-               for a, b in zip(got, expected, strict=True))
+    with torch.inference_mode(): got, expected = from_onnx(Path(file)).forward(pixels), student(pixels)
+    return max(((a - b).abs().max()/b.abs().max().clamp(min=1)).item() for a, b in zip(got, expected, strict=True))
 
 # %% ../nbs/09b_export.ipynb #1ae683f0
 def export_onnx(

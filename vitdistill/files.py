@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
+from PIL import Image, ImageOps
 from .config import Config, VitdistillError, from_root
 
 # %% ../nbs/01c_files.ipynb #b5e2bc10
@@ -32,7 +33,6 @@ _undecoded = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'} # formats that Pillo
 @functools.cache
 def image_endings()->set:
     "Returns the endings of the image files that Pillow reads, such as '.png'."
-    from PIL import Image
     kinds = Image.registered_extensions() # fills Image.OPEN too
     decoded = {*Image.OPEN, 'MPO'} - _undecoded # Pillow opens MPO as JPEG
     return {ending for ending, kind in kinds.items() if kind in decoded}
@@ -308,7 +308,6 @@ def centred(
     at:float=.5 # place of the square along the longer side, from 0 to 1
 ): # PIL image of (size, size)
     "Returns the square in the middle of an image, or elsewhere along its longer side, resized bilinearly."
-    from PIL import Image
     def shown(side): # the two ends, in px of the image, of what a crop shows after resizing
         resized = int(size*side/min(image.size))
         start = round((resized - size)*at)
@@ -323,7 +322,6 @@ def square_pixels(
     cut:typing.Callable=centred # makes a square of `size` px of an RGB image
 )->np.ndarray: # (size, size, 3) uint8
     "Returns a square of an image, usually its centre; numbers of more than 16 bits raise a ValueError."
-    from PIL import Image, ImageOps
     image.load()
     with contextlib.suppress(Exception): # damaged EXIF data say nothing
         if exif_orientation: image = ImageOps.exif_transpose(image)
@@ -343,7 +341,6 @@ def decoded(
     cut:typing.Callable=centred
 )->np.ndarray: # (size, size, 3) uint8
     "Returns a square of an image, as training reads it; one that can not be read is a `VitdistillError`."
-    from PIL import Image
     try:
         with opened() as file: return square_pixels(Image.open(file), size, exif_orientation, cut)
     except Exception as e: # a damaged image raises almost any exception

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'named_fields', 'study_cells', 'grid_cells', 'config_of',
-           'check_cells', 'slot_environment', 'write_record', 'read_record', 'noted_runs', 'hold_lock', 'end',
-           'model_for', 'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order', 'look',
-           'tally', 'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'parser', 'main']
+           'check_cells', 'slot_environment', 'write_record', 'read_record', 'noted_runs', 'end', 'model_for',
+           'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order', 'look', 'tally',
+           'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
-import argparse, inspect, json, os, re, signal, socket, subprocess, sys, time
+import argparse, inspect, json, os, re, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,13 +20,12 @@ from queue import SimpleQueue
 from statistics import mean
 from threading import Event
 import torch, yaml
-from filelock import FileLock
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from .config import (Config, Interrupted, VitdistillError, field_names, fitting, from_root,
                                nearest, preset_parts, repo_root, shipped, shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, configure, stop
-from .runs import Run, cores, find_runs, is_locked, read_json
+from .runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from .setup import check_settings
 from .studies import (MODELS, Study, combinations, full_name, listed, model_of, named, order,
                                 parameters_of, read_study, runs_folder, runs_with)
@@ -47,7 +46,6 @@ class Cell:
     place:Path=None        # its executed notebook; its other files differ in their ending
     state:str='left'       # one of STANDING, or why it failed
     seconds:float=0.       # time that it took
-    host:str=''            # machine that it ran on
     epochs:tuple=()        # (done, planned) of its last run
     rest:float=None        # estimated seconds until it is done
     def __str__(self): return self.name
@@ -154,13 +152,6 @@ def noted_runs(cell:Cell)->list[Run]:
     try: return [Run(folder) for folder in dict.fromkeys(cell.file('.runs').read_text().splitlines())]
     except OSError: return []
 
-# %% ../nbs/07a_grids.ipynb #39857a2d
-@contextmanager
-def hold_lock(file:Path, what:str):
-    "Holds a lock file; raises `VitdistillError` if another process holds it."
-    if is_locked(file): raise VitdistillError(f'{what} is in use by another process: wait for it.')
-    with FileLock(file): yield
-
 # %% ../nbs/07a_grids.ipynb #0acf582c
 def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patience: seconds that ranks have to save
     "Ends a cell's notebook and waits until its ranks have released their runs."
@@ -199,7 +190,6 @@ def execute(
     processes:list=None  # gets the process that executes it
 )->None:
     "Executes a cell by papermill and sets its state."
-    cell.host = socket.gethostname()
     try: models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     except VitdistillError as e:
         cell.state = str(e)
@@ -207,7 +197,7 @@ def execute(
     command = [sys.executable, '-m', 'papermill', str(cell.notebook), str(cell.place), '--cwd', str(repo_root()),
                '--log-output', '--no-progress-bar', '--parameters_yaml', yaml.safe_dump(cell.chosen | models | more)]
     begun, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
-    with hold_lock(cell.file('.lock'), cell.place.stem):
+    with lock_folder(cell.place.parent, f'{cell.place.stem}.lock'):
         runs.unlink(missing_ok=True)
         cell.state = 'running'
         write_record(cell)
@@ -332,8 +322,7 @@ def refuse_busy(folder:Path)->None:
 @contextmanager
 def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
     "Holds a grid's folder while its cells start; yields the numbers of those that are not done, in their order."
-    folder.mkdir(parents=True, exist_ok=True)
-    with hold_lock(folder/'lock', str(folder)):
+    with lock_folder(folder):
         refuse_busy(folder)
         look(cells, folder)
         (folder/'slurm.json').unlink(missing_ok=True)

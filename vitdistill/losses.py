@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FP16_MOST', 'term_weight', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'DecisionAndLogits', 'TopK',
            'soft_loss', 'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels',
-           'check_range', 'BinaryLabels', 'SwitchedDistillationLoss', 'stored_logits', 'SoftDistillation',
-           'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation',
-           'criterion', 'Output', 'Objective']
+           'check_range', 'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation',
+           'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output',
+           'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import functools, inspect, math, typing
@@ -191,9 +191,6 @@ class Labels(nn.Module):
             raise VitdistillError("token = 'class' would leave this student's second head untrained: take the student "
                                   "without it, or token = 'distillation'.")
         return student
-    @classmethod
-    def kind(cls, config:Config): return cls.wants # kind of answer that a config asks for
-    def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: return pixels # in [0, 255]
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # either may be wrapped by DDP or compiled
         return Objective(student, criterion)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
@@ -239,14 +236,6 @@ class SwitchedDistillationLoss(Labels):
         return (1 - self.alpha)*label + self.alpha*teacher, dict(label=label, teacher=teacher)
 
 # %% ../nbs/03_losses.ipynb #1d94e7a3
-def stored_logits(soft_top_k:int, temperature:float, memo_temperatures:list=())->Logits: # as in `SoftDistillation`
-    "Returns the kind of answer that soft losses need: all logits, or the top k with the rest's log-mass."
-    kept = tuple(check_range('memo_temperatures', float(t), 1e-6, math.inf) for t in memo_temperatures or [temperature])
-    if soft_top_k and temperature not in kept:
-        raise VitdistillError(f'temperature = {temperature} is not in memo_temperatures = {list(kept)}: add it (this '
-                              'starts another memo), or leave memo_temperatures out.')
-    return TopK(soft_top_k, kept) if soft_top_k else Logits()
-
 class SoftDistillation(SwitchedDistillationLoss):
     "Cross-entropy with labels, and KL to a teacher's softened distribution (DeiT eq. 2), over all or the top k logits."
     def __init__(self,
@@ -258,9 +247,12 @@ class SoftDistillation(SwitchedDistillationLoss):
         label_smoothing:float=0.):  # of the true labels, in [0, 1)
         super().__init__(alpha, label_smoothing)
         self.temperature, self.kl_reduction = check_range('temperature', temperature, 1e-6, float('inf')), kl_reduction
-        self.wants = stored_logits(soft_top_k, temperature, memo_temperatures)
-    @classmethod
-    def kind(cls, config): return stored_logits(config.soft_top_k, config.temperature, config.memo_temperatures)
+        kept = tuple(check_range('memo_temperatures', float(t), 1e-6, math.inf)
+                     for t in memo_temperatures or [temperature])
+        if soft_top_k and temperature not in kept:
+            raise VitdistillError(f'temperature = {temperature} is not in memo_temperatures = {list(kept)}: add it '
+                                  '(this starts another memo), or leave memo_temperatures out.')
+        self.wants = TopK(soft_top_k, kept) if soft_top_k else Logits()
     def term(self, logits, batch):
         return soft_loss(logits, batch.answer, self.temperature, self.kl_reduction, self.wants)
 

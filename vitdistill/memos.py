@@ -13,7 +13,7 @@ from filelock import FileLock
 from .config import Config, VitdistillError, write_atomic
 from .data import Data, digest
 from .hub import MEMO_HEAD
-from .losses import OBJECTIVES, DecisionAndLogits, HardLabel, Logits
+from .losses import DecisionAndLogits, HardLabel, Logits, criterion
 from .teachers import Teacher, answers_head, answers_in
 from .views import view_count
 
@@ -31,7 +31,7 @@ def memo_key(
                 padding=config.padding, views=view_count(config),
                 image_size=data.side, teacher_size=teacher.size, resize='bilinear',
                 constants=[list(c) for c in teacher.constants], dtype=teacher.dtype_name,
-                **OBJECTIVES[config.distillation].kind(config).key())
+                **criterion(config).wants.key())
 
 # %% ../nbs/04b_memos.ipynb #d0e7a45c
 def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_key`

@@ -8,7 +8,7 @@ __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfg
            'near_models', 'check_name', 'create', 'weights_file', 'plain_values', 'read_weights', 'head_names',
            'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size', 'check_start',
            'with_constant_drop_path', 'with_drawn_class_token', 'create_student', 'pretrained_constants', 'Mixture',
-           'started_from', 'drop_pretrained_facts', 'save_model', 'token_cosines']
+           'started_from', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import contextlib, functools, json, math, re, tempfile, textwrap, typing
@@ -446,14 +446,6 @@ def started_from(
                 student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
-def drop_pretrained_facts(file:Path)->None: # config.json
-    "Removes from a model's description what it says of timm's weights, which it does not have."
-    about = json.loads(file.read_text())
-    kept = {'num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
-            'first_conv', 'classifier', 'pool_size', 'custom_load'}
-    about['pretrained_cfg'] = {key: value for key, value in about['pretrained_cfg'].items() if key in kept}
-    file.write_text(json.dumps(about, indent=2))
-
 def save_model(
     model:nn.Module, # the timm model
     folder:str|Path,
@@ -473,7 +465,12 @@ def save_model(
         about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
         try: save_for_hf(model, draft, about, kwargs or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
-        drop_pretrained_facts(Path(draft)/'config.json')
+        file = Path(draft)/'config.json' # without what it says of timm's weights, which these are not
+        about = json.loads(file.read_text())
+        kept = {'num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean',
+                'std', 'first_conv', 'classifier', 'pool_size', 'custom_load'}
+        about['pretrained_cfg'] = {key: value for key, value in about['pretrained_cfg'].items() if key in kept}
+        file.write_text(json.dumps(about, indent=2))
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
     if [*card] != ['classes']: write_atomic(folder/'card.json', json.dumps(card, indent=1))

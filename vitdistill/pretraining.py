@@ -325,19 +325,12 @@ UNFIT = { # fields of a config that pre-training can't use -> why
 
 def refuse_unfit(
     config:Config,
-    can:nn.Module, # the objective
-    images:int, # number of training images
-    size:int,   # side of the student's input, px
-    world:int   # number of ranks
+    size:int # side of the student's input, px
 )->None:
-    "Raises `VitdistillError` for settings that pre-training can't use: size, batch, labels, weights, augmentation."
+    "Raises `VitdistillError` for settings that pre-training can't use: size, labels, weights, augmentation."
     if (built := config.student_kwargs.get('img_size', size)) != size:
         raise VitdistillError(f'student_kwargs build a transformer for {built} px, and it would see {size} px: '
                               f'pre-training has a position for each patch, so set img_size to {size}.')
-    least = min(config.batch_size, images)
-    if can.needs_two and least//world < 2:
-        raise VitdistillError(f'batches of {least} give {world} rank(s) fewer than 2 images each, too few to contrast: '
-                              'use a larger batch_size, more images or fewer ranks.')
     usual = Config()
     for name, why in UNFIT.items():
         value, default = getattr(config, name), getattr(usual, name)

@@ -202,16 +202,16 @@ def npz_bytes(arrays:dict)->bytes:
 
 # %% ../nbs/05_runs.ipynb #19781542
 @contextlib.contextmanager
-def lock_folder(folder:Path):
-    "Locks a run folder, created if missing, for the one process that writes to it, until that process ends."
-    lock = FileLock(folder/'lock')
+def lock_folder(folder:Path, name:str='lock'): # name: of the lock file
+    "Locks a folder, created if missing, for the one process that writes to it, until that process ends."
+    lock = FileLock(folder/name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=.5) # a status check holds it for a moment
     except Timeout:
-        raise VitdistillError(f'{folder} is being written by another process: wait for it, or stop it first.') from None
+        raise VitdistillError(f'{folder/name} is in use by another process: wait for it, or stop it first.') from None
     except OSError as e:
-        raise VitdistillError(f'{folder} can not be written to ({e.strerror}): name another runs_dir.') from None
+        raise VitdistillError(f'{folder} can not be written to ({e.strerror}): name another folder.') from None
     try: yield
     finally: lock.release()
 
@@ -244,7 +244,8 @@ class RunWriter(Run):
         for row in self.rows(): self._track(trackers, row)
         return trackers
     def _track(self, trackers, row): # row: column -> text
-        trackers.row(int(row['epoch']), {name: float(text) for name, text in row.items() if text})
+        numbers = {name: float(text) for name, text in row.items() if text and name != 'epoch'}
+        trackers.row(int(row['epoch']), numbers)
 
     def append(self, row:dict)->None:
         trackers = self.trackers # created before the row is written, or they would get it twice

@@ -21,7 +21,7 @@ from .config import Config, VitdistillError, cores, from_root
 from .data import Data, fingerprint, image_side, load_data, split_rows
 from .layers import compiler_missing, equal_blocks, with_compiled_blocks, with_matrix_products
 from .layers import with_plain_attention
-from .losses import OBJECTIVES, HardLabel, criterion
+from .losses import HardLabel, criterion
 from .memos import KeptMemo, Memo, PairedMemo, keeps_both_kinds, memo_key
 from .models import Student, check_name, combine, create, create_student, pretrained_constants
 from .models import student_size, try_size
@@ -268,7 +268,7 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
-    kind = OBJECTIVES[config.distillation].kind(config)
+    kind = criterion(config).wants
     memo = None
     if not ranks.rank and (planned or not online):
         key = plan_key(teacher, config, data, rows) if planned else memo_key(teacher, config, data)
@@ -327,13 +327,13 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
     refuse_cramped(loaders*ranks.local_world, -(-config.batch_size//ranks.world)*3*data.side**2*channel)
     refuse_begun_on(config, data)
-    if not objective.labelled: refuse_unfit(config, objective, len(train), size, ranks.world)
+    if not objective.labelled: refuse_unfit(config, size)
     student = objective.fit(create_student(config, len(data.classes), data.side))
     for side in {size, config.test_size or size} if objective.labelled else ():
         try_size(student.model, config.student, side)
     student = place_model(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
-    batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student)) # raises if batches are too small
+    batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student) or objective.needs_two) # or raises
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,

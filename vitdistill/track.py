@@ -70,8 +70,7 @@ class Trackers:
         except Exception as e:
             print(f'{which} failed and is not used from now on ({type(e).__name__}: {e})', flush=True)
             self.all.pop(which, None)
-    def row(self, epoch:int, values:dict)->None: # name -> number; None is skipped
-        known = {name: value for name, value in values.items() if value is not None and name != 'epoch'}
-        for which, tracker in [*self.all.items()]: self._try(which, tracker.row, epoch, known)
+    def row(self, epoch:int, values:dict)->None: # name -> number
+        for which, tracker in [*self.all.items()]: self._try(which, tracker.row, epoch, values)
     def end(self, result:dict)->None:
         for which, tracker in [*self.all.items()]: self._try(which, tracker.end, result)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['columns', 'finished_runs', 'newest', 'right_answers', 'difference_over_images', 'Comparison', 'run_names', 'load',
-           'named', 'pairs', 'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs',
-           'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'points',
-           'printed', 'main']
+           'pairs', 'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels',
+           'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'points', 'printed',
+           'main']
 
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
 import argparse, json
@@ -105,23 +105,20 @@ def load(
     return Comparison(study, {name: newest(runs_of(study, name, runs)) for name in arm_names(study)})
 
 # %% ../../nbs/study/04_compare.ipynb #4032c5c8
-def named(study:Study, arm:str)->list[str]: # with or without what it varies
-    "Returns the names of an arm, one for each combination of what it varies."
-    known = arm_names(study)
-    return [arm] if arm in known else [name for name in known if known[name][0] == arm]
-
 def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, other), (arm, other)) for gains
     "Returns what is compared: each arm with the baseline, then what the file adds."
     study, known = comparison.study, arm_names(comparison.study)
+    def names(arm): # of an arm with or without what it varies
+        return [arm] if arm in known else [name for name in known if known[name][0] == arm]
     def alike(arm, other): # the names of `other` to compare `arm` with
-        (mine, varied), others = known[arm], named(study, other)
+        (mine, varied), others = known[arm], names(other)
         if arm in others or mine == known[others[0]][0]: return []
         return [name for name in others
                 if all(varied[key] == value for key, value in known[name][1].items() if key in varied)]
     found = [((arm,), (other,)) for arm in known if study.baseline for other in alike(arm, study.baseline)]
     for pair in study.compare:
         if len(sides(pair)) == 4: found.append(tuple(map(tuple, pair)))
-        else: found += [((arm,), (other,)) for arm in named(study, pair[0]) for other in alike(arm, pair[1])]
+        else: found += [((arm,), (other,)) for arm in names(pair[0]) for other in alike(arm, pair[1])]
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/study/04_compare.ipynb #18d4a197

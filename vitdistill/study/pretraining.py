@@ -78,13 +78,11 @@ def spread(values:list[float])->str: # None and NaN don't count
     if not len(values): return ''
     return f'{values.mean():.4g}' + (f' ± {values.std():.2g}' if len(values) > 1 else '')
 
-def _finished(runs): return [*finished_runs(runs).values()] # by seed
-
 def arm_rows(encoders:dict[str, list[Run]], models:dict[str, list[Run]])->pd.DataFrame: # arm -> runs, ended or not
     "Returns what each arm cost and reached, mean and standard deviation over seeds; `models` learned from labels."
     rows = []
     for arm in dict.fromkeys([*encoders, *models]):
-        probed, tuned = (_finished(runs.get(arm, [])) for runs in (encoders, models))
+        probed, tuned = ([*finished_runs(runs.get(arm, [])).values()] for runs in (encoders, models))
         if not (trained := probed or tuned): continue
         c = trained[0].config
         hours = spread([run.result['seconds']/3600 for run in probed])
@@ -101,7 +99,7 @@ def cost_rows(arms:dict[str, list[Run]])->pd.DataFrame: # name -> pre-trainings;
     "Returns what the finished pre-trainings of each arm compute and how long they took."
     rows, first = [], None
     for arm, runs in arms.items():
-        if not (done := _finished(runs)): continue
+        if not (done := [*finished_runs(runs).values()]): continue
         c, hours, view = done[0].config, [run.result['seconds']/3600 for run in done], view_cost(done[0].config)
         cost = view*passes(c), np.mean(hours) # of the whole run
         name, *base = first = first or (arm, *cost)
