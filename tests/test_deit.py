@@ -246,17 +246,6 @@ def test_finetuning_follows_its_preset():
         assert not taught.called  # at once, before a teacher is trained
 
 
-def test_both_heads_are_measured(recipe):
-    """A finished run of two heads has each head's top-1 by epoch, and all ways of answering in its result."""
-    run = train(replace(recipe, epochs=2))
-    metrics = run.metrics()
-    for head in ("class", "distillation"):
-        assert metrics[f"test_{head}_top1"].iloc[-1] == pytest.approx(run.result["heads"][head], abs=1e-5)
-        assert metrics[f"val_{head}_top1"].notna().all()
-    assert metrics.test_top1.iloc[-1] == pytest.approx(run.result["heads"]["softmax"], abs=1e-5)
-    assert list(run.result["heads"]) == ["class", "distillation", "softmax", "logits"]
-
-
 def test_an_odd_batch_is_mixed_too(recipe):
     """timm refuses odd batches; here the image in the middle is mixed with itself, and its label stays whole."""
     alone = replace(recipe, batch_size=41, teacher="", distillation="none", teacher_kwargs={})
@@ -284,15 +273,11 @@ def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
     config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2, lr=1e-4)
     online, = on_ranks(config, tmp_path / "online", 1)
     first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", ranks)
-    later = train(replace(first.config, runs_dir=str(tmp_path / "later"), work_dir=str(tmp_path / "work"), lr=2e-4))
-    again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work2")))
-    assert first.metrics().memo_hit_rate.tolist() == [0, 0]
-    assert later.metrics().memo_hit_rate.tolist() == again.metrics().memo_hit_rate.tolist() == [1, 1]
+    again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work")))
+    assert first.metrics().memo_hit_rate.tolist() == [0, 0] and again.metrics().memo_hit_rate.tolist() == [1, 1]
     for run in (first, again):
         assert_same_losses(run, online)
     assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
-    train(replace(first.config, runs_dir=str(tmp_path / "seed"), work_dir=str(tmp_path / "work3"), seed=2, epochs=1))
-    assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 2  # another plan's
 
 
 def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
@@ -309,17 +294,16 @@ def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
                    work_dir=places["work"])
 
     with mock.patch("vitdistill.setup.keeps_both_kinds", lambda *_: False):  # a memo of one kind
-        alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft", "dist")}
-    assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 3
+        alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft")}
+    assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 2
     hard, = on_ranks(tiny, tmp_path / "two", 2)
     soft = run("first", "soft")
     assert hard.metrics().memo_hit_rate[0] == soft.metrics().memo_hit_rate[0] == 0
     assert soft.result["weights_hash"] == alone["soft"].result["weights_hash"]
-    for first, kinds in ((hard, ("soft",)), (soft, ("hard", "dist"))):
-        for kind in kinds:
-            its = later(first, kind)
-            assert its.metrics().memo_hit_rate[0] == 1, kind
-            assert its.result["weights_hash"] == alone[kind].result["weights_hash"], kind
+    for first, kind in ((hard, "soft"), (soft, "hard")):
+        its = later(first, kind)
+        assert its.metrics().memo_hit_rate[0] == 1, kind
+        assert its.result["weights_hash"] == alone[kind].result["weights_hash"], kind
 
 
 def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
@@ -341,8 +325,6 @@ def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
     assert again.metrics().memo_hit_rate.tolist() == [1, 1] != first.metrics().memo_hit_rate.tolist()
     for made in (first, again):
         assert_same_losses(made, online)
-    alone = run("alone", replace(tiny, epochs=2))
-    assert (alone.metrics().train_loss - online.metrics().train_loss).abs().max() > 1e-3
     hashes = [config_hash(resolve(made)) for made in (config, student("twice", other, other))]
     assert first.name.endswith(hashes[0][:8]) and hashes[0] != hashes[1]
     assert len(list((tmp_path / "both").glob("memo-*.bin"))) == 2  # decisions and logits

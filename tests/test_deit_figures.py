@@ -56,9 +56,6 @@ def test_figures_of_made_up_records(tmp_path):
     assert list(shares) == ["label", "teacher", "labels alone", "class", "distillation", "softmax"]
     assert (shares.loc["teacher"].iloc[2:] > 0.1).all()
     assert table("epochs").epochs.tolist() == [16, 64, 16, 64, 32, 32]
-    variants = table("variants", "model")
-    assert variants.parameters.tolist() == [5_717_416, 22_050_664, 86_567_656]
-    assert variants["published parameters (M)"].tolist() == [5, 22, 86] and variants.heads.tolist() == [3, 6, 12]
 
 
 @pytest.mark.slow
@@ -127,7 +124,7 @@ def test_a_users_own_study(tmp_path):
     claims = table("claims", "what")
     assert claims.difference["hard labels"] == pytest.approx(0.06 - 0.002)
     assert claims.difference["hard labels and a token"] == pytest.approx(0.07 + 0.012)
-    assert claims.published["a token for hard labels"] == pytest.approx(0.004) and len(claims) == 9
+    assert claims.published["a token for hard labels"] == pytest.approx(0.004)
     assert table("methods").class_top1.count() == 3 and table("heads").loc["soft, token"].top1.nunique() == 1
     tokens = table("tokens")
     assert tokens["block 2"]["hard, token"] == pytest.approx(0.8)

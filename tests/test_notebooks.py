@@ -124,6 +124,9 @@ def test_deit_notebook(tmp_path):
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
     assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
+    for head in ("class", "distillation"):
+        last = run.metrics()[f"test_{head}_top1"].iloc[-1]
+        assert last == pytest.approx(run.result["heads"][head], abs=1e-5)
     assert run.result["test_top1"] == pytest.approx(run.result["heads"]["softmax"], abs=0.005)  # added
     execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     heads = pd.read_csv(tmp_path / "out/tables/deit_heads.csv").set_index("head").top1

@@ -22,8 +22,7 @@ with() { # with EXTRAS TEST...: the tests in an environment with these extras
     "$folder/env/bin/python" -m pytest -q -p no:cacheprovider -m "" --durations 0 --durations-min 5 "${@:2}"
 }
 with notebooks,export,cluster \
-    tests/test_deit.py::test_both_heads_are_measured \
-    tests/test_notebooks.py::test_{study_runs_by_papermill,paper_analysis_draws_the_runs} \
+    tests/test_notebooks.py::test_{deit_notebook,study_runs_by_papermill,paper_analysis_draws_the_runs} \
     tests/test_notebooks.py::test_a_study_is_trained_and_compared \
     "tests/test_notebooks.py::test_room_runs_from_top_to_bottom[01b_augment]" \
     tests/test_own_images.py::test_{command_trains_and_compares,the_export_predicts_the_same}
