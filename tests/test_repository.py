@@ -113,7 +113,8 @@ def test_records_are_committed_without_their_logits():
 ASKED_FIRST = "7b98faa"  # records that came later than this commit had their question before their answer
 BY_ISSUE = {"baseline-resnet50_cifar-labels-s1-ca935cf9", # a quarter of an hour on a GPU, asked for in issue 46
             "distilled-resnet50_cifar-vit_tiny_patch16_224-s1-5be64162"}
-LOST = {"2ee85e7d57346dbd5179f057dfbb8a7d34e8f4a4": "64305f9"}  # with its machine -> what its session began with
+INSTEAD = {"2ee85e7d57346dbd5179f057dfbb8a7d34e8f4a4": "64305f9",  # lost with its machine: what its session began with
+           "46c8695a595002d2d39e9f91823e93824fc8dd8a": "c6b834a"}  # its study was committed minutes later
 ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit", e09="captions")  # notebook -> its experiment
 HANDED_ON = {*field_names(shared=True), *field_names(split=True), *field_names(group="student"), "seed"}  # by e06
 
@@ -195,7 +196,7 @@ def test_cells_of_a_commit_are_told_from_others():
 
 
 def test_a_study_asks_before_its_runs_answer():
-    """The commit that a record names, or that it began with where it is lost, holds the cell of a study.
+    """The commit that a record names, or the one instead of it, holds the cell of a study.
 
     Older records too, where every study that uses them says what was expected. Teachers may have the same settings, so
     the cell may be another study's.
@@ -211,7 +212,7 @@ def test_a_study_asks_before_its_runs_answer():
         if before or record.parent.name in BY_ISSUE:
             continue
         config, commit = load(record.parent / "config.yaml"), json.loads(record.read_text()).get("commit", "")
-        commit = LOST.get(commit, commit)
+        commit = INSTEAD.get(commit, commit)
         if config.experiment == "adopted_teacher":  # weights from elsewhere, measured: it answers no question
             continue
         known = commit and git("cat-file", "-e", commit) is not None
