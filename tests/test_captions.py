@@ -174,7 +174,7 @@ def test_bad_settings_are_refused_in_a_sentence(config, field, value, sentence, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("package", ["transformers", "open_clip", "tokenizers"])
+@pytest.mark.parametrize("package", ["transformers", "open_clip"])
 def test_a_missing_extra_is_named(config, package, monkeypatch):
     """Each library is asked for where it is used, and the sentence says what to install."""
     from importlib.util import find_spec
