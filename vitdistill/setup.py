@@ -333,7 +333,8 @@ def prepare(config:Config, ranks:Ranks)->Setup:
         try_size(student.model, config.student, side)
     student = place_model(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
-    batch_bounds(len(train), config.batch_size, ranks.world, has_batch_norm(student) or objective.needs_two) # or raises
+    needs_two = has_batch_norm(student) or objective.needs_two
+    batch_bounds(len(train), config.batch_size, ranks.world, needs_two) # raises if batches are too small
     taught = question_all(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
