@@ -36,7 +36,7 @@ class Meter:
     "Adds up loss, correct decisions and images of an epoch on the device, and notes the first loss that is not finite."
     def __init__(self, device:str, tally:typing.Callable=tally): # tally: may be compiled
         self.sums, self.steps = torch.zeros(3, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        self.tally = tally
+        self.tally, self.first_label = tally, None # first_label: the label loss of the first step of all
         self.begin()
 
     def begin(self)->None: # an epoch; the tensors stay where they are
@@ -47,6 +47,7 @@ class Meter:
     def add(self, out:Output, batch:Batch)->None:
         logits = out.logits[0].detach() if out.logits else None
         self.tally(self.sums, self.steps, out.loss.detach(), logits, batch.targets, batch.weight > 0)
+        if self.first_label is None and 'label' in out.parts: self.first_label = out.parts['label'].detach()
         if out.logits: return
         for name, part in out.parts.items(): # terms of a loss without labels
             self.parts[name] = self.parts.get(name, 0.) + part*len(batch.targets)*(batch.weight > 0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'epoch_steps', 'from_processes', 'cut_ahead', 'copy_views', 'drawn_views', 'cut_in_step', 'batches',
-           'Progress', 'peak_lr', 'train_epoch', 'accuracies', 'create_objective', 'restore', 'announce', 'warm_up_ddp',
-           'Checkpoints', 'train_epochs', 'train', 'fill_memo', 'rank_main', 'main']
+           'Progress', 'peak_lr', 'high_first_loss', 'train_epoch', 'accuracies', 'create_objective', 'restore',
+           'announce', 'warm_up_ddp', 'Checkpoints', 'train_epochs', 'train', 'fill_memo', 'rank_main', 'main']
 
 # %% ../nbs/06_train.ipynb #73b7b303
 import argparse, copy, os, sys, threading, time, traceback, typing
@@ -199,14 +199,29 @@ def peak_lr(optimizer:torch.optim.Optimizer)->float:
     group = optimizer.param_groups[0]
     return float(group['lr'])/group.get('lr_scale', 1) # of a captured step, a tensor
 
+# %% ../nbs/06_train.ipynb #765347eb
+def high_first_loss(
+    setup:Setup,
+    label:float # the mean loss of the labels in the first step
+)->str:
+    "Returns a warning if the first loss is more than twice that of guessing, else ''."
+    classes = len(setup.data.classes)
+    guessing = setup.criterion.label_loss((torch.zeros(classes, classes),), torch.arange(classes)).item()
+    if label <= 2*guessing: return ''
+    wide = setup.config.student_head == 'new' and setup.config.student_head_init != 'small'
+    advice = "set student_head_init to 'small'" if wide else 'look at labels, student_normalization and student_weights'
+    return f'the first loss is {label:.1f}, and guessing has {guessing:.1f}: {advice}.'
+
 # %% ../nbs/06_train.ipynb #a3636673
 def train_epoch(step:TrainingStep, epoch:int, progress)->dict:
     "Trains one epoch; returns its loss, top-1 on training views, images per second, teacher seconds and memo hit rate."
     setup = step.setup
     step.begin()
-    for batch in batches(setup, epoch, progress.teacher):
+    for number, batch in enumerate(batches(setup, epoch, progress.teacher)):
         step(batch)
         progress.step(setup.config.batch_size)
+        if epoch == number == 0 and setup.criterion.labelled:
+            if warning := high_first_loss(setup, step.meter.first_label.item()): progress.say(warning)
     return step.meter.row(setup, epoch, peak_lr(step.optimizer))
 
 # %% ../nbs/06_train.ipynb #4e90b7d2
