@@ -207,7 +207,7 @@ class StudentFields:
     student_weights:str=_student('', hashed=False) # initial weights: file, model folder, hf-hub:OWNER/MODEL
     student_pretrained:bool=_student(False) # start from timm's pretrained weights, which are downloaded
     student_head:str=_student('new', ('new', 'keep')) # output layer: untrained, or that of student_weights
-    student_head_init:str=_student('timm', _draws, shared=True) # a new output layer's weights: timm's draw, or small (std 0.01)
+    student_head_init:str=_student('timm', _draws, shared=True) # a new output layer: timm's draw, or a small one
     student_resampling:str=_student('bicubic', _filters) # how position embeddings of student_weights are resized
     student_drop_path:str=_student('growing', _depths) # drop_path_rate grows with depth up to its value, or is constant
     student_class_token_std:float=_student(0., '[0, inf)') # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6

@@ -376,7 +376,7 @@ def with_drawn_class_token(
 HEAD_STD = .01 # of a small head's weights
 
 def small_head(model:nn.Module)->nn.Module: # of timm, with one or more output layers; changed in place
-    "Draws the weights of a new output layer from a normal distribution of std 0.01, sets its biases to 0; returns the model."
+    "Draws a model's output layers anew: weights from a normal distribution of std 0.01, biases 0; returns the model."
     if not getattr(model, 'pretrained_cfg', None):
         raise VitdistillError(f'{type(model).__name__} is no model of timm, so its output layer is not known: draw it '
                               'yourself, such as by torch.nn.init.normal_(student.fc.weight, std=0.01).')

@@ -7,10 +7,11 @@ __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'sample_r
            'is_answers', 'answers_in', 'answers_head', 'weights_folder', 'read_card', 'file_hash', 'only_match',
            'as_teacher', 'of_these_images', 'seen_by', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'Absent',
            'refuse_other_classes', 'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained',
-           'least_accuracy', 'check_health', 'refuse_used_images', 'with_members', 'adopt', 'same_teacher']
+           'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images', 'with_members', 'adopt',
+           'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
-import glob, hashlib, json, timeit
+import glob, hashlib, json, math, timeit
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -358,6 +359,15 @@ def least_accuracy(classes:int)->float: # number of classes
     "Returns the accuracy below which a teacher seems untrained: a quarter of the way from chance to 1."
     return 1/classes + (1 - 1/classes)/4
 
+def seems_untrained(
+    accuracy:float, n:int, # measured on n images
+    classes:int            # number of classes
+)->bool:
+    "Returns whether an accuracy is surely below `least_accuracy`: whether its 95% interval (Wilson's) ends below it."
+    z = 1.96
+    middle, half = accuracy + z**2/(2*n), z*math.sqrt(accuracy*(1 - accuracy)/n + z**2/(4*n**2))
+    return (middle + half)/(1 + z**2/n) < least_accuracy(classes)
+
 def check_health(
     teacher:Teacher, card:dict|None,
     config:Config, data:Data,
@@ -367,10 +377,11 @@ def check_health(
     its_own = card and of_these_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card['split']) if its_own else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
+    measured, classes = sample_rows(rows, 1000), len(data.classes)
     if isinstance(teacher, Absent): accuracy = card['top1_held_out' if len(val) else 'top1_train_views']
-    else: accuracy = top1(teacher, views, data.train_labels, sample_rows(rows, 1000))
-    chance, least = 1/len(data.classes), least_accuracy(len(data.classes))
-    if accuracy < least and not config.allow_untrained:
+    else: accuracy = top1(teacher, views, data.train_labels, measured)
+    chance, least = 1/classes, least_accuracy(classes)
+    if seems_untrained(accuracy, len(measured), classes) and not config.allow_untrained:
         raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right (chance '
                               f'{chance:.1%}, least {least:.1%}), so its head seems untrained: fine-tune it with '
                               'e00_teacher and name its folder as teacher_weights, or set allow_untrained=True '
