@@ -138,8 +138,8 @@ def few_test_images(n:int)->str: # number of test images
     if n >= least: return ''
     see = {images: round(196*math.sqrt(apart/images)) for images in (least, 400)} # half a 95% interval, points
     return (f'{n} test images are too few to tell whether a teacher helps: this job can compare nothing. From about '
-            f'{least} it sees a difference of {see[least]} points, from 400 one of {see[400]}, if the students disagree '
-            'on a fifth of the images.')
+            f'{least} it sees a difference of {see[least]} points, from 400 one of {see[400]}, if the students '
+            'disagree on a fifth of the images.')
 
 # %% ../nbs/10_job.ipynb #919d0046
 def weights_here(name:str)->bool: # name: of timm's, or hf-hub:OWNER/MODEL
