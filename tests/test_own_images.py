@@ -21,7 +21,8 @@ from test_recipes import blocks
 from vitdistill import api
 from vitdistill.cli import main
 from vitdistill.config import VitdistillError, preset
-from vitdistill.job import config_of, teacher_part
+from vitdistill.grids import grid_cells
+from vitdistill.job import config_of, teacher_part, train
 from vitdistill.losses import OBJECTIVES
 from vitdistill.predict import load_model, predict
 from vitdistill.ranks import Ranks
@@ -31,7 +32,7 @@ from vitdistill.study.results import read_predictions
 from vitdistill.train import batches
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
-SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, allow_untrained=True, nproc=1)
+SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1)
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,54 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, image
     both = [run.result["test_top1"] for run in find_runs(out / "runs") if "mine/plain" in run.arms]
     assert table.top1["plain"] == pytest.approx(np.mean(both))
     assert isinstance(result.student, timm.models.MobileNetV3) and result.curves() is not None
+
+
+def test_it_says_that_so_few_images_show_nothing(job):
+    """Six test images; the teacher, which has at most one of three held-out images right, is not refused."""
+    out, _, text = job
+    assert "6 test images are too few" in text and "From about 30" in text
+    taught = next(run for run in find_runs(out / "runs") if "mine/taught" in run.arms)
+    assert not taught.config.allow_untrained and taught.config.student_head_init == "small"
+
+
+def test_a_job_teaches_with_its_own_teacher_however_weak(job, monkeypatch):
+    out, _, _ = job
+    launched = []
+    monkeypatch.setattr("vitdistill.job.launch", lambda config, *given, **more: launched.append(config))
+    for weak in (False, True):
+        monkeypatch.setattr("vitdistill.job.is_weak", lambda card: weak)
+        train(grid_cells(out / "mine.yaml")[-1])
+    assert [config.allow_untrained for config in launched] == [False, True]
+
+
+def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
+    """The teacher and the plain student have ended; the taught one is refused."""
+    out, words, _ = job
+    aside = {run.folder: out / run.name for run in find_runs(out / "runs") if "mine/taught" in run.arms}
+    for folder, place in aside.items():
+        folder.rename(place)
+
+    def fails(cell):
+        if "taught" in cell.arm:
+            raise VitdistillError("no room")
+    monkeypatch.setattr(api, "train", fails)
+    try:
+        with pytest.raises(SystemExit, match="no room"):
+            main(words)
+    finally:
+        for folder, place in aside.items():
+            place.rename(folder)
+    text = capsys.readouterr().out
+    assert "teacher  vit_tiny" in text and "plain    mobilenetv3" in text and "taught minus plain" not in text
+    assert f"vitdistill predict {out / 'models/plain'} IMAGES" in text
+
+
+def test_a_field_that_loosens_a_check_is_the_same_job(job, images, weights):
+    out, _, _ = job
+    given = dict(data=images, teacher=str(weights), out=out, dry_run=True) | SMALL
+    api.distill(**given | dict(allow_untrained=True))
+    with pytest.raises(VitdistillError, match=f"epochs: 1 then, 2 now.*--teacher {out}/models/teacher keeps"):
+        api.distill(**given | dict(epochs=2))
 
 
 def test_it_is_a_study(job, capsys):
