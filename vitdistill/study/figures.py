@@ -23,7 +23,7 @@ class RoundedLog(LogTransform):
 
 class RoundedLogScale(LogScale):
     "Replaces matplotlib's 'log' scale once `register_scale` has it."
-    def __init__(self, **kwargs): super().__init__(**kwargs) # no axis parameter, as from matplotlib 3.13 on
+    def __init__(self, *given, **kwargs): super().__init__(*given, **kwargs) # given: an axis, before matplotlib 3.11
     def get_transform(self): return RoundedLog(self.base)
 
 # %% ../../nbs/study/03_figures.ipynb #0c620b97
