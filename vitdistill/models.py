@@ -256,7 +256,7 @@ def read_weights(
     file = weights_file(path)
     try:
         with torch.serialization.safe_globals(plain_values()): state = load_state_dict(str(file))
-        return without_prefix(state, model) if model else state
+        return state if model is None else without_prefix(state, model)
     except Exception as e: # safetensors', zipfile's and pickle's own errors
         if (why := _why(e)).startswith('it calls'):
             raise VitdistillError(f'{file} is refused, because it holds code ({why}): '
