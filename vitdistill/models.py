@@ -147,9 +147,8 @@ def try_size(model:nn.Module, name:str, size:int)->None: # on the CPU
     wanted = 1, getattr(model, 'num_classes', None)
     if any(shape != wanted for shape in shapes):
         given = ' and '.join(map(str, shapes))
-        raise VitdistillError(f'{name} is no classifier here, since it returns {given} for an image, not logits of '
-                              f'shape {wanted}: mend student_kwargs or teacher_kwargs, such as features_only or '
-                              'global_pool.')
+        raise VitdistillError(f'{name} returns {given} for an image, not a row of logits: mend student_kwargs or '
+                              'teacher_kwargs, such as features_only or global_pool.')
 
 # %% ../nbs/02_models.ipynb #02a1b2c3
 def near_models(name:str)->str: # none that timm knows
