@@ -94,6 +94,25 @@ def test_exported_cells_are_short_and_tested(notebook):
     assert not faults, "\n".join(f"{notebook.name}, code cell {i + 1}: {fault}" for i, fault in faults)
 
 
+@pytest.mark.parametrize("module", sorted(p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+                                          for p in (ROOT / "vitdistill").rglob("*.py") if p.stem != "__main__"))
+def test_star_import(module):
+    """`from MODULE import *` gives each name that the module lists."""
+    names = {}
+    exec(f"from {module.removesuffix('.__init__')} import *", names)
+    assert len(names) > 1 or module.endswith("__init__")
+
+
+def test_committed_yaml_reads_as_in_yaml_1_1():
+    """Configs of runs, presets and studies mean what they meant to PyYAML's own loader."""
+    files = [*(ROOT / "reports/runs").glob("*/config.yaml"), *(ROOT / "nbs/presets").glob("*.yaml"),
+             *(ROOT / "nbs/studies").glob("*.yaml")]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    assert len(files) > 100
+    for file in files:
+        assert repr(read_yaml(file)) == repr(yaml.load(file.read_text(), loader)), file
+
+
 def test_nothing_large_or_foreign_is_committed():
     foreign = (".safetensors", ".pt", ".pth", ".webp")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from . import __version__
 from .config import GROUPS, ROOT_MARKS, SHIPPED, Config, VitdistillError, field_names, from_dict, from_root
-from .config import load, nearest, preset, repo_root, shipped, shipped_names
+from .config import load, nearest, parse_yaml, preset, repo_root, shipped, shipped_names
 
 # %% ../nbs/11_cli.ipynb #cb8f4ae9
 def field_comments()->dict:
@@ -86,8 +86,9 @@ def field_values(
     return {name: text if name in texts else _read(name, text) for name, text in given.items()}, source
 
 def _read(name:str, text:str):
-    try: return yaml.safe_load(text)
-    except yaml.YAMLError: raise VitdistillError(f'{name} = {text!r} is not YAML: write it as in a preset.') from None
+    try: return parse_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        raise VitdistillError(f'{name} = {text!r} is not YAML: write it as in a preset.') from None
 
 # %% ../nbs/11_cli.ipynb #724e2b4b
 def configured(

@@ -11,7 +11,7 @@ import pandas as pd, torch, torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, register_flop_formula
-from .config import VitdistillError, nearest
+from .config import VitdistillError, first_line, nearest
 from .models import create
 
 # %% ../nbs/02b_complexity.ipynb #a450c183
@@ -98,7 +98,7 @@ def complexity(
         model = build(name, image_size, **kwargs)
     try: return layers(model, (3, image_size, image_size))
     except RuntimeError as e:
-        raise VitdistillError(f'{name} cannot take images of {image_size} px ({str(e).splitlines()[0]}): '
+        raise VitdistillError(f'{name} cannot take images of {image_size} px ({first_line(e)}): '
                               'choose a larger image_size.') from None
 
 # %% ../nbs/02b_complexity.ipynb #27af3c73

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'FORMS', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest',
-           'require', 'repo_root', 'from_root', 'from_here', 'fitting', 'shipped', 'shipped_names', 'no_space',
-           'write_atomic', 'cgroup_limit', 'cores', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields',
-           'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
-           'field_names', 'check', 'from_dict', 'refuse_repeats', 'read_yaml', 'load', 'preset_parts', 'preset', 'save',
-           'defining', 'config_hash', 'student_name', 'run_name']
+           'first_line', 'require', 'repo_root', 'from_root', 'from_here', 'fitting', 'shipped', 'shipped_names',
+           'no_space', 'write_atomic', 'cgroup_limit', 'cores', 'StudentFields', 'DataFields', 'TeacherFields',
+           'ObjectiveFields', 'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields',
+           'Config', 'field_names', 'check', 'from_dict', 'YamlLoader', 'refuse_repeats', 'keep_texts', 'parse_yaml',
+           'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
@@ -47,6 +47,11 @@ def nearest(
     near = begun if len(begun) == 1 else difflib.get_close_matches(str(name), known, n=1, cutoff=.5)
     if near: return f'did you mean {near[0]!r}?'
     return hint or (f"choose from {', '.join(known)}." if len(known) <= 12 else 'check its spelling.')
+
+# %% ../nbs/00_config.ipynb #593214d4
+def first_line(error:Exception)->str:
+    "Returns the first line of an exception's message, or the name of its type if it has none."
+    return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
 
 # %% ../nbs/00_config.ipynb #f96006a2
 def require(
@@ -306,7 +311,7 @@ class OptimizationFields:
     scheduler:str=_optimization('cosine') # timm's, by epoch: cosine, constant, tanh, step, multistep, poly
     sched_kwargs:dict=_optimization(dict) # further arguments of timm's schedule
     t_max:int=_optimization(0, '[0, inf)') # length of the schedule in epochs; 0: as `epochs`
-    warmup_epochs:int=_optimization(0, '[0, inf)') # epochs of linear warm-up from lr / 100
+    warmup_epochs:int=_optimization(0, '[0, inf)') # epochs of linear warm-up from lr / 100; ends before the last
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
     seed:int=_optimization(1, '[0, 18446744073709551616)') # sets initial weights, order of images, views; below 2^64
 
@@ -405,8 +410,24 @@ def from_dict(values:dict, source:str='')->Config:
     return Config(**values)
 
 # %% ../nbs/00_config.ipynb #2eb0b684
-_safe_loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader) # the C loader is eight times as fast
+class YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): # the C loader is eight times as fast
+    "Reads numbers and words as YAML 1.2: 010 is 10, 1e-8 is a number; 1:30, yes, off and dates are text."
+    yaml_implicit_resolvers = {} # of YAML 1.1
 
+def _whole(loader, node): # the value of a whole number
+    text = node.value.replace('_', '')
+    return int(text, 16 if 'x' in text else 8 if 'o' in text else 10)
+
+YamlLoader.add_constructor('tag:yaml.org,2002:int', _whole)
+_NUMBER = r'[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'
+for _kind, _first, _pattern in [ # kind of value, its first characters, its form; where two fit, the first counts
+        ('null', ['~', 'n', 'N', ''], '~|null|Null|NULL|'), ('merge', '<', '<<'),
+        ('bool', 'tTfF', 'true|True|TRUE|false|False|FALSE'),
+        ('int', '-+0123456789', '[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+|0o[0-7]+'),
+        ('float', '-+.0123456789', _NUMBER)]:
+    YamlLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_pattern})\Z'), [*_first])
+
+# %% ../nbs/00_config.ipynb #842c7aab
 def refuse_repeats(node:yaml.Node)->None:
     "Raises a `yaml.MarkedYAMLError` if a key stands twice in a mapping: PyYAML would drop the first."
     if not isinstance(node, yaml.CollectionNode): return
@@ -419,16 +440,43 @@ def refuse_repeats(node:yaml.Node)->None:
             seen.append(key.value)
         refuse_repeats(child)
 
-def read_yaml(path:Path, loader:type=_safe_loader)->dict:
+_texts, _dicts = ({f.name for f in fields(Config) if f.type is kind} for kind in (str, dict))
+
+def keep_texts(
+    node:yaml.Node,
+    names:typing.Container=(), # keys whose values are texts, but for those within a dict field of a config
+    text:bool=False            # the node itself is a text
+)->None:
+    "Makes text of numbers and truth values that are keys, or values of text fields, in place: 010, no, 1e-3."
+    if isinstance(node, yaml.ScalarNode):
+        if text and node.tag.endswith((':int', ':float', ':bool')): node.tag = 'tag:yaml.org,2002:str'
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value: keep_texts(child, names, text)
+    else:
+        for key, value in node.value:
+            keep_texts(key, text=True)
+            keep_texts(value, () if key.value in _dicts else names, key.value in names)
+
+def parse_yaml(
+    content:str|bytes,
+    names:typing.Container=(), # as in `keep_texts`
+    loader:type=YamlLoader
+):
+    "Returns the value of a YAML text; a wrong one raises a `yaml.YAMLError` or a `ValueError`."
+    maker = loader(content)
+    if not (node := maker.get_single_node()): return None # an empty text
+    refuse_repeats(node)
+    keep_texts(node, names)
+    return maker.construct_document(node)
+
+def read_yaml(path:Path, loader:type=YamlLoader)->dict:
     "Returns the keys and values of a YAML file; a missing, damaged or keyless file raises a `VitdistillError`."
-    try:
-        maker = loader(path.read_text(encoding='utf-8'))
-        refuse_repeats(node := maker.get_single_node()) # None: an empty file
-        values = maker.construct_document(node) if node else None
+    try: values = parse_yaml(path.read_bytes(), _texts, loader) # UTF-8, or UTF-16 with its byte order mark
     except OSError as e:
         raise VitdistillError(f'no config file at {path} ({e.strerror}): give the path of a YAML file.') from None
-    except (yaml.YAMLError, ValueError) as e: # ValueError: an impossible date, or bytes that are not text
-        where = f'line {e.problem_mark.line + 1}: {e.problem}' if hasattr(e, 'problem_mark') else str(e).splitlines()[0]
+    except (yaml.YAMLError, ValueError) as e: # ValueError: such as !!int x
+        mark = getattr(e, 'problem_mark', None)
+        where = f'line {mark.line + 1}: {e.problem}' if mark else first_line(e)
         raise VitdistillError(f'{path} is not YAML ({where}): mend that line.') from None
     if not isinstance(values, dict):
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')

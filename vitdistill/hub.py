@@ -13,7 +13,7 @@ import huggingface_hub
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from .config import VitdistillError, from_root
+from .config import VitdistillError, first_line, from_root
 
 # %% ../nbs/02c_hub.ipynb #dbd9f487
 HUB = 'hf-hub:'
@@ -26,7 +26,7 @@ def failure_in_words(error:Exception)->str:
                  HFValidationError='that is no name of a repository',
                  OfflineModeIsEnabled='HF_HUB_OFFLINE is set')
     named = next((known[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in known), '')
-    return named or next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+    return named or first_line(error)
 
 # %% ../nbs/02c_hub.ipynb #02c1d2e3
 def hub_answers()->bool:

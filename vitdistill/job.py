@@ -162,7 +162,7 @@ def architecture_of(file:str, name:str='')->str: # file: of weights; name: as th
 # %% ../nbs/10_job.ipynb #a5341675
 def outputs(model:torch.nn.Module, weights:str)->int: # model: of the architecture of the weights
     "Returns the number of outputs of the head in a file of weights; 0 if it has none."
-    state = read_weights(weights_place(weights))
+    state = read_weights(weights_place(weights), model)
     return max((len(state[f'{head}.weight']) for head in head_names(model) if f'{head}.weight' in state), default=0)
 
 def teacher_part(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfgs', 'HEAD_STD', 'OF_TRAINING', 'with_cifar_stem',
            'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts', 'check_size', 'try_size',
-           'near_models', 'check_name', 'create', 'weights_file', 'plain_values', 'read_weights', 'head_names',
-           'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size', 'check_start',
-           'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student',
-           'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
+           'near_models', 'check_name', 'create', 'weights_file', 'plain_values', 'without_prefix', 'read_weights',
+           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
+           'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
+           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
-import contextlib, functools, json, math, re, tempfile, textwrap, typing
+import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np, timm, torch, torch.nn.functional as F
@@ -19,10 +19,11 @@ from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.utils import unwrap_model
 from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, load_model_config_from_hf,
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
-from .config import Config, VitdistillError, nearest, no_space, write_atomic
+from .config import Config, VitdistillError, first_line, nearest, no_space, write_atomic
 from .hub import weights_place, failure_in_words, without_retries
 from .layers import LITv2
 
@@ -69,7 +70,9 @@ def without_shortcuts(model:ResNet)->ResNet:
 # %% ../nbs/02_models.ipynb #3788bc9a
 def _register(name:str, make:typing.Callable)->None: # make: like timm's functions that create a model
     make.__name__, make.__module__ = name, __name__
-    if not timm.is_model(name): register_model(make)
+    if timm.is_model(name): return
+    register_model(make)
+    sys.modules[__name__].__all__.remove(name) # timm puts it there, and no such function is in this module
 
 two_heads = {f'{base}_distilled': base for base in
              ('resnet18', 'resnet26', 'resnet34', 'resnet50', 'resnet101', 'resnet152')}
@@ -132,12 +135,20 @@ def try_size(model:nn.Module, name:str, size:int)->None: # on the CPU
     "Raises `VitdistillError` if a model can not compute the logits of an image of `size` px."
     training = model.training
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size))
+        with torch.no_grad(): answer = model.eval()(torch.zeros(1, 3, size, size))
     except Exception as e: # whatever a layer raises
-        reason = str(e).splitlines()[0].partition(': ' if isinstance(e, VitdistillError) else '\n')[0] # not its advice
+        reason = first_line(e)
+        if isinstance(e, VitdistillError): reason = reason.partition(': ')[0] # without its advice
         raise VitdistillError(f'{name} can not take images of {size} px ({reason}): give a larger image_size, '
                               'student_size or test_size (teacher_size of a teacher), or another model.') from None
     finally: model.train(training)
+    heads = answer if isinstance(answer, tuple) else (answer,)
+    shapes = [tuple(head.shape) if isinstance(head, torch.Tensor) else type(head).__name__ for head in heads]
+    wanted = 1, getattr(model, 'num_classes', None)
+    if any(shape != wanted for shape in shapes):
+        given = ' and '.join(map(str, shapes))
+        raise VitdistillError(f'{name} returns {given} for an image, not a row of logits: mend student_kwargs or '
+                              'teacher_kwargs, such as features_only or global_pool.')
 
 # %% ../nbs/02_models.ipynb #02a1b2c3
 def near_models(name:str)->str: # none that timm knows
@@ -227,11 +238,24 @@ def plain_values()->list: # as `torch.serialization.safe_globals` takes them
     return [*scalars, np.dtype, *dtypes, *paths]
 
 # %% ../nbs/02_models.ipynb #3e52b306
-def read_weights(path:str|Path)->dict:
+def without_prefix(state:dict, model:nn.Module)->dict:
+    "Returns a state dict without a prefix that its names share and the model's lack, such as Lightning's `model.`."
+    wanted, found = model.state_dict().keys(), state
+    while not found.keys() & wanted:
+        first = {name.partition('.')[0] for name in found}
+        found = {name.partition('.')[2]: tensor for name, tensor in found.items()}
+        if len(first) != 1 or '' in found: return state
+    return found
+
+def read_weights(
+    path:str|Path,
+    model:nn.Module=None # that they are for: a prefix of their names that it lacks is left out
+)->dict:
     "Returns the state dict in a safetensors or pth file; raises `VitdistillError` if it is damaged or holds code."
     file = weights_file(path)
     try:
-        with torch.serialization.safe_globals(plain_values()): return load_state_dict(str(file))
+        with torch.serialization.safe_globals(plain_values()): state = load_state_dict(str(file))
+        return state if model is None else without_prefix(state, model)
     except Exception as e: # safetensors', zipfile's and pickle's own errors
         if (why := _why(e)).startswith('it calls'):
             raise VitdistillError(f'{file} is refused, because it holds code ({why}): '
@@ -279,7 +303,8 @@ def load_weights(
     if isinstance(path, list):
         for member, file in zip(model.members, path, strict=True): load_weights(member, file, new_head, interpolation)
         return model
-    state, heads = fit_positions(read_weights(path), model, interpolation), tuple(f'{h}.' for h in head_names(model))
+    state = fit_positions(read_weights(path, model), model, interpolation)
+    heads = tuple(f'{head}.' for head in head_names(model))
     def shapes(tensors): # of those that are to be loaded
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()
                 if not (new_head and name.startswith(heads))}
@@ -291,6 +316,9 @@ def load_weights(
         raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed} "
                               f'({len(wrong)} tensors in all): give weights of this architecture, these '
                               f'student_kwargs or teacher_kwargs and classes{head}.')
+    if broken := [name for name in given if not state[name].isfinite().all()]:
+        raise VitdistillError(f'{path} holds numbers that are not finite ({len(broken)} tensors, such as {broken[0]}): '
+                              'give an earlier checkpoint, or train it again.')
     model.load_state_dict({name: state[name] for name in given}, strict=False)
     return model
 
@@ -472,31 +500,50 @@ def started_from(
                 student_kwargs=kwargs)
 
 # %% ../nbs/02_models.ipynb #f4a2cd1e
+def _plain_tensors(model, state, prefix, metadata): # a hook of state_dict: as safetensors takes them, by plain names
+    tensors = {name.replace('_orig_mod.', ''): tensor.clone(memory_format=torch.contiguous_format)
+               for name, tensor in state.items()} # torch.compile adds that to names; some weights share their memory
+    state.clear()
+    state.update(tensors)
+
+def _refuse_another(model, folder, size): # is it the model that the folder makes?
+    name, stem, kwargs = started_from(folder).values()
+    with torch.random.fork_rng(devices=[]):
+        try: load_weights(create(name, model.num_classes, size, stem, **kwargs), folder)
+        except VitdistillError as e:
+            why = str(e).replace(f'{folder} does not fit', 'its weights do not fit').partition(': give ')[0]
+            raise VitdistillError(f'{name} with {kwargs} is another model than the student ({why}): give the further '
+                                  'arguments of timm.create_model that made it.') from None
+
 def save_model(
-    model:nn.Module, # the timm model
+    model:nn.Module, # the timm model, compiled or in DistributedDataParallel or not; it is left as it is
     folder:str|Path,
     kwargs:dict,     # arguments of timm.create_model, except name and classes
     card:dict,       # content of card.json, which is written last; of one with classes alone none is written
     readme:str,      # text of the model card
     mean_std:tuple,  # (mean, std) per channel, by which its input was normalized
-    size:int         # side of the model's input in px
+    size:int,        # side of the model's input in px
+    tried:bool=False # raise `VitdistillError` if what is written makes another model
 )->Path:
     "Writes model.safetensors, config.json, README.md and card.json into a folder, each file whole or not at all."
-    mean, std = mean_std
+    model, (mean, std) = unwrap_model(model), mean_std
     cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., mean=mean, std=std,
                num_classes=model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
+        hook = model.register_state_dict_post_hook(_plain_tensors)
         try: save_for_hf(model, draft, about, kwargs or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
+        finally: hook.remove()
         file = Path(draft)/'config.json' # without what it says of timm's weights, which these are not
         about = json.loads(file.read_text())
         kept = {'num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean',
                 'std', 'first_conv', 'classifier', 'pool_size', 'custom_load'}
         about['pretrained_cfg'] = {key: value for key, value in about['pretrained_cfg'].items() if key in kept}
         file.write_text(json.dumps(about, indent=2))
+        if tried: _refuse_another(model, Path(draft), size)
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
     if [*card] != ['classes']: write_atomic(folder/'card.json', json.dumps(card, indent=1))

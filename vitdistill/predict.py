@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
-from .config import VitdistillError, from_here, require
+from .config import VitdistillError, first_line, from_here, require
 from .files import is_image, printable, read_image
 from .models import Student, combine, create, load_weights, started_from
 from .runs import find_run
@@ -41,8 +41,7 @@ def from_onnx(file:Path)->Predictor:
     import onnxruntime
     try: session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     except Exception as e: # onnxruntime has its own errors
-        why = str(e).splitlines()[0]
-        raise VitdistillError(f'{file} can not be read as ONNX ({why}): export the run again.') from None
+        raise VitdistillError(f'{file} can not be read as ONNX ({first_line(e)}): export the run again.') from None
     about, shape = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0].shape
     if 'classes' not in about:
         raise VitdistillError(f'{file} does not name its classes: give a file that vitdistill export wrote.')

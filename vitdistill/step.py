@@ -10,7 +10,7 @@ import math, time, typing
 from collections import Counter
 import torch
 from torch import nn
-from .config import VitdistillError
+from .config import VitdistillError, first_line
 from .losses import Batch, Output
 from .setup import Setup, program
 
@@ -141,7 +141,7 @@ class CapturedStep(TrainingStep):
         static = Batch(*(part.clone() if isinstance(part, torch.Tensor) else part for part in batch))
         try: self.graphs[size] = tensors(static), self.capture(static)
         except Exception as e:
-            self.fails, reason = True, (str(e).strip() or type(e).__name__).splitlines()[0]
+            self.fails, reason = True, first_line(e)
             self.optimizer.zero_grad(set_to_none=True)
             print(f"compile = 'graph' is left out: the step could not be captured ({reason}).", flush=True)
 

@@ -459,6 +459,7 @@ def adopt(
         if card.get('normalization', config.student_normalization) != config.student_normalization:
             raise VitdistillError('these weights were trained on pixels that are normalized otherwise: set '
                                   f"student_normalization to {card['normalization']!r}.")
+    try_size(model, config.student, size)
     load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)

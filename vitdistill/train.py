@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .answers import fill
 from .augment import drawn_mix, mixed, mixed_targets, uniform
-from .config import Config, VitdistillError, from_root, load, no_space
+from .config import Config, VitdistillError, first_line, from_root, load, no_space
 from .losses import Batch, Objective
 from .outcome import finish
 from .optimize import create_optimizer, create_schedule, weight_average
@@ -57,7 +57,7 @@ def from_processes(loader:DataLoader)->typing.Iterator:
     try: yield from loader
     except RuntimeError as e:
         if not str(e).startswith('DataLoader'): raise
-        raise VitdistillError(f'a process that loads images is gone or silent ({str(e).splitlines()[0]}): look for '
+        raise VitdistillError(f'a process that loads images is gone or silent ({first_line(e)}): look for '
                               'other programs that fill the memory or the disk, or set workers to 0.') from None
 
 # %% ../nbs/06_train.ipynb #271625df

@@ -1,0 +1,111 @@
+"""README's own training loop, with students, loaders and settings as people have them."""
+import re
+
+import pytest
+import timm
+import torch
+from timm.utils import unwrap_model
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from conftest import ROOT
+from test_recipes import blocks
+from vitdistill import api
+from vitdistill.config import VitdistillError
+
+CLASSES = ["a", "b", "c"]
+PLAIN = ((0.0,) * 3, (1.0,) * 3)
+[LOOP] = [block for block in blocks("python", [ROOT / "README.md"]) if "train_loader" in block]
+
+
+def made():
+    return timm.create_model("test_resnet", num_classes=3)
+
+
+class Pictures(Dataset):
+    """Six images with their keys; a label is what the teacher answers."""
+    def __init__(self, teacher, classes=CLASSES, key=int, more=0):
+        self.pixels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.labels = teacher(self.pixels).argmax(-1) + more
+        self.classes, self.key = classes, key
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, row):
+        return self.pixels[row], self.labels[row], self.key(row)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a teacher of three classes."""
+    torch.manual_seed(0)
+    return api.save(made(), tmp_path_factory.mktemp("teacher") / "model", CLASSES, 32, PLAIN)
+
+
+@pytest.fixture
+def loop(teacher, tmp_path):
+    """Returns what runs README's loop with a student, data, and other names that it knows; returns what it saved."""
+    def run(student=None, data=None, compute=torch.float32, **more):
+        data = Pictures(api.load_teacher(teacher)) if data is None else data
+        student = made() if student is None else student
+        student.to(compute)
+        loader = DataLoader(data, 2)
+        known = dict(student=student, optimizer=torch.optim.SGD(student.parameters(), 0.1), classes=CLASSES,
+                     train_set=data, train_loader=loader, val_loader=loader) | more
+        code = LOOP.replace("out/mine/models/teacher", str(teacher)).replace("size=64", "size=32")
+        exec(re.sub("out/(memo|student)", rf"{tmp_path}/\1", code), known)
+        saved = api.load_teacher(tmp_path / "student")
+        pixels = loader.dataset[0][0][None]
+        expected = unwrap_model(student).eval()(pixels.to(compute)).float()
+        assert torch.allclose(saved(pixels), expected, atol=1e-4)
+        return known["answers"](pixels, [0])
+    return run
+
+
+def shared():
+    student = made()
+    student.layer1[0].bn2 = student.layer1[0].bn1
+    return student
+
+
+def test_students(loop):
+    """In another memory format, compiled, in a wrapper of ranks, with weights that two layers share."""
+    loop(made().to(memory_format=torch.channels_last))
+    loop(torch.compile(made(), backend="eager"))
+    loop(nn.DataParallel(made()))
+    loop(shared())
+
+
+def test_parts_of_datasets(loop, teacher):
+    sees = api.load_teacher(teacher)
+    swapped = Pictures(sees, ["b", "a", "c"])
+    for together in lambda data: Subset(data, [3, 4, 5, 0, 1, 2]), lambda data: ConcatDataset([data, data]):
+        loop(data=together(Pictures(sees)))
+        with pytest.raises(VitdistillError, match="another order"):
+            loop(data=together(swapped))
+
+
+def test_another_default_dtype(loop):
+    expected = loop()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.allclose(loop(compute=torch.float64), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(val_loader=[]), "yields no images"),
+    (dict(classes=["a", "b"]), "2 names of classes"),
+    (dict(key=float), "torch.float64 of shape .2,.: give one whole number"),
+    (dict(key=lambda row: row > 0), "torch.bool of shape"),
+    (dict(key=lambda row: [row, row]), "keys of 2 images are"),
+    (dict(key=lambda row: f"{row}.png"), "keys of 2 images are"),
+    (dict(key=lambda row: row + 1), "key 6 is not in 0 to 5"),
+    (dict(more=3), "fit no 3 classes")], ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_refused(loop, teacher, given, message):
+    changes = {name: given[name] for name in given.keys() & {"key", "more"}}
+    data = Pictures(api.load_teacher(teacher), **changes)
+    with pytest.raises(VitdistillError, match=message):
+        loop(data=data, **{name: given[name] for name in given.keys() - changes})
