@@ -138,6 +138,62 @@ def test_a_loop_of_links_counts_each_file_once(tmp_path, capsys):
     assert "3 links to folders that were read already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("version", ["old", "0.0", "0.1", "1.0"])
+@pytest.mark.parametrize("kind", ["folders", "nested", "shards"])
+def test_a_sparse_tar_is_refused_by_its_member(tmp_path, kind, version):
+    """The zeros of a sparse member are not in the tar: the bytes at its place are other images'."""
+    image = Image.new("RGB", (128, 128))
+    image.save(whole := io.BytesIO(), "BMP")
+    image = tmp_path / "files/cat/1.bmp"
+    image.parent.mkdir(parents=True)
+    with open(image, "wb") as file:
+        file.write(whole.getvalue()[:4096])
+        file.truncate(whole.tell())
+    image.with_suffix(".cls").write_text("0")
+    how = ["--format=gnu"] if version == "old" else ["--format=pax", f"--sparse-version={version}"]
+    name = "train.tar" if kind == "folders" else "train-0.tar" if kind == "shards" else "all.tar"
+    subprocess.run(["tar", "-S", *how, "-cf", tmp_path / name, "cat"], cwd=tmp_path / "files", check=True)
+    if kind == "nested":
+        write_tar(tmp_path / "train.tar", {"all.tar": (tmp_path / "all.tar").read_bytes()})
+    write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png"], PNG), splits=["val"])
+    dataset = "wds/any" if kind == "shards" else "imagefolder"
+    with pytest.raises(VitdistillError, match=r"/cat/1.bmp is a sparse member.* without --sparse"):
+        fingerprint(Config(dataset=dataset, data_root=str(tmp_path), image_size=16))
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_class_folders_without_an_image_are_named(tmp_path, capsys, tar):
+    kinds = {"cat/1.png": PNG, "dog/a/1.png": PNG, "cow/1.heic": b""}
+    config = write(tmp_path, kinds, tar=tar)
+    if tar:
+        with tarfile.open(tmp_path / "val.tar", "a") as more:
+            folder = tarfile.TarInfo("eel/young")
+            folder.type = tarfile.DIRTYPE
+            more.addfile(folder)
+    else:
+        (tmp_path / "val/eel/young").mkdir(parents=True)
+        (tmp_path / "val/fox").symlink_to("nowhere")
+        (tmp_path / "val/pup").symlink_to("dog")
+    assert load_data(config).classes == ["cat", "dog"]
+    end = ".tar" if tar else ""
+    empty = f"train{end}/cow, val{end}/cow, val{end}/eel" + ("" if tar else ", val/fox, val/pup")
+    assert f"no image in {empty}: these folders are no classes" in capsys.readouterr().out
+
+
+def test_a_class_written_in_two_ways_is_said_or_refused(tmp_path, capsys):
+    composed, decomposed = "K\u00e4fer", "Ka\u0308fer"
+    both = write(tmp_path / "both", dict.fromkeys([f"{composed}/1.png", f"{decomposed}/1.png"], PNG))
+    if len(load_data(both).classes) != 2:
+        pytest.skip("this file system knows one normal form alone")
+    assert r"'Ka\u0308fer' and 'K\xe4fer' differ in the way" in capsys.readouterr().out
+    for one, other, words in (composed, decomposed, r"'K\\xe4fer'"), ("Cat", "cat", "'Cat' and 'cat' differ in case"):
+        root = tmp_path / ascii(one)
+        config = write(root, dict.fromkeys([f"{one}/1.png", "dog/1.png"], PNG), splits=["train"])
+        write(root, dict.fromkeys([f"{other}/1.png", "dog/1.png"], PNG), splits=["val"])
+        with pytest.raises(VitdistillError, match=f"name one class in two ways, .*{words}"):
+            fingerprint(config)
+
+
 def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path, capsys):
     kinds = dict(png="PNG", jpg="JPEG", webp="WEBP", bmp="BMP", tif="TIFF", gif="GIF", ppm="PPM", TIFF="TIFF",
                  mpo="MPO")

@@ -265,7 +265,7 @@ def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
     return image_files(config, row.package, row.needs)
 
 def _say(place, *parts): # prints which folders are the classes, and what was left out
-    if parts[0].note: say_once(parts[0].note)
+    for note in parts[0].notes: say_once(note)
     if left_out := left_out_in_words(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
 
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded

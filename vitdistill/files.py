@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
-           'files_in_tar', 'folder_classes', 'ImageFiles', 'left_out_in_words', 'in_folders', 'shard_split',
-           'in_shards', 'as_published', 'on_hub', 'image_files', 'centred', 'square_pixels', 'decoded', 'read_image',
-           'DiskImages']
+           'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles',
+           'left_out_in_words', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of',
+           'image_files', 'centred', 'square_pixels', 'decoded', 'read_image', 'DiskImages']
 
 # %% ../nbs/01c_files.ipynb #743dfde6
-import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, tarfile, typing
+import collections, contextlib, functools, importlib.util, io, itertools, json, os, posixpath, re, sys, tarfile, typing
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from .config import Config, VitdistillError, from_root
 
 # %% ../nbs/01c_files.ipynb #b5e2bc10
@@ -43,10 +44,10 @@ def is_image(name:str)->bool:
 
 # %% ../nbs/01c_files.ipynb #7c4b1e74
 @functools.cache
-def say_once(text:str)->None:
+def say_once(text:str, warning:bool=False)->None: # warning: print to stderr
     "Prints a line on rank 0, once in a process."
     from timm.utils.distributed import world_info_from_env
-    if world_info_from_env()[1] == 0: print(text, flush=True)
+    if world_info_from_env()[1] == 0: print(text, file=sys.stderr if warning else None, flush=True)
 
 # %% ../nbs/01c_files.ipynb #6e686f13
 class Found(typing.NamedTuple):
@@ -68,47 +69,65 @@ def file_size(path:str|Path)->int: # bytes
                               'its images again.') from None
 
 # %% ../nbs/01c_files.ipynb #03c9568a
-def files_below(top:Path)->tuple:
-    "Returns the files below a folder, [`Found`], and a Counter of links to folders that were read already."
+def files_below(
+    top:Path,
+    folders:list=None # is filled with the names of the folders below `top`, if it is given
+)->tuple:
+    "Returns the files below a folder, [`Found`], and a Counter of the links that were not followed."
     def refuse(error):
         raise VitdistillError(f'{printable(error.filename)} can not be read ({error.strerror}): allow it, or remove '
                               'that folder.')
     found, left_out, seen = [], collections.Counter(), {str(parent) for parent in top.resolve().parents}
-    folders = [str(top)]
-    for first in folders: # links to folders are added while this runs, so they come last
+    starts, folders = [str(top)], [] if folders is None else folders
+    for first in starts: # links to folders are added while this runs, so they come last
         for folder, below, files in os.walk(first, onerror=refuse):
+            folders.append(folder[len(str(top)) + 1:])
             if (real := os.path.realpath(folder)) in seen:
                 left_out['links to folders that were read already'] += 1
                 below.clear()
                 continue
             seen.add(real)
             below[:] = sorted(name for name in below if name[0] != '.')
-            folders += filter(os.path.islink, (os.path.join(folder, name) for name in below))
+            starts += filter(os.path.islink, (os.path.join(folder, name) for name in below))
             for path in (os.path.join(folder, name) for name in files if name[0] != '.'):
+                if not (is_image(path) or os.path.exists(path)):
+                    left_out['links that lead nowhere'] += 1
+                    folders.append(path[len(str(top)) + 1:])
+                    continue
                 found.append(Found(path[len(str(top)) + 1:], file_size(path) if is_image(path) else 0, path))
     return found, left_out
 
 # %% ../nbs/01c_files.ipynb #2e410d8a
-def _members(file, path, start, left_out): # yields each file in an open tar, and in the tars in it
+def _members(file, path, start, left_out, folders): # yields each file in an open tar, and in the tars in it
     with tarfile.open(fileobj=file, mode='r:') as tar:
         for member in tar:
             name, where = posixpath.normpath(member.name).lstrip('/'), start + member.offset_data
-            if any(part[0] == '.' for part in name.split('/')) or member.isdir(): continue
-            if not member.isfile(): left_out['links in a tar'] += 1
+            if any(part[0] == '.' for part in name.split('/')): continue
+            if member.isdir(): folders.append(name)
+            elif member.issparse():
+                raise VitdistillError(f'{printable(f"{path}/{name}")} is a sparse member, whose zeros are not in the '
+                                      'tar: make the tar again without --sparse (-S).')
+            elif not member.isfile(): left_out['links in a tar'] += 1
             elif name.endswith('.tar'):
-                for inner in _members(tar.extractfile(member), path, where, left_out):
+                folders.append(name[:-4])
+                within = []
+                for inner in _members(tar.extractfile(member), path, where, left_out, within):
                     yield inner._replace(name=f'{name[:-4]}/{inner.name}')
+                folders += [f'{name[:-4]}/{folder}' for folder in within]
             else: yield Found(name, member.size, path, where)
         file.seek(tar.offset)
         if file.read(512) != bytes(512): raise tarfile.ReadError('its end is missing') # else tarfile says nothing
         while rest := file.read(2**20):
             if any(rest): raise tarfile.ReadError('another archive follows its end')
 
-def files_in_tar(path:Path)->tuple:
-    "Returns the files in a tar, [`Found`], and a Counter of the links; a cut one raises a `VitdistillError`."
-    left_out = collections.Counter()
+def files_in_tar(
+    path:Path,
+    folders:list=None # is filled with the names of the folders in it, if it is given
+)->tuple:
+    "Returns the files in a tar, [`Found`], and a Counter of the links; a cut or sparse one is a `VitdistillError`."
+    left_out, folders = collections.Counter(), [] if folders is None else folders
     try:
-        with open(path, 'rb') as file: return list(_members(file, str(path), 0, left_out)), left_out
+        with open(path, 'rb') as file: return list(_members(file, str(path), 0, left_out, folders)), left_out
     except (tarfile.TarError, OSError) as e:
         raise VitdistillError(f'{printable(path)} is damaged, cut or compressed ({e}): make it again as a plain '
                               'tar.') from None
@@ -132,6 +151,36 @@ def folder_classes(
     return taken, (f'{printable(place)}: the {class_folder} folder is the class of an image, such as {some}, not the '
                    f'{way}, such as {other}; class_folder = {way!r} takes that one.')
 
+# %% ../nbs/01c_files.ipynb #88f0e4c9
+def bare_folders(
+    folders:list,     # names of the folders below a split
+    names:list,       # names of all files below it
+    class_folder:str  # 'first' or 'last'
+)->list:
+    "Returns the folders that would be classes by their place, but hold no image."
+    images = [name for name in names if is_image(name)]
+    full = {name[:end.start()] for name in images for end in re.finditer('/', name)}
+    place = 0 if class_folder == 'first' else -1
+    classes = {posixpath.dirname(name).split('/')[place] for name in images}
+    empty = {folder.split('/')[place] for folder in folders if folder and folder not in full}
+    return sorted(empty - classes, key=natural_order)
+
+# %% ../nbs/01c_files.ipynb #2098bb09
+def _one_way(name): # the same for names that look alike
+    return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
+
+def alike(names:typing.Iterable[str])->list: # of names
+    "Returns groups of different names, [[name, ...], ...], that differ in case or in Unicode's normal form alone."
+    groups = collections.defaultdict(list)
+    for name in sorted({*names}): groups[_one_way(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+def alike_in_words(group:list)->str: # of `alike`
+    "Returns what two or more names are that look alike, with the escapes of letters that look the same."
+    same = len({unicodedata.normalize('NFC', name) for name in group}) == 1
+    shown = ' and '.join(ascii(name) if same else repr(name) for name in group)
+    return f"{shown} differ in {'the way in which Unicode writes a letter' if same else 'case'} alone"
+
 # %% ../nbs/01c_files.ipynb #0e95592a
 @dataclass
 class ImageFiles:
@@ -141,7 +190,8 @@ class ImageFiles:
     opener:typing.Callable # row -> open binary file
     classes:list=field(default_factory=list) # names in the order of the labels; []: labels are numbers alone
     left_out:collections.Counter=field(default_factory=collections.Counter) # such as '.txt' -> number of files
-    note:str=''            # line to print about the classes
+    notes:list=field(default_factory=list) # lines to print
+    bare:list=field(default_factory=list)  # class folders without an image, such as 'train/cow'
     def __len__(self): return len(self.files)
     def path(self, row:int)->str: # a link leads to the user's own file
         path = f'{self.root}/{self.files[row][0]}'
@@ -159,21 +209,25 @@ def in_folders(
     class_folder:str='first' # 'first' or 'last'
 )->ImageFiles|None:
     "Lists the images of the split's folder, or of its tar, in natural order; None if there is neither."
-    place, prefix = root/split, f'{split}/'
-    if place.is_dir(): found, left_out = files_below(place)
+    place, prefix, folders = root/split, f'{split}/', []
+    if place.is_dir(): found, left_out = files_below(place, folders)
     elif (place := root/f'{split}.tar').is_file():
-        found, left_out = files_in_tar(place)
+        found, left_out = files_in_tar(place, folders)
         if all(file.name.startswith(prefix) for file in found): # the tar holds the folder of the split
             found = [file._replace(name=file.name.removeprefix(prefix)) for file in found]
+            folders = [folder.removeprefix(prefix) for folder in folders if folder != split]
     else: return None
     images = sorted((file for file in found if is_image(file.name)), key=lambda file: natural_order(file.name))
     left_out.update(os.path.splitext(file.name)[1].lower() or 'files without an ending'
                     for file in found if not is_image(file.name))
     kinds, note = folder_classes(str(place), [file.name for file in images], class_folder)
+    folders += [posixpath.dirname(file.name) for file in found] # a tar need not list them
+    bare = bare_folders(folders, [file.name for file in found], class_folder)
     classes = sorted(set(kinds), key=natural_order)
     number = {name: label for label, name in enumerate(classes)}
     files = [(f'{place.name}/{file.name}', file.size, number[kind]) for file, kind in zip(images, kinds)]
-    return ImageFiles(root, files, lambda row: images[row].open(), list(map(printable, classes)), left_out, note)
+    return ImageFiles(root, files, lambda row: images[row].open(), list(map(printable, classes)), left_out,
+                      [note] if note else [], [printable(f'{place.name}/{name}') for name in bare])
 
 # %% ../nbs/01c_files.ipynb #f844f576
 def shard_split(name:str)->str:
@@ -255,6 +309,52 @@ def on_hub(name:str, root:Path|None, split:str)->ImageFiles|None:
         raise VitdistillError(f'{name} has the label {least} in {split}: labels are numbers of classes, 0 or more.')
     return ImageFiles(name, files, lambda row: reader[row][0], list(reader.class_to_idx))
 
+# %% ../nbs/01c_files.ipynb #ee9c2d7b
+def _refuse_absent(place, train, test, why): # refuses folders of classes that one part alone has
+    for part, one, other in (('train', train, test), ('test', test, train)):
+        absent = sorted({*other.classes} - {*one.classes})
+        if not absent: continue
+        if groups := alike([name for name in one.classes if _one_way(name) == _one_way(absent[0])] + absent[:1]):
+            raise VitdistillError(f'{place}: train and test name one class in two ways, {alike_in_words(groups[0])}: '
+                                  'give both folders the same name.')
+        raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give both parts the '
+                              'same classes.')
+
+# %% ../nbs/01c_files.ipynb #3df1782f
+def classes_of(
+    place:str,        # folder of the dataset, for messages
+    train:ImageFiles, test:ImageFiles,
+    why:str=''        # what was left out, for messages
+)->tuple:             # (names of the classes, lines to print)
+    "Returns the classes of a dataset; one with test images and no training image raises a `VitdistillError`."
+    _refuse_absent(place, train, test, why)
+    trained, tested = (collections.Counter(label for *_, label in part.files) for part in (train, test))
+    largest = max(trained | tested)
+    if not train.classes or largest >= len(train.classes): # numbers alone
+        absent = next(label for label in itertools.count() if label not in trained)
+        end = len(train.classes) or largest + 1
+        if absent < end or largest >= end:
+            lack = f'no training image has the label {absent:,}' if absent < end else f'there are {end:,} classes'
+            raise VitdistillError(f'{place}: the largest label is {largest:,}, of {(trained + tested)[largest]:,} '
+                                  f'image(s), but {lack}: number the classes 0, 1, 2 and so on without a gap, and '
+                                  'remove images of no class.')
+    classes = train.classes or [str(label) for label in range(largest + 1)]
+    def named(labels): # the first five
+        names = [classes[label] for label in sorted(labels)]
+        return ', '.join(names[:5]) + (f' and {len(names) - 5:,} more' if len(names) > 5 else '')
+    if absent := {*tested} - {*trained}:
+        raise VitdistillError(f'{place}: train has no image of {named(absent)}{why}: give both parts the same classes.')
+    notes = [f'{place}: {alike_in_words(group)}, and are two classes: if they are one, give them one name.'
+             for group in alike(classes)]
+    if bare := train.bare + test.bare:
+        notes.append(f"{place}: no image in {', '.join(bare[:10])}{', ...' if len(bare) > 10 else ''}: these folders "
+                     'are no classes; add images in a format that Pillow reads, or remove them.')
+    if absent := {*range(len(classes))} - {*trained}:
+        notes.append(f'{place}: no image of {named(absent)}: these classes stay in the head, untrained.')
+    if absent := {*trained} - {*tested}:
+        notes.append(f'{place}: no test image of {named(absent)}: their accuracy is not measured.')
+    return classes, notes
+
 # %% ../nbs/01c_files.ipynb #5af99a0d
 TESTS = 'val', 'validation', 'valid', 'test' # splits of test images; the first one that is there is used
 
@@ -291,15 +391,11 @@ def image_files(
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
     if not (train and test):
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
-    for part, one, other in (('train', train, test), ('test', test, train)):
-        if absent := sorted({*other.classes} - {*one.classes}):
-            raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give both parts the '
-                                  'same classes.')
-    classes = train.classes or [str(c) for c in range(1 + max(label for *_, label in train.files + test.files))]
+    classes, notes = classes_of(place, train, test, why)
     if len(classes) < 2:
         raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '
                               'folders in folders, class_folder says which one is the class.')
-    return {'train': replace(train, classes=classes), 'test': test}
+    return {'train': replace(train, classes=classes, notes=train.notes + notes), 'test': test}
 
 # %% ../nbs/01c_files.ipynb #93311deb
 def centred(
