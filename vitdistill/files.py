@@ -6,7 +6,8 @@
 __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
            'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles',
            'left_out_in_words', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of',
-           'image_files', 'centred', 'square_pixels', 'decoded', 'read_image', 'DiskImages']
+           'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded', 'read_image', 'unreadable',
+           'broken_in_words', 'refuse_broken', 'without_broken', 'DiskImages']
 
 # %% ../nbs/01c_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, itertools, json, os, posixpath, re, sys, tarfile, typing
@@ -192,6 +193,7 @@ class ImageFiles:
     left_out:collections.Counter=field(default_factory=collections.Counter) # such as '.txt' -> number of files
     notes:list=field(default_factory=list) # lines to print
     bare:list=field(default_factory=list)  # class folders without an image, such as 'train/cow'
+    broken:dict=field(default_factory=dict) # path of each image that was left out as unreadable -> why
     def __len__(self): return len(self.files)
     def path(self, row:int)->str: # a link leads to the user's own file
         path = f'{self.root}/{self.files[row][0]}'
@@ -200,6 +202,7 @@ class ImageFiles:
 def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
     "Returns what was left out of splits and how often, the most frequent first."
     left_out = sum((part.left_out for part in parts), collections.Counter())
+    if broken := sum(len(part.broken) for part in parts): left_out['that can not be read'] = broken
     return ', '.join(f'{count:,} {printable(what)}' for what, count in left_out.most_common())
 
 # %% ../nbs/01c_files.ipynb #d16fbe10
@@ -388,6 +391,7 @@ def image_files(
     except Exception as e: # each library has its own errors
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
+    if config.skip_broken: train, test = without_broken(train), without_broken(test)
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
     if not (train and test):
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
@@ -411,13 +415,20 @@ def centred(
     (left, right), (top, bottom) = map(shown, image.size)
     return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
-def square_pixels(
+# %% ../nbs/01c_files.ipynb #d60c1f35
+def _say_dark(most): # largest value of an image, of 65,535
+    bits = next((bits for bits in (8, 10, 12, 14) if 0 < most < 2**bits), 16)
+    if bits < 16:
+        say_once(f'an image of 16 bits has no value above {2**bits - 1:,} of 65,535 and is read as a dark one: if its '
+                 f'numbers have {bits} bits, multiply them by {2**(16 - bits)} in its file.', warning=True)
+
+def rgb_image(
     image,                      # opened PIL image
-    size:int,                   # px
-    exif_orientation:bool=True, # turn it as its EXIF data say
-    cut:typing.Callable=centred # makes a square of `size` px of an RGB image
-)->np.ndarray: # (size, size, 3) uint8
-    "Returns a square of an image, usually its centre; numbers of more than 16 bits raise a ValueError."
+    exif_orientation:bool=True  # turn it as its EXIF data say
+): # PIL image
+    "Returns an image in RGB as training sees it, white where it is transparent; over 16 bits it is a ValueError."
+    of_16_bits = ';16' in str(getattr(image, 'tile', '')) # Pillow's name of the raw pixels
+    scaled = image.format == 'PPM' and not of_16_bits # Pillow scales what has another largest value
     image.load()
     with contextlib.suppress(Exception): # damaged EXIF data say nothing
         if exif_orientation: image = ImageOps.exif_transpose(image)
@@ -425,27 +436,93 @@ def square_pixels(
         grey = np.asarray(image)
         if image.mode == 'F' or grey.min() < 0 or grey.max() >= 2**16:
             raise ValueError('its pixels have neither 8 nor 16 bits')
-        image = Image.fromarray((grey/257).round().astype(np.uint8))
-    return np.asarray(cut(image.convert('RGB'), size))
+        if image.mode == 'I' and not (of_16_bits or scaled) and grey.max() < 2**8:
+            say_once('an image of 32-bit whole numbers has no value above 255 and is read as one of 8 bits.', True)
+        else:
+            if not scaled: _say_dark(int(grey.max()))
+            grey = (grey/257).round()
+        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if image.mode[-1] in 'Aa' or image.mode == 'P' or 'transparency' in image.info: # a palette may have alpha
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    image = image.convert('RGB')
+    if of_16_bits: _say_dark(256*max(high for _, high in image.getextrema()) + 255)
+    return image
+
+# %% ../nbs/01c_files.ipynb #d1e837c1
+def square_pixels(
+    image,                      # opened PIL image
+    size:int,                   # px
+    exif_orientation:bool=True, # turn it as its EXIF data say
+    cut:typing.Callable=centred # makes a square of `size` px of an RGB image
+)->np.ndarray: # (size, size, 3) uint8
+    "Returns a square of an image as `rgb_image` shows it, usually its centre."
+    return np.asarray(cut(rgb_image(image, exif_orientation), size))
 
 # %% ../nbs/01c_files.ipynb #01c5ead1
+def reason_of(error:Exception)->str:
+    "Returns in one line why an image can not be read."
+    if isinstance(error, UnidentifiedImageError): return 'no format that Pillow knows'
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
 def decoded(
     opened:typing.Callable,     # returns the open file
     name:str|Path,              # for the message
     size:int,                   # px
     exif_orientation:bool=True, # this and `cut` as in `square_pixels`
-    cut:typing.Callable=centred
+    cut:typing.Callable=centred,
+    advice:str='replace or remove it'
 )->np.ndarray: # (size, size, 3) uint8
     "Returns a square of an image, as training reads it; one that can not be read is a `VitdistillError`."
     try:
         with opened() as file: return square_pixels(Image.open(file), size, exif_orientation, cut)
     except Exception as e: # a damaged image raises almost any exception
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise VitdistillError(f'{name} can not be read as an image ({why}): replace or remove it.') from None
+        raise VitdistillError(f'{name} can not be read as an image ({reason_of(e)}): {advice}.') from None
 
 def read_image(file:Path, size:int, exif_orientation:bool=True)->torch.Tensor: # (size, size, 3) uint8
     "Returns the centre of an image file, as `decoded` does."
     return torch.from_numpy(np.array(decoded(functools.partial(file.open, 'rb'), file, size, exif_orientation)))
+
+# %% ../nbs/01c_files.ipynb #fcb44713
+def unreadable(files:ImageFiles, rows:typing.Iterable[int])->dict: # row -> why
+    "Decodes images; returns those that can not be read, and why."
+    def attempt(row):
+        try:
+            with files.opener(row) as file: square_pixels(Image.open(file), 8)
+        except Exception as e: return reason_of(e) # a damaged image raises almost any exception
+    wrong, rows = {}, [*rows]
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(rows), 256):
+            part = rows[start:start + 256]
+            wrong.update(zip(part, pool.map(attempt, part)))
+    return {row: why for row, why in wrong.items() if why}
+
+def broken_in_words(broken:dict)->str: # path -> why
+    "Returns the names of up to ten images that can not be read, and how many more there are."
+    named = ', '.join(f'{path} ({why})' for path, why in sorted(broken.items())[:10])
+    return named + (f' and {len(broken) - 10:,} more' if len(broken) > 10 else '')
+
+_skip = 'or leave them out with skip_broken = true'
+
+def refuse_broken(broken:dict)->None: # path -> why
+    "Raises a `VitdistillError` that names images which can not be read; none raises nothing."
+    if len(broken) == 1:
+        [(path, why)] = broken.items()
+        raise VitdistillError(f'{path} can not be read as an image ({why}): replace or remove it, {_skip}.')
+    if broken:
+        raise VitdistillError(f'{len(broken):,} images can not be read: {broken_in_words(broken)}: replace or remove '
+                              f'them, {_skip}.')
+
+_unreadable = {} # hash of a listing -> rows and why
+
+def without_broken(files:ImageFiles)->ImageFiles:
+    "Returns the images that can be read."
+    key = hash((str(files.root), tuple(files.files)))
+    if key not in _unreadable: _unreadable[key] = unreadable(files, range(len(files)))
+    if not (wrong := _unreadable[key]): return files
+    kept = [row for row in range(len(files)) if row not in wrong]
+    return replace(files, files=[files.files[row] for row in kept], opener=lambda row: files.opener(kept[row]),
+                   broken={files.path(row): why for row, why in wrong.items()})
 
 # %% ../nbs/01c_files.ipynb #0641a0f2
 class DiskImages:
@@ -458,17 +535,15 @@ class DiskImages:
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         return torch.from_numpy(np.stack(list(self.pool.map(self.square, rows))))
     def resident(self)->torch.Tensor: # all images as one tensor, decoded 256 at a time
-        images, wrong = np.empty(self.shape, np.uint8), {}
+        images, wrong = np.empty(self.shape, np.uint8), []
         def decode(row):
             try: images[row] = self.square(row)
-            except VitdistillError as e: wrong[row] = e
+            except VitdistillError: wrong.append(row)
         for rows in torch.arange(len(self)).split(256): list(self.pool.map(decode, rows.tolist()))
-        if len(wrong) < 2:
-            for error in wrong.values(): raise error
-            return torch.from_numpy(images)
-        names = ', '.join(str(self.files.path(row)) for row in sorted(wrong)[:5])
-        raise VitdistillError(f'{len(wrong)} images can not be read, such as {names}: replace or remove them.')
+        refuse_broken({self.files.path(row): why for row, why in unreadable(self.files, wrong).items()})
+        return torch.from_numpy(images)
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`
         "Returns a square of one image as (size, size, 3) uint8."
         opened = functools.partial(self.files.opener, row)
-        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation, cut)
+        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation, cut,
+                       f'replace or remove it, {_skip}')
