@@ -357,7 +357,8 @@ def image_words(config:Config, data:Data)->tuple: # two lists: a word for each t
 def read_texts(file:str|Path)->list[str]:
     "Returns the lines of a text file that are not empty, without spaces around them."
     place = from_root(file)
-    try: lines = [line.strip() for line in place.read_text(encoding='utf-8-sig').split('\n')] # a caption may hold U+2028
+    try: # a caption may hold U+2028, at which `splitlines` would cut it
+        lines = [line.strip() for line in place.read_text(encoding='utf-8-sig').split('\n')]
     except (OSError, ValueError) as e:
         why = getattr(e, 'strerror', None) or 'it is not UTF-8'
         raise VitdistillError(f'{place} can not be read as text ({why}): name a text file, one caption a '
