@@ -410,7 +410,8 @@ def fold_rows(
 # %% ../nbs/01_data.ipynb #819d9ef5
 def split_rows(
     labels:torch.Tensor, # (N,) labels of the training images
-    config:Config
+    config:Config,
+    classes:list=()      # names of the classes, for messages
 )->tuple:
     "Returns (train, val) rows; what is held out does not depend on `data_fraction`, except a `fold`."
     if config.val_rows:
@@ -433,9 +434,10 @@ def split_rows(
     counts = torch.bincount(labels)
     if len(untrained := ((counts > 0) & (torch.bincount(labels[train], minlength=len(counts)) == 0)).nonzero()):
         rarest = min(untrained.flatten().tolist(), key=lambda label: counts[label])
+        name = classes[rarest] if len(classes) else f'label {rarest}'
         given = {name: getattr(config, name) for name in ('data_fraction', 'val_fraction', 'val_rows', 'fold')}
         changed = ' and '.join(f'{name} = {value}' for name, value in given.items() if value not in ('', 0, 1))
         raise VitdistillError(f'{changed} leave no image to train on of {len(untrained)} of {(counts > 0).sum()} '
-                              f'classes, such as label {rarest} with {counts[rarest]} image(s): use a larger '
+                              f'classes, such as {name} with {counts[rarest]} image(s): use a larger '
                               'data_fraction, hold fewer images out, or give that class more images.')
     return train, val

@@ -173,7 +173,7 @@ def look(config:Config, drawn:bool)->Images: # config: of a student; drawn: as i
     "Returns what is in a config's folder of images."
     train, test = list_images(config).values()
     labels, test_labels = (torch.tensor([label for *_, label in part.files]) for part in (train, test))
-    used, held_out = split_rows(labels, config)
+    used, held_out = split_rows(labels, config, train.classes)
     counts = [torch.bincount(part, minlength=len(train.classes)).tolist()
               for part in (labels[used], test_labels, labels[held_out])]
     side = round(statistics.median(sides_of(train, test)))
