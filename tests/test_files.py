@@ -1,6 +1,7 @@
 """Images in people's own folders, tars and shards: what is read, in which order, with which pixels, what is said."""
 import io
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from vitdistill.config import Config, VitdistillError, config_hash
 from vitdistill.data import fingerprint, image_lines, labelled_images, load_data
-from vitdistill.files import in_folders, say_once, square_pixels
+from vitdistill.files import in_folders, read_image, rgb_image, say_once, square_pixels
 from vitdistill.ranks import Ranks
 from vitdistill.setup import prepare, resolve
 from vitdistill.train import batches
@@ -138,6 +139,62 @@ def test_a_loop_of_links_counts_each_file_once(tmp_path, capsys):
     assert "3 links to folders that were read already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("version", ["old", "0.0", "0.1", "1.0"])
+@pytest.mark.parametrize("kind", ["folders", "nested", "shards"])
+def test_a_sparse_tar_is_refused_by_its_member(tmp_path, kind, version):
+    """The zeros of a sparse member are not in the tar: the bytes at its place are other images'."""
+    image = Image.new("RGB", (128, 128))
+    image.save(whole := io.BytesIO(), "BMP")
+    image = tmp_path / "files/cat/1.bmp"
+    image.parent.mkdir(parents=True)
+    with open(image, "wb") as file:
+        file.write(whole.getvalue()[:4096])
+        file.truncate(whole.tell())
+    image.with_suffix(".cls").write_text("0")
+    how = ["--format=gnu"] if version == "old" else ["--format=pax", f"--sparse-version={version}"]
+    name = "train.tar" if kind == "folders" else "train-0.tar" if kind == "shards" else "all.tar"
+    subprocess.run(["tar", "-S", *how, "-cf", tmp_path / name, "cat"], cwd=tmp_path / "files", check=True)
+    if kind == "nested":
+        write_tar(tmp_path / "train.tar", {"all.tar": (tmp_path / "all.tar").read_bytes()})
+    write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png"], PNG), splits=["val"])
+    dataset = "wds/any" if kind == "shards" else "imagefolder"
+    with pytest.raises(VitdistillError, match=r"/cat/1.bmp is a sparse member.* without --sparse"):
+        fingerprint(Config(dataset=dataset, data_root=str(tmp_path), image_size=16))
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_class_folders_without_an_image_are_named(tmp_path, capsys, tar):
+    kinds = {"cat/1.png": PNG, "dog/a/1.png": PNG, "cow/1.heic": b""}
+    config = write(tmp_path, kinds, tar=tar)
+    if tar:
+        with tarfile.open(tmp_path / "val.tar", "a") as more:
+            folder = tarfile.TarInfo("eel/young")
+            folder.type = tarfile.DIRTYPE
+            more.addfile(folder)
+    else:
+        (tmp_path / "val/eel/young").mkdir(parents=True)
+        (tmp_path / "val/fox").symlink_to("nowhere")
+        (tmp_path / "val/pup").symlink_to("dog")
+    assert load_data(config).classes == ["cat", "dog"]
+    end = ".tar" if tar else ""
+    empty = f"train{end}/cow, val{end}/cow, val{end}/eel" + ("" if tar else ", val/fox, val/pup")
+    assert f"no image in {empty}: these folders are no classes" in capsys.readouterr().out
+
+
+def test_a_class_written_in_two_ways_is_said_or_refused(tmp_path, capsys):
+    composed, decomposed = "K\u00e4fer", "Ka\u0308fer"
+    both = write(tmp_path / "both", dict.fromkeys([f"{composed}/1.png", f"{decomposed}/1.png"], PNG))
+    if len(load_data(both).classes) != 2:
+        pytest.skip("this file system knows one normal form alone")
+    assert r"'Ka\u0308fer' and 'K\xe4fer' differ in the way" in capsys.readouterr().out
+    for one, other, words in (composed, decomposed, r"'K\\xe4fer'"), ("Cat", "cat", "'Cat' and 'cat' differ in case"):
+        root = tmp_path / ascii(one)
+        config = write(root, dict.fromkeys([f"{one}/1.png", "dog/1.png"], PNG), splits=["train"])
+        write(root, dict.fromkeys([f"{other}/1.png", "dog/1.png"], PNG), splits=["val"])
+        with pytest.raises(VitdistillError, match=f"name one class in two ways, .*{words}"):
+            fingerprint(config)
+
+
 def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path, capsys):
     kinds = dict(png="PNG", jpg="JPEG", webp="WEBP", bmp="BMP", tif="TIFF", gif="GIF", ppm="PPM", TIFF="TIFF",
                  mpo="MPO")
@@ -240,6 +297,66 @@ def test_other_modes_are_as_pillow_converts_them(mode):
     assert np.array_equal(square_pixels(file, 20), np.asarray(file.convert("RGB")))
 
 
+def see_through(kind):
+    """Returns a file whose left half is transparent over black pixels, and a file of the same picture on white."""
+    alpha = np.full((16, 16), 255, np.uint8)
+    alpha[:, :8] = 0
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, 8:] = 200, 100, 50
+    on_white = np.where(alpha[..., None] == 0, 255, picture)
+    image, options = Image.fromarray(picture), {}
+    if kind == "RGBA":
+        image.putalpha(Image.fromarray(alpha))
+    elif kind == "LA":
+        image = image.convert("L")
+        on_white = np.where(alpha[..., None] == 0, 255, np.asarray(image)[..., None].repeat(3, -1))
+        image.putalpha(Image.fromarray(alpha))
+    else:  # the colour black is transparent
+        image = image.quantize(2) if kind == "P" else image
+        options = dict(transparency=image.getpixel((0, 0)))
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue(), on_white
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(tmp_path, kind):
+    """In training, in prediction and in pictures alike."""
+    content, on_white = see_through(kind)
+    config = write(tmp_path, {"cat/1.png": content, "dog/1.png": PNG})
+    image = load_data(config).train_images[0]
+    assert np.array_equal(image, on_white) and np.array_equal(read_image(tmp_path / "val/cat/1.png", 16), on_white)
+    assert np.array_equal(rgb_image(Image.open(io.BytesIO(content))), on_white)
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 102))
+    assert np.asarray(rgb_image(half)).tolist() == [[[153] * 3] * 8] * 8  # 40% of black on white
+
+
+def test_few_bits_in_many_are_read_or_said(capsys):
+    """Whole numbers of 32 bits up to 255 have 8 bits; an image of 16 bits stays comparable with others, and dark."""
+    read = square_pixels(saved(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), 8)
+    assert (read == 200).all() and "read as one of 8 bits" in capsys.readouterr().err
+    for value, dtype, kind, most in ((2048, np.uint16, "PNG", "4,095"), (200, np.uint16, "TIFF", "255"),
+                                     (9000, np.int32, "TIFF", "16,383")):
+        say_once.cache_clear()
+        for _ in range(2):
+            read = square_pixels(saved(Image.fromarray(np.full((8, 8), value, dtype)), kind), 8)
+        told = capsys.readouterr()
+        assert (read == round(value / 257)).all() and told.out == "" and told.err.count("\n") == 1
+        assert f"no value above {most} of 65,535" in told.err
+    square_pixels(saved(Image.fromarray(np.full((8, 8), 40_000, np.uint16)), "PNG"), 8)
+    square_pixels(Image.open(io.BytesIO(b"P5 8 8 4095\n" + b"\x00\x0a" * 64)), 8)  # Pillow scales it to 16 bits
+    square_pixels(saved(Image.new("RGB", (8, 8)), "PNG"), 8)
+    assert capsys.readouterr().err == ""
+    colours = b"II*\x00" + b"\x08\x00\x00\x00"  # a TIFF of one pixel, three numbers of 16 bits: 2048
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 220),
+            (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 6)]
+    colours += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    colours = colours.ljust(200, b"\0") + struct.pack("<3H", 16, 16, 16)
+    colours = colours.ljust(220, b"\0") + struct.pack("<3H", 2048, 2048, 2048)
+    assert (square_pixels(Image.open(io.BytesIO(colours)), 4) == 8).all()
+    assert "no value above 4,095" in capsys.readouterr().err
+
+
 UPRIGHT = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
            6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}
 
@@ -310,6 +427,44 @@ def test_a_long_narrow_image_takes_little_memory(tmp_path):
     told = subprocess.run([sys.executable, "-c", command, tmp_path / "wide.png", tmp_path / "high.png"],
                           capture_output=True, text=True, check=True)
     assert int(told.stdout) < 50_000  # KB
+
+
+BROKEN = {"cat/3.png": PNG[:60], "dog/1.png": b"text"}
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar", "shards"])
+def test_unreadable_images_are_left_out_where_asked(tmp_path, capsys, kind):
+    """The result is that of a dataset without them, in memory and on the disk."""
+    names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)]
+    whole = {name: encoded(i, i, i) for i, name in enumerate(names)}
+    rest = {name: content for name, content in whole.items() if name not in BROKEN}
+
+    def config(folder, files):
+        if kind != "shards":
+            return write(tmp_path / folder, files, tar=kind == "tar")
+        (tmp_path / folder).mkdir()
+        labels = {f"{name[:-4]}.cls": str(int(name < "d")).encode() for name in files}
+        return shards(tmp_path / folder, train_0=files | labels, val_0=files | labels)
+
+    config, clean = config("broken", whole | BROKEN), config("clean", rest)
+    with pytest.raises(VitdistillError, match=r"2 images can not be read: .*skip_broken"):
+        load_data(config)
+    skips = replace(config, skip_broken=True)
+    data, on_disk, wanted = load_data(skips), load_data(replace(skips, data_on="disk")), load_data(clean)
+    assert data.train_images.equal(wanted.train_images) and data.test_labels.equal(wanted.test_labels)
+    assert on_disk.train_images[torch.arange(6)].equal(wanted.train_images)
+    assert data.train_hash == on_disk.train_hash == wanted.train_hash and data.images_hash == wanted.images_hash
+    assert fingerprint(skips) == fingerprint(clean) != fingerprint(config)
+    assert config_hash(skips) != config_hash(config) == config_hash(replace(skips, skip_broken=False))
+    told = capsys.readouterr().out
+    assert "4 that can not be read" in told and all(name in told for name in BROKEN)
+
+
+def test_a_class_of_unreadable_images_alone_is_refused(tmp_path):
+    config = write(tmp_path, {"cat/1.png": b"text", "dog/1.png": PNG, "eel/1.png": PNG}, splits=["train"])
+    write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png", "eel/1.png"], PNG), splits=["val"])
+    with pytest.raises(VitdistillError, match=r"train has no image of cat \(1 that can not be read left out\)"):
+        load_data(replace(config, skip_broken=True))
 
 
 def test_measured_images_are_read_like_the_dataset(tmp_path, capsys):

@@ -215,6 +215,26 @@ def test_broken_images_of_both_parts_are_named_together(images, weights, tmp_pat
         api.distill(tmp_path / "mine", teacher=str(weights), out=tmp_path / "out", dry_run=True, **SMALL)
 
 
+def test_broken_images_are_found_before_a_job_starts_and_left_out_where_asked(images, weights, tmp_path, capsys):
+    """A cut image keeps its size, so that only its pixels tell; its class may have fewer images than others."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    for name in ("dark/3.png", "light/7.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-900])
+    for i in range(8):
+        (folder / f"grey/{i}.png").unlink()
+    for i in range(20):
+        shutil.copy(folder / "light/1.png", folder / f"light/more{i}.png")
+        shutil.copy(folder / "grey/9.png", folder / f"grey/more{i}.png")
+    with pytest.raises(VitdistillError, match=r"2 images can not be read: .*dark/3.png .*light/7.png .*skip_broken"):
+        api.distill(folder, teacher=str(weights), out=tmp_path / "job", dry_run=True, **SMALL)
+    options = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    asked = ["distill", str(folder), "--out", str(tmp_path / "job"), "--teacher", str(weights), *options, "--dry-run"]
+    assert main([*asked, "--skip_broken", "True"]) == 0
+    told = capsys.readouterr().out
+    assert "2 left out, since skip_broken is set" in told and "dark/3.png" in told
+    assert "light has 21 training images, dark has 6" in told
+
+
 def test_weights_of_another_architecture_are_refused_before_anything_trains(images, weights, tmp_path):
     shutil.copy(weights / "model.safetensors", file := tmp_path / "bare.safetensors")
     with pytest.raises(VitdistillError, match="does not fit resnet18"):

@@ -231,6 +231,7 @@ class DataFields:
     split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws the held-out images and the share that is used
     image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px; needed for folders of images only
     class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
+    skip_broken:bool=_data(False, shared=True) # leave out images that can not be read; all are decoded to find them
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits

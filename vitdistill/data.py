@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from .config import Config, VitdistillError, cgroup_limit, from_root, nearest, require
-from .files import DiskImages, image_files, in_folders, printable, say_once, left_out_in_words
+from .files import DiskImages, broken_in_words, image_files, in_folders, left_out_in_words, printable
+from .files import say_once, without_broken
 
 # %% ../nbs/01_data.ipynb #c07f9f07
 def generator(*numbers:int)->torch.Generator:
@@ -265,7 +266,9 @@ def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
     return image_files(config, row.package, row.needs)
 
 def _say(place, *parts): # prints which folders are the classes, and what was left out
-    if parts[0].note: say_once(parts[0].note)
+    for note in parts[0].notes: say_once(note)
+    broken = {path: why for part in parts for path, why in part.broken.items()}
+    if broken: say_once(f'{place}: {len(broken):,} left out, since skip_broken is set: {broken_in_words(broken)}.')
     if left_out := left_out_in_words(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
 
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
@@ -274,13 +277,16 @@ def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
     _say(printable(config.data_root or config.dataset), *splits.values())
     return splits
 
-def _reading(config): # what makes pixels of files; the number grows when `square_pixels` changes them
-    return 'reader 2' if config.exif_orientation else 'reader 2, not turned'
+def _reading(config, *parts): # what makes pixels of files; the number grows when `square_pixels` changes them
+    names = (name.lower() for part in parts for name, *_ in part.files)
+    number = 2 if all(name.endswith(('.jpg', '.jpeg')) for name in names) else 3 # 3: transparency, 32 bits
+    return f'reader {number}' if config.exif_orientation else f'reader {number}, not turned'
 
 def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."
-    yield f'{_reading(config)}\n'.encode()
-    for images in _images(config).values():
+    parts = _images(config).values()
+    yield f'{_reading(config, *parts)}\n'.encode()
+    for images in parts:
         for path, size, label in images.files: yield os.fsencode(f'{path} {size} {label}\n')
 
 # %% ../nbs/01_data.ipynb #d5d3c85b
@@ -300,7 +306,7 @@ def load_images(config:Config)->Data:
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
     return Data(config.dataset, *read(train, large or config.whole_image), *read(test, large), train.classes,
-                listing=listing, reading=f'{size} px, {_reading(config)}')
+                listing=listing, reading=f'{size} px, {_reading(config, train)}')
 
 # %% ../nbs/01_data.ipynb #3e91c0f4
 def labelled_images(
@@ -311,6 +317,7 @@ def labelled_images(
     "Loads images from a folder per class, with the dataset's labels; an unknown folder raises a `VitdistillError`."
     folder = from_root(root).resolve()
     images = in_folders(folder.parent, folder.name, config.class_folder)
+    if images and config.skip_broken: images = without_broken(images)
     if not images:
         raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.')
     if unknown := [name for name in images.classes if name not in classes]:
@@ -350,7 +357,8 @@ def image_words(config:Config, data:Data)->tuple: # two lists: a word for each t
 def read_texts(file:str|Path)->list[str]:
     "Returns the lines of a text file that are not empty, without spaces around them."
     place = from_root(file)
-    try: lines = [line.strip() for line in place.read_text(encoding='utf-8').splitlines()]
+    try: # a caption may hold U+2028, at which `splitlines` would cut it
+        lines = [line.strip() for line in place.read_text(encoding='utf-8-sig').split('\n')]
     except (OSError, ValueError) as e:
         why = getattr(e, 'strerror', None) or 'it is not UTF-8'
         raise VitdistillError(f'{place} can not be read as text ({why}): name a text file, one caption a '
@@ -402,7 +410,8 @@ def fold_rows(
 # %% ../nbs/01_data.ipynb #819d9ef5
 def split_rows(
     labels:torch.Tensor, # (N,) labels of the training images
-    config:Config
+    config:Config,
+    classes:list=()      # names of the classes, for messages
 )->tuple:
     "Returns (train, val) rows; what is held out does not depend on `data_fraction`, except a `fold`."
     if config.val_rows:
@@ -422,7 +431,13 @@ def split_rows(
     if config.fold:
         part = fold_rows(labels[train], config.fold, config.split_seed)
         train, val = train[~part], torch.cat([val, train[part]]).sort().values
-    if len(train) == 0:
-        raise VitdistillError(f'data_fraction = {config.data_fraction} and val_fraction = {config.val_fraction} leave '
-                              'no image to train on: give a larger data_fraction, or hold fewer images out.')
+    counts = torch.bincount(labels)
+    if len(untrained := ((counts > 0) & (torch.bincount(labels[train], minlength=len(counts)) == 0)).nonzero()):
+        rarest = min(untrained.flatten().tolist(), key=lambda label: counts[label])
+        name = classes[rarest] if len(classes) else f'label {rarest}'
+        given = {name: getattr(config, name) for name in ('data_fraction', 'val_fraction', 'val_rows', 'fold')}
+        changed = ' and '.join(f'{name} = {value}' for name, value in given.items() if value not in ('', 0, 1))
+        raise VitdistillError(f'{changed} leave no image to train on of {len(untrained)} of {(counts > 0).sum()} '
+                              f'classes, such as {name} with {counts[rarest]} image(s): use a larger '
+                              'data_fraction, hold fewer images out, or give that class more images.')
     return train, val

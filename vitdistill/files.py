@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
-           'files_in_tar', 'folder_classes', 'ImageFiles', 'left_out_in_words', 'in_folders', 'shard_split',
-           'in_shards', 'as_published', 'on_hub', 'image_files', 'centred', 'square_pixels', 'decoded', 'read_image',
-           'DiskImages']
+           'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles',
+           'left_out_in_words', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of',
+           'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded', 'read_image', 'unreadable',
+           'broken_in_words', 'refuse_broken', 'without_broken', 'DiskImages']
 
 # %% ../nbs/01c_files.ipynb #743dfde6
-import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, tarfile, typing
+import collections, contextlib, functools, importlib.util, io, itertools, json, os, posixpath, re, sys, tarfile, typing
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from .config import Config, VitdistillError, from_root
 
 # %% ../nbs/01c_files.ipynb #b5e2bc10
@@ -43,10 +45,10 @@ def is_image(name:str)->bool:
 
 # %% ../nbs/01c_files.ipynb #7c4b1e74
 @functools.cache
-def say_once(text:str)->None:
+def say_once(text:str, warning:bool=False)->None: # warning: print to stderr
     "Prints a line on rank 0, once in a process."
     from timm.utils.distributed import world_info_from_env
-    if world_info_from_env()[1] == 0: print(text, flush=True)
+    if world_info_from_env()[1] == 0: print(text, file=sys.stderr if warning else None, flush=True)
 
 # %% ../nbs/01c_files.ipynb #6e686f13
 class Found(typing.NamedTuple):
@@ -68,47 +70,65 @@ def file_size(path:str|Path)->int: # bytes
                               'its images again.') from None
 
 # %% ../nbs/01c_files.ipynb #03c9568a
-def files_below(top:Path)->tuple:
-    "Returns the files below a folder, [`Found`], and a Counter of links to folders that were read already."
+def files_below(
+    top:Path,
+    folders:list=None # is filled with the names of the folders below `top`, if it is given
+)->tuple:
+    "Returns the files below a folder, [`Found`], and a Counter of the links that were not followed."
     def refuse(error):
         raise VitdistillError(f'{printable(error.filename)} can not be read ({error.strerror}): allow it, or remove '
                               'that folder.')
     found, left_out, seen = [], collections.Counter(), {str(parent) for parent in top.resolve().parents}
-    folders = [str(top)]
-    for first in folders: # links to folders are added while this runs, so they come last
+    starts, folders = [str(top)], [] if folders is None else folders
+    for first in starts: # links to folders are added while this runs, so they come last
         for folder, below, files in os.walk(first, onerror=refuse):
+            folders.append(folder[len(str(top)) + 1:])
             if (real := os.path.realpath(folder)) in seen:
                 left_out['links to folders that were read already'] += 1
                 below.clear()
                 continue
             seen.add(real)
             below[:] = sorted(name for name in below if name[0] != '.')
-            folders += filter(os.path.islink, (os.path.join(folder, name) for name in below))
+            starts += filter(os.path.islink, (os.path.join(folder, name) for name in below))
             for path in (os.path.join(folder, name) for name in files if name[0] != '.'):
+                if not (is_image(path) or os.path.exists(path)):
+                    left_out['links that lead nowhere'] += 1
+                    folders.append(path[len(str(top)) + 1:])
+                    continue
                 found.append(Found(path[len(str(top)) + 1:], file_size(path) if is_image(path) else 0, path))
     return found, left_out
 
 # %% ../nbs/01c_files.ipynb #2e410d8a
-def _members(file, path, start, left_out): # yields each file in an open tar, and in the tars in it
+def _members(file, path, start, left_out, folders): # yields each file in an open tar, and in the tars in it
     with tarfile.open(fileobj=file, mode='r:') as tar:
         for member in tar:
             name, where = posixpath.normpath(member.name).lstrip('/'), start + member.offset_data
-            if any(part[0] == '.' for part in name.split('/')) or member.isdir(): continue
-            if not member.isfile(): left_out['links in a tar'] += 1
+            if any(part[0] == '.' for part in name.split('/')): continue
+            if member.isdir(): folders.append(name)
+            elif member.issparse():
+                raise VitdistillError(f'{printable(f"{path}/{name}")} is a sparse member, whose zeros are not in the '
+                                      'tar: make the tar again without --sparse (-S).')
+            elif not member.isfile(): left_out['links in a tar'] += 1
             elif name.endswith('.tar'):
-                for inner in _members(tar.extractfile(member), path, where, left_out):
+                folders.append(name[:-4])
+                within = []
+                for inner in _members(tar.extractfile(member), path, where, left_out, within):
                     yield inner._replace(name=f'{name[:-4]}/{inner.name}')
+                folders += [f'{name[:-4]}/{folder}' for folder in within]
             else: yield Found(name, member.size, path, where)
         file.seek(tar.offset)
         if file.read(512) != bytes(512): raise tarfile.ReadError('its end is missing') # else tarfile says nothing
         while rest := file.read(2**20):
             if any(rest): raise tarfile.ReadError('another archive follows its end')
 
-def files_in_tar(path:Path)->tuple:
-    "Returns the files in a tar, [`Found`], and a Counter of the links; a cut one raises a `VitdistillError`."
-    left_out = collections.Counter()
+def files_in_tar(
+    path:Path,
+    folders:list=None # is filled with the names of the folders in it, if it is given
+)->tuple:
+    "Returns the files in a tar, [`Found`], and a Counter of the links; a cut or sparse one is a `VitdistillError`."
+    left_out, folders = collections.Counter(), [] if folders is None else folders
     try:
-        with open(path, 'rb') as file: return list(_members(file, str(path), 0, left_out)), left_out
+        with open(path, 'rb') as file: return list(_members(file, str(path), 0, left_out, folders)), left_out
     except (tarfile.TarError, OSError) as e:
         raise VitdistillError(f'{printable(path)} is damaged, cut or compressed ({e}): make it again as a plain '
                               'tar.') from None
@@ -132,6 +152,36 @@ def folder_classes(
     return taken, (f'{printable(place)}: the {class_folder} folder is the class of an image, such as {some}, not the '
                    f'{way}, such as {other}; class_folder = {way!r} takes that one.')
 
+# %% ../nbs/01c_files.ipynb #88f0e4c9
+def bare_folders(
+    folders:list,     # names of the folders below a split
+    names:list,       # names of all files below it
+    class_folder:str  # 'first' or 'last'
+)->list:
+    "Returns the folders that would be classes by their place, but hold no image."
+    images = [name for name in names if is_image(name)]
+    full = {name[:end.start()] for name in images for end in re.finditer('/', name)}
+    place = 0 if class_folder == 'first' else -1
+    classes = {posixpath.dirname(name).split('/')[place] for name in images}
+    empty = {folder.split('/')[place] for folder in folders if folder and folder not in full}
+    return sorted(empty - classes, key=natural_order)
+
+# %% ../nbs/01c_files.ipynb #2098bb09
+def _one_way(name): # the same for names that look alike
+    return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
+
+def alike(names:typing.Iterable[str])->list: # of names
+    "Returns groups of different names, [[name, ...], ...], that differ in case or in Unicode's normal form alone."
+    groups = collections.defaultdict(list)
+    for name in sorted({*names}): groups[_one_way(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+def alike_in_words(group:list)->str: # of `alike`
+    "Returns what two or more names are that look alike, with the escapes of letters that look the same."
+    same = len({unicodedata.normalize('NFC', name) for name in group}) == 1
+    shown = ' and '.join(ascii(name) if same else repr(name) for name in group)
+    return f"{shown} differ in {'the way in which Unicode writes a letter' if same else 'case'} alone"
+
 # %% ../nbs/01c_files.ipynb #0e95592a
 @dataclass
 class ImageFiles:
@@ -141,7 +191,9 @@ class ImageFiles:
     opener:typing.Callable # row -> open binary file
     classes:list=field(default_factory=list) # names in the order of the labels; []: labels are numbers alone
     left_out:collections.Counter=field(default_factory=collections.Counter) # such as '.txt' -> number of files
-    note:str=''            # line to print about the classes
+    notes:list=field(default_factory=list) # lines to print
+    bare:list=field(default_factory=list)  # class folders without an image, such as 'train/cow'
+    broken:dict=field(default_factory=dict) # path of each image that was left out as unreadable -> why
     def __len__(self): return len(self.files)
     def path(self, row:int)->str: # a link leads to the user's own file
         path = f'{self.root}/{self.files[row][0]}'
@@ -150,6 +202,7 @@ class ImageFiles:
 def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
     "Returns what was left out of splits and how often, the most frequent first."
     left_out = sum((part.left_out for part in parts), collections.Counter())
+    if broken := sum(len(part.broken) for part in parts): left_out['that can not be read'] = broken
     return ', '.join(f'{count:,} {printable(what)}' for what, count in left_out.most_common())
 
 # %% ../nbs/01c_files.ipynb #d16fbe10
@@ -159,21 +212,25 @@ def in_folders(
     class_folder:str='first' # 'first' or 'last'
 )->ImageFiles|None:
     "Lists the images of the split's folder, or of its tar, in natural order; None if there is neither."
-    place, prefix = root/split, f'{split}/'
-    if place.is_dir(): found, left_out = files_below(place)
+    place, prefix, folders = root/split, f'{split}/', []
+    if place.is_dir(): found, left_out = files_below(place, folders)
     elif (place := root/f'{split}.tar').is_file():
-        found, left_out = files_in_tar(place)
+        found, left_out = files_in_tar(place, folders)
         if all(file.name.startswith(prefix) for file in found): # the tar holds the folder of the split
             found = [file._replace(name=file.name.removeprefix(prefix)) for file in found]
+            folders = [folder.removeprefix(prefix) for folder in folders if folder != split]
     else: return None
     images = sorted((file for file in found if is_image(file.name)), key=lambda file: natural_order(file.name))
     left_out.update(os.path.splitext(file.name)[1].lower() or 'files without an ending'
                     for file in found if not is_image(file.name))
     kinds, note = folder_classes(str(place), [file.name for file in images], class_folder)
+    folders += [posixpath.dirname(file.name) for file in found] # a tar need not list them
+    bare = bare_folders(folders, [file.name for file in found], class_folder)
     classes = sorted(set(kinds), key=natural_order)
     number = {name: label for label, name in enumerate(classes)}
     files = [(f'{place.name}/{file.name}', file.size, number[kind]) for file, kind in zip(images, kinds)]
-    return ImageFiles(root, files, lambda row: images[row].open(), list(map(printable, classes)), left_out, note)
+    return ImageFiles(root, files, lambda row: images[row].open(), list(map(printable, classes)), left_out,
+                      [note] if note else [], [printable(f'{place.name}/{name}') for name in bare])
 
 # %% ../nbs/01c_files.ipynb #f844f576
 def shard_split(name:str)->str:
@@ -255,6 +312,52 @@ def on_hub(name:str, root:Path|None, split:str)->ImageFiles|None:
         raise VitdistillError(f'{name} has the label {least} in {split}: labels are numbers of classes, 0 or more.')
     return ImageFiles(name, files, lambda row: reader[row][0], list(reader.class_to_idx))
 
+# %% ../nbs/01c_files.ipynb #ee9c2d7b
+def _refuse_absent(place, train, test, why): # refuses folders of classes that one part alone has
+    for part, one, other in (('train', train, test), ('test', test, train)):
+        absent = sorted({*other.classes} - {*one.classes})
+        if not absent: continue
+        if groups := alike([name for name in one.classes if _one_way(name) == _one_way(absent[0])] + absent[:1]):
+            raise VitdistillError(f'{place}: train and test name one class in two ways, {alike_in_words(groups[0])}: '
+                                  'give both folders the same name.')
+        raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give both parts the '
+                              'same classes.')
+
+# %% ../nbs/01c_files.ipynb #3df1782f
+def classes_of(
+    place:str,        # folder of the dataset, for messages
+    train:ImageFiles, test:ImageFiles,
+    why:str=''        # what was left out, for messages
+)->tuple:             # (names of the classes, lines to print)
+    "Returns the classes of a dataset; one with test images and no training image raises a `VitdistillError`."
+    _refuse_absent(place, train, test, why)
+    trained, tested = (collections.Counter(label for *_, label in part.files) for part in (train, test))
+    largest = max(trained | tested)
+    if not train.classes or largest >= len(train.classes): # numbers alone
+        absent = next(label for label in itertools.count() if label not in trained)
+        end = len(train.classes) or largest + 1
+        if absent < end or largest >= end:
+            lack = f'no training image has the label {absent:,}' if absent < end else f'there are {end:,} classes'
+            raise VitdistillError(f'{place}: the largest label is {largest:,}, of {(trained + tested)[largest]:,} '
+                                  f'image(s), but {lack}: number the classes 0, 1, 2 and so on without a gap, and '
+                                  'remove images of no class.')
+    classes = train.classes or [str(label) for label in range(largest + 1)]
+    def named(labels): # the first five
+        names = [classes[label] for label in sorted(labels)]
+        return ', '.join(names[:5]) + (f' and {len(names) - 5:,} more' if len(names) > 5 else '')
+    if absent := {*tested} - {*trained}:
+        raise VitdistillError(f'{place}: train has no image of {named(absent)}{why}: give both parts the same classes.')
+    notes = [f'{place}: {alike_in_words(group)}, and are two classes: if they are one, give them one name.'
+             for group in alike(classes)]
+    if bare := train.bare + test.bare:
+        notes.append(f"{place}: no image in {', '.join(bare[:10])}{', ...' if len(bare) > 10 else ''}: these folders "
+                     'are no classes; add images in a format that Pillow reads, or remove them.')
+    if absent := {*range(len(classes))} - {*trained}:
+        notes.append(f'{place}: no image of {named(absent)}: these classes stay in the head, untrained.')
+    if absent := {*trained} - {*tested}:
+        notes.append(f'{place}: no test image of {named(absent)}: their accuracy is not measured.')
+    return classes, notes
+
 # %% ../nbs/01c_files.ipynb #5af99a0d
 TESTS = 'val', 'validation', 'valid', 'test' # splits of test images; the first one that is there is used
 
@@ -288,18 +391,15 @@ def image_files(
     except Exception as e: # each library has its own errors
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
+    if config.skip_broken: train, test = without_broken(train), without_broken(test)
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
     if not (train and test):
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
-    for part, one, other in (('train', train, test), ('test', test, train)):
-        if absent := sorted({*other.classes} - {*one.classes}):
-            raise VitdistillError(f'{place}: {part} has no image of {", ".join(absent[:5])}{why}: give both parts the '
-                                  'same classes.')
-    classes = train.classes or [str(c) for c in range(1 + max(label for *_, label in train.files + test.files))]
+    classes, notes = classes_of(place, train, test, why)
     if len(classes) < 2:
         raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '
                               'folders in folders, class_folder says which one is the class.')
-    return {'train': replace(train, classes=classes), 'test': test}
+    return {'train': replace(train, classes=classes, notes=train.notes + notes), 'test': test}
 
 # %% ../nbs/01c_files.ipynb #93311deb
 def centred(
@@ -315,13 +415,20 @@ def centred(
     (left, right), (top, bottom) = map(shown, image.size)
     return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
-def square_pixels(
+# %% ../nbs/01c_files.ipynb #d60c1f35
+def _say_dark(most): # largest value of an image, of 65,535
+    bits = next((bits for bits in (8, 10, 12, 14) if 0 < most < 2**bits), 16)
+    if bits < 16:
+        say_once(f'an image of 16 bits has no value above {2**bits - 1:,} of 65,535 and is read as a dark one: if its '
+                 f'numbers have {bits} bits, multiply them by {2**(16 - bits)} in its file.', warning=True)
+
+def rgb_image(
     image,                      # opened PIL image
-    size:int,                   # px
-    exif_orientation:bool=True, # turn it as its EXIF data say
-    cut:typing.Callable=centred # makes a square of `size` px of an RGB image
-)->np.ndarray: # (size, size, 3) uint8
-    "Returns a square of an image, usually its centre; numbers of more than 16 bits raise a ValueError."
+    exif_orientation:bool=True  # turn it as its EXIF data say
+): # PIL image
+    "Returns an image in RGB as training sees it, white where it is transparent; over 16 bits it is a ValueError."
+    of_16_bits = ';16' in str(getattr(image, 'tile', '')) # Pillow's name of the raw pixels
+    scaled = image.format == 'PPM' and not of_16_bits # Pillow scales what has another largest value
     image.load()
     with contextlib.suppress(Exception): # damaged EXIF data say nothing
         if exif_orientation: image = ImageOps.exif_transpose(image)
@@ -329,27 +436,93 @@ def square_pixels(
         grey = np.asarray(image)
         if image.mode == 'F' or grey.min() < 0 or grey.max() >= 2**16:
             raise ValueError('its pixels have neither 8 nor 16 bits')
-        image = Image.fromarray((grey/257).round().astype(np.uint8))
-    return np.asarray(cut(image.convert('RGB'), size))
+        if image.mode == 'I' and not (of_16_bits or scaled) and grey.max() < 2**8:
+            say_once('an image of 32-bit whole numbers has no value above 255 and is read as one of 8 bits.', True)
+        else:
+            if not scaled: _say_dark(int(grey.max()))
+            grey = (grey/257).round()
+        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if image.mode[-1] in 'Aa' or image.mode == 'P' or 'transparency' in image.info: # a palette may have alpha
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    image = image.convert('RGB')
+    if of_16_bits: _say_dark(256*max(high for _, high in image.getextrema()) + 255)
+    return image
+
+# %% ../nbs/01c_files.ipynb #d1e837c1
+def square_pixels(
+    image,                      # opened PIL image
+    size:int,                   # px
+    exif_orientation:bool=True, # turn it as its EXIF data say
+    cut:typing.Callable=centred # makes a square of `size` px of an RGB image
+)->np.ndarray: # (size, size, 3) uint8
+    "Returns a square of an image as `rgb_image` shows it, usually its centre."
+    return np.asarray(cut(rgb_image(image, exif_orientation), size))
 
 # %% ../nbs/01c_files.ipynb #01c5ead1
+def reason_of(error:Exception)->str:
+    "Returns in one line why an image can not be read."
+    if isinstance(error, UnidentifiedImageError): return 'no format that Pillow knows'
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
 def decoded(
     opened:typing.Callable,     # returns the open file
     name:str|Path,              # for the message
     size:int,                   # px
     exif_orientation:bool=True, # this and `cut` as in `square_pixels`
-    cut:typing.Callable=centred
+    cut:typing.Callable=centred,
+    advice:str='replace or remove it'
 )->np.ndarray: # (size, size, 3) uint8
     "Returns a square of an image, as training reads it; one that can not be read is a `VitdistillError`."
     try:
         with opened() as file: return square_pixels(Image.open(file), size, exif_orientation, cut)
     except Exception as e: # a damaged image raises almost any exception
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise VitdistillError(f'{name} can not be read as an image ({why}): replace or remove it.') from None
+        raise VitdistillError(f'{name} can not be read as an image ({reason_of(e)}): {advice}.') from None
 
 def read_image(file:Path, size:int, exif_orientation:bool=True)->torch.Tensor: # (size, size, 3) uint8
     "Returns the centre of an image file, as `decoded` does."
     return torch.from_numpy(np.array(decoded(functools.partial(file.open, 'rb'), file, size, exif_orientation)))
+
+# %% ../nbs/01c_files.ipynb #fcb44713
+def unreadable(files:ImageFiles, rows:typing.Iterable[int])->dict: # row -> why
+    "Decodes images; returns those that can not be read, and why."
+    def attempt(row):
+        try:
+            with files.opener(row) as file: square_pixels(Image.open(file), 8)
+        except Exception as e: return reason_of(e) # a damaged image raises almost any exception
+    wrong, rows = {}, [*rows]
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(rows), 256):
+            part = rows[start:start + 256]
+            wrong.update(zip(part, pool.map(attempt, part)))
+    return {row: why for row, why in wrong.items() if why}
+
+def broken_in_words(broken:dict)->str: # path -> why
+    "Returns the names of up to ten images that can not be read, and how many more there are."
+    named = ', '.join(f'{path} ({why})' for path, why in sorted(broken.items())[:10])
+    return named + (f' and {len(broken) - 10:,} more' if len(broken) > 10 else '')
+
+_skip = 'or leave them out with skip_broken = true'
+
+def refuse_broken(broken:dict)->None: # path -> why
+    "Raises a `VitdistillError` that names images which can not be read; none raises nothing."
+    if len(broken) == 1:
+        [(path, why)] = broken.items()
+        raise VitdistillError(f'{path} can not be read as an image ({why}): replace or remove it, {_skip}.')
+    if broken:
+        raise VitdistillError(f'{len(broken):,} images can not be read: {broken_in_words(broken)}: replace or remove '
+                              f'them, {_skip}.')
+
+_unreadable = {} # hash of a listing -> rows and why
+
+def without_broken(files:ImageFiles)->ImageFiles:
+    "Returns the images that can be read."
+    key = hash((str(files.root), tuple(files.files)))
+    if key not in _unreadable: _unreadable[key] = unreadable(files, range(len(files)))
+    if not (wrong := _unreadable[key]): return files
+    kept = [row for row in range(len(files)) if row not in wrong]
+    return replace(files, files=[files.files[row] for row in kept], opener=lambda row: files.opener(kept[row]),
+                   broken={files.path(row): why for row, why in wrong.items()})
 
 # %% ../nbs/01c_files.ipynb #0641a0f2
 class DiskImages:
@@ -362,17 +535,15 @@ class DiskImages:
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         return torch.from_numpy(np.stack(list(self.pool.map(self.square, rows))))
     def resident(self)->torch.Tensor: # all images as one tensor, decoded 256 at a time
-        images, wrong = np.empty(self.shape, np.uint8), {}
+        images, wrong = np.empty(self.shape, np.uint8), []
         def decode(row):
             try: images[row] = self.square(row)
-            except VitdistillError as e: wrong[row] = e
+            except VitdistillError: wrong.append(row)
         for rows in torch.arange(len(self)).split(256): list(self.pool.map(decode, rows.tolist()))
-        if len(wrong) < 2:
-            for error in wrong.values(): raise error
-            return torch.from_numpy(images)
-        names = ', '.join(str(self.files.path(row)) for row in sorted(wrong)[:5])
-        raise VitdistillError(f'{len(wrong)} images can not be read, such as {names}: replace or remove them.')
+        refuse_broken({self.files.path(row): why for row, why in unreadable(self.files, wrong).items()})
+        return torch.from_numpy(images)
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`
         "Returns a square of one image as (size, size, 3) uint8."
         opened = functools.partial(self.files.opener, row)
-        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation, cut)
+        return decoded(opened, self.files.path(row), self.shape[1], self.exif_orientation, cut,
+                       f'replace or remove it, {_skip}')
