@@ -25,7 +25,7 @@ from vitdistill.job import config_of, teacher_part
 from vitdistill.losses import OBJECTIVES
 from vitdistill.predict import load_model, predict
 from vitdistill.ranks import Ranks
-from vitdistill.runs import find_runs
+from vitdistill.runs import find_run, find_runs
 from vitdistill.setup import prepare, resolve
 from vitdistill.study.results import read_predictions
 from vitdistill.train import batches
@@ -126,6 +126,27 @@ def test_the_export_predicts_the_same(job):
     one, other = (predict(model, out / "data/val") for model in (run.model, file))
     assert one["class"].tolist() == other["class"].tolist()
     assert np.allclose(one.probability, other.probability, atol=1e-3)
+
+
+def test_a_copied_job_uses_its_own_files(job, images, weights, tmp_path, capsys, monkeypatch):
+    """Its study, its models and its records are those of the copy, also when the first job has changed or is gone."""
+    out, _, _ = job
+    copy = shutil.copytree(out, tmp_path / "copy" / out.name, symlinks=True)
+    gone = next(run for run in find_runs(copy / "runs") if "mine/plain" in run.arms)
+    (gone.folder / "result.json").unlink()
+    assert main(["grid", str(copy / "mine.yaml"), "--status"]) == 0
+    assert str(out) not in (shown := capsys.readouterr().out) and ", 1 left" in shown
+    shutil.copy(out / "runs" / gone.name / "result.json", gone.folder)
+    assert main(["compare", str(copy / "mine.yaml"), "--out", str(tmp_path / "page")]) == 0
+    result = api.Distilled(copy / "mine.yaml", copy)
+    assert {run.folder.parent for runs in result.runs().values() for run in runs.values()} == {copy / "runs"}
+    assert {run.model.parents[1] for runs in result.runs().values() for run in runs.values()} == {copy / "work"}
+    for name in ("taught", "plain"):
+        assert (copy / "models" / name).resolve().is_relative_to(copy)
+    assert result.test_images == copy / "data/val"
+    monkeypatch.setattr(api, "train_all", lambda cells, *_: cells)  # the job goes on where it lies now
+    assert api.distill(images, teacher=str(weights), out=copy, **SMALL)
+    assert find_run(copy / "models/taught").folder.parent == copy / "runs"
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path, capsys):

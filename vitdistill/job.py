@@ -26,7 +26,7 @@ from .outcome import record_adopted
 from .predict import load_model, named_images, predict
 from .runs import Run, find_runs, read_json
 from .setup import auto_device, auto_precision, resolve
-from .studies import read_study, runs_folder, runs_of, runs_with
+from .studies import read_study, runs_folder, runs_of, runs_with, with_places_of_today
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
 from .study.findings import teacher_calls
 from .study.results import read_predictions
@@ -212,7 +212,7 @@ def study_of(
 def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; folder of the job; dry: only refuses
     "Writes a study file into the folder of the job, and returns its path; refuses a folder that holds another job."
     file = out/f'{out.name}.yaml'
-    before = read_yaml(file) if file.is_file() and has_runs(out) else study
+    before = with_places_of_today(read_yaml(file), file) if file.is_file() and has_runs(out) else study
     lines = [_changes(before.get(key, {}), study[key]) for key in ('common', 'teachers', 'arms')]
     if changes := sorted({*itertools.chain(*lines)}):
         kept, other = out/'models/teacher', any(change.startswith('teacher ') for change in changes)
@@ -367,7 +367,8 @@ class Distilled:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)
-            place = from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
+            adopted = run.config.experiment == 'adopted_teacher'
+            place = run.place(run.config.student_weights) if adopted else run.model
             link.symlink_to(os.path.relpath(place, link.parent))
         return link
 

@@ -225,7 +225,7 @@ def checkpoint_at(
     epochs:int=None # epochs after which the checkpoint was written; None: the last checkpoint
 )->dict:
     "Returns a checkpoint of a run, of this clone or of the clone that holds the run's folder."
-    work = repo_root(run.folder)/Path(run.config.work_dir).expanduser()/run.name
+    work = run.work
     for file in (work/f'checkpoint-{epochs or 0:04d}.pt', work/'checkpoint.pt'):
         if not file.is_file(): continue
         state = read_checkpoint(file)
