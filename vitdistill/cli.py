@@ -6,7 +6,7 @@
 __all__ = ['FIRST', 'copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'field_values', 'configured',
            'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
            'new_folder', 'new', 'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench',
-           'export', 'main']
+           'export', 'print_any_text', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -335,6 +335,11 @@ def distill(words:list[str])->int:
 
 def predict(words:list[str])->int:
     "says what a trained model sees in images"
+    from vitdistill.options import predict_parser
+    predict_parser().parse_args(words) # --help without torch
+    if sys.__stdout__ is None:
+        raise VitdistillError('standard output is closed, so the answers would be lost: send them to a file, such as '
+                              '> answers.csv.')
     from vitdistill import predict
     return predict.main(words)
 
@@ -344,17 +349,29 @@ def bench(words:list[str])->int:
     return main(words)
 
 def export(words:list[str])->int:
-    "writes a finished student for other programs, as ONNX"
+    "writes a trained model for other programs, as ONNX"
+    from vitdistill.options import export_parser
+    export_parser().parse_args(words) # --help without torch
     from vitdistill import export
     return export.main(words)
 
 COMMANDS = {command.__name__: command for command in (demo, distill, predict, captions, study, train, grid, compare,
                                                       figures, report, bench, export, new)}
 
+# %% ../nbs/11_cli.ipynb #8313244d
+def print_any_text()->None:
+    "Lets this process and its children print characters that standard output lacks, as \\xe4; a closed one is opened."
+    if sys.stdout is None: sys.stdout = open(os.devnull, 'w') # its place would go to the next file that is opened
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    if not encoding.lower().startswith('utf'): os.environ['PYTHONIOENCODING'] = f'{encoding}:backslashreplace'
+
 # %% ../nbs/11_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:
     "Runs the command line; an error is one sentence, and a missing library is named with its extra."
     words = sys.argv[1:] if words is None else words
+    print_any_text()
     lines = [f'  {name:9}{inspect.getdoc(command)}' for name, command in COMMANDS.items()]
     parser = argparse.ArgumentParser(prog='vitdistill', usage='%(prog)s [-h] [--version] COMMAND ...',
         description='Train, compare and export image models that learn from a teacher (knowledge distillation).',

@@ -68,7 +68,10 @@ def file_size(path:str|Path)->int: # bytes
                               'its images again.') from None
 
 # %% ../nbs/01c_files.ipynb #03c9568a
-def files_below(top:Path)->tuple:
+def files_below(
+    top:Path,
+    size_of:typing.Callable=file_size # path of an image -> its size in bytes
+)->tuple:
     "Returns the files below a folder, [`Found`], and a Counter of links to folders that were read already."
     def refuse(error):
         raise VitdistillError(f'{printable(error.filename)} can not be read ({error.strerror}): allow it, or remove '
@@ -85,7 +88,7 @@ def files_below(top:Path)->tuple:
             below[:] = sorted(name for name in below if name[0] != '.')
             folders += filter(os.path.islink, (os.path.join(folder, name) for name in below))
             for path in (os.path.join(folder, name) for name in files if name[0] != '.'):
-                found.append(Found(path[len(str(top)) + 1:], file_size(path) if is_image(path) else 0, path))
+                found.append(Found(path[len(str(top)) + 1:], size_of(path) if is_image(path) else 0, path))
     return found, left_out
 
 # %% ../nbs/01c_files.ipynb #2e410d8a

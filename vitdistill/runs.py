@@ -12,7 +12,7 @@ import contextlib, csv, io, json, os, platform, shutil, subprocess
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np
 from filelock import FileLock, Timeout
 from .config import SHIPPED, Config, VitdistillError, config_hash, cores, from_here, from_root, load, nearest
 from .config import repo_root, run_name, save, write_atomic
@@ -88,7 +88,8 @@ class Run:
         return 'done' if self.result else 'running' if is_locked(self.folder/'lock') else 'interrupted'
 
     def rows(self)->list: return read_rows(self.folder/'metrics.csv')
-    def metrics(self)->pd.DataFrame: # one row per epoch, NaN for an empty field
+    def metrics(self): # a pandas table: one row per epoch, NaN for an empty field
+        import pandas as pd # here, as `vitdistill predict` does without
         return pd.DataFrame(rows := self.rows(), columns=None if rows else columns).apply(pd.to_numeric)
     @property
     def epochs_done(self)->int: return len(self.rows())
@@ -210,6 +211,7 @@ def append_row(
     row:dict   # name -> number, or None for an empty field
 )->dict:       # name -> text, without empty fields
     "Adds a row to metrics, and missing columns, empty in earlier rows; returns the row as it is written."
+    import pandas as pd
     rows = read_rows(file)
     names = list(rows[0] if rows else columns)
     names += sorted(row.keys() - set(names))
@@ -274,6 +276,7 @@ class RunWriter(Run):
         self._track(trackers, append_row(self.folder/'metrics.csv', row))
 
     def keep_epochs(self, n:int)->None: # drops rows written after the checkpoint that a resume starts from
+        import pandas as pd
         rows, file = self.rows()[:n], self.folder/'metrics.csv'
         if rows: write_atomic(file, pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
         else: file.unlink(missing_ok=True)
