@@ -6,7 +6,7 @@
 __all__ = ['loss', 'train_all', 'distill', 'save', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'parser']
 
 # %% ../nbs/10a_api.ipynb #3f0c4a49
-import argparse, inspect, json, math, re
+import argparse, inspect, json, math, re, shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,9 @@ def train_all(cells:list, file:Path, out:Path)->Distilled: # of the job's study;
         train(cell)
     result = Distilled(file, out)
     print(f'\n{result}\npage: {write(result.comparison, out, [str(result)])}', flush=True)
-    print('models:', *(str(result.folder(name)) for name in result.runs()), flush=True)
-    print(f'use one: vitdistill predict {result.folder()} IMAGES', flush=True)
+    models = [shlex.quote(str(result.folder(name))) for name in result.runs()]
+    print('models:', *models, flush=True)
+    print(f'use one: vitdistill predict {shlex.quote(str(result.folder()))} IMAGES', flush=True)
     return result
 
 # %% ../nbs/10a_api.ipynb #ded02a1f

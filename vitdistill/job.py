@@ -13,11 +13,11 @@ import itertools, os, re, shutil, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
 from .data import list_images, load_data, split_rows, stratified
-from .files import TESTS, files_below, is_image, printable
+from .files import TESTS, files_below, is_image, printable, read_image
 from .grids import Cell, config_of, model_for
 from .launch import launch, note_run, with_teacher
 from .models import create, head_names, load_weights, near_models, read_weights, started_from, try_size
@@ -313,16 +313,17 @@ def train(cell:Cell)->Run:
 def draw_answers(
     answers:pd.DataFrame, # of `predict`
     root:Path,            # folder that holds the folders of the classes
-    class_folder:str      # as `Config.class_folder`
+    class_folder:str,     # as `Config.class_folder`
+    exif_orientation:bool=True # as `Config.exif_orientation`
 ): # -> a matplotlib figure
-    "Draws images with the class of their folder above the one that a model sees, in red where they differ."
+    "Draws images as a model reads them, under the class of their folder and the one that it sees, red if they differ."
     rows = -(-len(answers)//4)
     figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
     for axis in axes.flat: axis.axis('off')
     for axis, path, seen, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
         folders = Path(path).relative_to(root).parts[:-1]
         name = printable(folders[-1 if class_folder == 'last' else 0])
-        with Image.open(path) as image: axis.imshow(ImageOps.exif_transpose(image).convert('RGB'))
+        axis.imshow(read_image(Path(path), 224, exif_orientation))
         axis.set_title(f'{name}\n{seen} ({share:.0%})', fontsize=8, color='black' if seen == name else 'C3')
     plt.close(figure)
     return figure
@@ -388,7 +389,7 @@ def draw_test_images(result:Distilled, most:int): # -> a matplotlib figure
         raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
     files, run = named_images([result.test_images]), next(iter(result.runs()['taught'].values()))
     answers = result.predict(files[::-(-len(files)//most)], top=1)
-    return draw_answers(answers, result.test_images, run.config.class_folder)
+    return draw_answers(answers, result.test_images, run.config.class_folder, run.config.exif_orientation)
 
 # %% ../nbs/10_job.ipynb #93cd2f01
 def in_words(result:Distilled)->str:
