@@ -368,8 +368,7 @@ class Distilled:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)
-            adopted = run.config.experiment == 'adopted_teacher'
-            place = run.place(run.config.student_weights) if adopted else run.model
+            place = run.place(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
             link.symlink_to(os.path.relpath(place, link.parent))
         return link
 

@@ -62,6 +62,7 @@ def from_onnx(file:Path)->Predictor:
     else: constants, forward = (value('mean'), value('std')), run # of earlier versions: normalized pixels -> logits
     return Predictor(str(file), value('classes'), sides, constants, forward, turned)
 
+# %% ../nbs/09_predict.ipynb #d99fa373
 def from_folder(folder:Path)->Predictor: # of a run's model
     "Returns the model in a folder that a run wrote."
     try: about = json.loads((folder/'config.json').read_text())
