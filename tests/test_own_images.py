@@ -2,9 +2,11 @@
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,20 +15,21 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conftest import PYTHON, ROOT
 from test_notebooks import execute, said
-from test_recipes import blocks
+from test_recipes import blocks, snippet
 from vitdistill import api
 from vitdistill.cli import main
 from vitdistill.config import VitdistillError, preset
+from vitdistill.files import in_folders
 from vitdistill.grids import grid_cells
 from vitdistill.job import config_of, teacher_part, train
 from vitdistill.losses import OBJECTIVES
 from vitdistill.predict import load_model, predict
 from vitdistill.ranks import Ranks
-from vitdistill.runs import find_runs
+from vitdistill.runs import find_run, find_runs
 from vitdistill.setup import prepare, resolve
 from vitdistill.study.results import read_predictions
 from vitdistill.train import batches
@@ -167,7 +170,8 @@ def test_predictions_are_those_of_the_run(job, capsys):
     assert [row["class"] for row in rows] == table["class"].tolist() and len(rows[0]["top"]) == 2
 
 
-def test_the_export_predicts_the_same(job):
+def test_the_export_predicts_the_same(job, capsys):
+    """By vitdistill, and by the lines of docs/library.md, which do without it."""
     from vitdistill.export import export_onnx
     out, _, _ = job
     run = next(run for run in find_runs(out / "runs") if "mine/teacher" in run.arms)
@@ -175,6 +179,33 @@ def test_the_export_predicts_the_same(job):
     one, other = (predict(model, out / "data/val") for model in (run.model, file))
     assert one["class"].tolist() == other["class"].tolist()
     assert np.allclose(one.probability, other.probability, atol=1e-3)
+    image = Path(one.path[0])
+    lines = snippet("onnxruntime").replace("'model.onnx'", repr(str(file))).replace("'image.png'", repr(str(image)))
+    exec(lines, seen := {})
+    assert capsys.readouterr().out.split()[0] == one["class"][0]
+    assert seen["probabilities"].max() == pytest.approx(one.probability[0], abs=0.01)
+    assert len(seen["probabilities"]) == 3 and seen["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_copied_job_uses_its_own_files(job, images, weights, tmp_path, capsys, monkeypatch):
+    """Its study, its models and its records are those of the copy, also when the first job has changed or is gone."""
+    out, _, _ = job
+    copy = shutil.copytree(out, tmp_path / "copy" / out.name, symlinks=True)
+    gone = next(run for run in find_runs(copy / "runs") if "mine/plain" in run.arms)
+    (gone.folder / "result.json").unlink()
+    assert main(["grid", str(copy / "mine.yaml"), "--status"]) == 0
+    assert str(out) not in (shown := capsys.readouterr().out) and ", 1 left" in shown
+    shutil.copy(out / "runs" / gone.name / "result.json", gone.folder)
+    assert main(["compare", str(copy / "mine.yaml"), "--out", str(tmp_path / "page")]) == 0
+    result = api.Distilled(copy / "mine.yaml", copy)
+    assert {run.folder.parent for runs in result.runs().values() for run in runs.values()} == {copy / "runs"}
+    assert {run.model.parents[1] for runs in result.runs().values() for run in runs.values()} == {copy / "work"}
+    for name in ("taught", "plain"):
+        assert (copy / "models" / name).resolve().is_relative_to(copy)
+    assert result.test_images == copy / "data/val"
+    monkeypatch.setattr(api, "train_all", lambda cells, *_: cells)  # the job goes on where it lies now
+    assert api.distill(images, teacher=str(weights), out=copy, **SMALL)
+    assert find_run(copy / "models/taught").folder.parent == copy / "runs"
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path, capsys):
@@ -185,6 +216,72 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path
     assert main(["predict", str(run.model), str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert "broken.png can not be read" in printed.err and len(pd.read_csv(io.StringIO(printed.out))) == 1
+
+
+def test_a_missing_image_is_named_and_the_others_are_predicted(job, tmp_path, capsys):
+    out, _, _ = job
+    image = next((out / "data/val").rglob("*.png"))
+    model = str(out / "models/plain")
+    assert main(["predict", model, "gone.png", str(image), "away.png"]) == 1
+    printed = capsys.readouterr()
+    assert "gone.png" in printed.err and "away.png" in printed.err
+    assert pd.read_csv(io.StringIO(printed.out)).path.tolist() == [str(image)]
+    with pytest.raises(VitdistillError, match="gone.png, away.png"):
+        predict(model, ["gone.png", image, "away.png"])
+
+
+def test_images_behind_links_are_those_that_training_reads(job, images, tmp_path):
+    """Folders of classes are links, one of them leads back; the order is that of training too."""
+    out, _, _ = job
+    (tmp_path / "train/grey").mkdir(parents=True)
+    for file in (images / "grey").iterdir():
+        shutil.copy(file, tmp_path / "train/grey")
+    (tmp_path / "train/dark").symlink_to(images / "dark")
+    (tmp_path / "train/grey/again").symlink_to(tmp_path / "train")
+    listed = [name for name, *_ in in_folders(tmp_path, "train").files]
+    table = predict(out / "models/plain", tmp_path / "train")
+    assert table.path.tolist() == [f"{tmp_path}/{name}" for name in listed] and len(listed) == 20
+
+
+def test_a_model_with_broken_weights_is_refused(job, images, tmp_path, capsys):
+    """One number that is no number, in the weights; or answers that are none, in an ONNX file."""
+    out, _, _ = job
+    model = shutil.copytree(out / "models/plain", tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    state[next(name for name in state if name.endswith("classifier.bias"))][0] = float("inf")
+    save_file(state, model / "model.safetensors")
+    for words in (["predict", str(model), str(images), "--json"], ["export", str(model)]):
+        with pytest.raises(SystemExit, match="not finite"):
+            main(words)
+    assert not capsys.readouterr().out and not (model / "model.onnx").exists()
+
+
+def test_a_model_of_the_hub_is_used_by_its_name(job, images, tmp_path, monkeypatch, capsys):
+    """Its files are in out/hub, as `fetch` leaves them."""
+    out, _, _ = job
+    (tmp_path / ".vitdistill").touch()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(out / "models/taught", tmp_path / "out/hub/me--small")
+    assert main(["predict", "hf-hub:me/small", str(images / "dark/0.png")]) == 0
+    here = predict(out / "models/taught", images / "dark/0.png")
+    assert pd.read_csv(io.StringIO(capsys.readouterr().out))["class"].tolist() == here["class"].tolist()
+
+
+def test_the_card_says_what_the_model_knows(job):
+    out, _, text = job
+    card = (out / "models/taught/README.md").read_text()
+    run = find_run(out / "models/taught")
+    accuracy = f"{run.result['test_top1']:.1%} of 6 images"
+    for words in ("3: dark, grey, light", "21 images", accuracy, "vit_tiny_patch16", "vitdistill predict "):
+        assert words in card
+    assert f"use one: vitdistill predict {out / 'models/taught'} IMAGES" in text
+
+
+def test_a_closed_output_is_one_sentence(job, images):
+    out, _, _ = job
+    command = [PYTHON, "-m", "vitdistill.cli", "predict", str(out / "models/plain"), str(images)]
+    done = subprocess.run(["bash", "-c", shlex.join(command) + " >&-"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "standard output is closed" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_reader_that_stops_is_no_error(job):

@@ -7,7 +7,7 @@ __all__ = ['loss', 'train_all', 'show', 'distill', 'save', 'class_orders', 'Load
            'parser']
 
 # %% ../nbs/10a_api.ipynb #3f0c4a49
-import argparse, contextlib, inspect, json, math, re
+import argparse, contextlib, inspect, json, math, re, shlex
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +47,8 @@ def show(result:Distilled)->None:
     done = [name for name, runs in result.runs().items() if runs]
     if not done: return
     print(f'\n{result}\npage: {write(result.comparison, result.out, [str(result)])}', flush=True)
-    print('models:', *(str(result.folder(name)) for name in done), flush=True)
-    print(f'use one: vitdistill predict {result.folder(done[-1])} IMAGES', flush=True)
+    print('models:', *(shlex.quote(str(result.folder(name))) for name in done), flush=True)
+    print(f'use one: vitdistill predict {shlex.quote(str(result.folder(done[-1])))} IMAGES', flush=True)
 
 # %% ../nbs/10a_api.ipynb #ded02a1f
 @stoppable()

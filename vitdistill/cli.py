@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIRST', 'copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'field_values', 'configured',
            'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo', 'analysis_parameters', 'figures',
-           'new_folder', 'new', 'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench',
-           'export', 'main']
+           'new_folder', 'new', 'print_any_text', 'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill',
+           'predict', 'bench', 'export', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -18,6 +18,7 @@ import yaml
 from . import __version__
 from .config import GROUPS, ROOT_MARKS, SHIPPED, Config, VitdistillError, field_names, from_dict, from_root
 from .config import load, nearest, parse_yaml, preset, repo_root, shipped, shipped_names
+from .options import export_parser, predict_parser
 
 # %% ../nbs/11_cli.ipynb #cb8f4ae9
 def field_comments()->dict:
@@ -289,6 +290,15 @@ def new(words:list[str])->int:
     print(f'made {folder} with notebooks, presets and studies; start with README.md in it')
     return 0
 
+# %% ../nbs/11_cli.ipynb #8313244d
+def print_any_text()->None:
+    "Lets this process and its children print characters that standard output lacks, as \\xe4; a closed one is opened."
+    if sys.stdout is None: sys.stdout = open(os.devnull, 'w') # its place would go to the next file that is opened
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    if not encoding.lower().startswith('utf'): os.environ['PYTHONIOENCODING'] = f'{encoding}:backslashreplace'
+
 # %% ../nbs/11_cli.ipynb #3694294e
 def fields_alone(words:list[str])->dict:
     "Returns the fields of a command line; a config file is a `VitdistillError`."
@@ -336,6 +346,9 @@ def distill(words:list[str])->int:
 
 def predict(words:list[str])->int:
     "says what a trained model sees in images"
+    predict_parser().parse_args(words) # --help without torch
+    if sys.__stdout__ is None:
+        raise VitdistillError('standard output is closed, so that answers would be lost: send them to a file (> FILE).')
     from vitdistill import predict
     return predict.main(words)
 
@@ -345,7 +358,8 @@ def bench(words:list[str])->int:
     return main(words)
 
 def export(words:list[str])->int:
-    "writes a finished student for other programs, as ONNX"
+    "writes a trained model for other programs, as ONNX"
+    export_parser().parse_args(words) # --help without torch
     from vitdistill import export
     return export.main(words)
 
@@ -356,6 +370,7 @@ COMMANDS = {command.__name__: command for command in (demo, distill, predict, ca
 def main(words:list[str]|None=None)->int:
     "Runs the command line; an error is one sentence, and a missing library is named with its extra."
     words = sys.argv[1:] if words is None else words
+    print_any_text()
     lines = [f'  {name:9}{inspect.getdoc(command)}' for name, command in COMMANDS.items()]
     parser = argparse.ArgumentParser(prog='vitdistill', usage='%(prog)s [-h] [--version] COMMAND ...',
         description='Train, compare and export image models that learn from a teacher (knowledge distillation).',

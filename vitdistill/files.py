@@ -72,7 +72,8 @@ def file_size(path:str|Path)->int: # bytes
 # %% ../nbs/01c_files.ipynb #03c9568a
 def files_below(
     top:Path,
-    folders:list=None # is filled with the names of the folders below `top`, if it is given
+    folders:list=None, # is filled with the names of the folders below `top`, if it is given
+    size_of:typing.Callable=file_size # path of an image -> its size in bytes
 )->tuple:
     "Returns the files below a folder, [`Found`], and a Counter of the links that were not followed."
     def refuse(error):
@@ -95,7 +96,7 @@ def files_below(
                     left_out['links that lead nowhere'] += 1
                     folders.append(path[len(str(top)) + 1:])
                     continue
-                found.append(Found(path[len(str(top)) + 1:], file_size(path) if is_image(path) else 0, path))
+                found.append(Found(path[len(str(top)) + 1:], size_of(path) if is_image(path) else 0, path))
     return found, left_out
 
 # %% ../nbs/01c_files.ipynb #2e410d8a

@@ -9,7 +9,7 @@ __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'named_fields', 'stu
            'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'parser', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
-import argparse, inspect, json, os, re, signal, subprocess, sys, time
+import argparse, inspect, json, os, re, shlex, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -438,7 +438,7 @@ def main(arguments:list=None)->int:
         else:
             given = {f.name: getattr(args, f.name, None) for f in fields(Ask)}
             submit_batch(cells, folder, read_ask(args.cluster, **given))
-            print(f'to see their state: vitdistill grid {args.grid} --status')
+            print(f'to see their state: vitdistill grid {shlex.quote(args.grid)} --status')
         print(table(cells))
     except VitdistillError as e: sys.exit(f'{e}')
     return min(100, sum(cell.failed for cell in cells)) # 256 would read as 0

@@ -14,11 +14,11 @@ import math, os, re, shutil, statistics, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
 from .data import list_images, load_data, split_rows, stratified
-from .files import TESTS, bare_folders, files_below, is_image, printable, reason_of
+from .files import TESTS, bare_folders, files_below, is_image, printable, read_image, reason_of
 from .files import refuse_broken, say_once, unreadable
 from .grids import Cell, config_of, model_for
 from .launch import launch, note_run, with_teacher
@@ -28,7 +28,7 @@ from .outcome import record_adopted
 from .predict import load_model, named_images, predict
 from .runs import Run, find_runs, read_json
 from .setup import auto_device, auto_precision, resolve
-from .studies import read_study, runs_folder, runs_of, runs_with
+from .studies import read_study, runs_folder, runs_of, runs_with, with_places_of_today
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
 from .study.findings import teacher_calls
 from .study.results import read_predictions
@@ -285,7 +285,7 @@ def begun_parts(out:Path)->set: # folder of a job
 def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; folder of the job; dry: only refuses
     "Writes a study file into the folder of the job, and returns its path; refuses to change what has begun there."
     file, begun = out/f'{out.name}.yaml', begun_parts(out)
-    before = read_yaml(file) if file.is_file() else study
+    before = with_places_of_today(read_yaml(file), file) if file.is_file() else study
     changes = _changes(before.get('common'), study['common']) if begun - {'teacher'} else []
     for part in sorted(begun & {*study['teachers'], *study['arms']}):
         old, new = ((one['teachers'] | one['arms']).get(part) for one in (before, study))
@@ -402,16 +402,17 @@ def train(cell:Cell)->Run:
 def draw_answers(
     answers:pd.DataFrame, # of `predict`
     root:Path,            # folder that holds the folders of the classes
-    class_folder:str      # as `Config.class_folder`
+    class_folder:str,     # as `Config.class_folder`
+    exif_orientation:bool=True # as `Config.exif_orientation`
 ): # -> a matplotlib figure
-    "Draws images with the class of their folder above the one that a model sees, in red where they differ."
+    "Draws images as a model reads them, under the class of their folder and the one that it sees, red if they differ."
     rows = -(-len(answers)//4)
     figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
     for axis in axes.flat: axis.axis('off')
     for axis, path, seen, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
         folders = Path(path).relative_to(root).parts[:-1]
         name = printable(folders[-1 if class_folder == 'last' else 0])
-        with Image.open(path) as image: axis.imshow(ImageOps.exif_transpose(image).convert('RGB'))
+        axis.imshow(read_image(Path(path), 224, exif_orientation))
         axis.set_title(f'{name}\n{seen} ({share:.0%})', fontsize=8, color='black' if seen == name else 'C3')
     plt.close(figure)
     return figure
@@ -455,7 +456,7 @@ class Distilled:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.unlink(missing_ok=True)
-            place = from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
+            place = run.place(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
             link.symlink_to(os.path.relpath(place, link.parent))
         return link
 
@@ -475,7 +476,7 @@ def draw_test_images(result:Distilled, most:int): # -> a matplotlib figure
         raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
     files, run = named_images([result.test_images]), next(iter(result.runs()['taught'].values()))
     answers = result.predict(files[::-(-len(files)//most)], top=1)
-    return draw_answers(answers, result.test_images, run.config.class_folder)
+    return draw_answers(answers, result.test_images, run.config.class_folder, run.config.exif_orientation)
 
 # %% ../nbs/10_job.ipynb #42bc1223
 def balanced_accuracy(run:Run)->float:

@@ -11,7 +11,7 @@ __all__ = ['reduced', 'predictions', 'head_accuracies', 'cosines', 'true_answers
 import argparse, sys
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, timm, torch, yaml
+import numpy as np, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
 from .config import Config, VitdistillError, from_root, repo_root, student_name
@@ -24,7 +24,8 @@ from .ranks import Ranks, start_ranks
 from .records import clean_config
 from .runs import Run, RunWriter, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
-from .teachers import Teacher, card_facts, file_hash, make_card, of_these_images, read_card, seen_by
+from .teachers import Teacher, card_facts, card_rows, file_hash, make_card, of_these_images, read_card
+from .teachers import readme_head, seen_by
 
 # %% ../nbs/06a_outcome.ipynb #15ac9fdb
 def reduced(
@@ -116,33 +117,28 @@ def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
 def model_card(
     run:Run,
     result:dict, # of `finish`
-    size:int     # side of the model's input, px
+    card:dict,   # of `make_card`
+    n_test:int   # number of test images
 )->str:
     "Returns the README.md of a saved model: what it is, how it was trained, how to load it and use it as a teacher."
     c = run.config
-    place, folder = (f'hf-hub:{c.hub_repo}',)*2 if c.hub_repo else ('local-dir:PATH', 'PATH')
-    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=size, teacher_weights=folder,
-                   teacher_normalization=c.student_normalization)
+    place = f'hf-hub:{c.hub_repo}' if c.hub_repo else ''
+    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=card['input_size'],
+                   teacher_weights=place or 'PATH', teacher_normalization=c.student_normalization)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})' if c.teacher else 'trained on labels alone'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
-    name = student_name(c)
-    ours = timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith('timm.') # registered by us
-    imports = 'import timm, vitdistill.models' if ours else 'import timm'
+    rows = card_rows(card, c.dataset) | {'test accuracy': f"{result['test_top1']:.1%} of {n_test:,} images"}
+    if c.teacher and result.get('teacher_top1') is not None:
+        on = result.get('teacher_measured_on') or 'images'
+        rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {on}"
+    head = readme_head(run.name, f'{c.student} on {c.dataset}, {taught}, seed {c.seed}.', rows, student_name(c), place)
     values = clean_config(asdict(c), repo_root()) # the hub has no use for this machine's paths
     recipe = yaml.safe_dump({k: v for k, v in values.items() if v != getattr(Config(), k)}, sort_keys=False)
     return f"""---
 {card_data(run, result).to_yaml()}
 ---
-# {run.name}
-
-{c.student} on {c.dataset}, {taught}, seed {c.seed}.
-
-```python
-{imports}
-model = timm.create_model('{place}', pretrained=True)
-```
-
+{head}
 | measured | |
 |---|---|
 {measured}
@@ -183,7 +179,7 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measure
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays), token_cosines=cosines(setup))
-    return result, card, model_card(run, result, setup.test_size)
+    return result, card, model_card(run, result, card, len(arrays['test_label']))
 
 def finish(setup:Setup, run:RunWriter)->None:
     "Ends a run: writes what it leaves, the model with its card and, last, the result; uploads the model if asked to."
@@ -225,7 +221,7 @@ def checkpoint_at(
     epochs:int=None # epochs after which the checkpoint was written; None: the last checkpoint
 )->dict:
     "Returns a checkpoint of a run, of this clone or of the clone that holds the run's folder."
-    work = repo_root(run.folder)/Path(run.config.work_dir).expanduser()/run.name
+    work = run.work
     for file in (work/f'checkpoint-{epochs or 0:04d}.pt', work/'checkpoint.pt'):
         if not file.is_file(): continue
         state = read_checkpoint(file)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'listed', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations', 'named',
-           'arm_names', 'references', 'sides', 'check', 'check_part', 'study_file', 'read_study', 'parse_study',
-           'runs_of', 'matching_runs', 'teachers_of', 'runs_folder', 'runs_with', 'model_of']
+           'arm_names', 'references', 'sides', 'check', 'check_part', 'with_places_of_today', 'study_file',
+           'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of', 'runs_folder', 'runs_with',
+           'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
@@ -182,6 +183,19 @@ def check_part(study:Study, name:str)->None:
         if key not in Config.__dataclass_fields__:
             wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
 
+# %% ../nbs/07_studies.ipynb #aad09eb8
+def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
+    "Returns the content of a job's study file with the folder of the file where it names the job's folder of then."
+    common = values.get('common')
+    then, now = Path(str(common.get('runs_dir')) if isinstance(common, dict) else '').parent, file.resolve().parent
+    ours = then.is_absolute() and then.name == file.stem and str(common.get('work_dir')) == str(then/'work')
+    if not (ours and (now/'runs').is_dir()) or then.resolve() == now: return values
+    def here(value):
+        if isinstance(value, dict): return {key: here(inner) for key, inner in value.items()}
+        inside = isinstance(value, str) and Path(value).is_relative_to(then)
+        return str(now/Path(value).relative_to(then)) if inside else value
+    return here(values)
+
 # %% ../nbs/07_studies.ipynb #28e58666
 def study_file(name:str|Path)->Path: # name of a study, or path of its file
     "Returns the file of a study; a name without one is a `VitdistillError`."
@@ -199,7 +213,7 @@ def read_study(file:str|Path)->Study: # name or path
 @lru_cache
 def parse_study(file:Path, changed:int)->Study: # changed: time of the file's last change
     "Returns `read_study` of a file, once for each state of it."
-    values = read_yaml(file)
+    values = with_places_of_today(read_yaml(file), file)
     allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
     for key, value in values.items():
         if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
@@ -274,7 +288,8 @@ def model_of(
     run = max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime) # of equal fields: a preset has changed
     folders = [run.model]
     if run.config.experiment == 'adopted_teacher': # its weights are in the folder that e04 made
-        folders.append(from_root(run.config.work_dir)/Path(run.config.student_weights).parent.name/'model')
+        adopted = from_root(run.config.work_dir)/Path(run.config.student_weights).parent.name/'model'
+        folders.append(run.place(adopted))
     for folder in folders:
         if (folder/'model.safetensors').is_file(): return str(folder)
     if (answers := run.folder/'answers.npz').is_file(): return str(answers)

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'sample_rows', 'top1', 'card_facts', 'make_card',
-           'is_answers', 'answers_in', 'answers_head', 'weights_folder', 'read_card', 'file_hash', 'only_match',
-           'as_teacher', 'of_these_images', 'seen_by', 'refuse_overlap', 'refuse_begun_on', 'refuse_seen', 'Absent',
-           'refuse_other_classes', 'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained',
-           'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images', 'with_members', 'adopt',
-           'same_teacher']
+           'card_rows', 'readme_head', 'is_answers', 'answers_in', 'answers_head', 'weights_folder', 'read_card',
+           'file_hash', 'only_match', 'as_teacher', 'of_these_images', 'seen_by', 'refuse_overlap', 'refuse_begun_on',
+           'refuse_seen', 'Absent', 'refuse_other_classes', 'refuse_new_head', 'refuse_other_weights', 'load_teacher',
+           'balance', 'untrained', 'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images',
+           'with_members', 'adopt', 'same_teacher']
 
 # %% ../nbs/04_teachers.ipynb #b919f060
-import glob, hashlib, json, math, timeit
+import glob, hashlib, json, math, re, timeit
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
+from timm.models import is_model, model_entrypoint
 from .config import Config, VitdistillError, field_names, fitting, from_dict, student_name, write_atomic
 from .data import Data, digest, load_data, split_rows
 from .hub import weights_place
@@ -156,6 +157,43 @@ def make_card(
     measured = sample_rows(others, most)
     accuracy = top1(teacher, images, labels, measured)
     return card | dict(n_held_out=len(others), top1_held_out=round(accuracy, 5), n_measured=len(measured))
+
+# %% ../nbs/04_teachers.ipynb #5ff643ea
+def card_rows(card:dict, dataset:str)->dict: # of `make_card`; name of its data
+    "Returns what a card says as rows of a Markdown table, name -> text: classes, images, accuracy on held-out ones."
+    names = [re.sub(r'([\\`*_<>|\[\]])', r'\\\1', name) for name in card['classes'][:10]]
+    held_out = f"; {card['n_held_out']:,} more were held out" if card['n_held_out'] else ''
+    rows = {'classes': f"{len(card['classes'])}: {', '.join(names)}{', ...' if card['classes'][10:] else ''}",
+            'trained on': f"{card['n_train']:,} images of {dataset}{held_out}"}
+    if 'top1_held_out' not in card: return rows
+    return rows | {'held-out accuracy': f"{card['top1_held_out']:.1%} of {card['n_measured']:,} images"}
+
+def readme_head(
+    title:str, about:str, # a heading, a sentence
+    rows:dict,            # name -> text, as `card_rows`
+    name:str,             # architecture
+    place:str=''          # hf-hub:OWNER/MODEL; '': a folder
+)->str: # Markdown
+    "Returns the beginning of a model's README.md: what it is, a table, and how to use it."
+    ours = is_model(name) and not model_entrypoint(name).__module__.startswith('timm.') # registered by us
+    table = '\n'.join(f'| {key} | {text} |' for key, text in rows.items())
+    return f"""# {title}
+
+{about}
+
+| | |
+|---|---|
+{table}
+
+```sh
+vitdistill predict {place or 'PATH'} IMAGES
+```
+
+```python
+{'import timm, vitdistill.models' if ours else 'import timm'}
+model = timm.create_model('{place or 'local-dir:PATH'}', pretrained=True)
+```
+"""
 
 # %% ../nbs/04_teachers.ipynb #13a40f68
 def is_answers(weights:str|Path)->bool:
@@ -468,7 +506,8 @@ def adopt(
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
     names = ', '.join(place.name for place in places)
     origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
-    readme = f'# {config.student} on {config.dataset}\n\n{origin}\n'
+    readme = readme_head(f'{config.student} on {config.dataset}', origin, card_rows(card, config.dataset),
+                         student_name(config))
     save_model(model.cpu(), folder, config.student_kwargs, card, readme, constants, size)
     return card
 

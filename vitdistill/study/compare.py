@@ -9,7 +9,7 @@ __all__ = ['columns', 'finished_runs', 'newest', 'right_answers', 'difference_ov
            'main']
 
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
-import argparse, json
+import argparse, json, shlex
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -357,7 +357,8 @@ def main(arguments:list=None)->int:
     args = parser.parse_args(arguments)
     comparison = load(args.study, args.runs)
     if not any(comparison.arms.values()):
-        raise VitdistillError(f'there is no run of {args.study}: start it by vitdistill grid {args.study}, or '
+        raise VitdistillError(f'there is no run of {args.study}: start it by vitdistill grid '
+                              f'{shlex.quote(args.study)}, or '
                               'name run folders in the file: "plain: {runs: [NAME, ...]}".')
     print(printed(comparison))
     print(f'wrote {write(comparison, from_here(args.out))}')
