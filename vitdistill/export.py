@@ -6,11 +6,12 @@
 __all__ = ['difference', 'export_onnx', 'main']
 
 # %% ../nbs/09b_export.ipynb #008dca30
-import argparse, logging, warnings
+import logging, warnings
 from pathlib import Path
 import torch
 from torch import nn
 from .config import VitdistillError, from_here, require, write_atomic
+from .options import export_parser
 from .predict import from_folder, from_onnx
 from .runs import Run, find_run
 
@@ -57,11 +58,6 @@ def export_onnx(
 # %% ../nbs/09b_export.ipynb #41d422da
 def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
-    parser = argparse.ArgumentParser(prog='vitdistill export',
-                                     description='Write a finished student for other programs, as ONNX.')
-    parser.add_argument('run', metavar='RUN', help='folder of the finished run, or a part of its name')
-    parser.add_argument('--to', default='onnx', choices=['onnx'], help='format (default: %(default)s)')
-    parser.add_argument('--out', metavar='FILE', help="file to write (default: model.onnx in the model's folder)")
-    args = parser.parse_args(arguments)
+    args = export_parser().parse_args(arguments)
     print(export_onnx(find_run(args.run), args.out and from_here(args.out)))
     return 0

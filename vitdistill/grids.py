@@ -6,10 +6,10 @@
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'named_fields', 'study_cells', 'grid_cells', 'config_of',
            'check_cells', 'slot_environment', 'write_record', 'read_record', 'noted_runs', 'end', 'model_for',
            'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order', 'look', 'tally',
-           'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'parser', 'main']
+           'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'main']
 
 # %% ../nbs/07a_grids.ipynb #55016e3f
-import argparse, inspect, json, os, re, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from .config import (Config, Interrupted, VitdistillError, field_names, fitting, from_root,
                                nearest, preset_parts, repo_root, shipped, shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, configure, stop
+from .options import grid_parser
 from .runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from .setup import check_settings
 from .studies import (MODELS, Study, combinations, full_name, listed, model_of, named, order,
@@ -393,34 +394,10 @@ def submit_batch(
         write_atomic(folder/'slurm.json', json.dumps({cells[n].place.stem: job for n, job in ids.items()}, indent=1))
         return look(cells, folder)
 
-# %% ../nbs/07a_grids.ipynb #9459b485
-def parser()->argparse.ArgumentParser:
-    "Returns the parser of `vitdistill grid`."
-    about = 'Train the runs of a study, or show their state. A study is a YAML file such as those of nbs/studies.'
-    made = argparse.ArgumentParser(prog='vitdistill grid', description=about)
-    made.add_argument('grid', help='name of a study in nbs/studies, or its file; or a .json of one cell')
-    made.add_argument('--out', default='out/batches', metavar='DIR',
-                      help='folder of executed notebooks and logs (default: %(default)s)')
-    made.add_argument('--at-once', type=int, metavar='N',
-                      help='runs at the same time (default: one per GPU, or one per core; 256 on Slurm)')
-    made.add_argument('--dry-run', action='store_true', help='list the runs and missing weights; train nothing')
-    made.add_argument('--status', action='store_true', help='show the state of each run; train nothing')
-    made.add_argument('--on', choices=('local', 'slurm'), default='local',
-                      help='train on this machine or as Slurm jobs (default: %(default)s)')
-    made.add_argument('--cluster', default='', metavar='FILE',
-                      help='YAML file of these options (with _ for -), at_once, setup (shell lines), more (for sbatch)')
-    slurm = made.add_argument_group('resources of each Slurm job')
-    comments = dict(re.findall(r'^    (\w+):.* # (.+)$', inspect.getsource(Ask), re.M))
-    for f in fields(Ask):
-        if f.type in (str, int, float) and f.name != 'at_once':
-            slurm.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, metavar=f.type.__name__.upper(),
-                               help=comments[f.name] + (f' (default: {f.default})' if f.default else ''))
-    return made
-
 # %% ../nbs/07a_grids.ipynb #e6940ae2
 def main(arguments:list=None)->int:
     "Runs `vitdistill grid`; returns the number of failed cells, at most 100, as exit status."
-    args = parser().parse_args(arguments)
+    args = grid_parser().parse_args(arguments)
     try:
         if args.grid.endswith('.json'): return execute_alone(args.grid)
         if args.at_once is not None and args.at_once < 1:
@@ -437,7 +414,7 @@ def main(arguments:list=None)->int:
         elif args.on == 'local': run_batch(cells, folder, args.at_once)
         else:
             given = {f.name: getattr(args, f.name, None) for f in fields(Ask)}
-            submit_batch(cells, folder, read_ask(args.cluster, **given))
+            submit_batch(cells, folder, read_ask(args.cluster or '', **given))
             print(f'to see their state: vitdistill grid {args.grid} --status')
         print(table(cells))
     except VitdistillError as e: sys.exit(f'{e}')
