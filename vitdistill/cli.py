@@ -16,8 +16,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 import yaml
 from . import __version__
-from .config import GROUPS, ROOT_MARKS, SHIPPED, Config, VitdistillError, field_names, from_dict, from_here
-from .config import from_root, load, nearest, preset, repo_root, shipped, shipped_names, typed_path
+from .config import GROUPS, ROOT_MARKS, SHIPPED, Config, VitdistillError, cores, field_names, free_threads
+from .config import from_dict, from_here, from_root, load, nearest, preset, repo_root, shipped
+from .config import shipped_names, typed_path
 from .options import (bench_parser, captions_parser, compare_parser, distill_parser, export_parser,
                                 grid_parser, hyphened)
 
@@ -183,6 +184,9 @@ def run_pair(
     noted = out/'.teacher' # gets the folder of the teacher's run
     another = alone or {'out_of_fold', 'teacher_data_fraction'} & {*given} # the student asks for another teacher
     noted.unlink(missing_ok=True)
+    threads, busy = free_threads(cores())
+    os.environ['VITDISTILL_THREADS'] = str(threads) # of each new run
+    if busy: print(busy, flush=True)
     for n, (name, (what, changed)) in enumerate(steps.items(), 1):
         print(f'[{n}/{len(steps) + 1}] {what}', flush=True)
         os.environ['VITDISTILL_ARM'] = f'pair/{arms[name]}' if name in arms else ''
@@ -191,7 +195,7 @@ def run_pair(
         if arms.get(name) == 'taught' and noted.is_file() and not another:
             values['teacher_weights'] = str(Run(noted.read_text().splitlines()[-1]).model)
         print('notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
-    os.environ['VITDISTILL_ARM'] = os.environ['VITDISTILL_CELL'] = ''
+    os.environ['VITDISTILL_ARM'] = os.environ['VITDISTILL_CELL'] = os.environ['VITDISTILL_THREADS'] = ''
     print(f'[{n + 1}/{n + 1}] draw figures and tables', flush=True)
     print('notebook:', run_notebook('a01_paper', out/'a01_paper.ipynb', shown), flush=True)
 

@@ -6,14 +6,14 @@
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'FORMS', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest',
            'require', 'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'fitting',
            'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores',
-           'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields', 'CaptionFields', 'OptimizationFields',
-           'MachineFields', 'RecordFields', 'FoundFields', 'Config', 'field_names', 'check', 'from_dict',
-           'refuse_repeats', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
-           'student_name', 'run_name']
+           'busy_cores', 'free_threads', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields',
+           'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
+           'field_names', 'check', 'from_dict', 'refuse_repeats', 'read_yaml', 'load', 'preset_parts', 'preset', 'save',
+           'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
-import socket, sys, typing
+import socket, sys, time, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -190,6 +190,38 @@ def cores()->int:
     "Returns the number of processor cores that this process may use."
     here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return int(max(1, min(here, cgroup_limit('cpu.max'))))
+
+# %% ../nbs/00_config.ipynb #6b6f7849
+def busy_cores(
+    cpus:typing.Iterable[int], # numbers of the processors
+    seconds:float=.3           # for which they are watched
+)->float:
+    "Returns how many of these processors compute now, whoever uses them; 0 where the system does not tell."
+    def times():
+        try: lines = Path('/proc/stat').read_text().splitlines()
+        except OSError: return {}
+        rows = [line.split() for line in lines if re.match(r'cpu\d', line)]
+        return {int(name[3:]): [*map(int, numbers)][:8] for name, *numbers in rows} # user nice system idle iowait ...
+    before = times()
+    time.sleep(seconds)
+    after, busy = times(), 0.
+    for cpu in {*cpus} & before.keys() & after.keys():
+        spent = [late - early for early, late in zip(before[cpu], after[cpu])]
+        if total := sum(spent): busy += 1 - (spent[3] + spent[4])/total
+    return busy
+
+def free_threads(
+    most:int,  # threads that the runs may have together
+    runs:int=1 # that start side by side now
+)->tuple[int, str]:
+    "Returns the threads of each run, so that each finds a free core, and a sentence if other programs take some."
+    if most <= runs: return 1, ''
+    cpus = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
+    for _ in range(3): # a moment's work of others does not count
+        busy = busy_cores(cpus)
+        threads = max(1, min(most, int(len(cpus) - busy + .5))//runs)
+        if threads == most//runs: return threads, ''
+    return threads, f'other programs use {busy:.1f} of {len(cpus)} cores here: {threads} thread(s) for each run.'
 
 # %% ../nbs/00_config.ipynb #b4b0d2aa
 GROUPS = 'student', 'data', 'teacher', 'objective', 'captions', 'optimization', 'machine', 'record', 'found'

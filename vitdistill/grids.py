@@ -22,7 +22,7 @@ from threading import Event
 import torch, yaml
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
-from .config import (Config, Interrupted, VitdistillError, field_names, fitting, from_root,
+from .config import (Config, Interrupted, VitdistillError, field_names, fitting, free_threads, from_root,
                                nearest, preset_parts, repo_root, shipped, shipped_names, write_atomic)
 from .launch import bind_to_parent, check_names, configure, stop
 from .options import grid_parser
@@ -130,12 +130,13 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
         except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
 
 # %% ../nbs/07a_grids.ipynb #217dbe40
-def slot_environment(slot:int, slots:int, gpus:int)->dict:
+def slot_environment(slot:int, slots:int, gpus:int, threads:int=0)->dict: # threads: of each new run; 0: not decided
     "Returns the environment variables of a cell in slot 0, 1, ...: its GPU, or its share of the cores."
-    if slots == 1: return {}
+    decided = {'VITDISTILL_THREADS': str(threads)} if threads else {}
+    if slots == 1: return decided
     visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus))) # e.g. Slurm's
     mine = {'CUDA_VISIBLE_DEVICES': visible.split(',')[slot % gpus].strip()} if gpus else {}
-    return mine | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
+    return mine | decided | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
 
 # %% ../nbs/07a_grids.ipynb #4a4a455b
 def write_record(cell:Cell)->None:
@@ -353,7 +354,7 @@ def run_batch(
         try:
             if stopped.is_set(): return
             if all(cells[first].state == 'done' for first in cell.after):
-                execute(cell, slot_environment(slot, slots, gpus), processes=processes)
+                execute(cell, slot_environment(slot, slots, gpus, threads), processes=processes)
             else:
                 cell.state = NO_TEACHER
                 write_record(cell)
@@ -365,6 +366,8 @@ def run_batch(
     with hold_folder(cells, folder) as todo:
         slots, started = max(1, min(len(todo), at_once or gpus or cores())), {}
         for slot in range(slots): free.put(slot)
+        threads, busy = (0, '') if gpus or not todo else free_threads(cores(), slots)
+        if busy: print(busy)
         print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
         with ThreadPoolExecutor(slots) as pool:
             try:

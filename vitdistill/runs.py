@@ -159,7 +159,7 @@ def environment()->dict:
         return subprocess.run(['git', '-C', SHIPPED, *words], capture_output=True, text=True).stdout.strip()
     return dict(vitdistill=vitdistill.__version__, python=platform.python_version(), torch=torch.__version__,
                 torchvision=torchvision.__version__, timm=timm.__version__, platform=platform.platform(),
-                processor=_processor(), cores=cores(),
+                processor=_processor(), cores=cores(), threads=torch.get_num_threads(),
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
