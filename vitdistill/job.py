@@ -365,9 +365,10 @@ class Distilled:
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
         link, (_, run) = self.out/'models'/name, min(self.runs()[name].items())
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
+        place = from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
+        other = link.is_symlink() and link.resolve().parts[-2:] != place.parts[-2:] # of another run: a preset changed
+        if other or not link.exists():
             link.unlink(missing_ok=True)
-            place = from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
             link.symlink_to(os.path.relpath(place, link.parent))
         return link
 

@@ -313,7 +313,7 @@ def finished_teacher(wanted:Config)->Run|None:
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run)
             and all(getattr(run.config, name) == getattr(wanted, name) for name in TEACHER_FIELDS)
             and image_side(run.config) == image_side(wanted)]
-    return max(runs, key=lambda run: (run.name == own, (run.folder/'result.json').stat().st_mtime), default=None)
+    return max(runs, key=lambda run: (run.name == own, run.begun), default=None)
 
 # %% ../nbs/07_launch.ipynb #bb83ccb8
 def teacher_of_preset(

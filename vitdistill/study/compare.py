@@ -31,7 +31,7 @@ def finished_runs(runs:list[Run])->dict[int, Run]: # of one arm
 
 def newest(runs:list[Run])->list[Run]: # of one arm; as its settings may have changed
     "Returns one run of each seed: the one that was started last."
-    by_age = sorted(runs, key=lambda run: ((run.folder/'config.yaml').stat().st_mtime, run.name))
+    by_age = sorted(runs, key=lambda run: (run.begun, run.name))
     return [run for _, run in sorted({run.config.seed: run for run in by_age}.items())]
 
 def right_answers(run:Run, file:str='predictions.npz')->pd.Series: # file: of `prediction_files`
