@@ -124,7 +124,7 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     second = replace(first, lr=2e-3)
     nowhere = replace(tiny, teacher_weights="hf-hub:me/nothing", runs_dir=str(tmp_path / "nowhere"))
     files = [str(save(config, tmp_path / f"{n}.yaml")) for n, config in enumerate((teacher, first, second, nowhere))]
-    (tmp_path / "settings.ini").touch()  # the root of all
+    (tmp_path / ".vitdistill").touch()  # the root of all
     ran = subprocess.run([sys.executable, "-c", SCRIPT, *files], cwd=tmp_path, env=env, capture_output=True, text=True,
                          timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]

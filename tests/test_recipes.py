@@ -16,12 +16,13 @@ import yaml
 
 from conftest import ROOT, TINY, record
 from test_notebooks import execute
-from vitdistill.api import parser as distill_parser, save
+from vitdistill.api import save
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, defining, field_names
-from vitdistill.grids import check_cells, config_of, grid_cells, missing_weights, parser, start_order, study_cells
+from vitdistill.grids import check_cells, config_of, grid_cells, missing_weights, start_order, study_cells
 from vitdistill.launch import configure, notebook_names
 from vitdistill.models import read_weights
+from vitdistill.options import distill_parser, grid_parser
 from vitdistill.runs import find_runs
 from vitdistill.studies import read_study, study_file, trains
 
@@ -168,7 +169,7 @@ def test_command_and_its_options_exist(words, capsys):
     elif words[1] == "distill":
         assert field_values(distill_parser().parse_known_args(words[2:])[1])
     elif words[1] == "grid":
-        assert words[2] == "alpha.yaml" or study_file(parser().parse_args(words[2:]).grid)
+        assert words[2] == "alpha.yaml" or study_file(grid_parser().parse_args(words[2:]).grid)
     else:
         with pytest.raises(SystemExit, match="0"):
             COMMANDS[words[1]](["--help"])
@@ -192,7 +193,7 @@ def test_commands_train_and_export(tmp_path):
     """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands' options."""
     train = next(words for words in VITDISTILL if words[1] == "train" and "--track" in words)
     export = next(words for words in VITDISTILL if words[1] == "export")
-    train[train.index("--runs_dir") + 1] = str(tmp_path / "runs")
+    train[train.index("--runs-dir") + 1] = str(tmp_path / "runs")
     small = dict(work_dir=tmp_path / "work", student="resnet18", data_fraction=0.1, epochs=1)
 
     def vitdistill(*words):

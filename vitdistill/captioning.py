@@ -6,7 +6,7 @@
 __all__ = ['TOWER_TEMPLATES', 'PAIRS', 'UNUSED', 'STEPS', 'image_facts', 'Part', 'own_encoder', 'create_encoder', 'Captioning',
            'centred', 'labelled_parts', 'unlabelled_parts', 'noise_facts', 'prepare_captions', 'caption_epoch',
            'text_loss', 'measured', 'train_captions', 'plane', 'test_arrays', 'save_captioner', 'finish_captions',
-           'load_captioner', 'caption_files', 'own_config', 'parser', 'main_captions', 'main']
+           'load_captioner', 'caption_files', 'own_config', 'main_captions', 'main']
 
 # %% ../nbs/09a_captioning.ipynb #5a9b6589
 import argparse, csv, json, sys, time, typing
@@ -17,7 +17,8 @@ from filelock import FileLock
 from .augment import AUGMENTATIONS
 from .captions import Captioner, Facts, add_noise, bleu, check_templates, create_decoder, gap, noise_rule
 from .captions import parse_caption, share_right, tokens_of, build_tokenizer, write_captions
-from .config import Config, VitdistillError, from_here, from_root, preset, shipped, write_atomic
+from .config import Config, VitdistillError, default_place, from_here, from_root, preset, shipped
+from .config import write_atomic
 from .data import Data, digest, generator, image_words, load_data, read_texts, split_rows, stratified
 from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
@@ -372,28 +373,16 @@ def own_config(texts:str|Path, out:str|Path, fields:dict)->Config: # fields: of 
     if config.decoder != 'nearest': return config
     raise VitdistillError("decoder = 'nearest' keeps no model that could caption images: leave decoder out.")
 
-def parser()->argparse.ArgumentParser:
-    "Returns the parser of `vitdistill captions`, without the fields of Config."
-    made = argparse.ArgumentParser(prog='vitdistill captions', description='Learn to write from a text file, and '
-        'caption images: CSV with path and caption. A finished run is not repeated. Any field of Config can be given, '
-        'as vitdistill train --help lists them, such as --clip, --clip_pretrained, --decoder and --noise_std.')
-    made.add_argument('--texts', required=True, metavar='FILE', help='text file, one caption a line')
-    made.add_argument('--images', required=True, nargs='+', metavar='DIR', help='image files, or folders of them')
-    made.add_argument('--out', default='out/captions', metavar='DIR',
-                      help='folder for the run and captions.csv (default: %(default)s)')
-    made.add_argument('--preset', default='captions_own', help='recipe (default: %(default)s)')
-    made.add_argument('--json', action='store_true', help='print a JSON object per line instead of CSV')
-    return made
-
-def main_captions(given:argparse.Namespace, fields:dict)->int: # given: of `parser`
+def main_captions(given:argparse.Namespace, fields:dict)->int: # given: of `captions_parser`
     "Runs `vitdistill captions`: trains unless it is done, writes captions.csv, prints it; returns the exit status."
     named_images(given.images) # before it trains
-    config, failed = own_config(given.texts, given.out, fields | dict(preset=given.preset)), []
+    out = default_place(given.out)
+    config, failed = own_config(given.texts, out, fields | dict(preset=given.preset)), []
     run = launch(config, show=False, needed=True)
     table = caption_files(run.model, given.images, failed.append)
     for sentence in failed: print(sentence, file=sys.stderr)
     table['path'] = table.path.map(printable)
-    write_atomic(from_here(given.out)/'captions.csv', table.to_csv(index=False))
+    write_atomic(out/'captions.csv', table.to_csv(index=False))
     if given.json:
         for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))
     else: print(table.to_csv(index=False), end='')

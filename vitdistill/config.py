@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'FORMS', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest',
-           'first_line', 'require', 'repo_root', 'from_root', 'from_here', 'fitting', 'shipped', 'shipped_names',
-           'no_space', 'write_atomic', 'cgroup_limit', 'cores', 'StudentFields', 'DataFields', 'TeacherFields',
-           'ObjectiveFields', 'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields',
-           'Config', 'field_names', 'check', 'from_dict', 'YamlLoader', 'refuse_repeats', 'keep_texts', 'parse_yaml',
-           'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
+           'first_line', 'require', 'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path',
+           'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number',
+           'cores', 'busy_cores', 'free_threads', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields',
+           'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
+           'field_names', 'check', 'from_dict', 'YamlLoader', 'refuse_repeats', 'keep_texts', 'parse_yaml', 'read_yaml',
+           'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
-import socket, typing
+import socket, sys, time, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -69,13 +70,20 @@ def require(
 _package = Path(globals().get('__file__', 'here')).resolve().parent # in a notebook: the folder of the notebooks
 ROOT_MARKS = 'settings.ini', '.vitdistill' # files that mark a clone, and a folder made by `vitdistill new`
 
+def is_root(folder:Path)->bool:
+    "Returns whether a folder is a clone of this project or was made by `vitdistill new`; others have settings.ini too."
+    if (folder/ROOT_MARKS[1]).is_file(): return True
+    try: settings = (folder/ROOT_MARKS[0]).read_text(errors='replace')
+    except OSError: return False
+    return bool(re.search(r'^lib_name *= *vitdistill *$', settings, re.M))
+
 def repo_root(
     start=None # folder to start from; default: the working directory, then this package's clone
 )->Path:
     "Returns the nearest folder upwards that is a clone or was made by `vitdistill new`; else the working directory."
     here = Path(start or '.').resolve()
     for folder in (here, *here.parents, _package.parent):
-        if any((folder/mark).is_file() for mark in ROOT_MARKS): return folder
+        if is_root(folder): return folder
     return Path('.').resolve()
 
 # %% ../nbs/00_config.ipynb #a83784c2
@@ -85,10 +93,24 @@ def from_root(path:str|Path)->Path:
     return path if path.is_absolute() else repo_root()/path
 
 def from_here(path:str|Path)->Path:
-    "Returns `from_root(path)` in the repository; elsewhere the path from the working folder, as on a command line."
+    "Returns a user's path from the working folder; in a notebook below `repo_root()`, from there."
     here = Path.cwd()
-    if repo_root() in (here, *here.parents): return Path(os.path.normpath(from_root(path)))
-    return Path(path).expanduser().resolve()
+    if repo_root() not in (here, *here.parents): return Path(path).expanduser().resolve()
+    start = repo_root() if _in_notebook() else here
+    return Path(os.path.normpath(start/Path(path).expanduser()))
+
+def _in_notebook()->bool:
+    return 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
+
+def default_place(path:str|Path)->Path:
+    "Returns a default path of a command: below `repo_root()` if the working folder is too, else below that folder."
+    here = Path.cwd()
+    return from_root(path) if repo_root() in (here, *here.parents) else Path(path).expanduser().resolve()
+
+def typed_path(path:str|Path)->str:
+    "Returns `from_here(path)` as a config keeps it: from `repo_root()` if it lies below, else absolute."
+    place = from_here(path)
+    return str(place.relative_to(repo_root()) if place.is_relative_to(repo_root()) else place)
 
 # %% ../nbs/00_config.ipynb #e191ccae
 def fitting(pattern:str)->list[str]: # a path from the repository's root; may contain *, ? or [...]
@@ -164,10 +186,47 @@ def cgroup_limit(
     return min(limits)
 
 # %% ../nbs/00_config.ipynb #368717ec
+def environment_number(name:str, default:int)->int:
+    "Returns the first number in an environment variable, such as 4 of '4,2'; without one `default`."
+    found = re.match(r'\s*(\d+)', os.environ.get(name, ''))
+    return int(found[1]) if found else default
+
 def cores()->int:
     "Returns the number of processor cores that this process may use."
     here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return int(max(1, min(here, cgroup_limit('cpu.max'))))
+
+# %% ../nbs/00_config.ipynb #6b6f7849
+def busy_cores(
+    cpus:typing.Iterable[int], # numbers of the processors
+    seconds:float=.3           # for which they are watched
+)->float:
+    "Returns how many of these processors compute now, whoever uses them; 0 where the system does not tell."
+    def times():
+        try: lines = Path('/proc/stat').read_text().splitlines()
+        except OSError: return {}
+        rows = [line.split() for line in lines if re.match(r'cpu\d', line)]
+        return {int(name[3:]): [*map(int, numbers)][:8] for name, *numbers in rows} # user nice system idle iowait ...
+    before = times()
+    time.sleep(seconds)
+    after, busy = times(), 0.
+    for cpu in {*cpus} & before.keys() & after.keys():
+        spent = [late - early for early, late in zip(before[cpu], after[cpu])]
+        if total := sum(spent): busy += 1 - (spent[3] + spent[4])/total
+    return busy
+
+def free_threads(
+    most:int,  # threads that the runs may have together
+    runs:int=1 # that start side by side now
+)->tuple[int, str]:
+    "Returns the threads of each run, so that each finds a free core, and a sentence if other programs take some."
+    if most <= runs: return 1, ''
+    cpus = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
+    for _ in range(3): # a moment's work of others does not count
+        busy = busy_cores(cpus)
+        threads = max(1, min(most, int(len(cpus) - busy + .5))//runs)
+        if threads == most//runs: return threads, ''
+    return threads, f'other programs use {busy:.1f} of {len(cpus)} cores here: {threads} thread(s) for each run.'
 
 # %% ../nbs/00_config.ipynb #b4b0d2aa
 GROUPS = 'student', 'data', 'teacher', 'objective', 'captions', 'optimization', 'machine', 'record', 'found'

@@ -454,9 +454,9 @@ class Distilled:
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
         link, (_, run) = self.out/'models'/name, min(self.runs()[name].items())
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
+        place = run.place(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
+        if link.resolve() != place.resolve(): # none yet, or of another run, since a preset has changed
             link.unlink(missing_ok=True)
-            place = run.place(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
             link.symlink_to(os.path.relpath(place, link.parent))
         return link
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'TEACHER_FIELDS', 'check_names', 'parameters', 'configure', 'rank_count', 'rank_command',
-           'bind_to_parent', 'stop', 'failure', 'follow', 'train_on_ranks', 'makes_teacher', 'has_model', 'note_run',
-           'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'finished_teacher',
-           'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
+           'bind_to_parent', 'stop', 'failure', 'follow', 'begun_threads', 'train_on_ranks', 'makes_teacher',
+           'has_model', 'note_run', 'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill',
+           'finished_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../nbs/07_launch.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from filelock import FileLock
-from .config import Config, Interrupted, VitdistillError, field_names, from_root, nearest, preset
-from .config import preset_parts, save, shipped_names
+from .config import Config, Interrupted, VitdistillError, environment_number, field_names, free_threads
+from .config import from_root, nearest, preset, preset_parts, save, shipped_names
 from .data import image_side
 from .losses import OBJECTIVES
 from .live import LiveCurve, in_jupyterlab
@@ -179,18 +179,34 @@ def follow(process:subprocess.Popen, run:Run, log:Path, show:bool)->collections.
     process.wait()
     return tail
 
+# %% ../nbs/07_launch.ipynb #ee9d98c5
+def begun_threads(
+    config:Config, # resolved
+    run:Run,
+    ranks:int      # on this node
+)->tuple[int, str]:
+    "Returns the threads of each rank, and a sentence if other programs take some: a resumed run keeps its number."
+    most = threads_per_rank(config, ranks)
+    if config.threads != 'auto' or config.device != 'cpu': return most, ''
+    if run.status != 'new': return min(most, run.environment.get('threads', most)), ''
+    if told := environment_number('VITDISTILL_THREADS', 0): return min(most, told), '' # the same for all runs of a job
+    return free_threads(most*ranks, ranks)
+
 # %% ../nbs/07_launch.ipynb #7624ad8d
 def train_on_ranks(config:Config, run:Run, nproc:int|None, show:bool, *extra:str)->str:
     "Starts the ranks of a resolved config and waits for their end; returns why they failed, or ''."
     ranks, note = rank_count(config, nproc, torch.cuda.device_count())
     if note and show: print(note)
+    threads, busy = begun_threads(config, run, ranks)
+    if busy and show: print(busy)
     work, caches = from_root(config.work_dir)/run.name, from_root(config.work_dir)/'compiled'
     config = replace(config, **dict.fromkeys(config.auto, 'auto')) # each rank resolves it for its own node
     file = save(config, work/'launch.yaml')
-    env = os.environ | dict(VITDISTILL_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1',
-                            OMP_NUM_THREADS=str(threads_per_rank(config, ranks)),
+    env = os.environ | dict(VITDISTILL_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(threads),
+                            PYTHONSAFEPATH='1', # a user's statistics.py in the working folder is not Python's
                             TORCHINDUCTOR_CACHE_DIR=str(caches/'inductor'), # keeps what torch.compile makes
                             TRITON_CACHE_DIR=str(caches/'triton'))
+    if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & env.keys(): env['GOMP_SPINCOUNT'] = '10000' # threads yield sooner
     with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:
         Path(errors, '0').mkdir() # torchrun makes its own folders
         command, more = rank_command(config, file, ranks, *extra, errors=errors)
@@ -297,7 +313,7 @@ def finished_teacher(wanted:Config)->Run|None:
     runs = [run for run in find_runs(wanted.runs_dir) if run.status == 'done' and has_model(run)
             and all(getattr(run.config, name) == getattr(wanted, name) for name in TEACHER_FIELDS)
             and image_side(run.config) == image_side(wanted)]
-    return max(runs, key=lambda run: (run.name == own, (run.folder/'result.json').stat().st_mtime), default=None)
+    return max(runs, key=lambda run: (run.name == own, run.begun), default=None)
 
 # %% ../nbs/07_launch.ipynb #bb83ccb8
 def teacher_of_preset(

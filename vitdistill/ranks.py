@@ -17,7 +17,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils.distributed import world_info_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from .config import Config, VitdistillError, cores
+from .config import Config, VitdistillError, cores, environment_number
 from .data import seed_host
 
 # %% ../nbs/05a_ranks.ipynb #f958c3ba
@@ -88,7 +88,7 @@ def error_of_watchdog(lines:list)->VitdistillError|None: # lines: the end of a l
 def end_with_parent()->None:
     "Starts a thread that ends this process when torchrun, or the notebook that launched it, has ended."
     if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return # a run started by hand may outlive its shell
-    parent, launcher = os.getppid(), int(os.environ.get('VITDISTILL_LAUNCHER', 0))
+    parent, launcher = os.getppid(), environment_number('VITDISTILL_LAUNCHER', 0)
     def watch():
         with suppress(ProcessLookupError): # raised once the launcher has ended
             while os.getppid() == parent:
@@ -124,7 +124,7 @@ def end_by_signal()->None:
 def threads_per_rank(config:Config, local_world:int)->int:
     "Returns the CPU threads of a rank: its share of the cores, or fewer if OMP_NUM_THREADS is lower."
     if config.threads != 'auto': return config.threads
-    return max(1, min(cores()//local_world, int(os.environ.get('OMP_NUM_THREADS', cores()))))
+    return max(1, min(cores()//local_world, environment_number('OMP_NUM_THREADS', cores())))
 
 # %% ../nbs/05a_ranks.ipynb #a5a0703b
 def set_numerics(

@@ -10,6 +10,7 @@ __all__ = ['columns', 'is_locked', 'read_rows', 'moved', 'read_checkpoint', 'rea
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, io, json, os, platform, shutil, subprocess
 from collections import Counter
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 import numpy as np
@@ -86,6 +87,11 @@ class Run:
     def model(self)->Path: return self.work/'model' # folder in timm's layout
     @property
     def environment(self)->dict: return read_json(self.folder/'environment.json')
+    @property
+    def begun(self)->str: # UTC; of 0.3 and before only the file's own time is known, which a clone does not keep
+        file = self.folder/'config.yaml'
+        written = file.stat().st_mtime if file.is_file() else 0
+        return self.environment.get('begun') or datetime.fromtimestamp(written, timezone.utc).isoformat()
     @property
     def result(self)->dict|None: # None until the run is done
         result = read_json(self.folder/'result.json')
@@ -183,7 +189,7 @@ def environment()->dict:
         return subprocess.run(['git', '-C', SHIPPED, *words], capture_output=True, text=True).stdout.strip()
     return dict(vitdistill=vitdistill.__version__, python=platform.python_version(), torch=torch.__version__,
                 torchvision=torchvision.__version__, timm=timm.__version__, platform=platform.platform(),
-                processor=_processor(), cores=cores(),
+                processor=_processor(), cores=cores(), threads=torch.get_num_threads(),
                 instructions=torch.backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
@@ -260,7 +266,8 @@ class RunWriter(Run):
     def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
         tracker_names(config.track) # raises if a tracker is unknown
         save(config, self.folder/'config.yaml')
-        self._write_json('environment.json', {**environment(), 'command': command})
+        now = datetime.now(timezone.utc).isoformat()
+        self._write_json('environment.json', {**environment(), 'begun': now, 'command': command})
         for name in ('config', 'trackers'): self.__dict__.pop(name, None)
 
     @cached_property

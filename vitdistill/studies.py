@@ -276,7 +276,8 @@ def model_of(
     arm:str,       # 'study/arm'
     seed:int|None, # of the run that uses the model
     runs_dir:str,  # folder of run folders
-    fields:dict={} # of Config, that the run has to have
+    fields:dict={}, # of Config, that the run has to have
+    recipe:dict={}  # of Config, that it has unless its preset was edited since
 )->str:
     "Returns the path of the model that an arm trained, or of its answers if the model is not here."
     runs = runs_with(arm, find_runs(runs_dir), fields)
@@ -285,7 +286,7 @@ def model_of(
     if len(runs) > 1 and not (fields and len({run.config.seed for run in runs}) == 1):
         raise VitdistillError(f"{arm} stands for {len(runs)} models ({', '.join(run.name for run in runs[:3])}): name "
                               'an arm with one model a seed.')
-    run = max(runs, key=lambda run: (run.folder/'result.json').stat().st_mtime) # of equal fields: a preset has changed
+    run = max(matching_runs(runs, recipe) or runs, key=lambda run: run.begun) # of equal fields: a preset has changed
     folders = [run.model]
     if run.config.experiment == 'adopted_teacher': # its weights are in the folder that e04 made
         adopted = from_root(run.config.work_dir)/Path(run.config.student_weights).parent.name/'model'

@@ -14,7 +14,7 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import gmean
 from .results import prediction_arrays
 from .agreement import ece
-from ..config import VitdistillError, from_root, write_atomic
+from ..config import VitdistillError, from_here, write_atomic
 from ..records import share_images
 from ..runs import Run, npz_bytes, read_arrays
 
@@ -83,7 +83,7 @@ def main(arguments:list=None)->int:
                                      description='Writes calibration.json into run folders and removes their logits.')
     parser.add_argument('folder', nargs='+', help='run folder')
     refused = 0
-    for run in map(Run, map(from_root, parser.parse_args(arguments).folder)):
+    for run in map(Run, map(from_here, parser.parse_args(arguments).folder)):
         try: print(f"{run.name}: {', '.join(keep_scores(run)) or 'nothing to do'}")
         except VitdistillError as e:
             refused = 1

@@ -9,12 +9,14 @@ __all__ = ['columns', 'finished_runs', 'newest', 'right_answers', 'difference_ov
            'main']
 
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
-import argparse, json, shlex
+import json, shlex
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from ..config import Config, VitdistillError, defining, field_names, from_here, from_root, shipped_names
+from ..config import Config, VitdistillError, default_place, defining, field_names, from_root
+from ..config import shipped_names
+from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
 from ..studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of, sides, trains
 from .figures import save_figure, save_table, style
@@ -29,7 +31,7 @@ def finished_runs(runs:list[Run])->dict[int, Run]: # of one arm
 
 def newest(runs:list[Run])->list[Run]: # of one arm; as its settings may have changed
     "Returns one run of each seed: the one that was started last."
-    by_age = sorted(runs, key=lambda run: ((run.folder/'config.yaml').stat().st_mtime, run.name))
+    by_age = sorted(runs, key=lambda run: (run.begun, run.name))
     return [run for _, run in sorted({run.config.seed: run for run in by_age}.items())]
 
 def right_answers(run:Run, file:str='predictions.npz')->pd.Series: # file: of `prediction_files`
@@ -346,20 +348,12 @@ def printed(comparison:Comparison)->str:
 
 def main(arguments:list=None)->int:
     "Runs `vitdistill compare`."
-    parser = argparse.ArgumentParser(prog='vitdistill compare',
-                                     description='Compare the arms of a study, finished or not: table, forest plot, '
-                                     'curves, page.')
-    parser.add_argument('study', help='name of a study in nbs/studies, or its file')
-    parser.add_argument('--runs', default='',
-                        help="folder of run folders (default: the study's runs_dir, or reports/runs)")
-    parser.add_argument('--out', default='out/compare',
-                        help='folder for tables/, figures/ and the page (default: %(default)s)')
-    args = parser.parse_args(arguments)
-    comparison = load(args.study, args.runs)
+    args = compare_parser().parse_args(arguments)
+    comparison = load(args.study, str(args.runs or ''))
     if not any(comparison.arms.values()):
         raise VitdistillError(f'there is no run of {args.study}: start it by vitdistill grid '
                               f'{shlex.quote(args.study)}, or '
                               'name run folders in the file: "plain: {runs: [NAME, ...]}".')
     print(printed(comparison))
-    print(f'wrote {write(comparison, from_here(args.out))}')
+    print(f'wrote {write(comparison, default_place(args.out))}')
     return 0
