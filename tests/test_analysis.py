@@ -170,6 +170,7 @@ def test_figure4_on_the_papers_axes(tmp_path):
     papers_pair(tmp_path / "runs", -0.03)
     (curve_run(tmp_path / "runs", lambda e: 0.5) / "arms.json").unlink()  # of no study: not in the figure
     execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    assert "trendlines to epoch 200" in (tmp_path / "out/figures/figure4.svg").read_text()  # drawn beyond the data
     laws = pd.read_csv(tmp_path / "out/tables/trendlines.csv").set_index("curve")
     assert (laws.loc[["baseline, measured", "distilled, measured"], "fitted to epochs"] == "1 to 140").all()
     assert laws.loc["baseline, published", "R²"] == 0.662 and laws.loc["distilled, published", "R²"] == 0.962

@@ -116,15 +116,16 @@ def cost_rows(
 
 # %% ../../nbs/study/05_findings.ipynb #fb6d2a6a
 def calibration_rows(arms:dict[str, list[Run]])->pd.DataFrame: # finished runs with predictions count; fractions
-    "Returns the expected calibration error of each arm on test images, mean and standard deviation over seeds."
-    def error(run):
+    "Returns accuracy, mean confidence and expected calibration error of each arm on test images, over seeds."
+    def errors(run):
         frame = read_predictions(run)
-        return ece(frame.confidence, frame.decision == frame.label)
-    runs = [(name, run.name, run.result['test_top1'], error(run)) for name, arm in arms.items()
+        return frame.confidence.mean(), ece(frame.confidence, frame.decision == frame.label)
+    runs = [(name, run.name, run.result['test_top1'], *errors(run)) for name, arm in arms.items()
             for run in finished_runs(arm).values() if (run.folder/'predictions.npz').is_file()]
-    by_arm = pd.DataFrame(runs, columns=['arm', 'run', 'top1', 'ece']).groupby('arm', sort=False)
-    return significant(by_arm.agg(top1=('top1', 'mean'), ece=('ece', 'mean'), ece_std=('ece', 'std'),
-                                  seeds=('run', 'size'), runs=('run', ', '.join)).reset_index())
+    by_arm = pd.DataFrame(runs, columns=['arm', 'run', 'top1', 'confidence', 'ece']).groupby('arm', sort=False)
+    return significant(by_arm.agg(top1=('top1', 'mean'), confidence=('confidence', 'mean'), ece=('ece', 'mean'),
+                                  ece_std=('ece', 'std'), seeds=('run', 'size'),
+                                  runs=('run', ', '.join)).reset_index())
 
 # %% ../../nbs/study/05_findings.ipynb #c310fa96
 def teacher_rows(
