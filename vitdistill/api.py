@@ -22,8 +22,8 @@ from .models import check_name, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
 from .grids import check_cells, study_cells
-from .job import (Distilled, costs, few_test_images, fitting_side, look, study_of, teacher_part, train,
-                            weights_here, costs_in_words, with_test, write_study)
+from .job import (Distilled, costs, costs_in_words, few_test_images, fitting_fraction, fitting_side, look,
+                            study_of, teacher_part, train, weights_here, with_test, write_study)
 from .study.compare import write
 from .studies import Study
 
@@ -74,7 +74,9 @@ def distill(
     of_data = {name: value for name, value in fields.items() if name in field_names(group='data')}
     recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
     if check_dataset(recipe.dataset).side: fields['dataset'] = 'imagefolder' # a recipe for digits, for example
-    images = look(replace(recipe, dataset=fields.get('dataset', recipe.dataset)), drawn=root != data)
+    recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
+    if (fraction := fitting_fraction(recipe)) != recipe.val_fraction: fields['val_fraction'] = fraction
+    images = look(replace(recipe, val_fraction=fraction), drawn=root != data)
     print(images, flush=True)
     if few := few_test_images(images.test): print(few, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_test', 'is_there', 'folder_of_tests', 'Images', 'sides_of',
-           'look', 'fitting_side', 'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
-           'study_of', 'begun_parts', 'write_study', 'costs_in_words', 'seconds_an_image', 'costs', 'is_weak',
-           'measure_teacher', 'train', 'draw_answers', 'Distilled', 'draw_test_images', 'balanced_accuracy',
+           'look', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs',
+           'teacher_part', 'study_of', 'begun_parts', 'write_study', 'costs_in_words', 'seconds_an_image', 'costs',
+           'is_weak', 'measure_teacher', 'train', 'draw_answers', 'Distilled', 'draw_test_images', 'balanced_accuracy',
            'trained_out', 'advice', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
 from PIL import Image
 from tqdm import tqdm
 from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
-from .data import list_images, load_data, split_rows, stratified
+from .data import held_out, list_images, load_data, split_rows, stratified
 from .files import TESTS, bare_folders, files_below, is_image, printable, read_image, reason_of
 from .files import refuse_broken, say_once, unreadable
 from .grids import Cell, config_of, model_for
@@ -186,6 +186,12 @@ def fitting_side(side:int, gpu:bool=False)->int: # usual shorter side of the ima
     "Returns the side in px to train at: a multiple of 32, not above the images', at most 224 (128 without a GPU)."
     return min(max(32, side//32*32), 224 if gpu else 128)
 
+# %% ../nbs/10_job.ipynb #5b4612a1
+def fitting_fraction(config:Config)->float: # of a student
+    "Returns its val_fraction, or a quarter if that would hold out no image of its folder."
+    labels = torch.tensor([label for *_, label in list_images(config)['train'].files])
+    return config.val_fraction if len(held_out(labels, config.val_fraction, config.split_seed)[1]) else .25
+
 # %% ../nbs/10_job.ipynb #a7839c40
 def few_test_images(n:int)->str: # number of test images
     "Returns a warning if two students can't be compared on so few test images, else ''."
@@ -264,7 +270,7 @@ def study_of(
     about_teaching = field_names(teaching=True)
     places = dict(preset=given['preset'], data_root=str(images.root), runs_dir=str(out/'runs'),
                   work_dir=str(out/'work'))
-    shared = given_among({*field_names(shared=True), *field_names(group='machine')})
+    shared = given_among({*field_names(shared=True), *field_names(split=True), *field_names(group='machine')})
     if 'weights' in teacher: shared |= given_among(LOOSENS) # it is measured, and checked then
     return dict(
         title=f"{given['student']}, taught and plain", asked='Does a teacher help this student on these images?',
@@ -495,12 +501,13 @@ def advice(result:Distilled)->list[str]:
     if 'teacher' in first and is_weak(card := read_card(str(result.folder('teacher')))):
         lines.append(f"The teacher has {card['top1_held_out']:.0%} of {card['n_measured']} held-out images right, "
                      "hardly more than guessing: this job can't tell whether a teacher helps. Give more images.")
-    for name in students:
-        classes = len(read_card(str(result.folder(name)))['classes'])
-        balanced = balanced_accuracy(first[name])
-        if balanced <= least_accuracy(classes):
-            lines.append(f'The {name} student is near chance: over the classes it has {balanced:.0%} right on average, '
-                         f'and guessing has {1/classes:.0%}. Train longer (--epochs) before you compare.')
+    balanced = {name: balanced_accuracy(first[name]) for name in students}
+    classes = {len(read_card(str(result.folder(name)))['classes']) for name in students}
+    near = [name for name in students if balanced[name] <= least_accuracy(max(classes))]
+    if near:
+        shares = ' and '.join(f'{balanced[name]:.0%} ({name})' for name in near)
+        lines.append(f'Near chance: on average over the classes {shares} of the test images are right, and guessing '
+                     f'has {1/max(classes):.0%}. Train longer (--epochs) before you compare.')
     if len(students) < 2: return lines
     rows, difference = result.table().set_index('model'), next(result.comparison.table().itertuples())
     fitted = {name: first[name].result['train_views_top1'] for name in students}
