@@ -506,8 +506,9 @@ def adopt(
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
     names = ', '.join(place.name for place in places)
     origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
-    readme = readme_head(f'{config.student} on {config.dataset}', origin, card_rows(card, config.dataset),
-                         student_name(config))
+    rows = card_rows(card, config.dataset)
+    del rows['trained on'] # elsewhere, so it is only known what they have not seen
+    readme = readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))
     save_model(model.cpu(), folder, config.student_kwargs, card, readme, constants, size)
     return card
 
