@@ -12,10 +12,11 @@ __all__ = ['has_runs', 'link_images', 'with_test', 'Images', 'sides_of', 'look',
 import itertools, os, re, shutil, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
+from .config import Config, VitdistillError, dump_yaml, field_names, from_root, nearest, read_yaml
+from .config import write_atomic
 from .data import list_images, load_data, split_rows, stratified
 from .files import TESTS, files_below, is_image, printable
 from .grids import Cell, config_of, model_for
@@ -219,7 +220,7 @@ def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; fo
         keeps = f' (teacher = {kept} keeps its teacher)' if kept.exists() and not other else ''
         raise VitdistillError(f"{out} holds a job with other settings ({'; '.join(changes)}): name another folder as "
                               f'out{keeps}, or remove that one.')
-    return file if dry else write_atomic(file, yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
+    return file if dry else write_atomic(file, dump_yaml(study, allow_unicode=True))
 
 def _changes(old, new, name=''): # lines that say in which entries two parts of a study differ
     if old == new: return []
