@@ -16,7 +16,8 @@ from vitdistill.captions import create_decoder
 from vitdistill.cli import main
 from vitdistill.config import Config, VitdistillError, save
 from vitdistill.data import load_data
-from vitdistill.models import create_student, save_model
+from vitdistill.encoders import OpenClip
+from vitdistill.models import create, create_student, save_model
 from vitdistill.ranks import Ranks
 from vitdistill.runs import Run
 from vitdistill.setup import resolve
@@ -172,6 +173,21 @@ def test_bad_settings_are_refused_in_a_sentence(config, field, value, sentence, 
     with pytest.raises(VitdistillError, match=sentence) as caught:
         prepare_captions(resolve(replace(config, **{field: value})), Ranks())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [
+    lambda: create_decoder(Config(decoder="nobody/nothing"), []),
+    lambda: OpenClip("ViT-B-32", "laion2b_s34b_b79k"),
+    lambda: create("hf-hub:nobody/nothing", 3, 32)], ids=["decoder", "clip", "student"])
+def test_without_a_network_nothing_is_tried_again(load, monkeypatch, tmp_path):
+    """Five retries of huggingface_hub wait for half a minute."""
+    waits = []
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(VitdistillError, match="can not be had|could not be read"):
+        load()
+    assert not waits
 
 
 @pytest.mark.parametrize("package", ["transformers", "open_clip"])

@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from .config import Config, VitdistillError, nearest, require
 from .data import generator
-from .hub import failure_in_words
+from .hub import failure_in_words, without_retries
 
 # %% ../nbs/03c_captions.ipynb #b29c6e62
 def add_noise(
@@ -151,7 +151,9 @@ def create_decoder(config:Config, texts:list[str])->tuple: # (GPT-2, its tokeniz
     require('transformers', 'captions', 'captions')
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
     if config.decoder:
-        try: return GPT2LMHeadModel.from_pretrained(config.decoder), AutoTokenizer.from_pretrained(config.decoder)
+        try:
+            with without_retries(config.decoder):
+                return GPT2LMHeadModel.from_pretrained(config.decoder), AutoTokenizer.from_pretrained(config.decoder)
         except Exception as e: # the hub's, and transformers' own
             raise VitdistillError(f'decoder = {config.decoder!r} can not be had ({failure_in_words(e)}): name a folder '
                                   'that holds GPT-2, or leave it out for a small one.') from None

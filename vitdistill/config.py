@@ -8,8 +8,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'FORMS', 'Message', 'VitdistillErr
            'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number',
            'cores', 'busy_cores', 'free_threads', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields',
            'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
-           'field_names', 'check', 'from_dict', 'YamlLoader', 'refuse_repeats', 'keep_texts', 'parse_yaml', 'read_yaml',
-           'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
+           'field_names', 'check', 'from_dict', 'YamlLoader', 'dump_yaml', 'refuse_repeats', 'keep_texts', 'parse_yaml',
+           'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
@@ -474,6 +474,12 @@ class YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): # the C loader 
     "Reads numbers and words as YAML 1.2: 010 is 10, 1e-8 is a number; 1:30, yes, off and dates are text."
     yaml_implicit_resolvers = {} # of YAML 1.1
 
+class _YamlDumper(yaml.SafeDumper): "Quotes texts that are numbers to YAML 1.1 or 1.2."
+
+def dump_yaml(values:dict, **kw)->str: # kw: further arguments of yaml.dump
+    "Returns the YAML text that `parse_yaml` reads as these values."
+    return yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, **kw)
+
 def _whole(loader, node): # the value of a whole number
     text = node.value.replace('_', '')
     return int(text, 16 if 'x' in text else 8 if 'o' in text else 10)
@@ -485,7 +491,8 @@ for _kind, _first, _pattern in [ # kind of value, its first characters, its form
         ('bool', 'tTfF', 'true|True|TRUE|false|False|FALSE'),
         ('int', '-+0123456789', '[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+|0o[0-7]+'),
         ('float', '-+.0123456789', _NUMBER)]:
-    YamlLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_pattern})\Z'), [*_first])
+    for _way in YamlLoader, _YamlDumper:
+        _way.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_pattern})\Z'), [*_first])
 
 # %% ../nbs/00_config.ipynb #842c7aab
 def refuse_repeats(node:yaml.Node)->None:
@@ -576,7 +583,7 @@ def preset(
 # %% ../nbs/00_config.ipynb #ad8ba557
 def save(config:Config, path:str|Path)->Path:
     "Writes all fields to a flat YAML file, whole or not at all."
-    return write_atomic(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    return write_atomic(path, dump_yaml(dataclasses.asdict(config)))
 
 # %% ../nbs/00_config.ipynb #bb005a53
 _default = functools.cache(Config)

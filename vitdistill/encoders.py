@@ -17,7 +17,7 @@ from .captions import read_tokenizer, tokens_of
 from .config import FORMS, Config, VitdistillError, from_root, nearest, require, write_atomic
 from .data import Data, digest, generator
 from .files import read_image
-from .hub import weights_place, failure_in_words
+from .hub import weights_place, failure_in_words, without_retries
 from .models import create, load_weights, started_from, student_size
 from .teachers import Teacher, model_hash, read_card
 
@@ -77,8 +77,9 @@ class OpenClip(Encoder):
             near = nearest(name, open_clip.list_models())
             raise VitdistillError(f'clip = {name!r} is not known to open_clip: {near}')
         try:
-            made = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
-            self.tokenize = open_clip.get_tokenizer(name)
+            with without_retries():
+                made = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
+                self.tokenize = open_clip.get_tokenizer(name)
         except Exception as e: # open_clip's own, the hub's, a socket's
             raise VitdistillError(f'clip = {name!r} with clip_pretrained = {pretrained!r} can not be had '
                                   f'({failure_in_words(e)}): name a file of its weights as clip_pretrained.') from None
@@ -108,7 +109,7 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
     settings = dict(TOWER)
     for name, value in given.items():
         if name not in TOWER: raise VitdistillError(f'text_tower has no {name!r}: {nearest(name, TOWER)}')
-        try: settings[name] = type(TOWER[name])(value) # YAML reads 1e-3 as a word
+        try: settings[name] = type(TOWER[name])(value) # papermill reads 1e-3 as a word
         except (TypeError, ValueError): settings[name] = None
         if settings[name] is None or settings[name] != float(value) or settings[name] <= 0 and name != 'seed':
             raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[type(TOWER[name])]} above 0.')

@@ -13,10 +13,11 @@ __all__ = ['LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_test', 'is_the
 import math, os, re, shutil, statistics, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, yaml
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from PIL import Image
 from tqdm import tqdm
-from .config import Config, VitdistillError, field_names, from_root, nearest, read_yaml, write_atomic
+from .config import Config, VitdistillError, dump_yaml, field_names, from_root, nearest, read_yaml
+from .config import write_atomic
 from .data import held_out, list_images, load_data, split_rows, stratified
 from .files import TESTS, bare_folders, files_below, is_image, printable, read_image, reason_of
 from .files import refuse_broken, say_once, unreadable
@@ -301,7 +302,7 @@ def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; fo
         keeps = f' (--teacher {kept} keeps its teacher)' if kept.exists() and not other else ''
         raise VitdistillError(f"{out} holds a job with other settings ({'; '.join(sorted({*changes}))}): name another "
                               f'folder as out{keeps}, or remove that one.')
-    return file if dry else write_atomic(file, yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
+    return file if dry else write_atomic(file, dump_yaml(study, allow_unicode=True))
 
 def _changes(old, new, name=''): # lines that say in which entries two parts of a study differ
     if old == new or name in LOOSENS: return []

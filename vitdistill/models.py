@@ -178,7 +178,8 @@ def _described(name:str)->tuple[str, dict]: # timm's name and arguments: (name, 
     source, place = parse_model_name(name)
     if not source: return name, {}
     try:
-        if source == 'hf-hub': return load_model_config_from_hf(place)[1:]
+        if source == 'hf-hub':
+            with without_retries(): return load_model_config_from_hf(place)[1:]
         about = json.loads((Path(place)/'config.json').read_text())
         return about['architecture'], about.get('model_args') or {}
     except Exception as e: # from the hub, the path or JSON; transformers' config.json has other keys
