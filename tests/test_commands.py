@@ -2,7 +2,12 @@
 import subprocess
 import sys
 
-from vitdistill.cli import COMMANDS
+import pytest
+import timm
+from PIL import Image
+
+from vitdistill import api
+from vitdistill.cli import COMMANDS, main
 
 HELPS = """
 import sys
@@ -23,3 +28,56 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "--teacher-size" in done.stdout and "--gpus-per-node" in done.stdout
     assert not [word for word in done.stdout.split() if word.startswith("--") and "_" in word]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of ten images, as a user has them."""
+    for label, name in enumerate(["bird", "cat"]):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (32, 32), (100 * label + i, 0, 0)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def tree(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Options of a job of two small models, whose speed is known."""
+    monkeypatch.setattr("vitdistill.job.seconds_an_image", lambda *given, **more: 0.001)
+    tiny = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **tiny)
+    weights = api.save(vit, tmp_path / "vit", list("abcde"), 32, ((0.5,) * 3, (0.5,) * 3), **tiny)
+    return ["--teacher", str(weights), "--student", "resnet10t", "--student-pretrained", "False"]
+
+
+def test_a_dry_run_leaves_nothing_behind(photos, small, capsys, monkeypatch):
+    """Neither links to images nor a folder; of a grid neither."""
+    monkeypatch.chdir(photos.parent)
+    study = photos.parent / "one.yaml"
+    study.write_text("arms: {plain: {notebook: e01_baseline_resnet50}}")
+    before = tree(photos.parent)
+    assert main(["distill", "photos", "--out", "job", "--dry-run", *small]) == 0
+    assert f"{photos.parent}/job/data: 2 classes" in capsys.readouterr().out
+    assert main(["grid", "one.yaml", "--out", "batches", "--dry-run"]) == 0
+    assert tree(photos.parent) == before
+
+
+def test_a_typed_path_starts_at_the_working_folder(photos, small, monkeypatch, capsys):
+    """Also where a folder of `vitdistill new`, or another program's settings.ini, lies above."""
+    root = photos.parent
+    (root / ".vitdistill").touch()
+    (inner := root / "notes").mkdir()
+    (inner / "settings.ini").write_text("[settings]\n")
+    monkeypatch.chdir(inner)
+    assert main(["distill", "../photos", "--out", "job", "--dry-run", *small]) == 0
+    assert f"{inner}/job/data: 2 classes" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"no folder {inner}/photos"):
+        main(["distill", "photos", "--dry-run", *small])
+    with pytest.raises(SystemExit, match="data_root = .* is set by the job itself: name the"):
+        main(["distill", "../photos", "--data-root", "elsewhere", "--dry-run", *small])
+    assert {path.name for path in root.iterdir()} == {".vitdistill", "notes", "photos", "vit"}
