@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'gap_closed', 'tried_factors', 'caption_rows', 'claim_row
 # %% ../../nbs/study/05d_captions.ipynb #d74d5889
 import numpy as np, pandas as pd
 from .compare import Comparison, choices, finished_runs, run_names
-from .stats import paired_difference
+from .stats import paired_difference, seed_interval
 
 # %% ../../nbs/study/05d_captions.ipynb #9eb47f48
 def gap_closed(comparison:Comparison, arm:str, full:str)->float: # full: the arm that was trained on images
@@ -55,7 +55,10 @@ def claim_rows(comparison:Comparison, full:str)->pd.DataFrame: # full: the arm t
     row('a', f'best noise (factor {best:g}) minus none', gain['difference'], 'at least', .05, gain['low'], gain['high'],
         gain['low'] > 0)
     if full in tops and tops[full].notna().any():
-        row('b', 'share of the gap closed by the best noise', gap_closed(comparison, arms[best], full), 'at least', .5)
+        each = tops[[none, full, arms[best]]].dropna()
+        _, *ends = seed_interval((each[arms[best]] - each[none])/(each[full] - each[none]))
+        row('b', 'share of the gap closed by the best noise', gap_closed(comparison, arms[best], full), 'at least', .5,
+            *ends)
     about = next(iter(finished_runs(comparison.arms[none]).values())).result
     if len(val) > 2:
         known = sorted(factor for factor in val if factor)
