@@ -19,7 +19,7 @@ from .config import preset as config_of_preset
 from .data import check_dataset
 from .hub import weights_place
 from .losses import Batch, TopK, criterion
-from .models import check_name, save_model
+from .models import check_name, refuse_not_finite, save_model
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
 from .grids import check_cells, study_cells
@@ -134,7 +134,9 @@ def save(
     if len(classes) != (outputs := getattr(student, 'num_classes', 0)):
         raise VitdistillError(f'{len(classes)} names of classes are given and the student has {outputs} outputs: give '
                               'a name for each output, in their order.')
-    readme = f"# {student.pretrained_cfg['architecture']}\n"
+    refuse_not_finite('the student', student.state_dict())
+    readme = (f"# {student.pretrained_cfg['architecture']}\n\n{len(classes)} classes: {', '.join(classes)}. "
+              f'Input: {size} px.\n\n`vitdistill predict FOLDER IMAGES` says what it sees in images.\n')
     return save_model(student, from_here(folder), kwargs, dict(classes=classes), readme, mean_std, size, tried=True)
 
 # %% ../nbs/10a_api.ipynb #99e0c07f

@@ -6,9 +6,10 @@
 __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfgs', 'HEAD_STD', 'OF_TRAINING', 'with_cifar_stem',
            'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts', 'check_size', 'try_size',
            'near_models', 'check_name', 'create', 'weights_file', 'plain_values', 'without_prefix', 'read_weights',
-           'head_names', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
-           'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
-           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'token_cosines']
+           'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
+           'student_size', 'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token',
+           'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model',
+           'token_cosines']
 
 # %% ../nbs/02_models.ipynb #360b0889
 import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
@@ -269,6 +270,17 @@ def head_names(model:nn.Module)->tuple:
     names = model.pretrained_cfg.get('classifier') or () # timm doesn't know it of every model
     return (names,) if isinstance(names, str) else tuple(names)
 
+# %% ../nbs/02_models.ipynb #a03c57e9
+def refuse_not_finite(
+    where:str, # what holds the tensors, for the message
+    state:dict # name -> tensor
+)->None:
+    "Raises `VitdistillError` if weights hold NaN or infinity."
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise VitdistillError(f'{where} holds numbers that are not finite ({len(broken)} tensors, such as '
+                              f'{broken[0]}): give an earlier checkpoint, or train it again, with a smaller lr or '
+                              'precision: fp32.')
+
 # %% ../nbs/02_models.ipynb #8c988a04
 def fit_positions(
     state:dict,                 # state dict of a checkpoint
@@ -317,9 +329,7 @@ def load_weights(
         raise VitdistillError(f"{path} does not fit {model.pretrained_cfg.get('architecture', 'the model')}: {listed} "
                               f'({len(wrong)} tensors in all): give weights of this architecture, these '
                               f'student_kwargs or teacher_kwargs and classes{head}.')
-    if broken := [name for name in given if not state[name].isfinite().all()]:
-        raise VitdistillError(f'{path} holds numbers that are not finite ({len(broken)} tensors, such as {broken[0]}): '
-                              'give an earlier checkpoint, or train it again.')
+    refuse_not_finite(str(path), {name: state[name] for name in given})
     model.load_state_dict({name: state[name] for name in given}, strict=False)
     return model
 

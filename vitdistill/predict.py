@@ -78,9 +78,6 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     size = pixels['input_size'][-1]
     model = create(fields['student'], len(classes), size, fields['stem'], **fields['student_kwargs'])
     student = Student(load_weights(model, folder)).eval()
-    if not all(tensor.isfinite().all() for tensor in student.parameters()):
-        raise VitdistillError(f'{folder} has weights that are not finite, so its answers are of no use: train it '
-                              'again, with a smaller lr or precision: fp32.')
     sides = card.get('image_size', size), size
     turned = card.get('exif_orientation', True)
     return Predictor(str(folder), classes, sides, (pixels['mean'], pixels['std']), student, turned)
