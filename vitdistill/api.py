@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loss', 'train_all', 'show', 'images_of_job', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher',
-           'Loss', 'memo']
+           'Loss', 'memo', 'small_head']
 
 # %% ../nbs/10a_api.ipynb #3f0c4a49
 import contextlib, json, math, shlex, tempfile
@@ -19,7 +19,7 @@ from .config import preset as config_of_preset
 from .data import check_dataset
 from .hub import weights_place
 from .losses import Batch, TopK, criterion
-from .models import check_name, refuse_not_finite, save_model
+from .models import check_name, refuse_not_finite, save_model, small_head
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
 from .grids import check_cells, study_cells
@@ -28,6 +28,9 @@ from .job import (Distilled, Images, costs, costs_in_words, few_test_images, fit
                             with_precision, with_test, write_study)
 from .study.compare import write
 from .studies import Study
+
+# %% ../nbs/10a_api.ipynb #63aaaca9
+_all_ = ['small_head']
 
 # %% ../nbs/10a_api.ipynb #10a7e1a0
 def train_all(cells:list, file:Path, out:Path)->Distilled: # of the job's study; its file; folder of the job

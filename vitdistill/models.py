@@ -416,11 +416,12 @@ HEAD_STD = .01 # of a small head's weights
 
 def small_head(model:nn.Module)->nn.Module: # of timm, with one or more output layers; changed in place
     "Draws a model's output layers anew: weights from a normal distribution of std 0.01, biases 0; returns the model."
-    if not getattr(model, 'pretrained_cfg', None):
-        raise VitdistillError(f'{type(model).__name__} is no model of timm, so its output layer is not known: draw it '
+    plain = unwrap_model(model) # of torch.compile or DistributedDataParallel
+    if not getattr(plain, 'pretrained_cfg', None):
+        raise VitdistillError(f'{type(plain).__name__} is no model of timm, so its output layer is not known: draw it '
                               'yourself, such as by torch.nn.init.normal_(student.fc.weight, std=0.01).')
-    for name in head_names(model):
-        layer = model.get_submodule(name)
+    for name in head_names(plain):
+        layer = plain.get_submodule(name)
         if not hasattr(layer, 'weight'): continue # of a model without classes, or that shares one layer
         nn.init.normal_(layer.weight, std=HEAD_STD)
         if layer.bias is not None: nn.init.zeros_(layer.bias)
