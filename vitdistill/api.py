@@ -151,6 +151,7 @@ def class_orders(dataset)->list: # lists of names
     parts = [dataset.dataset] if hasattr(dataset, 'dataset') else getattr(dataset, 'datasets', ())
     return [names for part in parts for names in class_orders(part)]
 
+# %% ../nbs/10a_api.ipynb #b9774a9a
 class LoadedTeacher(Teacher):
     "A frozen teacher for a loader's pixels."
     def __init__(self, model:torch.nn.Module, classes:list, constants:tuple, size:int, # as in `Teacher`
@@ -197,6 +198,7 @@ class LoadedTeacher(Teacher):
                                   'another precision or another teacher.')
         return answers.argmax(-1) == labels
 
+# %% ../nbs/10a_api.ipynb #3bc83f5c
 def load_teacher(
     weights:str|Path,               # model folder of a run, or hf-hub:OWNER/MODEL of one
     mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # by which the loader normalized pixels of 0 to 1

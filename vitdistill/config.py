@@ -524,6 +524,7 @@ def keep_texts(
             keep_texts(key, text=True)
             keep_texts(value, () if key.value in _dicts else names, key.value in names)
 
+# %% ../nbs/00_config.ipynb #a30b854d
 def parse_yaml(
     content:str|bytes,
     names:typing.Container=(), # as in `keep_texts`

@@ -523,10 +523,11 @@ def _refuse_another(model, folder, size): # is it the model that the folder make
     with torch.random.fork_rng(devices=[]):
         try: load_weights(create(name, model.num_classes, size, stem, **kwargs), folder)
         except VitdistillError as e:
-            why = str(e).replace(f'{folder} does not fit', 'its weights do not fit').partition(': give ')[0]
-            raise VitdistillError(f'{name} with {kwargs} is another model than the student ({why}): give the further '
-                                  'arguments of timm.create_model that made it.') from None
+            why = str(e).replace(str(folder), 'the student').partition(': give ')[0]
+            raise VitdistillError(f'the saved student could not be read back as {name} with {kwargs} ({why}): mend it, '
+                                  'or give the further arguments of timm.create_model that made it.') from None
 
+# %% ../nbs/02_models.ipynb #8a1fe341
 def save_model(
     model:nn.Module, # the timm model, compiled or in DistributedDataParallel or not; it is left as it is
     folder:str|Path,
