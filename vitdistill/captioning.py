@@ -378,7 +378,7 @@ def main_captions(given:argparse.Namespace, fields:dict)->int: # given: of `capt
     named_images(given.images) # before it trains
     out = default_place(given.out)
     config, failed = own_config(given.texts, out, fields | dict(preset=given.preset)), []
-    run = launch(config, show=False, needed=True)
+    run = launch(config, fields.get('nproc'), show=False, needed=True)
     table = caption_files(run.model, given.images, failed.append)
     for sentence in failed: print(sentence, file=sys.stderr)
     table['path'] = table.path.map(printable)

@@ -127,7 +127,7 @@ def train(words:list[str])->int:
     given, source = field_values(words)
     config = configured(source, given)
     from vitdistill.launch import launch # imports torch, which --help does without
-    launch(config)
+    launch(config, given.get('nproc')) # typed, and not a preset's wish
     return 0
 
 # %% ../nbs/11_cli.ipynb #5dbf1a27

@@ -391,6 +391,7 @@ def image_files(
     except VitdistillError: raise
     except Exception as e: # each library has its own errors
         why = (str(e).splitlines() or [type(e).__name__])[0]
+        why = why.partition('. You can use download=')[0] # no option of ours
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
     if config.skip_broken: train, test = without_broken(train), without_broken(test)
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''

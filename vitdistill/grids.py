@@ -217,9 +217,9 @@ def execute(
         cell.state = 'running'
         write_record(cell)
         with open(log, 'w') as output:
+            own = dict(VITDISTILL_CELL=str(runs), VITDISTILL_ARM=cell.arm, PYTHONSAFEPATH='1')
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=bind_to_parent,
-                                       env=os.environ | environment | dict(VITDISTILL_CELL=str(runs),
-                                                                           VITDISTILL_ARM=cell.arm))
+                                       env=os.environ | environment | own)
         if processes is not None: processes.append(process)
         try:
             ended = process.wait()

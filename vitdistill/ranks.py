@@ -102,10 +102,11 @@ def end_with_parent()->None:
 at_signal = [] # functions to call before a signal ends this process
 
 def end_by_signal()->None:
-    "Makes SIGTERM and SIGINT call the functions in `at_signal` and then end this process."
+    "Makes SIGTERM, SIGINT and SIGHUP (a closed terminal) call the functions in `at_signal` and end this process."
     read, write = os.pipe()
     os.set_blocking(write, False)
-    signals = signal.SIGTERM, signal.SIGINT
+    known = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    signals = [number for number in known if signal.getsignal(number) != signal.SIG_IGN] # nohup and & ignore some
     for number in signals: signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write)
     def default(): # in a forked child, signals have their usual effect

@@ -7,7 +7,7 @@ __all__ = ['CLOSE', 'MEANS', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', '
            'bench']
 
 # %% ../../nbs/bench/03_bench.ipynb #79f67ae8
-import argparse, contextlib, functools, json, resource, subprocess, sys, tempfile, time, typing
+import argparse, contextlib, functools, json, os, resource, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch
 from .attention import attention_record, cases
@@ -48,7 +48,8 @@ class Worker:
         self.name, self.log = name, open(config_file.parent/f'{name}.log', 'w+')
         self.process = subprocess.Popen(
             [sys.executable, '-m', 'vitdistill.bench', '--serve', name, '--config', config_file],
-            text=True, stderr=self.log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            text=True, stderr=self.log, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | dict(PYTHONSAFEPATH='1')) # a user's file in this folder is no module
 
     def ask(self, steps:int)->dict: # measurements of one turn
         with contextlib.suppress(BrokenPipeError): print(steps, file=self.process.stdin, flush=True)
