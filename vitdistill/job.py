@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JOB_FIELDS', 'has_runs', 'link_images', 'with_test', 'Images', 'sides_of', 'look', 'fitting_side', 'weights_here',
-           'architecture_of', 'outputs', 'teacher_part', 'study_of', 'write_study', 'costs_in_words',
-           'seconds_an_image', 'quicker_precision', 'with_precision', 'same_threads', 'costs', 'measure_teacher',
-           'train', 'draw_answers', 'Distilled', 'draw_test_images', 'in_words']
+           'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'study_of', 'write_study',
+           'costs_in_words', 'seconds_an_image', 'quicker_precision', 'with_precision', 'same_threads', 'costs',
+           'measure_teacher', 'train', 'draw_answers', 'Distilled', 'draw_test_images', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import copy, itertools, os, re, shutil, statistics, tempfile, time
@@ -183,11 +183,17 @@ def teacher_part(
     if not fits: return dict(notebook='e00_teacher', student_weights=weights, **common)
     return dict(notebook='e04_adopted_teacher', weights=weights, adopted='teacher', keep_record=True, **common)
 
-# %% ../nbs/10_job.ipynb #cf5ba57d
+# %% ../nbs/10_job.ipynb #b16b4ee5
 JOB_FIELDS = dict(data_root='name the folder of your images as DIR', runs_dir='give out (--out), which holds all of it',
                   work_dir='give out (--out), which holds all of it', experiment='leave it out',
                   teacher_weights='give the weights as teacher (--teacher)', fold_weights='leave it out')
 
+def refuse_job_fields(given:dict)->None: # fields of Config, name -> value
+    "Raises `VitdistillError` for a field that the job sets itself, and that would be another folder or teacher."
+    for name in JOB_FIELDS.keys() & given.keys():
+        raise VitdistillError(f'{name} = {given[name]!r} is set by the job itself: {JOB_FIELDS[name]}.')
+
+# %% ../nbs/10_job.ipynb #cf5ba57d
 def study_of(
     images:Images, out:Path, # out: folder of the job
     teacher:dict,            # of `teacher_part`
@@ -201,8 +207,7 @@ def study_of(
     for name in given:
         if name not in ('preset', *field_names()):
             raise VitdistillError(f'unknown field {name!r}: {nearest(name, field_names())}')
-    for name in JOB_FIELDS.keys() & given.keys():
-        raise VitdistillError(f'{name} = {given[name]!r} is set by the job itself: {JOB_FIELDS[name]}.')
+    refuse_job_fields(given)
     def given_among(names): return {name: value for name, value in given.items() if name in names}
     about_teaching = field_names(teaching=True)
     places = dict(preset=given['preset'], data_root=str(images.root), runs_dir=str(out/'runs'),
@@ -217,6 +222,7 @@ def study_of(
                   taught=dict(notebook='e02_distilled_resnet50', teacher='teacher') | given_among(about_teaching)),
         baseline='plain')
 
+# %% ../nbs/10_job.ipynb #69d67d43
 def write_study(study:dict, out:Path, dry:bool=False)->Path: # of `study_of`; folder of the job; dry: only refuses
     "Writes a study file into the folder of the job, and returns its path; refuses a folder that holds another job."
     file, text = out/f'{out.name}.yaml', yaml.safe_dump(study, sort_keys=False, allow_unicode=True)
@@ -423,8 +429,7 @@ class Distilled:
         link, (_, run) = self.out/'models'/name, min(self.runs()[name].items())
         link.parent.mkdir(parents=True, exist_ok=True)
         place = from_root(run.config.student_weights) if run.config.experiment == 'adopted_teacher' else run.model
-        other = link.is_symlink() and link.resolve().parts[-2:] != place.parts[-2:] # of another run: a preset changed
-        if other or not link.exists():
+        if not link.exists() or link.is_symlink() and link.resolve().parts[-2:] != place.parts[-2:]: # of another run
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(place, link.parent))
         return link
