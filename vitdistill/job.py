@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_test', 'is_there', 'folder_of_tests', 'Images',
            'sides_of', 'look', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of',
-           'outputs', 'teacher_part', 'study_of', 'begun_parts', 'write_study', 'costs_in_words', 'seconds_an_image',
-           'quicker_precision', 'with_precision', 'same_threads', 'costs', 'is_weak', 'measure_teacher', 'train',
-           'draw_answers', 'Distilled', 'draw_test_images', 'balanced_accuracy', 'trained_out', 'advice', 'in_words']
+           'outputs', 'teacher_part', 'refuse_job_fields', 'study_of', 'begun_parts', 'write_study', 'costs_in_words',
+           'seconds_an_image', 'quicker_precision', 'with_precision', 'same_threads', 'costs', 'is_weak',
+           'measure_teacher', 'train', 'draw_answers', 'Distilled', 'draw_test_images', 'balanced_accuracy',
+           'trained_out', 'advice', 'in_words']
 
 # %% ../nbs/10_job.ipynb #3f58f66d
 import copy, math, os, re, shutil, statistics, tempfile, time
@@ -254,11 +255,17 @@ def teacher_part(
     if not fits: return dict(notebook='e00_teacher', student_weights=weights, **common)
     return dict(notebook='e04_adopted_teacher', weights=weights, adopted='teacher', keep_record=True, **common)
 
-# %% ../nbs/10_job.ipynb #cf5ba57d
+# %% ../nbs/10_job.ipynb #b16b4ee5
 JOB_FIELDS = dict(data_root='name the folder of your images as DIR', runs_dir='give out (--out), which holds all of it',
                   work_dir='give out (--out), which holds all of it', experiment='leave it out',
                   teacher_weights='give the weights as teacher (--teacher)', fold_weights='leave it out')
 
+def refuse_job_fields(given:dict)->None: # fields of Config, name -> value
+    "Raises `VitdistillError` for a field that the job sets itself, and that would be another folder or teacher."
+    for name in JOB_FIELDS.keys() & given.keys():
+        raise VitdistillError(f'{name} = {given[name]!r} is set by the job itself: {JOB_FIELDS[name]}.')
+
+# %% ../nbs/10_job.ipynb #cf5ba57d
 def study_of(
     images:Images, out:Path, # out: folder of the job
     teacher:dict,            # of `teacher_part`
@@ -272,8 +279,7 @@ def study_of(
     for name in given:
         if name not in ('preset', *field_names()):
             raise VitdistillError(f'unknown field {name!r}: {nearest(name, field_names())}')
-    for name in JOB_FIELDS.keys() & given.keys():
-        raise VitdistillError(f'{name} = {given[name]!r} is set by the job itself: {JOB_FIELDS[name]}.')
+    refuse_job_fields(given)
     def given_among(names): return {name: value for name, value in given.items() if name in names}
     about_teaching = field_names(teaching=True)
     places = dict(preset=given['preset'], data_root=str(images.root), runs_dir=str(out/'runs'),
@@ -289,6 +295,7 @@ def study_of(
                   taught=dict(notebook='e02_distilled_resnet50', teacher='teacher') | given_among(about_teaching)),
         baseline='plain')
 
+# %% ../nbs/10_job.ipynb #69d67d43
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them
 
 def begun_parts(out:Path)->set: # folder of a job
