@@ -19,7 +19,8 @@ from .config import preset as config_of_preset
 from .data import check_dataset
 from .hub import weights_place
 from .losses import Batch, TopK, criterion
-from .models import check_name, refuse_not_finite, save_model, small_head
+from .models import check_name, refuse_not_finite, save_model
+from .models import small_head # noqa: F401 (handed on)
 from .predict import from_folder
 from .teachers import Teacher, least_accuracy, read_card
 from .grids import check_cells, study_cells

@@ -68,20 +68,6 @@ def read_json(file:Path)->dict:
     try: return json.loads(file.read_text())
     except (OSError, ValueError): return {}
 
-# %% ../nbs/05_runs.ipynb #41947c41
-def read_checkpoint(file:Path)->dict:
-    "Returns the state that a checkpoint holds; a damaged file is a `VitdistillError`."
-    import torch # here, so that analysis of runs doesn't import it
-    try: return torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: # torch raises almost any
-        raise VitdistillError(f'{file} can not be read ({type(e).__name__}): remove it to train from the beginning, or '
-                              'from an earlier checkpoint that you copy there.') from None
-
-def read_json(file:Path)->dict:
-    "Returns what a JSON file holds; {} if it is missing or incomplete."
-    try: return json.loads(file.read_text())
-    except (OSError, ValueError): return {}
-
 # %% ../nbs/05_runs.ipynb #56e80e0e
 class Run:
     "Reads a run folder."
