@@ -190,8 +190,8 @@ class Progress:
         pace = f"{row['images_per_second']:.0f} images/s{teacher}  ETA {tqdm.format_interval(left)}"
         print(f'epoch {done}/{self.config.epochs}  {text}  {pace}', flush=True)
 
-    def say(self, text:str)->None:
-        if self.shown: print(text, flush=True)
+    def say(self, text:str)->None: # '': nothing
+        if self.shown and text: print(text, flush=True)
 
 # %% ../nbs/06_train.ipynb #f94d167c
 def peak_lr(optimizer:torch.optim.Optimizer)->float:
@@ -202,7 +202,7 @@ def peak_lr(optimizer:torch.optim.Optimizer)->float:
 # %% ../nbs/06_train.ipynb #765347eb
 def high_first_loss(
     setup:Setup,
-    label:float # the mean loss of the labels in the first step
+    label:torch.Tensor # the mean loss of the labels in the first step
 )->str:
     "Returns a warning if the first loss is more than twice that of guessing, else ''."
     classes = len(setup.data.classes)
@@ -217,11 +217,9 @@ def train_epoch(step:TrainingStep, epoch:int, progress)->dict:
     "Trains one epoch; returns its loss, top-1 on training views, images per second, teacher seconds and memo hit rate."
     setup = step.setup
     step.begin()
-    for number, batch in enumerate(batches(setup, epoch, progress.teacher)):
+    for batch in batches(setup, epoch, progress.teacher):
         step(batch)
         progress.step(setup.config.batch_size)
-        if epoch == number == 0 and setup.criterion.labelled:
-            if warning := high_first_loss(setup, step.meter.first_label.item()): progress.say(warning)
     return step.meter.row(setup, epoch, peak_lr(step.optimizer))
 
 # %% ../nbs/06_train.ipynb #4e90b7d2
@@ -352,6 +350,7 @@ def train_epochs(setup:Setup, run:RunWriter)->None:
                 run.append(row)
                 checkpoints.add(epoch + 1)
             progress.epoch(row)
+            if epoch == 0 and setup.criterion.labelled: progress.say(high_first_loss(setup, step.meter.first_label))
 
 # %% ../nbs/06_train.ipynb #3cede1f0
 def train(
