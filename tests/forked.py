@@ -31,7 +31,7 @@ SCRIPT = """#!/bin/sh
 '''exec' "{python}" -IS "$0" "$@"
 ' '''
 import json, os, signal, socket, sys
-if sys.argv[1][0] == '-' and sys.argv[1] not in ('-m', '-u'):
+if sys.argv[1][0] == '-' and sys.argv[1] not in ('-m', '-u', '-P'):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 parent, status, server = os.getppid(), None, socket.socket(socket.AF_UNIX)
 server.connect({place!r})
@@ -136,7 +136,8 @@ def run(words):
     for number, name in enumerate(["stdin", "stdout", "stderr"]):  # written line by line, as with -u
         setattr(sys, name, open(number, "w" if number else "r", 1, errors="backslashreplace", closefd=False))
         setattr(sys, f"__{name}__", getattr(sys, name))
-    words = words[words[0] == "-u":]
+    while words[0] in ("-u", "-P"):
+        words = words[1:]
     kind, target = words[:2] if words[0].startswith("-") else ("", words[0])
     sys.argv = [kind or target, *words[1 + bool(kind):]]
     sys.path[0] = os.getcwd() if kind else str(Path(target).resolve().parent)

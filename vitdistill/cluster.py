@@ -126,8 +126,7 @@ class Job:
 def sbatch_parameters(ask:Ask, name:str, after:list)->dict: # after: ids of jobs that have to succeed first
     "Returns submitit's parameters for an array."
     asked = dict(slurm_partition=ask.partition, slurm_account=ask.account, gpus_per_node=ask.gpus_per_node,
-                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb,
-                 slurm_setup=['export PYTHONSAFEPATH=1', *ask.setup], # a user's statistics.py is not Python's
+                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup,
                  slurm_dependency=':'.join(['afterok', *after]) if after else '')
     more = {'requeue': True, 'kill-on-invalid-dep': 'yes', 'chdir': str(repo_root()), **ask.more}
     return dict(name=name, timeout_min=ask.time, nodes=ask.nodes, tasks_per_node=1, slurm_signal_delay_s=ask.notice,

@@ -209,7 +209,7 @@ def execute(
     except VitdistillError as e:
         cell.state = str(e)
         return write_record(cell)
-    command = [sys.executable, '-m', 'papermill', str(cell.notebook), str(cell.place), '--cwd', str(repo_root()),
+    command = [sys.executable, '-P', '-m', 'papermill', str(cell.notebook), str(cell.place), '--cwd', str(repo_root()),
                '--log-output', '--no-progress-bar', '--parameters_yaml', yaml.safe_dump(cell.chosen | models | more)]
     begun, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
     with lock_folder(cell.place.parent, f'{cell.place.stem}.lock'):
@@ -217,7 +217,7 @@ def execute(
         cell.state = 'running'
         write_record(cell)
         with open(log, 'w') as output:
-            own = dict(VITDISTILL_CELL=str(runs), VITDISTILL_ARM=cell.arm, PYTHONSAFEPATH='1')
+            own = dict(VITDISTILL_CELL=str(runs), VITDISTILL_ARM=cell.arm)
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=bind_to_parent,
                                        env=os.environ | environment | own)
         if processes is not None: processes.append(process)
@@ -404,7 +404,7 @@ def submit_batch(
         waves, commands = {}, {} # waves: cells that have to succeed first -> cells
         for n in todo:
             waves.setdefault(tuple(first for first in cells[n].after if first in todo), []).append(n)
-            commands[n] = ([sys.executable, '-u', '-m', 'vitdistill.grids', str(cells[n].file('.json'))],
+            commands[n] = ([sys.executable, '-P', '-u', '-m', 'vitdistill.grids', str(cells[n].file('.json'))],
                            str(cells[n].file('.job')))
         ids = submit(commands, waves, folder/'slurm', ask, folder.name)
         write_atomic(folder/'slurm.json', json.dumps({cells[n].place.stem: job for n, job in ids.items()}, indent=1))
