@@ -358,6 +358,7 @@ def report(words:list[str])->int:
     print('page:', write_index(from_root(args.out), 'vitdistill: the report', lead, FIRST, from_root(args.reports)))
     return 0
 
+# %% ../nbs/11_cli.ipynb #661c2970
 def distill(words:list[str])->int:
     "trains a student on a folder of your images, with and without a teacher, and compares them"
     given, others = distill_parser().parse_known_args(hyphened(words))

@@ -436,7 +436,7 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
 def is_weak(card:dict)->bool: # of a teacher
     "Returns whether a teacher's card says that it seems untrained."
     if 'top1_held_out' not in card: return False # nothing was held out
-    return seems_untrained(card['top1_held_out'], card.get('n_measured', card['n_held_out']), len(card['classes']))
+    return seems_untrained(card['top1_held_out'], card.get('n_measured') or card['n_held_out'], len(card['classes']))
 
 # %% ../nbs/10_job.ipynb #a8d6787b
 def measure_teacher(cell:Cell)->Run:

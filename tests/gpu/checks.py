@@ -212,7 +212,7 @@ def check_graph(device, folder):
 
 def check_memo(device, folder):
     """A memo of a teacher on the device says what the teacher says, and is asked the second time."""
-    data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0)
+    data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     setup = bench_setup(config, alone(device), data)
     teacher, views = balance(setup.answers.teacher, setup.views, 64), setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
