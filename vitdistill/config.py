@@ -363,6 +363,7 @@ class OptimizationFields:
     optimizer:str=_optimization('sgd') # 'sgd' (with momentum), or any of timm's: nesterov, adamw, lamb, ...
     opt_kwargs:dict=_optimization(dict) # further arguments of timm's optimizer
     lr:float=_optimization(.01, '(0, inf)') # peak learning rate
+    lr_batch:int=_optimization(0, '[0, inf)') # batch that lr is for; another batch_size scales it; 0: lr as it is
     momentum:float=_optimization(.9, '[0, 1)') # for optimizers that have one
     weight_decay:float=_optimization(5e-4, '[0, inf)') # on all parameters (sgd, nesterov), else on matrices only
     layer_decay:float=_optimization(1., '(0, 1]') # learning rate factor per layer below the head (timm's layer_decay)
