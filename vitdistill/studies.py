@@ -172,7 +172,6 @@ def check_part(study:Study, name:str)->None:
     "Raises a `VitdistillError` for a teacher or an arm of the wrong form."
     part = study.parts[name]
     def wrong(what): raise VitdistillError(f'{study.name}: {name} {what}')
-    if not isinstance(name, str): wrong(f'is no name: write "{name}" in quotation marks.')
     if name in study.teachers and name in study.arms: wrong('is both a teacher and an arm: rename one.')
     if not isinstance(part, dict) or not {'notebook', 'runs', 'arms'} & part.keys():
         wrong(f'= {part!r} names no notebook: write one, such as "notebook: e02_distilled_resnet50".')

@@ -41,7 +41,8 @@ def bench_config(device:str, recipe:bool=False, **given)->Config:
         full = vars(preset('deit', 'deit'))
         values = {name: full[name] for name in (*AUGMENTATIONS, 'mixup', 'cutmix', 'label_smoothing', 'padding')}
         if device == 'cuda': values['batch_size'] = 512
-        config = preset('small_deit', 'deit', **values | dict(device=device) | given)
+        values |= dict(device=device, data_fraction=1.) # all of the random images
+        config = preset('small_deit', 'deit', **values | given)
     else:
         teacher = 'deit_base_patch16_224' if device == 'cuda' else 'vit_tiny_patch16_224'
         values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard', device=device)
