@@ -6,7 +6,7 @@
 __all__ = ['Pixels', 'difference', 'export_onnx', 'main']
 
 # %% ../nbs/09b_export.ipynb #008dca30
-import json, logging, warnings
+import contextlib, json, logging, sys, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -50,7 +50,8 @@ def export_onnx(
     predictor = from_folder(folder)
     (cropped, side), whole = predictor.sides, Pixels(predictor.forward, *predictor.constants).eval()
     def write(path):
-        with warnings.catch_warnings(), torch.inference_mode():
+        talk = contextlib.redirect_stdout(sys.stderr) # older exporters print what they rewrite
+        with warnings.catch_warnings(), torch.inference_mode(), talk:
             warnings.simplefilter('ignore')
             logging.getLogger('torch.onnx').setLevel(logging.ERROR)
             made = torch.onnx.export(whole, (torch.rand(2, 3, side, side),), dynamo=True, verbose=False,
