@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT, record
 
-from test_notebooks import execute, said
+from test_notebooks import definitions, execute, said
 from vitdistill.cli import analysis_parameters
-from vitdistill.config import Config, shipped_names
+from vitdistill.config import Config, preset, shipped_names
+from vitdistill.studies import Study
+from vitdistill.study.compare import Comparison, load
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
            for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
@@ -203,3 +205,168 @@ def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
     assert "the logarithm needs 3 epochs, this curve has 1" in text
     assert len(pd.read_csv(tmp_path / "out/tables/crossovers.csv")) == 1  # the published one
     assert "1 of 150 epochs" in (tmp_path / "out/figures/figure4.svg").read_text()
+
+
+STUDY, CAN = definitions("a02_study"), definitions("a08_can", "PROBES", "TUNED")
+TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+LAW = 0.1 + 0.1 * np.log(np.arange(1, 151))
+
+
+def curve_arm(root, curve, seeds=(1,), planned=None, right=100, **over):
+    """Runs of an arm with these test accuracies by epoch; ended, with decisions, if they have all planned epochs."""
+    runs = []
+    for seed in seeds:
+        c = Config(dataset="digits", epochs=planned or len(curve), seed=seed, runs_dir=str(root), **over)
+        frame = pd.DataFrame(dict(epoch=range(len(curve)), test_top1=curve, train_top1=np.add(curve, 0.1)))
+        ended = {} if planned else dict(test_top1=float(curve[-1]), train_top1=float(curve[-1]) + 0.1)
+        run = record(c, metrics=frame, **ended)
+        run.save_predictions(test_image=np.arange(200), test_label=np.zeros(200, int), train_image=np.arange(90),
+                             test_class_decision=np.repeat([0, 1], [right, 200 - right]),
+                             test_class_confidence=np.full(200, 0.5, "float16"))
+        runs.append(run)
+    return runs
+
+
+def test_long_runs_are_compared_as_far_as_both_have_come(tmp_path):
+    """Means of ten epochs; an arm on the published law is as far from it as the law was shifted."""
+    plain = curve_arm(tmp_path, LAW[:90], planned=150)
+    taught = curve_arm(tmp_path, LAW[:25] / 2, planned=150, **TAUGHT)
+    course = STUDY.course_rows(dict(long=(plain, taught)), half=0.03)
+    assert course.epochs.tolist() == ["1 to 10", "11 to 20", "21 to 25"]
+    np.testing.assert_allclose(course.difference + course.plain / 2, 0, atol=1e-9)
+    np.testing.assert_allclose(course.high - course.low, 0.06)
+    other = curve_arm(tmp_path / "other", LAW[:60], planned=150)
+    table = STUDY.long_rows(dict(plain=plain, other=other, taught=taught), lambda epoch: 0.15 + 0.1 * np.log(epoch))
+    assert table.epochs_done.tolist() == [60, 60, 25] and table.line_rms[:2].tolist() == [0.05] * 2
+
+
+def test_overfitting_is_the_gap_of_training_and_test(tmp_path):
+    both = {arm: curve_arm(tmp_path / arm, (0.2, end), (1, 2)) for arm, end in (("plain", 0.5), ("taught", 0.53))}
+    study = Study("mine", arms=dict.fromkeys(both, {}), baseline="plain")
+    row = STUDY.overfit_rows(Comparison(study, both)).iloc[0]
+    assert [row.gap, row.gap_other, row.difference] == pytest.approx([0.1, 0.1, 0])  # 10 points for both
+
+
+def test_costs_are_counted_and_timed_by_a_bench(tmp_path):
+    """90 images in two epochs: steps, answers, expected passes with a memo of 81 views, minutes at a bench's rates."""
+    rates = {"vitdistill plain": 3.0, "vitdistill full memo": 2.0, "teacher alone": 1.0}
+    pd.Series(rates, name="images_per_second").rename_axis("contender").to_csv(tmp_path / "machine.csv")
+    (tmp_path / "machine.txt").write_text("a machine, 2 cores, torch 2")
+    (tmp_path / "machine-recipe.txt").write_text("another bench")
+    assert STUDY.read_rates(tmp_path) == (rates, "a machine, 2 cores")
+    timed, curve = (TAUGHT["teacher"], Config().teacher_size), (0.2, 0.5)
+    arms = dict(plain=curve_arm(tmp_path / "runs", curve),
+                taught=curve_arm(tmp_path / "runs", curve, (1, 2, 3), **TAUGHT),
+                thrice=curve_arm(tmp_path / "runs", curve, repeats=3, repeats_mode="longer"))
+    costs = STUDY.cost_rows(arms, rates, timed).set_index("arm")
+    assert costs.steps.tolist() == [2, 2, 6] and costs.online.tolist() == costs.heard.tolist() == [0, 180, 0]
+    assert costs.memo["taught"] == pytest.approx(90 * (2 - 1 / 81), abs=1)
+    assert costs.shared["taught"] == pytest.approx(90 * 81 * (1 - (80 / 81) ** 6) / 3, abs=1)  # three seeds
+    assert costs["minutes, online"].tolist() == [1, 4, 3]  # 180 images, and as many passes; 540 images
+    assert STUDY.cost_rows(arms, rates, ("another", 9))["minutes, memo"].isna().tolist() == [False, True, False]
+
+
+def test_calibration_of_runs_that_are_half_sure(tmp_path):
+    half = [run for seed, right in ((1, 100), (2, 120)) for run in curve_arm(tmp_path, (0.2, right / 200), [seed],
+                                                                             right=right)]
+    row = STUDY.calibration_rows(dict(half=half, none=[])).iloc[0]
+    assert [row.ece, row.ece_std, row.confidence] == pytest.approx([0.05, np.std([0, 0.1], ddof=1), 0.5], abs=1e-4)
+
+
+VIT = dict(dataset="digits", student="vit_tiny_patch16_224", student_kwargs=dict(depth=2))
+SIMCLR = dict(mask=0.0, sigma=0.0, weights=[1.0, 0.0, 0.0])
+MAE = dict(views=1, mask=0.75, sigma=0.0, weights=[0.0, 1.0, 0.0])
+
+
+def pretraining(seed=1, epochs=30, lr=0.1, **given):
+    where = given.pop("runs_dir", "")
+    return Config(**VIT, experiment="pretrain", distillation="can", objective_kwargs=given, seed=seed, epochs=epochs,
+                  lr=lr, runs_dir=where)
+
+
+def test_passes_and_patches_of_pretrainings():
+    assert CAN.passes(pretraining()) == CAN.passes(pretraining(epochs=60, **MAE)) == CAN.passes(Config(epochs=60)) == 60
+    quarter = dict(dataset="digits", student=VIT["student"], student_kwargs=dict(img_size=32, patch_size=4))
+    ways = ("can", {}), ("can", SIMCLR), ("can", MAE), ("none", {})
+    assert [CAN.seen_patches(Config(**quarter, distillation=way, objective_kwargs=given)) for way, given in ways] == \
+        [32, 64, 16, 64]  # of 8 x 8
+
+
+def test_multiply_adds_of_a_view_by_hand():
+    def block(tokens, width):  # of a transformer
+        return 12 * tokens * width**2 + 2 * tokens**2 * width
+    encoder = 64 * 48 * 192 + 4 * block(32, 192)  # all patches are embedded, half are seen
+    projector = 192 * 512 + 512 * 128
+    decoder = 32 * 192 * 96 + 2 * block(64, 96) + 64 * 96 * 48 + 2 * 96**2  # the last: of sigma
+    assert CAN.view_cost(preset("can", "pretrain")) == encoder + projector + decoder
+
+
+def test_noise_explained_is_a_share_of_its_variance(tmp_path):
+    def explained(error, **given):
+        return CAN.noise_explained(record(pretraining(runs_dir=str(tmp_path), **given), train_denoising=error))
+    assert [explained(0.03, sigma=0.3), explained(0.015, sigma=0.3)] == pytest.approx([0, 0.5])
+    assert explained(0.49, sigma=0.3, normalize_noise=True) == pytest.approx(0.5, abs=0.01)  # by patch, of variance 1
+    assert np.isnan(explained(0.2, **SIMCLR))
+
+
+def test_rows_of_pretrainings(tmp_path):
+    """Means and deviations over seeds; a model from labels has no probe and no hours; further numbers beside."""
+    for seed in 1, 2, 3:
+        for arm, top1, given in ("CAN", 0.6 + 0.01 * seed, {}), ("SimCLR", 0.55 + 0.012 * seed, SIMCLR):
+            record(pretraining(seed, runs_dir=str(tmp_path), **given), f"mine/{arm}", linear_val_top1=top1,
+                   linear_test_top1=top1 - 0.05, seconds=3600 * seed)
+    for arm, top1, more in ("tuned", 0.7, dict(layer_decay=0.75)), ("scratch", 0.5, {}):
+        record(Config(**VIT, **more, experiment="teacher", runs_dir=str(tmp_path)), f"mine/{arm}", held_out_top1=top1,
+               test_top1=top1 - 0.01, seconds=9)
+    (tmp_path / "mine.yaml").write_text("""
+measure: linear_test_top1
+arms: {CAN: {notebook: e06_pretrain}, SimCLR: {notebook: e06_pretrain, mask: 0}, tuned: {notebook: e00_teacher},
+       scratch: {notebook: e00_teacher, epochs: 9}}
+compare: [[CAN, SimCLR], [tuned, scratch]]
+""")
+    mine = load(tmp_path / "mine.yaml", tmp_path)
+    encoders = {arm: mine.arms[arm] for arm in ("CAN", "SimCLR")}
+    table = CAN.arm_rows(encoders, dict(CAN=mine.arms["tuned"], scratch=mine.arms["scratch"])).set_index("arm")
+    can = table.loc["CAN", ["linear probe, test", "fine-tuned, test", "hours", "passes"]]
+    assert can.tolist() == ["0.57 ± 0.01", "0.69", "2 ± 1", 60] and [*table.index] == ["CAN", "SimCLR", "scratch"]
+    assert table.loc["scratch", ["fine-tuned, held out", "linear probe, test", "hours"]].tolist() == ["0.5", "", ""]
+    costs = CAN.cost_rows(encoders | dict(MAE=[])).set_index("arm")
+    assert costs.hours.tolist() == ["2 ± 1"] * 2 and costs["hours over CAN"].tolist() == [1, 1]
+    assert costs["multiply-adds over CAN"].iloc[0] == 1
+    rows = CAN.table_with(mine, held_out="linear_val_top1", tuned="held_out_top1").set_index("arm")
+    assert rows.difference["CAN"] == rows.held_out["CAN"] == pytest.approx(0.046) and rows.low["CAN"] > 0
+    assert [*rows.index] == ["CAN"] and np.isnan(rows.tuned["CAN"])
+
+
+def test_claims_of_captions(tmp_path):
+    """Best at a factor of 0.3, and half of the gap closed, over the seeds that all arms have."""
+    capdec, none = definitions("a09_capdec", "MEASURES"), "noise noise_factor=0.0"
+    known = {0.0: 0.2, 0.1: 0.38, 0.3: 0.5, 1.0: 0.49, 3.0: 0.48, 10.0: 0.1}  # factor -> accuracy
+    base = dict(experiment="captions", clip="own", dataset="digits", runs_dir=str(tmp_path))
+    for seed in 1, 2, 3:
+        for factor, top1 in known.items():
+            record(Config(**base, noise_factor=factor, seed=seed), "mine/noise", noise_std=0.2 * factor, noise_rule=0.2,
+                   test_top1=round(top1 + 0.001 * seed * (1 + factor), 6), val_top1=top1 + 0.01, test_text_top1=0.9,
+                   noise_rule_draws=[0.18, 0.2, 0.22], test_word=0.1, image_bleu=20.0)
+        record(Config(**base, learn_from="image", seed=seed), "mine/images", test_top1=0.8 + 0.001 * seed, val_top1=0.8)
+    (tmp_path / "mine.yaml").write_text("""
+seeds: [1, 2, 3]
+arms:
+  noise: {notebook: e09_captions, vary: {noise_factor: [0.0, 0.1, 0.3, 1.0, 3.0, 10.0]}}
+  images: {notebook: e09_captions, learn_from: image}
+baseline: noise noise_factor=0.0
+choose: {field: noise_factor, by: val_top1}
+""")
+    mine = load(tmp_path / "mine.yaml", tmp_path)
+    uneven = load(tmp_path / "mine.yaml", [run for arm, runs in mine.arms.items() for run in runs
+                                           if arm == none or run.config.seed < 3])
+    of_both = (0.50195 - 0.2015) / (0.8015 - 0.2015)  # seeds 1 and 2, which all three arms have
+    assert capdec.gap_closed(uneven, "noise noise_factor=0.3", "images") == pytest.approx(of_both)
+    table = capdec.caption_rows(mine, "images").set_index("arm")
+    assert table.gap_closed["noise noise_factor=0.3"] == pytest.approx((0.5026 - 0.202) / (0.802 - 0.202), abs=1e-3)
+    assert table.gap_closed[[none, "images"]].tolist() == pytest.approx([0, 1])
+    claims = pd.DataFrame([*capdec.gap_claims(mine, "images"), *capdec.rule_claims(mine)])
+    assert claims.claim.tolist() == list("aabcdddd") and claims.met.all()
+    assert claims.low[2] < claims.value[2] < claims.high[2]  # over seeds
+    assert claims.value[0] == pytest.approx(0.9 - 0.202, abs=1e-3)
+    assert claims.value[3] == pytest.approx(0.0102, abs=2e-3)

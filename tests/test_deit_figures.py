@@ -6,10 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, record
-from test_notebooks import execute
+from test_notebooks import definitions, execute
 from safetensors.torch import save_file
 
 from vitdistill.config import Config, VitdistillError
+from vitdistill.runs import find_runs
+from vitdistill.studies import Study
+from vitdistill.study.compare import Comparison
 
 ONE, TWO = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TAUGHT = dict(experiment="deit", teacher="regnety_002", distillation="hard")
@@ -144,3 +147,88 @@ def test_runs_without_a_study(tmp_path):
     for name in "transfer", "resolution", "one_changed", "epochs", "choices":  # what isn't there, and how to make it
         command = re.search(r"not run: vitdistill grid (\w+)", table(name).index[0])
         assert (ROOT / f"nbs/studies/{command[1]}.yaml").is_file()
+
+
+NOTEBOOK = definitions("a06_deit", "HEADS")
+
+
+def arms_of(**arms):
+    return Comparison(Study("mine", arms=dict.fromkeys(arms, {})), arms)
+
+
+def two_heads(top1):
+    return dict(heads={"class": top1 - 0.03, "distillation": top1 - 0.01, "softmax": top1, "logits": top1})
+
+
+def decided(root, decisions, seed=1, **over):
+    """A finished run with these decisions, by head, on test images of class 0."""
+    c = Config(dataset="digits", student=TWO, seed=seed, runs_dir=str(root), **over)
+    run, n = record(c, test_top1=0.7), len(next(iter(decisions.values())))
+    arrays = {f"test_{head}_decision": np.array(of) for head, of in decisions.items()}
+    arrays |= {f"test_{head}_confidence": np.ones(n, "float16") for head in decisions}
+    run.save_predictions(test_image=np.arange(n), test_label=np.zeros(n, int), **arrays)
+    return run
+
+
+def test_rows_of_heads_and_tokens(tmp_path):
+    """Means over seeds; equal arms once; one head has no row, nor older records a cosine."""
+    token = [finished_run(tmp_path, top1, result=two_heads(top1), seed=seed, **TAUGHT)
+             for seed, top1 in ((1, 0.7), (2, 0.74))]
+    alone = [finished_run(tmp_path, 0.6, student=ONE)]
+    mine, again = arms_of(plain=alone, token=token), arms_of(again=token)
+    rows = NOTEBOOK.head_rows([mine, again]).set_index("head")
+    assert [*rows.index] == [*NOTEBOOK.HEADS.values()] and np.isnan(rows.low["softmaxes added"])  # all differ alike
+    assert rows.top1.tolist() == pytest.approx([0.69, 0.71, 0.72, 0.72])
+    assert rows.difference["softmaxes added"] == pytest.approx(0.03)
+    assert not len(NOTEBOOK.head_rows([arms_of(plain=alone)])) and not len(NOTEBOOK.token_rows([mine]))
+    measured = [finished_run(tmp_path, 0.7, result=dict(token_cosines=[0.1, 0.4, last]), seed=seed, **TAUGHT)
+                for seed, last in ((3, 0.8), (4, 0.9))]
+    row, = NOTEBOOK.token_rows([arms_of(token=[*measured, *token], plain=alone)]).to_dict("records")
+    assert (row["arm"], row["seeds"]) == ("token", 2)
+    assert [row[f"block {n}"] for n in range(3)] == pytest.approx([0.1, 0.4, 0.85])
+    table = NOTEBOOK.accuracies([mine, again, arms_of(soon=[])]).set_index("arm")
+    assert [*table.index] == ["plain", "token", "soon"]
+    assert table.distillation_top1["token"] == pytest.approx(0.71)
+    assert np.isnan(table.distillation_top1["plain"]) and np.isnan(table.top1["soon"])
+
+
+def test_deits_of_no_study_are_found(tmp_path):
+    hard = [finished_run(tmp_path, 0.7, seed=seed, **TAUGHT) for seed in (1, 2)]
+    finished_run(tmp_path, 0.7, student="resnet18", student_kwargs={})
+    finished_run(tmp_path, 0.7, "mine/token", seed=3, **TAUGHT)
+    found = NOTEBOOK.without_study(find_runs(tmp_path / "runs")).accuracies()
+    assert found[["arm", "seeds"]].values.tolist() == [[run.name, 1] for run in hard]
+
+
+def test_who_decides_alike(tmp_path):
+    """Table 4 by hand: four images, two seeds; a plain student of each seed, or none."""
+    teacher = decided(tmp_path / "teacher", {"class": [0, 0, 0, 0]})
+    first = {"class": [0, 0, 1, 1], "distillation": [0, 0, 0, 1], "softmax": [0, 0, 0, 1]}
+    students = [decided(tmp_path, given, seed, **TAUGHT) for seed, given in
+                ((1, first), (2, first | {"class": [0, 0, 0, 1]}))]
+    shares = NOTEBOOK.head_disagreement(students, teacher)
+    assert [*shares] == ["label", "teacher", "class", "distillation", "softmax"]
+    assert shares.teacher.tolist() == pytest.approx([0, 0, 0.375, 0.25, 0.25])
+    assert shares["class"]["distillation"] == 0.125 and shares.equals(shares.T)
+    plain = [decided(tmp_path / "plain", {"class": [1, 1, 1, 1]}, seed) for seed in (1, 2)]
+    assert NOTEBOOK.head_disagreement(students, plain=plain[:1]).shape == (4, 4)  # seed 2 has none
+    both = NOTEBOOK.head_disagreement(students, plain=plain)
+    assert both["labels alone"].tolist() == pytest.approx([1, 0, 0.625, 0.75, 0.75])
+
+
+def test_fields_recipes_and_sizes(tmp_path):
+    """Only what differs; a size by hand: embedding, tokens, layers, norm and head."""
+    deep = finished_run(tmp_path, 0.5, seed=2, lr=0.3, student_kwargs=dict(depth=2, drop_path_rate=0.1))
+    shallow = finished_run(tmp_path, 0.5, student_kwargs=dict(depth=1))
+    fields = NOTEBOOK.differing_fields(dict(plain=[shallow], deep=[deep], soon=[]))
+    assert fields.lr.to_dict() == dict(plain=Config().lr, deep=0.3)
+    assert {*fields} == {"lr", "student_kwargs.depth", "student_kwargs.drop_path_rate"}
+    table = NOTEBOOK.recipe_rows(dict(recipe=("recipe", "baseline"), demo=("demo", "deit"))).set_index("field")
+    assert table.loc["mixup"].tolist() == ["0.8", "0.0"] and table.recipe["label_smoothing"] == "0.1"
+    assert "temperature" not in table.index and "seed" not in table.index  # the default in both
+    row = NOTEBOOK.variant_rows(ONE).iloc[0]
+    width, tokens = 192, 14 * 14 + 1
+    layer = 4 * width * (width + 1) + 2 * 4 * width * width + 5 * width + 2 * 2 * width  # attention, perceptron, norms
+    by_hand = 3 * 16 * 16 * width + width + width + tokens * width + 12 * layer + 2 * width + 1000 * (width + 1)
+    assert row[["width", "heads", "layers", "parameters"]].tolist() == [width, 3, 12, by_hand]
+    assert by_hand == 5_717_416

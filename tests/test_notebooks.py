@@ -1,8 +1,10 @@
 """Every experiment notebook runs under plain papermill; analysis notebooks run on its runs, and on none."""
+import ast
 import json
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,19 @@ def execute(name, output, cwd=ROOT, arm="", **parameters):
     notebook, = (ROOT / "nbs").glob(f"*/{name}.ipynb")
     papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
     return json.loads(output.read_text())
+
+
+def definitions(name, *constants):
+    """What a notebook imports and defines, and constants by name, without its results."""
+    notebook, = (ROOT / "nbs").glob(f"*/{name}.ipynb")
+    sources = ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"]
+               if cell["cell_type"] == "code"]
+    kept = [node for source in sources for node in ast.parse(source).body
+            if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+            or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in constants]
+    found = {}
+    exec(compile(ast.Module(kept, []), str(notebook), "exec"), found)
+    return SimpleNamespace(**found)
 
 
 def said(notebook):

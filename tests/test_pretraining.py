@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT, assert_same, elsewhere, environment, on_ranks, processes_mentioning, run_of
 from conftest import record, train_command, wait_until
-from test_notebooks import execute, said
+from test_notebooks import definitions, execute, said
 from vitdistill.config import Config, VitdistillError, preset, save
 from vitdistill.grids import grid_cells
 from vitdistill.launch import configure
@@ -23,7 +23,6 @@ from vitdistill.ranks import Ranks
 from vitdistill.runs import find_runs
 from vitdistill.setup import prepare, resolve
 from vitdistill.studies import read_study
-from vitdistill.study.pretraining import noise_explained
 from vitdistill.step import create_step
 from vitdistill.train import batches, train, train_epoch
 
@@ -79,7 +78,7 @@ def test_strong_noise_is_found(can, tmp_path):
     patches = can.student_kwargs | dict(patch_size=4)
     run = train(replace(can, runs_dir=str(tmp_path), work_dir=str(tmp_path), student_kwargs=patches, batch_size=16,
                         objective_kwargs=noise, epochs=6, evaluate_every=6, lr=3e-3))
-    assert noise_explained(run) > 0.1
+    assert definitions("a08_can").noise_explained(run) > 0.1
 
 
 @pytest.mark.slow

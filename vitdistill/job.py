@@ -33,8 +33,7 @@ from .runs import Run, find_runs, read_json
 from .setup import auto_device, auto_precision, place_model, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with, with_places_of_today
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
-from .study.findings import teacher_calls
-from .study.results import read_predictions
+from .study.results import read_predictions, teacher_calls
 from .teachers import adopt, least_accuracy, read_card, seems_untrained, weights_folder
 from .views import plan_rows
 
