@@ -63,7 +63,7 @@ figures: venv ## rebuild figures and tables in reports/ from reports/runs (chang
 	@$(VITDISTILL) figures $(ARGS)
 
 report: venv ## put all of reports/ on one page -> out/report/index.html
-	@$(VITDISTILL) report $(ARGS)
+	@$(VITDISTILL) report --first answer results 'study_*' $(ARGS)
 
 docs: venv .venv/docs ## build the documentation site -> out/docs/index.html
 	@mkdir -p out/home/runtime

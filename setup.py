@@ -1,4 +1,4 @@
-"""Packaging: what is declared stands in settings.ini; the folders named there as shipped are copied into a wheel."""
+"""Packaging: what is declared stands in settings.ini; what is named there as shipped is copied into a wheel."""
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -23,8 +23,12 @@ class Build(build_py):
             return
         share = Path(self.build_lib) / cfg["lib_name"] / "share"
         shutil.rmtree(share, ignore_errors=True)  # of an earlier build
-        for folder in cfg["shipped"].split():
-            shutil.copytree(ROOT / folder, share / folder, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for name in cfg["shipped"].split():
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, share / name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            else:
+                (share / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, share / name)
 
 
 setup(

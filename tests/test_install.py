@@ -104,8 +104,8 @@ said("new", "mine")
 Path("mine/nbs/presets/own.yaml").write_text("baseline: {lr: -1}")
 os.chdir("mine/nbs")
 print("root", repo_root() == Path.cwd().parent, said("train", "--config", "own:baseline"))
-grid = said("grid", "studies/small_overtake.yaml", "--dry-run")
-print("grid", "hard seed=1" in grid)
+grid = said("grid", "studies/rates.yaml", "--dry-run")
+print("grid", "taught lr=0.03 seed=1" in grid and "taught seed=1" in said("grid", "pair", "--dry-run"))
 sys.modules["papermill"] = None
 print("lacking", said("demo"))
 from vitdistill import watch
@@ -133,7 +133,7 @@ def test_package_away_from_a_clone(away, tmp_path):
 
 @pytest.mark.slow
 def test_pair_from_a_wheel(away, tmp_path):
-    """`vitdistill new`, then e01, e02 and a01 as it copied them, by papermill: records stay in the user's folder."""
+    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in the user's folder."""
     away(tmp_path, *cli("new", "mine"))
     mine = tmp_path / "mine"
     short = ["-p", "epochs", "2", "-p", "student", "resnet18", "-p", "data_fraction", ".2"]
@@ -145,7 +145,10 @@ def test_pair_from_a_wheel(away, tmp_path):
     papermill("nbs/experiments/e01_baseline_resnet50.ipynb", *short)
     untrained = ["-p", "allow_untrained", "True", "-y", f"teacher_kwargs: {SMALL_VIT}"]
     papermill("nbs/experiments/e02_distilled_resnet50.ipynb", *short, *untrained)
-    papermill("nbs/analysis/a01_paper.ipynb", "-p", "reports", "out/demo/runs", "-p", "out", "out/demo")
+    end = "from vitdistill.cli import *; run_notebook('a01_paper', Path('out/a01.ipynb'), dict(reports='out/demo/runs', " \
+          "out='out/demo'))"  # as `vitdistill demo` ends
+    away(mine, "-c", end)
+    away(mine, *cli("figures"))
     runs = find_runs(mine / "out/demo/runs")
     assert [run.config.experiment for run in runs] == ["baseline", "distilled"]
     assert all(run.status == "done" and run.epochs_done == 2 for run in runs)
@@ -153,6 +156,7 @@ def test_pair_from_a_wheel(away, tmp_path):
     assert about["vitdistill"] == SETTINGS["version"] and about["commit"] == os.environ.get("VITDISTILL_COMMIT", "")
     assert str(tmp_path) not in (runs[0].folder / "config.yaml").read_text()
     assert (mine / "out/demo/figures/figure4.svg").stat().st_size > 10_000
+    assert all(run.name in (mine / "reports/index.html").read_text() for run in runs)
 
 
 def imports(tree):

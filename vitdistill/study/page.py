@@ -15,7 +15,7 @@ from jinja2 import Template
 from markupsafe import Markup
 from .figures import format_cell
 from ..config import write_atomic
-from ..runs import Run, find_runs, machine_in_words
+from ..runs import Run, machine_in_words
 from .watch import run_state
 
 # %% ../../nbs/study/06_page.ipynb #d4aae7d3
@@ -120,21 +120,24 @@ def record(run:Run, here:Path)->list: # here: the page's folder
 
 # %% ../../nbs/study/06_page.ipynb #b74535a2
 def write_index(
-    out,                # folder of the page
+    out,                 # folder of the page
     title:str,
-    lead:list[str]=(),  # opening paragraphs, plain text
-    first:list[str]=(), # figures and tables that come first, in this order
-    source=None,        # folder with figures/, tables/, bench/ and runs/; None: `out`, without the last two
+    lead:list[str]=(),   # opening paragraphs, plain text
+    first:list[str]=(),  # figures and tables that come first, in this order
+    source=None,         # folder with figures/, tables/ and bench/; None: `out`
+    runs:list[Run]=(),   # whose records are listed
+    pages:list[Path]=(), # of single studies
 )->Path:
-    "Writes index.html: all figures, tables and run records of a folder, and links to executed notebooks below `out`."
+    "Writes index.html: figures, tables and run records, links to pages and to executed notebooks below `out`."
     out, rank = Path(out), lambda path: order(path, first)
     shown = Path(source or out)
-    notebooks = [*sorted(out.glob('*.ipynb')), *sorted(out.glob('*/*.ipynb'))]
-    links = {path.relative_to(out).as_posix(): address(path, out) for path in notebooks}
-    parts = {'Figures': sorted(shown.glob('figures/*.svg'), key=rank),
-             'Tables': sorted(shown.glob('tables/*.md'), key=rank),
-             'Executed notebooks': [dict(links=links)] if links else []}
-    if source: parts |= {
+    def linked(paths):
+        links = {Path(os.path.relpath(path, out)).as_posix(): address(path, out) for path in paths}
+        return [dict(links=links)] if links else []
+    return write_page(out/'index.html', title, lead, {
+        'Studies': linked(pages),
+        'Figures': sorted(shown.glob('figures/*.svg'), key=rank),
+        'Tables': sorted(shown.glob('tables/*.md'), key=rank),
+        'Executed notebooks': linked([*sorted(out.glob('*.ipynb')), *sorted(out.glob('*/*.ipynb'))]),
         'Bench': sorted([*shown.glob('bench/figures/*.svg'), *shown.glob('bench/*.csv')], key=rank),
-        'Run records': [dict(links={}, rows=[record(run, out) for run in find_runs(shown/'runs')], head=RECORD)]}
-    return write_page(out/'index.html', title, lead, parts)
+        'Run records': [dict(links={}, rows=[record(run, out) for run in runs], head=RECORD)]})

@@ -202,10 +202,10 @@ def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: ac
     try: return fit(law, known.index, known)
     except VitdistillError: return Trend(law, (math.nan,)*len(law.symbols))
 
-def forecast_error(law:Law, curve:pd.Series)->float: # curve: accuracies by epoch; NaN: no fit
-    "Returns a law's forecast of the last epoch from the first three eighths of the epochs, minus what was measured."
+def forecast_error(law:Law, curve:pd.Series, share:float)->float: # curve: accuracies by epoch; NaN: no fit
+    "Returns a law's forecast of the last epoch from the first `share` of the epochs, minus what was measured."
     last = curve.index[-1]
-    return fit_early(law, curve, last*3/8)(last) - curve.iloc[-1]
+    return fit_early(law, curve, last*share)(last) - curve.iloc[-1]
 
 def back_test(curve:pd.Series)->pd.DataFrame: # curve: accuracies by epoch -> law, k, error; NaN: no fit
     "Returns the errors of forecasts of the last epoch from the first k, a row per law and k; at most 60 k."
