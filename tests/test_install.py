@@ -133,7 +133,7 @@ def test_package_away_from_a_clone(away, tmp_path):
 
 @pytest.mark.slow
 def test_pair_from_a_wheel(away, tmp_path):
-    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in the user's folder."""
+    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in that folder."""
     away(tmp_path, *cli("new", "mine"))
     mine = tmp_path / "mine"
     short = ["-p", "epochs", "2", "-p", "student", "resnet18", "-p", "data_fraction", ".2"]
@@ -145,8 +145,8 @@ def test_pair_from_a_wheel(away, tmp_path):
     papermill("nbs/experiments/e01_baseline_resnet50.ipynb", *short)
     untrained = ["-p", "allow_untrained", "True", "-y", f"teacher_kwargs: {SMALL_VIT}"]
     papermill("nbs/experiments/e02_distilled_resnet50.ipynb", *short, *untrained)
-    end = "from vitdistill.cli import *; run_notebook('a01_paper', Path('out/a01.ipynb'), dict(reports='out/demo/runs', " \
-          "out='out/demo'))"  # as `vitdistill demo` ends
+    end = "from vitdistill.cli import Path, run_notebook; run_notebook('a01_paper', Path('out/a01.ipynb'), " \
+          "dict(reports='out/demo/runs', out='out/demo'))"  # as `vitdistill demo` ends
     away(mine, "-c", end)
     away(mine, *cli("figures"))
     runs = find_runs(mine / "out/demo/runs")

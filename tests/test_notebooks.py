@@ -14,6 +14,7 @@ import timm
 import yaml
 
 from conftest import ROOT
+from vitdistill.cli import main
 from vitdistill.config import preset
 from vitdistill.grids import grid_cells, run_batch
 from vitdistill.runs import find_runs
@@ -93,13 +94,15 @@ def test_paper_analysis_draws_the_runs(study):
 
 def test_the_pair_is_compared(study, tmp_path):
     """The difference of two runs on the digits is that of their records; one seed has an interval over test images."""
-    execute("a02_study", tmp_path / "a02.ipynb", reports=str(study / "runs"), out=str(tmp_path), dataset="digits")
+    assert main(["figures", "--reports", str(study / "runs"), "--out", str(tmp_path)]) == 0
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
     row, = pd.read_csv(tmp_path / "tables/pair.csv").itertuples()
     assert (row.other_top1, row.arm_top1, row.difference) == pytest.approx((plain, taught, taught - plain))
     assert row.low < row.difference < row.high and row.interval == "test images"
     assert row.runs == f"{runs['distilled'].name}, {runs['baseline'].name}"
+    page = (tmp_path / "index.html").read_text()
+    assert 'href="pair.html"' in page and all(run.name in page for run in runs.values())
 
 
 def test_a_study_is_trained_and_compared(tmp_path, capsys):
