@@ -181,7 +181,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
 
 # %% ../../nbs/study/04_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
-    "Returns a sentence for each arm that has unfinished or missing runs."
+    "Returns a sentence for each arm that has unfinished or missing runs, and for arms without a seed in common."
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
         absent = [seed for seed in seeds_of(study, arm) if seed not in [run.config.seed for run in runs]]
@@ -189,6 +189,10 @@ def missing(comparison:Comparison)->list[str]:
                   for run in runs if run.status != 'done']
         if absent: notes.append(f"{arm}: not begun with seed {', '.join(map(str, absent))}.")
         elif not runs: notes.append(f'{arm}: no run.')
+    for one, other in pairs(comparison):
+        seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
+        if all(seeds) and not set.intersection(*seeds):
+            notes.append(f"{' - '.join(one)} and {' - '.join(other)}: no seed in common, so they are not compared.")
     return notes
 
 # %% ../../nbs/study/04_compare.ipynb #d7208f41
