@@ -134,7 +134,7 @@ def teacher_rows(
 )->pd.DataFrame:           # apart_test, apart_train: shares of images decided otherwise by plain students
     "Returns the gain of each taught arm, and how its teachers' answers differ from the plain students' decisions."
     rows, table = [], comparison.table()
-    for row in table[table.other == comparison.study.baseline].itertuples():
+    for row in table[(table.other == comparison.study.baseline) & (table.seeds > 0)].itertuples():
         teachers = [run for run in teachers_of(comparison.study, row.arm, records) if run.status == 'done']
         plain, students = ([*finished_runs(comparison.arms[arm]).values()] for arm in (row.other, row.arm))
         if students[0].config.fold_answers != 'unseen': continue # records of folds hold only answers on unseen images
