@@ -2,6 +2,7 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from conftest import ROOT, record
 from test_notebooks import definitions, execute, said
 from vitdistill.cli import analysis_parameters
 from vitdistill.config import Config, preset, shipped_names
+from vitdistill.runs import Run, find_runs
 from vitdistill.studies import Study
 from vitdistill.study.compare import Comparison, load
 
@@ -195,6 +197,26 @@ def test_figure4_on_the_papers_axes(tmp_path):
 def test_analysis_without_records_says_so(name, told, tmp_path):
     where = dict(bench=str(tmp_path / "none")) if name == "a07_hilo" else dict(reports=str(tmp_path / "none"))
     assert told in said(execute(name, tmp_path / "a.ipynb", out=str(tmp_path / "out"), **where))
+
+
+@pytest.mark.slow
+def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
+    """All seeds of an arm have predictions of their last epoch and no result: a row over test images, without seeds."""
+    committed = ROOT / "reports/runs"
+    cut = {run.name for run in load("setting_a", find_runs(committed)).arms["hard labels"]}
+    (tmp_path / "runs").mkdir()
+    for place in committed.iterdir():
+        if place.name not in cut:
+            (tmp_path / "runs" / place.name).symlink_to(place)
+            continue
+        shutil.copytree(place, here := tmp_path / "runs" / place.name)
+        (here / "result.json").unlink()
+        (here / "predictions.npz").rename(here / f"predictions-{Run(here).epochs_done}.npz")
+    table = load("setting_a", find_runs(tmp_path / "runs")).table().set_index(["arm", "other"])
+    assert table.seeds["hard labels", "plain"] == 0 and table.interval["hard labels", "plain"] == "test images"
+    execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
+    taught = pd.read_csv(tmp_path / "out/tables/study_teachers.csv").arm
+    assert "hard labels" not in set(taught) and "hard labels, out of fold" in set(taught)
 
 
 @pytest.mark.slow

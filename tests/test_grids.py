@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
-from conftest import ROOT, TINY, environment, processes_mentioning, wait_until
-from vitdistill.grids import grid_cells, main, noted_runs, read_record, write_record
+from conftest import ROOT, TINY, environment, processes_mentioning, record, wait_until
+from vitdistill.config import Config
+from vitdistill.grids import config_of, grid_cells, main, noted_runs, read_record, write_record
 from vitdistill.runs import lock_folder
+from vitdistill.study.compare import draw_forest, load, missing, write
 
 
 @pytest.fixture
@@ -79,3 +82,53 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
             main([str(grid), "--out", str(tmp_path / "out")])
         assert told in refused.value.code and "\n" not in refused.value.code
     assert sorted(file.name for file in folder.glob("*.json")) == ["000-e09_another.json"]
+
+
+def test_what_a_grid_trains_is_what_a_comparison_waits_for(tmp_path, capsys):
+    """Arms with seeds of their own, in each way to write them, and names with the signs that texts are joined by."""
+    file, plain = tmp_path / "mine.yaml", dict(notebook="e01_baseline_resnet50")
+    arms = {"plain": plain, "vit - small": plain | dict(lr=0.1, seed=7), "a/b, c=d + e": plain | dict(lr=0.2, seed=2),
+            "two": plain | dict(lr=0.3, seeds=[2, 9]), "varied": plain | dict(lr=0.4, vary=dict(seed=[1, 3])),
+            "hard | soft": plain | dict(lr=0.5)}
+    common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    file.write_text(yaml.safe_dump(dict(common=common, seeds=[1, 2, 3], baseline="plain", arms=arms, later=[9]),
+                                   sort_keys=False))
+    cells, trained = grid_cells(file), {}
+    for cell in cells:
+        trained.setdefault(cell.arm.partition("/")[2], []).append(cell.chosen["seed"])
+    assert trained == {"plain": [1, 2, 3], "vit - small": [7], "a/b, c=d + e": [2], "two": [2, 9], "varied": [1, 3],
+                       "hard | soft": [1, 2, 3]}
+    waits = [note for note in missing(load(file)) if "not begun with seed" in note]
+    assert "vit - small: not begun with seed 7." in waits and "two: not begun with seed 2, 9." in waits
+    for n, cell in enumerate(cells):
+        record(config_of(cell), cell.arm, metrics=pd.DataFrame(dict(epoch=[0], test_top1=[0.5])), test_top1=0.5)
+        assert n + 1 == len(cells) or any("not begun" in note for note in missing(load(file)))
+    assert missing(load(file)) == ["vit - small and plain: no seed in common, so they are not compared."]
+    main([str(file), "--out", str(tmp_path / "out"), "--status"])
+    assert f"{len(cells)} done" in capsys.readouterr().out
+    rows = load(file).table().set_index("arm")
+    assert rows.seeds.to_dict() == {"a/b, c=d + e": 1, "two": 1, "varied seed=1": 1, "varied seed=3": 1,
+                                    "hard | soft": 3}  # seeds that both have
+    drawn = [label.get_text() for label in draw_forest(load(file)).axes[0].get_yticklabels()]
+    assert drawn == [*rows.index]
+    page = write(load(file), tmp_path / "page").read_text()
+    assert all(arm in page for arm in rows.index)
+
+
+def test_an_arm_of_any_name_is_in_the_forest(tmp_path):
+    """A difference of gains is not: its points are no difference of two arms."""
+    file, arms = tmp_path / "mine.yaml", ["plain", "vit - small", "plain - vit", "other"]
+    for n, arm in enumerate(arms):
+        for seed in (1, 2):
+            config = Config(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), seed=seed, lr=0.1 + n)
+            record(config, f"mine/{arm}", test_top1=0.5 + 0.1 * n + 0.01 * seed)
+    told = {arm: dict(notebook="e01_baseline_resnet50", lr=0.1 + n) for n, arm in enumerate(arms)}
+    gains = [["other", "plain"], ["vit - small", "plain"]]
+    file.write_text(yaml.safe_dump(dict(common=dict(runs_dir=str(tmp_path / "runs")), arms=told, baseline="plain",
+                                        compare=[gains]), sort_keys=False))
+    comparison = load(file)
+    assert len(comparison.table()) == 4
+    axes = draw_forest(comparison).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == arms[1:]
+    drawn = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+    assert drawn == pytest.approx([10, 20, 30])

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -22,10 +23,11 @@ from test_notebooks import execute, said
 from test_recipes import blocks, snippet
 from vitdistill import api
 from vitdistill.cli import main
-from vitdistill.config import VitdistillError, preset
+from vitdistill.config import Config, VitdistillError, preset
+from vitdistill.data import load_data, split_rows
 from vitdistill.files import in_folders
 from vitdistill.grids import grid_cells
-from vitdistill.job import config_of, teacher_part, train
+from vitdistill.job import config_of, fitting_fraction, teacher_part, train, with_test
 from vitdistill.losses import OBJECTIVES
 from vitdistill.predict import load_model, predict
 from vitdistill.ranks import Ranks
@@ -54,6 +56,28 @@ def images(tmp_path_factory):
             pixels = np.random.default_rng([c, i]).integers(80 * c, 80 * c + 80, (40, 50, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def test_each_class_gives_a_fifth_of_its_images_as_test_images(tmp_path):
+    """Classes of unlike sizes, told by brightness: images keep their labels, and held-out ones are drawn alike."""
+    counts = dict(ape=5, bee=10, cat=20, dog=45)
+    for c, (name, n) in enumerate(counts.items()):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (9, 9), (60 * c,) * 3).save(tmp_path / "mine" / name / f"{i}.png")
+    root = with_test(tmp_path / "mine", tmp_path / "out")
+    files = {part: {file.resolve() for file in (root / part).rglob("*.png")} for part in ("train", "val")}
+    assert not files["train"] & files["val"] and files["train"] | files["val"] == {*(tmp_path / "mine").rglob("*.png")}
+    config = Config(dataset="imagefolder", data_root=str(root), image_size=8, val_fraction=0.25)
+    data = load_data(config)
+    assert data.classes == [*counts]
+    for part, share in (("train", 0.8), ("test", 0.2)):
+        images, labels = (getattr(data, f"{part}_{what}") for what in ("images", "labels"))
+        assert (images[:][:, 4, 4, 0] // 60).tolist() == labels.tolist()
+        assert labels.bincount().tolist() == [share * n for n in counts.values()]
+    train, held_out = (data.train_labels[rows].bincount().tolist() for rows in split_rows(data.train_labels, config))
+    assert (held_out, train) == ([1, 2, 4, 9], [3, 6, 12, 27])  # a quarter
+    assert fitting_fraction(replace(config, val_fraction=0.01)) == 0.25  # a hundredth is no image of any class
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from timm.utils import unwrap_model
 from .answers import Memo
-from .config import VitdistillError, default_place, field_names, from_dict, from_here, stoppable
+from .config import VitdistillError, default_place, field_names, from_dict, from_here, plain_value
+from .config import stoppable
 from .config import preset as config_of_preset
 from .data import check_dataset
 from .hub import weights_place
@@ -159,7 +160,8 @@ class LoadedTeacher(Teacher):
         mean_std:tuple, # that the loader's pixels were normalized by
         **kw):          # further arguments of `Teacher`
         super().__init__(model, constants, size, **kw)
-        self.classes, self.mean_std, self.most = classes, mean_std, self.chunk # most: images in a forward pass
+        self.classes, self.mean_std = classes, plain_value(mean_std)
+        self.most = self.chunk # images in a forward pass
 
     def __call__(self, pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W), normalized by `mean_std` -> logits (B, C)
         if pixels.dim() != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
@@ -256,6 +258,7 @@ def memo(
     keys:int          # number of keys: 0 to keys - 1
 )->Callable:          # (pixels, (B,) int64 keys or a list) -> the loss's answers, on the pixels' device
     "Returns a teacher that answers each key once. Equal keys have to stand for equal pixels."
+    keys = plain_value(keys)
     if type(keys) is not int or keys < 1:
         raise VitdistillError(f'keys = {keys!r}: give their number, such as len(train_set).')
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
-from .config import VitdistillError, from_root, nearest, require, read_yaml, repo_root
+from .config import VitdistillError, first_line, from_root, nearest, require, read_yaml, repo_root
 from .launch import bind_to_parent, stop
 
 # %% ../nbs/07_cluster.ipynb #119778c4
@@ -153,6 +153,6 @@ def submit(
             ids |= {key: job.job_id for key, job in zip(keys, jobs)}
         except submitit.core.utils.FailedJobError as e:
             if ids: subprocess.run(['scancel', *ids.values()], check=False)
-            found = re.findall(r'error: (.*)', str(e)) or [str(e).strip().splitlines()[-1]]
+            found = re.findall(r'error: (.*)', str(e)) or str(e).strip().splitlines()[-1:] or [first_line(e)]
             raise VitdistillError(f"Slurm refuses the jobs ({found[0].rstrip('.')}): mend what they ask for.") from None
     return ids

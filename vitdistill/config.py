@@ -8,8 +8,9 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'GROUPS', 'FORMS', 'Message', 'VitdistillErr
            'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number',
            'cores', 'busy_cores', 'free_threads', 'StudentFields', 'DataFields', 'TeacherFields', 'ObjectiveFields',
            'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
-           'field_names', 'check', 'from_dict', 'YamlLoader', 'dump_yaml', 'refuse_repeats', 'keep_texts', 'parse_yaml',
-           'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash', 'student_name', 'run_name']
+           'field_names', 'plain_value', 'check', 'from_dict', 'YamlLoader', 'dump_yaml', 'refuse_repeats',
+           'keep_texts', 'parse_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
+           'student_name', 'run_name']
 
 # %% ../nbs/00_config.ipynb #6870c0aa
 import contextlib, dataclasses, difflib, errno, functools, glob, hashlib, importlib.util, json, math, os, re, shutil
@@ -427,17 +428,26 @@ def field_names(
     "Returns the names of the fields of `Config` that have this metadata, in order."
     return tuple(f.name for f in fields(Config) if all(f.metadata[key] == value for key, value in about.items()))
 
+# %% ../nbs/00_config.ipynb #236948e9
+def plain_value(value):
+    "Returns numbers and arrays of NumPy and torch as Python's numbers and lists, also within lists, tuples and dicts."
+    if isinstance(value, dict): return {plain_value(key): plain_value(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple): return type(value)(map(plain_value, value))
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
 # %% ../nbs/00_config.ipynb #150e4e28
 FORMS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list', dict: 'a dict'}
 
-def _typed(f, value): # converts `value` to the type of field `f`
+def _typed(f, given): # converts what is given to the type of field `f`
     kinds = typing.get_args(f.type) or (f.type,)
     number = next((kind for kind in kinds if kind in (int, float)), None)
+    value = plain_value(given)
     if number and type(value) in (str, int):
         with contextlib.suppress(ValueError): value = number(value) # 'auto' stays a word
     if type(value) in kinds or value is None and f.default is None: return value
     names = ' or '.join("'auto'" if number and k is str else FORMS[k] for k in kinds if k is not type(None))
-    raise VitdistillError(f'{f.name} = {value!r} has the wrong form: give {names}.')
+    raise VitdistillError(f'{f.name} = {given!r} has the wrong form: give {names}.')
 
 # %% ../nbs/00_config.ipynb #256952d7
 def _in_range(value:float, interval:str)->bool: # is `value` inside an interval such as '[0, 1)'?

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
-from .config import Config, VitdistillError, cgroup_limit, from_root, nearest, require
+from .config import Config, VitdistillError, cgroup_limit, first_line, from_root, nearest, require
 from .files import DiskImages, broken_in_words, image_files, in_folders, left_out_in_words, printable
 from .files import say_once, without_broken
 
@@ -163,7 +163,8 @@ def read_pickle(path:Path)->dict:
     except FileNotFoundError:
         raise VitdistillError(f'no file {path}: name as data_root the folder that holds {path.parent.name}/.') from None
     except Exception as e: # a damaged pickle raises almost any exception
-        raise VitdistillError(f'{path} is damaged or not a CIFAR file ({e}): download the dataset again.') from None
+        raise VitdistillError(f'{path} is damaged or not a CIFAR file ({first_line(e)}): download the dataset '
+                              'again.') from None
 
 # %% ../nbs/01_data.ipynb #38b36fac
 _cifar = {
@@ -210,8 +211,9 @@ def download_cifar(name:str, root:Path)->None:
             getattr(datasets, name.upper())(draft, download=True)
             (Path(draft)/folder.name).rename(folder)
     except Exception as e: # from urllib, a socket, the disk, or torchvision for a wrong sum
-        raise VitdistillError(f'{name} could not be downloaded to {root} ({e}): put the official {folder.name}/ '
-                              'there, or name the folder that holds it as data_root or in VITDISTILL_DATA.') from None
+        raise VitdistillError(f'{name} could not be downloaded to {root} ({first_line(e)}): put the official '
+                              f'{folder.name}/ there, or name the folder that holds it as data_root or in '
+                              'VITDISTILL_DATA.') from None
 
 # %% ../nbs/01_data.ipynb #5c1db815
 def cifar_root(config:Config)->Path:

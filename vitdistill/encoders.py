@@ -14,7 +14,7 @@ import numpy as np, safetensors.torch, timm, torch, torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from .captions import read_tokenizer, tokens_of
-from .config import FORMS, Config, VitdistillError, from_root, nearest, require, write_atomic
+from .config import FORMS, Config, VitdistillError, first_line, from_root, nearest, require, write_atomic
 from .data import Data, digest, generator
 from .files import read_image
 from .hub import weights_place, failure_in_words, without_retries
@@ -37,7 +37,8 @@ def cached_embeddings(
             write_atomic(file, lambda place: safetensors.torch.save_file(found, place, metadata=dict(key=text)))
         try: return safetensors.torch.load_file(file)['embeddings']
         except Exception as e: # a damaged file
-            raise VitdistillError(f'{file} is damaged ({e}): remove it; its embeddings are computed anew.') from None
+            raise VitdistillError(f'{file} is damaged ({first_line(e)}): remove it; its embeddings are '
+                                  'computed anew.') from None
 
 # %% ../nbs/03d_encoders.ipynb #002e10b1
 class Encoder:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from .config import Config, VitdistillError, from_root
+from .config import Config, VitdistillError, first_line, from_root
 
 # %% ../nbs/01c_files.ipynb #b5e2bc10
 def printable(path:str|Path)->str:
@@ -131,8 +131,8 @@ def files_in_tar(
     try:
         with open(path, 'rb') as file: return list(_members(file, str(path), 0, left_out, folders)), left_out
     except (tarfile.TarError, OSError) as e:
-        raise VitdistillError(f'{printable(path)} is damaged, cut or compressed ({e}): make it again as a plain '
-                              'tar.') from None
+        raise VitdistillError(f'{printable(path)} is damaged, cut or compressed ({first_line(e)}): make it again '
+                              'as a plain tar.') from None
 
 # %% ../nbs/01c_files.ipynb #9aa0a26b
 def folder_classes(
@@ -390,8 +390,7 @@ def image_files(
     try: train, test = (_listed(config, root, splits) for splits in (['train'], TESTS))
     except VitdistillError: raise
     except Exception as e: # each library has its own errors
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        why = why.partition('. You can use download=')[0] # no option of ours
+        why = first_line(e).partition('. You can use download=')[0] # no option of ours
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
     if config.skip_broken: train, test = without_broken(train), without_broken(test)
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
@@ -465,7 +464,7 @@ def square_pixels(
 def reason_of(error:Exception)->str:
     "Returns in one line why an image can not be read."
     if isinstance(error, UnidentifiedImageError): return 'no format that Pillow knows'
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 def decoded(
     opened:typing.Callable,     # returns the open file

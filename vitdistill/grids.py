@@ -29,7 +29,7 @@ from .options import grid_parser
 from .runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from .setup import check_settings
 from .studies import (MODELS, Study, combinations, full_name, listed, model_of, named, order,
-                                parameters_of, read_study, runs_folder, runs_with)
+                                parameters_of, read_study, runs_folder, runs_with, seeds_of)
 
 # %% ../nbs/07a_grids.ipynb #2ce04fbc
 @dataclass
@@ -102,8 +102,8 @@ def study_cells(study:Study)->list[Cell]:
     for name in after:
         part = study.parts[name]
         fixed, models = parameters_of(study, name)
-        seeds = part.get('seeds') or (study.seeds if name in study.arms and 'seed' not in fixed else [])
-        vary = (part.get('vary') or {}) | ({'seed': seeds} if seeds else {})
+        seeds = seeds_of(study, name)
+        vary = (part.get('vary') or {}) | ({'seed': seeds} if seeds and seeds != [fixed.get('seed')] else {})
         notebook, declared = notebook_of(part['notebook'], {**fixed, **models, **vary})
         kept = {'keep_record': True} if 'keep_record' in declared else {} # so that students find it
         about = declared, f'{study.name}/{name}', {key: full_name(study, other) for key, other in models.items()}

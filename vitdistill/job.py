@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from PIL import Image
 from tqdm import tqdm
 from .config import Config, VitdistillError, cores, dump_yaml, environment_number, field_names
-from .config import free_threads, from_root, nearest, parse_yaml, read_yaml, write_atomic
+from .config import free_threads, from_root, nearest, parse_yaml, plain_value, read_yaml, write_atomic
 from .data import held_out, list_images, load_data, split_rows, stratified
 from .files import TESTS, bare_folders, files_below, is_image, printable, read_image, reason_of
 from .files import refuse_broken, say_once, unreadable
@@ -272,6 +272,7 @@ def study_of(
     given:dict               # preset, student, and other fields of Config, name -> value
 )->dict:
     "Returns the content of the job's study file; an unknown field is a `VitdistillError`."
+    seeds, given, teacher = (plain_value(value) for value in (seeds, given, teacher))
     if type(seeds) is not int or seeds < 1: raise VitdistillError(f'seeds = {seeds!r}: give a number, 1 or more.')
     if 'seed' in given:
         raise VitdistillError(f"seed = {given['seed']!r} can't be chosen: seeds = {seeds} trains seeds 1 to {seeds}.")

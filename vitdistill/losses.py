@@ -14,7 +14,7 @@ import functools, inspect, math, typing
 from dataclasses import dataclass
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from .config import Config, VitdistillError, field_names, nearest
+from .config import Config, VitdistillError, field_names, first_line, nearest
 
 # %% ../nbs/03_losses.ipynb #91f3c0d5
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ def criterion(config:Config)->nn.Module:
     except (TypeError, ValueError) as e:
         more = f' or memo_temperatures = {config.memo_temperatures}' if config.memo_temperatures else ''
         raise VitdistillError(f'objective_kwargs = {given}{more} has a value of a type that {name!r} does not take '
-                              f'({e}): give numbers, or lists of them.') from None
+                              f'({first_line(e)}): give numbers, or lists of them.') from None
     made.token = config.token
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '

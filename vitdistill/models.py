@@ -24,7 +24,7 @@ from timm.utils import unwrap_model
 from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, load_model_config_from_hf,
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
-from .config import Config, VitdistillError, first_line, nearest, no_space, write_atomic
+from .config import Config, VitdistillError, first_line, nearest, no_space, plain_value, write_atomic
 from .hub import weights_place, failure_in_words, without_retries
 from .layers import LITv2
 
@@ -170,8 +170,8 @@ def _why(error:Exception)->str: # the reason in a line, without torch's and timm
     if isinstance(error, KeyError): return f'there is no {error}' # this error's text is only the key
     text = f'{error}\n{error.__cause__}'
     if 'weights_only' not in text:
-        if isinstance(error, RuntimeError): return textwrap.shorten(str(error), 200) # it names layers
-        return failure_in_words(error)
+        layers = textwrap.shorten(str(error), 200) if isinstance(error, RuntimeError) else ''
+        return layers or failure_in_words(error)
     return f'it calls {found[1]}' if (found := re.search(r'GLOBAL (\S+)', text)) else 'it holds more than tensors'
 
 # %% ../nbs/02_models.ipynb #c7c2ec46
@@ -539,7 +539,7 @@ def save_model(
     tried:bool=False # raise `VitdistillError` if what is written makes another model
 )->Path:
     "Writes model.safetensors, config.json, README.md and card.json into a folder, each file whole or not at all."
-    model, (mean, std) = unwrap_model(model), mean_std
+    model, (mean, std), size = unwrap_model(model), plain_value(mean_std), plain_value(size)
     cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., mean=mean, std=std,
                num_classes=model.num_classes)
     folder = Path(folder)
@@ -547,7 +547,7 @@ def save_model(
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
         hook = model.register_state_dict_post_hook(_plain_tensors)
-        try: save_for_hf(model, draft, about, kwargs or None, safe_serialization=True)
+        try: save_for_hf(model, draft, about, plain_value(kwargs) or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
         finally: hook.remove()
         file = Path(draft)/'config.json' # without what it says of timm's weights, which these are not

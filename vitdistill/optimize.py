@@ -38,8 +38,8 @@ def optimizer_class(config:Config)->tuple:
                               'take another.')
     try: found = timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as e: # bitsandbytes' and apex's
-        raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({e}): take one of torch's or "
-                              "timm's, such as 'adamw' or 'lamb'.") from None
+        raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({first_line(e)}): take one of "
+                              "torch's or timm's, such as 'adamw' or 'lamb'.") from None
     ours = 'lr', 'momentum', 'weight_decay'
     arguments = inspect.signature(found).parameters
     for key, value in config.opt_kwargs.items():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'listed', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations', 'named',
-           'arm_names', 'references', 'sides', 'check', 'check_part', 'with_places_of_today', 'study_file',
-           'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of', 'runs_folder', 'runs_with',
-           'model_of']
+           'arm_names', 'seeds_of', 'references', 'sides', 'check_seeds', 'check', 'check_part', 'with_places_of_today',
+           'study_file', 'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of', 'runs_folder',
+           'runs_with', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
@@ -15,8 +15,8 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from .config import (FORMS, Config, VitdistillError, defining, from_dict, from_root, nearest, preset_parts,
-                               read_yaml, shipped, shipped_names)
+from .config import (FORMS, Config, VitdistillError, defining, from_dict, from_root, nearest, plain_value,
+                               preset_parts, read_yaml, shipped, shipped_names)
 from .runs import Run, find_runs
 
 # %% ../nbs/07_studies.ipynb #e4aeb0b9
@@ -38,6 +38,7 @@ class Study:
     choose:dict = field(default_factory=dict)   # field (of `vary`), by (a number of result.json such as val_top1)
     measure:str = 'test_top1'                   # number of result.json that is compared
     def __post_init__(self): # 'study/arm' and a list of these become {arms: [study/arm, ...]}
+        for f in fields(self): setattr(self, f.name, plain_value(getattr(self, f.name)))
         for parts in (self.teachers, self.arms):
             parts |= {name: {'arms': listed(part)} for name, part in parts.items() if isinstance(part, (str, list))}
     @property
@@ -67,7 +68,11 @@ def parameters_of(study:Study, name:str)->tuple[dict, dict]: # name: of a part t
     shared = study.common if name in study.arms else {k: v for k, v in study.common.items() if k in _places}
     given = shared | {key: value for key, value in study.parts[name].items() if key not in _keys}
     named = {key: given.pop(key) for key in MODELS if isinstance(given.get(key), str) and given[key] in study.parts}
-    if 'teacher' in named: named['teacher_weights'] = named.pop('teacher')
+    if 'teacher' in named:
+        if other := named.get('teacher_weights') or given.get('teacher_weights'):
+            raise VitdistillError(f"{study.name}: {name} has the teacher {named['teacher']} and teacher_weights = "
+                                  f'{other!r}: remove one.')
+        named['teacher_weights'] = named.pop('teacher')
     return given, named
 
 # %% ../nbs/07_studies.ipynb #b819e294
@@ -112,7 +117,21 @@ def arm_names(study:Study)->dict: # name with varied values -> arm, varied value
     def trained(arm): # the part that trains it; {}: it has its values already
         other, name = next(iter(references(study, arm)), (study, arm))
         return other.parts.get(name, {})
-    return {named(arm, varied): (arm, varied) for arm in study.arms for varied in combinations(trained(arm))}
+    found = [(named(arm, varied), (arm, varied)) for arm in study.arms for varied in combinations(trained(arm))]
+    if len(by_name := dict(found)) < len(found):
+        twice = next(name for name, known in found if by_name[name] != known)
+        raise VitdistillError(f'{study.name}: two arms are called {twice!r}, by name or by what they vary: rename one.')
+    return by_name
+
+def seeds_of(study:Study, arm:str)->list[int]: # arm: name of a part, also with varied values
+    "Returns the seeds that an arm is trained with, its own before those of the study; []: the seed of its notebook."
+    name, varied = arm_names(study).get(arm, (arm, {}))
+    part = study.parts[name]
+    if not trains(part): return []
+    own = [varied['seed']] if 'seed' in varied else (part.get('vary') or {}).get('seed') or part.get('seeds')
+    if own: return own
+    if 'seed' in part: return [] if part['seed'] is None else [part['seed']]
+    return listed(study.common.get('seed')) or study.seeds if name in study.arms else []
 
 def references(study:Study, name:str)->list[tuple[Study, str]]:
     "Returns the studies and names of the parts that a part stands for; an unknown one is a `VitdistillError`."
@@ -136,12 +155,27 @@ def sides(pair:list)->list[str]: # an entry of `compare`
         raise VitdistillError(f'compare: {pair!r} is no pair: write [arm, other] or [[arm, other], [arm, other]].')
     return flat
 
+# %% ../nbs/07_studies.ipynb #a95b12db
+def check_seeds(study:Study)->None:
+    "Raises a `VitdistillError` for seeds that would do nothing."
+    if study.seeds and 'seed' in study.common:
+        raise VitdistillError(f"{study.name}: common has a seed, so that seeds would do nothing: remove one.")
+    if not all(map(trains, study.arms.values())): return # other studies say with which seeds they ran
+    known = {seed for arm in study.arms for seed in seeds_of(study, arm)}
+    if known and (unknown := [seed for seed in study.later if seed not in known]):
+        raise VitdistillError(f'{study.name}: later = {study.later} has seed {unknown[0]}, with which no arm runs: add '
+                              'it to seeds, or remove it.')
+
 # %% ../nbs/07_studies.ipynb #b7d64580
 def check(study:Study)->None:
     "Raises a `VitdistillError` for an unknown arm, a circle, or two arms of equal settings."
     if not study.arms: raise VitdistillError(f'{study.name}: arms is empty: write "plain: small_tuned/plain".')
     for key in study.choose:
         if key not in ('field', 'by'): raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
+    for key in _keys:
+        if key in study.common:
+            place = 'beside common, or at an arm' if key == 'seeds' else 'at each arm'
+            raise VitdistillError(f'{study.name}: common has {key}, which is no parameter: write it {place}.')
     for name in study.parts: check_part(study, name)
     if study.seeds: check_vary(dict(seed=study.seeds), study.name)
     order(study)
@@ -158,8 +192,7 @@ def check(study:Study)->None:
         if arm not in arm_names(study):
             raise VitdistillError(f'{study.name}: compare names the arm {arm!r}, which varies: name one of '
                                   f"{', '.join(name for name, (of, _) in arm_names(study).items() if of == arm)}.")
-    if study.seeds and 'seed' in study.common:
-        raise VitdistillError(f"{study.name}: common has a seed, so that seeds would do nothing: remove one.")
+    check_seeds(study)
     settings = {}
     for name, part in study.arms.items():
         if not trains(part): continue
@@ -177,8 +210,11 @@ def check_part(study:Study, name:str)->None:
         wrong(f'= {part!r} names no notebook: write one, such as "notebook: e02_distilled_resnet50".')
     if not isinstance(seeds := part.get('seeds', []), list): wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
     check_vary(part.get('vary') or {}, name)
-    if seeds: check_vary(dict(seed=seeds), name)
+    if 'seeds' in part: check_vary(dict(seed=seeds), name)
+    given = {*part} | ({'seed'} if 'seeds' in part else set())
+    if 'seeds' in part and 'seed' in part: wrong('has seed and seeds: remove one.')
     for key in part.get('vary') or {}:
+        if key in given: wrong(f"has {'seeds' if key not in part else key} and varies {key}: remove one.")
         if key not in Config.__dataclass_fields__:
             wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
 

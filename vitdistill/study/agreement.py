@@ -48,14 +48,19 @@ def agreements(
 
 # %% ../../nbs/study/05c_agreement.ipynb #985edfcf
 def ece(
-    confidence, # (n,) probability of the decision, in [0, 1]
+    confidence, # (n,) probability of the decision, in [0, 1]; NaN: of a model whose weights are not finite
     right,      # (n,) bool
     bins:int=15 # of equal width; each holds its upper edge
-)->float:
+)->float:       # NaN without images, or if a confidence is NaN
     "Returns the expected calibration error, a fraction: the mean over images of |accuracy - confidence| of their bin."
-    gaps = np.asarray(right, float) - np.asarray(confidence, float)
-    which = pd.cut(np.asarray(confidence, float), np.linspace(0, 1, bins + 1), include_lowest=True).codes
-    return float(np.abs(np.bincount(which, gaps)).sum()/len(gaps))
+    confidence, right = np.asarray(confidence, float), np.asarray(right, float)
+    outside = (confidence < 0) | (confidence > 1 + 1e-6) # sums of a softmax may round to a little more than 1
+    if outside.any():
+        raise VitdistillError(f'a confidence is {confidence[outside][0]:g}: give probabilities from 0 to 1, such as '
+                              'the largest of softmax(logits).')
+    if not len(confidence) or np.isnan(confidence).any(): return float('nan')
+    which = pd.cut(confidence.clip(0, 1), np.linspace(0, 1, bins + 1), include_lowest=True).codes
+    return float(np.abs(np.bincount(which, right - confidence)).sum()/len(right))
 
 # %% ../../nbs/study/05c_agreement.ipynb #f5f18b3e
 def class_names(dataset:str, classes:int)->pd.DataFrame: # classes: their number

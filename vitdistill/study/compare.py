@@ -18,7 +18,8 @@ from ..config import Config, VitdistillError, default_place, defining, field_nam
 from ..config import shipped_names
 from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
-from ..studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of, sides, trains
+from ..studies import (Study, arm_names, parameters_of, read_study, runs_folder, runs_of, seeds_of, sides,
+                                trains)
 from .figures import save_figure, save_table, style
 from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
@@ -72,11 +73,14 @@ class Comparison:
         def of_arm(runs): return {seed: run.result.get(measure) for seed, run in finished_runs(runs).items()}
         return pd.DataFrame({arm: pd.Series(of_arm(runs), dtype=float) for arm, runs in self.arms.items()}).sort_index()
 
-    def table(self, tops:pd.DataFrame=None)->pd.DataFrame: # tops: of another number than the study's -> `columns`
+    def table(self,
+        tops:pd.DataFrame=None, # of another number than the study's
+        gains:bool=True         # whether differences of gains have rows too
+    )->pd.DataFrame:            # `columns`
         "Returns a row per difference, in fractions; p is corrected for the rows of the table by Holm."
         images = tops is None and self.study.measure == 'test_top1'
         tops = self.tops() if tops is None else tops
-        rows = [difference(self, *pair, tops, images) for pair in pairs(self)]
+        rows = [difference(self, *pair, tops, images) for pair in pairs(self) if gains or len(pair[0]) == 1]
         frame = pd.DataFrame([row for row in rows if row['seeds'] or 'epochs' in row]).reindex(columns=columns)
         return frame.assign(holm=holm(frame.p))
 
@@ -181,16 +185,18 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
 
 # %% ../../nbs/study/04_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
-    "Returns a sentence for each arm that has unfinished or missing runs."
+    "Returns a sentence for each arm that has unfinished or missing runs, and for arms without a seed in common."
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
-        part = study.arms[arm_names(study)[arm][0]]
-        wanted = part.get('seeds', study.seeds) if trains(part) else []
-        absent = [seed for seed in wanted if seed not in [run.config.seed for run in runs]]
+        absent = [seed for seed in seeds_of(study, arm) if seed not in [run.config.seed for run in runs]]
         notes += [f'{arm}: seed {run.config.seed} has {run.epochs_done} of {run.config.epochs} epochs.'
                   for run in runs if run.status != 'done']
         if absent: notes.append(f"{arm}: not begun with seed {', '.join(map(str, absent))}.")
         elif not runs: notes.append(f'{arm}: no run.')
+    for one, other in pairs(comparison):
+        seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
+        if all(seeds) and not set.intersection(*seeds):
+            notes.append(f"{' - '.join(one)} and {' - '.join(other)}: no seed in common, so they are not compared.")
     return notes
 
 # %% ../../nbs/study/04_compare.ipynb #d7208f41
@@ -259,8 +265,7 @@ def plot_forest(
 # %% ../../nbs/study/04_compare.ipynb #97011c27
 def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without rows
     "Draws the differences of a study."
-    rows = comparison.table()
-    rows = rows[~rows.arm.str.contains(' - ', regex=False)] if len(rows) else rows
+    rows = comparison.table(gains=False)
     if not len(rows): return None
     style()
     fig, ax = plt.subplots(figsize=(7.4, .9 + .34*len(rows)), layout='constrained')
