@@ -1,4 +1,5 @@
 """Analysis notebooks on runs that are written here, on none, and on those that are committed."""
+import collections
 import functools
 import os
 import re
@@ -14,6 +15,8 @@ from conftest import ROOT, record
 from test_notebooks import execute, said
 from vitdistill.cli import analysis_parameters
 from vitdistill.config import Config, shipped_names
+from vitdistill.runs import find_runs
+from vitdistill.study.compare import draw_curves, draw_forest, load
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
            for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
@@ -203,3 +206,27 @@ def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
     assert "the logarithm needs 3 epochs, this curve has 1" in text
     assert len(pd.read_csv(tmp_path / "out/tables/crossovers.csv")) == 1  # the published one
     assert "1 of 150 epochs" in (tmp_path / "out/figures/figure4.svg").read_text()
+
+
+def test_a_comparison_opens_each_file_of_a_run_once():
+    """Also of a study with one seed, which compares the predictions of one arm with those of all others."""
+    opened, watched = collections.Counter(), ("config.yaml", "environment.json", "result.json", "predictions.npz")
+    listening = True
+
+    def listen(event, details):
+        if listening and event == "open" and str(details[0]).endswith(watched):
+            opened[str(details[0])] += 1
+
+    sys.addaudithook(listen)
+    try:
+        runs = find_runs("reports/runs")
+        for study in ("setting_a", "deit_table8"):
+            comparison = load(study, runs)
+            assert len(comparison.table()) == len(comparison.table()) > 3
+            comparison.accuracies()
+            for draw in (draw_forest, draw_curves):
+                matplotlib.pyplot.close(draw(comparison))
+    finally:
+        listening = False
+    assert len(opened) > 200 and {*opened.values()} == {1}, opened.most_common(3)
+    assert sum(name.endswith("predictions.npz") for name in opened) > 10
