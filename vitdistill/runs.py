@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'moved', 'read_checkpoint', 'read_json', 'Run', 'find_runs', 'find_run',
            'read_arrays', 'share_images', 'npz_bytes', 'record_path', 'is_outside', 'clean_config', 'environment',
-           'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'RunWriter']
+           'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'write_config', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, hashlib, io, json, os, platform, shutil, subprocess
@@ -305,6 +305,16 @@ def check_folders(config:Config)->None:
         why = 'is a file' if not there.is_dir() else '' if ours else 'is not yours to write'
         if why: raise VitdistillError(f'{name} = {getattr(config, name)!r}, but {there} {why}: name another folder.')
 
+# %% ../nbs/05_runs.ipynb #bb3be969
+def write_config(config:Config, folder:Path)->None: # folder: of a run
+    "Writes config.yaml without paths of this machine, and those paths into places.yaml."
+    given, places = asdict(config), folder/PLACES
+    record = clean_config(given, repo_root())
+    here = {name: value for name, value in given.items() if record[name] != value}
+    if here: write_atomic(places, dump_yaml(here)) # first, so that no kill leaves a record without its paths
+    else: places.unlink(missing_ok=True)
+    write_atomic(folder/'config.yaml', dump_yaml(record))
+
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "Writes a run folder, in the one process that holds its lock."
@@ -320,18 +330,10 @@ class RunWriter(Run):
         if first and self.epochs_done and (self.work/'checkpoint.pt').is_file(): # it goes on: what differs is added
             again = {name: value for name, value in about.items() if first.get(name) != value}
             about = {'begun': begun} | first | {'resumed': [*first.get('resumed', []), again]}
-        self._write_config(config)
+        write_config(config, self.folder)
         self._write_json('environment.json', about)
         self.__dict__.pop('trackers', None)
         self._kept.clear()
-
-    def _write_config(self, config): # a kill between the two files leaves nothing without its paths
-        given, places = asdict(config), self.folder/PLACES
-        record = clean_config(given, repo_root())
-        here = {name: value for name, value in given.items() if record[name] != value}
-        if here: write_atomic(places, dump_yaml(here))
-        else: places.unlink(missing_ok=True)
-        write_atomic(self.folder/'config.yaml', dump_yaml(record))
 
     @cached_property
     def trackers(self)->Trackers: # new ones get all rows recorded so far
