@@ -1,4 +1,5 @@
 """Analysis notebooks on runs that are written here, on none, and on those that are committed."""
+import collections
 import functools
 import os
 import re
@@ -17,7 +18,7 @@ from vitdistill.cli import analysis_parameters
 from vitdistill.config import Config, preset, shipped_names
 from vitdistill.runs import Run, find_runs
 from vitdistill.studies import Study
-from vitdistill.study.compare import Comparison, load
+from vitdistill.study.compare import Comparison, draw_curves, draw_forest, load
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
            for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
@@ -392,3 +393,25 @@ choose: {field: noise_factor, by: val_top1}
     assert claims.low[2] < claims.value[2] < claims.high[2]  # over seeds
     assert claims.value[0] == pytest.approx(0.9 - 0.202, abs=1e-3)
     assert claims.value[3] == pytest.approx(0.0102, abs=2e-3)
+def test_a_comparison_opens_each_file_of_a_run_once():
+    """Also of a study with one seed, which compares the predictions of one arm with those of all others."""
+    opened, watched = collections.Counter(), ("config.yaml", "environment.json", "result.json", "predictions.npz")
+    listening = True
+
+    def listen(event, details):
+        if listening and event == "open" and str(details[0]).endswith(watched):
+            opened[str(details[0])] += 1
+
+    sys.addaudithook(listen)
+    try:
+        runs = find_runs("reports/runs")
+        for study in ("setting_a", "deit_table8"):
+            comparison = load(study, runs)
+            assert len(comparison.table()) == len(comparison.table()) > 3
+            comparison.accuracies()
+            for draw in (draw_forest, draw_curves):
+                matplotlib.pyplot.close(draw(comparison))
+    finally:
+        listening = False
+    assert len(opened) > 200 and {*opened.values()} == {1}, opened.most_common(3)
+    assert sum(name.endswith("predictions.npz") for name in opened) > 10

@@ -12,6 +12,7 @@ import pytest
 from conftest import elsewhere, environment, run_of
 from vitdistill.config import save
 from vitdistill.outcome import head_accuracies, main
+from vitdistill.runs import read_arrays
 from vitdistill.train import train
 
 
@@ -21,12 +22,13 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
     run = train(elsewhere(config, tmp_path))
     assert main([str(run.folder), "--epochs", "1"]) == 0
     assert main([str(run.folder), "--record", str(tmp_path / "record")]) == 0
-    last, done = np.load(tmp_path / "record" / "predictions-0002.npz"), np.load(run.folder / "predictions.npz")
+    last, done = (read_arrays(folder / file) for folder, file in ((tmp_path / "record", "predictions-0002.npz"),
+                                                                  (run.folder, "predictions.npz")))
     head = {f"test_class_{kind}" for kind in ("decision", "confidence")}
     assert {"test_image", "test_label"} | head == set(last)
     for name in set(last) & set(done):
         assert np.array_equal(last[name], done[name]), name
-    first = head_accuracies(np.load(run.folder / "predictions-0001.npz"))["class"]
+    first = head_accuracies(read_arrays(run.folder / "predictions-0001.npz"))["class"]
     told = run.metrics().test_top1
     assert [first, head_accuracies(last)["class"]] == pytest.approx(list(told), abs=1e-5) and told[0] != told[1]
 

@@ -9,6 +9,7 @@ from vitdistill.study.agreement import class_names
 from vitdistill.config import Config
 from vitdistill.data import cifar100_constants, load_data, read_pickle
 from vitdistill.launch import launch
+from vitdistill.runs import read_arrays
 from vitdistill.setup import auto_precision
 from vitdistill.teachers import adopt
 
@@ -54,5 +55,5 @@ def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
     loss = run.metrics().train_loss
     assert run.result["teacher_top1"] > 0.7
     assert loss.iloc[0] == pytest.approx(np.log(100), abs=1.5) and loss.iloc[1] < loss.iloc[0]
-    predictions = np.load(run.folder / "predictions.npz")
+    predictions = read_arrays(run.folder / "predictions.npz")
     assert [len(predictions[f"{part}_label"]) for part in ("test", "val", "train")] == [10_000, 6000, 200]

@@ -126,7 +126,7 @@ def test_records_are_committed_without_their_logits():
     records = sorted((ROOT / "reports/runs").glob("*/predictions*.npz"))
     endings = "_logits", "_image", "_label", "_top5"
     heavy = [str(file) for file in records if any(name.endswith(endings) for name in np.load(file).files)]
-    assert records and not heavy, "run python -m vitdistill.study.calibration FOLDER ..., then vitdistill.records"
+    assert records and not heavy, "run python -m vitdistill.study.calibration FOLDER ..."
 
 
 ASKED_FIRST = "7b98faa"  # records that came later than this commit had their question before their answer

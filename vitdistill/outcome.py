@@ -21,8 +21,7 @@ from .losses import OBJECTIVES, HardLabel, Logits, TopK
 from .memos import Memo, keep
 from .models import combine, load_weights, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
-from .records import clean_config
-from .runs import Run, RunWriter, read_checkpoint, record_path
+from .runs import Run, RunWriter, clean_config, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
 from .teachers import Teacher, card_facts, card_rows, file_hash, make_card, of_these_images, read_card
 from .teachers import readme_head, seen_by

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'moved', 'read_checkpoint', 'read_json', 'Run', 'find_runs', 'find_run',
-           'read_arrays', 'record_path', 'environment', 'machine_in_words', 'append_row', 'npz_bytes', 'lock_folder',
-           'check_folders', 'RunWriter']
+           'read_arrays', 'share_images', 'npz_bytes', 'record_path', 'is_outside', 'clean_config', 'environment',
+           'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'write_config', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
-import contextlib, csv, io, json, os, platform, shutil, subprocess
+import contextlib, csv, hashlib, io, json, os, platform, shutil, subprocess
 from collections import Counter
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
-from .config import SHIPPED, Config, VitdistillError, config_hash, cores, from_here, from_root, load, nearest
-from .config import repo_root, run_name, save, write_atomic
+from .config import PLACES, SHIPPED, Config, VitdistillError, config_hash, cores, dump_yaml, from_here
+from .config import from_root, load, nearest, repo_root, run_name, write_atomic
 from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c
@@ -70,8 +71,8 @@ def read_json(file:Path)->dict:
 
 # %% ../nbs/05_runs.ipynb #56e80e0e
 class Run:
-    "Reads a run folder."
-    def __init__(self, folder:str|Path): self.folder, self.name = Path(folder), Path(folder).name
+    "Reads a run folder; its config, result and start once."
+    def __init__(self, folder:str|Path): self.folder, self.name, self._kept = Path(folder), Path(folder).name, {}
     @classmethod
     def of(cls, config:Config): return cls(from_root(config.runs_dir)/run_name(config)) # started or not
     def __repr__(self): return f'Run({self.name}: {self.status}, {self.epochs_done} epochs)'
@@ -85,8 +86,11 @@ class Run:
     def work(self)->Path: return self.place(from_root(self.config.work_dir)/self.name) # the working folder
     @property
     def model(self)->Path: return self.work/'model' # folder in timm's layout
+    def _once(self, name:str, read)->dict: # {}: not there yet, so it is read again
+        if name not in self._kept and (found := read(self.folder/f'{name}.json')): self._kept[name] = found
+        return self._kept.get(name, {})
     @property
-    def environment(self)->dict: return read_json(self.folder/'environment.json')
+    def environment(self)->dict: return self._once('environment', read_json)
     @property
     def begun(self)->str: # UTC; of 0.3 and before only the file's own time is known, which a clone does not keep
         file = self.folder/'config.yaml'
@@ -94,8 +98,10 @@ class Run:
         return self.environment.get('begun') or datetime.fromtimestamp(written, timezone.utc).isoformat()
     @property
     def result(self)->dict|None: # None until the run is done
-        result = read_json(self.folder/'result.json')
-        return result if result and result.get('hash') == config_hash(self.config) else None
+        def of_this_config(file):
+            result = read_json(file)
+            return result if result and result.get('hash') == config_hash(self.config) else {}
+        return self._once('result', of_this_config) or None
 
     @cached_property
     def arms(self)->list: # 'study/arm' of each study that uses the run
@@ -173,11 +179,59 @@ def read_arrays(
                               "or remove the folder's result.json and start the run again.") from None
     return values
 
+# %% ../nbs/05_runs.ipynb #d5ae4b3e
+def share_images(
+    folder:Path, # a run folder
+    arrays:dict  # name -> array
+)->dict:
+    "Returns arrays with names of files instead of image numbers and labels; writes those files beside run folders."
+    arrays = dict(arrays)
+    for part in [name.removesuffix('_image') for name in arrays if name.endswith('_image')]:
+        images = {name: arrays.pop(name) for name in (f'{part}_image', f'{part}_label') if name in arrays}
+        numbers = b''.join(np.asarray(array).astype('<i8').tobytes() for array in images.values())
+        name = f'{part}-{hashlib.sha256(numbers).hexdigest()[:12]}'
+        shared = folder.resolve().parent/f'images/{name}.npz'
+        if not shared.is_file(): write_atomic(shared, npz_bytes(images))
+        arrays[f'{part}_images'] = name
+    return arrays
+
+def npz_bytes(arrays:dict)->bytes:
+    "Returns the bytes of an npz file."
+    np.savez_compressed(file := io.BytesIO(), **arrays)
+    return file.getvalue()
+
 # %% ../nbs/05_runs.ipynb #9d550f9f
 def record_path(path:str|Path)->str:
     "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
     path = from_root(path)
     return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
+
+# %% ../nbs/05_runs.ipynb #a60ff40c
+def is_outside(path:str)->bool:
+    "Returns whether a path leads out of the repository that it is relative to."
+    return path.startswith(('/', '~')) or '..' in Path(path).parts
+
+# %% ../nbs/05_runs.ipynb #c67ec85b
+def clean_config(
+    values:dict, # values of config.yaml
+    root:Path    # root of the repository that holds the record
+)->dict:
+    "Returns the values of a config without a machine's paths."
+    teachers = [name for name in ('teacher_weights', 'fold_weights') if values.get(name)]
+    hashes = dict(zip(teachers, values.get('teacher_hash', '').split('+')), student_weights=values.get('weights_hash'))
+    usual = {name: getattr(Config, name) for name in ('data_root', 'runs_dir', 'work_dir')}
+    def clean(name, value):
+        if name not in hashes | usual or not is_outside(value): return value
+        place = Path(value).expanduser()
+        if place.is_relative_to(root): return str(place.relative_to(root))
+        for folder in (Config.work_dir, Config.runs_dir): # of another clone
+            _, there, rest = value.partition(f'/{folder}/')
+            if there: return f'{folder}/{rest}'
+        if name in usual: return usual[name]
+        parts = Path(value).parts # for model and answers.npz keep the run's folder too
+        own = parts[-2:] if parts[-1] in ('model', 'answers.npz') else parts[-1:]
+        return '/'.join((f"{name.removesuffix('_weights')}-{hashes[name]}", *own))
+    return {name: clean(name, value) for name, value in values.items()}
 
 # %% ../nbs/05_runs.ipynb #5954c87d
 def environment()->dict:
@@ -226,11 +280,6 @@ def append_row(
     write_atomic(file, pd.DataFrame([*rows, texts], columns=names).to_csv(index=False, lineterminator='\n'))
     return texts
 
-def npz_bytes(arrays:dict)->bytes:
-    "Returns the bytes of an npz file."
-    np.savez_compressed(file := io.BytesIO(), **arrays)
-    return file.getvalue()
-
 # %% ../nbs/05_runs.ipynb #19781542
 @contextlib.contextmanager
 def lock_folder(folder:Path, name:str='lock'): # name: of the lock file
@@ -256,6 +305,16 @@ def check_folders(config:Config)->None:
         why = 'is a file' if not there.is_dir() else '' if ours else 'is not yours to write'
         if why: raise VitdistillError(f'{name} = {getattr(config, name)!r}, but {there} {why}: name another folder.')
 
+# %% ../nbs/05_runs.ipynb #bb3be969
+def write_config(config:Config, folder:Path)->None: # folder: of a run
+    "Writes config.yaml without paths of this machine, and those paths into places.yaml."
+    given, places = asdict(config), folder/PLACES
+    record = clean_config(given, repo_root())
+    here = {name: value for name, value in given.items() if record[name] != value}
+    if here: write_atomic(places, dump_yaml(here)) # first, so that no kill leaves a record without its paths
+    else: places.unlink(missing_ok=True)
+    write_atomic(folder/'config.yaml', dump_yaml(record))
+
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "Writes a run folder, in the one process that holds its lock."
@@ -263,12 +322,18 @@ class RunWriter(Run):
     def _write_json(self, name:str, values:dict):
         write_atomic(self.folder/name, json.dumps(values, indent=1))
 
-    def begin(self, config:Config, command:str)->None: # config.yaml and environment.json
+    def begin(self, config:Config, command:str)->None: # config.yaml, places.yaml and environment.json
         tracker_names(config.track) # raises if a tracker is unknown
-        save(config, self.folder/'config.yaml')
         now = datetime.now(timezone.utc).isoformat()
-        self._write_json('environment.json', {**environment(), 'begun': now, 'command': command})
-        for name in ('config', 'trackers'): self.__dict__.pop(name, None)
+        about, begun, first = {**environment(), 'begun': now, 'command': command}, self.begun, self.environment
+        self.config = config
+        if first and self.epochs_done and (self.work/'checkpoint.pt').is_file(): # it goes on: what differs is added
+            again = {name: value for name, value in about.items() if first.get(name) != value}
+            about = {'begun': begun} | first | {'resumed': [*first.get('resumed', []), again]}
+        write_config(config, self.folder)
+        self._write_json('environment.json', about)
+        self.__dict__.pop('trackers', None)
+        self._kept.clear()
 
     @cached_property
     def trackers(self)->Trackers: # new ones get all rows recorded so far
@@ -296,7 +361,7 @@ class RunWriter(Run):
         if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second, so that no resume misses it
 
     def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # arrays by name, per split and head
-        return write_atomic(self.folder/file, npz_bytes(arrays))
+        return write_atomic(self.folder/file, npz_bytes(share_images(self.folder, arrays)))
 
     def add_arm(self, arm:str)->None: # 'study/arm'
         with FileLock(self.folder.parent/'lock'): # two grids may add theirs at once
@@ -306,4 +371,5 @@ class RunWriter(Run):
 
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done
         self._write_json('result.json', {'hash': config_hash(self.config), **result})
+        self._kept.pop('result', None)
         self.trackers.end(result)

@@ -15,8 +15,7 @@ from scipy.stats import gmean
 from .results import prediction_arrays
 from .agreement import ece
 from ..config import VitdistillError, from_here, write_atomic
-from ..records import share_images
-from ..runs import Run, npz_bytes, read_arrays
+from ..runs import Run, RunWriter, read_arrays
 
 # %% ../../nbs/study/07_calibration.ipynb #6921b77d
 def likelihood_loss(log_p, label)->float: # (n, C) log-probabilities, (n,) classes
@@ -71,9 +70,8 @@ def keep_scores(run:Run)->list: # names of the written files
     if not run.folder.is_dir(): raise VitdistillError(f'{run.folder} is no folder: name one of a run that has ended.')
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
-    file = run.folder/'predictions.npz'
-    write_atomic(file, npz_bytes({name: values for name, values in read_arrays(file).items() if '_logits' not in name}))
-    share_images(run.folder)
+    arrays = read_arrays(run.folder/'predictions.npz')
+    RunWriter(run.folder).save_predictions(**{name: array for name, array in arrays.items() if '_logits' not in name})
     return [SCORES, 'predictions.npz']
 
 # %% ../../nbs/study/07_calibration.ipynb #36415f0a

@@ -11,6 +11,7 @@ __all__ = ['columns', 'finished_runs', 'newest', 'right_answers', 'difference_ov
 # %% ../../nbs/study/04_compare.ipynb #4b90f826
 import json, shlex
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -35,6 +36,7 @@ def newest(runs:list[Run])->list[Run]: # of one arm; as its settings may have ch
     by_age = sorted(runs, key=lambda run: (run.begun, run.name))
     return [run for _, run in sorted({run.config.seed: run for run in by_age}.items())]
 
+@lru_cache(maxsize=256) # a baseline is compared with each arm
 def right_answers(run:Run, file:str='predictions.npz')->pd.Series: # file: of `prediction_files`
     "Returns whether the run decides right on each test image."
     frame = read_predictions(run, file=file).set_index('image')
