@@ -189,7 +189,8 @@ def check_part(study:Study, name:str)->None:
     check_vary(part.get('vary') or {}, name)
     if 'seeds' in part: check_vary(dict(seed=seeds), name)
     if 'seeds' in part and 'seed' in part: wrong('has seed and seeds: remove one.')
-    if len(ways := [way for way in ('notebook', 'runs', 'arms') if way in part]) > 1: wrong(f"has {' and '.join(ways)}: remove one.")
+    ways = [way for way in ('notebook', 'runs', 'arms') if way in part]
+    if len(ways) > 1: wrong(f"has {' and '.join(ways)}: remove one.")
     if not trains(part) and (idle := [key for key in part if key not in ways]):
         wrong(f'trains nothing itself, so that {idle[0]} would do nothing: remove it.')
     for key in part.get('vary') or {}:
