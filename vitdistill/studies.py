@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'listed', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations', 'named',
-           'arm_names', 'seeds_of', 'references', 'sides', 'check_seeds', 'check', 'check_part', 'with_places_of_today',
-           'study_file', 'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of', 'runs_folder',
-           'runs_with', 'model_of']
+           'arm_names', 'references', 'seeds_of', 'sides', 'check_seeds', 'refuse_equal_arms', 'check_part', 'check',
+           'with_places_of_today', 'study_file', 'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of',
+           'runs_folder', 'runs_with', 'model_of']
 
 # %% ../nbs/07_studies.ipynb #379135ec
 import itertools, json
@@ -123,16 +123,6 @@ def arm_names(study:Study)->dict: # name with varied values -> arm, varied value
         raise VitdistillError(f'{study.name}: two arms are called {twice!r}, by name or by what they vary: rename one.')
     return by_name
 
-def seeds_of(study:Study, arm:str)->list[int]: # arm: name of a part, also with varied values
-    "Returns the seeds that an arm is trained with, its own before those of the study; []: the seed of its notebook."
-    name, varied = arm_names(study).get(arm, (arm, {}))
-    part = study.parts[name]
-    if not trains(part): return []
-    own = [varied['seed']] if 'seed' in varied else (part.get('vary') or {}).get('seed') or part.get('seeds')
-    if own: return own
-    if 'seed' in part: return [] if part['seed'] is None else [part['seed']]
-    return listed(study.common.get('seed')) or study.seeds if name in study.arms else []
-
 def references(study:Study, name:str)->list[tuple[Study, str]]:
     "Returns the studies and names of the parts that a part stands for; an unknown one is a `VitdistillError`."
     found = []
@@ -145,6 +135,17 @@ def references(study:Study, name:str)->list[tuple[Study, str]]:
                                   f'{nearest(part, there.parts)}')
         found.append((there, part))
     return found
+
+# %% ../nbs/07_studies.ipynb #f0fc596f
+def seeds_of(study:Study, arm:str)->list[int]: # arm: name of a part, also with varied values
+    "Returns the seeds that an arm is trained with, its own before those of the study; []: the seed of its notebook."
+    name, varied = arm_names(study).get(arm, (arm, {}))
+    part = study.parts[name]
+    if not trains(part): return []
+    own = [varied['seed']] if 'seed' in varied else (part.get('vary') or {}).get('seed') or part.get('seeds')
+    if own: return own
+    if 'seed' in part: return [] if part['seed'] is None else [part['seed']]
+    return listed(study.common.get('seed')) or study.seeds if name in study.arms else []
 
 # %% ../nbs/07_studies.ipynb #8f250e36
 def sides(pair:list)->list[str]: # an entry of `compare`
@@ -165,6 +166,38 @@ def check_seeds(study:Study)->None:
     if known and (unknown := [seed for seed in study.later if seed not in known]):
         raise VitdistillError(f'{study.name}: later = {study.later} has seed {unknown[0]}, with which no arm runs: add '
                               'it to seeds, or remove it.')
+
+# %% ../nbs/07_studies.ipynb #37a102cc
+def refuse_equal_arms(study:Study)->None:
+    "Raises a `VitdistillError` for two arms of equal settings."
+    settings = {}
+    for name, part in study.arms.items():
+        if not trains(part): continue
+        same = json.dumps([part['notebook'], part.get('vary'), *parameters_of(study, name)], sort_keys=True)
+        if same in settings:
+            raise VitdistillError(f'{study.name}: {settings[same]} and {name} have equal settings: remove one.')
+        settings[same] = name
+
+def check_part(study:Study, name:str)->None:
+    "Raises a `VitdistillError` for a teacher or an arm of the wrong form."
+    part = study.parts[name]
+    def wrong(what): raise VitdistillError(f'{study.name}: {name} {what}')
+    if name in study.teachers and name in study.arms: wrong('is both a teacher and an arm: rename one.')
+    if not isinstance(part, dict) or not {'notebook', 'runs', 'arms'} & part.keys():
+        wrong(f'= {part!r} names no notebook: write one, such as "notebook: e02_distilled_resnet50".')
+    if not isinstance(seeds := part.get('seeds', []), list): wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
+    check_vary(part.get('vary') or {}, name)
+    if 'seeds' in part: check_vary(dict(seed=seeds), name)
+    if 'seeds' in part and 'seed' in part: wrong('has seed and seeds: remove one.')
+    ways = [way for way in ('notebook', 'runs', 'arms') if way in part]
+    if len(ways) > 1: wrong(f"has {' and '.join(ways)}: remove one.")
+    if not trains(part) and (idle := [key for key in part if key not in ways]):
+        wrong(f'trains nothing itself, so that {idle[0]} would do nothing: remove it.')
+    for key in part.get('vary') or {}:
+        for other in {key, 'seeds' if key == 'seed' else key} & part.keys():
+            wrong(f'has {other} and varies {key}: remove one.')
+        if key not in Config.__dataclass_fields__:
+            wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
 
 # %% ../nbs/07_studies.ipynb #b7d64580
 def check(study:Study)->None:
@@ -193,30 +226,7 @@ def check(study:Study)->None:
             raise VitdistillError(f'{study.name}: compare names the arm {arm!r}, which varies: name one of '
                                   f"{', '.join(name for name, (of, _) in arm_names(study).items() if of == arm)}.")
     check_seeds(study)
-    settings = {}
-    for name, part in study.arms.items():
-        if not trains(part): continue
-        same = json.dumps([part['notebook'], part.get('vary'), *parameters_of(study, name)], sort_keys=True)
-        if same in settings:
-            raise VitdistillError(f'{study.name}: {settings[same]} and {name} have equal settings: remove one.')
-        settings[same] = name
-
-def check_part(study:Study, name:str)->None:
-    "Raises a `VitdistillError` for a teacher or an arm of the wrong form."
-    part = study.parts[name]
-    def wrong(what): raise VitdistillError(f'{study.name}: {name} {what}')
-    if name in study.teachers and name in study.arms: wrong('is both a teacher and an arm: rename one.')
-    if not isinstance(part, dict) or not {'notebook', 'runs', 'arms'} & part.keys():
-        wrong(f'= {part!r} names no notebook: write one, such as "notebook: e02_distilled_resnet50".')
-    if not isinstance(seeds := part.get('seeds', []), list): wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
-    check_vary(part.get('vary') or {}, name)
-    if 'seeds' in part: check_vary(dict(seed=seeds), name)
-    given = {*part} | ({'seed'} if 'seeds' in part else set())
-    if 'seeds' in part and 'seed' in part: wrong('has seed and seeds: remove one.')
-    for key in part.get('vary') or {}:
-        if key in given: wrong(f"has {'seeds' if key not in part else key} and varies {key}: remove one.")
-        if key not in Config.__dataclass_fields__:
-            wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
+    refuse_equal_arms(study)
 
 # %% ../nbs/07_studies.ipynb #aad09eb8
 def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
