@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FIRST', 'copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'typed_places', 'field_values',
            'configured', 'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo',
-           'analysis_parameters', 'figures', 'new_folder', 'new', 'print_any_text', 'fields_alone', 'captions', 'grid',
-           'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
+           'analysis_parameters', 'kept_outputs', 'same_outputs', 'write_outputs', 'figures', 'new_folder', 'new',
+           'print_any_text', 'fields_alone', 'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench',
+           'export', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -240,6 +241,56 @@ def analysis_parameters(
     declared = papermill.inspect_notebook(str(shipped(f'nbs/analysis/{name}.ipynb')))
     return {key: value for key, value in wanted.items() if key in declared}
 
+# %% ../nbs/11_cli.ipynb #f46315b5
+def kept_outputs(
+    outputs:list, # of a cell, as a notebook's file has them
+    root:Path     # folder whose path is taken out of texts
+)->list:
+    "Returns what a committed notebook keeps: printed text in one piece, tables and pictures; no warnings."
+    def relative(lines): return ''.join(lines).replace(f'{root}/', '').splitlines(keepends=True)
+    kept = []
+    for output in outputs:
+        if output['output_type'] != 'stream':
+            data = {kind: relative(value) if kind.startswith('text/') else value
+                    for kind, value in output['data'].items()}
+            kept.append(dict(output_type='display_data', data=data, metadata=output['metadata']))
+        elif output['name'] == 'stdout':
+            before = kept.pop()['text'] if kept and kept[-1]['output_type'] == 'stream' else []
+            kept.append(dict(output, text=relative([*before, *output['text']])))
+    return kept
+
+# %% ../nbs/11_cli.ipynb #7eb21ab6
+def same_outputs(old:list, new:list)->bool: # of a cell, as `kept_outputs` returns them
+    "Returns whether texts agree by value, and pictures belong to the same SVGs."
+    from vitdistill.study.figures import same_text
+    def shown(outputs): # (number of the output, kind) -> text
+        found = {}
+        for n, output in enumerate(outputs):
+            data = output.get('data') or {'text': output['text']}
+            about = output.get('metadata', {}).get('image/png')
+            if about: data = data | {'image/png': f"#{about['svg']}"}
+            found |= {(n, kind): ''.join(text) for kind, text in data.items()}
+        return found
+    before, after = shown(old), shown(new)
+    return before.keys() == after.keys() and all(same_text(before[key], after[key]) for key in before)
+
+# %% ../nbs/11_cli.ipynb #0c40c8ed
+def write_outputs(
+    source:Path,   # a notebook that is committed with its outputs
+    executed:Path, # its executed copy
+    root:Path      # as `kept_outputs` takes it
+)->None:
+    "Writes the outputs of an executed copy into a notebook, but for cells whose outputs agree."
+    import json
+    from vitdistill.config import write_atomic
+    notebook, done = (json.loads(file.read_text(encoding='utf-8')) for file in (source, executed))
+    made = {cell['id']: kept_outputs(cell.get('outputs', []), root) for cell in done['cells']}
+    changed = [cell for cell in notebook['cells'] if cell['cell_type'] == 'code'
+               and not same_outputs(cell['outputs'], made[cell['id']])]
+    for cell in changed: cell['outputs'] = made[cell['id']]
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    if changed: write_atomic(source, text + '\n') # as nbdev_clean writes it
+
 # %% ../nbs/11_cli.ipynb #0ce52bdc
 FIRST = 'answer', 'results', 'study_*' # what a page of figures and tables begins with
 
@@ -253,9 +304,13 @@ def figures(words:list[str])->int:
     parser.add_argument('--dataset', default='', help='only runs on this dataset (default: the one of most runs)')
     args = parser.parse_args(words)
     from vitdistill.study.page import write_index
+    here = from_root(args.reports), from_root(args.out)
+    ours = repo_root() == SHIPPED and here == (SHIPPED/'reports/runs', SHIPPED/'reports') # no user's folder
     for name in sorted(shipped_names('nbs/analysis', '.ipynb')):
         given = analysis_parameters(name, str(args.reports), str(args.out), args.dataset)
-        print('executed notebook:', run_notebook(name, from_root('out/figures')/f'{name}.ipynb', given), flush=True)
+        executed = run_notebook(name, from_root('out/figures')/f'{name}.ipynb', given)
+        print('executed notebook:', executed, flush=True)
+        if ours: write_outputs(shipped(f'nbs/analysis/{name}.ipynb'), executed, repo_root())
     print('page:', write_index(from_root(args.out), f'Runs in {args.reports}', first=FIRST))
     return 0
 

@@ -76,11 +76,13 @@ def same_table(old:str, new:str)->bool: # content of two CSV files
     return same_but_for_numbers(old, new, close)
 
 def same_text(old:str, new:str)->bool: # such as a table in Markdown, or what a notebook printed
-    "Returns whether texts agree: words and whole numbers exactly, others within one of the last printed digit."
+    "Returns whether texts agree: words exactly, numbers of four digits but for the last of these digits."
     def last_digit(number): # 0.01 of 1.23
         mantissa, _, power = number.partition('e')
         return 10.**(int(power or 0) - len(mantissa.partition('.')[2]))
-    def close(one, two): return abs(float(one) - float(two)) < 1.5*max(last_digit(one), last_digit(two))
+    def close(one, two):
+        apart, larger = abs(float(one) - float(two)), max(abs(float(one)), abs(float(two)))
+        return apart < 1.5*min(last_digit(one), last_digit(two)) and apart < 1.01e-3*larger
     return same_but_for_numbers(old, new, close)
 
 # %% ../../nbs/study/03_figures.ipynb #7d2e1495
