@@ -1,4 +1,5 @@
 """Packaging: what is declared stands in settings.ini; the folders named there as shipped are copied into a wheel."""
+import json
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -14,6 +15,15 @@ suffix = "_requirements"  # of an extra
 first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
 
 
+def without_outputs(notebook):
+    """Returns the text of a notebook without its outputs, which a user's own runs replace."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+    return json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
 class Build(build_py):
     """The modules, and beside them in share/ the notebooks, presets, studies and numbers that a clone holds once."""
 
@@ -25,6 +35,8 @@ class Build(build_py):
         shutil.rmtree(share, ignore_errors=True)  # of an earlier build
         for folder in cfg["shipped"].split():
             shutil.copytree(ROOT / folder, share / folder, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for notebook in share.rglob("*.ipynb"):
+            notebook.write_text(without_outputs(notebook), encoding="utf-8")
 
 
 setup(
