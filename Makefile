@@ -58,9 +58,9 @@ study: venv ## run the paper's experiment on CIFAR-100; PRESET=paper|quick, TEAC
 	@mkdir -p out/home/runtime
 	@$(VITDISTILL) study --preset $(PRESET) $(if $(TEACHER),--teacher $(TEACHER)) $(ARGS)
 
-figures: venv ## rebuild figures and tables in reports/ from reports/runs (changes tracked files)
+figures: venv ## rebuild figures and tables in reports/ and what nbs/analysis shows (changes tracked files)
 	@mkdir -p out/home/runtime
-	@$(VITDISTILL) figures $(ARGS)
+	@$(BIN)/python reports/build.py $(ARGS)
 
 report: venv ## put all of reports/ on one page -> out/report/index.html
 	@$(VITDISTILL) report --first answer results 'study_*' $(ARGS)

@@ -1,4 +1,5 @@
 """Packaging: what is declared stands in settings.ini; what is named there as shipped is copied into a wheel."""
+import json
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -12,6 +13,15 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 suffix = "_requirements"  # of an extra
 first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
+
+
+def without_outputs(notebook):
+    """Returns the text of a notebook without its outputs, which a user's own runs replace."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+    return json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 class Build(build_py):
@@ -29,6 +39,8 @@ class Build(build_py):
             else:
                 (share / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, share / name)
+        for notebook in share.rglob("*.ipynb"):
+            notebook.write_text(without_outputs(notebook), encoding="utf-8")
 
 
 setup(

@@ -1,17 +1,16 @@
 """Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks what they load (`make docs`).
 
-Executed notebooks are kept in out/docs-work until they, the package or the records change.
+Analysis notebooks are shown as committed, with their outputs. Executed ones are kept in out/docs-work until they or the
+package change.
 """
 import argparse
 import hashlib
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -51,42 +50,31 @@ def as_page(notebook):
     shown = []
     for cell in notebook.cells:
         given = directives(cell.source) if cell.cell_type == "code" else {}
-        if {"hide", "default_exp"} & given.keys() or "injected-parameters" in cell.metadata.get("tags", []):
+        if {"hide", "default_exp"} & given.keys():
             continue
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
         cell.metadata = {}
         if cell.source:
             shown.append(cell)
     notebook.cells = shown
-    notebook.metadata.pop("papermill", None)
     return notebook
 
 
 def execute(name):
-    """Executes a source or analysis notebook, unless that was done before, and returns the path of the copy."""
+    """Executes a source notebook, unless that was done before, and returns the path of the copy."""
     source = ROOT / PAGES[name]
     inputs = [source, *sorted((ROOT / "vitdistill").rglob("*.py"))]
-    if name.startswith("analysis"):
-        inputs += sorted([*(ROOT / "reports").glob("r*/**/*.*"), *source.parent.glob("*.jinja")])
     state = b"".join(file.relative_to(ROOT).as_posix().encode() + file.read_bytes() for file in inputs)
     stem = name.replace("/", "-")
     kept = WORK / "executed" / f"{stem}-{hashlib.sha256(state).hexdigest()[:16]}.ipynb"
     if kept.is_file():
         return kept
-    if name.startswith("analysis"):
-        from vitdistill.cli import analysis_parameters, run_notebook
+    from nbclient import NotebookClient
 
-        draft = WORK / "drafts" / source.name
-        with redirect_stdout(io.StringIO()):
-            run_notebook(source.stem, draft, analysis_parameters(source.stem, "reports/runs", str(WORK / "analysis")))
-        notebook = nbformat.read(draft, 4)
-    else:
-        from nbclient import NotebookClient
-
-        notebook = nbformat.read(source, 4)
-        notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or is_run(cell)]
-        NotebookClient(notebook, kernel_name="python3", timeout=900, extra_arguments=["--IPKernelApp.log_level=ERROR"],
-                       resources={"metadata": {"path": str(source.parent)}}).execute()
+    notebook = nbformat.read(source, 4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or is_run(cell)]
+    NotebookClient(notebook, kernel_name="python3", timeout=900, extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                   resources={"metadata": {"path": str(source.parent)}}).execute()
     kept.parent.mkdir(parents=True, exist_ok=True)
     for older in kept.parent.glob(f"{stem}-*"):
         older.unlink()
@@ -132,8 +120,7 @@ def lay_out(folder):
             text = relink((ROOT / source).read_text(encoding="utf-8"), source, page, files)
             target.write_text(text, encoding="utf-8")
             continue
-        executed = page.startswith(("chapters", "analysis"))
-        notebook = nbformat.read(execute(page) if executed else ROOT / source, 4)
+        notebook = nbformat.read(execute(page) if page.startswith("chapters") else ROOT / source, 4)
         module = re.search(r"^#\| *default_exp ([\w.]+)", "\n".join(cell.source for cell in notebook.cells), re.M)
         notebook = as_page(notebook)
         for cell in notebook.cells:
@@ -180,7 +167,7 @@ def main():
     os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYDEVD_DISABLE_FILE_VALIDATION="1")
     os.chdir(ROOT)
     with ProcessPoolExecutor(args.workers) as pool:
-        list(pool.map(execute, [name for name in PAGES if name.startswith(("chapters", "analysis"))]))
+        list(pool.map(execute, [name for name in PAGES if name.startswith("chapters")]))
     lay_out(WORK / "source")
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs", "-d", WORK / "doctrees"]
     shutil.rmtree(OUT, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Analysis notebooks on runs that are written here, on none, and on those that are committed."""
 import collections
 import functools
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from vitdistill.config import Config, preset, shipped_names
 from vitdistill.runs import Run, find_runs
 from vitdistill.studies import Study
 from vitdistill.study.compare import Comparison, draw_curves, draw_forest, load
+from vitdistill.study.figures import content_hash, is_unchanged
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
            for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
@@ -33,19 +35,14 @@ def tracked():
 
 
 def same_as_committed(out):
-    """Every table and SVG that a notebook wrote is the committed one to the byte; SVGs where matplotlib is the pinned.
-
-    But for the names of an SVG's clips: hashes of unrounded numbers, whose last bits the layout may leave open."""
-    content = lambda path: re.sub(rb"\bp[0-9a-f]{10}\b", b"clip", path.read_bytes())
-    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*")
-             if path.is_file() and path.suffix != ".png"}  # for looking, not kept
+    """Every table and SVG that a notebook wrote agrees with the committed one; SVGs where matplotlib is the pinned."""
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
-    ours = {name: path for name, path in files.items()
-            if name.startswith(("figures/", "tables/")) and (pinned or not name.startswith("figures/"))}
+    files = {path.relative_to(out).as_posix(): path for path in out.glob("*s/*") if path.suffix != ".png"}
+    ours = {name: path for name, path in files.items() if pinned or path.suffix != ".svg"}
     differ = [name for name, path in ours.items() if name not in tracked()
-              or content(path) != content(ROOT / "reports" / name)]
+              or not is_unchanged(ROOT / "reports" / name, path.read_text())]
     assert ours and not differ, f"run make figures and look at {', '.join(sorted(differ))}"
-    return {name for name in files if name.startswith(("figures/", "tables/"))}
+    return set(files)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,7 @@ AVX2 = dict(ATEN_CPU_CAPABILITY="avx2", OPENBLAS_CORETYPE="Haswell", DNNL_MAX_CP
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a02_study", "a03_trends"])
-def test_a_processor_without_avx512_changes_no_digit(name, tmp_path):
+def test_a_processor_without_avx512_changes_no_value(name, tmp_path):
     """Libraries are told to leave the wider instructions alone, by a process of its own."""
     given = [word for key, value in (FIGURES[name] | dict(out=str(tmp_path / "out"))).items()
              for word in ("-p", key, str(value))]
@@ -91,6 +88,25 @@ def test_every_page_of_reports_is_still_written(rebuilt):
     written = {path.relative_to(rebuilt(name)).as_posix() for name in FIGURES for path in rebuilt(name).glob("*s/*")}
     left = tracked() - written
     assert not left, f"no notebook writes {', '.join(sorted(left))}: git rm it"
+
+
+def outputs_of(name):
+    """The outputs of a committed analysis notebook, of all its cells."""
+    notebook = json.loads((ROOT / f"nbs/analysis/{name}.ipynb").read_text())
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_notebook_shows_the_committed_pictures(name):
+    """What is read on a forge: small pictures of the SVGs in reports/, tables and text without a path or an error."""
+    outputs = outputs_of(name)
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert shown and {output["output_type"] for output in outputs} <= {"display_data", "stream"}
+    svgs = {content_hash(file) for file in (ROOT / "reports/figures").glob("*.svg")}
+    for output in shown:
+        assert output["metadata"]["image/png"]["svg"] in svgs, "it shows an older picture: run make figures"
+        assert len(output["data"].pop("image/png")) <= 150_000
+    assert not re.search(r"(?<![\w.])/(root|work|home|tmp|Users)/|Traceback", json.dumps(outputs))
 
 
 def test_complexity_analysis(rebuilt):

@@ -7,15 +7,16 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import ANY
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from conftest import PYTHON, ROOT
-from vitdistill.config import Config, field_names, load, read_yaml
-from vitdistill.studies import Study, combinations, parameters_of, trains
+from vitdistill.config import field_names, read_yaml
+from vitdistill.runs import Run
+from vitdistill.studies import Study, combinations, matching_runs, parameters_of, trains
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
@@ -59,7 +60,7 @@ def test_template_has_typed_parameters(notebook):
     assert len(tagged) == 1
     source = "".join(tagged[0]["source"])
     assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
-    assert not any(c["outputs"] for c in cells(notebook))
+    assert notebook.parent.name == "analysis" or not any(c["outputs"] for c in cells(notebook))
 
 
 def exported_faults(sources):
@@ -129,13 +130,10 @@ def test_records_are_committed_without_their_logits():
     assert records and not heavy, "run python -m vitdistill.study.calibration FOLDER ..."
 
 
-ASKED_FIRST = "7b98faa"  # records that came later than this commit had their question before their answer
-BY_ISSUE = {"baseline-resnet50_cifar-labels-s1-ca935cf9", # a quarter of an hour on a GPU, asked for in issue 46
-            "distilled-resnet50_cifar-vit_tiny_patch16_224-s1-5be64162"}
-INSTEAD = {"2ee85e7d57346dbd5179f057dfbb8a7d34e8f4a4": "64305f9",  # lost with its machine: what its session began with
-           "46c8695a595002d2d39e9f91823e93824fc8dd8a": "c6b834a"}  # its study was committed minutes later
-ARMS = dict(e00="teacher", e01="baseline", e02="distilled", e03="deit", e09="captions")  # notebook -> its experiment
-HANDED_ON = {*field_names(shared=True), *field_names(split=True), *field_names(group="student"), "seed"}  # by e06
+STUDIES = "60db79c7"  # the commit that made lists of runs to studies; older records were checked when they came
+ADMITTED = "deit3_strengths/"  # committed minutes after its first runs had begun, as its file says
+LOST = "2ee85e7d"  # the commit of four records before STUDIES, whose machine was lost
+SEEN = {name for name in field_names(hashed=True) if not name.endswith("_weights")} - {"data_root"}
 
 
 @functools.cache
@@ -145,96 +143,49 @@ def git(*words):
 
 
 @functools.cache
-def files_at(commit):
-    """The studies, grids and presets of a commit: path -> git's name for its bytes, which most commits share."""
-    listed = git("ls-tree", "-r", commit, "nbs/studies", "nbs/experiments/grids", "nbs/presets") or ""
-    return {path: told.split()[2] for told, path in (line.split("\t") for line in listed.splitlines())}
+def study_at(commit, name):
+    content = git("show", f"{commit}:nbs/studies/{name}.yaml")
+    return Study(name, **yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))) if content else None
 
 
-@functools.cache
-def yaml_of(blob):
-    return yaml.load(git("cat-file", "blob", blob), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def cells_of(content):
-    """The cells of a study, or of a file of the older form (a list): notebook and parameters."""
-    if "arms" not in content:
-        for grid in content if isinstance(content, list) else [content]:
-            for values in combinations(grid):
-                yield grid["notebook"], {**(grid.get("parameters") or {}), **values}
-        return
-    study = Study("", **content)
-    for name in filter(lambda name: trains(study.parts[name]), study.parts):
-        part, (given, models) = study.parts[name], parameters_of(study, name)
-        told = dict.fromkeys(TOLD, ANY) if "teacher_weights" in models else {}  # by the teacher's card
-        for seed in part.get("seeds") or (name in study.arms and study.seeds) or [given.get("seed", USUAL.seed)]:
-            for values in combinations(part):
-                yield part["notebook"], {**told, **given, **values, "seed": seed}
-
-
-@functools.cache
-def cells_at(commit):
-    """Every cell of a commit's studies: experiment, and the fields that its preset and the cell itself give."""
-    found, files = [], files_at(commit)
-    for path in (path for path in files if not path.startswith("nbs/presets/") and path.endswith(".yaml")):
-        for notebook, cell in cells_of(yaml_of(files[path])):
-            parts = [cell.get("role") or ARMS.get(notebook[:3])]
-            if notebook == "e06_pretrain":  # an encoder, and perhaps the model that is fine-tuned from it
-                parts = ["pretrain", *filter(None, [cell.get("role")])]
-            preset = files.get(f"nbs/presets/{cell.get('preset')}.yaml")
-            recipe = yaml_of(preset) if preset else {}
-            goes_on = notebook == "e07_finetune"  # a student is built as its weights' card says
-            for part, given in zip(parts, (cell, {key: cell[key] for key in cell.keys() & HANDED_ON})):
-                asked = (recipe.get("common") or {}) | (recipe.get(part) or {}) | given
-                found.append(("finetune", asked | dict(student_kwargs=ANY)) if goes_on else (part, asked))
-    return found
-
-
-TOLD = "teacher", "teacher_kwargs", "teacher_size", "teacher_normalization"
-USUAL, ASIDE = Config(), {*field_names(group="found"), "data_root", "image_size"}
-ASKED = [name for name in field_names(hashed=True) if name not in ASIDE and not name.endswith("_weights")]
-
-
-def is_cell(config, experiment, given):
-    """Whether a record's config is what a cell gives, and the defaults; paths and what a machine decides aside."""
-    if experiment != config.experiment or bool(config.fold_weights) != bool(given.get("out_of_fold")):
+def was_asked(run, arm, commit):
+    """Whether a commit's study has this arm ('study/arm'), trains it, and with the seed and the fields of the run."""
+    name, _, part = arm.partition("/")
+    study = study_at(commit, name)
+    if not study or not trains(study.parts.get(part, {})):
         return False
-    return all(getattr(config, name) == given.get(name, getattr(USUAL, name))
-               for name in ASKED if name not in config.auto)
+    given, seeds = parameters_of(study, part)[0], study.parts[part].get("seeds")
+    fields = {key: value for key, value in given.items() if key in SEEN}
+    seeds = seeds or (study.seeds if part in study.arms else [])
+    return run.config.seed in (seeds or [run.config.seed]) and any(
+        matching_runs([run], fields | varied) for varied in combinations(study.parts[part]))
 
 
-def test_cells_of_a_commit_are_told_from_others():
-    """The long run's plain arm is a cell of its commit, not of an earlier one, and not with another learning rate."""
-    record = ROOT / "reports/runs/baseline-resnet50-labels-s1-b1635655"
-    config, commit = load(record / "config.yaml"), json.loads((record / "environment.json").read_text())["commit"]
-    if git("cat-file", "-e", f"{commit}^") is None:
+def has_history():
+    return git("cat-file", "-e", f"{STUDIES}^") is not None
+
+
+def test_a_run_before_its_study_is_seen():
+    """A study's run was not asked for by the commit before its file, nor with another seed or another rate."""
+    if not has_history():
         pytest.skip("this clone has no history")
-    assert any(is_cell(config, *cell) for cell in cells_at(commit))
-    assert not any(is_cell(config, *cell) for cell in cells_at("9d034d6"))
-    assert not any(is_cell(replace(config, lr=0.5), *cell) for cell in cells_at(commit))
+    run, arm = Run(ROOT / "reports/runs/baseline-resnet18-labels-s9-f69f10db"), "small_third/plain"
+    added = git("log", "--diff-filter=A", "--format=%H", "--", "nbs/studies/small_third.yaml").split()[-1]
+    assert was_asked(run, arm, run.environment["commit"]) and was_asked(run, arm, added)
+    assert not was_asked(run, arm, f"{added}^") and not was_asked(run, "small_third/soft", added)
+    for change in (dict(seed=77), dict(lr=0.5)):
+        assert not was_asked(SimpleNamespace(config=replace(run.config, **change)), arm, added)
 
 
 def test_a_study_asks_before_its_runs_answer():
-    """The commit that a record names, or the one instead of it, holds the cell of a study.
-
-    Older records too, where every study that uses them says what was expected. Teachers may have the same settings, so
-    the cell may be another study's.
-    """
-    if git("cat-file", "-e", ASKED_FIRST) is None:
+    """The commit that a record names holds the study and the arm that it is a run of."""
+    if not has_history():
         pytest.skip("this clone has no history")
-    old = set((git("ls-tree", "--name-only", ASKED_FIRST, "reports/runs/") or "").split())
-    studies = {file.stem: read_yaml(file) for file in (ROOT / "nbs/studies").glob("*.yaml")}
-    foretold = {name for name, study in studies.items() if study.get("expected")}
     for record in sorted((ROOT / "reports/runs").glob("*/environment.json")):
-        used_by = {arm.partition("/")[0] for arm in json.loads((record.parent / "arms.json").read_text())}
-        before = record.parent.relative_to(ROOT).as_posix() in old and not used_by <= foretold
-        if before or record.parent.name in BY_ISSUE:
-            continue
-        config, commit = load(record.parent / "config.yaml"), json.loads(record.read_text()).get("commit", "")
-        commit = INSTEAD.get(commit, commit)
-        if config.experiment == "adopted_teacher":  # weights from elsewhere, measured: it answers no question
-            continue
-        known = commit and git("cat-file", "-e", commit) is not None
-        assert known, f"{record.parent.name} names no commit of this history"
-        assert any(is_cell(config, *cell) for cell in cells_at(commit)), (
-            f"{record.parent.name} is no cell of a study at {commit[:8]}: write and commit its study before it runs")
+        run = Run(record.parent)
+        commit = run.environment.get("commit", "")
+        old = commit.startswith(LOST) or git("merge-base", "--is-ancestor", commit, STUDIES) is not None
+        measured = run.config.experiment == "adopted_teacher"  # weights from elsewhere answer no question
+        asked = any(was_asked(run, arm, commit) or arm.startswith(ADMITTED) for arm in run.arms)
+        assert old or measured or asked, (
+            f"{run.name} is of no study at {commit[:8]}: write and commit its study before it runs")

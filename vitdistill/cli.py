@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'typed_places', 'field_values',
            'configured', 'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo',
-           'analysis_parameters', 'execute_reports', 'figures', 'new_folder', 'new', 'print_any_text', 'fields_alone',
-           'captions', 'grid', 'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
+           'analysis_parameters', 'figures', 'new_folder', 'new', 'print_any_text', 'fields_alone', 'captions', 'grid',
+           'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
 
 # %% ../nbs/11_cli.ipynb #598bd3f4
 import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
@@ -18,7 +18,7 @@ import yaml
 from . import __version__
 from .config import GROUPS, ROOT_MARKS, SHIPPED, Config, VitdistillError, cores, field_names, free_threads
 from .config import from_dict, from_here, from_root, load, nearest, parse_yaml, preset, repo_root, shipped
-from .config import shipped_names, typed_path
+from .config import typed_path
 from .options import (bench_parser, captions_parser, compare_parser, distill_parser, export_parser,
                                 grid_parser, hyphened, predict_parser)
 
@@ -241,29 +241,16 @@ def analysis_parameters(
     return {key: value for key, value in wanted.items() if key in declared}
 
 # %% ../nbs/11_cli.ipynb #0ce52bdc
-def execute_reports(out:Path)->Path: # folder of figures/ and tables/
-    "Executes the analysis notebooks of this repository on its own runs; returns the page of what they drew."
-    from vitdistill.study.page import write_index
-    for name in sorted(shipped_names('nbs/analysis', '.ipynb')):
-        given = analysis_parameters(name, 'reports/runs', str(out))
-        print('executed notebook:', run_notebook(name, from_root('out/figures')/f'{name}.ipynb', given), flush=True)
-    return write_index(out, 'Runs in reports/runs')
-
 def figures(words:list[str])->int:
     "compares the arms of each study that has runs; one page lists pictures, tables and runs"
-    parser = argparse.ArgumentParser(prog='vitdistill figures', description=f'{inspect.getdoc(figures).capitalize()}. '
-                                     'In a clone without --reports: executes the notebooks of nbs/analysis.')
+    parser = argparse.ArgumentParser(prog='vitdistill figures', description=f'{inspect.getdoc(figures).capitalize()}.')
     parser.add_argument('--reports', type=from_here, metavar='DIR', help='folder of run folders (default: '
                         'reports/runs, and where the studies of nbs/studies have theirs)')
-    parser.add_argument('--out', default=Path('reports'), type=from_here, metavar='DIR',
+    parser.add_argument('--out', default=Path('out/compare'), type=from_here, metavar='DIR',
                         help='for figures/, tables/ and index.html (default: %(default)s)')
     args = parser.parse_args(words)
-    out = from_root(args.out)
-    if repo_root() == SHIPPED and args.reports in (None, SHIPPED/'reports/runs'): page = execute_reports(out)
-    else:
-        from vitdistill.study.compare import write_studies
-        page = write_studies(out, args.reports or '')
-    print('page:', page)
+    from vitdistill.study.compare import write_studies
+    print('page:', write_studies(from_root(args.out), args.reports or ''))
     return 0
 
 # %% ../nbs/11_cli.ipynb #92fb5587
@@ -278,7 +265,7 @@ Start here: `vitdistill demo` trains a teacher and students on small digits, in 
   `vitdistill grid pair` trains the runs of one, `vitdistill compare pair` shows their differences.
 - `nbs/presets`: training recipes. Edit them here, or set single fields: `vitdistill train --help` lists all fields.
 
-`vitdistill figures` compares every study that has runs, and lists pictures, tables and runs on `reports/index.html`.
+`vitdistill figures` compares every study that has runs, and lists pictures, tables and runs on `out/compare/index.html`.
 Run records go to `reports/runs` (the demo's to `out/demo`), checkpoints and models to `out`. Relative paths start at
 this folder, because it holds the file `.vitdistill`. `vitdistill --help` lists all commands.
 '''

@@ -64,7 +64,7 @@ def published_value(
 
 # %% ../../nbs/study/00_results.ipynb #24109f75
 def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay as they are
-    "Returns the values rounded to `digits` significant digits, on which processors agree."
+    "Returns the values rounded to `digits` significant digits."
     if isinstance(values, (pd.DataFrame, pd.Series)): return values.map(lambda value: significant(value, digits))
     if isinstance(values, np.ndarray):
         return np.reshape([significant(value, digits) for value in values.flat], values.shape)
