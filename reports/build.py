@@ -1,4 +1,4 @@
-"""Executes the analysis notebooks on reports/runs: `make figures`, or for one of them `python reports/build.py a02_study`.
+"""Executes the analysis notebooks on reports/runs: `make figures`, or for one `python reports/build.py a02_study`.
 
 Tables go to reports/tables, pictures to reports/figures, outputs into the notebooks in nbs/analysis. What agrees by
 value with what is there stays as it is, so that another processor changes nothing.
