@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from vitdistill.cli import analysis_parameters, run_notebook
-from vitdistill.config import write_atomic
+from vitdistill.base import write_atomic
 from vitdistill.study.figures import same_text
 from vitdistill.study.page import write_index
 

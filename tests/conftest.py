@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from vitdistill.config import Config, preset, repo_root, save
+from vitdistill.base import repo_root
+from vitdistill.config import Config, preset, save
 from vitdistill.runs import Run, RunWriter
-from vitdistill.setup import resolve
-from vitdistill.teachers import untrained
+from vitdistill.train.setup import resolve
+from vitdistill.teachers.teacher import untrained
 
 ROOT = repo_root(Path(__file__).parent)
 PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # starts a new process, under forked.py too

@@ -16,9 +16,10 @@ from conftest import ROOT, record
 
 from test_notebooks import definitions, execute, said
 from vitdistill.cli import analysis_parameters
-from vitdistill.config import Config, preset, shipped_names
+from vitdistill.base import shipped_names
+from vitdistill.config import Config, preset
 from vitdistill.runs import Run, find_runs
-from vitdistill.studies import Study
+from vitdistill.launch.studies import Study
 from vitdistill.study.compare import Comparison, draw_curves, draw_forest, load
 from vitdistill.study.figures import content_hash, is_unchanged
 

@@ -11,18 +11,19 @@ from PIL import Image
 
 from conftest import PYTHON, assert_same, environment, run_of, train_command, wait_until
 from test_notebooks import execute
-from vitdistill.captioning import STEPS, caption_files, prepare_captions
-from vitdistill.captions import create_decoder
+from vitdistill.tasks.captioning import STEPS, caption_files, prepare_captions
+from vitdistill.tasks.captions import create_decoder
 from vitdistill.cli import main
-from vitdistill.config import Config, VitdistillError, save
-from vitdistill.data import load_data
-from vitdistill.encoders import OpenClip
-from vitdistill.models import create, create_student, save_model
-from vitdistill.ranks import Ranks
+from vitdistill.base import VitdistillError
+from vitdistill.config import Config, save
+from vitdistill.data.datasets import load_data
+from vitdistill.tasks.encoders import OpenClip
+from vitdistill.models.create import create, create_student, save_model
+from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run, read_arrays
-from vitdistill.setup import resolve
-from vitdistill.teachers import card_facts
-from vitdistill.train import train
+from vitdistill.train.setup import resolve
+from vitdistill.teachers.teacher import card_facts
+from vitdistill.train.loop import train
 
 pytest.importorskip("transformers", reason="the extra captions is not installed")
 pytest.importorskip("open_clip", reason="the extra captions is not installed")
@@ -56,7 +57,7 @@ def alone(config):
 
 
 def start(config, file, ranks=1, python=sys.executable):
-    command = train_command(save(config, file), ranks, "captioning", python)
+    command = train_command(save(config, file), ranks, "tasks.captioning", python)
     return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -209,7 +210,7 @@ def test_a_missing_extra_is_named(config, package, monkeypatch):
 
 def test_captions_name_classes_of_cifar(real_data):
     """The official pickles name each image: captions of words, classes and superclasses, and hashes as before."""
-    from vitdistill.captioning import image_facts
+    from vitdistill.tasks.captioning import image_facts
     config = Config(dataset="cifar100", data_root=str(real_data))
     data = load_data(config)
     train, test = image_facts(config, data)

@@ -12,19 +12,20 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from conftest import ROOT, TINY, assert_same_losses, elsewhere, on_ranks
 from vitdistill.study.results import published
-from vitdistill.augment import AUGMENTATIONS
-from vitdistill.config import Config, VitdistillError, config_hash, field_names, preset
-from vitdistill.data import image_side, load_data, split_rows
-from vitdistill.grids import config_of, grid_cells
-from vitdistill.launch import makes_teacher
-from vitdistill.models import create_student
-from vitdistill.optimize import create_schedule
-from vitdistill.ranks import Ranks
+from vitdistill.data.augment import AUGMENTATIONS
+from vitdistill.base import VitdistillError
+from vitdistill.config import Config, config_hash, field_names, preset
+from vitdistill.data.datasets import image_side, load_data, split_rows
+from vitdistill.launch.queue import config_of, grid_cells
+from vitdistill.launch.runner import makes_teacher
+from vitdistill.models.create import create_student
+from vitdistill.train.optimize import create_schedule
+from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run
-from vitdistill.setup import predict, prepare, resolve
+from vitdistill.train.setup import predict, prepare, resolve
 from vitdistill.study.compare import choices, load
-from vitdistill.teachers import adopt, untrained, with_members
-from vitdistill.train import batches, train
+from vitdistill.teachers.teacher import adopt, untrained, with_members
+from vitdistill.train.loop import batches, train
 
 PRESETS = "deit", "deit3", "deit_finetune", "small_deit", "small_deit3", "small_deit_finetune"
 
@@ -293,7 +294,7 @@ def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
         return run("", kind, teacher_weights=first.config.teacher_weights, runs_dir=places["runs"],
                    work_dir=places["work"])
 
-    with mock.patch("vitdistill.setup.keeps_both_kinds", lambda *_: False):  # a memo of one kind
+    with mock.patch("vitdistill.train.setup.keeps_both_kinds", lambda *_: False):  # a memo of one kind
         alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft")}
     assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 2
     hard, = on_ranks(tiny, tmp_path / "two", 2)

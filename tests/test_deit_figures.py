@@ -9,9 +9,10 @@ from conftest import ROOT, TINY, record
 from test_notebooks import definitions, execute
 from safetensors.torch import save_file
 
-from vitdistill.config import Config, VitdistillError
+from vitdistill.base import VitdistillError
+from vitdistill.config import Config
 from vitdistill.runs import find_runs
-from vitdistill.studies import Study
+from vitdistill.launch.studies import Study
 from vitdistill.study.compare import Comparison
 
 ONE, TWO = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"

@@ -70,7 +70,7 @@ def test_what_a_site_loads_from_elsewhere_is_found(tmp_path):
 def test_docstrings_are_plain_text_with_code():
     conf = load("conf")
     assert conf.as_rst("`a*b` and **given, x_") == r"\ ``a*b``\  and \*\*given, x\_"
-    from vitdistill.answers import break_even
+    from vitdistill.teachers.answers import break_even
 
     assert conf.parameter_lines(break_even, "break_even") and conf.parameter_lines(len, "len") == []
     told = dict(conf.parameter_lines(None, "vitdistill.config.Config"))

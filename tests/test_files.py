@@ -13,12 +13,13 @@ import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from torchvision.datasets import ImageFolder
 
-from vitdistill.config import Config, VitdistillError, config_hash
-from vitdistill.data import fingerprint, image_lines, labelled_images, load_data
-from vitdistill.files import in_folders, read_image, rgb_image, say_once, square_pixels
-from vitdistill.ranks import Ranks
-from vitdistill.setup import prepare, resolve
-from vitdistill.train import batches
+from vitdistill.base import VitdistillError
+from vitdistill.config import Config, config_hash
+from vitdistill.data.datasets import fingerprint, image_lines, labelled_images, load_data
+from vitdistill.data.files import in_folders, read_image, rgb_image, say_once, square_pixels
+from vitdistill.train.ranks import Ranks
+from vitdistill.train.setup import prepare, resolve
+from vitdistill.train.loop import batches
 
 
 def encoded(*color, kind="PNG", **options):
@@ -418,7 +419,7 @@ def test_a_long_narrow_image_takes_little_memory(tmp_path):
     command = """if True:
         import resource, sys
         from PIL import Image
-        from vitdistill.files import square_pixels
+        from vitdistill.data.files import square_pixels
         most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         square_pixels(Image.new('RGB', (300, 200)), 224)
         before = most()

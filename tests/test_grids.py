@@ -10,7 +10,7 @@ import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, record, wait_until
 from vitdistill.config import Config
-from vitdistill.grids import config_of, grid_cells, main, noted_runs, read_record, write_record
+from vitdistill.launch.queue import config_of, grid_cells, main, noted_runs, read_record, write_record
 from vitdistill.runs import lock_folder
 from vitdistill.study.compare import draw_forest, load, missing, write
 
@@ -27,7 +27,7 @@ def grid(tmp_path):
 
 
 def command(*words):
-    return [sys.executable, "-m", "vitdistill.grids", *map(str, words)]
+    return [sys.executable, "-m", "vitdistill.launch.queue", *map(str, words)]
 
 
 @pytest.mark.slow

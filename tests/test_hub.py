@@ -99,9 +99,10 @@ def hub(tmp_path):
 SCRIPT = """
 import shutil, sys
 from pathlib import Path
-from vitdistill.config import VitdistillError, load
-from vitdistill.outcome import push_memos
-from vitdistill.train import train
+from vitdistill.base import VitdistillError
+from vitdistill.config import load
+from vitdistill.train.outcome import push_memos
+from vitdistill.train.loop import train
 teacher, first, second, nowhere = map(load, sys.argv[1:])
 train(teacher)
 train(first)

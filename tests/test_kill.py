@@ -14,8 +14,8 @@ import pytest
 from conftest import PYTHON, ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of, train_command
 from conftest import wait_until
 from vitdistill.config import save
-from vitdistill.launch import failure
-from vitdistill.train import train
+from vitdistill.launch.runner import failure
+from vitdistill.train.loop import train
 
 # jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may be quicker
 NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")

@@ -10,16 +10,17 @@ from conftest import record
 from test_notebooks import execute
 from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
-from vitdistill.complexity import complexity
-from vitdistill.config import Config, VitdistillError, preset, shipped
-from vitdistill.grids import grid_cells
-from vitdistill.layers import DeformableMerging, LITv2
-from vitdistill.launch import configure
-from vitdistill.models import create, try_size  # and registers LITv2
-from vitdistill.optimize import create_optimizer
-from vitdistill.ranks import Ranks
-from vitdistill.setup import prepare
-from vitdistill.studies import read_study
+from vitdistill.models.complexity import complexity
+from vitdistill.base import VitdistillError, shipped
+from vitdistill.config import Config, preset
+from vitdistill.launch.queue import grid_cells
+from vitdistill.models.layers import DeformableMerging, LITv2
+from vitdistill.launch.runner import configure
+from vitdistill.models.create import create, try_size  # and registers LITv2
+from vitdistill.train.optimize import create_optimizer
+from vitdistill.train.ranks import Ranks
+from vitdistill.train.setup import prepare
+from vitdistill.launch.studies import read_study
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])

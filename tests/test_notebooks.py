@@ -16,11 +16,11 @@ import yaml
 from conftest import ROOT
 from vitdistill.cli import main
 from vitdistill.config import preset
-from vitdistill.grids import grid_cells, run_batch
+from vitdistill.launch.queue import grid_cells, run_batch
 from vitdistill.runs import find_runs
 from vitdistill.study.compare import load, main as compare
-from vitdistill.teachers import answers_head, untrained
-from vitdistill.train import train
+from vitdistill.teachers.teacher import answers_head, untrained
+from vitdistill.train.loop import train
 
 EXPERIMENTS = ROOT / "nbs/experiments"
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
@@ -158,7 +158,7 @@ def test_deit_notebook(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ["01b_augment", "02a_layers", "03a_pretraining"])
+@pytest.mark.parametrize("room", ["data/03_augment", "models/01_layers", "tasks/00_can"])
 def test_room_runs_from_top_to_bottom(room, tmp_path):
     """As JupyterLab's "run all", cells for a GPU too; but for the last, which exports the package anew."""
     notebook = json.loads((ROOT / f"nbs/{room}.ipynb").read_text())

@@ -11,9 +11,9 @@ import pytest
 
 from conftest import elsewhere, environment, run_of
 from vitdistill.config import save
-from vitdistill.outcome import head_accuracies, main
+from vitdistill.train.outcome import head_accuracies, main
 from vitdistill.runs import read_arrays
-from vitdistill.train import train
+from vitdistill.train.loop import train
 
 
 def test_decisions_of_a_checkpoint(tiny, tmp_path):

@@ -23,18 +23,19 @@ from test_notebooks import execute, said
 from test_recipes import blocks, snippet
 from vitdistill import api
 from vitdistill.cli import main
-from vitdistill.config import Config, VitdistillError, preset
-from vitdistill.data import load_data, split_rows
-from vitdistill.files import in_folders
-from vitdistill.grids import grid_cells
-from vitdistill.job import config_of, fitting_fraction, teacher_part, train, with_test
+from vitdistill.base import VitdistillError
+from vitdistill.config import Config, preset
+from vitdistill.data.datasets import load_data, split_rows
+from vitdistill.data.files import in_folders
+from vitdistill.launch.queue import grid_cells
+from vitdistill.launch.images import config_of, fitting_fraction, teacher_part, train, with_test
 from vitdistill.losses import OBJECTIVES
-from vitdistill.predict import load_model, predict
-from vitdistill.ranks import Ranks
+from vitdistill.deploy.predict import load_model, predict
+from vitdistill.train.ranks import Ranks
 from vitdistill.runs import find_run, find_runs
-from vitdistill.setup import prepare, resolve
+from vitdistill.train.setup import prepare, resolve
 from vitdistill.study.results import read_predictions
-from vitdistill.train import batches
+from vitdistill.train.loop import batches
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
 SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1)
@@ -43,7 +44,7 @@ SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_s
 @pytest.fixture(autouse=True)
 def known_speed(monkeypatch):
     """The command of `job` measures it; calls in this process would, for a second a model."""
-    monkeypatch.setattr("vitdistill.job.seconds_an_image", lambda *given, **more: 0.001)
+    monkeypatch.setattr("vitdistill.launch.images.seconds_an_image", lambda *given, **more: 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +135,9 @@ def test_it_says_that_so_few_images_show_nothing(job):
 def test_a_job_teaches_with_its_own_teacher_however_weak(job, monkeypatch):
     out, _, _ = job
     launched = []
-    monkeypatch.setattr("vitdistill.job.launch", lambda config, *given, **more: launched.append(config))
+    monkeypatch.setattr("vitdistill.launch.images.launch", lambda config, *given, **more: launched.append(config))
     for weak in (False, True):
-        monkeypatch.setattr("vitdistill.job.is_weak", lambda card: weak)
+        monkeypatch.setattr("vitdistill.launch.images.is_weak", lambda card: weak)
         train(grid_cells(out / "mine.yaml")[-1])
     assert [config.allow_untrained for config in launched] == [False, True]
 
@@ -196,7 +197,7 @@ def test_predictions_are_those_of_the_run(job, capsys):
 
 def test_the_export_predicts_the_same(job, capsys):
     """By vitdistill, and by the lines of docs/library.md, which do without it."""
-    from vitdistill.export import export_onnx
+    from vitdistill.deploy.export import export_onnx
     out, _, _ = job
     run = next(run for run in find_runs(out / "runs") if "mine/teacher" in run.arms)
     file = export_onnx(run)
@@ -366,7 +367,7 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     """A bare file, whose name begins with its architecture."""
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
     save_file(vit.state_dict(), file := tmp_path / "vit_tiny_patch16_224.mine.safetensors")
-    with mock.patch("vitdistill.job.launch", side_effect=VitdistillError("a student")), \
+    with mock.patch("vitdistill.launch.images.launch", side_effect=VitdistillError("a student")), \
             pytest.raises(VitdistillError, match="a student"):
         api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
     adopted, = (tmp_path / "out").rglob("model.safetensors")

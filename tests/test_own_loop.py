@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from conftest import ROOT
 from test_recipes import blocks
 from vitdistill import api
-from vitdistill.config import VitdistillError
+from vitdistill.base import VitdistillError
 
 CLASSES = ["a", "b", "c"]
 PLAIN = ((0.0,) * 3, (1.0,) * 3)

@@ -13,18 +13,19 @@ import torch
 from conftest import ROOT, assert_same, elsewhere, environment, on_ranks, processes_mentioning, run_of
 from conftest import record, train_command, wait_until
 from test_notebooks import definitions, execute, said
-from vitdistill.config import Config, VitdistillError, preset, save
-from vitdistill.grids import grid_cells
-from vitdistill.launch import configure
+from vitdistill.base import VitdistillError
+from vitdistill.config import Config, preset, save
+from vitdistill.launch.queue import grid_cells
+from vitdistill.launch.runner import configure
 from vitdistill.losses import criterion
-from vitdistill.models import create_student
-from vitdistill.optimize import create_optimizer
-from vitdistill.ranks import Ranks
+from vitdistill.models.create import create_student
+from vitdistill.train.optimize import create_optimizer
+from vitdistill.train.ranks import Ranks
 from vitdistill.runs import find_runs
-from vitdistill.setup import prepare, resolve
-from vitdistill.studies import read_study
-from vitdistill.step import create_step
-from vitdistill.train import batches, train, train_epoch
+from vitdistill.train.setup import prepare, resolve
+from vitdistill.launch.studies import read_study
+from vitdistill.train.step import create_step
+from vitdistill.train.loop import batches, train, train_epoch
 
 SMALL = dict(projector=[32, 16], decoder=[32, 1, 2], colour_jitter=0.4)
 EXPERIMENTS = ROOT / "nbs/experiments"

@@ -9,7 +9,7 @@ import safetensors.torch
 
 from conftest import PYTHON, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command, wait_until
 from vitdistill.config import save
-from vitdistill.launch import rank_command
+from vitdistill.launch.runner import rank_command
 
 
 def test_ranks_give_the_same_losses(tiny, tmp_path):
@@ -47,7 +47,7 @@ LATE = """
 import sys, time
 from datetime import timedelta
 import torch.distributed.distributed_c10d as c10d
-from vitdistill import ranks, train
+from vitdistill.train import ranks, loop as train
 file, patience = sys.argv[1:]
 c10d._get_default_timeout = lambda backend: timedelta(seconds=5)
 finish = train.finish

@@ -7,11 +7,11 @@ import torch
 
 from vitdistill.study.agreement import class_names
 from vitdistill.config import Config
-from vitdistill.data import cifar100_constants, load_data, read_pickle
-from vitdistill.launch import launch
+from vitdistill.data.datasets import cifar100_constants, load_data, read_pickle
+from vitdistill.launch.runner import launch
 from vitdistill.runs import read_arrays
-from vitdistill.setup import auto_precision
-from vitdistill.teachers import adopt
+from vitdistill.train.setup import auto_precision
+from vitdistill.teachers.teacher import adopt
 
 HELD_OUT = "44000:50000"  # what the weights file was not trained on: see the data's README
 

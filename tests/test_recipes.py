@@ -19,12 +19,13 @@ from test_notebooks import execute
 from vitdistill.api import save
 from vitdistill.cli import COMMANDS, configured, field_values
 from vitdistill.config import Config, defining, field_names
-from vitdistill.grids import check_cells, config_of, grid_cells, missing_weights, start_order, study_cells
-from vitdistill.launch import configure, notebook_names
-from vitdistill.models import read_weights
+from vitdistill.launch.queue import check_cells, config_of, grid_cells, missing_weights, start_order
+from vitdistill.launch.queue import study_cells
+from vitdistill.launch.runner import configure, notebook_names
+from vitdistill.models.create import read_weights
 from vitdistill.options import distill_parser, grid_parser
 from vitdistill.runs import find_runs
-from vitdistill.studies import read_study, study_file, trains
+from vitdistill.launch.studies import read_study, study_file, trains
 
 RECORDS = ROOT / "reports/runs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -216,7 +217,7 @@ def test_snippet_imports_what_is_there(code):
 def test_the_training_loop_of_the_library_runs(tmp_path, capsys):
     where = f"allow_untrained=True, work_dir={str(tmp_path)!r}, padding=0"
     seen = {}
-    exec(snippet("vitdistill.setup").replace("allow_untrained=True", where), seen)
+    exec(snippet("setup.criterion").replace("allow_untrained=True", where), seen)
     assert seen["loss"].isfinite() and {"label", "teacher"} <= set(seen["parts"])
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in seen["setup"].student.parameters())
     assert "memo: " in (said := capsys.readouterr().out) and "images that it held out" in said
@@ -253,7 +254,7 @@ def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     for made in {}, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
         config = Config(dataset="digits", epochs=2, runs_dir=str(tmp_path / "runs"), **made)
         record(config, metrics=pd.DataFrame(dict(epoch=[0, 1], test_top1=[0.1, 0.5])), test_top1=0.5)
-    lines, seen = snippet("vitdistill.watch").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
+    lines, seen = snippet("compare_runs").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
     exec(lines.replace("\ncompare", "\nfig = compare"), seen)
     assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 

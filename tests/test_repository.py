@@ -16,7 +16,7 @@ import yaml
 from conftest import PYTHON, ROOT
 from vitdistill.config import field_names, read_yaml
 from vitdistill.runs import Run
-from vitdistill.studies import Study, combinations, matching_runs, parameters_of, trains
+from vitdistill.launch.studies import Study, combinations, matching_runs, parameters_of, trains
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]

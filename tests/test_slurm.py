@@ -14,7 +14,7 @@ import yaml
 
 from conftest import ROOT, TINY, assert_same, assert_same_losses, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
-from vitdistill.grids import grid_cells, look, noted_runs, table
+from vitdistill.launch.queue import grid_cells, look, noted_runs, table
 from vitdistill.runs import find_runs
 
 pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
@@ -93,7 +93,7 @@ def alive(pid_file):
 
 
 def start(grid, folder, *words, **kw):
-    command = [sys.executable, "-m", "vitdistill.grids", str(grid), "--out", str(folder / "out"), *words]
+    command = [sys.executable, "-m", "vitdistill.launch.queue", str(grid), "--out", str(folder / "out"), *words]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, **kw)
 
 

@@ -17,18 +17,18 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitdistill
-from vitdistill import step, train
-from vitdistill.answers import Answers, Memo, Online, memo_key
+from vitdistill.train import step, loop as train
+from vitdistill.teachers.answers import Answers, Memo, Online, memo_key
 from vitdistill.config import Config
 from vitdistill.bench.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
-from vitdistill.models import create_student
-from vitdistill.optimize import create_optimizer
-from vitdistill.pretraining import ContrastiveMaskedNoise
-from vitdistill.ranks import Ranks
-from vitdistill.setup import Setup, predict
-from vitdistill.teachers import load_teacher
-from vitdistill.views import Views
+from vitdistill.models.create import create_student
+from vitdistill.train.optimize import create_optimizer
+from vitdistill.tasks.can import ContrastiveMaskedNoise
+from vitdistill.train.ranks import Ranks
+from vitdistill.train.setup import Setup, predict
+from vitdistill.teachers.teacher import load_teacher
+from vitdistill.data.views import Views
 
 BATCH = 8
 TEACHERS = {name: "vit_tiny_patch16_224" if made.wants else "" for name, made in OBJECTIVES.items()}
@@ -170,7 +170,7 @@ def epoch(taught, folder, steps, mode):
                   train_rows=torch.arange(BATCH * steps), val_rows=torch.arange(0), criterion=criterion(config),
                   answers=answers)
     with counter, pytest.MonkeyPatch.context() as patch:
-        for module in (train, vitdistill.setup):
+        for module in (train, vitdistill.train.setup):
             patch.setattr(module, "compiled", as_programs(counter))
         objective = train.create_objective(student, setup.criterion, mode, setup.ranks)
         train.train_epoch(step.create_step(setup, objective, Optimizer(counter, student)), 0, Silent())

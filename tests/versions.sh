@@ -24,7 +24,7 @@ with() { # with EXTRAS TEST...: the tests in an environment with these extras
 with notebooks,export,cluster \
     tests/test_notebooks.py::test_{deit_notebook,study_runs_by_papermill,paper_analysis_draws_the_runs} \
     tests/test_notebooks.py::test_a_study_is_trained_and_compared \
-    "tests/test_notebooks.py::test_room_runs_from_top_to_bottom[01b_augment]" \
+    "tests/test_notebooks.py::test_room_runs_from_top_to_bottom[data/03_augment]" \
     tests/test_own_images.py::test_{command_trains_and_compares,the_export_predicts_the_same}
 # trackio may want older libraries than the others do
 with notebooks,export,cluster,track \

@@ -14,7 +14,8 @@ import functools, inspect, math, typing
 from dataclasses import dataclass
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from .config import Config, VitdistillError, field_names, first_line, nearest
+from .base import VitdistillError, first_line, nearest
+from .config import Config, field_names
 
 # %% ../nbs/03_losses.ipynb #91f3c0d5
 @dataclass(frozen=True)

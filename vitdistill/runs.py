@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
-from .config import PLACES, SHIPPED, Config, VitdistillError, config_hash, cores, dump_yaml, from_here
-from .config import from_root, load, nearest, repo_root, run_name, write_atomic
+from .base import SHIPPED, VitdistillError, cores, from_here
+from .config import PLACES, Config, config_hash, dump_yaml, load, run_name
+from .base import from_root, nearest, repo_root, write_atomic
 from .track import Trackers, tracker_names
 
 # %% ../nbs/05_runs.ipynb #d236811c

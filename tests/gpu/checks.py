@@ -28,20 +28,20 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from vitdistill.answers import Answers, Memo, memo_key  # noqa: E402
-from vitdistill import train  # noqa: E402
+from vitdistill.teachers.answers import Answers, Memo, memo_key  # noqa: E402
+from vitdistill.train import loop as train  # noqa: E402
 from vitdistill.config import Config, preset, save  # noqa: E402
 from vitdistill.bench.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
-from vitdistill.layers import DeformableMerging  # noqa: E402
+from vitdistill.models.layers import DeformableMerging  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
-from vitdistill.models import Student, create  # noqa: E402
-from vitdistill.ranks import Ranks, check_device  # noqa: E402
+from vitdistill.models.create import Student, create  # noqa: E402
+from vitdistill.train.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
-from vitdistill.optimize import create_optimizer  # noqa: E402
-from vitdistill.teachers import balance  # noqa: E402
-from vitdistill.step import CapturedStep, create_step  # noqa: E402
-from vitdistill.train import Progress, batches, create_objective, train_epoch  # noqa: E402
-from vitdistill.views import Plan, Views, epoch_plan, normalize  # noqa: E402
+from vitdistill.train.optimize import create_optimizer  # noqa: E402
+from vitdistill.teachers.teacher import balance  # noqa: E402
+from vitdistill.train.step import CapturedStep, create_step  # noqa: E402
+from vitdistill.train.loop import Progress, batches, create_objective, train_epoch  # noqa: E402
+from vitdistill.data.views import Plan, Views, epoch_plan, normalize  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 SMALLEST = TINY | dict(depth=0, global_pool="avg", class_token=False)  # patches and a head: soon compiled

@@ -20,11 +20,11 @@ from torch.utils.benchmark import timer
 
 from vitdistill.bench import contenders
 from vitdistill.config import preset
-from vitdistill.data import load_data
-from vitdistill.outcome import predictions_at
+from vitdistill.data.datasets import load_data
+from vitdistill.train.outcome import predictions_at
 from vitdistill.runs import find_runs
-from vitdistill.setup import resolve
-from vitdistill.teachers import adopt
+from vitdistill.train.setup import resolve
+from vitdistill.teachers.teacher import adopt
 
 SENSES = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
 ENDED = 0, -signal.SIGTERM, 128 + signal.SIGTERM  # exit statuses of a run that ended by itself or was asked to

@@ -5,7 +5,7 @@ import sys
 import checks
 import pytest
 
-CELLS = [(file.stem, "".join(cell["source"])) for file in sorted((checks.ROOT / "nbs").glob("*.ipynb"))
+CELLS = [(file.stem, "".join(cell["source"])) for file in sorted((checks.ROOT / "nbs").rglob("*.ipynb"))
          for cell in json.loads(file.read_text())["cells"] if "".join(cell["source"]).startswith("#| cuda")]
 
 

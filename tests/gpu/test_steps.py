@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import steps
 
-from vitdistill.setup import resolve
+from vitdistill.train.setup import resolve
 
 
 class Asked(Exception):
@@ -31,7 +31,7 @@ def test_ranks_are_asked_what_a_run_takes(world, given, monkeypatch, tmp_path):
         raise Asked
 
     monkeypatch.setattr(checks, "start_ranks", start)
-    monkeypatch.setattr("vitdistill.setup.compiler_missing", lambda device: "")
+    monkeypatch.setattr("vitdistill.train.setup.compiler_missing", lambda device: "")
     ranks = mock.patch.dict(os.environ, RANK="0", WORLD_SIZE=str(world))
     gpu = dict(is_available=lambda: True, is_bf16_supported=lambda including_emulation: True)
     with ranks, mock.patch.multiple("torch.cuda", **gpu), pytest.raises(Asked):

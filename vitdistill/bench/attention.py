@@ -12,9 +12,9 @@ from collections.abc import Callable
 import pandas as pd, torch
 from torch.profiler import ProfilerActivity, profile
 from .results import headline, over_rounds, record
-from ..complexity import layers
-from ..layers import HiLo
-from ..models import create
+from ..models.complexity import layers
+from ..models.layers import HiLo
+from ..models.create import create
 
 # %% ../../nbs/bench/02_attention.ipynb #aaf99cbf
 class Case(typing.NamedTuple):

@@ -10,15 +10,15 @@ __all__ = ['CLOSE', 'MEANS', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', '
 import argparse, contextlib, functools, json, os, resource, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch
-from .attention import attention_record, cases
-from .attention import measure as measure_attention
+from .attention import attention_record, cases, measure as measure_attention
 from .contenders import CONTENDERS, bench_config, built, contenders, random_data
 from .results import OVER_ROUNDS, device_and_noise, over_rounds, record
-from ..config import Config, VitdistillError, from_root, load, read_yaml, save
-from ..models import student_size
+from ..base import VitdistillError, from_root
+from ..config import Config, load, read_yaml, save
+from ..models.create import student_size
 from ..options import bench_parser
-from ..ranks import start_ranks, threads_per_rank
-from ..views import view_count
+from ..train.ranks import start_ranks, threads_per_rank
+from ..data.views import view_count
 
 # %% ../../nbs/bench/03_bench.ipynb #1d957ef8
 def peak_memory(device:str)->float:

@@ -19,20 +19,20 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from ..answers import Answers, Memo, Planned, memo_key, plan_key
-from ..augment import AUGMENTATIONS, unnumbered
+from ..teachers.answers import Answers, Memo, Planned, memo_key, plan_key
+from ..data.augment import AUGMENTATIONS, unnumbered
 from ..config import Config, from_dict, preset
-from ..data import Data, cifar100_constants
-from ..views import Views, epoch_plan, view_count
+from ..data.datasets import Data, cifar100_constants
+from ..data.views import Views, epoch_plan, view_count
 from ..losses import Batch, criterion
-from ..models import create, create_student, student_size
-from ..optimize import create_optimizer
-from ..ranks import Ranks
+from ..models.create import create, create_student, student_size
+from ..train.optimize import create_optimizer
+from ..train.ranks import Ranks
 from ..runs import cores
-from ..setup import Setup, auto_values, image_device, loading_processes, place_model
-from ..teachers import load_teacher
-from ..step import create_step
-from ..train import Progress, create_objective, train_epoch
+from ..train.setup import Setup, auto_values, image_device, loading_processes, place_model
+from ..teachers.teacher import load_teacher
+from ..train.step import create_step
+from ..train.loop import Progress, create_objective, train_epoch
 
 # %% ../../nbs/bench/01_contenders.ipynb #a0af9b2a
 def bench_config(device:str, recipe:bool=False, **given)->Config:

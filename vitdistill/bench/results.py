@@ -10,8 +10,8 @@ __all__ = ['OVER_ROUNDS', 'over_rounds', 'other_work', 'noise_sentence', 'device
 import os, re, shutil, subprocess, time
 from pathlib import Path
 import pandas as pd, torch
-from ..config import VitdistillError, write_atomic
-from ..ranks import check_device
+from ..base import VitdistillError, write_atomic
+from ..train.ranks import check_device
 from ..runs import environment
 
 # %% ../../nbs/bench/00_results.ipynb #81eda036

@@ -8,7 +8,7 @@ __all__ = ['disagreement', 'answers_given', 'agreements', 'ece', 'class_names', 
 # %% ../../nbs/study/05c_agreement.ipynb #b8100c51
 import numpy as np, pandas as pd
 from scipy.spatial.distance import pdist, squareform
-from ..config import VitdistillError, shipped
+from ..base import VitdistillError, shipped
 from ..runs import Run
 from .results import decisions, prediction_arrays, read_predictions, same_data
 from .stats import seed_interval

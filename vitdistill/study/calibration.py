@@ -14,7 +14,7 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import gmean
 from .results import prediction_arrays
 from .agreement import ece
-from ..config import VitdistillError, from_here, write_atomic
+from ..base import VitdistillError, from_here, write_atomic
 from ..runs import Run, RunWriter, read_arrays
 
 # %% ../../nbs/study/07_calibration.ipynb #6921b77d

@@ -15,12 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from ..config import Config, VitdistillError, default_place, defining, field_names, from_root
-from ..config import shipped_names
+from ..base import VitdistillError, default_place, from_root, shipped_names
+from ..config import Config, defining, field_names
 from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
-from ..studies import (Study, arm_names, parameters_of, read_study, runs_folder, runs_of, seeds_of, sides,
-                                trains)
+from ..launch.studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of
+from ..launch.studies import seeds_of, sides, trains
 from .figures import save_figure, save_table, style
 from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data

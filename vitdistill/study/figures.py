@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from PIL import Image
 from matplotlib.ticker import PercentFormatter
-from ..config import VitdistillError, from_root, nearest, write_atomic
+from ..base import VitdistillError, from_root, nearest, write_atomic
 from ..runs import Run
 from .results import mean_curve, significant
 

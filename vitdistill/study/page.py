@@ -14,7 +14,7 @@ import pandas as pd
 from jinja2 import Template
 from markupsafe import Markup
 from .figures import format_cell
-from ..config import write_atomic
+from ..base import write_atomic
 from ..runs import Run, machine_in_words
 from .watch import run_state
 

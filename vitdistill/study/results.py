@@ -11,10 +11,11 @@ __all__ = ['PARTS', 'curves', 'mean_curve', 'mean_top1', 'published', 'published
 import math
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..augment import unnumbered
-from ..config import Config, VitdistillError, nearest, shipped
+from ..data.augment import unnumbered
+from ..base import VitdistillError, nearest, shipped
+from ..config import Config
 from ..runs import Run, read_arrays
-from ..views import expected_views, plan_rows, view_count
+from ..data.views import expected_views, plan_rows, view_count
 
 # %% ../../nbs/study/00_results.ipynb #2499a97a
 def curves(runs:list[Run])->pd.DataFrame: # run, seed, epoch, columns of metrics.csv

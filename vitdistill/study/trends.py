@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from scipy.optimize import brentq, least_squares
 from scipy.special import expit
-from ..config import VitdistillError
+from ..base import VitdistillError
 
 # %% ../../nbs/study/02_trends.ipynb #70216bd4
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import math, time
 from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
-from ..config import from_root
-from ..live import LiveCurve, in_jupyterlab
+from ..base import from_root
+from ..train.live import LiveCurve, in_jupyterlab
 from ..runs import Run, find_run, find_runs
 
 # %% ../../nbs/study/07_watch.ipynb #9d9b21b5
