@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from conftest import record
+from conftest import ROOT, record
 from test_notebooks import execute
 from vitdistill.study.results import published
 from vitdistill.bench.attention import cases, costs
@@ -21,6 +21,7 @@ from vitdistill.train.optimize import create_optimizer
 from vitdistill.train.ranks import Ranks
 from vitdistill.train.setup import prepare
 from vitdistill.launch.studies import read_study
+from vitdistill.runs import find_runs
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])
@@ -190,8 +191,7 @@ def made_up(folder, slower=()):
 def test_notebook_says_how_fast_attention_is(tmp_path):
     """Where time is multiply-adds HiLo is as much faster as it has fewer; else a third of that."""
     made_up(tmp_path / "bench", slower=["HiLo, alpha 0.5"])
-    execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"),
-            reports=str(tmp_path / "none"))
+    execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "bench"), out=str(tmp_path / "out"))
     speedup = pd.read_csv(tmp_path / "out/tables/hilo_speedup.csv").set_index(["contender", "image (px)"])
     assert [round(speedup["faster (times)"][f"HiLo, alpha {alpha}", 1024], 2) for alpha in (0.5, 0.9)] == [1.56, 3.66]
     assert (tmp_path / "out/figures/hilo_attention.svg").is_file()
@@ -230,7 +230,9 @@ def test_notebook_compares_teachers_with_the_plain_student(tmp_path):
         record(configure("teacher", cell.declared | cell.chosen | where), cell.arm, test_top1=right)
     for seed in (1, 2):
         record(preset("small", "baseline", t_max=0, lr=0.02, seed=seed, **where), "small_tuned/plain", test_top1=0.35)
-    execute("a07_hilo", tmp_path / "a07.ipynb", bench=str(tmp_path / "none"), out=str(tmp_path / "out"),
-            reports=str(tmp_path / "runs"))
+    for run in find_runs(ROOT / "reports/runs"):
+        if any(arm.startswith("small_litv2_alpha/") for arm in run.arms):
+            (tmp_path / "runs" / run.name).symlink_to(run.folder)
+    execute("a07_hilo", tmp_path / "a07.ipynb", out=str(tmp_path / "out"), reports=str(tmp_path / "runs"))
     rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index(["arm", "other"]).difference
     assert rows.to_dict() == pytest.approx({("LITv2", "plain ResNet-18"): 0.25, ("DeiT", "plain ResNet-18"): -0.05})
