@@ -533,20 +533,20 @@ def save_model(
     model:nn.Module, # the timm model, compiled or in DistributedDataParallel or not; it is left as it is
     folder:str|Path,
     kwargs:dict,     # arguments of timm.create_model, except name and classes
-    card:dict,       # content of card.json, which is written last; of one with classes alone none is written
+    classes:list,    # names, in the order of its outputs; None: unknown
     readme:str,      # text of the model card
     mean_std:tuple,  # (mean, std) per channel, by which its input was normalized
     size:int,        # side of the model's input in px
     tried:bool=False # raise `VitdistillError` if what is written makes another model
 )->Path:
-    "Writes model.safetensors, config.json, README.md and card.json into a folder, each file whole or not at all."
+    "Writes model.safetensors, config.json and README.md into a folder, each file whole or not at all."
     model, (mean, std), size = unwrap_model(model), plain_value(mean_std), plain_value(size)
     cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., mean=mean, std=std,
                num_classes=model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
+        about = dict(pretrained_cfg=cfg, label_names=classes)
         hook = model.register_state_dict_post_hook(_plain_tensors)
         try: save_for_hf(model, draft, about, plain_value(kwargs) or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
@@ -560,7 +560,6 @@ def save_model(
         if tried: _refuse_another(model, Path(draft), size)
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
-    if [*card] != ['classes']: write_atomic(folder/'card.json', json.dumps(card, indent=1))
     return folder
 
 # %% ../../nbs/models/02_create.ipynb #75701338

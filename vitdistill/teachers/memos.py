@@ -15,7 +15,8 @@ from ..config import Config
 from ..data.datasets import Data, digest
 from ..models.hub import MEMO_HEAD
 from ..losses import DecisionAndLogits, HardLabel, Logits, criterion
-from .teacher import Teacher, answers_head, answers_in
+from .card import answers_head, answers_in
+from .teacher import Teacher
 from ..data.views import view_count
 
 # %% ../../nbs/teachers/02_memos.ipynb #1d5fcd18
