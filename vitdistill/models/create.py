@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfgs', 'HEAD_STD', 'OF_TRAINING', 'with_cifar_stem',
            'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts', 'check_size', 'try_size',
-           'near_models', 'check_name', 'create', 'weights_file', 'plain_values', 'without_prefix', 'read_weights',
-           'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
-           'student_size', 'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token',
-           'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model',
+           'near_models', 'check_name', 'create', 'plain_values', 'without_prefix', 'read_weights', 'head_names',
+           'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
+           'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
+           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'readme_head',
            'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
@@ -26,7 +26,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretra
 from torch import nn
 from ..base import VitdistillError, first_line, nearest, no_space, write_atomic
 from ..config import Config, plain_value
-from .hub import weights_place, failure_in_words, without_retries
+from .hub import weights_file, weights_place, failure_in_words, without_retries
 from .layers import LITv2
 
 # %% ../../nbs/models/02_create.ipynb #8fee561b
@@ -218,16 +218,6 @@ def create(
                               'student_weights or teacher_weights, and set student_pretrained to false.') from None
     check_size(made, name, size)
     return made
-
-# %% ../../nbs/models/02_create.ipynb #e98cbd6b
-def weights_file(path:str|Path)->Path:
-    "Returns the weights file in a model folder, or the file itself; raises `VitdistillError` if there is none."
-    path = Path(path).expanduser()
-    file = path/'model.safetensors' if path.is_dir() else path
-    if not file.is_file():
-        raise VitdistillError(f'no weights at {file}: name a safetensors or pth file, '
-                              'or a folder that holds model.safetensors.')
-    return file
 
 # %% ../../nbs/models/02_create.ipynb #5e07d9b4
 def plain_values()->list: # as `torch.serialization.safe_globals` takes them
@@ -561,6 +551,34 @@ def save_model(
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
     return folder
+
+# %% ../../nbs/models/02_create.ipynb #e6384777
+def readme_head(
+    title:str, about:str, # a heading, a sentence
+    rows:dict,            # name -> text, of a table
+    name:str,             # architecture
+    place:str=''          # hf-hub:OWNER/MODEL; '': a folder
+)->str: # Markdown
+    "Returns the beginning of a model's README.md: what it is, a table, and how to use it."
+    ours = timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith('timm.') # registered by us
+    table = '\n'.join(f'| {key} | {text} |' for key, text in rows.items())
+    return f"""# {title}
+
+{about}
+
+| | |
+|---|---|
+{table}
+
+```sh
+vitdistill predict {place or 'PATH'} IMAGES
+```
+
+```python
+{'import timm, vitdistill.models' if ours else 'import timm'}
+model = timm.create_model('{place or 'local-dir:PATH'}', pretrained=True)
+```
+"""
 
 # %% ../../nbs/models/02_create.ipynb #75701338
 @torch.no_grad()

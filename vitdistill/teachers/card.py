@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['is_answers', 'answers_in', 'answers_head', 'weights_folder', 'file_hash', 'only_match', 'CardFields', 'Card',
            'knows_images', 'training_mask', 'refuse_overlap', 'refuse_start_overlap', 'refuse_teacher_overlap',
-           'refuse_other_classes', 'card_rows', 'readme_head']
+           'refuse_other_classes', 'card_rows']
 
 # %% ../../nbs/teachers/00_card.ipynb #c2eaf87f
 import glob, hashlib, json, re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np, torch
-from timm.models import is_model, model_entrypoint
 from ..base import VitdistillError, fitting, write_atomic
 from ..config import Config, field_names, from_dict, student_name
 from ..data.datasets import Data, split_rows
-from ..models.create import weights_file
-from ..models.hub import weights_place
+from ..models.hub import weights_file, weights_place
 
 # %% ../../nbs/teachers/00_card.ipynb #1d2a7cf3
 def is_answers(weights:str|Path)->bool:
@@ -203,30 +201,3 @@ def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
             'trained on': f"{card.n_train:,} images of {dataset}{held_out}"}
     if card.top1_held_out is None: return rows
     return rows | {'held-out accuracy': f"{card.top1_held_out:.1%} of {card.n_measured:,} images"}
-
-def readme_head(
-    title:str, about:str, # a heading, a sentence
-    rows:dict,            # name -> text, as `card_rows`
-    name:str,             # architecture
-    place:str=''          # hf-hub:OWNER/MODEL; '': a folder
-)->str: # Markdown
-    "Returns the beginning of a model's README.md: what it is, a table, and how to use it."
-    ours = is_model(name) and not model_entrypoint(name).__module__.startswith('timm.') # registered by us
-    table = '\n'.join(f'| {key} | {text} |' for key, text in rows.items())
-    return f"""# {title}
-
-{about}
-
-| | |
-|---|---|
-{table}
-
-```sh
-vitdistill predict {place or 'PATH'} IMAGES
-```
-
-```python
-{'import timm, vitdistill.models' if ours else 'import timm'}
-model = timm.create_model('{place or 'local-dir:PATH'}', pretrained=True)
-```
-"""

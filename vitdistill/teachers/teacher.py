@@ -16,12 +16,12 @@ from filelock import FileLock
 from ..base import VitdistillError, write_atomic
 from ..config import Config, from_dict, student_name
 from ..data.datasets import Data, digest, load_data, split_rows
-from ..models.hub import weights_place
+from ..models.hub import weights_file, weights_place
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
-from ..models.create import create, load_weights, pretrained_constants, save_model, started_from
-from ..models.create import try_size, weights_file
-from .card import Card, answers_head, card_rows, is_answers, knows_images, readme_head
+from ..models.create import create, load_weights, pretrained_constants, readme_head, save_model
+from ..models.create import started_from, try_size
+from .card import Card, answers_head, card_rows, is_answers, knows_images
 from .card import refuse_other_classes, refuse_teacher_overlap
 
 # %% ../../nbs/teachers/01_teacher.ipynb #758f9ae4

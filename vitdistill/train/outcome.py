@@ -20,11 +20,11 @@ from ..data.datasets import check_dataset
 from ..models.hub import memo_head, push, refuse_other_memos, weights_place
 from ..losses import OBJECTIVES, HardLabel, Logits, TopK
 from ..teachers.memos import Memo, keep
-from ..models.create import combine, load_weights, save_model, student_size, token_cosines
+from ..models.create import combine, load_weights, readme_head, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
-from ..teachers.card import Card, card_rows, file_hash, knows_images, readme_head, training_mask
+from ..teachers.card import Card, card_rows, file_hash, knows_images, training_mask
 from ..teachers.teacher import Teacher, make_card
 
 # %% ../../nbs/train/04_outcome.ipynb #15ac9fdb
