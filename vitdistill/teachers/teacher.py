@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'sample_rows', 'top1', 'make_card', 'Absent',
            'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'least_accuracy',
-           'seems_untrained', 'check_health', 'refuse_used_images', 'with_members', 'refuse_other_teacher', 'adopt']
+           'seems_untrained', 'check_health', 'refuse_used_images', 'with_members', 'refuse_other_teacher',
+           'refuse_other_normalization', 'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import hashlib, json, math, timeit
@@ -312,6 +313,12 @@ def refuse_other_teacher(card:Card, folder:str|Path, teacher:Teacher, config:Con
         raise VitdistillError(f"{folder} holds another teacher (its {', '.join(other)} differ): adopt this one under "
                               'another name, or remove that folder first.')
 
+def refuse_other_normalization(card:Card|None, config:Config)->None: # card: beside the weights to adopt
+    "Raises `VitdistillError` if weights were trained on pixels that were normalized in another way."
+    if card and card.normalization not in (None, config.student_normalization):
+        raise VitdistillError('these weights were trained on pixels that are normalized otherwise: set '
+                              f'student_normalization to {card.normalization!r}.')
+
 # %% ../../nbs/teachers/01_teacher.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
@@ -339,10 +346,7 @@ def adopt(
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     places = [weights_place(place) for place in (weights if isinstance(weights, list) else [weights])]
-    for card in filter(None, map(Card.read, places)):
-        if card.normalization not in (None, config.student_normalization):
-            raise VitdistillError('these weights were trained on pixels that are normalized otherwise: set '
-                                  f'student_normalization to {card.normalization!r}.')
+    for place in places: refuse_other_normalization(Card.read(place), config)
     try_size(model, config.student, size)
     load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
