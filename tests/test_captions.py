@@ -22,7 +22,7 @@ from vitdistill.models.create import create, create_student, save_model
 from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run, read_arrays
 from vitdistill.train.setup import resolve
-from vitdistill.teachers.teacher import card_facts
+from vitdistill.teachers.card import Card
 from vitdistill.train.loop import train
 
 pytest.importorskip("transformers", reason="the extra captions is not installed")
@@ -42,8 +42,9 @@ def config(place):
     digits = load_data(Config(dataset="digits"))
     torch.manual_seed(0)
     model = create_student(Config(dataset="digits", student="vit_tiny_patch16_224", student_kwargs=VIT), 10, 32).model
-    card = dict(classes=digits.classes, constants=((0.5,) * 3,) * 2, input_size=32, image_size=32)
-    save_model(model, place / "vit", VIT, card, "", card["constants"], 32)
+    card = Card.of(Config(dataset="digits"), digits, 32, ((0.5,) * 3,) * 2)
+    card = replace(card, image_size=32, train_hash="", images_hash=None)  # it was trained on other images
+    card.write(save_model(model, place / "vit", VIT, card.classes, "", card.constants, 32))
     return Config(experiment="captions", dataset="digits", data_fraction=0.3, val_fraction=0.3, clip="own",
                   student_weights=str(place / "vit"), text_tower=dict(width=24, depth=1, epochs=2, batch=50),
                   decoder_kwargs=SMALL, prefix=2, epochs=6, batch_size=64, optimizer="adamw", lr=3e-3,
@@ -83,7 +84,8 @@ def test_a_tower_that_saw_the_held_out_images_is_refused(config, place):
     digits, constants = load_data(config), ((0.5,) * 3,) * 2
     other = replace(config, student="vit_tiny_patch16_224", student_kwargs=VIT, student_weights="", split_seed=3)
     model = create_student(other, 10, 32).model
-    save_model(model, place / "seen", VIT, card_facts(other, digits, 32, constants), "", constants, 32)
+    folder = save_model(model, place / "seen", VIT, digits.classes, "", constants, 32)
+    Card.of(other, digits, 32, constants).write(folder)
     with pytest.raises(VitdistillError, match="its student_weights'"):
         prepare_captions(replace(config, student_weights=str(place / "seen")), Ranks())
 

@@ -19,7 +19,8 @@ from vitdistill.config import preset
 from vitdistill.launch.queue import grid_cells, run_batch
 from vitdistill.runs import find_runs
 from vitdistill.study.compare import load, main as compare
-from vitdistill.teachers.teacher import answers_head, untrained
+from vitdistill.teachers.card import answers_head
+from vitdistill.teachers.teacher import untrained
 from vitdistill.train.loop import train
 
 EXPERIMENTS = ROOT / "nbs/experiments"

@@ -45,7 +45,7 @@ def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
                      student_kwargs=dict(img_size=224, dynamic_img_size=True), val_rows=HELD_OUT)
     weights = real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors"
     card = adopt(teacher, weights, tmp_path / "teacher", cifar, precision=auto_precision("cpu"), most=300)
-    assert card["top1_held_out"] > 0.7 and card["n_held_out"] == 6000 and card["n_train"] == 44_000
+    assert card.top1_held_out > 0.7 and card.n_held_out == 6000 and card.n_train == 44_000
     student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, student_kwargs={},
                       teacher=teacher.student, teacher_kwargs=teacher.student_kwargs, teacher_size=160,
                       teacher_weights=str(tmp_path / "teacher"), distillation="hard", epochs=2, evaluate_every=2,

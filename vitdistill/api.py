@@ -22,7 +22,8 @@ from .losses import Batch, TopK, criterion
 from .models.create import check_name, refuse_not_finite, save_model
 from .models.create import small_head # noqa: F401 (handed on)
 from .deploy.predict import from_folder
-from .teachers.teacher import Teacher, least_accuracy, read_card
+from .teachers.card import Card
+from .teachers.teacher import Teacher, least_accuracy
 from .launch.queue import check_cells, study_cells
 from .launch.images import Distilled, Images, costs, costs_in_words, few_test_images
 from .launch.images import fitting_fraction, fitting_side, has_runs, look, same_threads, study_of
@@ -102,8 +103,8 @@ def distill(
     def chosen(size, auto): return auto if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
     teacher = from_here(teacher) if from_here(teacher).exists() else teacher
-    card = read_card(str(teacher)) if Path(teacher).exists() else None # of one that was trained here
-    theirs = chosen(teacher_size, card['input_size'] if card else max(side, 224 if gpu else 128))
+    card = Card.read(teacher) if Path(teacher).exists() else None # of one that was trained here
+    theirs = chosen(teacher_size, card.input_size if card else max(side, 224 if gpu else 128))
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
@@ -141,7 +142,7 @@ def save(
     refuse_not_finite('the student', student.state_dict())
     readme = (f"# {student.pretrained_cfg['architecture']}\n\n{len(classes)} classes: {', '.join(classes)}. "
               f'Input: {size} px.\n\n`vitdistill predict FOLDER IMAGES` says what it sees in images.\n')
-    return save_model(student, from_here(folder), kwargs, dict(classes=classes), readme, mean_std, size, tried=True)
+    return save_model(student, from_here(folder), kwargs, classes, readme, mean_std, size, tried=True)
 
 # %% ../nbs/06_api.ipynb #99e0c07f
 def class_orders(dataset)->list: # lists of names

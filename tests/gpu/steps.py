@@ -186,7 +186,7 @@ def adopted(job, weights):
                         work_dir=str(job.work / "work"))
     config, folder = resolve(config), job.work / "teacher/model"
     card = adopt(config, weights, folder, load_data(config), config.device, config.precision)
-    return str(folder), f"top-1 {card['top1_held_out']:.1%} on images that it held out"
+    return str(folder), f"top-1 {card.top1_held_out:.1%} on images that it held out"
 
 
 def toy_weights(job):

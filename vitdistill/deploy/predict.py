@@ -18,7 +18,7 @@ from ..models.hub import HUB, weights_place
 from ..models.create import Student, combine, create, load_weights, started_from
 from ..options import predict_parser
 from ..runs import Run, find_run
-from ..teachers.teacher import read_card
+from ..teachers.card import Card
 from ..data.views import normalize
 
 # %% ../../nbs/deploy/00_predict.ipynb #1845d261
@@ -67,19 +67,19 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     try: about = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError):
         raise VitdistillError(f'there is no model in {folder}: train it here, or put its model folder there.') from None
-    card = read_card(str(folder)) or {} # a model that was saved by hand has none
-    if 'pretrained_by' in card:
+    card = Card.read(folder) # None of a model that was saved by hand
+    if card and card.pretrained_by:
         raise VitdistillError(f'{folder} is pre-trained without labels, and its head was never trained: fine-tune it '
                               f'with e00_teacher (student_weights: {folder}).')
-    classes = card.get('classes') or about.get('label_names')
+    classes = card.classes if card else about.get('label_names')
     if not classes:
         raise VitdistillError(f'{folder} is no model folder that names its classes: name one of a finished run.')
     fields, pixels = started_from(folder), about['pretrained_cfg']
     size = pixels['input_size'][-1]
     model = create(fields['student'], len(classes), size, fields['stem'], **fields['student_kwargs'])
     student = Student(load_weights(model, folder)).eval()
-    sides = card.get('image_size', size), size
-    turned = card.get('exif_orientation', True)
+    sides = card.image_size if card else size, size
+    turned = not card or card.exif_orientation
     return Predictor(str(folder), classes, sides, (pixels['mean'], pixels['std']), student, turned)
 
 def model_folder(

@@ -36,7 +36,8 @@ from ..train.setup import auto_device, auto_precision, place_model, resolve
 from .studies import read_study, runs_folder, runs_of, runs_with, with_places_of_today
 from ..study.compare import Comparison, draw_curves, finished_runs, load, points
 from ..study.results import read_predictions, teacher_calls
-from ..teachers.teacher import adopt, least_accuracy, read_card, seems_untrained, weights_folder
+from ..teachers.card import Card, weights_folder
+from ..teachers.teacher import adopt, least_accuracy, seems_untrained
 from ..data.views import plan_rows
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
@@ -246,13 +247,13 @@ def teacher_part(
         raise VitdistillError(f'teacher = {teacher!r} is no file and no model of timm: '
                               f'{near_models(teacher)}')
     model = started_from(teacher) or dict(student=architecture_of(teacher, name), student_kwargs={})
-    card, weights = read_card(teacher), teacher if teacher.startswith('hf-hub:') else str(from_root(teacher).resolve())
+    card, weights = Card.read(teacher), teacher if teacher.startswith('hf-hub:') else str(from_root(teacher).resolve())
     by_hand = read_json(weights_folder(teacher)/'config.json').get('label_names') # pixels may be scaled otherwise
     made = create(model['student'], len(classes), size, model.get('stem', 'imagenet'), **model['student_kwargs'])
-    fits = card['classes'] == classes if card else not by_hand and outputs(made, teacher) == len(classes)
+    fits = card.classes == classes if card else not by_hand and outputs(made, teacher) == len(classes)
     load_weights(made, weights_place(weights), new_head=not fits) # tells whether they are of this architecture
     if model.get('stem') == 'imagenet': del model['stem']
-    common = model | dict(student_size=size, student_normalization=(card or {}).get('normalization', 'own'))
+    common = model | dict(student_size=size, student_normalization=(card and card.normalization) or 'own')
     if not fits: return dict(notebook='e00_teacher', student_weights=weights, **common)
     return dict(notebook='e04_adopted_teacher', weights=weights, adopted='teacher', keep_record=True, **common)
 
@@ -435,10 +436,10 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     return found
 
 # %% ../../nbs/launch/04_images.ipynb #de248d05
-def is_weak(card:dict)->bool: # of a teacher
+def is_weak(card:Card)->bool: # of a teacher
     "Returns whether a teacher's card says that it seems untrained."
-    if 'top1_held_out' not in card: return False # nothing was held out
-    return seems_untrained(card['top1_held_out'], card.get('n_measured') or card['n_held_out'], len(card['classes']))
+    if card.top1_held_out is None: return False # nothing was held out
+    return seems_untrained(card.top1_held_out, card.n_measured, len(card.classes))
 
 # %% ../../nbs/launch/04_images.ipynb #a8d6787b
 def measure_teacher(cell:Cell)->Run:
@@ -449,8 +450,8 @@ def measure_teacher(cell:Cell)->Run:
     card = adopt(config, given['weights'], folder, load_data(config), config.device, config.precision)
     if is_weak(card) and not config.allow_untrained: # before a student trains for nothing
         shutil.rmtree(folder)
-        raise VitdistillError(f"the teacher {given['weights']} has only {card['top1_held_out']:.1%} of "
-                              f"{card['n_measured']} held-out images right, so its head seems untrained: give weights "
+        raise VitdistillError(f"the teacher {given['weights']} has only {card.top1_held_out:.1%} of "
+                              f"{card.n_measured} held-out images right, so its head seems untrained: give weights "
                               'for these classes in this order, or --allow-untrained True to teach with it anyway.')
     run = record_adopted(config, folder)
     note_run(run)
@@ -465,7 +466,7 @@ def train(cell:Cell)->Run:
         if cell.notebook.stem == 'e04_adopted_teacher': return measure_teacher(cell)
         config = config_of(cell, **models)
         if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
-        card = read_card(config.teacher_weights)
+        card = Card.read(config.teacher_weights)
         if card and is_weak(card): config = replace(config, allow_untrained=True) # `in_words` says it
         return launch(config, cell.chosen.get('nproc'), needed=True)
     finally: del os.environ['VITDISTILL_ARM']
@@ -564,11 +565,11 @@ def advice(result:Distilled)->list[str]:
     "Returns what a job can't tell, and why: a sentence each."
     first = {name: next(iter(runs.values())) for name, runs in result.runs().items() if runs} # run of the first seed
     students, lines = [name for name in ('plain', 'taught') if name in first], []
-    if 'teacher' in first and is_weak(card := read_card(str(result.folder('teacher')))):
-        lines.append(f"The teacher has {card['top1_held_out']:.0%} of {card['n_measured']} held-out images right, "
+    if 'teacher' in first and is_weak(card := Card.read(result.folder('teacher'))):
+        lines.append(f"The teacher has {card.top1_held_out:.0%} of {card.n_measured} held-out images right, "
                      "hardly more than guessing: this job can't tell whether a teacher helps. Give more images.")
     balanced = {name: balanced_accuracy(first[name]) for name in students}
-    classes = {len(read_card(str(result.folder(name)))['classes']) for name in students}
+    classes = {len(Card.read(result.folder(name)).classes) for name in students}
     near = [name for name in students if balanced[name] <= least_accuracy(max(classes))]
     if near:
         shares = ' and '.join(f'{balanced[name]:.0%} ({name})' for name in near)

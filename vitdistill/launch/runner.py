@@ -24,7 +24,7 @@ from ..train.live import LiveCurve, in_jupyterlab
 from ..train.ranks import error_of_watchdog, threads_per_rank
 from ..runs import Run, RunWriter, check_folders, find_runs, is_locked
 from ..train.setup import check_settings, resolve, uses_batch_norm
-from ..teachers.teacher import as_teacher, read_card, only_match
+from ..teachers.card import Card, only_match
 from ..track import tracker_names
 
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
@@ -340,7 +340,8 @@ def teacher_fields(
     given:dict   # the notebook's parameters; they replace what the card says
 )->dict:
     "Returns what a teacher's card says about it, as fields of the student's config; {} without a card."
-    known = as_teacher(read_card(only_match(weights))) if weights else {}
+    card = Card.read(only_match(weights)) if weights else None
+    known = card.teacher_fields() if card else {}
     if known and given.get('teacher') not in (None, known['teacher']): return {} # loading it will say what doesn't fit
     return {name: value for name, value in known.items() if given.get(name) is None}
 

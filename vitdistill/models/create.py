@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfgs', 'HEAD_STD', 'OF_TRAINING', 'with_cifar_stem',
            'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts', 'check_size', 'try_size',
-           'near_models', 'check_name', 'create', 'weights_file', 'plain_values', 'without_prefix', 'read_weights',
-           'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student',
-           'student_size', 'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token',
-           'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model',
+           'near_models', 'check_name', 'create', 'plain_values', 'without_prefix', 'read_weights', 'head_names',
+           'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
+           'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
+           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'readme_head',
            'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
@@ -26,7 +26,7 @@ from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretra
 from torch import nn
 from ..base import VitdistillError, first_line, nearest, no_space, write_atomic
 from ..config import Config, plain_value
-from .hub import weights_place, failure_in_words, without_retries
+from .hub import weights_file, weights_place, failure_in_words, without_retries
 from .layers import LITv2
 
 # %% ../../nbs/models/02_create.ipynb #8fee561b
@@ -218,16 +218,6 @@ def create(
                               'student_weights or teacher_weights, and set student_pretrained to false.') from None
     check_size(made, name, size)
     return made
-
-# %% ../../nbs/models/02_create.ipynb #e98cbd6b
-def weights_file(path:str|Path)->Path:
-    "Returns the weights file in a model folder, or the file itself; raises `VitdistillError` if there is none."
-    path = Path(path).expanduser()
-    file = path/'model.safetensors' if path.is_dir() else path
-    if not file.is_file():
-        raise VitdistillError(f'no weights at {file}: name a safetensors or pth file, '
-                              'or a folder that holds model.safetensors.')
-    return file
 
 # %% ../../nbs/models/02_create.ipynb #5e07d9b4
 def plain_values()->list: # as `torch.serialization.safe_globals` takes them
@@ -533,20 +523,20 @@ def save_model(
     model:nn.Module, # the timm model, compiled or in DistributedDataParallel or not; it is left as it is
     folder:str|Path,
     kwargs:dict,     # arguments of timm.create_model, except name and classes
-    card:dict,       # content of card.json, which is written last; of one with classes alone none is written
+    classes:list,    # names, in the order of its outputs; None: unknown
     readme:str,      # text of the model card
     mean_std:tuple,  # (mean, std) per channel, by which its input was normalized
     size:int,        # side of the model's input in px
     tried:bool=False # raise `VitdistillError` if what is written makes another model
 )->Path:
-    "Writes model.safetensors, config.json, README.md and card.json into a folder, each file whole or not at all."
+    "Writes model.safetensors, config.json and README.md into a folder, each file whole or not at all."
     model, (mean, std), size = unwrap_model(model), plain_value(mean_std), plain_value(size)
     cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., mean=mean, std=std,
                num_classes=model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        about = dict(pretrained_cfg=cfg, label_names=card.get('classes'))
+        about = dict(pretrained_cfg=cfg, label_names=classes)
         hook = model.register_state_dict_post_hook(_plain_tensors)
         try: save_for_hf(model, draft, about, plain_value(kwargs) or None, safe_serialization=True)
         except Exception as e: raise no_space(e, draft) or e
@@ -560,8 +550,35 @@ def save_model(
         if tried: _refuse_another(model, Path(draft), size)
         for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
-    if [*card] != ['classes']: write_atomic(folder/'card.json', json.dumps(card, indent=1))
     return folder
+
+# %% ../../nbs/models/02_create.ipynb #e6384777
+def readme_head(
+    title:str, about:str, # a heading, a sentence
+    rows:dict,            # name -> text, of a table
+    name:str,             # architecture
+    place:str=''          # hf-hub:OWNER/MODEL; '': a folder
+)->str: # Markdown
+    "Returns the beginning of a model's README.md: what it is, a table, and how to use it."
+    ours = timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith('timm.') # registered by us
+    table = '\n'.join(f'| {key} | {text} |' for key, text in rows.items())
+    return f"""# {title}
+
+{about}
+
+| | |
+|---|---|
+{table}
+
+```sh
+vitdistill predict {place or 'PATH'} IMAGES
+```
+
+```python
+{'import timm, vitdistill.models' if ours else 'import timm'}
+model = timm.create_model('{place or 'local-dir:PATH'}', pretrained=True)
+```
+"""
 
 # %% ../../nbs/models/02_create.ipynb #75701338
 @torch.no_grad()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB', 'MEMO_HEAD', 'failure_in_words', 'hub_answers', 'without_retries', 'memo_head', 'refuse_other_memos', 'fetch',
-           'weights_place', 'push']
+           'weights_place', 'weights_file', 'push']
 
 # %% ../../nbs/models/00_hub.ipynb #bcd92bbc
 import contextlib, json, shutil, tempfile
@@ -91,6 +91,16 @@ def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', or with '@REVISION'
 def weights_place(name:str|Path)->Path: # a path, or a name on the hub
     "Returns the path of weights on this machine; those on the hub are downloaded."
     return fetch(name) if str(name).startswith(HUB) else from_root(name)
+
+# %% ../../nbs/models/00_hub.ipynb #3bb22cb9
+def weights_file(path:str|Path)->Path:
+    "Returns the weights file in a model folder, or the file itself; raises `VitdistillError` if there is none."
+    path = Path(path).expanduser()
+    file = path/'model.safetensors' if path.is_dir() else path
+    if not file.is_file():
+        raise VitdistillError(f'no weights at {file}: name a safetensors or pth file, '
+                              'or a folder that holds model.safetensors.')
+    return file
 
 # %% ../../nbs/models/00_hub.ipynb #d3766987
 def push(

@@ -31,7 +31,7 @@ from ..deploy.predict import named_images, read_batches
 from ..train.ranks import Ranks, batch_bounds, local_rows, parallel, seed_step, set_numerics
 from ..train.ranks import threads_per_rank
 from ..runs import RunWriter
-from ..teachers.teacher import file_hash, refuse_begun_on
+from ..teachers.card import file_hash, refuse_start_overlap
 from ..train.loop import Checkpoints, Progress, main as train_main, peak_lr, restore
 from ..data.views import epoch_plan
 
@@ -124,7 +124,7 @@ def centred(embeddings:torch.Tensor, mean:list)->torch.Tensor: # mean: [] leaves
 def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts, their embeddings, parts, means)
     "Loads a dataset of images with classes, and embeds its images and captions."
     data, kept = load_data(config), from_root(config.work_dir)/'embeddings'
-    refuse_begun_on(config, data)
+    refuse_start_overlap(config, data)
     train, val = split_rows(data.train_labels, config)
     if not len(val):
         raise VitdistillError('no image is held out to choose settings by: give val_fraction or val_rows.')

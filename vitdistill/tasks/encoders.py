@@ -20,7 +20,8 @@ from ..data.datasets import Data, digest, generator
 from ..data.files import read_image
 from ..models.hub import weights_place, failure_in_words, without_retries
 from ..models.create import create, load_weights, started_from, student_size
-from ..teachers.teacher import Teacher, model_hash, read_card
+from ..teachers.card import Card
+from ..teachers.teacher import Teacher, model_hash
 
 # %% ../../nbs/tasks/02_encoders.ipynb #636baead
 def cached_embeddings(
@@ -175,10 +176,10 @@ def tower_facts(config:Config, data:Data)->dict: # what an image tower is, besid
     if not weights:
         raise VitdistillError("clip = 'own' needs an image tower, and student_weights names none: give the model "
                               'folder of a run or a file of weights, or take a model of open_clip as clip.')
-    known, card = started_from(weights), read_card(weights)
+    known, card = started_from(weights), Card.read(weights)
     if known and card:
-        return known | dict(size=card['input_size'], side=card.get('image_size', card['input_size']),
-                            constants=card['constants'], exif_orientation=card.get('exif_orientation', True))
+        return known | dict(size=card.input_size, side=card.image_size, constants=card.constants,
+                            exif_orientation=card.exif_orientation)
     return dict(student=config.student, stem=config.stem, student_kwargs=config.student_kwargs, side=data.side,
                 size=student_size(config, data.side), constants=data.mean_std,
                 exif_orientation=config.exif_orientation)

@@ -20,12 +20,12 @@ from ..data.datasets import check_dataset
 from ..models.hub import memo_head, push, refuse_other_memos, weights_place
 from ..losses import OBJECTIVES, HardLabel, Logits, TopK
 from ..teachers.memos import Memo, keep
-from ..models.create import combine, load_weights, save_model, student_size, token_cosines
+from ..models.create import combine, load_weights, readme_head, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
-from ..teachers.teacher import Teacher, card_facts, card_rows, file_hash, make_card, of_these_images
-from ..teachers.teacher import read_card, readme_head, seen_by
+from ..teachers.card import Card, card_rows, file_hash, knows_images, training_mask
+from ..teachers.teacher import Teacher, make_card
 
 # %% ../../nbs/train/04_outcome.ipynb #15ac9fdb
 def reduced(
@@ -95,10 +95,10 @@ def teacher_brief(
     rows:torch.Tensor # (n,) numbers of the student's training images
 )->dict|None:
     "Returns the main facts of the teacher's card, and how many of the student's images the teacher was trained on."
-    if not (card := read_card(config.teacher_weights)): return None
-    shared = int(seen_by(card, data)[rows].sum()) if of_these_images(card, data) else 0
+    if not (card := Card.read(config.teacher_weights)): return None
+    shared = int(training_mask(card, data)[rows].sum()) if knows_images(card, data) else 0
     names = 'run', 'architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views'
-    return {name: card.get(name) for name in names} | dict(n_shared=shared)
+    return {name: getattr(card, name) for name in names} | dict(n_shared=shared)
 
 # %% ../../nbs/train/04_outcome.ipynb #8b275cd5
 def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
@@ -117,13 +117,13 @@ def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
 def model_card(
     run:Run,
     result:dict, # of `finish`
-    card:dict,   # of `make_card`
+    card:Card,
     n_test:int   # number of test images
 )->str:
     "Returns the README.md of a saved model: what it is, how it was trained, how to load it and use it as a teacher."
     c = run.config
     place = f'hf-hub:{c.hub_repo}' if c.hub_repo else ''
-    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=card['input_size'],
+    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=card.input_size,
                    teacher_weights=place or 'PATH', teacher_normalization=c.student_normalization)
     kept = yaml.safe_dump(teaches, sort_keys=False)
     taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})' if c.teacher else 'trained on labels alone'
@@ -162,11 +162,11 @@ def encoder_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measure
     c, data = setup.config, setup.data
     if c.dataset == 'digits' and hasattr(setup.criterion, 'decoder'):
         run.save_predictions('reconstructions.npz', **setup.criterion.pictures(setup))
-    card = card_facts(c, data, student_size(c, data.side), setup.constants)
-    card |= dict(pretrained_by=c.distillation, objective=c.objective_kwargs)
+    card = replace(Card.of(c, data, student_size(c, data.side), setup.constants), pretrained_by=c.distillation,
+                   objective=c.objective_kwargs)
     readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
              f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
-    return measured | dict(n_train=card['n_train']), card, readme
+    return measured | dict(n_train=card.n_train), card, readme
 
 def student_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measured: of the last epoch
     "Writes a student's predictions; returns (result, card, README.md)."
@@ -174,8 +174,8 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measure
     run.save_predictions(**(arrays := predictions(setup)))
     frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
     card = make_card(frozen, config, data, setup.views)
-    result = dict(**measured, n_train=card['n_train'], weights_hash=card['weights_hash'],
-                  train_views_top1=card['top1_train_views'], held_out_top1=card.get('top1_held_out'),
+    result = dict(**measured, n_train=card.n_train, weights_hash=card.weights_hash,
+                  train_views_top1=card.top1_train_views, held_out_top1=card.top1_held_out,
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays), token_cosines=cosines(setup))
@@ -188,8 +188,8 @@ def finish(setup:Setup, run:RunWriter)->None:
     measured = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
     result, card, readme = (student_outcome if labelled else encoder_outcome)(setup, run, measured)
     model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
-    save_model(model, run.model, config.student_kwargs, card | dict(run=run.name, result=result), readme,
-               setup.constants, card['input_size'])
+    save_model(model, run.model, config.student_kwargs, card.classes, readme, setup.constants, card.input_size)
+    replace(card, run=run.name, result=result).write(run.model)
     if config.hub_repo: push(config.hub_repo, run.model, run.name)
     if not labelled: result['encoder_hash'] = file_hash(str(run.model)) # fine-tuned runs name it by this hash
     run.finish(result)
@@ -200,7 +200,7 @@ def record_adopted(
     folder:str|Path   # the teacher's model folder
 )->RunWriter:
     "Writes and returns the run record of a teacher that was trained elsewhere: predictions, and its card as result."
-    card = read_card(str(folder))
+    card = Card.read(folder)
     config = resolve(replace(config, experiment='adopted_teacher', student_weights=str(folder)))
     run = RunWriter.of(config)
     if run.status == 'done': return run
@@ -210,9 +210,9 @@ def record_adopted(
         run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
         run.save_predictions(**(arrays := predictions(setup)))
         heads = head_accuracies(arrays)
-        run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.get('top1_held_out'),
-                        train_views_top1=card['top1_train_views'], weights_hash=card['weights_hash'], heads=heads,
-                        card={name: value for name, value in card.items() if name != 'classes'}))
+        run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.top1_held_out,
+                        train_views_top1=card.top1_train_views, weights_hash=card.weights_hash, heads=heads,
+                        card=replace(card, classes=None).to_dict()))
     return run
 
 # %% ../../nbs/train/04_outcome.ipynb #e8b24af1
@@ -307,7 +307,7 @@ def keep_answers(
     "Writes a teacher's hard labels into its record; `teacher_weights` can name that file where weights are missing."
     folder = Path(folder)
     refuse_other_memos(folder, record_path(folder))
-    if not (card := read_card(folder)):
+    if not (card := Card.read(folder)):
         raise VitdistillError(f'{record_path(folder)} has no card.json, which says who answers and what it has seen: '
                               'write one with `vitdistill.teachers.adopt`.')
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
@@ -316,7 +316,7 @@ def keep_answers(
         raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view instead of '
                               'one: fill one (fill_memo), or move the others away.')
     memo = Memo(folder, by_view[0])
-    return keep(memo, Path(record)/'answers.npz', card=card, teacher_hash=file_hash(str(folder)))
+    return keep(memo, Path(record)/'answers.npz', card=card.to_dict(), teacher_hash=file_hash(str(folder)))
 
 # %% ../../nbs/train/04_outcome.ipynb #9857693c
 def main(arguments:list=None)->int:

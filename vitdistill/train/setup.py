@@ -31,9 +31,9 @@ from ..tasks.can import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks
 from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
-from ..teachers.teacher import Absent, Teacher, answers_head, check_health, file_hash, is_answers
-from ..teachers.teacher import load_teacher
-from ..teachers.teacher import refuse_begun_on, seen_by, only_match, use_quickest, weights_folder
+from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
+from ..teachers.card import refuse_start_overlap, training_mask, weights_folder
+from ..teachers.teacher import Absent, Teacher, check_health, load_teacher, use_quickest
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, scaled, view_count
 
 # %% ../../nbs/train/02_setup.ipynb #f0417754
@@ -266,8 +266,8 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
         both = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
         use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
-    if card and not ranks.rank and not np.allclose(teacher.constants, card['constants']):
-        print(f"The teacher was trained on pixels normalized by {card['constants']}, but this run uses "
+    if card and not ranks.rank and not np.allclose(teacher.constants, card.constants):
+        print(f"The teacher was trained on pixels normalized by {card.constants}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
     kind = criterion(config).wants
@@ -289,7 +289,11 @@ def question_all(
     asked = [(answers, rows)]
     if config.fold_weights:
         other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks, rows)
-        seen = [seen_by(c, data) for c in (card, other_card)]
+        cards = card, other_card
+        if not all(card and knows_images(card, data) for card in cards):
+            raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
+                                  "train both with e00_teacher, fold = '1/2' and '2/2'.")
+        seen = [training_mask(card, data) for card in cards]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
         asked = [(part, rows[where]) for part, where in by_part(answers.parts, answers.which[rows])]
     for part, images in asked:
@@ -328,7 +332,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     views = Views(data.train_images, config.padding, place)
     loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
     refuse_cramped(loaders*ranks.local_world, -(-config.batch_size//ranks.world)*3*data.side**2*channel)
-    refuse_begun_on(config, data)
+    refuse_start_overlap(config, data)
     if not objective.labelled: refuse_unfit(config, size)
     student = objective.fit(create_student(config, len(data.classes), data.side))
     for side in {size, config.test_size or size} if objective.labelled else ():
