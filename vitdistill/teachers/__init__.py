@@ -9,8 +9,7 @@ __all__ = ['Teacher', 'adopt', 'load_teacher', 'only_match', 'read_card', 'sampl
 # %% ../../nbs/teachers/09_package.ipynb #9ce8a344
 from vitdistill.teachers.teacher import (Teacher, adopt, load_teacher, only_match, read_card, sample_rows,
     top1, with_members)
-from .memos import Memo
-from .answers import Answers
+from .answers import Answers, Memo
 
 # %% ../../nbs/teachers/09_package.ipynb #5a45717d
 _all_ = ['Teacher', 'adopt', 'load_teacher', 'only_match', 'read_card', 'sample_rows', 'top1',
