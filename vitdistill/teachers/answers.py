@@ -315,7 +315,8 @@ class Answers(Online):
         self.work.seconds += time.perf_counter() - begun
         return answers
 
-    def known(self, rows:torch.Tensor)->float: return self.memo.known(rows) # share of these images' answers
+    def kept(self, *where:torch.Tensor)->tuple: return self.memo.get(*where) # as `Memo.get`, on rank 0
+    def known(self, rows:torch.Tensor)->float: return self.memo.known(rows) # as `Memo.known`, on rank 0
     def in_words(self, *run)->str: return memo_in_words(self, *run) if self.by_view else super().in_words(*run)
 
 # %% ../../nbs/teachers/02_answers.ipynb #0d62c787

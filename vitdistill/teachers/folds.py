@@ -48,6 +48,11 @@ class OutOfFold(Answers):
         for part, where in self.parts_of(image): answers[where] = part.online(pixels[where], image[where])
         return answers
 
+    def kept(self, image:torch.Tensor, view:torch.Tensor)->tuple:
+        answers, known = self.blanks(len(image)), torch.zeros(len(image), dtype=torch.bool)
+        for part, where in self.parts_of(image): answers[where], known[where] = part.kept(image[where], view[where])
+        return answers, known
+
     def known(self, rows:torch.Tensor)->float:
         return sum(part.known(rows[where])*len(where) for part, where in self.parts_of(rows))/len(rows)
 

@@ -84,7 +84,7 @@ def true_answers(setup:Setup)->float|None:
     "Returns the share of the teacher's hard labels in the last epoch that are correct; None without a memo."
     if not (setup.answers and setup.answers.by_view): return None
     labels, plan = setup.data.train_labels, setup.plan(setup.config.epochs - 1)
-    answers, known = setup.answers.memo.get(plan.image, plan.view)
+    answers, known = setup.answers.kept(plan.image, plan.view)
     if answers.ndim > 1 or not known.any(): return None
     return round((answers == labels[plan.image])[known].double().mean().item(), 5)
 
