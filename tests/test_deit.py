@@ -294,7 +294,7 @@ def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
         return run("", kind, teacher_weights=first.config.teacher_weights, runs_dir=places["runs"],
                    work_dir=places["work"])
 
-    with mock.patch("vitdistill.train.setup.keeps_both_kinds", lambda *_: False):  # a memo of one kind
+    with mock.patch("vitdistill.teachers.answers.keeps_both_kinds", lambda *_: False):  # a memo of one kind
         alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft")}
     assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 2
     hard, = on_ranks(tiny, tmp_path / "two", 2)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitdistill
 from vitdistill.train import step, loop as train
-from vitdistill.teachers.answers import Answers, Memo, Online, memo_key
+from vitdistill.teachers.answers import Answers, AnswerSource, memo_key, open_memo
 from vitdistill.config import Config
 from vitdistill.bench.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
@@ -163,7 +163,7 @@ def epoch(taught, folder, steps, mode):
     answers = None
     if taught:
         teacher, _ = load_teacher(config, data)
-        memo = Memo(folder / str(steps), memo_key(teacher, config, data))
+        memo = open_memo(folder / str(steps), memo_key(teacher, config, data))
         fill_randomly(memo)
         answers = Answers(teacher, views, memo=memo)
     setup = Setup(config=config, ranks=Ranks(device=place), data=data, student=student, views=views, test_views=views,
@@ -252,7 +252,7 @@ def test_one_operator_computes_what_it_stands_for():
     assert counter.launches == {"f, forward": 1, "f, backward": 1}
 
 
-class Told(Online):
+class Told(AnswerSource):
     """A teacher's answers of a kind, as they come from a memo: on the CPU."""
 
     by_view = True

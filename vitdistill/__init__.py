@@ -19,7 +19,7 @@ def __getattr__(name:str):
 MOVED = dict(
     files='data.files', views='data.views', augment='data.augment',
     layers='models.layers', complexity='models.complexity', hub='models.hub',
-    answers='teachers.answers', memos='teachers.memos',
+    answers='teachers.answers', memos='teachers.answers',
     optimize='train.optimize', ranks='train.ranks', setup='train.setup', step='train.step', outcome='train.outcome',
     live='train.live', pretraining='tasks.can', captions='tasks.captions', captioning='tasks.captioning',
     encoders='tasks.encoders', predict='deploy.predict', export='deploy.export', studies='launch.studies',

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from timm.utils import unwrap_model
-from .teachers.answers import Memo
+from .teachers.answers import open_memo
 from .base import VitdistillError, default_place, from_here, stoppable
 from .config import field_names, from_dict, plain_value, preset as config_of_preset
 from .data.datasets import check_dataset
@@ -264,7 +264,7 @@ def memo(
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),
                  mean_std=teacher.mean_std, constants=teacher.constants, teacher_size=teacher.size,
                  dtype=teacher.dtype_name, **loss.kind.key())
-    try: stored = Memo(from_here(folder), json.loads(json.dumps(about)), loss.kind)
+    try: stored = open_memo(from_here(folder), json.loads(json.dumps(about)))
     except OSError as e: raise VitdistillError(f'no memo in {folder} ({e}): name another folder.') from None
     def answer(pixels, key):
         key = _whole_keys(key, len(pixels))

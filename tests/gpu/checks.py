@@ -28,7 +28,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from vitdistill.teachers.answers import Answers, Memo, memo_key  # noqa: E402
+from vitdistill.teachers.answers import Answers, memo_key, open_memo  # noqa: E402
 from vitdistill.train import loop as train  # noqa: E402
 from vitdistill.config import Config, preset, save  # noqa: E402
 from vitdistill.bench.contenders import bench_setup, fill_randomly, random_data  # noqa: E402
@@ -160,7 +160,7 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)
     setup = bench_setup(config, alone(device), data)
     torch.manual_seed(0)
-    memo = Memo(folder / f"memo-{mode}", memo_key(setup.answers.teacher, config, data))
+    memo = open_memo(folder / f"memo-{mode}", memo_key(setup.answers.teacher, config, data))
     fill_randomly(memo)
     setup.answers = Answers(setup.answers.teacher, setup.views, memo=memo)
     torch._dynamo.reset()
@@ -216,7 +216,7 @@ def check_memo(device, folder):
     setup = bench_setup(config, alone(device), data)
     teacher, views = balance(setup.answers.teacher, setup.views, 64), setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
-    answers = Answers(teacher, views, memo=Memo(folder, memo_key(teacher, config, data)))
+    answers = Answers(teacher, views, memo=open_memo(folder, memo_key(teacher, config, data)))
     first = answers(plan)
     cost, rate = answers.take()
     again = answers(plan)

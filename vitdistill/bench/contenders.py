@@ -19,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from ..teachers.answers import Answers, Memo, Planned, memo_key, plan_key
+from ..teachers.answers import Answers, Memo, Planned, memo_key, open_memo, plan_key
 from ..data.augment import AUGMENTATIONS, unnumbered
 from ..config import Config, from_dict, preset
 from ..data.datasets import Data, cifar100_constants
@@ -159,17 +159,18 @@ def timm_way(config:Config, ranks:Ranks, data:Data)->Callable:
 # %% ../../nbs/bench/01_contenders.ipynb #34de6c24
 def fill_randomly(memo:Memo)->None: # memo: of hard labels
     "Fills a memo with random answers, always the same, for all views of all images."
-    memo.stored[:] = np.random.default_rng(0).integers(memo.key['classes'], size=memo.shape, dtype=memo.dtype)
+    memo.stored[:] = np.random.default_rng(0).integers(memo.key['classes'], size=memo.stored.shape,
+                                                           dtype=memo.stored.dtype)
 
 # %% ../../nbs/bench/01_contenders.ipynb #016f6cad
 def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
     "Returns the teacher's answers for a turn, from an empty or `full` memo; mixed images have a full memo or none."
     config, data, teacher = setup.config, setup.data, setup.answers.teacher
     if not unnumbered(config):
-        memo = Memo(folder, memo_key(teacher, config, data) | {'turn': turn})
+        memo = open_memo(folder, memo_key(teacher, config, data) | {'turn': turn})
         answers = Answers(teacher, setup.views, memo=memo)
     elif full:
-        memo = Memo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
+        memo = open_memo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
         answers = Planned(teacher, setup.views, memo=memo)
         answers.checks = False # of a few rows, once an epoch: random ones would be refused
     else: return Answers(teacher, setup.views)

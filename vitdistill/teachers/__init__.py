@@ -8,8 +8,7 @@ __all__ = ['Card', 'only_match', 'Teacher', 'adopt', 'load_teacher', 'sample_row
 # %% ../../nbs/teachers/09_package.ipynb #9ce8a344
 from .card import Card, only_match
 from .teacher import Teacher, adopt, load_teacher, sample_rows, top1, with_members
-from .memos import Memo
-from .answers import Answers
+from .answers import Answers, Memo
 
 # %% ../../nbs/teachers/09_package.ipynb #5a45717d
 _all_ = ['Card', 'only_match', 'Teacher', 'adopt', 'load_teacher', 'sample_rows', 'top1', 'with_members', 'Memo',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reduced', 'predictions', 'head_accuracies', 'cosines', 'true_answers', 'teacher_brief', 'card_data', 'model_card',
            'encoder_outcome', 'student_outcome', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at',
-           'memo_kind', 'memo_card', 'push_memos', 'keep_answers', 'main']
+           'memo_card', 'push_memos', 'keep_answers', 'main']
 
 # %% ../../nbs/train/04_outcome.ipynb #03c21770
 import argparse, sys
@@ -18,8 +18,8 @@ from ..base import VitdistillError, from_root, repo_root
 from ..config import Config, student_name
 from ..data.datasets import check_dataset
 from ..models.hub import memo_head, push, refuse_other_memos, weights_place
-from ..losses import OBJECTIVES, HardLabel, Logits, TopK
-from ..teachers.memos import Memo, keep
+from ..losses import OBJECTIVES, HardLabel, kind_of
+from ..teachers.answers import open_memo, write_answers
 from ..models.create import combine, load_weights, readme_head, save_model, student_size, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint, record_path
@@ -84,7 +84,7 @@ def true_answers(setup:Setup)->float|None:
     "Returns the share of the teacher's hard labels in the last epoch that are correct; None without a memo."
     if not (setup.answers and setup.answers.by_view): return None
     labels, plan = setup.data.train_labels, setup.plan(setup.config.epochs - 1)
-    answers, known = setup.answers.memo.get(plan.image, plan.view)
+    answers, known = setup.answers.kept(plan.image, plan.view)
     if answers.ndim > 1 or not known.any(): return None
     return round((answers == labels[plan.image])[known].double().mean().item(), 5)
 
@@ -250,18 +250,11 @@ def predictions_at(
     name = f"predictions-{state['epochs']:04d}.npz"
     return RunWriter(record or run.folder).save_predictions(name, **predictions(setup, ('test',)))
 
-# %% ../../nbs/train/04_outcome.ipynb #e65c7d54
-def memo_kind(head:dict): # head: of a memo's file
-    "Returns the kind of answer that a memo stores."
-    if 'top_k' in head: return TopK(head['top_k'], tuple(head['temperatures']))
-    return Logits() if head.get('kind') == 'logits' else HardLabel()
-
 # %% ../../nbs/train/04_outcome.ipynb #32cd578b
 def memo_card(file:str|Path)->str: # file: of a memo
     "Returns a Markdown card that says what a memo holds and how to use it."
     file, head = Path(file), memo_head(Path(file))
-    kind = memo_kind(head)
-    known = Memo(file.parent, head, kind).known()
+    memo = open_memo(file.parent, head)
     rows = '\n'.join(f'| {name.replace("_", " ")} | {value} |' for name, value in head.items())
     about, others = f"{head['images']:,} training images, each in {head['views']} views of crop and flip", 'views'
     if 'recipe' in head: # a memo of a plan: `plan_key` keeps epochs and rows under images and views
@@ -272,8 +265,8 @@ tags: [distillation, teacher-answers]
 ---
 # A teacher's answers: {file.name}
 
-Answers of {head['architecture']} (kind: {type(kind).__name__}) about {about}.
-{known:.1%} of them are known; the others are computed when they are needed.
+Answers of {head['architecture']} (kind: {type(memo.kind).__name__}) about {about}.
+{memo.known():.1%} of them are known; the others are computed when they are needed.
 
 Keep this file in the folder of the teacher's weights. A student uses it when `teacher_weights` names that folder or
 this repository (`hf-hub:OWNER/MODEL`). It is refused for another teacher, other images or other {others}.
@@ -311,12 +304,13 @@ def keep_answers(
         raise VitdistillError(f'{record_path(folder)} has no card.json, which says who answers and what it has seen: '
                               'write one with `vitdistill.teachers.adopt`.')
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
-    by_view = [head for head in heads if isinstance(memo_kind(head), HardLabel) and 'recipe' not in head]
+    by_view = [head for head in heads if kind_of(head) == HardLabel() and 'recipe' not in head]
     if len(by_view) != 1:
         raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view instead of '
                               'one: fill one (fill_memo), or move the others away.')
-    memo = Memo(folder, by_view[0])
-    return keep(memo, Path(record)/'answers.npz', card=card.to_dict(), teacher_hash=file_hash(str(folder)))
+    memo = open_memo(folder, by_view[0])
+    about = dict(card=card.to_dict(), teacher_hash=file_hash(str(folder)))
+    return write_answers(memo, Path(record)/'answers.npz', **about)
 
 # %% ../../nbs/train/04_outcome.ipynb #9857693c
 def main(arguments:list=None)->int:

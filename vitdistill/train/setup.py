@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
            'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'Setup',
-           'image_device', 'beside_weights', 'open_memo', 'question', 'question_all', 'place_model', 'prepare',
-           'pass_size', 'predict', 'evaluate']
+           'image_device', 'teacher_answers', 'load_answers', 'place_model', 'prepare', 'pass_size', 'predict',
+           'evaluate']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, math, os, shutil, tempfile, typing
@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from ..teachers.answers import Answers, DrawnAnswers, OutOfFold, Planned, by_part, plan_key
+from ..teachers.answers import Answers, Planned, beside_weights, memo_key, plan_key, teacher_memo
+from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
-from ..base import VitdistillError, cores, from_root
+from ..base import VitdistillError, cores
 from ..config import Config
 from ..data.datasets import Data, fingerprint, image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
 from ..losses import HardLabel, criterion
-from ..teachers.memos import KeptMemo, Memo, PairedMemo, keeps_both_kinds, memo_key
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -32,8 +32,8 @@ from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_amon
 from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
-from ..teachers.card import refuse_start_overlap, training_mask, weights_folder
-from ..teachers.teacher import Absent, Teacher, check_health, load_teacher, use_quickest
+from ..teachers.card import refuse_start_overlap, training_mask
+from ..teachers.teacher import Absent, check_health, load_teacher, use_quickest
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, scaled, view_count
 
 # %% ../../nbs/train/02_setup.ipynb #f0417754
@@ -234,24 +234,11 @@ def image_device(
     fit = device.startswith('cuda') and math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2
     return device if fit else 'cpu'
 
-# %% ../../nbs/train/02_setup.ipynb #baad05c1
-def beside_weights(config:Config)->Path:
-    "Returns the folder for what is kept of the config's teacher: that of its weights."
-    return weights_folder(config.teacher_weights) if config.teacher_weights else from_root(config.work_dir)/'untrained'
-
-def open_memo(
-    config:Config, teacher:Teacher,
-    key:dict, # of `memo_key` or `plan_key`
-    kind      # kind of answer
-)->Memo|None:
-    "Returns the teacher's memo; None (the teacher runs online) if its folder has no room or can't be written."
-    if isinstance(teacher, Absent): return KeptMemo(teacher.file, key, kind)
-    folder, alone = beside_weights(config), bool(config.fold_weights) # two teachers keep one kind of answer
-    try: return (PairedMemo if not alone and keeps_both_kinds(folder, key, kind) else Memo)(folder, key, kind)
-    except OSError as e: print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
-
 # %% ../../nbs/train/02_setup.ipynb #ad9e39fe
-def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tensor)->tuple: # rows: of the plan
+def teacher_answers(
+    config:Config, data:Data, views:Views, ranks:Ranks,
+    rows:torch.Tensor # of the plan
+)->tuple:
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
     teacher, card = load_teacher(config, data, ranks.device)
     planned = config.plan_memo and unnumbered(config)
@@ -274,35 +261,36 @@ def question(config:Config, data:Data, views:Views, ranks:Ranks, rows:torch.Tens
     memo = None
     if not ranks.rank and (planned or not online):
         key = plan_key(teacher, config, data, rows) if planned else memo_key(teacher, config, data)
-        memo = open_memo(config, teacher, key, kind)
+        memo = teacher_memo(config, teacher, key)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
     if not answers.by_view: teacher.chunk = at_once # also if the memo had no room
     return answers, health, card
 
 # %% ../../nbs/train/02_setup.ipynb #6d9c0e41
-def question_all(
+def load_answers(
     config:Config, data:Data, views:Views, ranks:Ranks,
     rows:torch.Tensor # the images that need answers
 )->dict:
     "Returns the answers of the config's one or two teachers, and the first one's top-1, as fields of a `Setup`."
-    answers, health, card = question(config, data, views, ranks, rows)
-    asked = [(answers, rows)]
+    about = data, views, ranks, rows
+    answers, health, card = teacher_answers(config, *about)
     if config.fold_weights:
-        other, _, other_card = question(replace(config, teacher_weights=config.fold_weights), data, views, ranks, rows)
+        other, _, other_card = teacher_answers(replace(config, teacher_weights=config.fold_weights), *about)
         cards = card, other_card
         if not all(card and knows_images(card, data) for card in cards):
             raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
                                   "train both with e00_teacher, fold = '1/2' and '2/2'.")
         seen = [training_mask(card, data) for card in cards]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
-        asked = [(part, rows[where]) for part, where in by_part(answers.parts, answers.which[rows])]
-    for part, images in asked:
+    for part, where in answers.parts_of(rows):
         absent = not ranks.rank and isinstance(part.teacher, Absent)
-        if absent and (known := part.memo.known(images)) < 1:
-            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of the views of the {len(images):,} '
+        if absent and (known := part.known(rows[where])) < 1:
+            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of the views of the {len(where):,} '
                                   'training images: train on images that it answers (data_fraction, split_seed, '
                                   "val_fraction), or give the teacher's weights.")
-    if config.fold_answers == 'drawn': answers = DrawnAnswers(answers, data.train_labels, rows, config.seed)
+    if config.fold_answers == 'drawn':
+        drawn = drawn_labels(labels := data.train_labels, answer_counts(answers, labels, rows), config.seed)
+        answers = Answers(answers.teacher, views, memo=label_memo(drawn, view_count(config), len(data.classes)))
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
 
 # %% ../../nbs/train/02_setup.ipynb #fcbf15de
@@ -341,7 +329,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     objective = objective.to(ranks.device)
     needs_two = has_batch_norm(student) or objective.needs_two
     batch_bounds(len(train), config.batch_size, ranks.world, needs_two) # raises if batches are too small
-    taught = question_all(config, data, views, ranks, train) if objective.wants else {}
+    taught = load_answers(config, data, views, ranks, train) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
                  criterion=objective, **taught)
