@@ -65,8 +65,11 @@ def recipe(tiny):
 
 def elsewhere(config, folder):
     """The same run with its record, its heavy files and its teacher, without a memo, in another folder."""
+    here = replace(config, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
+    if not config.teacher_weights:
+        return here
     copied = shutil.copytree(config.teacher_weights, folder / "teacher", ignore=shutil.ignore_patterns("memo-*"))
-    return replace(config, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), teacher_weights=str(copied))
+    return replace(here, teacher_weights=str(copied))
 
 
 def run_of(config):
@@ -90,9 +93,9 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def train_command(file, ranks=1, module="train", python=sys.executable):
+def train_command(file, ranks=1, python=sys.executable):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [python, *launcher, "-m", f"vitdistill.{module}", "--config", str(file)]
+    return [python, *launcher, "-m", "vitdistill.train", "--config", str(file)]
 
 
 def on_ranks(config, folder, *counts, python=sys.executable):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import PYTHON, assert_same, environment, run_of, train_command, wait_until
 from test_notebooks import execute
-from vitdistill.tasks.captioning import STEPS, caption_files, prepare_captions
+from vitdistill.tasks.captioning import CAPTIONS, caption_files, prepare_captions
 from vitdistill.tasks.captions import create_decoder
 from vitdistill.cli import main
 from vitdistill.base import VitdistillError
@@ -54,11 +54,11 @@ def config(place):
 
 @pytest.fixture(scope="module")
 def alone(config):
-    return train(config, steps=STEPS)
+    return train(config, task=CAPTIONS)
 
 
 def start(config, file, ranks=1, python=sys.executable):
-    command = train_command(save(config, file), ranks, "tasks.captioning", python)
+    command = train_command(save(config, file), ranks, python)
     return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -66,13 +66,13 @@ def test_killed_run_writes_the_same_captions(config, alone, place):
     """SIGKILL after some epochs; started again it ends with the same decisions, captions and weights, bit for bit."""
     dropout = config.decoder_kwargs | dict(resid_pdrop=0.1)
     cut = replace(config, runs_dir=str(place / "cut"), epochs=12, decoder_kwargs=dropout)
-    one = train(replace(cut, runs_dir=str(place / "whole")), steps=STEPS)
+    one = train(replace(cut, runs_dir=str(place / "whole")), task=CAPTIONS)
     process = start(cut, place / "cut.yaml", python=PYTHON)
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 60)
     process.kill()
     process.wait()
     assert run_of(cut).status == "interrupted"
-    two = train(cut, steps=STEPS)
+    two = train(cut, task=CAPTIONS)
     assert_same(one, two)
     assert len(two.metrics()) == 12 and one.result["examples"] == two.result["examples"]
     arrays = [read_arrays(run.folder / "predictions.npz") for run in (one, two)]
@@ -103,7 +103,7 @@ def test_decoder_recovers_its_training_texts(config, place):
     long = replace(config, runs_dir=str(place / "long"), noise_factor=0.0, epochs=150, evaluate_every=150, lr=5e-3,
                    decoder_kwargs=SMALL | dict(n_embd=64), data_fraction=0.1)
     setup = prepare_captions(resolve(long), Ranks())
-    train(long, steps=(lambda *_: setup, *STEPS[1:]))
+    train(long, task=replace(CAPTIONS, prepare=lambda *_: setup))
     said = setup.captions(setup.embeddings)
     assert sum(a == b for a, b in zip(said, setup.texts)) / len(said) > 0.95
 

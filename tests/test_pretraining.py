@@ -14,7 +14,7 @@ from conftest import ROOT, assert_same, elsewhere, environment, on_ranks, proces
 from conftest import record, train_command, wait_until
 from test_notebooks import definitions, execute, said
 from vitdistill.base import VitdistillError
-from vitdistill.config import Config, preset, save
+from vitdistill.config import Config, field_names, preset, save
 from vitdistill.launch.queue import grid_cells
 from vitdistill.launch.runner import configure
 from vitdistill.losses import criterion
@@ -24,6 +24,7 @@ from vitdistill.train.ranks import Ranks
 from vitdistill.runs import find_runs
 from vitdistill.train.setup import prepare, resolve
 from vitdistill.launch.studies import read_study
+from vitdistill.tasks.can import PRETRAINING
 from vitdistill.train.step import create_step
 from vitdistill.train.loop import batches, train, train_epoch
 
@@ -34,7 +35,7 @@ EXPERIMENTS = ROOT / "nbs/experiments"
 @pytest.fixture
 def can(tiny):
     """A tiny transformer that is pre-trained on a fifth of the digits."""
-    alone = dict(teacher="", teacher_kwargs={}, allow_untrained=False)
+    alone = {name: getattr(Config(), name) for name in field_names(group="teacher")}
     return replace(tiny, **alone, experiment="pretrain", distillation="can", objective_kwargs=SMALL,
                    opt_kwargs=dict(betas=[0.9, 0.95]), evaluate_every=3)
 
@@ -78,7 +79,7 @@ def test_strong_noise_is_found(can, tmp_path):
     noise = dict(SMALL, sigma=2.0, weights=[0.0, 0.0, 1.0], decoder=[64, 1, 2])
     patches = can.student_kwargs | dict(patch_size=4)
     run = train(replace(can, runs_dir=str(tmp_path), work_dir=str(tmp_path), student_kwargs=patches, batch_size=16,
-                        objective_kwargs=noise, epochs=6, evaluate_every=6, lr=3e-3))
+                        objective_kwargs=noise, epochs=6, evaluate_every=6, lr=3e-3), task=PRETRAINING)
     assert definitions("a08_can").noise_explained(run) > 0.1
 
 
@@ -137,11 +138,12 @@ def test_encoder_is_one_graph(can):
     (dict(objective_kwargs=dict(weights="abc")), 1, "{'weights': 'abc'} has a value of a type"),
     (dict(batch_size=2), 2, "batches of 2 are fewer than 2 images a rank"),
     (dict(student="resnet18", student_kwargs={}), 1, "resnet18 has no patches to hide: pre-train one of timm's"),
-    (dict(mixup=0.8), 1, "mixup = 0.8 is not for pre-training, since it has no labels: set it to 0"),
+    (dict(mixup=0.8), 1, "pre-training does not use mixup = 0.8 (group augmentation): leave it out"),
 ])
 def test_bad_input_is_a_sentence(can, change, ranks, words):
     with pytest.raises(VitdistillError) as said:
-        prepare(resolve(replace(can, **change)), Ranks(0, ranks))
+        PRETRAINING.refuse_foreign(config := resolve(replace(can, **change)))
+        PRETRAINING.prepare(config, Ranks(0, ranks))
     assert words in str(said.value) and "\n" not in str(said.value)
 
 

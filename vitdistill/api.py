@@ -68,7 +68,8 @@ def images_of_job(
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
         root = with_test(data, out if kept else Path(draft))
-        of_data = {name: value for name, value in fields.items() if name in field_names(group='data')}
+        about = {*field_names(group='data'), *field_names(group='augmentation')}
+        of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
         if check_dataset(recipe.dataset).side: fields = fields | dict(dataset='imagefolder') # of one for digits
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))

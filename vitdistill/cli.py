@@ -9,16 +9,16 @@ __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_op
            'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
-import argparse, functools, inspect, logging, os, re, shutil, sys, tempfile
+import argparse, functools, inspect, json, logging, os, re, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 import yaml
 from . import __version__
-from .base import ROOT_MARKS, SHIPPED, VitdistillError, cores, free_threads
+from .base import ROOT_MARKS, SHIPPED, VitdistillError, cores, default_place, free_threads
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset
-from .base import from_here, from_root, nearest, repo_root, shipped, typed_path
+from .base import from_here, from_root, nearest, repo_root, shipped, typed_path, write_atomic
 from .options import (bench_parser, captions_parser, compare_parser, distill_parser, export_parser,
                                 grid_parser, hyphened, predict_parser)
 
@@ -327,8 +327,22 @@ def captions(words:list[str])->int:
     "learns captions from a text file, and writes one for each of your images"
     given, others = captions_parser().parse_known_args(hyphened(words))
     fields = fields_alone(others)
-    from vitdistill.tasks import captioning
-    return captioning.main_captions(given, fields)
+    from vitdistill.data.files import printable # these import torch, which --help does without
+    from vitdistill.deploy.predict import named_images
+    from vitdistill.launch.runner import launch
+    from vitdistill.tasks.captioning import caption_files, own_config
+    named_images(given.images) # before it trains
+    out, failed = default_place(given.out), []
+    config = own_config(given.texts, out, fields | dict(preset=given.preset))
+    run = launch(config, fields.get('nproc'), show=False, needed=True)
+    table = caption_files(run.model, given.images, failed.append)
+    for sentence in failed: print(sentence, file=sys.stderr)
+    table['path'] = table.path.map(printable)
+    write_atomic(out/'captions.csv', table.to_csv(index=False))
+    if given.json:
+        for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))
+    else: print(table.to_csv(index=False), end='')
+    return int(bool(failed))
 
 # %% ../nbs/07_cli.ipynb #09a43fc2
 def grid(words:list[str])->int:

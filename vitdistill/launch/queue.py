@@ -28,6 +28,7 @@ from ..config import Config, field_names, preset_parts
 from .runner import bind_to_parent, check_names, configure, stop
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
+from ..tasks.table import task_of
 from ..train.setup import check_settings
 from .studies import MODELS, Study, combinations, full_name, listed, model_of, named, order
 from .studies import parameters_of, read_study, runs_folder, runs_with, seeds_of
@@ -139,7 +140,10 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
     later = dict(fold_answers='unseen') | ({} if here else dict(device='auto')) # teachers of folds are trained first
     for cell in cells:
         if cell.notebook.stem not in _parts and 'role' not in cell.declared: continue # it makes more than one run
-        try: check_settings(replace(config_of(cell), **later))
+        try:
+            config = replace(config_of(cell), **later)
+            check_settings(config)
+            task_of(config).refuse_foreign(config)
         except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
 
 # %% ../../nbs/launch/03_queue.ipynb #217dbe40

@@ -20,6 +20,7 @@ from ..config import Config, field_names, preset, preset_parts, save
 from ..base import from_root, nearest, shipped_names
 from ..data.datasets import image_side
 from ..losses import OBJECTIVES
+from ..tasks.table import task_of
 from ..train.live import LiveCurve, in_jupyterlab
 from ..train.ranks import error_of_watchdog, threads_per_rank
 from ..runs import Run, RunWriter, check_folders, find_runs, is_locked
@@ -110,7 +111,7 @@ def rank_command(
     errors:str=''    # folder for the error files of ranks that fail
 )->tuple[list, dict]:
     "Returns the command of this node's ranks, and what it adds to the environment; nodes meet at `rdzv_endpoint`."
-    module = ['-m', f"vitdistill.{'tasks.captioning' if config.clip else 'train'}", '--config', str(file), *extra]
+    module = ['-m', 'vitdistill.train', '--config', str(file), *extra]
     if ranks == config.nnodes == 1: # Python alone, whatever ranks the environment speaks of
         alone = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
         return [sys.executable, *module], alone | dict(TORCHELASTIC_ERROR_FILE=f'{errors}/0/error.json')
@@ -244,6 +245,7 @@ def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: s
 # %% ../../nbs/launch/01_runner.ipynb #e1a6f73c
 def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
+    task_of(config).refuse_foreign(config)
     if nproc not in (None, 'auto') and not (type(nproc) is int and nproc > 0):
         raise VitdistillError(f"nproc = {nproc!r}: give a whole number above 0, or 'auto'.")
     tracker_names(config.track)

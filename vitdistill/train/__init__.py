@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'create_optimizer', 'create_schedule', 'Ranks', 'Setup', 'prepare', 'resolve', 'create_step',
-           'record_adopted', 'batches', 'train', 'train_epoch']
+           'record_adopted', 'save_student', 'DISTILLATION', 'EVERY', 'Task', 'batches', 'train', 'train_epoch']
 
 # %% ../../nbs/train/09_package.ipynb #daabb9b2
 import importlib
@@ -14,8 +14,8 @@ ROOMS = dict(
     ranks=['Ranks'],
     setup=['Setup', 'prepare', 'resolve'],
     step=['create_step'],
-    outcome=['record_adopted'],
-    loop=['batches', 'train', 'train_epoch'])
+    outcome=['record_adopted', 'save_student'],
+    loop=['DISTILLATION', 'EVERY', 'Task', 'batches', 'train', 'train_epoch'])
 
 def __getattr__(name:str):
     "Returns a name of a room, which is imported only then, so that `python -m` can run a room alone."
@@ -25,4 +25,4 @@ def __getattr__(name:str):
 
 # %% ../../nbs/train/09_package.ipynb #c9265d1e
 _all_ = ['create_optimizer', 'create_schedule', 'Ranks', 'Setup', 'prepare', 'resolve', 'create_step',
-    'record_adopted', 'batches', 'train', 'train_epoch']
+    'record_adopted', 'save_student', 'DISTILLATION', 'EVERY', 'Task', 'batches', 'train', 'train_epoch']

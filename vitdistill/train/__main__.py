@@ -1,6 +1,5 @@
-"""One rank of a training: `python -m vitdistill.train --config FILE`."""
+"""One rank of a training: `python -m vitdistill.train --config FILE`. It starts the table of tasks, which stands above."""
+import importlib
 import sys
 
-from .loop import main
-
-sys.exit(main())
+sys.exit(importlib.import_module("vitdistill.tasks.table").main())

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['reduced', 'predictions', 'head_accuracies', 'cosines', 'true_answers', 'teacher_brief', 'card_data', 'model_card',
-           'encoder_outcome', 'student_outcome', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at',
+           'save_student', 'student_outcome', 'finish', 'record_adopted', 'checkpoint_at', 'predictions_at',
            'memo_card', 'push_memos', 'keep_answers', 'main']
 
 # %% ../../nbs/train/04_outcome.ipynb #03c21770
-import argparse, sys
+import argparse, sys, typing
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, torch, yaml
@@ -20,7 +20,7 @@ from ..data.datasets import check_dataset
 from ..models.hub import memo_head, push, refuse_other_memos, weights_place
 from ..losses import OBJECTIVES, HardLabel, kind_of
 from ..teachers.answers import open_memo, write_answers
-from ..models.create import combine, load_weights, readme_head, save_model, student_size, token_cosines
+from ..models.create import combine, load_weights, readme_head, save_model, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint, record_path
 from .setup import Setup, auto_device, predict, prepare, resolve
@@ -157,19 +157,21 @@ Test accuracy is measured after the last epoch; nothing was chosen by it.
 """
 
 # %% ../../nbs/train/04_outcome.ipynb #fb5cb9af
-def encoder_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measured: of the last epoch
-    "Writes a pre-training's reconstructions of digits; returns (result, card, README.md)."
-    c, data = setup.config, setup.data
-    if c.dataset == 'digits' and hasattr(setup.criterion, 'decoder'):
-        run.save_predictions('reconstructions.npz', **setup.criterion.pictures(setup))
-    card = replace(Card.of(c, data, student_size(c, data.side), setup.constants), pretrained_by=c.distillation,
-                   objective=c.objective_kwargs)
-    readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
-             f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
-    return measured | dict(n_train=card.n_train), card, readme
+def save_student(
+    setup:Setup,
+    run:RunWriter,
+    result:dict, # of the run
+    card:Card,
+    readme:str
+)->None:
+    "Writes the trained model with its card and README.md, and uploads it if the config asks for it."
+    config, model = setup.config, setup.student.model.cpu().to(memory_format=torch.contiguous_format)
+    save_model(model, run.model, config.student_kwargs, card.classes, readme, setup.constants, card.input_size)
+    replace(card, run=run.name, result=result).write(run.model)
+    if config.hub_repo: push(config.hub_repo, run.model, run.name)
 
-def student_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measured: of the last epoch
-    "Writes a student's predictions; returns (result, card, README.md)."
+def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured: of the last epoch
+    "Writes a student's predictions and its model; returns the result."
     config, data = setup.config, setup.data
     run.save_predictions(**(arrays := predictions(setup)))
     frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
@@ -179,20 +181,22 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->tuple: # measure
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays), token_cosines=cosines(setup))
-    return result, card, model_card(run, result, card, len(arrays['test_label']))
+    save_student(setup, run, result, card, model_card(run, result, card, len(arrays['test_label'])))
+    return result
 
-def finish(setup:Setup, run:RunWriter)->None:
-    "Ends a run: writes what it leaves, the model with its card and, last, the result; uploads the model if asked to."
-    config, metrics, labelled = setup.config, run.metrics(), setup.criterion.labelled
+
+# %% ../../nbs/train/04_outcome.ipynb #61646815
+def finish(
+    setup,         # of any task
+    run:RunWriter,
+    outcome:typing.Callable=student_outcome # (setup, run, measured) -> the result; writes all else
+)->None:
+    "Ends a run: writes what it leaves and, last, the result, with what the last epoch measured."
+    metrics = run.metrics()
     last = metrics.iloc[-1].drop(['epoch', 'seconds', 'lr']).dropna().to_dict()
     measured = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
-    result, card, readme = (student_outcome if labelled else encoder_outcome)(setup, run, measured)
-    model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
-    save_model(model, run.model, config.student_kwargs, card.classes, readme, setup.constants, card.input_size)
-    replace(card, run=run.name, result=result).write(run.model)
-    if config.hub_repo: push(config.hub_repo, run.model, run.name)
-    if not labelled: result['encoder_hash'] = file_hash(str(run.model)) # fine-tuned runs name it by this hash
-    run.finish(result)
+    run.finish(outcome(setup, run, measured))
+
 
 # %% ../../nbs/train/04_outcome.ipynb #b206e82c
 def record_adopted(
@@ -238,7 +242,7 @@ def predictions_at(
     record:str|Path=None,  # folder to write into; None: the run's own
 )->Path: # the file, predictions-<epochs>.npz
     "Writes the test predictions of a checkpoint, without logits, into the record of its run, which may still train."
-    if not OBJECTIVES[run.config.distillation].labelled:
+    if not getattr(OBJECTIVES.get(run.config.distillation), 'labelled', False): # unknown here: another task's
         raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it '
                               'decides nothing: fine-tune it with e00_teacher, and ask that.')
     state = checkpoint_at(run, epochs)

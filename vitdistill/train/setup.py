@@ -27,7 +27,6 @@ from ..losses import HardLabel, criterion
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
-from ..tasks.can import refuse_unfit
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks
 from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
@@ -190,6 +189,9 @@ class Setup:
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     @property
+    def modules(self)->dict: return dict(model=self.student.model, criterion=self.criterion) # what is trained
+
+    @property
     def test_size(self)->int: return self.config.test_size or student_size(self.config, self.data.side) # px
 
     @property
@@ -321,7 +323,6 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
     refuse_cramped(loaders*ranks.local_world, -(-config.batch_size//ranks.world)*3*data.side**2*channel)
     refuse_start_overlap(config, data)
-    if not objective.labelled: refuse_unfit(config, size)
     student = objective.fit(create_student(config, len(data.classes), data.side))
     for side in {size, config.test_size or size} if objective.labelled else ():
         try_size(student.model, config.student, side)
