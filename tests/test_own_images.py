@@ -44,7 +44,8 @@ SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_s
 @pytest.fixture(autouse=True)
 def known_speed(monkeypatch):
     """The command of `job` measures it; calls in this process would, for a second a model."""
-    monkeypatch.setattr("vitdistill.launch.images.seconds_an_image", lambda *given, **more: 0.001)
+    for room in ("api", "launch.images"):
+        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
 
 
 @pytest.fixture(scope="module")
