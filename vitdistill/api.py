@@ -28,11 +28,11 @@ from .models.create import small_head # noqa: F401 (handed on)
 from .deploy.predict import from_folder, load_model, named_images, predict
 from .teachers.teacher import Teacher, least_accuracy, read_card
 from .train.setup import auto_device, auto_precision
-from .launch.queue import Cell, check_cells, config_of, study_cells
+from .launch.queue import Cell, cell_runs, check_cells, config_of, study_cells
 from .launch.images import Images, few_test_images, fitting_fraction, fitting_side, folder_of_tests, has_runs
 from .launch.images import is_weak, look, same_threads, seconds_an_image, study_of
 from .launch.images import teacher_part, train, weights_here, with_precision, with_test, write_study
-from .launch.studies import Study, read_study, runs_folder, runs_of, runs_with
+from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, find_runs
 from .study.compare import Comparison, draw_curves, finished_runs, load, points, write
 from .study.results import read_predictions, teacher_calls
@@ -52,10 +52,6 @@ def costs_in_words(seconds:dict)->str: # of `costs`
 def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     "Returns about how long each unfinished cell will take here, at the speed of this moment."
     found, steps = {}, {}
-    def begun(cell):
-        fields = {'seed': cell.chosen['seed']} if 'seed' in cell.chosen else {}
-        states = 'done', 'running', 'interrupted'
-        return runs_with(cell.arm, find_runs(runs_folder(cell.chosen)), fields, states)
     def step(c, train):
         device = auto_device() if c.device == 'auto' else c.device
         bf16 = (auto_precision(device) if c.precision == 'auto' else c.precision) == 'bf16'
@@ -64,7 +60,7 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
         if name not in steps: steps[name] = seconds_an_image(*key, **c.student_kwargs)
         return steps[name]
     for cell in cells:
-        runs = begun(cell)
+        runs = cell_runs(cell)
         if any(run.status == 'done' for run in runs): continue
         c, done = config_of(cell), max([run.epochs_done for run in runs], default=0)
         if cell.notebook.stem == 'e04_adopted_teacher': # it only answers
@@ -213,13 +209,17 @@ def show(result:Distilled)->None:
     print(f'use one: vitdistill predict {shlex.quote(str(result.folder(done[-1])))} IMAGES', flush=True)
 
 # %% ../nbs/06_api.ipynb #10a7e1a0
-def train_all(cells:list, file:Path, out:Path)->Distilled: # of the job's study; its file; folder of the job
+def train_all(
+    cells:list, file:Path, # of the job's study; its file
+    out:Path,              # folder of the job
+    threads:int=0          # of each new run; 0: each run decides
+)->Distilled:
     "Trains what is missing of a job, prints its result and returns it."
     result = Distilled(file, out)
     try:
         for number, cell in enumerate(cells, 1):
             print(f'[{number}/{len(cells)}] {cell.name}', flush=True)
-            train(cell)
+            train(cell, threads)
     except VitdistillError:
         show(result) # what is done
         raise
@@ -284,13 +284,13 @@ def distill(
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given)
     check_cells(cells := study_cells(Study(out.name, **study)))
-    with same_threads(out):
+    with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
         study = with_precision(study, cells, out)
         file = write_study(study, out, dry_run) # refuses other settings
         cells = study_cells(Study(out.name, **study))
         print(costs_in_words(costs(cells, images)), flush=True)
-        return None if dry_run else train_all(cells, file, out)
+        return None if dry_run else train_all(cells, file, out, threads)
 
 # %% ../nbs/06_api.ipynb #fb86fdc1
 def save(

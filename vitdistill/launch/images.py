@@ -9,7 +9,7 @@ __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_
            'quicker_precision', 'with_precision', 'same_threads', 'is_weak', 'measure_teacher', 'train']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
-import copy, math, os, re, shutil, statistics, tempfile, time
+import copy, math, re, shutil, statistics, tempfile, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from ..base import free_threads, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, load_data, split_rows, stratified
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, unreadable
-from .queue import Cell, config_of, model_for
-from .runner import launch, note_run, with_teacher
+from .queue import Cell, config_of, model_for, new_threads
+from .runner import launch, with_teacher
 from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
 from ..models.create import try_size
 from ..models.hub import hub_answers, weights_place
@@ -378,18 +378,15 @@ def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of
 # %% ../../nbs/launch/04_images.ipynb #726a001a
 @contextmanager
 def same_threads(out:Path): # folder of the job
-    "Decides once how many threads the runs of a job take on a CPU, and tells it to all that start meanwhile."
+    "Decides once how many threads the runs of a job take on a CPU; yields the number."
     most = min(cores(), environment_number('OMP_NUM_THREADS', cores()))
     kept = [run.environment['threads'] for run in find_runs(out/'runs') if 'threads' in run.environment]
     threads, busy = (min(most, kept[0]), '') if kept else free_threads(most) if auto_device() == 'cpu' else (most, '')
     if busy: print(busy, flush=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads) # while it measures
-    os.environ['VITDISTILL_THREADS'] = str(threads)
-    try: yield
-    finally:
-        torch.set_num_threads(before)
-        del os.environ['VITDISTILL_THREADS']
+    try: yield threads
+    finally: torch.set_num_threads(before)
 
 # %% ../../nbs/launch/04_images.ipynb #de248d05
 def is_weak(card:dict)->bool: # of a teacher
@@ -410,19 +407,16 @@ def measure_teacher(cell:Cell)->Run:
                               f"{card['n_measured']} held-out images right, so its head seems untrained: give weights "
                               'for these classes in this order, or --allow-untrained True to teach with it anyway.')
     run = record_adopted(config, folder)
-    note_run(run)
+    run.add_arm(cell.arm)
     print(f'{run.result["test_top1"]:.1%} of the test images', flush=True)
     return run
 
-def train(cell:Cell)->Run:
+def train(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
     "Trains a cell, unless its run is finished; returns the run."
     models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
-    os.environ['VITDISTILL_ARM'] = cell.arm
-    try:
-        if cell.notebook.stem == 'e04_adopted_teacher': return measure_teacher(cell)
-        config = config_of(cell, **models)
-        if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
-        card = read_card(config.teacher_weights)
-        if card and is_weak(card): config = replace(config, allow_untrained=True) # `in_words` says it
-        return launch(config, cell.chosen.get('nproc'), needed=True)
-    finally: del os.environ['VITDISTILL_ARM']
+    if cell.notebook.stem == 'e04_adopted_teacher': return measure_teacher(cell)
+    config = config_of(cell, **models, **new_threads(cell, threads))
+    if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
+    card = read_card(config.teacher_weights)
+    if card and is_weak(card): config = replace(config, allow_untrained=True) # `in_words` says it
+    return launch(config, cell.chosen.get('nproc'), needed=True, arm=cell.arm)
