@@ -150,7 +150,7 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
     for folder, place in aside.items():
         folder.rename(place)
 
-    def fails(cell):
+    def fails(cell, threads):
         if "taught" in cell.arm:
             raise VitdistillError("no room")
     monkeypatch.setattr(api, "train", fails)
