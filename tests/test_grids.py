@@ -10,7 +10,7 @@ import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, record, wait_until
 from vitdistill.config import Config
-from vitdistill.launch.queue import config_of, grid_cells, main, noted_runs, read_record, write_record
+from vitdistill.launch.queue import cell_runs, config_of, grid_cells, main, read_record, write_record
 from vitdistill.runs import lock_folder
 from vitdistill.study.compare import draw_forest, load, missing, write
 
@@ -37,12 +37,12 @@ def test_a_cell_that_is_told_to_stop_goes_on_later(grid, tmp_path):
     write_record(cell)
     process = subprocess.Popen(command(cell.file(".json")), cwd=ROOT, env=environment())
     try:
-        assert wait_until(lambda: noted_runs(cell) and noted_runs(cell)[-1].epochs_done >= 3, 120)
+        assert wait_until(lambda: cell_runs(cell) and cell_runs(cell)[-1].epochs_done >= 3, 120)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     finally:
         process.kill()
-    run = noted_runs(cell)[-1]
+    run = cell_runs(cell)[-1]
     assert read_record(cell)["state"] == "cut" and run.status == "interrupted"
     assert run.checkpoint()["epochs"] >= run.epochs_done - 1 >= 2  # though none was due
     assert wait_until(lambda: not processes_mentioning(str(run.work)), 20)

@@ -1,7 +1,6 @@
 """Every experiment notebook runs under plain papermill; analysis notebooks run on its runs, and on none."""
 import ast
 import json
-import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=3)
 
 
 def execute(name, output, cwd=ROOT, arm="", **parameters):
-    os.environ["VITDISTILL_ARM"] = arm
+    parameters |= dict(arm=arm) if arm else {}
     notebook, = (ROOT / "nbs").glob(f"*/{name}.ipynb")
     papermill.execute_notebook(str(notebook), str(output), parameters, cwd=str(cwd), progress_bar=False)
     return json.loads(output.read_text())

@@ -44,7 +44,8 @@ SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_s
 @pytest.fixture(autouse=True)
 def known_speed(monkeypatch):
     """The command of `job` measures it; calls in this process would, for a second a model."""
-    monkeypatch.setattr("vitdistill.launch.images.seconds_an_image", lambda *given, **more: 0.001)
+    for room in ("api", "launch.images"):
+        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
     for folder, place in aside.items():
         folder.rename(place)
 
-    def fails(cell):
+    def fails(cell, threads):
         if "taught" in cell.arm:
             raise VitdistillError("no room")
     monkeypatch.setattr(api, "train", fails)

@@ -14,7 +14,7 @@ import yaml
 
 from conftest import ROOT, TINY, assert_same, assert_same_losses, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
-from vitdistill.launch.queue import grid_cells, look, noted_runs, table
+from vitdistill.launch.queue import cell_runs, grid_cells, look, table
 from vitdistill.runs import find_runs
 
 pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
@@ -132,7 +132,7 @@ def write_grid(folder, *cells, name="grid"):
 
 
 def run_of_cell(number, grid):
-    return noted_runs(cells_of(grid)[number])[-1]
+    return cell_runs(cells_of(grid)[number])[-1]
 
 
 FOUR = (("e00_teacher", {}), ("e01_baseline_resnet50", {}), ("e02_distilled_resnet50", dict(seed=1)),

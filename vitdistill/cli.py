@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'typed_places', 'field_values',
-           'configured', 'train', 'run_notebook', 'experiment_values', 'run_pair', 'study', 'demo',
+           'configured', 'train', 'run_notebook', 'experiment_values', 'pair', 'run_pair', 'study', 'demo',
            'analysis_parameters', 'figures', 'new_folder', 'new', 'print_any_text', 'fields_alone', 'captions', 'grid',
            'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
-import argparse, functools, inspect, json, logging, os, re, shutil, sys, tempfile
+import argparse, functools, inspect, json, os, re, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 import yaml
 from . import __version__
-from .base import ROOT_MARKS, SHIPPED, VitdistillError, cores, default_place, free_threads
+from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, from_here, from_root, nearest
+from .base import repo_root, typed_path, write_atomic
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset
-from .base import from_here, from_root, nearest, repo_root, shipped, typed_path, write_atomic
 from .options import (bench_parser, captions_parser, compare_parser, distill_parser, export_parser,
                                 grid_parser, hyphened, predict_parser)
 
@@ -132,16 +132,14 @@ def train(words:list[str])->int:
 
 # %% ../nbs/07_cli.ipynb #5dbf1a27
 def run_notebook(
-    name:str,    # notebook of nbs/experiments or nbs/analysis
+    name:str,    # notebook of nbs/analysis
     output:Path, # file of the executed copy
     given:dict   # its parameters, name -> value
 )->Path:         # output
-    "Executes a notebook of the package; a failure raises `VitdistillError`."
+    "Executes an analysis notebook of the package; a failure raises `VitdistillError`."
     import papermill
-    analysis = SHIPPED/f'nbs/analysis/{name}.ipynb' # of this version: a folder of one's own has no copy, or an old one
-    source = analysis if name.startswith('a') else shipped(f'nbs/experiments/{name}.ipynb')
+    source = SHIPPED/f'nbs/analysis/{name}.ipynb' # of this version: a folder of one's own has no copy, or an old one
     output.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger('papermill').setLevel(logging.ERROR) # it warns of each field that the template doesn't declare
     quiet = dict(progress_bar=False, extra_arguments=['--IPKernelApp.log_level=ERROR'])
     try:
         papermill.execute_notebook(str(source), str(output), given, cwd=str(repo_root()), **quiet,
@@ -163,42 +161,42 @@ def experiment_values(
     return values
 
 # %% ../nbs/07_cli.ipynb #99dca1ef
-def run_pair(
+def pair(
     preset_name:str, # preset of the teacher and of both students
-    out:Path,        # folder for the executed notebooks, figures and tables
     given:dict,      # parameters of the experiments, name -> value
     teacher:str='',  # weights that the teacher starts from; '': the preset's
     deit:bool=False  # whether to run the reverse too: a convnet teaches a DeiT
+): # -> a `Study`
+    "Returns the study of a teacher, a student on labels alone, and the same student with the teacher."
+    from vitdistill.launch.queue import notebook_of
+    from vitdistill.launch.studies import Study
+    def part(notebook, *others, **more): # others: groups of fields that are about other models
+        names = {*field_names(), *notebook_of(notebook, {})[1]}
+        names = names.difference(*(field_names(group=group) for group in others))
+        return dict(notebook=notebook) | {name: value for name, value in given.items() if name in names} | more
+    begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
+    another = {'out_of_fold', 'teacher_data_fraction', *field_names(group='teacher')} & given.keys() # than that one
+    arms = dict(plain=part('e01_baseline_resnet50', 'teacher'),
+                taught=part('e02_distilled_resnet50', **{} if another else dict(teacher='teacher')))
+    if deit: arms['deit'] = part('e03_deit_from_regnet', 'student', 'teacher') # it finds or trains its own teacher
+    return Study('pair', common=dict(preset=preset_name), arms=arms,
+                 teachers=dict(teacher=part('e00_teacher', 'student', 'teacher', **begun)))
+
+# %% ../nbs/07_cli.ipynb #3fdb40ea
+def run_pair(
+    preset_name:str, out:Path, # out: folder for the executed notebooks, figures and tables
+    given:dict, teacher:str='', deit:bool=False # as `pair` takes them
 )->None:
     "Trains a teacher, a student on labels alone and the same student with the teacher, then draws the figures."
-    from vitdistill.runs import Run
+    from vitdistill.launch.queue import check_cells, run_batch, study_cells
     config = preset(preset_name, 'baseline', **{k: v for k, v in given.items() if k in ('dataset', 'runs_dir')})
-    begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
-    def theirs(group): return {name: None for name in field_names(group=group) if name in given} # not for this step
-    own, alone = theirs('student'), theirs('teacher')
+    cells = study_cells(pair(preset_name, given, teacher, deit))
+    for cell in cells: cell.place = out/cell.notebook.name
+    check_cells(cells)
+    run_batch(cells, out, at_once=1, show=True)
+    for cell in cells:
+        if cell.failed: raise VitdistillError(f"{cell} failed (notebook: {cell.place}): {cell.state}")
     shown = dict(reports=config.runs_dir, out=str(out), dataset=config.dataset)
-    steps = {'e00_teacher': ('train the teacher', own | alone | begun),
-             'e01_baseline_resnet50': ('train a student on labels alone', alone),
-             'e02_distilled_resnet50': ('train the same student with the teacher', {}),
-             'e03_deit_from_regnet': ('the reverse: train a DeiT with a convnet as teacher', own | alone)}
-    if not deit: del steps['e03_deit_from_regnet']
-    arms = dict(e00_teacher='teacher', e01_baseline_resnet50='plain', e02_distilled_resnet50='taught') # of study pair
-    noted = out/'.teacher' # gets the folder of the teacher's run
-    another = alone or {'out_of_fold', 'teacher_data_fraction'} & {*given} # the student asks for another teacher
-    noted.unlink(missing_ok=True)
-    threads, busy = free_threads(cores())
-    os.environ['VITDISTILL_THREADS'] = str(threads) # of each new run
-    if busy: print(busy, flush=True)
-    for n, (name, (what, changed)) in enumerate(steps.items(), 1):
-        print(f'[{n}/{len(steps) + 1}] {what}', flush=True)
-        os.environ['VITDISTILL_ARM'] = f'pair/{arms[name]}' if name in arms else ''
-        values = dict(preset=preset_name) | given | changed
-        os.environ['VITDISTILL_CELL'] = str(noted) if name == 'e00_teacher' else ''
-        if arms.get(name) == 'taught' and noted.is_file() and not another:
-            values['teacher_weights'] = str(Run(noted.read_text().splitlines()[-1]).model)
-        print('notebook:', run_notebook(name, out/f'{name}.ipynb', values), flush=True)
-    os.environ['VITDISTILL_ARM'] = os.environ['VITDISTILL_CELL'] = os.environ['VITDISTILL_THREADS'] = ''
-    print(f'[{n + 1}/{n + 1}] draw figures and tables', flush=True)
     print('notebook:', run_notebook('a01_paper', out/'a01_paper.ipynb', shown), flush=True)
 
 # %% ../nbs/07_cli.ipynb #44c7d728

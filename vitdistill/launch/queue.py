@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'recipe_fields', 'named_fields', 'study_cells',
-           'grid_cells', 'check_cells', 'slot_environment', 'write_record', 'read_record', 'noted_runs', 'end',
-           'model_for', 'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order', 'look',
-           'tally', 'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'main']
+           'grid_cells', 'check_cells', 'slot_environment', 'write_record', 'read_record', 'cell_runs', 'new_threads',
+           'end', 'model_for', 'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order',
+           'look', 'tally', 'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -147,13 +147,12 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
         except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
 
 # %% ../../nbs/launch/03_queue.ipynb #217dbe40
-def slot_environment(slot:int, slots:int, gpus:int, threads:int=0)->dict: # threads: of each new run; 0: not decided
+def slot_environment(slot:int, slots:int, gpus:int)->dict:
     "Returns the environment variables of a cell in slot 0, 1, ...: its GPU, or its share of the cores."
-    decided = {'VITDISTILL_THREADS': str(threads)} if threads else {}
-    if slots == 1: return decided
+    if slots == 1: return {}
     visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus))) # e.g. Slurm's
     mine = {'CUDA_VISIBLE_DEVICES': visible.split(',')[slot % gpus].strip()} if gpus else {}
-    return mine | decided | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
+    return mine | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
 
 # %% ../../nbs/launch/03_queue.ipynb #4a4a455b
 def write_record(cell:Cell)->None:
@@ -166,17 +165,28 @@ def read_record(cell:Cell)->dict:
     here = json.loads(json.dumps(dict(chosen=cell.chosen, arm=cell.arm, recipe=cell.recipe), default=str))
     return record if here == {name: record.get(name, here[name]) for name in here} else {}
 
-def noted_runs(cell:Cell)->list[Run]:
-    "Returns the runs of a cell, oldest first."
-    try: return [Run(folder) for folder in dict.fromkeys(cell.file('.runs').read_text().splitlines())]
-    except OSError: return []
+# %% ../../nbs/launch/03_queue.ipynb #62419a6b
+def cell_runs(
+    cell:Cell,
+    records:list[Run]=None # of `find_runs`; None: of the folder where the cell's runs are
+)->list[Run]:              # begun ones, oldest first
+    "Returns the runs whose records name the arm of a cell and have the parameters that it names."
+    if records is None: records = find_runs(runs_folder(cell.declared | cell.chosen))
+    runs = runs_with(cell.arm, records, named_fields(cell), ('interrupted', 'running', 'done'))
+    return sorted(runs, key=lambda run: run.begun)
+
+def new_threads(cell:Cell, threads:int)->dict: # threads: of each new run of a batch; 0: each run decides
+    "Returns the parameter `threads` of a cell that does not name it and whose run has not begun, else {}."
+    said = {*cell.chosen}.union(*cell.recipe.values())
+    if not threads or 'threads' in said or 'arm' not in cell.declared: return {}
+    return {} if any(run.status != 'done' for run in cell_runs(cell)) else dict(threads=threads) # it keeps its own
 
 # %% ../../nbs/launch/03_queue.ipynb #0acf582c
 def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patience: seconds that ranks have to save
     "Ends a cell's notebook and waits until its ranks have released their runs."
     stop(process)
-    give_up = time.monotonic() + patience
-    while any(is_locked(run.folder/'lock') for run in noted_runs(cell)) and time.monotonic() < give_up: time.sleep(.1)
+    runs, give_up = cell_runs(cell), time.monotonic() + patience
+    while any(is_locked(run.folder/'lock') for run in runs) and time.monotonic() < give_up: time.sleep(.1)
 
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c02
 def model_for(cell:Cell, arm:str, fields:dict=None)->str: # fields: as `model_of` takes them; None: as `wanted` says
@@ -207,24 +217,25 @@ def execute(
     cell:Cell,
     environment:dict={}, # further environment variables
     more:dict={},        # further parameters, such as nnodes and rdzv_endpoint of a cell on several nodes
-    processes:list=None  # gets the process that executes it
+    processes:list=None, # gets the process that executes it
+    show:bool=False      # whether to print what the notebook prints
 )->None:
     "Executes a cell by papermill and sets its state."
     try: models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     except VitdistillError as e:
         cell.state = str(e)
         return write_record(cell)
+    recorded = dict(arm=cell.arm) if 'arm' in cell.declared else {}
     command = [sys.executable, '-P', '-m', 'papermill', str(cell.notebook), str(cell.place), '--cwd', str(repo_root()),
-               '--log-output', '--no-progress-bar', '--parameters_yaml', yaml.safe_dump(cell.chosen | models | more)]
-    begun, runs, log = time.monotonic(), cell.file('.runs'), cell.file('.log')
+               '--log-output', '--no-progress-bar', *(['--stdout-file', '-'] if show else []),
+               '--parameters_yaml', yaml.safe_dump(cell.chosen | models | recorded | more)]
+    begun, log = time.monotonic(), cell.file('.log')
     with lock_folder(cell.place.parent, f'{cell.place.stem}.lock'):
-        runs.unlink(missing_ok=True)
         cell.state = 'running'
         write_record(cell)
         with open(log, 'w') as output:
-            own = dict(VITDISTILL_CELL=str(runs), VITDISTILL_ARM=cell.arm)
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=bind_to_parent,
-                                       env=os.environ | environment | own)
+            process = subprocess.Popen(command, stdout=None if show else output, stderr=output,
+                                       env=os.environ | environment, preexec_fn=bind_to_parent)
         if processes is not None: processes.append(process)
         try:
             ended = process.wait()
@@ -257,6 +268,7 @@ def execute_alone(file:str|Path)->int: # a cell's .json of out/batches
 # %% ../../nbs/launch/03_queue.ipynb #9181f710
 def state_now(
     cell:Cell,                # with the state of its record
+    runs:list=(),             # of `cell_runs`
     job:str|None=None,        # its job in Slurm
     queue:dict|None=None,     # what `queued` returns
     teacher_failed:bool=False # whether a cell that it waits for failed
@@ -265,7 +277,8 @@ def state_now(
     state, waits = cell.state, queue is not None and job in queue
     running = waits and queue[job] # as Slurm says; some shared disks have no locks
     if state == 'running' and not (running or is_locked(cell.file('.lock'))): state = 'cut'
-    if state == 'done' and any(run.status != 'done' for run in noted_runs(cell)): return 'left' # its run was removed
+    recorded = 'arm' in cell.declared # by its run
+    if state == 'done' and recorded and all(run.status != 'done' for run in runs): return 'left' # its run was removed
     if state == 'cut' and waits: return 'waiting'
     if state != 'left' or not job: return state
     if teacher_failed: return NO_TEACHER
@@ -290,14 +303,14 @@ def look(
     for cell in [cells[n] for n in start_order(cells)]:
         record = read_record(cell)
         cell.state, cell.seconds = record.get('state', 'left'), record.get('seconds', 0.)
-        cell.state = state_now(cell, jobs.get(cell.place.stem), queue, any(cells[n].failed for n in cell.after))
-        runs = noted_runs(cell)
-        if elsewhere and cell.state == 'left':
+        runs = cell_runs(cell, read(runs_folder(cell.declared | cell.chosen)))
+        failed = any(cells[n].failed for n in cell.after)
+        cell.state = state_now(cell, runs, jobs.get(cell.place.stem), queue, failed)
+        if elsewhere and cell.state == 'left' and runs:
             states = dict(interrupted='cut', running='running', done='done') # of a run -> of its cell; the last counts
-            runs = runs_with(cell.arm, read(runs_folder(cell.declared | cell.chosen)), named_fields(cell), (*states,))
             runs.sort(key=lambda run: [*states].index(run.status))
-            if runs: cell.state = states[runs[-1].status]
-        if not runs or runs[-1].status in ('new', 'unreadable'): continue
+            cell.state = states[runs[-1].status]
+        if cell.state == 'left' or not runs: continue
         if cell.notebook.stem == 'e04_adopted_teacher': continue # it has no epochs
         rows = runs[-1].rows()[-30:]
         cell.epochs = int(rows[-1]['epoch']) + 1 if rows else 0, runs[-1].config.epochs
@@ -360,8 +373,9 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
 # %% ../../nbs/launch/03_queue.ipynb #af786b39
 def run_batch(
     cells:list[Cell],
-    folder:Path,          # of their files: executed notebooks, logs
-    at_once:int|None=None # cells side by side; None: one per GPU, or one per core
+    folder:Path,           # of their files: executed notebooks, logs
+    at_once:int|None=None, # cells side by side; None: one per GPU, or one per core
+    show:bool=False        # whether to print what the notebooks print
 )->list[Cell]:
     "Executes cells on this machine, teachers first; returns them with their states."
     gpus, free, processes, stopped = torch.cuda.device_count(), SimpleQueue(), [], Event()
@@ -372,7 +386,8 @@ def run_batch(
         try:
             if stopped.is_set(): return
             if all(cells[first].state == 'done' for first in cell.after):
-                execute(cell, slot_environment(slot, slots, gpus, threads), processes=processes)
+                if show: print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
+                execute(cell, slot_environment(slot, slots, gpus), new_threads(cell, threads), processes, show)
             else:
                 cell.state = NO_TEACHER
                 write_record(cell)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'TEACHER_FIELDS', 'check_names', 'parameters', 'configure', 'rank_count', 'rank_command',
            'bind_to_parent', 'stop', 'failure', 'follow', 'begun_threads', 'train_on_ranks', 'makes_teacher',
-           'has_model', 'note_run', 'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill',
-           'finished_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
+           'has_model', 'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'finished_teacher',
+           'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from filelock import FileLock
-from ..base import Interrupted, VitdistillError, environment_number, free_threads
+from ..base import Interrupted, VitdistillError, free_threads
 from ..config import Config, field_names, preset, preset_parts, save
 from ..base import from_root, nearest, shipped_names
 from ..data.datasets import image_side
@@ -31,7 +31,7 @@ from ..track import tracker_names
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
                   'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out', 'data',
-                  'teacher_name', 'seeds', 'texts')
+                  'teacher_name', 'seeds', 'texts', 'arm')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 
 # %% ../../nbs/launch/01_runner.ipynb #ecb4f3bd
@@ -191,7 +191,6 @@ def begun_threads(
     most = threads_per_rank(config, ranks)
     if config.threads != 'auto' or config.device != 'cpu': return most, ''
     if run.status != 'new': return min(most, run.environment.get('threads', most)), ''
-    if told := environment_number('VITDISTILL_THREADS', 0): return min(most, told), '' # the same for all runs of a job
     return free_threads(most*ranks, ranks)
 
 # %% ../../nbs/launch/01_runner.ipynb #7624ad8d
@@ -228,13 +227,6 @@ def has_model(run:Run)->bool:
     "Returns whether the run's weights are on this machine."
     return (run.model/'model.safetensors').is_file()
 
-# %% ../../nbs/launch/01_runner.ipynb #ac1c3978
-def note_run(run:Run, serves:bool=True)->None: # serves: whether it is what the arm asks for, not its teacher
-    "Adds the run to the list of the study's cell that executes this notebook, if there is one, and the arm to the run."
-    if (arm := os.environ.get('VITDISTILL_ARM')) and serves: RunWriter(run.folder).add_arm(arm)
-    if not (file := os.environ.get('VITDISTILL_CELL')): return
-    with open(file, 'a') as f: print(run.folder, file=f)
-
 # %% ../../nbs/launch/01_runner.ipynb #9f88d2c1
 def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: seconds
     "Returns whether the run is done; of several nodes, waits a while for their shared disk."
@@ -268,13 +260,13 @@ def launch(
     nproc:int=None,   # ranks on this node; None: nproc of the config, at most the visible GPUs
     show:bool=True,   # whether to show a line per epoch or, in JupyterLab, a live curve
     needed:bool=False, # whether the model must be here afterwards; a teacher's always must
-    serves:bool=True   # as in `note_run`
+    arm:str=None       # 'study/arm' that its record gets
 )->Run:
     "Trains a config on its ranks; a finished run is not repeated. A failure raises `VitdistillError`."
     check_launch(config, nproc)
     config = resolve(config)
     run, reason = Run.of(config), ''
-    note_run(run, serves)
+    if arm: RunWriter(run.folder).add_arm(arm)
     if run.status == 'done':
         if (needed or makes_teacher(config.experiment)) and not has_model(run): # a clone has the record only
             raise VitdistillError(f'{run.name} is done, but its model is not in {run.model}: put it there, '
@@ -378,6 +370,6 @@ def trained_teacher(wanted:Config, nproc:int|None=None)->str: # nproc: as in `la
         with nullcontext() if wanted.nnodes > 1 else FileLock(lock): # nodes train it together
             if not (run := finished_teacher(wanted)):
                 print(f'The teacher is trained first: {wanted.student}, {wanted.epochs} epochs.', flush=True)
-                run = launch(wanted, nproc, serves=False)
+                run = launch(wanted, nproc)
     print(f'teacher: {run.name}')
     return str(run.model)
