@@ -28,7 +28,7 @@ from ..train.ranks import Ranks, batch_bounds, local_rows, parallel, seed_step, 
 from ..train.ranks import threads_per_rank
 from ..runs import RunWriter
 from ..teachers.card import file_hash, refuse_start_overlap
-from ..train.loop import EVERY, Progress, Task
+from ..train import EVERY, BaseSetup, Progress, Task
 from ..data.views import epoch_plan
 
 # %% ../../nbs/tasks/03_captioning.ipynb #7ff23311
@@ -92,10 +92,8 @@ def create_encoder(
 
 # %% ../../nbs/tasks/03_captioning.ipynb #6af29bce
 @dataclass(kw_only=True)
-class Captioning:
+class Captioning(BaseSetup):
     "Everything that a run of captions computes with, on this rank."
-    config:Config
-    ranks:Ranks
     encoder:Encoder
     student:Captioner|None   # None: the nearest training caption
     texts:list[str]          # that it learns to write
@@ -225,8 +223,7 @@ def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int,
         noisy = add_noise(setup.embeddings[order[start:stop]], setup.std, noise)[own.start - start:own.stop - start]
         tokens = setup.tokens[order[own]]
         tokens = tokens[:, :int((tokens >= 0).sum(1).max())].to(ranks.device)
-        with torch.autocast(ranks.device.split(':')[0], torch.bfloat16, enabled=c.precision == 'bf16'):
-            loss = model(noisy.to(ranks.device), tokens).mean()
+        with setup.autocast(): loss = model(noisy.to(ranks.device), tokens).mean()
         (loss*weight).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -30,8 +30,8 @@ from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_paren
 from .ranks import error_of_timeout, has_batch_norm, local_rows, parallel, seed_step
 from .ranks import start_ranks
 from ..runs import Run, RunWriter, record_path
-from .setup import Setup, auto_device, compiled, evaluate, loading_processes, prepare, program
-from .setup import resolve
+from .setup import BaseSetup, Setup, auto_device, compiled, evaluate, loading_processes
+from .setup import prepare, program, resolve
 from .step import TrainingStep, create_step
 from ..data.views import Plan, cut_views, scaled, view_count
 
@@ -244,7 +244,7 @@ def create_objective(student:nn.Module, criterion:nn.Module, mode:str, ranks:Ran
     return criterion.objective(compiled(parallel(student, ranks), mode), loss)
 
 # %% ../../nbs/train/05_loop.ipynb #9661612e
-def restore(setup:Setup, run:RunWriter, kept:dict)->tuple: # kept: name -> object with a state_dict
+def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> object with a state_dict
     "Loads the checkpoint, if there is one, on every rank; returns (epochs done, number of ranks that trained them)."
     none = dict(epochs=0, world=setup.ranks.world)
     state = run.checkpoint() or none
@@ -279,7 +279,7 @@ def describe(setup:Setup)->typing.Iterator[str]:
         yield f'the last batch of each epoch, {left} image(s), is dropped: {who}'
 
 def announce(
-    setup,                           # of any task
+    setup:BaseSetup,
     run:Run,
     done:int, world:int,             # epochs done, and the number of ranks that trained them
     progress:Progress,
@@ -357,12 +357,11 @@ def student_epoch(setup:Setup, optimizer:torch.optim.Optimizer)->typing.Callable
 # %% ../../nbs/train/05_loop.ipynb #a5af1169
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What differs between kinds of run; resume, checkpoints, lock, record and progress are the loop's.
-    `prepare` returns a setup: config, ranks, student, modules (name -> what is trained), rows of an epoch."""
+    "What differs between kinds of run; resume, checkpoints, lock, record and progress are the loop's."
     name:str                 # in an error
     reads:tuple[str, ...]    # groups of Config's fields that it reads, and single fields
     unused:dict[str, str]    # fields of these groups that it does not use -> why
-    prepare:typing.Callable  # (config, ranks) -> setup; checks everything before anything is written
+    prepare:typing.Callable  # (config, ranks) -> `BaseSetup`; checks everything before anything is written
     describe:typing.Callable # setup -> sentences for the log
     epoch:typing.Callable    # (setup, optimizer) -> what trains an epoch: (epoch, progress) -> row of metrics
     measure:typing.Callable  # (setup, average of the weights or None) -> further columns of the row
@@ -391,7 +390,7 @@ DISTILLATION = Task(name='distillation', reads=(*EVERY, 'augmentation', 'teacher
 
 
 # %% ../../nbs/train/05_loop.ipynb #27acc58b
-def train_epochs(setup, run:RunWriter, task:Task=DISTILLATION)->None: # setup: the task's
+def train_epochs(setup:BaseSetup, run:RunWriter, task:Task=DISTILLATION)->None:
     "Trains the remaining epochs; each ends with a row of metrics and, where it is due, a checkpoint."
     config, ranks, modules = setup.config, setup.ranks, setup.modules
     optimizer = create_optimizer(config, *modules.values())
@@ -419,7 +418,7 @@ def train_epochs(setup, run:RunWriter, task:Task=DISTILLATION)->None: # setup: t
 
 
 # %% ../../nbs/train/05_loop.ipynb #3cede1f0
-def measure_once(setup, run:RunWriter, task:Task)->None:
+def measure_once(setup:BaseSetup, run:RunWriter, task:Task)->None:
     "Writes the only row of a run that trains nothing, such as one that takes the nearest training caption."
     begun, progress = time.perf_counter(), Progress(setup.config, setup.rows, 0, shown=not setup.ranks.rank)
     announce(setup, run, 0, setup.ranks.world, progress, task.describe(setup))

@@ -23,7 +23,7 @@ from ..teachers.answers import open_memo, write_answers
 from ..models.create import combine, load_weights, readme_head, save_model, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint, record_path
-from .setup import Setup, auto_device, predict, prepare, resolve
+from .setup import BaseSetup, Setup, auto_device, predict, prepare, resolve
 from ..teachers.card import Card, card_rows, file_hash, knows_images, training_mask
 from ..teachers.teacher import Teacher, make_card
 
@@ -184,10 +184,8 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
     save_student(setup, run, result, card, model_card(run, result, card, len(arrays['test_label'])))
     return result
 
-
-# %% ../../nbs/train/04_outcome.ipynb #61646815
 def finish(
-    setup,         # of any task
+    setup:BaseSetup,
     run:RunWriter,
     outcome:typing.Callable=student_outcome # (setup, run, measured) -> the result; writes all else
 )->None:
@@ -196,7 +194,6 @@ def finish(
     last = metrics.iloc[-1].drop(['epoch', 'seconds', 'lr']).dropna().to_dict()
     measured = dict(epochs=len(metrics), **last, seconds=round(float(metrics.seconds.sum()), 2))
     run.finish(outcome(setup, run, measured))
-
 
 # %% ../../nbs/train/04_outcome.ipynb #b206e82c
 def record_adopted(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
-           'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'Setup',
-           'image_device', 'teacher_answers', 'load_answers', 'place_model', 'prepare', 'pass_size', 'predict',
+           'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'BaseSetup',
+           'Setup', 'image_device', 'teacher_answers', 'load_answers', 'place_model', 'prepare', 'pass_size', 'predict',
            'evaluate']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
@@ -166,12 +166,23 @@ def refuse_cramped(
         raise VitdistillError(f'{path} is too long a path for the sockets of loading processes: set TMPDIR to a '
                               'shorter one such as /tmp, or workers to 0.')
 
-# %% ../../nbs/train/02_setup.ipynb #7569cf3e
+# %% ../../nbs/train/02_setup.ipynb #9706ca83
 @dataclass(kw_only=True)
-class Setup:
-    "Everything that a run computes with, on this rank."
+class BaseSetup:
+    """What a run of any task computes with, on this rank.
+    A subclass has `rows` (their number in an epoch) and `modules` (name -> what is trained)."""
     config:Config
     ranks:Ranks
+    student:nn.Module|None # None: nothing is trained
+
+    def autocast(self):
+        device = self.ranks.device.split(':')[0]
+        return torch.autocast(device, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
+
+# %% ../../nbs/train/02_setup.ipynb #7569cf3e
+@dataclass(kw_only=True)
+class Setup(BaseSetup):
+    "Everything that a student's run computes with, on this rank."
     data:Data
     student:Student
     views:Views            # of the training images, with padding
@@ -219,10 +230,6 @@ class Setup:
     def constants(self)->tuple:
         own = self.config.student_normalization == 'own'
         return pretrained_constants(self.student.model) if own else self.data.mean_std
-
-    def autocast(self):
-        device = self.ranks.device.split(':')[0]
-        return torch.autocast(device, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
 
 # %% ../../nbs/train/02_setup.ipynb #9598e7e2
 def image_device(
