@@ -141,8 +141,8 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
     for cell in cells:
         if cell.notebook.stem not in _parts and 'role' not in cell.declared: continue # it makes more than one run
         if 'arm' not in cell.declared:
-            raise VitdistillError(f'{cell.notebook} has no parameter arm, so its run would not be found again: it is of '
-                                  "an older version, so copy today's notebooks into a new folder by vitdistill new DIR.")
+            raise VitdistillError(f'{cell.notebook} has no parameter arm, so its run would not be found again: it is '
+                                  "of an older version, so copy today's notebooks by vitdistill new DIR.")
         try:
             config = replace(config_of(cell), **later)
             check_settings(config)
