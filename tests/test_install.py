@@ -115,8 +115,7 @@ grid = said("grid", "studies/rates.yaml", "--dry-run")
 print("grid", "taught lr=0.03 seed=1" in grid and "taught seed=1" in said("grid", "pair", "--dry-run"))
 sys.modules["papermill"] = None
 print("lacking", said("demo"))
-from vitdistill import watch
-from vitdistill.study import agreement, compare, page, results, trends
+from vitdistill.study import agreement, compare, page, results, trends, watch
 from vitdistill.runs import find_runs
 print("reference", len(results.published()) > 20, len(agreement.class_names("cifar100", 100)))
 runs = [run for run in find_runs(sys.argv[1]) if run.config.experiment == "baseline"]
