@@ -35,7 +35,7 @@ from vitdistill.bench.contenders import bench_setup, fill_randomly, random_data 
 from vitdistill.models.layers import DeformableMerging  # noqa: E402
 from vitdistill.losses import OBJECTIVES, Batch, criterion  # noqa: E402
 from vitdistill.models.create import Student, create  # noqa: E402
-from vitdistill.tasks import can as _  # noqa: E402, F401 (registers its objective)
+import vitdistill.tasks.can  # noqa: E402, F401 (registers its objective)
 from vitdistill.train.ranks import Ranks, check_device  # noqa: E402
 from vitdistill.runs import find_runs  # noqa: E402
 from vitdistill.train.optimize import create_optimizer  # noqa: E402
