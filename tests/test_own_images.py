@@ -404,6 +404,26 @@ def test_a_recipe_for_other_data_reads_the_folder(images, weights, tmp_path, mon
     assert {config_of(cell).dataset for cell in cells} == {"imagefolder"}
 
 
+def test_another_student_is_a_further_row(job, images, weights):
+    """One teacher and one memo serve both; the first student is not trained again."""
+    out, words, _ = job
+    before = {run.name for run in find_runs(out / "runs")}
+    seeds = len(next(runs for name, runs in api.Distilled(out / "mine.yaml", out).runs().items() if name == "plain"))
+    result = api.distill(images, teacher=str(weights), out=out, seeds=seeds, **SMALL | dict(student="resnet10t"))
+    table = result.table().set_index("model")
+    assert table.index.tolist() == ["teacher", "plain", "taught", "plain-resnet10t", "taught-resnet10t"]
+    assert {run.name for run in find_runs(out / "runs")} > before
+    assert table.architecture["taught-resnet10t"] == "resnet10t" and table.seeds["plain-resnet10t"] == seeds
+    one, other = (table.top1[f"{kind}-resnet10t"] for kind in ("taught", "plain"))
+    assert table.difference["taught-resnet10t"] == pytest.approx(one - other) and pd.isna(table.difference["plain"])
+    assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
+    assert "taught-resnet10t minus plain-resnet10t" in str(result)
+    taught = {arm: run for run in find_runs(out / "runs") for arm in run.arms if "taught" in arm}
+    assert len({run.config.teacher_weights for run in taught.values()}) == 1
+    with pytest.raises(VitdistillError, match="student_kwargs = .* is for one student, and this job has .*resnet10t"):
+        api.distill(images, teacher=str(weights), out=out, student_kwargs=dict(drop_rate=0.1), **SMALL)
+
+
 def test_notebook(job, images, weights, tmp_path):
     """It goes on with the job of the command: nothing is left to train."""
     out, _, _ = job

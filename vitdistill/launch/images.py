@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_test', 'is_there', 'folder_of_tests', 'Images',
            'sides_of', 'look', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of',
-           'outputs', 'teacher_part', 'refuse_job_fields', 'study_of', 'begun_parts', 'write_study', 'seconds_an_image',
-           'quicker_precision', 'with_precision', 'same_threads', 'is_weak', 'measure_teacher', 'train']
+           'outputs', 'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students',
+           'student_fields', 'study_of', 'begun_parts', 'write_study', 'seconds_an_image', 'quicker_precision',
+           'with_precision', 'same_threads', 'is_weak', 'measure_teacher', 'train']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
@@ -260,12 +261,50 @@ def refuse_job_fields(given:dict)->None: # fields of Config, name -> value
     for name in JOB_FIELDS.keys() & given.keys():
         raise VitdistillError(f'{name} = {given[name]!r} is set by the job itself: {JOB_FIELDS[name]}.')
 
+# %% ../../nbs/launch/04_images.ipynb #4e00383c
+def short_name(student:str)->str: # timm name, or hf-hub:OWNER/MODEL
+    "Returns the last part of a student's name, which its arms and folders have."
+    return student.rpartition('/')[2]
+
+def names_of_students(given:str|list)->list[str]: # a name, several with commas between them, or a list
+    "Returns the names of the students; none, or one given twice, is a `VitdistillError`."
+    words = given.split(',') if isinstance(given, str) else [*map(str, given)]
+    names = [word.strip() for word in words]
+    if not names or not all(names):
+        what = 'has an empty name' if names else 'names no student'
+        raise VitdistillError(f'student = {given!r} {what}: write NAME or NAME,NAME.')
+    for name in names:
+        if [*map(short_name, names)].count(short_name(name)) > 1:
+            raise VitdistillError(f'student = {given!r} names {short_name(name)} twice: leave one out.')
+    return names
+
+def begun_students(out:Path)->list[str]: # folder of a job
+    "Returns the names of the students of which something was trained in the folder of a job."
+    file, begun = out/f'{out.name}.yaml', begun_parts(out)
+    if not file.is_file(): return []
+    study = read_yaml(file)
+    first = study['common'].get('student')
+    return list(dict.fromkeys(part.get('student', first) for name, part in study['arms'].items() if name in begun))
+
+def student_fields(
+    name:str,        # timm name, or hf-hub:OWNER/MODEL
+    given:dict,      # fields that the user gives
+    otherwise:str='' # normalization of a student that starts from scratch; '': the recipe's, which is left out
+)->dict:
+    "Returns a student's fields: its name, whether it starts from pretrained weights, and their normalization."
+    pretrained = given.get('student_pretrained', weights_here(name))
+    fields = dict(student=name, student_pretrained=pretrained)
+    normalization = 'own' if pretrained else otherwise
+    if normalization and 'student_normalization' not in given: fields |= dict(student_normalization=normalization)
+    return fields
+
 # %% ../../nbs/launch/04_images.ipynb #cf5ba57d
 def study_of(
     images:Images, out:Path, # out: folder of the job
     teacher:dict,            # of `teacher_part`
     seeds:int,               # number of seeds
-    given:dict               # preset, student, and other fields of Config, name -> value
+    given:dict,              # preset, student, and other fields of Config, name -> value
+    more:list=()             # of `student_fields`: further students, which get the same teacher and recipe
 )->dict:
     "Returns the content of the job's study file; an unknown field is a `VitdistillError`."
     seeds, given, teacher = (plain_value(value) for value in (seeds, given, teacher))
@@ -282,14 +321,19 @@ def study_of(
                   work_dir=str(out/'work'))
     shared = given_among({*field_names(shared=True), *field_names(split=True), *field_names(group='machine')})
     if 'weights' in teacher: shared |= given_among(LOOSENS) # it is measured, and checked then
+    arms, compare, teaching = {}, [], given_among(about_teaching)
+    for fields in [{}, *more]: # {}: the first student's stand in `common`
+        end = f"-{short_name(fields['student'])}" if fields else ''
+        arms[f'plain{end}'] = dict(notebook='e01_baseline_resnet50') | fields
+        arms[f'taught{end}'] = dict(notebook='e02_distilled_resnet50', teacher='teacher') | fields | teaching
+        compare.append([f'taught{end}', f'plain{end}'])
+    names = [given['student'], *(fields['student'] for fields in more)]
+    which = 'this student' if len(names) == 1 else 'these students'
     return dict(
-        title=f"{given['student']}, taught and plain", asked='Does a teacher help this student on these images?',
+        title=f"{', '.join(names)}: taught and plain", asked=f'Does a teacher help {which} on these images?',
         common=places | given_among({*field_names()} - {*about_teaching}),
         seeds=[*range(1, seeds + 1)],
-        teachers=dict(teacher=places | shared | teacher),
-        arms=dict(plain=dict(notebook='e01_baseline_resnet50'),
-                  taught=dict(notebook='e02_distilled_resnet50', teacher='teacher') | given_among(about_teaching)),
-        baseline='plain')
+        teachers=dict(teacher=places | shared | teacher), arms=arms, compare=compare)
 
 # %% ../../nbs/launch/04_images.ipynb #69d67d43
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them
