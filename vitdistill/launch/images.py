@@ -6,32 +6,29 @@
 __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_test', 'is_there', 'folder_of_tests', 'Images',
            'sides_of', 'look', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of',
            'outputs', 'teacher_part', 'refuse_job_fields', 'study_of', 'begun_parts', 'write_study', 'seconds_an_image',
-           'quicker_precision', 'with_precision', 'same_threads', 'is_weak', 'measure_teacher', 'train']
+           'quicker_precision', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, timm, torch
 from PIL import Image
 from ..base import VitdistillError, cores, environment_number
 from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, read_yaml
 from ..base import free_threads, from_root, nearest, write_atomic
-from ..data.datasets import held_out, list_images, load_data, split_rows, stratified
+from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, unreadable
-from .queue import Cell, config_of, model_for, new_threads
-from .runner import launch, with_teacher
+from .queue import Cell, config_of
 from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
 from ..models.create import try_size
 from ..models.hub import hub_answers, weights_place
-from ..train.outcome import record_adopted
-from ..runs import Run, find_runs, read_json
-from ..train.setup import auto_device, auto_precision, place_model, resolve
+from ..runs import find_runs, read_json
+from ..train.setup import auto_device, auto_precision, place_model
 from .studies import with_places_of_today
 from ..teachers.card import Card, weights_folder
-from ..teachers.teacher import adopt, seems_untrained
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job
@@ -388,36 +385,3 @@ def same_threads(out:Path): # folder of the job
     torch.set_num_threads(threads) # while it measures
     try: yield threads
     finally: torch.set_num_threads(before)
-
-# %% ../../nbs/launch/04_images.ipynb #de248d05
-def is_weak(card:Card)->bool: # of a teacher
-    "Returns whether a teacher's card says that it seems untrained."
-    if card.top1_held_out is None: return False # nothing was held out
-    return seems_untrained(card.top1_held_out, card.n_measured, len(card.classes))
-
-# %% ../../nbs/launch/04_images.ipynb #a8d6787b
-def measure_teacher(cell:Cell)->Run:
-    "Measures weights as a teacher and records it, as e04 does; returns its run."
-    config, given = resolve(config_of(cell)), cell.chosen
-    print('measuring the teacher on the training, held-out and test images', flush=True)
-    folder = from_root(config.work_dir)/given['adopted']/'model'
-    card = adopt(config, given['weights'], folder, load_data(config), config.device, config.precision)
-    if is_weak(card) and not config.allow_untrained: # before a student trains for nothing
-        shutil.rmtree(folder)
-        raise VitdistillError(f"the teacher {given['weights']} has only {card.top1_held_out:.1%} of "
-                              f"{card.n_measured} held-out images right, so its head seems untrained: give weights "
-                              'for these classes in this order, or --allow-untrained True to teach with it anyway.')
-    run = record_adopted(config, folder)
-    run.add_arm(cell.arm)
-    print(f'{run.result["test_top1"]:.1%} of the test images', flush=True)
-    return run
-
-def train(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
-    "Trains a cell, unless its run is finished; returns the run."
-    models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
-    if cell.notebook.stem == 'e04_adopted_teacher': return measure_teacher(cell)
-    config = config_of(cell, **models, **new_threads(cell, threads))
-    if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
-    card = Card.read(config.teacher_weights)
-    if card and is_weak(card): config = replace(config, allow_untrained=True) # `in_words` says it
-    return launch(config, cell.chosen.get('nproc'), needed=True, arm=cell.arm)
