@@ -237,7 +237,8 @@ def test_several_weights_are_adopted_as_a_mixture(tmp_path):
     its = preset("demo", "distilled", teacher_kwargs=SMALL_VIT, allow_untrained=True, teacher_precision="fp32")
     members = [untrained(replace(its, seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
     notebook = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="mix", weights=members,
-                       keep_record=True, work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+                       keep_record=True, allow_untrained=True, work_dir=str(tmp_path),
+                       runs_dir=str(tmp_path / "runs"))
     card = json.loads((tmp_path / "mix/model/card.json").read_text())
     assert card["architecture"] == "mixture" and len(card["kwargs"]["members"]) == 2 and card["n_held_out"]
     assert "teacher = 'mixture', teacher_kwargs = {'members': [{'model': 'vit_tiny_patch16_224'" in said(notebook)

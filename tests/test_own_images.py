@@ -27,8 +27,8 @@ from vitdistill.base import VitdistillError
 from vitdistill.config import Config, preset
 from vitdistill.data.datasets import load_data, split_rows
 from vitdistill.data.files import in_folders
-from vitdistill.launch.queue import grid_cells
-from vitdistill.launch.images import config_of, fitting_fraction, teacher_part, train, with_test
+from vitdistill.launch.queue import config_of, grid_cells, run_cell
+from vitdistill.launch.images import fitting_fraction, teacher_part, with_test
 from vitdistill.losses import OBJECTIVES
 from vitdistill.deploy.predict import load_model, predict
 from vitdistill.train.ranks import Ranks
@@ -136,10 +136,10 @@ def test_it_says_that_so_few_images_show_nothing(job):
 def test_a_job_teaches_with_its_own_teacher_however_weak(job, monkeypatch):
     out, _, _ = job
     launched = []
-    monkeypatch.setattr("vitdistill.launch.images.launch", lambda config, *given, **more: launched.append(config))
+    monkeypatch.setattr("vitdistill.launch.queue.launch", lambda config, *given, **more: launched.append(config))
     for weak in (False, True):
-        monkeypatch.setattr("vitdistill.launch.images.is_weak", lambda card: weak)
-        train(grid_cells(out / "mine.yaml")[-1])
+        monkeypatch.setattr("vitdistill.launch.queue.is_weak", lambda card: weak)
+        run_cell(grid_cells(out / "mine.yaml")[-1])
     assert [config.allow_untrained for config in launched] == [False, True]
 
 
@@ -153,7 +153,7 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
     def fails(cell, threads):
         if "taught" in cell.arm:
             raise VitdistillError("no room")
-    monkeypatch.setattr(api, "train", fails)
+    monkeypatch.setattr(api, "run_cell", fails)
     try:
         with pytest.raises(SystemExit, match="no room"):
             main(words)
@@ -368,7 +368,7 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     """A bare file, whose name begins with its architecture."""
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
     save_file(vit.state_dict(), file := tmp_path / "vit_tiny_patch16_224.mine.safetensors")
-    with mock.patch("vitdistill.launch.images.launch", side_effect=VitdistillError("a student")), \
+    with mock.patch("vitdistill.launch.queue.launch", side_effect=VitdistillError("a student")), \
             pytest.raises(VitdistillError, match="a student"):
         api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
     adopted, = (tmp_path / "out").rglob("model.safetensors")

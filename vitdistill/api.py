@@ -30,11 +30,12 @@ from .deploy.predict import from_folder, load_model, named_images, predict
 from .teachers.card import Card
 from .teachers.teacher import Teacher, least_accuracy
 from .train.setup import auto_device, auto_precision
-from .launch.queue import Cell, cell_runs, check_cells, config_of, study_cells
+from .launch.queue import Cell, cell_runs, check_cells, config_of, run_cell, run_in_order, study_cells
+from .launch.runner import is_weak
 from .launch.images import Images, few_test_images, fitting_fraction, fitting_side, folder_of_tests, has_runs
-from .launch.images import begun_students, is_weak, look, names_of_students, same_threads
+from .launch.images import begun_students, look, names_of_students, same_threads
 from .launch.images import seconds_an_image, student_fields, study_of
-from .launch.images import teacher_part, train, with_precision, with_test, write_study
+from .launch.images import teacher_part, with_precision, with_test, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, find_runs
 from .study.compare import Comparison, draw_curves, finished_runs, load, points, write
@@ -242,10 +243,7 @@ def train_all(
 )->Distilled:
     "Trains what is missing of a job, prints its result and returns it."
     result = Distilled(file, out)
-    try:
-        for number, cell in enumerate(cells, 1):
-            print(f'[{number}/{len(cells)}] {cell.name}', flush=True)
-            train(cell, threads)
+    try: run_in_order(cells, range(len(cells)), lambda cell, _: run_cell(cell, threads), show=True)
     except VitdistillError:
         show(result) # what is done
         raise

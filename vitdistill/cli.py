@@ -194,8 +194,6 @@ def run_pair(
     for cell in cells: cell.place = out/cell.notebook.name
     check_cells(cells)
     run_batch(cells, out, at_once=1, show=True)
-    for cell in cells:
-        if cell.failed: raise VitdistillError(f"{cell} failed (notebook: {cell.place}): {cell.state}")
     shown = dict(reports=config.runs_dir, out=str(out), dataset=config.dataset)
     print('notebook:', run_notebook('a01_paper', out/'a01_paper.ipynb', shown), flush=True)
 

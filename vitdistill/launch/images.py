@@ -7,32 +7,29 @@ __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_
            'sides_of', 'look', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of',
            'outputs', 'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students',
            'student_fields', 'study_of', 'begun_parts', 'write_study', 'seconds_an_image', 'quicker_precision',
-           'with_precision', 'same_threads', 'is_weak', 'measure_teacher', 'train']
+           'open_precisions', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, timm, torch
 from PIL import Image
 from ..base import VitdistillError, cores, environment_number
 from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, read_yaml
 from ..base import free_threads, from_root, nearest, write_atomic
-from ..data.datasets import held_out, list_images, load_data, split_rows, stratified
+from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, unreadable
-from .queue import Cell, config_of, model_for, new_threads
-from .runner import launch, with_teacher
+from .queue import Cell, config_of
 from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
 from ..models.create import try_size
 from ..models.hub import hub_answers, weights_place
-from ..train.outcome import record_adopted
-from ..runs import Run, find_runs, read_json
-from ..train.setup import auto_device, auto_precision, place_model, resolve
+from ..runs import find_runs, read_json
+from ..train.setup import auto_device, auto_precision, place_model
 from .studies import with_places_of_today
 from ..teachers.card import Card, weights_folder
-from ..teachers.teacher import adopt, seems_untrained
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job
@@ -397,27 +394,38 @@ def quicker_precision(config:Config, train:bool)->str: # train: as in `seconds_a
                                 train, config.stem, seconds=.5, **config.student_kwargs)
     return min(('bf16', 'fp32'), key=seconds)
 
+def open_precisions(study:dict)->dict: # of `study_of`
+    "Returns the parts of a job's study that share a precision: name of an arm -> parts, field that they need."
+    arms = study['arms']
+    taught = [arm for arm in arms.values() if 'teacher' in arm]
+    found = dict(plain=([study['common']], 'precision'), teacher=([study['teachers']['teacher']], 'precision'),
+                 taught=(taught, 'teacher_precision'))
+    for name, arm in arms.items():
+        if 'student' in arm and 'teacher' not in arm: # a further student's
+            same = [other for other in arms.values() if other.get('student') == arm['student']]
+            found[name] = same, 'precision'
+    return found
+
 def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of`; its cells; folder of the job
-    "Returns a job's study with the precision that is quicker here for each model; a job that has begun keeps its own."
+    "Returns a job's study with the precision that is quicker here for each model; what has begun keeps its own."
     study, file = copy.deepcopy(study), out/f'{out.name}.yaml'
-    def entries(study):
-        return dict(plain=(study['common'], 'precision'), teacher=(study['teachers']['teacher'], 'precision'),
-                    taught=(study['arms']['taught'], 'teacher_precision'))
-    open_ = {name: entry for name, entry in entries(study).items() if entry[0].get(entry[1], 'auto') == 'auto'}
-    if has_runs(out) and file.is_file():
-        before = entries(read_yaml(file))
-        for name, (part, key) in open_.items():
-            if key in before[name][0]: part[key] = before[name][0][key]
-        return study
+    before = open_precisions(read_yaml(file)) if has_runs(out) and file.is_file() else {}
     configs = {cell.arm.rpartition('/')[2]: config_of(cell) for cell in cells}
-    device, quickest = configs['plain'].device, {}
-    if (auto_device() if device == 'auto' else device) != 'cpu' or auto_precision('cpu') == 'fp32': return study
     trained = study['teachers']['teacher']['notebook'] != 'e04_adopted_teacher'
-    for name, (part, key) in open_.items():
-        if getattr(configs[name], key) != 'auto': continue # the preset chooses
-        whose = 'plain' if name == 'plain' else 'teacher'
-        if whose not in quickest: quickest[whose] = quicker_precision(configs[whose], whose == 'plain' or trained)
-        part[key] = quickest[whose]
+    quickest = {}
+    for name, (parts, key) in open_precisions(study).items():
+        for part in parts:
+            if part.get(key, 'auto') != 'auto': continue # the user chooses
+            if name in before: # a job that has begun is not measured again
+                part |= {key: old[key] for old in before[name][0][:1] if key in old}
+                continue
+            config = configs[name]
+            device = auto_device() if configs['plain'].device == 'auto' else configs['plain'].device
+            if getattr(config, key) != 'auto' or device != 'cpu' or auto_precision('cpu') == 'fp32': continue
+            whose = 'teacher' if name in ('teacher', 'taught') else name
+            if whose not in quickest:
+                quickest[whose] = quicker_precision(configs[whose], whose != 'teacher' or trained)
+            part[key] = quickest[whose]
     return study
 
 # %% ../../nbs/launch/04_images.ipynb #726a001a
@@ -432,36 +440,3 @@ def same_threads(out:Path): # folder of the job
     torch.set_num_threads(threads) # while it measures
     try: yield threads
     finally: torch.set_num_threads(before)
-
-# %% ../../nbs/launch/04_images.ipynb #de248d05
-def is_weak(card:Card)->bool: # of a teacher
-    "Returns whether a teacher's card says that it seems untrained."
-    if card.top1_held_out is None: return False # nothing was held out
-    return seems_untrained(card.top1_held_out, card.n_measured, len(card.classes))
-
-# %% ../../nbs/launch/04_images.ipynb #a8d6787b
-def measure_teacher(cell:Cell)->Run:
-    "Measures weights as a teacher and records it, as e04 does; returns its run."
-    config, given = resolve(config_of(cell)), cell.chosen
-    print('measuring the teacher on the training, held-out and test images', flush=True)
-    folder = from_root(config.work_dir)/given['adopted']/'model'
-    card = adopt(config, given['weights'], folder, load_data(config), config.device, config.precision)
-    if is_weak(card) and not config.allow_untrained: # before a student trains for nothing
-        shutil.rmtree(folder)
-        raise VitdistillError(f"the teacher {given['weights']} has only {card.top1_held_out:.1%} of "
-                              f"{card.n_measured} held-out images right, so its head seems untrained: give weights "
-                              'for these classes in this order, or --allow-untrained True to teach with it anyway.')
-    run = record_adopted(config, folder)
-    run.add_arm(cell.arm)
-    print(f'{run.result["test_top1"]:.1%} of the test images', flush=True)
-    return run
-
-def train(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
-    "Trains a cell, unless its run is finished; returns the run."
-    models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
-    if cell.notebook.stem == 'e04_adopted_teacher': return measure_teacher(cell)
-    config = config_of(cell, **models, **new_threads(cell, threads))
-    if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
-    card = Card.read(config.teacher_weights)
-    if card and is_weak(card): config = replace(config, allow_untrained=True) # `in_words` says it
-    return launch(config, cell.chosen.get('nproc'), needed=True, arm=cell.arm)

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'recipe_fields', 'named_fields', 'study_cells',
            'grid_cells', 'check_cells', 'slot_environment', 'write_record', 'read_record', 'cell_runs', 'new_threads',
-           'end', 'model_for', 'has_model', 'missing_weights', 'execute', 'execute_alone', 'state_now', 'start_order',
-           'look', 'tally', 'table', 'refuse_busy', 'hold_folder', 'run_batch', 'submit_batch', 'main']
+           'end', 'model_for', 'has_model', 'missing_weights', 'execute', 'run_cell', 'execute_alone', 'state_now',
+           'start_order', 'look', 'tally', 'table', 'refuse_busy', 'hold_folder', 'run_in_order', 'run_batch',
+           'submit_batch', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -22,13 +24,15 @@ from threading import Event
 import torch, yaml
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
-from ..base import Interrupted, VitdistillError, fitting, free_threads, from_root, nearest, repo_root
-from ..base import shipped, shipped_names, write_atomic
+from ..base import VitdistillError, fitting, free_threads, from_root, nearest, repo_root
+from ..base import shipped, shipped_names, stoppable, write_atomic
 from ..config import Config, field_names, preset_parts
-from .runner import bind_to_parent, check_names, configure, stop
+from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, launch, stop
+from .runner import with_teacher
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from ..tasks.table import task_of
+from ..teachers.card import Card
 from ..train.setup import check_settings
 from .studies import MODELS, Study, combinations, full_name, listed, model_of, named, order
 from .studies import parameters_of, read_study, runs_folder, runs_with, seeds_of
@@ -243,7 +247,8 @@ def execute(
         try:
             ended = process.wait()
             lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
-            cell.state = 'done' if not ended else lines[-1] if lines else f'ended with status {ended}'
+            if cell.state == 'running': # it was not cut meanwhile
+                cell.state = 'done' if not ended else lines[-1] if lines else f'ended with status {ended}'
         except BaseException: # this process has to stop
             end(process, cell)
             cell.state = 'cut'
@@ -251,6 +256,22 @@ def execute(
         finally:
             cell.seconds = round(time.monotonic() - begun, 2)
             write_record(cell)
+
+# %% ../../nbs/launch/03_queue.ipynb #4711c8f4
+def run_cell(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
+    "Runs a cell without its notebook, unless its run is finished; returns the run."
+    models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
+    given = {**cell.declared, **cell.chosen, **models}
+    if cell.notebook.stem == 'e04_adopted_teacher':
+        print('measuring the teacher on the training, held-out and test images', flush=True)
+        _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm)
+        print(f'{run.result["test_top1"]:.1%} of the test images', flush=True)
+        return run
+    config = config_of(cell, **models, **new_threads(cell, threads))
+    if models: config = with_teacher(config, given)
+    card = Card.read(config.teacher_weights)
+    if card and is_weak(card): config = replace(config, allow_untrained=True) # a job says it with its result
+    return launch(config, cell.chosen.get('nproc'), needed=True, arm=cell.arm)
 
 # %% ../../nbs/launch/03_queue.ipynb #2623bd73
 def execute_alone(file:str|Path)->int: # a cell's .json of out/batches
@@ -374,45 +395,65 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
         yield [n for n in start_order(cells) if cells[n].state != 'done']
 
 # %% ../../nbs/launch/03_queue.ipynb #af786b39
-def run_batch(
+@stoppable()
+def run_in_order(
     cells:list[Cell],
-    folder:Path,           # of their files: executed notebooks, logs
-    at_once:int|None=None, # cells side by side; None: one per GPU, or one per core
-    show:bool=False        # whether to print what the notebooks print
-)->list[Cell]:
-    "Executes cells on this machine, teachers first; returns them with their states."
-    gpus, free, processes, stopped = torch.cuda.device_count(), SimpleQueue(), [], Event()
+    todo:list[int],   # numbers of the cells to run, each after those it waits for
+    run:Callable,     # (cell, number of its slot) runs a cell
+    slots:int=1,      # cells side by side; a single one runs in this thread
+    show:bool=False,  # whether to name each cell and to end with the first that fails
+    processes:list=() # that `run` has started; Ctrl-C ends them
+)->None:
+    "Runs cells, each after those it waits for."
+    free, started, stopped = SimpleQueue(), {}, Event()
+    for slot in range(slots): free.put(slot)
     def one(n):
         cell = cells[n]
         wait([started[first] for first in cell.after if first in started])
         slot = free.get()
         try:
             if stopped.is_set(): return
+            if show: print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
+            run(cell, slot)
+        finally: free.put(slot)
+        if show and cell.failed: raise VitdistillError(f'{cell} failed (notebook: {cell.place}): {cell.state}')
+    if slots == 1:
+        for n in todo: one(n)
+        return
+    with ThreadPoolExecutor(slots) as pool:
+        try:
+            for n in todo: started[n] = pool.submit(one, n)
+            for future in started.values(): future.result()
+        except KeyboardInterrupt:
+            stopped.set()
+            for cell in cells:
+                if cell.state == 'running': cell.state = 'cut'
+            for process in processes: stop(process)
+            raise
+
+# %% ../../nbs/launch/03_queue.ipynb #a5b95ffc
+def run_batch(
+    cells:list[Cell],
+    folder:Path,           # of their files: executed notebooks, logs
+    at_once:int|None=None, # cells side by side; None: one per GPU, or one per core
+    show:bool=False        # whether to print what the notebooks print, and to end with the first that fails
+)->list[Cell]:
+    "Executes cells on this machine, teachers first; returns them with their states."
+    gpus, processes = torch.cuda.device_count(), []
+    with hold_folder(cells, folder) as todo:
+        slots = max(1, min(len(todo), at_once or gpus or cores()))
+        threads, busy = (0, '') if gpus or not todo else free_threads(cores(), slots)
+        if busy: print(busy)
+        print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
+        def run(cell, slot):
             if all(cells[first].state == 'done' for first in cell.after):
-                if show: print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
                 execute(cell, slot_environment(slot, slots, gpus), new_threads(cell, threads), processes, show)
             else:
                 cell.state = NO_TEACHER
                 write_record(cell)
-            if stopped.is_set() and cell.failed:
-                cell.state = 'cut'
-                write_record(cell)
-        finally: free.put(slot)
-        print(f'{cell.state[:200]}: {cell} ({tqdm.format_interval(cell.seconds)}; {tally(cells, slots)})', flush=True)
-    with hold_folder(cells, folder) as todo:
-        slots, started = max(1, min(len(todo), at_once or gpus or cores())), {}
-        for slot in range(slots): free.put(slot)
-        threads, busy = (0, '') if gpus or not todo else free_threads(cores(), slots)
-        if busy: print(busy)
-        print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
-        with ThreadPoolExecutor(slots) as pool:
-            try:
-                for n in todo: started[n] = pool.submit(one, n)
-                for future in started.values(): future.result()
-            except KeyboardInterrupt:
-                stopped.set()
-                for process in processes: stop(process)
-                raise Interrupted('interrupted; run this again to go on') from None
+            took = tqdm.format_interval(cell.seconds)
+            print(f'{cell.state[:200]}: {cell} ({took}; {tally(cells, slots)})', flush=True)
+        run_in_order(cells, todo, run, slots, show, processes)
     return look(cells, folder)
 
 # %% ../../nbs/launch/03_queue.ipynb #612cda00

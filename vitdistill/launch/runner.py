@@ -5,27 +5,30 @@
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'TEACHER_FIELDS', 'check_names', 'parameters', 'configure', 'rank_count', 'rank_command',
            'bind_to_parent', 'stop', 'failure', 'follow', 'begun_threads', 'train_on_ranks', 'makes_teacher',
-           'has_model', 'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'finished_teacher',
-           'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
+           'has_model', 'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'store_answers',
+           'is_weak', 'adopt_teacher', 'finished_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher',
+           'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
-import ast, collections, ctypes, itertools, json, os, re, signal, subprocess, sys, tempfile, time, typing
+import ast, collections, ctypes, itertools, json, os, re, shutil, signal, subprocess, sys, tempfile, time, typing
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import torch
 from filelock import FileLock
 from ..base import Interrupted, VitdistillError, free_threads
-from ..config import Config, field_names, preset, preset_parts, save
+from ..config import Config, field_names, preset, preset_parts, save, student_name
 from ..base import from_root, nearest, shipped_names
-from ..data.datasets import image_side
+from ..data.datasets import image_side, labelled_images, load_data
 from ..losses import OBJECTIVES
 from ..tasks.table import task_of
+from ..train import outcome
 from ..train.live import LiveCurve, in_jupyterlab
 from ..train.ranks import error_of_watchdog, threads_per_rank
 from ..runs import Run, RunWriter, check_folders, find_runs, is_locked
 from ..train.setup import check_settings, resolve, uses_batch_norm
 from ..teachers.card import Card, only_match
+from ..teachers.teacher import adopt, seems_untrained, with_members
 from ..track import tracker_names
 
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
@@ -296,6 +299,55 @@ def launch_fill(
     check_folders(config)
     config = resolve(config)
     if reason := train_on_ranks(config, Run.of(config), nproc, True, '--fill'): raise VitdistillError(reason)
+
+# %% ../../nbs/launch/01_runner.ipynb #2cf71c42
+def store_answers(
+    given:dict,     # parameters of a teacher's notebook, such as fill_memo
+    config:Config,  # of the teacher
+    folder:Path,    # its model folder
+    record:Path=None # its run folder, for `keep_answers`
+)->None:
+    "Stores a teacher's answers for the students of its preset, where its notebook asks for it."
+    if not (given['fill_memo'] or given['keep_answers']): return
+    shared = {name: given.get(name) for name in ('preset', 'teacher_precision', *field_names(shared=True))}
+    student = configure('distilled' if given.get('role', 'teacher') == 'teacher' else 'deit', shared)
+    weak = student.allow_untrained or config.allow_untrained or bool(given.get('new_head'))
+    launch_fill(replace(student, teacher=student_name(config), teacher_kwargs=config.student_kwargs,
+                        teacher_weights=str(folder), teacher_size=Card.read(folder).input_size, allow_untrained=weak,
+                        teacher_normalization=config.student_normalization), given['nproc'])
+    if config.hub_repo: print('Pushed to the hub:', *outcome.push_memos(config.hub_repo, folder))
+    if not given['keep_answers']: return
+    answers = outcome.keep_answers(folder, record)
+    print(f'To teach without the weights: teacher_weights = {str(answers)!r}')
+
+# %% ../../nbs/launch/01_runner.ipynb #a4a44541
+def is_weak(card:Card)->bool: # of a teacher
+    "Returns whether a teacher's card says that it seems untrained."
+    if card.top1_held_out is None: return False # nothing was held out
+    return seems_untrained(card.top1_held_out, card.n_measured, len(card.classes))
+
+# %% ../../nbs/launch/01_runner.ipynb #5e533de4
+def adopt_teacher(
+    config:Config, # of the teacher as a run
+    given:dict,    # parameters of e04: weights, adopted, new_head, held_out, keep_record, keep_answers
+    arm:str=None   # 'study/arm' that its record gets
+)->tuple[Config, Card, Run|None]:
+    "Writes weights as a teacher's folder, and its record where asked; returns its resolved config, card and run."
+    config, weights, new_head = resolve(config), given['weights'], given.get('new_head', False)
+    folder, data = from_root(config.work_dir)/given['adopted']/'model', load_data(config)
+    config = with_members(config, weights, data)
+    others = labelled_images(given['held_out'], data.classes, config) if given.get('held_out') else None
+    there = folder.exists()
+    card = adopt(config, weights, folder, data, config.device, config.precision, new_head, held_out=others)
+    if is_weak(card) and not (config.allow_untrained or new_head):
+        if not there: shutil.rmtree(folder)
+        raise VitdistillError(f"the teacher {weights} has only {card.top1_held_out:.1%} of {card.n_measured} held-out "
+                              'images right, so its head seems untrained: give weights for these classes in this '
+                              'order, or --allow-untrained True (-p allow_untrained True) to teach with it anyway.')
+    if not (given.get('keep_record') or given.get('keep_answers')): return config, card, None
+    run = outcome.record_adopted(config, folder)
+    if arm: run.add_arm(arm)
+    return config, card, run
 
 # %% ../../nbs/launch/01_runner.ipynb #6303ad4e
 TEACHER_FIELDS = ('experiment', 'student', 'stem', 'student_kwargs', 'student_size', 'student_normalization',
