@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FP16_MOST', 'term_weight', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'TopK', 'kind_of', 'soft_loss',
-           'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'whole_batch', 'Batch', 'Labels',
-           'check_range', 'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation',
-           'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation', 'criterion', 'Output',
-           'Objective']
+           'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'log_confidence', 'refined_loss',
+           'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'Labels', 'check_range', 'BinaryLabels',
+           'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation',
+           'StandardizedDistillation', 'RelationalDistillation', 'RefinedDistillation', 'DecorrelatedDistillation',
+           'EntropyDistillation', 'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import functools, inspect, math, typing
@@ -141,6 +142,58 @@ def relation_losses(
     "Returns (between classes, within classes): tau² (1 - mean correlation) of softened probabilities."
     p, q = (z.float().div(temperature).softmax(-1) for z in (logits, teacher_logits))
     return tuple(temperature**2*(1 - pearson(a, b).mean()) for a, b in ((p, q), (p.T, q.T)))
+
+# %% ../nbs/03_losses.ipynb #247c12eb
+def log_confidence(logits:torch.Tensor, index:torch.Tensor)->torch.Tensor: # (B, C), (B,) int64 -> (B, 2)
+    "Returns the log-probabilities of one class of each image, and of all others together."
+    log_p = logits.log_softmax(-1)
+    one = log_p.gather(-1, index[:, None])
+    rest = log_p.scatter(-1, index[:, None], -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([one, rest], -1)
+
+def refined_loss(
+    logits:torch.Tensor,         # (B, C) of the student
+    teacher_logits:torch.Tensor, # (B, C)
+    labels:torch.Tensor,         # (B,) int64
+    temperature:float,           # tau > 0, of the classes that are less likely than the label
+    confidence_weight:float=1.,  # the paper's alpha, >= 0
+    others_weight:float=8.,      # the paper's beta, >= 0
+    confidence_temperature:float=1. # > 0, of the confidence
+)->torch.Tensor:
+    "Returns RLD: KL of the confidences, and KL among the classes that the teacher finds less likely than the label."
+    z, t = logits.float(), teacher_logits.float()
+    student = log_confidence(z/confidence_temperature, labels)
+    teacher = log_confidence(t/confidence_temperature, t.argmax(-1))
+    confidence = F.kl_div(student, teacher, reduction='batchmean', log_target=True)*confidence_temperature**2
+    as_likely = t >= t.gather(-1, labels[:, None]) # the label itself too
+    below = [(x/temperature).masked_fill(as_likely, -1e4).log_softmax(-1) for x in (z, t)]
+    others = F.kl_div(*below, reduction='batchmean', log_target=True)*temperature**2
+    return confidence_weight*confidence + others_weight*others
+
+# %% ../nbs/03_losses.ipynb #e7ebd7dd
+def redundancy_loss(
+    logits:torch.Tensor,         # (B, C) of the student, B > 1
+    teacher_logits:torch.Tensor, # (B, C)
+    others_weight:float=.01      # the paper's kappa, >= 0: weight of correlations between different classes
+)->torch.Tensor:
+    "Returns the sum of squared differences between the correlations over the batch and the identity."
+    def scaled(x): # mean 0 and standard deviation 1 over the batch
+        x = x.float()
+        return (x - x.mean(0))/(x.std(0, correction=0) + 1e-5)
+    correlation = scaled(teacher_logits).T@scaled(logits)/len(logits)
+    same = torch.eye(len(correlation), device=correlation.device)
+    return ((correlation - same)**2*(same + others_weight*(1 - same))).sum()
+
+# %% ../nbs/03_losses.ipynb #e67340b7
+def entropy_weights(
+    logits:torch.Tensor,         # (B, C) of the student
+    teacher_logits:torch.Tensor, # (B, C)
+    temperature:float=3.         # of both entropies, > 0; the paper's T'
+)->torch.Tensor:                 # (B,), without gradient
+    "Returns H_t (1 + H_z/log C)/2 of each image."
+    def entropy(x): return torch.special.entr((x.detach().float()/temperature).softmax(-1)).sum(-1)
+    teacher = entropy(teacher_logits)
+    return teacher*(1 + entropy(logits)/math.log(logits.shape[-1]))/2
 
 # %% ../nbs/03_losses.ipynb #b7a4d16e
 def whole_batch(
@@ -277,10 +330,12 @@ class DecoupledDistillation(SwitchedDistillationLoss):
         super().__init__(alpha, label_smoothing)
         self.weights = term_weight('target_weight', target_weight), term_weight('others_weight', others_weight)
         self.temperature, self.ramp_epochs = temperature, term_weight('ramp_epochs', ramp_epochs)
+    def whole_term(self, logits, answer, labels): # after the warm-up
+        return decoupled_loss(logits, answer, labels, self.temperature, *self.weights)
     def term(self, logits, batch):
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(-1) # mixed: the larger share's
         ramp = min(1., (batch.epoch + 1)/self.ramp_epochs) if self.ramp_epochs else 1.
-        return ramp*decoupled_loss(logits, batch.answer, labels, self.temperature, *self.weights)
+        return ramp*self.whole_term(logits, batch.answer, labels)
 
 # %% ../nbs/03_losses.ipynb #0b6e2f95
 class StandardizedDistillation(SwitchedDistillationLoss):
@@ -307,10 +362,52 @@ class RelationalDistillation(SwitchedDistillationLoss):
         sides = (whole_batch(side, batch.weight > 0) for side in (logits, batch.answer))
         return sum(weight*part for weight, part in zip(self.weights, relation_losses(*sides, self.temperature)))
 
+# %% ../nbs/03_losses.ipynb #100c8544
+class RefinedDistillation(DecoupledDistillation):
+    "Cross-entropy, and RLD with DKD's warm-up (Sun et al., arXiv 2408.07703; weights of its CIFAR-100 recipe)."
+    def __init__(self, alpha:float=.5, temperature:float=4., label_smoothing:float=0.,
+        target_weight:float=1., # the paper's alpha, >= 0: weight of the confidence
+        others_weight:float=8., # the paper's beta, >= 0: weight of the classes that are less likely than the label
+        ramp_epochs:int=20,     # epochs until the term has its full weight; 0: from the start
+        confidence_temperature:float=1.): # > 0
+        super().__init__(alpha, temperature, label_smoothing, target_weight, others_weight, ramp_epochs)
+        self.confidence_temperature = check_range('confidence_temperature', confidence_temperature, 1e-6, math.inf)
+    def whole_term(self, logits, answer, labels):
+        return refined_loss(logits, answer, labels, self.temperature, *self.weights, self.confidence_temperature)
+
+# %% ../nbs/03_losses.ipynb #23b11cea
+class DecorrelatedDistillation(SwitchedDistillationLoss):
+    "Cross-entropy and RSD on logits (arXiv 2507.21844; kappa of its public code, a weight of our own)."
+    wants, needs_two = Logits(), True
+    def __init__(self, alpha:float=.5, label_smoothing:float=0.,
+        weight:float=.1,          # of the term, >= 0
+        others_weight:float=.01): # the paper's kappa, >= 0: weight of correlations between different classes
+        super().__init__(alpha, label_smoothing)
+        self.weight = term_weight('weight', weight)
+        self.others_weight = term_weight('others_weight', others_weight)
+    def term(self, logits, batch):
+        sides = [whole_batch(side, batch.weight > 0) for side in (logits, batch.answer)]
+        return self.weight*redundancy_loss(*sides, self.others_weight)
+
+# %% ../nbs/03_losses.ipynb #4511b3ca
+class EntropyDistillation(SwitchedDistillationLoss):
+    "Cross-entropy, and soft KL weighed by the entropy of both answers (EA-KD, arXiv 2311.13621)."
+    wants = Logits()
+    def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
+        entropy_temperature:float=3.): # of both entropies, > 0
+        super().__init__(alpha, label_smoothing)
+        self.temperature = check_range('temperature', temperature, 1e-6, math.inf)
+        self.entropy_temperature = check_range('entropy_temperature', entropy_temperature, 1e-6, math.inf)
+    def term(self, logits, batch):
+        log_p, log_q = self.wants.outcomes(logits, batch.answer, self.temperature)
+        kl = F.kl_div(log_p, log_q, reduction='none', log_target=True).sum(-1)
+        return self.temperature**2*(kl*entropy_weights(logits, batch.answer, self.entropy_temperature)).mean()
+
 # %% ../nbs/03_losses.ipynb #4d08b6f1
 OBJECTIVES = {'none': Labels, 'bce': BinaryLabels, 'hard': SwitchedDistillationLoss, 'soft': SoftDistillation,
               'hard+soft': HardAndSoftDistillation,
-              'dkd': DecoupledDistillation, 'standardized': StandardizedDistillation, 'dist': RelationalDistillation}
+              'dkd': DecoupledDistillation, 'standardized': StandardizedDistillation, 'dist': RelationalDistillation,
+              'rld': RefinedDistillation, 'rsd': DecorrelatedDistillation, 'entropy': EntropyDistillation}
 
 def criterion(config:Config)->nn.Module:
     "Returns the objective that a config names; raises `VitdistillError` if name, arguments or teacher do not fit."
