@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line', 'require',
-           'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'fitting', 'shipped',
-           'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores',
-           'free_threads']
+           'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'record_path', 'fitting',
+           'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores',
+           'busy_cores', 'free_threads']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
 import contextlib, difflib, errno, glob, importlib.util, math, os, re, shutil, socket, sys, time, typing
@@ -105,6 +105,12 @@ def typed_path(path:str|Path)->str:
     "Returns `from_here(path)` as a config keeps it: from `repo_root()` if it lies below, else absolute."
     place = from_here(path)
     return str(place.relative_to(repo_root()) if place.is_relative_to(repo_root()) else place)
+
+# %% ../nbs/00_base.ipynb #9d550f9f
+def record_path(path:str|Path)->str:
+    "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
+    path = from_root(path)
+    return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
 
 # %% ../nbs/00_base.ipynb #e191ccae
 def fitting(pattern:str)->list[str]: # a path from the repository's root; may contain *, ? or [...]
