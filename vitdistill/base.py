@@ -6,10 +6,10 @@
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line', 'require',
            'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'record_path', 'fitting',
            'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores',
-           'busy_cores', 'free_threads']
+           'busy_cores', 'free_threads', 'generator', 'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
-import contextlib, difflib, errno, glob, importlib.util, math, os, re, shutil, socket, sys, time, typing
+import contextlib, difflib, errno, glob, importlib.util, math, os, random, re, shutil, socket, sys, time, typing
 from pathlib import Path
 
 # %% ../nbs/00_base.ipynb #a776e99e
@@ -227,3 +227,20 @@ def free_threads(
         threads = max(1, min(most, int(len(cpus) - busy + .5))//runs)
         if threads == most//runs: return threads, ''
     return threads, f'other programs use {busy:.1f} of {len(cpus)} cores here: {threads} thread(s) for each run.'
+
+# %% ../nbs/00_base.ipynb #c07f9f07
+def generator(*numbers:int): # -> torch.Generator
+    "Returns a CPU generator that is seeded by the numbers, such as (seed, epoch)."
+    import numpy as np, torch # here, since help needs neither
+    low, high = np.random.SeedSequence(numbers).generate_state(2)
+    return torch.Generator().manual_seed((int(high) << 31 | int(low)) & (2**63 - 1))
+
+# %% ../nbs/00_base.ipynb #6b7d1cc8
+def seed_host(*numbers:int)->int:
+    "Seeds torch (on the CPU), numpy and Python with a function of the numbers; returns torch's seed."
+    import numpy as np, torch
+    state = generator(*numbers).initial_seed()
+    torch.default_generator.manual_seed(state)
+    np.random.seed(state % 2**32)
+    random.seed(state)
+    return state

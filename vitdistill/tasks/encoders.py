@@ -14,9 +14,9 @@ import numpy as np, safetensors.torch, timm, torch, torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from .captions import read_tokenizer, tokens_of
-from ..base import VitdistillError, from_root, nearest, require, write_atomic
+from ..base import VitdistillError, from_root, generator, nearest, require, write_atomic
 from ..config import FORMS, Config
-from ..data.datasets import Data, digest, generator
+from ..data.datasets import Data, digest
 from ..data.files import read_image
 from ..losses import Embedding
 from ..models.hub import weights_place, failure_in_words, without_retries

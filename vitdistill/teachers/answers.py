@@ -15,10 +15,9 @@ import numpy as np, PIL, timm, torch, torch.distributed as dist, torchvision
 from filelock import FileLock
 from timm.models import get_pretrained_cfg
 from tqdm import tqdm
-from ..base import VitdistillError, from_root, record_path, write_atomic
-from ..config import Config
-from ..data.augment import AUGMENTATIONS
-from ..data.datasets import Data, digest, generator
+from ..base import VitdistillError, from_root, generator, record_path, write_atomic
+from ..config import Config, field_names
+from ..data.datasets import Data, digest
 from ..data.views import Plan, Views, expected_views, plan_rows, view_count
 from ..losses import HardLabel, Logits, criterion, kind_of
 from ..models.hub import push
@@ -418,7 +417,7 @@ def memo_in_words(answers:Answers, config:Config, rows:torch.Tensor)->str: # row
     return f'memo: {known:.1%} of the answers are known; {cost}'
 
 # %% ../../nbs/teachers/02_answers.ipynb #592e0260
-PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', *AUGMENTATIONS, 'repeats', 'repeats_mode')
+PLAN = 'seed', 'epochs', 'batch_size', *sorted({*field_names(group='augmentation')} - {'whole_image'})
 
 def student_constants(config:Config, data:Data)->list|str: # [mean, std]; the model's name if timm doesn't list it
     "Returns the constants that normalize a student's pixels, since they scale the noise of random erasing."
