@@ -101,7 +101,7 @@ import shutil, sys
 from pathlib import Path
 from vitdistill.base import VitdistillError
 from vitdistill.config import load
-from vitdistill.train.outcome import push_memos
+from vitdistill.teachers.answers import push_memos
 from vitdistill.train.loop import train
 teacher, first, second, nowhere = map(load, sys.argv[1:])
 train(teacher)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line', 'require',
-           'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'fitting', 'shipped',
-           'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores',
-           'free_threads']
+           'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'record_path', 'fitting',
+           'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores',
+           'busy_cores', 'free_threads', 'generator', 'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
-import contextlib, difflib, errno, glob, importlib.util, math, os, re, shutil, socket, sys, time, typing
+import contextlib, difflib, errno, glob, importlib.util, math, os, random, re, shutil, socket, sys, time, typing
 from pathlib import Path
 
 # %% ../nbs/00_base.ipynb #a776e99e
@@ -105,6 +105,12 @@ def typed_path(path:str|Path)->str:
     "Returns `from_here(path)` as a config keeps it: from `repo_root()` if it lies below, else absolute."
     place = from_here(path)
     return str(place.relative_to(repo_root()) if place.is_relative_to(repo_root()) else place)
+
+# %% ../nbs/00_base.ipynb #9d550f9f
+def record_path(path:str|Path)->str:
+    "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
+    path = from_root(path)
+    return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
 
 # %% ../nbs/00_base.ipynb #e191ccae
 def fitting(pattern:str)->list[str]: # a path from the repository's root; may contain *, ? or [...]
@@ -221,3 +227,20 @@ def free_threads(
         threads = max(1, min(most, int(len(cpus) - busy + .5))//runs)
         if threads == most//runs: return threads, ''
     return threads, f'other programs use {busy:.1f} of {len(cpus)} cores here: {threads} thread(s) for each run.'
+
+# %% ../nbs/00_base.ipynb #c07f9f07
+def generator(*numbers:int): # -> torch.Generator
+    "Returns a CPU generator that is seeded by the numbers, such as (seed, epoch)."
+    import numpy as np, torch # here, since help needs neither
+    low, high = np.random.SeedSequence(numbers).generate_state(2)
+    return torch.Generator().manual_seed((int(high) << 31 | int(low)) & (2**63 - 1))
+
+# %% ../nbs/00_base.ipynb #6b7d1cc8
+def seed_host(*numbers:int)->int:
+    "Seeds torch (on the CPU), numpy and Python with a function of the numbers; returns torch's seed."
+    import numpy as np, torch
+    state = generator(*numbers).initial_seed()
+    torch.default_generator.manual_seed(state)
+    np.random.seed(state % 2**32)
+    random.seed(state)
+    return state

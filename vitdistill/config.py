@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
 from .base import VitdistillError, first_line, nearest, shipped, shipped_names, write_atomic
-from .base import from_here, from_root # noqa: F401 (handed on)
 
 # %% ../nbs/01_config.ipynb #b4b0d2aa
 GROUPS = ('student', 'data', 'augmentation', 'teacher', 'objective', 'captions', 'optimization', 'machine', 'record',

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['columns', 'is_locked', 'read_rows', 'moved', 'read_checkpoint', 'read_json', 'read_result', 'Run', 'find_runs',
-           'find_run', 'read_arrays', 'share_images', 'npz_bytes', 'record_path', 'is_outside', 'clean_config',
-           'environment', 'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'resumed', 'write_config',
-           'RunWriter']
+           'find_run', 'read_arrays', 'share_images', 'npz_bytes', 'is_outside', 'clean_config', 'environment',
+           'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'resumed', 'write_config', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, hashlib, io, json, os, platform, shutil, subprocess
@@ -202,12 +201,6 @@ def npz_bytes(arrays:dict)->bytes:
     "Returns the bytes of an npz file."
     np.savez_compressed(file := io.BytesIO(), **arrays)
     return file.getvalue()
-
-# %% ../nbs/05_runs.ipynb #9d550f9f
-def record_path(path:str|Path)->str:
-    "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
-    path = from_root(path)
-    return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
 
 # %% ../nbs/05_runs.ipynb #a60ff40c
 def is_outside(path:str)->bool:

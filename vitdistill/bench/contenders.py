@@ -28,7 +28,7 @@ from ..losses import Batch, criterion
 from ..models.create import create, create_student, student_size
 from ..train.optimize import create_optimizer
 from ..train.ranks import Ranks
-from ..runs import cores
+from ..base import cores
 from ..train.setup import Setup, auto_values, image_device, loading_processes, place_model
 from ..teachers.teacher import load_teacher
 from ..train.step import create_step

@@ -15,9 +15,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, Grayscale, RandomChoice, RandomSolarize
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from ..base import VitdistillError
+from ..base import VitdistillError, seed_host
 from ..config import Config
-from .datasets import seed_host
 from .files import DiskImages, centred
 
 # %% ../../nbs/data/03_augment.ipynb #5a9e485a

@@ -10,7 +10,8 @@ __all__ = ['n_views', 'view_count', 'centre_view', 'expected_views', 'plan_rows'
 import functools, typing
 import torch, torch.nn.functional as F
 from ..config import Config
-from .datasets import DiskImages, flips, generator
+from ..base import generator
+from .datasets import DiskImages, flips
 
 # %% ../../nbs/data/02_views.ipynb #0e0c08cf
 def n_views(padding:int, flip:bool)->int:

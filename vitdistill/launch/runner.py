@@ -22,11 +22,12 @@ from ..base import from_root, nearest, shipped_names
 from ..data.datasets import image_side, labelled_images, load_data
 from ..losses import OBJECTIVES
 from ..tasks.table import task_of
-from ..train import outcome
+from ..train.outcome import record_adopted
 from ..train.live import LiveCurve, in_jupyterlab
 from ..train.ranks import error_of_watchdog, threads_per_rank
 from ..runs import Run, RunWriter, check_folders, find_runs, is_locked
 from ..train.setup import check_settings, resolve, uses_batch_norm
+from ..teachers import answers
 from ..teachers.card import Card, only_match
 from ..teachers.teacher import adopt, seems_untrained, with_members
 from ..track import tracker_names
@@ -315,10 +316,10 @@ def store_answers(
     launch_fill(replace(student, teacher=student_name(config), teacher_kwargs=config.student_kwargs,
                         teacher_weights=str(folder), teacher_size=Card.read(folder).input_size, allow_untrained=weak,
                         teacher_normalization=config.student_normalization), given['nproc'])
-    if config.hub_repo: print('Pushed to the hub:', *outcome.push_memos(config.hub_repo, folder))
+    if config.hub_repo: print('Pushed to the hub:', *answers.push_memos(config.hub_repo, folder))
     if not given['keep_answers']: return
-    answers = outcome.keep_answers(folder, record)
-    print(f'To teach without the weights: teacher_weights = {str(answers)!r}')
+    kept = answers.keep_answers(folder, record)
+    print(f'To teach without the weights: teacher_weights = {str(kept)!r}')
 
 # %% ../../nbs/launch/01_runner.ipynb #a4a44541
 def is_weak(card:Card)->bool: # of a teacher
@@ -345,7 +346,7 @@ def adopt_teacher(
                               'images right, so its head seems untrained: give weights for these classes in this '
                               'order, or --allow-untrained True (-p allow_untrained True) to teach with it anyway.')
     if not (given.get('keep_record') or given.get('keep_answers')): return config, card, None
-    run = outcome.record_adopted(config, folder)
+    run = record_adopted(config, folder)
     if arm: run.add_arm(arm)
     return config, card, run
 

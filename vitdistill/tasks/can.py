@@ -17,9 +17,9 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed, freq_bands
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from ..data.augment import coloured, cropped, crops, normal, uniform
-from ..base import VitdistillError, require
+from ..base import VitdistillError, generator, require
 from ..config import Config
-from ..data.datasets import generator, image_side
+from ..data.datasets import image_side
 from ..losses import OBJECTIVES, Batch, Output, whole_batch, check_range
 from ..models.create import Student, create, student_size
 from ..runs import RunWriter

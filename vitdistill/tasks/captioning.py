@@ -17,10 +17,9 @@ from filelock import FileLock
 from .captions import Captioner, Facts, add_noise, bleu, check_templates, create_decoder, gap
 from .captions import noise_rule
 from .captions import parse_caption, share_right, tokens_of, build_tokenizer, write_captions
-from ..base import VitdistillError, from_here, from_root, shipped, write_atomic
+from ..base import VitdistillError, from_here, from_root, generator, shipped, write_atomic
 from ..config import Config, preset
-from ..data.datasets import Data, digest, generator, image_words, load_data, read_texts, split_rows
-from ..data.datasets import stratified
+from ..data.datasets import Data, digest, image_words, load_data, read_texts, split_rows, stratified
 from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
 from ..deploy.predict import named_images, read_batches

@@ -11,9 +11,8 @@ __all__ = ['TEMPLATES', 'PAD', 'END', 'SMALL', 'add_noise', 'noise_rule', 'gap',
 import re, typing
 import torch, torch.nn.functional as F
 from torch import nn
-from ..base import VitdistillError, nearest, require
+from ..base import VitdistillError, generator, nearest, require
 from ..config import Config
-from ..data.datasets import generator
 from ..models.hub import failure_in_words, without_retries
 
 # %% ../../nbs/tasks/01_captions.ipynb #b29c6e62

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AHEAD', 'PLAN', 'memo_key', 'Memo', 'memo_file', 'create_file', 'other_kind', 'other_key', 'keeps_both_kinds',
-           'layout', 'open_memo', 'write_answers', 'read_answers', 'beside_weights', 'teacher_memo', 'Work',
-           'AnswerSource', 'Online', 'Answers', 'fill', 'break_even', 'memo_in_words', 'student_constants', 'plan_key',
-           'Planned']
+           'layout', 'open_memo', 'write_answers', 'read_answers', 'beside_weights', 'teacher_memo', 'memo_card',
+           'push_memos', 'keep_answers', 'Work', 'AnswerSource', 'Online', 'Answers', 'fill', 'break_even',
+           'memo_in_words', 'student_constants', 'plan_key', 'Planned']
 
 # %% ../../nbs/teachers/02_answers.ipynb #bd37da4a
 import io, json, math, shutil, time, typing
@@ -15,14 +15,14 @@ import numpy as np, PIL, timm, torch, torch.distributed as dist, torchvision
 from filelock import FileLock
 from timm.models import get_pretrained_cfg
 from tqdm import tqdm
-from ..base import VitdistillError, from_root, write_atomic
-from ..config import Config
-from ..data.augment import AUGMENTATIONS
-from ..data.datasets import Data, digest, generator
+from ..base import VitdistillError, from_root, generator, record_path, write_atomic
+from ..config import Config, field_names
+from ..data.datasets import Data, digest
 from ..data.views import Plan, Views, expected_views, plan_rows, view_count
 from ..losses import HardLabel, Logits, criterion, kind_of
-from ..models.hub import MEMO_HEAD
-from .card import answers_head, answers_in, weights_folder
+from ..models.hub import push
+from .card import MEMO_HEAD, Card, answers_head, answers_in, file_hash, memo_head
+from .card import refuse_other_memos, weights_folder
 from .teacher import Absent, Teacher, images_a_second, sample_rows
 
 # %% ../../nbs/teachers/02_answers.ipynb #1d5fcd18
@@ -179,6 +179,68 @@ def teacher_memo(
     folder = beside_weights(config)
     try: return open_memo(folder, key, not config.fold_weights and keeps_both_kinds(folder, key)) # of two teachers, one
     except OSError as e: print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
+
+# %% ../../nbs/teachers/02_answers.ipynb #32cd578b
+def memo_card(file:str|Path)->str: # file: of a memo
+    "Returns a Markdown card that says what a memo holds and how to use it."
+    file, head = Path(file), memo_head(Path(file))
+    memo = open_memo(file.parent, head)
+    rows = '\n'.join(f'| {name.replace("_", " ")} | {value} |' for name, value in head.items())
+    about, others = f"{head['images']:,} training images, each in {head['views']} views of crop and flip", 'views'
+    if 'recipe' in head: # a memo of a plan: `plan_key` keeps epochs and rows under images and views
+        about, others = f"{head['views']:,} rows of a plan in each of {head['images']} epochs", 'plans'
+    return f"""---
+license: apache-2.0
+tags: [distillation, teacher-answers]
+---
+# A teacher's answers: {file.name}
+
+Answers of {head['architecture']} (kind: {type(memo.kind).__name__}) about {about}.
+{memo.known():.1%} of them are known; the others are computed when they are needed.
+
+Keep this file in the folder of the teacher's weights. A student uses it when `teacher_weights` names that folder or
+this repository (`hf-hub:OWNER/MODEL`). It is refused for another teacher, other images or other {others}.
+
+| made for | |
+|---|---|
+{rows}
+"""
+
+# %% ../../nbs/teachers/02_answers.ipynb #a156b2a9
+def push_memos(
+    repository:str,     # the teacher's repository, OWNER/NAME
+    folder:str|Path     # the teacher's folder, with weights, card and memos
+)->list:                # file names of the memos
+    "Uploads a teacher's memos, each with a card; a memo of another teacher is an error before anything is sent."
+    folder = Path(folder)
+    memos = sorted(folder.glob('memo-*.bin'))
+    if not memos:
+        raise VitdistillError(f'{record_path(folder)} holds no memo: train a student of it, or fill one (fill_memo).')
+    refuse_other_memos(folder, record_path(folder))
+    for file in memos: file.with_suffix('.md').write_text(memo_card(file))
+    names = [file.name for file in memos]
+    push(repository, folder, f"memo: {', '.join(names)}", allow_patterns=['memo-*.bin', 'memo-*.md'])
+    return names
+
+# %% ../../nbs/teachers/02_answers.ipynb #0a18c6c2
+def keep_answers(
+    folder:str|Path, # the teacher's folder, with weights, card and a filled memo of hard labels
+    record:str|Path  # folder of the teacher's run record
+)->Path: # record/answers.npz
+    "Writes a teacher's hard labels into its record; `teacher_weights` can name that file where weights are missing."
+    folder = Path(folder)
+    refuse_other_memos(folder, record_path(folder))
+    if not (card := Card.read(folder)):
+        raise VitdistillError(f'{record_path(folder)} has no card.json, which says who answers and what it has seen: '
+                              'write one with `vitdistill.teachers.adopt`.')
+    heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
+    by_view = [head for head in heads if kind_of(head) == HardLabel() and 'recipe' not in head]
+    if len(by_view) != 1:
+        raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view instead of '
+                              'one: fill one (fill_memo), or move the others away.')
+    memo = open_memo(folder, by_view[0])
+    about = dict(card=card.to_dict(), teacher_hash=file_hash(str(folder)))
+    return write_answers(memo, Path(record)/'answers.npz', **about)
 
 # %% ../../nbs/teachers/02_answers.ipynb #9c91654f
 class Work:
@@ -355,7 +417,7 @@ def memo_in_words(answers:Answers, config:Config, rows:torch.Tensor)->str: # row
     return f'memo: {known:.1%} of the answers are known; {cost}'
 
 # %% ../../nbs/teachers/02_answers.ipynb #592e0260
-PLAN = ('seed', 'epochs', 'batch_size', 'mixup', 'cutmix', *AUGMENTATIONS, 'repeats', 'repeats_mode')
+PLAN = 'seed', 'epochs', 'batch_size', *sorted({*field_names(group='augmentation')} - {'whole_image'})
 
 def student_constants(config:Config, data:Data)->list|str: # [mean, std]; the model's name if timm doesn't list it
     "Returns the constants that normalize a student's pixels, since they scale the noise of random erasing."

@@ -8,8 +8,7 @@ __all__ = ['OutOfFold', 'answer_counts', 'drawn_labels', 'label_memo']
 # %% ../../nbs/teachers/03_folds.ipynb #f936aef7
 import typing
 import numpy as np, torch
-from ..base import VitdistillError
-from ..data.datasets import generator
+from ..base import VitdistillError, generator
 from ..data.views import Plan, centre_view
 from .answers import Answers, Memo
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from ..teachers.answers import fill
 from ..data.augment import drawn_mix, mixed, mixed_targets, uniform
-from ..base import VitdistillError, first_line, from_root, no_space
+from ..base import VitdistillError, first_line, from_root, no_space, record_path
 from ..config import Config, load
 from ..losses import Batch, Objective
 from .outcome import finish, student_outcome
@@ -29,7 +29,7 @@ from .optimize import create_optimizer, create_schedule, weight_average
 from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent
 from .ranks import error_of_timeout, has_batch_norm, local_rows, parallel, seed_step
 from .ranks import start_ranks
-from ..runs import Run, RunWriter, record_path
+from ..runs import Run, RunWriter
 from .setup import BaseSetup, Setup, auto_device, compiled, evaluate, loading_processes
 from .setup import prepare, program, resolve
 from .step import TrainingStep, create_step

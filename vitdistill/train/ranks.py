@@ -17,9 +17,8 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils.distributed import world_info_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from ..base import VitdistillError, cores, environment_number
+from ..base import VitdistillError, cores, environment_number, seed_host
 from ..config import Config
-from ..data.datasets import seed_host
 
 # %% ../../nbs/train/01_ranks.ipynb #f958c3ba
 @dataclass(frozen=True)
