@@ -17,7 +17,7 @@ RUN python -c "import torch, torchvision" 2>/dev/null \
  || python -m pip install $(grep -oE '\btorch(vision)?==[0-9.]+' /tmp/settings.ini) --index-url https://download.pytorch.org/whl/cpu
 
 COPY . /opt/vitdistill
-RUN python -m pip install "/opt/vitdistill[notebooks]"
+RUN python -m pip install /opt/vitdistill
 
 WORKDIR /work
 ENTRYPOINT ["vitdistill"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from conftest import ROOT
 
@@ -22,6 +23,7 @@ from vitdistill.runs import find_runs
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
+ENGINE = SETTINGS["requirements"].splitlines()[0].split()  # what training needs of the requirements
 BY_THEMSELVES = {"ipykernel", "ipywidgets", "jupyterlab", "onnxscript", "tensorboard"}  # started, or imported by others
 SMALL_VIT = "{img_size: 32, patch_size: 8, embed_dim: 48, depth: 1, num_heads: 3}"
 
@@ -132,7 +134,7 @@ def test_package_away_from_a_clone(away, tmp_path):
     assert said["root"].startswith("True lr = -1.0 is out of range")
     assert said["grid"] == "True" and "done" in said["analysis"] and said["analysis"].endswith("True")
     assert said["lacking"].endswith("vitdistill demo needs papermill, which is not installed here: "
-                                    "pip install 'vitdistill[notebooks]'.")
+                                    "pip install vitdistill installs what it lacks.")
     mine = tmp_path / "mine"
     assert not list((mine / "out").iterdir()) and not (mine / "reports").exists()  # nothing half-written
 
@@ -184,7 +186,7 @@ def declared(*extras):
 
 
 def test_what_is_imported_is_declared_and_nothing_else():
-    """Modules by the base and the extras; what training imports, by the base alone."""
+    """Modules by the requirements and the extras; what training imports, by the first line of the requirements."""
     extras = [key.removesuffix("_requirements") for key in SETTINGS if key.endswith("_requirements")]
     users = [extra for extra in extras if extra not in ("dev", "docs")]
     folder = ROOT / "vitdistill"  # and the wings below it
@@ -205,7 +207,40 @@ def test_what_is_imported_is_declared_and_nothing_else():
     reached = {name.removeprefix("vitdistill.") for name in loaded if name.startswith("vitdistill.")}
     reached = {name if name in modules else f"{name}.__init__" for name in reached}
     heads = [node for name in reached for node in modules[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert len(reached) > 10 and distributions(imports(ast.Module(heads, []))) <= declared("")
+    assert len(reached) > 10 and distributions(imports(ast.Module(heads, []))) <= set(map(normal, ENGINE))
+
+
+ABSENT = """
+import sys
+for name in {names}: sys.modules[name] = None  # an import fails, as if the package were not installed
+"""
+
+
+def test_training_needs_the_engine_alone(tmp_path):
+    """Where a machine carries its own torch (pip install --no-deps): launcher, ranks, prediction, and what lacks says so."""
+    others = {normal(name) for name in SETTINGS["requirements"].split()} - set(map(normal, ENGINE))
+    names = [module for module, packages in packages_distributions().items() if normal(packages[0]) in others]
+    assert {"papermill", "seaborn", "matplotlib", "scipy", "sklearn", "jinja2"} <= set(names)
+    (tmp_path / "sitecustomize.py").write_text(ABSENT.format(names=names))
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    for part, images in dict(train=10, val=5).items():
+        for label, colour in dict(dark=40, light=200).items():
+            (folder := tmp_path / "own" / part / label).mkdir(parents=True)
+            for number in range(images):
+                Image.new("RGB", (32, 32), (colour + number, colour, colour)).save(folder / f"{number}.png")
+
+    def run(*words):
+        return subprocess.run([sys.executable, *cli(*words)], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    fields = dict(dataset="imagefolder", data_root="own", image_size=32, student="resnet18", epochs=1, batch_size=10,
+                  val_fraction=0, runs_dir="runs", work_dir="work")
+    words = [word for name, value in fields.items() for word in (f"--{name}", f"{value}")]
+    trained = run("train", "--config", "demo:baseline", *words)
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    predicted = run("predict", next(tmp_path.glob("work/*/model")), "own/val")
+    assert predicted.returncode == 0 and len(predicted.stdout.splitlines()) == 11, predicted.stderr[-2000:]
+    lacks = run("distill", "own", "--out", "out")
+    assert lacks.returncode == 1 and "which is not installed here: pip install vitdistill" in lacks.stderr
 
 
 def test_version_is_said_once():

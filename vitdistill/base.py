@@ -51,14 +51,14 @@ def first_line(error:Exception)->str:
 # %% ../nbs/00_base.ipynb #f96006a2
 def require(
     package:str,
-    extra:str,      # the extra of this package that installs it
+    extra:str='',   # the extra of this package that installs it; '': installed with the package itself
     who:str='this', # what needs the package: the start of the message
     instead:str='', # another way out: the end of the message
 )->None:
-    "Raises `VitdistillError` if a package is not installed; the message names the extra that installs it."
+    "Raises `VitdistillError` if a package is not installed; the message says which command installs it."
     if not importlib.util.find_spec(package):
-        raise VitdistillError(f'{who} needs the package {package}, which is not installed: '
-                              f"pip install 'vitdistill[{extra}]'{instead}.")
+        name = f"'vitdistill[{extra}]'" if extra else 'vitdistill'
+        raise VitdistillError(f'{who} needs the package {package}, which is not installed: pip install {name}{instead}.')
 
 # %% ../nbs/00_base.ipynb #f3df4802
 _package = Path(globals().get('__file__', 'here')).resolve().parent # in a notebook: the folder of the notebooks

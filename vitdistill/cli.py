@@ -405,7 +405,7 @@ COMMANDS = {command.__name__: command for command in (demo, distill, predict, ca
 
 # %% ../nbs/07_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:
-    "Runs the command line; an error is one sentence, and a missing library is named with its extra."
+    "Runs the command line; an error is one sentence, and a missing library is named."
     words = sys.argv[1:] if words is None else words
     print_any_text()
     lines = [f'  {name:9}{inspect.getdoc(command)}' for name, command in COMMANDS.items()]
@@ -427,7 +427,7 @@ def main(words:list[str]|None=None)->int:
     except VitdistillError as e: sys.exit(f'{e}')
     except ModuleNotFoundError as e:
         sys.exit(f'vitdistill {name} needs {e.name}, which is not installed here: '
-                 "pip install 'vitdistill[notebooks]'.")
+                 'pip install vitdistill installs what it lacks.')
     except KeyboardInterrupt as e:
         print(e, file=sys.stderr)
         return 130

@@ -236,7 +236,7 @@ def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n shuffled 
 # %% ../../nbs/data/01_datasets.ipynb #d612c32a
 def load_digits()->Data:
     "Loads the UCI handwritten digits at 32x32 RGB: 1,438 for training and 359 for test, stratified and fixed."
-    require('sklearn', 'notebooks', "dataset = 'digits'")
+    require('sklearn', who="dataset = 'digits'")
     from sklearn.datasets import load_digits
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float()[:, None]*(255/16)

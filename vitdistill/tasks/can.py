@@ -326,7 +326,7 @@ def refuse_unfit(
     if (built := config.student_kwargs.get('img_size', size)) != size:
         raise VitdistillError(f'student_kwargs build a transformer for {built} px, and it would see {size} px: '
                               f'pre-training has a position for each patch, so set img_size to {size}.')
-    require('sklearn', 'notebooks', 'the probe of a pre-trained encoder')
+    require('sklearn', who='the probe of a pre-trained encoder')
 
 
 # %% ../../nbs/tasks/00_can.ipynb #604c1c7b
