@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'class_recalls',
-           'balanced_accuracy', 'is_unbalanced', 'accuracies', 'trained_out', 'advice', 'in_words', 'show', 'train_all',
-           'images_of_job', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo',
-           'small_head']
+           'balanced_accuracy', 'is_unbalanced', 'accuracies', 'trained_out', 'advice', 'in_words', 'findings',
+           'page_of', 'show', 'train_all', 'images_of_job', 'command_of', 'distill', 'save', 'class_orders',
+           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
-import contextlib, json, math, os, shlex, tempfile
+import contextlib, inspect, json, math, os, shlex, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,8 @@ from .launch.images import seconds_an_image, student_fields, study_of
 from .launch.images import teacher_part, with_precision, with_test, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, find_runs
-from .study.compare import Comparison, draw_curves, finished_runs, load, points, write
+from .study.compare import Comparison, draw_curves, finished_runs, load, points
+from .study.job import Page, write_job
 from .study.results import read_predictions, teacher_calls
 
 # %% ../nbs/06_api.ipynb #63aaaca9
@@ -102,6 +103,7 @@ class Distilled:
     study:Path  # its file
     out:Path    # its folder
     def pictures(self, most:int=8): return draw_test_images(self, most) # -> a matplotlib figure
+    def show(self)->Page: return Page(page_of(self)) # all that the job's page holds, in a notebook
     def __str__(self): return in_words(self)
     @property
     def comparison(self)->Comparison: return load(self.study)
@@ -220,18 +222,30 @@ def in_words(result:Distilled)->str:
     for row in rows.itertuples():
         of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
         lines.append(f'{row.Index:8} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
+    return '\n'.join([*lines, *findings(result)])
+
+def findings(result:Distilled)->list[str]:
+    "Returns the differences between the students, and what they can't tell: a sentence each."
+    lines = []
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
         seeds = '; another seed may differ by more' if row.seeds < 2 else ''
         lines.append(points(row) + (seeds if sure else ': this may be chance'))
-    return '\n'.join([*lines, *advice(result)])
+    return [*lines, *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
+def page_of(result:Distilled, costs:pd.DataFrame=None, caption:str='')->Path: # as `write_job` takes them
+    "Writes the page of a job; returns its path."
+    runs = result.runs()
+    folders = {name: result.folder(name) for name, some in runs.items() if some}
+    return write_job(result.comparison, result.out, [*runs['teacher'].values()], folders, findings(result), costs,
+                     caption)
+
 def show(result:Distilled)->None:
     "Prints the result of a job, writes its page, and links its models; nothing if no run has ended."
     done = [name for name, runs in result.runs().items() if runs]
     if not done: return
-    print(f'\n{result}\npage: {write(result.comparison, result.out, [str(result)])}', flush=True)
+    print(f'\n{result}\npage: {page_of(result)}', flush=True)
     print('models:', *(shlex.quote(str(result.folder(name))) for name in done), flush=True)
     print(f'use one: vitdistill predict {shlex.quote(str(result.folder(done[-1])))} IMAGES', flush=True)
 
@@ -270,6 +284,20 @@ def images_of_job(
         images = look(replace(recipe, val_fraction=fraction), drawn=root != data)
     return replace(images, root=data if root == data else out/'data'), fields
 
+# %% ../nbs/06_api.ipynb #448d041f
+def command_of(
+    job:Callable, # `distill`
+    given:dict    # its arguments, name -> value; fields: further ones
+)->str:
+    "Returns the command line of a job, with what differs from the defaults."
+    usual = {name: about.default for name, about in inspect.signature(job).parameters.items()}
+    words = ['vitdistill', 'distill', str(given['data'])]
+    for name, value in (given | given['fields']).items():
+        if name in ('data', 'fields', 'dry_run') or value is None or value == usual.get(name): continue
+        text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)
+
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
@@ -287,6 +315,7 @@ def distill(
     **fields                        # fields of Config, such as distillation='hard'
 )->Distilled|None:                  # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
+    command = command_of(distill, locals())
     data, out, gpu = from_here(data), from_here(out or default_place('out/mine')), torch.cuda.is_available()
     students = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
     for name in students:
@@ -316,6 +345,7 @@ def distill(
           flush=True)
     given = dict(preset=preset, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given, more)
+    study['about'] = dict(images=f'{images} {few}'.strip(), command=command)
     check_cells(cells := study_cells(Study(out.name, **study)))
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)

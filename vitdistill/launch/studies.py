@@ -37,6 +37,7 @@ class Study:
     published:dict = field(default_factory=dict) # arm -> accuracy in a paper, a fraction
     choose:dict = field(default_factory=dict)   # field (of `vary`), by (a number of result.json such as val_top1)
     measure:str = 'test_top1'                   # number of result.json that is compared
+    about:dict = field(default_factory=dict)    # of a job: images and command, in words, for its page
     def __post_init__(self): # 'study/arm' and a list of these become {arms: [study/arm, ...]}
         for f in fields(self): setattr(self, f.name, plain_value(getattr(self, f.name)))
         for parts in (self.teachers, self.arms):

@@ -281,7 +281,11 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
     ax.set(xlabel=f'points of {comparison.measured}{minus}\n{about}', title=comparison.study.title)
     return fig
 
-def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn; -> a figure; None without epochs
+def draw_curves(
+    comparison:Comparison,
+    most:int=7,      # arms that are drawn
+    colors:dict={}   # arm -> colour; others get the next one
+): # -> a figure; None without epochs
     "Draws the mean test accuracy of each arm by epoch, with the range of its seeds; the baseline, then the best."
     def shown(runs): return [*finished_runs(runs).values()] or runs # an unfinished seed would cut the mean
     drawn = {arm: curves(shown(runs)).dropna(subset=['test_top1']) for arm, runs in comparison.arms.items()}
@@ -293,7 +297,7 @@ def draw_curves(comparison:Comparison, most:int=7): # most: arms that are drawn;
     base = comparison.study.baseline
     means = {arm: mean for arm, mean in means.items() if len(mean)} # the others' seeds have no epoch in common
     for arm in sorted(means, key=lambda arm: (arm != base, -means[arm].iloc[-1]))[:most]:
-        line, = ax.plot(means[arm].index, means[arm], label=arm)
+        line, = ax.plot(means[arm].index, means[arm], label=arm, color=colors.get(arm))
         ends = drawn[arm].groupby('epoch').test_top1.agg(['min', 'max']).loc[means[arm].index]
         ax.fill_between(ends.index, ends['min'], ends['max'], color=line.get_color(), alpha=.15, linewidth=0)
     if means: ax.legend(fontsize='small')

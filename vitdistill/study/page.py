@@ -61,9 +61,15 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; borde
 figure { margin: 1.5rem 0 2.2rem; overflow-x: auto; break-inside: avoid }
 img { box-sizing: border-box; width: 100%; min-width: 36rem; padding: .5rem; background: #fff; border-radius: 6px }
 figcaption { margin: .5rem 0; opacity: .8; font-size: .9rem; white-space: pre-line }
+pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; padding: 0;
+  list-style: none; font-size: .85rem; line-height: 1.35; overflow-wrap: anywhere }
+.images img, .images span { display: block; width: 9rem; max-width: 100%; min-width: 0; padding: 0;
+  margin-bottom: .3rem; border-radius: 4px }
+.images span { padding: 3rem 0; text-align: center; border: 1px solid #8886 }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8886 }
-td { white-space: nowrap }
+td { white-space: nowrap } .wrap td { white-space: normal; min-width: 4.5rem; max-width: 22rem }
 @media print { body { max-width: none; font-size: 10pt } nav, .links { display: none } a { color: inherit }
   img { width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm } figure { overflow: visible }
   table { font-size: 7.5pt } td { white-space: normal } tr { break-inside: avoid } }
@@ -72,12 +78,17 @@ td { white-space: nowrap }
 <nav>{% for name in parts %}<a href="#{{ name|replace(' ', '-') }}">{{ name }}</a>{% endfor %}</nav>
 {% for name, items in parts.items() %}<section id="{{ name|replace(' ', '-') }}"><h2>{{ name }}</h2>
 {% for it in items %}<figure{{ dict(id=it.id)|xmlattr }}>
-{% if it.picture %}<img alt="{{ it.caption }}" src="data:image/svg+xml;base64,{{ it.picture }}">{% endif %}
+{% if it.picture %}<img alt="{{ it.caption }}"
+{% if it.width %}style="max-width: {{ it.width }}px; min-width: {{ it.width*6//10 }}px" {% endif -%}
+src="data:image/svg+xml;base64,{{ it.picture }}">{% endif %}
+{% if it.caption or it.links -%}
 <figcaption>{{ it.caption }} <span class="links">{% for name, address in it.links.items() -%}
-{{ ' · ' if not loop.first }}<a href="{{ address }}">{{ name }}</a>{% endfor %}</span></figcaption>
-{% if it.head %}<table><thead><tr>{% for cell in it.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{{ ' · ' if not loop.first }}<a href="{{ address }}">{{ name }}</a>{% endfor %}</span></figcaption>{% endif %}
+{{ it.html or '' }}{% if it.folded %}<details><summary>{{ it.folded }}</summary>{% endif %}
+{% if it.head %}<table{{ ' class="wrap"'|safe if it.wrap }}>
+<thead><tr>{% for cell in it.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in it.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</tbody></table>{% endif %}
+</tbody></table>{% endif %}{% if it.folded %}</details>{% endif %}
 </figure>{% endfor %}</section>{% else %}<p>Nothing here yet.</p>{% endfor %}
 </body></html>
 """
