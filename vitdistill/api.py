@@ -21,6 +21,7 @@ from .base import VitdistillError, default_place, from_here, stoppable
 from .config import field_names, from_dict, plain_value, preset as config_of_preset
 from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
+from .data.labels import table_parts
 from .data.views import plan_rows
 from .models.hub import weights_place
 from .losses import Batch, TopK, criterion
@@ -269,19 +270,21 @@ def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
     preset:str,
     fields:dict,         # of Config, that the user gives
-    dry_run:bool         # whether to leave no file behind
+    dry_run:bool,        # whether to leave no file behind
+    labels:Path=None     # table of labels; None: the folders name the classes
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
-        root = with_test(data, out if kept else Path(draft))
+        root = with_test(data, out if kept else Path(draft), labels)
         about = {*field_names(group='data'), *field_names(group='augmentation')}
         of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
         if check_dataset(recipe.dataset).side: fields = fields | dict(dataset='imagefolder') # of one for digits
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
         if (fraction := fitting_fraction(recipe)) != recipe.val_fraction: fields = fields | dict(val_fraction=fraction)
-        images = look(replace(recipe, val_fraction=fraction), drawn=root != data)
+        drawn = root != data and not (labels and table_parts(labels))
+        images = look(replace(recipe, val_fraction=fraction), drawn)
     return replace(images, root=data if root == data else out/'data'), fields
 
 # %% ../nbs/06_api.ipynb #448d041f
@@ -311,6 +314,7 @@ def distill(
     teacher_size:int|str='auto',    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
     teacher_name:str='',            # architecture of a file of weights; '': the file's name up to its first dot
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
+    labels:str|Path='',             # CSV with columns file (from data) and class, or part too: train, val or test
     dry_run:bool=False,             # only say what is there and what it will take
     **fields                        # fields of Config, such as distillation='hard'
 )->Distilled|None:                  # None after a dry run
@@ -324,7 +328,7 @@ def distill(
     if len(students) > 1 and (alone := next(filter(fields.get, ('student_weights', 'student_kwargs')), None)):
         raise VitdistillError(f"{alone} = {fields[alone]!r} is for one student, and this job has "
                               f"{', '.join(students)}: leave it out, or give each of them a folder of its own as out.")
-    images, fields = images_of_job(data, out, preset, fields, dry_run)
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels))
     print(images, flush=True)
     if few := few_test_images(images.test): print(few, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing

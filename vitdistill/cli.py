@@ -78,7 +78,8 @@ def typed_places(given:dict)->dict: # name -> value, of fields of Config and of 
     "Returns the same with paths that start at the working folder, where the user typed them, as a config keeps them."
     def place(name, value):
         if not isinstance(value, str) or not value or value.startswith('hf-hub:'): return value
-        of_files = name in ('data_root', 'runs_dir', 'work_dir', 'weights', 'texts') or name.endswith('_weights')
+        files = 'data_root', 'labels', 'runs_dir', 'work_dir', 'weights', 'texts'
+        of_files = name in files or name.endswith('_weights')
         may_be_files = name in ('clip', 'clip_pretrained', 'decoder') # or names of models
         return typed_path(value) if of_files or may_be_files and from_here(value).exists() else value
     return {name: place(name, value) for name, value in given.items()}

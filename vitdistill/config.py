@@ -72,6 +72,7 @@ class DataFields:
     "The data and their numbered views."
     dataset:str=_data('cifar100', shared=True, split=True) # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
     data_root:str=_data('', hashed=False, shared=True) # folder or file of the data; '': $VITDISTILL_DATA or a download
+    labels:str=_data('', hashed=False, shared=True) # CSV with columns file and class (and part) for a folder of images
     data_fraction:float=_data(1., '(0, 1]', shared=True, split=True) # share of the training images used, class-balanced
     val_fraction:float=_data(.1, '[0, 1)', split=True) # share of the training images to hold out, class-balanced
     val_rows:str=_data('', split=True) # 'start:stop': hold out these training images instead of a random share

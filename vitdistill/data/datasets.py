@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'digest', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side', 'data_root',
            'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified', 'load_digits',
-           'list_images', 'image_lines', 'load_images', 'labelled_images', 'load_data', 'fingerprint', 'image_words',
-           'read_texts', 'text_marks', 'refuse_texts', 'held_out', 'fold_rows', 'split_rows']
+           'refuse_labels', 'labelled_files', 'list_images', 'image_lines', 'load_images', 'labelled_images',
+           'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks', 'refuse_texts', 'held_out',
+           'fold_rows', 'split_rows']
 
 # %% ../../nbs/data/01_datasets.ipynb #86df81f7
 import functools, hashlib, io, itertools, math, os, pickle, re, tempfile, typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from ..base import VitdistillError, cgroup_limit, first_line, from_root, generator, nearest, require
 from ..config import Config
 from .files import DiskImages, broken_in_words, image_files, in_folders, left_out_in_words
-from .files import printable, say_once, without_broken
+from .files import fit_together, printable, say_once, some_rows, without_broken
+from .labels import in_table
 
 # %% ../../nbs/data/01_datasets.ipynb #01d19e57
 def digest(parts:typing.Iterable)->str: # str, bytes or tensors
@@ -247,10 +249,44 @@ def load_digits()->Data:
     classes = [str(c) for c in range(10)]
     return Data('digits', images[train], labels[train], images[test], labels[test], classes)
 
+# %% ../../nbs/data/01_datasets.ipynb #9908d576
+def refuse_labels(config:Config)->None:
+    "Raises `VitdistillError` if a config has labels in a table and a dataset that has its own."
+    if config.labels and config.dataset != 'imagefolder':
+        raise VitdistillError(f'labels = {config.labels!r} is for a folder of images, and dataset = '
+                              f"{config.dataset!r} has labels of its own: set dataset to 'imagefolder', or leave "
+                              'labels out.')
+
+def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
+    rows = stratified(torch.tensor([label for *_, label in files.files]), .2, seed=0)
+    train, test = (some_rows(files, part.tolist()) for part in rows)
+    tested = {label for *_, label in test.files}
+    if few := [name for label, name in enumerate(files.classes) if label not in tested]:
+        raise VitdistillError(f"{table}: {', '.join(few[:5])}: too few images to set a fifth of them aside as test "
+                              'images: give each class five or more, or name parts in a column part.')
+    return dict(train=train, test=test)
+
+def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
+    "Lists the images that a config's table of labels names; parts that do not fit raise a `VitdistillError`."
+    refuse_labels(config)
+    table, notes = printable(config.labels), []
+    if not config.data_root:
+        raise VitdistillError(f'labels = {config.labels!r}: name the folder of images as data_root.')
+    parts = in_table(from_root(config.data_root), from_root(config.labels))
+    if '' in parts: parts = _set_aside(parts[''], table)
+    lacks = 'train' if 'train' not in parts else 'val or test' if len(parts) < 2 else ''
+    if lacks:
+        raise VitdistillError(f'{table} has no line of part {lacks}: mark some, or leave the column part out, so that '
+                              'a fifth of each class is set aside.')
+    if len(parts) == 3:
+        notes = [f"{table}: val is the test set; {len(parts['test']):,} images of part test are not used."]
+    train, test = replace(parts['train'], notes=notes), parts.get('val') or parts['test']
+    return fit_together(config, table, 'images for training and for the test', train, test)
+
 # %% ../../nbs/data/01_datasets.ipynb #7fddc277
 def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
     row = check_dataset(config.dataset)
-    return image_files(config, row.package, row.needs)
+    return labelled_files(config) if config.labels else image_files(config, row.package, row.needs)
 
 def _say(place, *parts): # prints which folders are the classes, and what was left out
     for note in parts[0].notes: say_once(note)
@@ -273,6 +309,7 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."
     parts = _images(config).values()
     yield f'{_reading(config, *parts)}\n'.encode()
+    if config.labels: yield '\n'.join([*parts][0].classes).encode() # folders have them in the names of files
     for images in parts:
         for path, size, label in images.files: yield os.fsencode(f'{path} {size} {label}\n')
 
@@ -317,12 +354,14 @@ def labelled_images(
 # %% ../../nbs/data/01_datasets.ipynb #2f794f03
 def load_data(config:Config)->Data:
     "Loads the dataset of a config; a missing or damaged one raises a `VitdistillError`."
+    refuse_labels(config)
     image_side(config)
     return check_dataset(config.dataset).load(config)
 
 # %% ../../nbs/data/01_datasets.ipynb #bdccab32
 def fingerprint(config:Config)->str:
     "Returns a hash of the dataset's files (CIFAR: their bytes; images: names and sizes): sixteen hexadecimal digits."
+    refuse_labels(config)
     image_side(config)
     return digest(itertools.chain([config.dataset], check_dataset(config.dataset).marks(config)))
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', 'say_once', 'Found', 'file_size', 'files_below',
-           'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles',
+           'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles', 'some_rows',
            'left_out_in_words', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of',
-           'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded', 'read_image', 'unreadable',
-           'broken_in_words', 'refuse_broken', 'without_broken', 'DiskImages']
+           'fit_together', 'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded', 'read_image',
+           'unreadable', 'broken_in_words', 'refuse_broken', 'without_broken', 'DiskImages']
 
 # %% ../../nbs/data/00_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, itertools, json, os, posixpath, re, sys, tarfile, typing
@@ -201,6 +201,10 @@ class ImageFiles:
         path = f'{self.root}/{self.files[row][0]}'
         return printable(os.path.realpath(path) if os.path.islink(path) else path)
 
+def some_rows(files:ImageFiles, rows:list)->ImageFiles: # rows: numbers of images
+    "Returns some of the images, in this order."
+    return replace(files, files=[files.files[row] for row in rows], opener=lambda row: files.opener(rows[row]))
+
 def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
     "Returns what was left out of splits and how often, the most frequent first."
     left_out = sum((part.left_out for part in parts), collections.Counter())
@@ -360,6 +364,23 @@ def classes_of(
         notes.append(f'{place}: no test image of {named(absent)}: their accuracy is not measured.')
     return classes, notes
 
+# %% ../../nbs/data/00_files.ipynb #75b1c4ad
+def fit_together(
+    config:Config, place:str, # place: of the images, for messages
+    needs:str,                # the files that are needed, for the error message
+    train:ImageFiles, test:ImageFiles
+)->dict: # {'train': ImageFiles, 'test': ImageFiles}
+    "Returns the two parts of a dataset with their classes; parts that do not fit raise a `VitdistillError`."
+    if config.skip_broken: train, test = without_broken(train), without_broken(test)
+    why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
+    if not (train and test):
+        raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
+    classes, notes = classes_of(place, train, test, why)
+    if len(classes) < 2:
+        raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '
+                              'folders in folders, class_folder says which one is the class.')
+    return {'train': replace(train, classes=classes, notes=train.notes + notes), 'test': test}
+
 # %% ../../nbs/data/00_files.ipynb #5af99a0d
 TESTS = 'val', 'validation', 'valid', 'test' # splits of test images; the first one that is there is used
 
@@ -393,15 +414,7 @@ def image_files(
     except Exception as e: # each library has its own errors
         why = first_line(e).partition('. You can use download=')[0] # no option of ours
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
-    if config.skip_broken: train, test = without_broken(train), without_broken(test)
-    why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
-    if not (train and test):
-        raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
-    classes, notes = classes_of(place, train, test, why)
-    if len(classes) < 2:
-        raise VitdistillError(f'{place}: all images are of one class, {classes[0]!r}{why}: give two or more; of '
-                              'folders in folders, class_folder says which one is the class.')
-    return {'train': replace(train, classes=classes, notes=train.notes + notes), 'test': test}
+    return fit_together(config, place, needs, train, test)
 
 # %% ../../nbs/data/00_files.ipynb #93311deb
 def centred(
@@ -523,8 +536,7 @@ def without_broken(files:ImageFiles)->ImageFiles:
     if key not in _unreadable: _unreadable[key] = unreadable(files, range(len(files)))
     if not (wrong := _unreadable[key]): return files
     kept = [row for row in range(len(files)) if row not in wrong]
-    return replace(files, files=[files.files[row] for row in kept], opener=lambda row: files.opener(kept[row]),
-                   broken={files.path(row): why for row, why in wrong.items()})
+    return replace(some_rows(files, kept), broken={files.path(row): why for row, why in wrong.items()})
 
 # %% ../../nbs/data/00_files.ipynb #0641a0f2
 class DiskImages:
