@@ -80,7 +80,7 @@ def typed_places(given:dict)->dict: # name -> value, of fields of Config and of 
         if not isinstance(value, str) or not value or value.startswith('hf-hub:'): return value
         files = 'data_root', 'labels', 'runs_dir', 'work_dir', 'weights', 'texts'
         of_files = name in files or name.endswith('_weights')
-        may_be_files = name in ('clip', 'clip_pretrained', 'decoder') # or names of models
+        may_be_files = name in ('clip', 'clip_pretrained', 'decoder', 'unlabelled') # or names of models, or rows
         return typed_path(value) if of_files or may_be_files and from_here(value).exists() else value
     return {name: place(name, value) for name, value in given.items()}
 
@@ -177,6 +177,7 @@ def pair(
         return dict(notebook=notebook) | {name: value for name, value in given.items() if name in names} | more
     begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
     another = {'out_of_fold', 'teacher_data_fraction', *field_names(group='teacher')} & given.keys() # than that one
+    another -= {'unlabelled', 'unlabelled_share'}
     arms = dict(plain=part('e01_baseline_resnet50', 'teacher'),
                 taught=part('e02_distilled_resnet50', **{} if another else dict(teacher='teacher')))
     if deit: arms['deit'] = part('e03_deit_from_regnet', 'student', 'teacher') # it finds or trains its own teacher

@@ -116,6 +116,8 @@ class TeacherFields:
     memo:bool=_teacher(True, hashed=False) # store the teacher's answer to each view of an image, and reuse it
     plan_memo:bool=_teacher(False, hashed=False) # also store answers to mixed or augmented images, by epoch and row
     memo_temperatures:list=_teacher(list, hashed=False) # temperatures kept in stored soft_top_k answers; []: this run's
+    unlabelled:str=_teacher('', hashed=False) # images without labels: a folder, or 'start:stop' of the training images
+    unlabelled_share:float=_teacher(.5, '(0, 1]') # share of each batch that is unlabelled, where there are such images
 
 @dataclass(frozen=True)
 class ObjectiveFields:
@@ -205,6 +207,7 @@ class FoundFields:
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
+    unlabelled_hash:str=_found('', teaching=True) # hash of the rows or files of unlabelled images
     auto:list=_found(list, hashed=False) # fields that were 'auto' before `resolve`
 
 # %% ../nbs/01_config.ipynb #de604553

@@ -8,7 +8,8 @@ __all__ = ['FP16_MOST', 'term_weight', 'OBJECTIVES', 'HardLabel', 'fitting_fp16'
            'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'Labels', 'check_range', 'BinaryLabels',
            'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation',
            'StandardizedDistillation', 'RelationalDistillation', 'RefinedDistillation', 'DecorrelatedDistillation',
-           'EntropyDistillation', 'criterion', 'Output', 'Objective']
+           'EntropyDistillation', 'named_objective', 'answer_kind', 'refuse_unlabelled', 'criterion', 'Output',
+           'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import functools, inspect, math, typing
@@ -224,7 +225,7 @@ class Batch(typing.NamedTuple):
     "A rank's images in one step, with targets and teacher answers, on the device and in the plan's order."
     pixels:torch.Tensor      # (B, 3, S, S) float32, normalized; several copies: all first ones, then all second ones;
                              # or (2, B) int64, the rows and views that a captured step cuts
-    targets:torch.Tensor     # (B,) int64, or (B, C) shares of the classes in mixed images
+    targets:torch.Tensor     # (B,) int64, -1 without a label; or (B, C) shares of the classes in mixed images
     answer:torch.Tensor=None # teacher's answers, as `wants.make` returns them
     epoch:int=0              # from 0, for terms that warm up
     weight:float=1.          # of this rank's loss: world * n_local / n_global; 0: its row fills in for a missing one
@@ -239,6 +240,10 @@ class Labels(nn.Module):
     needs_two = False # True: a batch needs at least two images
     compiles = True # may run under torch.compile; False: for instance because it would be recompiled in each epoch
     token = 'auto' # token whose head learns the teacher's answers: class, distillation; auto: the last one
+    needs_label = False # True: the teacher's term needs the label of each image
+    partly = False # True: some images have no label; their part of the loss of labels is 0
+    @classmethod
+    def kind(cls, config:Config): return cls.wants # kind of answer that this config's objective needs
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
@@ -253,8 +258,15 @@ class Labels(nn.Module):
         return student
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # either may be wrapped by DDP or compiled
         return Objective(student, criterion)
-    def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
-        return sum(F.cross_entropy(z.float(), targets, label_smoothing=self.label_smoothing) for z in heads)/len(heads)
+    def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor: # mean over all rows, unlabelled ones too
+        smoothing = dict(label_smoothing=self.label_smoothing)
+        if self.partly and targets.ndim == 2: # rows sum to the share of an image that has labels
+            spread = targets.sum(-1, keepdim=True)/targets.shape[-1]
+            targets, smoothing = targets + self.label_smoothing*(spread - targets), {}
+        elif self.partly:
+            losses = (F.cross_entropy(z.float(), targets, ignore_index=-1, reduction='sum', **smoothing) for z in heads)
+            return sum(losses)/(len(targets)*len(heads))
+        return sum(F.cross_entropy(z.float(), targets, **smoothing) for z in heads)/len(heads)
     def forward(self, heads:tuple, batch:Batch)->tuple: # heads: logits (B, C) of one, or of (class, distillation)
         label = self.label_loss(heads, batch.targets)
         return label, dict(label=label)
@@ -313,6 +325,10 @@ class SoftDistillation(SwitchedDistillationLoss):
             raise VitdistillError(f'temperature = {temperature} is not in memo_temperatures = {list(kept)}: add it '
                                   '(this starts another memo), or leave memo_temperatures out.')
         self.wants = TopK(soft_top_k, kept) if soft_top_k else Logits()
+    @classmethod
+    def kind(cls, config):
+        kept = tuple(map(float, config.memo_temperatures)) or (config.temperature,)
+        return TopK(config.soft_top_k, kept) if config.soft_top_k else Logits()
     def term(self, logits, batch):
         return soft_loss(logits, batch.answer, self.temperature, self.kl_reduction, self.wants)
 
@@ -331,7 +347,7 @@ class HardAndSoftDistillation(SoftDistillation):
 # %% ../nbs/03_losses.ipynb #27d8b0e4
 class DecoupledDistillation(SwitchedDistillationLoss):
     "Cross-entropy, and DKD with a linear warm-up (Zhao et al. 2022; weights and ramp of its CIFAR-100 recipe)."
-    wants, compiles = Logits(), False
+    wants, compiles, needs_label = Logits(), False, True
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         target_weight:float=1., # the paper's alpha, >= 0: weight of the label against the others
         others_weight:float=8., # the paper's beta, >= 0: weight of the distribution among the others
@@ -418,12 +434,32 @@ OBJECTIVES = {'none': Labels, 'bce': BinaryLabels, 'hard': SwitchedDistillationL
               'dkd': DecoupledDistillation, 'standardized': StandardizedDistillation, 'dist': RelationalDistillation,
               'rld': RefinedDistillation, 'rsd': DecorrelatedDistillation, 'entropy': EntropyDistillation}
 
+def named_objective(config:Config)->type:
+    "Returns the class of a config's objective; an unknown name is a `VitdistillError`."
+    if (name := config.distillation) in OBJECTIVES: return OBJECTIVES[name]
+    raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, OBJECTIVES)}')
+
+def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without a teacher
+    "Returns the kind of answer that a config's objective needs."
+    objective = named_objective(config)
+    return None if objective.wants is None else objective.kind(config)
+
+def refuse_unlabelled(config:Config)->None:
+    "Raises `VitdistillError` if the config's objective can't use its images without labels."
+    if not config.unlabelled: return
+    objective, name = named_objective(config), config.distillation
+    if objective.wants is None:
+        raise VitdistillError(f'unlabelled = {config.unlabelled!r} has no labels, and distillation = {name!r} has no '
+                              "teacher to answer instead: leave unlabelled out, or take one that has, such as 'soft'.")
+    if objective.needs_label:
+        raise VitdistillError(f'unlabelled = {config.unlabelled!r} has no labels, and distillation = {name!r} needs '
+                              "the label of each image: leave unlabelled out, or take 'soft'.")
+
+# %% ../nbs/03_losses.ipynb #005a0d63
 def criterion(config:Config)->nn.Module:
     "Returns the objective that a config names; raises `VitdistillError` if name, arguments or teacher do not fit."
     name, given = config.distillation, config.objective_kwargs
-    if name not in OBJECTIVES:
-        raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, OBJECTIVES)}')
-    arguments = inspect.signature(OBJECTIVES[name]).parameters
+    arguments = inspect.signature(named_objective(config)).parameters
     settings = {*field_names()} - {*field_names(group='captions')} # an objective's decoder is not theirs
     fields, own = ([a for a in arguments if (a in settings) == known] for known in (True, False))
     if unknown := [argument for argument in given if argument not in own]:
@@ -435,7 +471,8 @@ def criterion(config:Config)->nn.Module:
         more = f' or memo_temperatures = {config.memo_temperatures}' if config.memo_temperatures else ''
         raise VitdistillError(f'objective_kwargs = {given}{more} has a value of a type that {name!r} does not take '
                               f'({first_line(e)}): give numbers, or lists of them.') from None
-    made.token = config.token
+    refuse_unlabelled(config)
+    made.token, made.partly = config.token, bool(config.unlabelled)
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '
                               "or set distillation = 'none'.")

@@ -214,7 +214,8 @@ def clean_config(
 )->dict:
     "Returns the values of a config without a machine's paths."
     teachers = [name for name in ('teacher_weights', 'fold_weights') if values.get(name)]
-    hashes = dict(zip(teachers, values.get('teacher_hash', '').split('+')), student_weights=values.get('weights_hash'))
+    hashes = dict(zip(teachers, values.get('teacher_hash', '').split('+')), student_weights=values.get('weights_hash'),
+                  unlabelled=values.get('unlabelled_hash'))
     usual = {name: getattr(Config, name) for name in ('data_root', 'labels', 'runs_dir', 'work_dir')}
     def clean(name, value):
         if name not in hashes | usual or not is_outside(value): return value

@@ -154,12 +154,13 @@ def mixed(
 # %% ../../nbs/data/03_augment.ipynb #a37d0c52
 def mixed_targets(
     mix:Mix,
-    labels:torch.Tensor,  # (B,) int64
+    labels:torch.Tensor,  # (B,) int64; -1: no label, which is a share of no class
     partner:torch.Tensor, # (B,) int64, labels of the images to mix with
     classes:int
 )->torch.Tensor:          # (B, C) float32
     "Returns the share of each class in the mixed images."
-    return mixed(Mix(mix.share), F.one_hot(labels, classes), F.one_hot(partner, classes))
+    shares = (F.one_hot(part + 1, classes + 1)[:, 1:] for part in (labels, partner))
+    return mixed(Mix(mix.share), *shares)
 
 # %% ../../nbs/data/03_augment.ipynb #c0a07057
 def splitmix64(state:torch.Tensor)->torch.Tensor: # int64 -> int64 of the same shape

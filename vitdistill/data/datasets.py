@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'cifar100_constants', 'digest', 'Data', 'Dataset', 'check
            'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified', 'load_digits',
            'refuse_labels', 'labelled_files', 'list_images', 'image_lines', 'load_images', 'labelled_images',
            'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks', 'refuse_texts', 'held_out',
-           'fold_rows', 'split_rows']
+           'row_range', 'fold_rows', 'split_rows']
 
 # %% ../../nbs/data/01_datasets.ipynb #86df81f7
 import functools, hashlib, io, itertools, math, os, pickle, re, tempfile, typing
@@ -412,10 +412,11 @@ def held_out(
     return _divide(labels, seed, lambda n: np.diff(np.floor(np.arange(n + 1)*fraction + .5 + 1e-9)) > 0)
 
 # %% ../../nbs/data/01_datasets.ipynb #c3ab7b1b
-def _row_range(text:str, n:int)->torch.Tensor: # '44000:50000' -> rows
+def row_range(text:str, n:int, field:str='val_rows')->torch.Tensor: # '44000:50000' -> rows; field: that has the text
+    "Returns the rows of a range of the n training images; one that is none is a `VitdistillError`."
     start, _, stop = text.partition(':')
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop) <= n):
-        raise VitdistillError(f"val_rows = {text!r}: give 'start:stop' with start < stop <= {n}, "
+        raise VitdistillError(f"{field} = {text!r}: give 'start:stop' with start < stop <= {n}, "
                               'the number of training images.')
     return torch.arange(int(start), int(stop))
 
@@ -441,7 +442,7 @@ def split_rows(
 )->tuple:
     "Returns (train, val) rows; what is held out does not depend on `data_fraction`, except a `fold`."
     if config.val_rows:
-        val = _row_range(config.val_rows, len(labels))
+        val = row_range(config.val_rows, len(labels))
         train = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val.numpy()))
         if not len(train):
             raise VitdistillError(f'val_rows = {config.val_rows!r} holds out every training image: '

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['n_views', 'view_count', 'centre_view', 'expected_views', 'plan_rows', 'view_parts', 'cut_views', 'Views', 'scaled',
-           'normalize', 'Plan', 'epoch_plan']
+           'normalize', 'Plan', 'epoch_plan', 'stretch', 'unlabelled_places', 'plan_with_unlabelled']
 
 # %% ../../nbs/data/02_views.ipynb #3ceba16c
 import functools, typing
@@ -130,3 +130,44 @@ def epoch_plan(
         apart = (torch.arange(n)//together*copies + copy).argsort(stable=True) # the first copies come first in a batch
         image, copy = image[apart], copy[apart]
     return Plan(image, copy, views[copy, image])
+
+# %% ../../nbs/data/02_views.ipynb #9bc4f9ab
+def stretch(
+    of_pass:typing.Callable[[int], Plan], # number of a pass, from 0 -> its plan
+    length:int,  # rows of a pass
+    begin:int, rows:int, # rows that were shown before, and that are wanted
+    copies:int=1 # of an image in a pass
+)->Plan:
+    "Returns rows of passes that follow each other; an image of a later pass has further copy numbers."
+    first = begin//length
+    numbers = range(first, max(first + 1, -(-(begin + rows)//length)))
+    plans = [of_pass(number) for number in numbers]
+    parts = [plan._replace(copy=plan.copy + copies*i) for i, plan in enumerate(plans)]
+    start = begin - first*length
+    return Plan(*(torch.cat(columns)[start:start + rows] for columns in zip(*parts)))
+
+# %% ../../nbs/data/02_views.ipynb #861fff88
+def unlabelled_places(rows:int, batch:int, share:float, seed:int, epoch:int)->torch.Tensor: # (rows,) bool
+    "Returns which rows of an epoch are unlabelled: of each batch the share, rounded, at places that are drawn."
+    g = generator(seed, epoch, 7) # 7: other numbers than those of `epoch_plan`
+    sizes = [min(batch, rows - start) for start in range(0, rows, batch)]
+    return torch.cat([torch.randperm(n, generator=g) < round(share*n) for n in sizes])
+
+# %% ../../nbs/data/02_views.ipynb #c0f782b9
+def plan_with_unlabelled(
+    labelled:typing.Callable[[int], Plan],   # number of a pass -> its plan
+    unlabelled:typing.Callable[[int], Plan],
+    lengths:tuple,      # rows in a pass of each
+    places:torch.Tensor, # (n,) bool: which rows of the epoch are unlabelled; as many in each epoch
+    epoch:int,
+    copies:int=1        # of a labelled image in a pass
+)->Plan:
+    "Returns an epoch's plan in which these rows are unlabelled images."
+    n = int(places.sum())
+    kinds = (stretch(labelled, lengths[0], epoch*(len(places) - n), len(places) - n, copies),
+             stretch(unlabelled, lengths[1], epoch*n, n))
+    columns = []
+    for parts in zip(*kinds):
+        columns.append(torch.empty(len(places), dtype=torch.long))
+        for where, part in zip((~places, places), parts): columns[-1][where] = part
+    return Plan(*columns)

@@ -197,7 +197,7 @@ def check_part(study:Study, name:str)->None:
     for key in part.get('vary') or {}:
         for other in {key, 'seeds' if key == 'seed' else key} & part.keys():
             wrong(f'has {other} and varies {key}: remove one.')
-        if key not in Config.__dataclass_fields__:
+        if key not in Config.__dataclass_fields__ or key == 'unlabelled': # a record holds its images, not its place
             wrong(f'varies {key}, which no record holds: write an arm for each of its values.')
 
 # %% ../../nbs/launch/00_studies.ipynb #b7d64580

@@ -129,7 +129,7 @@ def batches(
     "Yields this rank's batches of an epoch: pixels, targets, answers and weight, on the device and in plan order."
     config, ranks, data, answers, learner = setup.config, setup.ranks, setup.data, setup.answers, setup.criterion
     plan, augment = setup.plan(epoch), setup.augment or (lambda pixels, *_: pixels)
-    labels, image = data.train_labels[plan.image].to(ranks.device), plan.image.to(setup.views.device)
+    labels, image = setup.labels[plan.image].to(ranks.device), plan.image.to(setup.views.device)
     views = copy_views(plan, view_count(config), learner.copies, config.seed, epoch)
     views = [view.to(setup.views.device) for view in views]
     numbers = plan.image.to(ranks.device) # from which a loss may draw
@@ -211,6 +211,7 @@ def high_first_loss(
     "Returns a warning if the first loss is more than twice that of guessing, else ''."
     classes = len(setup.data.classes)
     guessing = setup.criterion.label_loss((torch.zeros(classes, classes),), torch.arange(classes)).item()
+    if setup.unlabelled is not None: guessing *= 1 - setup.config.unlabelled_share # the others' loss of labels is 0
     if label <= 2*guessing: return ''
     wide = setup.config.student_head == 'new' and setup.config.student_head_init != 'small'
     advice = "set student_head_init to 'small'" if wide else 'look at labels, student_normalization and student_weights'
@@ -268,9 +269,13 @@ def describe(setup:Setup)->typing.Iterator[str]:
     c, ranks, images, answers = setup.config, setup.ranks, setup.rows, setup.answers
     yield (f'{images:,} images, {c.epochs} epochs of batch {c.batch_size}, {ranks.world} rank(s) on '
            f'{ranks.device.split(":")[0]}, {c.precision}')
+    if setup.unlabelled is not None:
+        rare = 'less often' if c.unlabelled_share < 1 else 'never'
+        yield (f'{setup.unlabelled}. {c.unlabelled_share:.0%} of each batch is unlabelled: as many steps, and labelled '
+               f'images are seen {rare}')
     if answers:
         yield f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}'
-        yield answers.in_words(c, setup.train_rows)
+        yield answers.in_words(c, setup.answered_rows, setup.rows)
     norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
         yield 'batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch'
@@ -461,9 +466,10 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->None:
         raise VitdistillError(f'there is no memo to fill for distillation = {config.distillation!r}, memo = '
                               f'{config.memo}: fill one for a teacher whose answers are kept by view.')
     views = view_count(config)
-    with tqdm(total=views*len(setup.train_rows), unit=' answers', unit_scale=True, desc='memo', disable=ranks.rank > 0,
+    rows = setup.answered_rows
+    with tqdm(total=views*len(rows), unit=' answers', unit_scale=True, desc='memo', disable=ranks.rank > 0,
               mininterval=10 if not sys.stderr.isatty() else .1, file=sys.stdout, ascii=True) as bar:
-        for n in fill(setup.answers, setup.train_rows, views): bar.update(n)
+        for n in fill(setup.answers, rows, views): bar.update(n)
     ranks.barrier()
 
 # %% ../../nbs/train/05_loop.ipynb #5a2f8c0d

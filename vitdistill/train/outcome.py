@@ -81,10 +81,12 @@ def cosines(
 def true_answers(setup:Setup)->float|None:
     "Returns the share of the teacher's hard labels in the last epoch that are correct; None without a memo."
     if not (setup.answers and setup.answers.by_view): return None
-    labels, plan = setup.data.train_labels, setup.plan(setup.config.epochs - 1)
+    plan = setup.plan(setup.config.epochs - 1)
+    labels = setup.labels[plan.image]
     answers, known = setup.answers.kept(plan.image, plan.view)
+    known &= labels >= 0
     if answers.ndim > 1 or not known.any(): return None
-    return round((answers == labels[plan.image])[known].double().mean().item(), 5)
+    return round((answers == labels)[known].double().mean().item(), 5)
 
 # %% ../../nbs/train/04_outcome.ipynb #9b731d57
 def teacher_brief(
@@ -174,7 +176,8 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
     run.save_predictions(**(arrays := predictions(setup)))
     frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
     card = make_card(frozen, config, data, setup.views)
-    result = dict(**measured, n_train=card.n_train, weights_hash=card.weights_hash,
+    unlabelled = {} if setup.unlabelled is None else dict(n_unlabelled=len(setup.unlabelled))
+    result = dict(**measured, n_train=card.n_train, **unlabelled, weights_hash=card.weights_hash,
                   train_views_top1=card.top1_train_views, held_out_top1=card.top1_held_out,
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
@@ -241,8 +244,8 @@ def predictions_at(
         raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it '
                               'decides nothing: fine-tune it with e00_teacher, and ask that.')
     state = checkpoint_at(run, epochs)
-    alone = dict(distillation='none', teacher='', objective_kwargs={}, student_weights='', student_pretrained=False,
-                 student_head='new', student_resampling='bicubic', keep_logits=False)
+    alone = dict(distillation='none', teacher='', unlabelled='', objective_kwargs={}, student_weights='',
+                 student_pretrained=False, student_head='new', student_resampling='bicubic', keep_logits=False)
     device = auto_device() if 'device' in run.config.auto else run.config.device # 'auto': chosen anew here
     setup = prepare(replace(run.config, **alone), start_ranks(device))
     setup.student.model.load_state_dict(state['model'])

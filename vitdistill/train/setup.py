@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
            'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'BaseSetup',
-           'Setup', 'image_device', 'teacher_answers', 'load_answers', 'place_model', 'prepare', 'pass_size', 'predict',
-           'evaluate']
+           'Setup', 'image_device', 'teacher_answers', 'load_answers', 'refuse_share', 'place_model', 'prepare',
+           'pass_size', 'predict', 'evaluate']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, math, os, shutil, tempfile, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from ..teachers.answers import Answers, Planned, beside_weights, memo_key, plan_key, teacher_memo
+from ..teachers.answers import Answers, JoinedMemo, Planned, beside_weights, memo_key, plan_key
+from ..teachers.answers import teacher_memo
 from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
 from ..config import Config
-from ..data.datasets import Data, fingerprint, image_side, load_data, split_rows
+from ..data.datasets import Data, fingerprint, generator, image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
-from ..losses import HardLabel, criterion
+from ..losses import HardLabel, answer_kind, criterion
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -33,7 +34,9 @@ from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
 from ..teachers.teacher import Absent, check_health, load_teacher, use_quickest
-from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, scaled, view_count
+from ..data.unlabelled import Unlabelled, joined, unlabelled_images, unlabelled_mark
+from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
+from ..data.views import unlabelled_places, view_count
 
 # %% ../../nbs/train/02_setup.ipynb #f0417754
 def auto_device()->str:
@@ -79,11 +82,15 @@ def auto_values(config:Config)->dict:
 # %% ../../nbs/train/02_setup.ipynb #45804704
 def refuse_unfit_folds(config:Config)->None:
     "Raises `VitdistillError` if the config's settings don't allow out-of-fold answers, or their controls."
-    how, wants = config.fold_answers, criterion(config).wants
+    criterion(config) # raises if name or arguments of the objective don't fit
+    how, wants = config.fold_answers, answer_kind(config)
     if how != 'unseen' and not config.fold_weights:
         raise VitdistillError(f'fold_answers = {how!r} needs two fold teachers: give fold_weights beside '
                               "teacher_weights (e02's out_of_fold does), or leave fold_answers out.")
     if not config.fold_weights: return
+    if config.unlabelled and how != 'unseen':
+        raise VitdistillError(f'fold_answers = {how!r} is for images that a teacher was trained on, with their labels, '
+                              'and unlabelled ones are none: leave fold_answers out, or unlabelled.')
     if config.plan_memo and unnumbered(config):
         raise VitdistillError('plan_memo keeps the answers of one teacher, and out of fold there are two: leave '
                               'plan_memo out, or fold_weights.')
@@ -125,6 +132,7 @@ def resolve(config:Config)->Config:
                               "compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
     teachers = filter(None, (config.teacher_weights, config.fold_weights))
     found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
+                 unlabelled_hash=unlabelled_mark(config),
                  teacher_hash='+'.join(map(file_hash, teachers)))
     config = replace(config, **found, **chosen, auto=sorted({*chosen, *config.auto}))
     begun = Run.of(config)
@@ -189,6 +197,7 @@ class Setup(BaseSetup):
     test_views:Views
     train_rows:torch.Tensor
     val_rows:torch.Tensor
+    unlabelled:Unlabelled|None=None # images that only the teacher answers
     criterion:nn.Module=None # the objective
     answers:Answers|None=None # the teacher's answers; None without a teacher
     teacher_top1:float|None=None # on rank 0, with a teacher
@@ -215,9 +224,30 @@ class Setup(BaseSetup):
     def images_a_pass(self)->int: return self.pass_images or pass_size(self.test_size, self.ranks.device)
 
     def plan(self, epoch:int)->Plan: # rows (image, copy, view), in order
+        if self.unlabelled is None: return self._labelled(epoch, self.config.batch_size)
+        c, apart = self.config, generator(self.config.seed, 8).initial_seed() # 8: other draws than those of a seed
+        def others(number):
+            return epoch_plan(self.unlabelled.rows, len(self.labels), view_count(c), apart, number)
+        places = unlabelled_places(self.rows, c.batch_size, c.unlabelled_share, c.seed, epoch)
+        batch = c.batch_size - round(c.unlabelled_share*c.batch_size) # labelled rows of it
+        lengths = self.rows, len(self.unlabelled)
+        return plan_with_unlabelled(lambda number: self._labelled(number, batch), others, lengths, places, epoch,
+                                    c.repeats)
+
+    def _labelled(self, number, batch): # a pass over the labelled images; batch: rows of one
         c, n_images = self.config, len(self.data.train_labels)
-        together = c.batch_size if c.repeats > 1 and c.repeats_mode == 'public' else 0
-        return epoch_plan(self.train_rows, n_images, view_count(c), c.seed, epoch, c.repeats, together)
+        together = max(1, batch) if c.repeats > 1 and c.repeats_mode == 'public' else 0
+        return epoch_plan(self.train_rows, n_images, view_count(c), c.seed, number, c.repeats, together)
+
+    @functools.cached_property
+    def labels(self)->torch.Tensor: # (N,) int64, of all images; -1 without
+        if self.unlabelled is None: return self.data.train_labels
+        labels = F.pad(self.data.train_labels, (0, len(self.views.images) - len(self.data.train_labels)), value=-1)
+        return labels.index_fill(0, self.unlabelled.rows, -1)
+
+    @property
+    def answered_rows(self)->torch.Tensor: # images that a teacher answers
+        return self.train_rows if self.unlabelled is None else torch.cat([self.train_rows, self.unlabelled.rows])
 
     @property
     def rows(self)->int: return plan_rows(self.config, len(self.train_rows)) # of an epoch's plan
@@ -246,7 +276,8 @@ def image_device(
 # %% ../../nbs/train/02_setup.ipynb #ad9e39fe
 def teacher_answers(
     config:Config, data:Data, views:Views, ranks:Ranks,
-    rows:torch.Tensor # of the plan
+    rows:torch.Tensor, # of the plan
+    unlabelled:Unlabelled=None # further images of the plan
 )->tuple:
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
     teacher, card = load_teacher(config, data, ranks.device)
@@ -257,6 +288,10 @@ def teacher_answers(
     if absent and online:
         raise VitdistillError(f'{config.teacher_weights} answers only plain crops and flips: leave memo on and '
                               "mixing and augmentation out, or give the teacher's weights.")
+    apart = unlabelled is not None and unlabelled.images is not None # a folder of its own
+    if absent and apart:
+        raise VitdistillError(f"{config.teacher_weights} answers training images alone, and unlabelled = "
+                              f"{config.unlabelled!r} is a folder: give the teacher's weights.")
     if online: teacher.chunk = at_once # before the health check: each size is compiled
     if teacher.device.type == 'cuda' and not absent:
         both = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
@@ -266,11 +301,14 @@ def teacher_answers(
         print(f"The teacher was trained on pixels normalized by {card.constants}, but this run uses "
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
               flush=True)
-    kind = criterion(config).wants
+    kind = answer_kind(config)
     memo = None
     if not ranks.rank and (planned or not online):
-        key = plan_key(teacher, config, data, rows) if planned else memo_key(teacher, config, data)
+        key = plan_key(teacher, config, data, rows, unlabelled) if planned else memo_key(teacher, config, data)
         memo = teacher_memo(config, teacher, key)
+        if memo and apart and not planned:
+            others = teacher_memo(config, teacher, key | dict(train_images=unlabelled.mark, images=len(unlabelled)))
+            memo = others and JoinedMemo(memo, others)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
     if not answers.by_view: teacher.chunk = at_once # also if the memo had no room
     return answers, health, card
@@ -278,18 +316,21 @@ def teacher_answers(
 # %% ../../nbs/train/02_setup.ipynb #6d9c0e41
 def load_answers(
     config:Config, data:Data, views:Views, ranks:Ranks,
-    rows:torch.Tensor # the images that need answers
+    rows:torch.Tensor, # the labelled images
+    unlabelled:Unlabelled=None # further images that need answers
 )->dict:
     "Returns the answers of the config's one or two teachers, and the first one's top-1, as fields of a `Setup`."
-    about = data, views, ranks, rows
+    about = data, views, ranks, rows, unlabelled
     answers, health, card = teacher_answers(config, *about)
+    if unlabelled is not None: rows = torch.cat([rows, unlabelled.rows])
     if config.fold_weights:
         other, _, other_card = teacher_answers(replace(config, teacher_weights=config.fold_weights), *about)
         cards = card, other_card
         if not all(card and knows_images(card, data) for card in cards):
             raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
                                   "train both with e00_teacher, fold = '1/2' and '2/2'.")
-        seen = [training_mask(card, data) for card in cards]
+        further = len(views.images) - len(data.train_labels) # of a folder without labels, which none has seen
+        seen = [F.pad(training_mask(card, data), (0, further)) for card in cards]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
     for part, where in answers.parts_of(rows):
         absent = not ranks.rank and isinstance(part.teacher, Absent)
@@ -301,6 +342,15 @@ def load_answers(
         drawn = drawn_labels(labels := data.train_labels, answer_counts(answers, labels, rows), config.seed)
         answers = Answers(answers.teacher, views, memo=label_memo(drawn, view_count(config), len(data.classes)))
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
+
+# %% ../../nbs/train/02_setup.ipynb #d9edd855
+def refuse_share(config:Config, images:int)->None: # images: labelled ones
+    "Raises `VitdistillError` if a batch would have no labelled or no unlabelled image, and the share is not 1."
+    share, batch = config.unlabelled_share, min(config.batch_size, plan_rows(config, images))
+    if 0 < (unlabelled := round(share*batch)) < batch or share == 1: return
+    lacks = 'labelled' if unlabelled else 'unlabelled'
+    raise VitdistillError(f'unlabelled_share = {share} leaves no {lacks} image in a batch of {batch}: give another '
+                          'share, or a larger batch_size.')
 
 # %% ../../nbs/train/02_setup.ipynb #fcbf15de
 def place_model(
@@ -325,8 +375,12 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
     size = student_size(config, data.side)
-    place = image_device(config, data.train_images.shape, ranks.device)
-    views = Views(data.train_images, config.padding, place)
+    unlabelled, images = unlabelled_images(config, data, train, val), data.train_images
+    if unlabelled is not None:
+        refuse_share(config, len(train))
+        if unlabelled.images is not None: images = joined(images, unlabelled.images)
+    place = image_device(config, images.shape, ranks.device)
+    views = Views(images, config.padding, place)
     loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
     refuse_cramped(loaders*ranks.local_world, -(-config.batch_size//ranks.world)*3*data.side**2*channel)
     refuse_start_overlap(config, data)
@@ -337,10 +391,10 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     objective = objective.to(ranks.device)
     needs_two = has_batch_norm(student) or objective.needs_two
     batch_bounds(len(train), config.batch_size, ranks.world, needs_two) # raises if batches are too small
-    taught = load_answers(config, data, views, ranks, train) if objective.wants else {}
+    taught = load_answers(config, data, views, ranks, train, unlabelled) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
-                 criterion=objective, **taught)
+                 unlabelled=unlabelled, criterion=objective, **taught)
 
 # %% ../../nbs/train/02_setup.ipynb #0a265ca3
 def pass_size(side:int, device:str)->int: # side: of the student's input, px

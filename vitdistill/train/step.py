@@ -16,7 +16,8 @@ from .setup import Setup, program
 
 # %% ../../nbs/train/03_step.ipynb #82f4dd23
 def tally(
-    sums:torch.Tensor,   # (3,) sums so far, added to in place: loss, correct decisions, images
+    sums:torch.Tensor,   # (3,) sums so far, added to in place: loss, correct decisions, images;
+                         # (4,) where some images are unlabelled: also the labelled ones
     steps:torch.Tensor,  # (2,) int64, in place: number of steps so far, first step with a loss that is not finite
     loss:torch.Tensor,   # mean over the batch
     logits:torch.Tensor|None, # (B, C); None: trained without labels, so there is no accuracy
@@ -25,8 +26,11 @@ def tally(
 )->None:
     "Adds a step to the sums of an epoch, where they are, since a CUDA graph writes to the same place each time."
     labels = targets if targets.ndim == 1 else targets.argmax(-1)
-    right = (logits.argmax(-1) == labels).sum() if logits is not None else 0*loss
-    sums += torch.stack([loss*len(labels), right, loss.new_full((), len(labels))])*counts
+    right, more = (logits.argmax(-1) == labels if logits is not None else 0*loss), []
+    if len(sums) == 4: # -1, or a row of zeros, is no label
+        known = targets >= 0 if targets.ndim == 1 else targets.any(-1)
+        right, more = right & known, [known.sum()]
+    sums += torch.stack([loss*len(labels), right.sum(), loss.new_full((), len(labels)), *more])*counts
     step, bad = steps
     bad.copy_(torch.where(loss.isfinite(), bad, torch.minimum(bad, step)))
     step += 1
@@ -34,8 +38,8 @@ def tally(
 # %% ../../nbs/train/03_step.ipynb #b2ebfacc
 class Meter:
     "Adds up loss, correct decisions and images of an epoch on the device, and notes the first loss that is not finite."
-    def __init__(self, device:str, tally:typing.Callable=tally): # tally: may be compiled
-        self.sums, self.steps = torch.zeros(3, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    def __init__(self, device:str, tally:typing.Callable=tally, partly:bool=False): # partly: not all images have labels
+        self.sums, self.steps = torch.zeros(3 + partly, device=device), torch.zeros(2, dtype=torch.int64, device=device)
         self.tally, self.first_label = tally, None # first_label: the label loss of the first step of all
         self.begin()
 
@@ -53,7 +57,7 @@ class Meter:
             self.parts[name] = self.parts.get(name, 0.) + part*len(batch.targets)*(batch.weight > 0)
 
     def row(self, setup:Setup, epoch:int, lr:float)->dict: # metrics over all ranks; VitdistillError if not finite
-        (loss, right, n), (steps, bad) = setup.ranks.sum(self.sums).tolist(), self.steps.tolist()
+        (loss, right, n, *labelled), (steps, bad) = setup.ranks.sum(self.sums).tolist(), self.steps.tolist()
         if bad < steps or not math.isfinite(loss):
             raise VitdistillError(f'the loss is not finite from epoch {epoch + 1}, step {min(bad + 1, steps)} on '
                                   f'(learning rate {lr:.3g}): lower lr or add warmup_epochs; the last checkpoint is '
@@ -61,7 +65,9 @@ class Meter:
         asked, hit_rate = setup.answers.take() if setup.answers else (None, None)
         rate = n/(time.perf_counter() - self.begun - (asked or 0.))
         terms = {f'train_{name}': setup.ranks.sum(part).item()/n for name, part in self.parts.items()}
-        return dict(train_loss=loss/n, **terms or dict(train_top1=right/n), images_per_second=rate,
+        of = labelled[0] if labelled else n
+        terms = terms or dict(train_top1=right/of if of else None)
+        return dict(train_loss=loss/n, **terms, images_per_second=rate,
                     teacher_seconds=asked, memo_hit_rate=hit_rate)
 
 # %% ../../nbs/train/03_step.ipynb #98fbbe82
@@ -69,7 +75,7 @@ class TrainingStep:
     "Trains on one batch: forward pass, loss, backward pass, optimizer, sums of the epoch."
     def __init__(self, setup:Setup, objective:nn.Module, optimizer:torch.optim.Optimizer):
         self.setup, self.objective, self.optimizer = setup, objective, optimizer
-        self.meter = Meter(setup.ranks.device, program(tally, setup.config.compile))
+        self.meter = Meter(setup.ranks.device, program(tally, setup.config.compile), setup.criterion.partly)
 
     def begin(self)->None: # an epoch
         self.meter.begin()

@@ -1,0 +1,81 @@
+"""Images that nobody labelled: the same result on any number of ranks and after a kill, and answers that are shared."""
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import PYTHON, assert_same, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command
+from conftest import wait_until
+from vitdistill.config import Config, save
+from vitdistill.data import load_data
+from vitdistill.train.loop import train
+
+
+@pytest.fixture
+def more(tmp_path):
+    """A folder of images at two depths, written as pictures: digits, and five that are noise."""
+    digits = load_data(Config(dataset="digits"))
+    draw = np.random.default_rng(0)
+    for row in range(40):
+        noise = draw.integers(0, 256, (32, 32, 3), np.uint8)
+        file = tmp_path / "more" / ("a" if row % 2 else "b/c") / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise if row < 35 else digits.train_images[row].numpy()).save(file)
+    return str(tmp_path / "more")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_ranks_give_the_same(tiny, recipe, tmp_path, mixed):
+    """Some rows of each batch have no label, on one rank more of them than on another: the losses agree to 1e-5."""
+    still = {**recipe.student_kwargs, "drop_path_rate": 0.0}  # what a rank drops is drawn by rank
+    mixing = replace(recipe, student_kwargs=still, batch_size=48, lr=1e-4)
+    config = replace(mixing if mixed else tiny, unlabelled="0:900", unlabelled_share=0.4, epochs=3,
+                     distillation="soft", label_smoothing=0.1)
+    one, two = on_ranks(config, tmp_path, 1, 2)
+    assert_same_losses(one, two)
+    assert one.metrics().train_top1.round(5).equals(two.metrics().train_top1.round(5))
+
+
+def test_killed_run_ends_as_one_left_alone(recipe, tmp_path, more):
+    """SIGKILL in mid-training, all of a recipe on, a folder without labels: the same record and weights."""
+    config = replace(recipe, epochs=8, batch_size=16, unlabelled=more)
+    one = train(elsewhere(config, tmp_path / "alone"))
+    cut = elsewhere(config, tmp_path / "cut")
+    file = save(cut, tmp_path / "cut.yaml")
+    command = train_command(file, python=PYTHON)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 90)
+        time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    assert run_of(cut).epochs_done < 8
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
+    assert_same(one, run_of(cut))
+
+
+def test_answers_are_shared(tiny, tmp_path, more, capsys):
+    """The memo of a taught student serves one with unlabelled images; these have another, which serves the next."""
+    tiny = replace(tiny, epochs=4)
+    train(tiny)
+    taught = train(replace(tiny, unlabelled=more))
+    assert "35 unlabelled images" in (said := capsys.readouterr().out) and "5 also in train" in said
+    asked = (1 - taught.metrics().memo_hit_rate) * 257
+    assert 0 < asked.sum() <= 35 * 18 and taught.result["n_unlabelled"] == 35
+    assert (asked <= 129).all()  # half of each batch has answers already
+    again = train(replace(tiny, unlabelled=more, distillation="hard", lr=2e-3))
+    assert (again.metrics().memo_hit_rate == 1).all()
+
+
+def test_another_folder_is_another_run(tiny, tmp_path, more):
+    """A file more or less makes another run; a moved folder does not."""
+    one = run_of(replace(tiny, unlabelled=more)).name
+    shutil.copytree(more, tmp_path / "moved")
+    assert run_of(replace(tiny, unlabelled=str(tmp_path / "moved"))).name == one != run_of(tiny).name
+    next((tmp_path / "moved").rglob("*.png")).unlink()
+    assert run_of(replace(tiny, unlabelled=str(tmp_path / "moved"))).name != one
