@@ -63,7 +63,7 @@ def export_onnx(
         proto = made.model_proto
         onnx.helper.set_model_props(proto, dict(classes=json.dumps(predictor.classes), image_size=str(cropped),
                                                 exif_orientation=str(predictor.exif_orientation),
-                                                parameters=str(sum(p.numel() for p in whole.parameters()))))
+                                                parameters=str(predictor.parameters)))
         onnx.save(proto, str(path))
         if not (off := difference(path, whole, side)) <= 1e-4:
             raise VitdistillError(f"onnxruntime's answers of {folder} differ from torch's by {off:.2g}, more than "
@@ -110,7 +110,7 @@ def _written(file, to, write): # with the metadata of `file`, if its answers are
         noise = torch.randint(256, (2, model.sides[0], model.sides[0], 3), dtype=torch.uint8)
         try: model.probabilities(noise)
         except VitdistillError:
-            raise VitdistillError(f'the answers of {file} are not finite in {to.name}: use the file as it is.') from None
+            raise VitdistillError(f'the answers of {file} are not finite in {to.name}: use it as it is.') from None
     return write_atomic(to, whole)
 
 
@@ -118,5 +118,6 @@ def _written(file, to, write): # with the metadata of `file`, if its answers are
 def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
     args = export_parser().parse_args(arguments)
+    if args.data: raise VitdistillError('--data is for --int8 and --fp16, which are measured on images: add one.')
     print(export_onnx(args.model, args.out and from_here(args.out)))
     return 0
