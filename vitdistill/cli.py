@@ -6,7 +6,7 @@
 __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_option', 'typed_places', 'field_values',
            'configured', 'train', 'run_notebook', 'experiment_values', 'pair', 'run_pair', 'study', 'demo',
            'analysis_parameters', 'figures', 'new_folder', 'new', 'print_any_text', 'fields_alone', 'captions', 'grid',
-           'compare', 'report', 'distill', 'predict', 'bench', 'export', 'main']
+           'compare', 'report', 'distill', 'predict', 'evaluate', 'bench', 'export', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
 import argparse, functools, inspect, json, os, re, shutil, sys, tempfile
@@ -19,8 +19,8 @@ from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, from_here, from_root, nearest
 from .base import repo_root, typed_path, write_atomic
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset
-from .options import (bench_parser, captions_parser, compare_parser, distill_parser, export_parser,
-                                grid_parser, hyphened, predict_parser)
+from .options import (bench_parser, captions_parser, compare_parser, distill_parser, evaluate_parser,
+                                export_parser, grid_parser, hyphened, predict_parser)
 
 # %% ../nbs/07_cli.ipynb #cb8f4ae9
 def field_comments()->dict:
@@ -390,6 +390,12 @@ def predict(words:list[str])->int:
     from vitdistill.deploy.predict import main
     return main(words)
 
+def evaluate(words:list[str])->int:
+    "says how many labelled images a trained model gets right, class by class"
+    evaluate_parser().parse_args(words) # as in `grid`
+    from vitdistill.deploy.evaluate import main
+    return main(words)
+
 def bench(words:list[str])->int:
     "times an epoch on this machine, next to other ways to train"
     bench_parser().parse_args(words) # as in `grid`
@@ -398,12 +404,16 @@ def bench(words:list[str])->int:
 
 def export(words:list[str])->int:
     "writes a trained model for other programs, as ONNX"
-    export_parser().parse_args(words) # as in `grid`
-    from vitdistill.deploy.export import main
-    return main(words)
+    args = export_parser().parse_args(words) # as in `grid`
+    if not (args.int8 or args.fp16):
+        from vitdistill.deploy.export import main
+        return main(words)
+    from vitdistill.deploy.measure import main
+    from vitdistill.study.stats import paired_score
+    return main(words, paired_score)
 
-COMMANDS = {command.__name__: command for command in (demo, distill, predict, captions, study, train, grid, compare,
-                                                      figures, report, bench, export, new)}
+COMMANDS = {command.__name__: command for command in (demo, distill, predict, evaluate, captions, study, train, grid,
+                                                      compare, figures, report, bench, export, new)}
 
 # %% ../nbs/07_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:

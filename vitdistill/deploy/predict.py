@@ -31,6 +31,7 @@ class Predictor:
     constants:tuple      # (mean, std) per channel
     forward:Callable     # (B, 3, S, S) float32, normalized -> tuple of logits (B, C), one for each head
     exif_orientation:bool=True # whether images are turned as their EXIF data say, as in training
+    parameters:int=None  # number of them; None: unknown
 
     def read(self, file:Path)->torch.Tensor: return read_image(file, self.sides[0], self.exif_orientation)
     def probabilities(self, images:torch.Tensor)->torch.Tensor: # (B, H, W, 3) uint8 -> (B, C)
@@ -59,7 +60,8 @@ def from_onnx(file:Path)->Predictor:
     sides, turned = (int(about.get('image_size', shape[-1])), shape[-1]), about.get('exif_orientation') != 'False'
     if session.get_outputs()[0].name == 'probabilities': constants, forward = ((0.,)*3, (1.,)*3), logs
     else: constants, forward = (value('mean'), value('std')), run # of earlier versions: normalized pixels -> logits
-    return Predictor(str(file), value('classes'), sides, constants, forward, turned)
+    parameters = int(about['parameters']) if 'parameters' in about else None # files of earlier versions lack it
+    return Predictor(str(file), value('classes'), sides, constants, forward, turned, parameters)
 
 # %% ../../nbs/deploy/00_predict.ipynb #d99fa373
 def from_folder(folder:Path)->Predictor: # of a run's model
@@ -80,7 +82,8 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     student = Student(load_weights(model, folder)).eval()
     sides = card.image_size if card else size, size
     turned = not card or card.exif_orientation
-    return Predictor(str(folder), classes, sides, (pixels['mean'], pixels['std']), student, turned)
+    parameters = sum(p.numel() for p in student.parameters())
+    return Predictor(str(folder), classes, sides, (pixels['mean'], pixels['std']), student, turned, parameters)
 
 def model_folder(
     name:Run|str|Path,           # run, model folder, run folder, hf-hub:OWNER/MODEL, or part of a finished run's name
