@@ -1,7 +1,9 @@
 """A folder of images becomes a teacher, two students, a comparison and predictions: by command, call and notebook."""
 import contextlib
+import html
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -109,6 +111,24 @@ def test_command_trains_and_compares(job):
     assert runs["mine/taught"].config.teacher_weights == str(runs["mine/teacher"].model)
     assert {run.result["n_train"] for run in runs.values()} == {21}  # of 24: three are held out, the other 6 are test
     assert (out / "mine.html").is_file() and (out / "mine.yaml").is_file() and (out / "work").is_dir()
+
+
+def test_the_page_of_a_job_shows_what_it_gets_wrong_and_needs_no_other_file(job, images):
+    """The path of each mistake is the user's own file; the command on it is the one that was typed."""
+    out, words, _ = job
+    page = (out / "mine.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:image/|#|models/(teacher|plain|taught)\")|<script|<link|@import", page)
+    text = html.unescape(page)
+    assert f"vitdistill {words[0]} {images} --student mobilenetv3_small_050" in text and "3 classes" in text
+    record = read_predictions(find_run(out / "models/taught"))
+    assert f"{(record.decision == record.label).mean():.1%}" in text
+    wrong = re.findall(r"seen as <b><bdi>(\w+)</bdi></b>.*?is <b><bdi>(\w+)</bdi></b>.*?<bdi>(.*?)</bdi>", page, re.S)
+    below = re.search(r"Their paths start at (.*)\.", text)
+    for seen, label, path in wrong:
+        file = Path(below[1], path)
+        assert file.is_relative_to(images) and file.is_file() and file.parent.name == label != seen
+    pairs = pd.read_csv(out / "tables/mine_classes.csv")
+    assert pairs["test images"].tolist() == [2, 2, 2] and {"plain", "taught", "teacher"} <= {*pairs.columns}
 
 
 def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, images, weights):
@@ -433,6 +453,7 @@ def test_notebook(job, images, weights, tmp_path):
     pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in
                 output.get("data", {})]
     assert len(pictures) == 2  # the curves, and some test images
+    assert notebook["cells"][-1]["outputs"][0]["data"]["text/html"][0].startswith("<iframe srcdoc=")
 
 
 def test_the_loop_of_the_readme_runs(job, tmp_path):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MARKERS', 'decisions_of', 'recalls', 'confusion', 'confused_pairs', 'short', 'draw_confusion', 'draw_recalls',
            'test_files', 'thumbnail', 'surest_mistakes', 'finished', 'best_arm', 'accuracies', 'in_percent', 'settings',
-           'any_text', 'svg', 'picture', 'table_item', 'what_is_wrong', 'how_it_was_made', 'write_job', 'learning',
-           'Page']
+           'any_text', 'svg', 'picture', 'table_item', 'html_item', 'class_items', 'mistake_items', 'how_it_was_made',
+           'learning', 'write_job', 'Page']
 
-# %% ../../nbs/study/09_job.ipynb #cffe0043
+# %% ../../nbs/study/09_job.ipynb #64f7a660
 import base64, html, io, os, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +18,7 @@ from jinja2 import Template
 from markupsafe import Markup
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
+from tqdm import tqdm
 from ..base import VitdistillError
 from ..config import Config, field_names
 from ..data.datasets import check_dataset, fingerprint
@@ -29,17 +30,18 @@ from .page import address, write_page
 from .results import read_predictions, with_predictions
 from ..teachers.card import Card
 
-# %% ../../nbs/study/09_job.ipynb #dd99301f
+# %% ../../nbs/study/09_job.ipynb #2ff7227b
 def decisions_of(runs:list[Run])->pd.DataFrame: # of an arm; -> columns of `read_predictions`, and seed
     "Returns what the finished runs of an arm see in the test images; no rows without any."
     whole, _ = with_predictions([*finished_runs(runs).values()])
     frames = [read_predictions(run).assign(seed=run.config.seed) for run in whole]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=['label', 'decision', 'seed'])
+    if not frames: return pd.DataFrame(columns=['label', 'decision', 'seed'])
+    return pd.concat(frames, ignore_index=True)
 
 def recalls(
     seen:dict,    # model -> of `decisions_of`
     classes:list  # names, in the order of the labels
-)->pd.DataFrame:  # class, test images, and for each model the share that it has right: NaN for a class without any
+)->pd.DataFrame:  # class, test images, and for each model the share that it has right; NaN without any
     "Returns a row for each class."
     table = pd.DataFrame({'class': classes, 'test images': 0})
     for model, frame in seen.items():
@@ -47,8 +49,8 @@ def recalls(
         table['test images'] = frame[frame.seed == frame.seed.iloc[0]].label.value_counts()
     return table.fillna({'test images': 0}).astype({'test images': int})
 
-# %% ../../nbs/study/09_job.ipynb #a261bde1
-def confusion(seen:pd.DataFrame, classes:int)->np.ndarray: # seen: of `decisions_of`; -> (classes, classes) counts
+# %% ../../nbs/study/09_job.ipynb #89859340
+def confusion(seen:pd.DataFrame, classes:int)->np.ndarray: # seen: of `decisions_of`; -> square, counts
     "Returns how often images of a class (row) are taken for one of each class (column)."
     counts = pd.crosstab(seen.label, seen.decision)
     return counts.reindex(index=range(classes), columns=range(classes), fill_value=0).to_numpy()
@@ -62,23 +64,23 @@ def confused_pairs(counts:np.ndarray, classes:list, most:int=20)->pd.DataFrame: 
     first = frame.sort_values(['images', 'share of the class'], ascending=False, kind='stable').head(most)
     return first.assign(**{name: [classes[label] for label in first[name]] for name in ('class', 'seen as')})
 
-# %% ../../nbs/study/09_job.ipynb #93ca6b87
+# %% ../../nbs/study/09_job.ipynb #0d49d7cc
 def short(name:str, most:int=24)->str: # most: characters
     "Returns a name for a picture: cut if it is long, without characters that can not be drawn."
     shown = ''.join(char if char.isprintable() else '\ufffd' for char in printable(name))
     return shown if len(shown) <= most else f'{shown[:most - 1]}…'
 
 def draw_confusion(counts:np.ndarray, classes:list): # -> a matplotlib figure
-    "Draws the share of each class (row) that is taken for each class; up to 12 classes with the number of images."
+    "Draws the share of each class (row) that is taken for each class; of up to 12 classes with the numbers."
     style()
     many, labels = len(classes), [short(name) for name in classes]
     total = counts.sum(1, keepdims=True)
     shares = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
     side = max(2.2, .25*many if many > 12 else .38*many)
     figure, ax = plt.subplots(figsize=(side + 2.6, side + 1.2), layout='constrained')
-    sns.heatmap(pd.DataFrame(shares, labels, labels), ax=ax, vmin=0, vmax=1, cmap='Blues', square=True, linewidths=.5,
-                annot=counts if many <= 12 else False, fmt='d', cbar_kws=dict(shrink=.7, format=PercentFormatter(1)),
-                xticklabels=True, yticklabels=True)
+    sns.heatmap(pd.DataFrame(shares, labels, labels), ax=ax, vmin=0, vmax=1, cmap='Blues', square=True,
+                linewidths=.5, annot=counts if many <= 12 else False, fmt='d', xticklabels=True, yticklabels=True,
+                cbar_kws=dict(shrink=.7, format=PercentFormatter(1)))
     ax.set(xlabel='seen as', ylabel='class')
     ax.tick_params(length=0)
     ax.tick_params(axis='x', rotation=90)
@@ -86,20 +88,22 @@ def draw_confusion(counts:np.ndarray, classes:list): # -> a matplotlib figure
     plt.close(figure)
     return figure
 
-# %% ../../nbs/study/09_job.ipynb #1cd802de
+# %% ../../nbs/study/09_job.ipynb #6d961b5a
 MARKERS = 'osD^vP*X'
 
 def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `recalls`; colors: model -> colour
     "Draws the share that each model has right of each tested class, the most difficult classes first."
     style()
     tested = table[table['test images'] > 0]
-    order = tested[[*colors]].mean(axis=1).sort_values(kind='stable').index[:most]
+    students = [name for name in colors if name != 'teacher'] or [*colors]
+    order = tested[students].mean(axis=1).sort_values(kind='stable').index[:most]
     rows, places = tested.loc[order], range(len(order))
     figure, ax = plt.subplots(figsize=(5.4, 1.1 + .24*len(rows)), layout='constrained')
     ax.hlines(places, rows[[*colors]].min(axis=1), rows[[*colors]].max(axis=1), color='#bbb', linewidth=1.2)
     for number, (model, color) in enumerate(colors.items()): # the first ones hollow and larger: equal ones show
+        fill = 'none' if number < len(colors) - 1 else color
         ax.plot(rows[model], places, MARKERS[number % len(MARKERS)], color=color, label=model, clip_on=False,
-                markersize=max(4.5, 8 - 1.5*number), markerfacecolor='none' if number < len(colors) - 1 else color)
+                markersize=max(4.5, 8 - 1.5*number), markerfacecolor=fill)
     ax.set_yticks(places, [short(name) for name in rows['class']])
     ax.set(ylim=(len(rows) - .5, -.5), xlim=(0, 1), xlabel='right, of the test images of the class')
     ax.xaxis.set_major_formatter(PercentFormatter(1))
@@ -107,9 +111,9 @@ def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `rec
     plt.close(figure)
     return figure
 
-# %% ../../nbs/study/09_job.ipynb #c4910c2a
+# %% ../../nbs/study/09_job.ipynb #9a30de47
 def test_files(config:Config)->ImageFiles: # of a run
-    "Returns a run's test images, undecoded; a `VitdistillError` if they are no files, gone, or others than then."
+    "Returns a run's test images, undecoded; ones that are no files, gone or changed are a `VitdistillError`."
     row = check_dataset(config.dataset)
     if row.side: raise VitdistillError(f'the images of {row.title} are no files.')
     files = image_files(config, row.package, row.needs)['test']
@@ -123,12 +127,12 @@ def thumbnail(files:ImageFiles, row:int, config:Config, side:int=144)->str: # si
     Image.fromarray(np.asarray(pixels)).save(file := io.BytesIO(), 'JPEG', quality=82)
     return base64.b64encode(file.getvalue()).decode()
 
-# %% ../../nbs/study/09_job.ipynb #f79f7175
+# %% ../../nbs/study/09_job.ipynb #64f42f4d
 def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple[list[dict], str]:
-    "Returns a run's wrong decisions of highest confidence, each with its picture and path, and a note on their files."
+    "Returns a run's wrong decisions of highest confidence, with picture and path, and a note on their files."
     seen, config = read_predictions(run), run.config
     config = replace(config, data_root=data_root or config.data_root) # of a job that was moved
-    wrong = seen[seen.decision != seen.label].sort_values(['confidence', 'image'], ascending=[False, True]).head(most)
+    wrong = seen[seen.decision != seen.label].sort_values('confidence', ascending=False, kind='stable').head(most)
     try: files, note = test_files(config) if len(wrong) else None, ''
     except VitdistillError as e: files, note = None, f'They are shown by number, for {e}'
     found = []
@@ -139,12 +143,14 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
                           picture=thumbnail(files, row.image, config) if files else ''))
     if not (files and found): return found, note
     below = os.path.commonpath([os.path.dirname(it['path']) for it in found])
-    return [it | dict(path=os.path.relpath(it['path'], below)) for it in found], f'Their paths start at {below}.'
+    found = [it | dict(path=os.path.relpath(it['path'], below)) for it in found]
+    return found, f'Their paths start at {below}.'
 
-# %% ../../nbs/study/09_job.ipynb #9a8bc366
+# %% ../../nbs/study/09_job.ipynb #b44cc654
 def finished(comparison:Comparison, teacher:list[Run])->dict[str, list[Run]]: # teacher: its runs
     "Returns the finished runs, by seed, of the teacher and of each arm that has any."
-    runs = {name: [*finished_runs(some).values()] for name, some in {'teacher': teacher, **comparison.arms}.items()}
+    begun = {'teacher': teacher, **comparison.arms}
+    runs = {name: [*finished_runs(some).values()] for name, some in begun.items()}
     return {name: some for name, some in runs.items() if some}
 
 def best_arm(models:dict)->str: # of `finished`
@@ -156,7 +162,7 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
     "Returns a row for each model: accuracies as percentages, its worst class, and how it compares, for readers."
     differences, rows = comparison.table(), []
     for name, runs in models.items():
-        def share(key): return np.mean([np.nan if run.result.get(key) is None else run.result[key] for run in runs])
+        def share(key): return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
         row = {'model': name, 'test accuracy': in_percent(share('test_top1'), 1)}
         for one in differences[differences.arm == name].dropna(subset='difference').itertuples():
             ends = '' if np.isnan(one.low) else f' ({100*one.low:.1f} to {100*one.high:.1f} over {one.interval})'
@@ -189,10 +195,10 @@ def settings(models:dict)->pd.DataFrame: # of `finished`; -> setting, and a colu
         rows.append(dict(setting=field) | {name: str(value) for name, value in values.items()})
     return pd.DataFrame(rows, columns=['setting', *models])
 
-# %% ../../nbs/study/09_job.ipynb #f8522b1b
+# %% ../../nbs/study/09_job.ipynb #0c05c7c1
 @contextmanager
 def any_text():
-    "Lets matplotlib draw names of any kind: none is a formula, and the browser has the characters that its font lacks."
+    "Lets matplotlib draw names of any kind: none is a formula, and a browser has characters that its font lacks."
     how = {'text.parse_math': False, 'svg.fonttype': 'none', 'svg.hashsalt': 'vitdistill'}
     with plt.rc_context(how), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')
@@ -209,12 +215,12 @@ def picture(figure, caption:str)->dict: # -> an item of `write_page`
     return dict(caption=caption, picture=base64.b64encode(svg(figure)).decode(), links={},
                 width=round(96*figure.get_figwidth()))
 
-def table_item(frame:pd.DataFrame, caption:str, folded:str='')->dict: # folded: what one clicks on to see it; '': open
+def table_item(frame:pd.DataFrame, caption:str, folded:str='')->dict: # folded: what a click on it opens
     "Returns a table for a page, text and numbers as they are shown."
     return dict(caption=caption, head=[*frame], rows=frame.map(format_cell).values.tolist(), links={}, wrap=True,
                 folded=folded)
 
-# %% ../../nbs/study/09_job.ipynb #43c2d99f
+# %% ../../nbs/study/09_job.ipynb #e885fd67
 _mistakes = Template("""<ul class="images">{% for it in mistakes %}<li>{% if it.picture -%}
 <img alt="" src="data:image/jpeg;base64,{{ it.picture }}">{% else %}<span>no picture</span>{% endif %}
 seen as <b><bdi>{{ it.seen }}</bdi></b> ({{ it.confidence }})<br>is <b><bdi>{{ it.label }}</bdi></b><br>
@@ -222,42 +228,71 @@ seen as <b><bdi>{{ it.seen }}</bdi></b> ({{ it.confidence }})<br>is <b><bdi>{{ i
 {% endfor %}</ul>""", autoescape=True)
 _text = Template("""{% for name, text in texts.items() if text %}<p>{{ name }}</p><pre>{{ text }}</pre>
 {% endfor %}""", autoescape=True)
-_models = Template("""<ul>{% for name, address in models.items() %}<li><a href="{{ address }}">{{ name }}</a></li>
+_models = Template("""<p>Their folders lie beside this page. Use: <code>vitdistill predict FOLDER IMAGES</code></p>
+<ul>{% for name, address in models.items() %}<li><a href="{{ address }}">{{ name }}</a></li>
 {% endfor %}</ul>""", autoescape=True)
 
-def what_is_wrong(comparison:Comparison, models:dict, classes:list, table:pd.DataFrame, colors:dict)->list[dict]:
-    "Returns the items of a page on classes and mistakes; models: of `finished`, table: of `recalls`."
-    items = []
-    if len(table.columns) > 2:
-        caption = 'Right answers by class' + (': the 30 most difficult classes.' if len(table) > 30 else '.')
-        untested = [short(name) for name, n in zip(table['class'], table['test images']) if not n]
-        if untested: caption += f" Never tested: {', '.join(untested[:10])}{', ...' if len(untested) > 10 else ''}."
-        items += [picture(draw_recalls(table, {name: colors[name] for name in table.columns[2:]}), caption),
-                  table_item(table.assign(**{name: table[name].map(in_percent) for name in table.columns[2:]}),
-                             '', f'All {len(table)} classes')]
-    if not (arm := best_arm({name: runs for name, runs in models.items() if name in table})): return items
-    of = f'{arm}, the student with the best accuracy on held-out images'
-    counts = confusion(decisions_of(models[arm]), len(classes))
-    seeds = f', over {len(models[arm])} seeds' if len(models[arm]) > 1 else ''
-    if len(classes) <= 30: items.append(picture(draw_confusion(counts, classes), f'What classes are seen as, by {of}'
-                                                f'{seeds}. A row is a class; its numbers are test images.'))
-    elif len(pairs := confused_pairs(counts, classes)):
-        pairs = pairs.assign(**{'share of the class': pairs['share of the class'].map(in_percent)})
-        items.append(table_item(pairs, f'The classes that are confused most often, by {of}{seeds}.'))
-    found, note = surest_mistakes(models[arm][0], classes, comparison.study.common.get('data_root', ''))
-    caption = f'The surest mistakes of {of}. {note}' if found else f'No test image is seen wrong by {of}.'
-    return [*items, dict(caption=caption, links={}, html=Markup(_mistakes.render(mistakes=found)) if found else '')]
+def html_item(text:str, caption:str='')->dict: # text: HTML
+    "Returns a part of a page in HTML."
+    return dict(caption=caption, links={}, html=Markup(text))
 
-# %% ../../nbs/study/09_job.ipynb #2be3bc41
+def class_items(table:pd.DataFrame, colors:dict)->list[dict]: # table: of `recalls`; colors: model -> colour
+    "Returns a page's picture and table of what each model has right of each class."
+    models = [*table.columns[2:]]
+    if not models: return []
+    caption = 'Right answers by class' + (': the 30 most difficult classes.' if len(table) > 30 else '.')
+    untested = [short(name) for name, n in zip(table['class'], table['test images']) if not n]
+    more = ', ...' if len(untested) > 10 else ''
+    if untested: caption += f" Never tested: {', '.join(untested[:10])}{more}."
+    shown = table.assign(**{name: table[name].map(in_percent) for name in models})
+    drawn = draw_recalls(table, {name: colors[name] for name in models})
+    return [picture(drawn, caption), table_item(shown, '', f'All {len(table)} classes')]
+
+def mistake_items(models:dict, arm:str, classes:list, data_root:str='')->list[dict]: # models: of `finished`
+    "Returns a page's confusion matrix, or above 30 classes the most confused pairs, and surest mistakes of an arm."
+    counts, of = confusion(decisions_of(models[arm]), len(classes)), f'{arm}, the student with the best accuracy on'
+    of = f'{of} held-out images' + (f', over {len(models[arm])} seeds' if len(models[arm]) > 1 else '')
+    items, pairs = [], confused_pairs(counts, classes)
+    if len(classes) <= 30:
+        caption = f'What classes are seen as, by {of}. A row is a class; its numbers are test images.'
+        items = [picture(draw_confusion(counts, classes), caption)]
+    elif len(pairs):
+        shares = pairs['share of the class'].map(in_percent)
+        pairs = pairs.assign(**{'share of the class': shares})
+        items = [table_item(pairs, f'The classes that are confused most often, by {of}.')]
+    found, note = surest_mistakes(models[arm][0], classes, data_root)
+    if not found: return [*items, html_item('', f'No test image is seen wrong by {of}.')]
+    return [*items, html_item(_mistakes.render(mistakes=found), f'The surest mistakes of {arm}. {note}')]
+
+# %% ../../nbs/study/09_job.ipynb #a0ca776d
 def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: of `finished`
     "Returns the items of a page on machine, command and settings."
     run, about = next(iter(models.values()))[0], comparison.study.about
     machine = machine_in_words(run.environment, run.config.device) if run.environment else ''
     if machine: machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {run.begun[:16]} UTC"
-    texts = {'The command': about.get('command', ''), 'The machine': machine}
-    return [dict(caption='', links={}, html=Markup(_text.render(texts=texts))),
+    took = {name: sum(run.result.get('seconds', 0) for run in runs) for name, runs in models.items()}
+    took = ', '.join(f'{name} {tqdm.format_interval(time)}' for name, time in took.items() if time)
+    texts = {'The command': about.get('command', ''), 'The machine': machine, 'Training took': took}
+    return [html_item(_text.render(texts=texts)),
             table_item(settings(models), '', 'Settings that differ from the defaults')]
 
+def learning(comparison:Comparison, models:dict, colors:dict)->list[dict]: # as `write_job` has them
+    "Returns a page's curves of the students, with a line at the teacher's accuracy."
+    if not (figure := draw_curves(comparison, colors=colors)): return []
+    figure.set_size_inches(5.4, 3.5) # it is read on a phone too
+    ax = figure.axes[0]
+    ax.set_title('') # that of the page
+    if runs := models.get('teacher'):
+        ax.axhline(np.mean([run.result['test_top1'] for run in runs]), color=colors['teacher'], linestyle='--',
+                   label='teacher, at its end', linewidth=1.2)
+    ax.get_legend().remove() # wherever it is, it may hide a curve
+    figure.legend(loc='outside upper left', ncols=3, fontsize='small')
+    plt.close(figure)
+    seeds = max(map(len, models.values()))
+    bands = ': means over seeds; bands: worst to best' if seeds > 1 else ''
+    return [picture(figure, f'Test accuracy by epoch{bands}.')]
+
+# %% ../../nbs/study/09_job.ipynb #765af6e1
 def write_job(
     comparison:Comparison,
     out:str|Path,          # folder of the job
@@ -277,7 +312,9 @@ def write_job(
     colors = dict(zip([*comparison.arms, 'teacher'], sns.color_palette('colorblind', len(comparison.arms) + 1)))
     with any_text():
         curves = learning(comparison, models, colors)
-        wrong = what_is_wrong(comparison, models, classes, table, colors)
+        wrong = class_items(table, colors)
+        students = {name: runs for name, runs in models.items() if name in table}
+        if arm := best_arm(students): wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
     save_table(comparison.table().drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
     save_table(table, out, f'{study.name}_classes', 'Share of the test images of each class that a model has right.')
     about = 'Choose by the held-out images: the best of several on the test images is flattered.'
@@ -287,24 +324,10 @@ def write_job(
     linked = {name: address(folder, out) for name, folder in folders.items()}
     return write_page(out/f'{study.name}.html', study.title or study.name, [*found, *missing(comparison)], {
         'Results': tables, 'Learning curves': curves, 'What is wrong': wrong, 'The images': images,
-        'The models': [dict(caption='', links={}, html=Markup(_models.render(models=linked)))] if linked else [],
+        'The models': [html_item(_models.render(models=linked))] if linked else [],
         'How it was made': how_it_was_made(comparison, models)})
 
-def learning(comparison:Comparison, models:dict, colors:dict)->list[dict]: # as `write_job` has them
-    "Returns a page's curves of the students, with a line at the teacher's accuracy."
-    if not (figure := draw_curves(comparison, colors=colors)): return []
-    figure.set_size_inches(5.4, 3.5) # it is read on a phone too
-    if runs := models.get('teacher'):
-        ax = figure.axes[0]
-        ax.axhline(np.mean([run.result['test_top1'] for run in runs]), color=colors['teacher'], linestyle='--',
-                   label='teacher, at its end', linewidth=1.2)
-        ax.legend(fontsize='small', loc='lower right')
-    plt.close(figure)
-    seeds = max(map(len, models.values()))
-    bands = ': means over seeds; bands: worst to best' if seeds > 1 else ''
-    return [picture(figure, f'Test accuracy by epoch{bands}.')]
-
-# %% ../../nbs/study/09_job.ipynb #72256331
+# %% ../../nbs/study/09_job.ipynb #ec146ae9
 @dataclass
 class Page:
     "Shows a page in a notebook."
