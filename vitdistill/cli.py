@@ -109,7 +109,7 @@ def configured(
     source:str|None, # a YAML file, PRESET:EXPERIMENT, or None
     given:dict       # fields that replace its values
 )->Config:
-    "Returns the config of a command line; a preset's student gets the teacher that its notebook would find or train."
+    "Returns the config of a command line; a preset's student gets the preset's teacher, trained if missing."
     if source is None: return from_dict(given)
     name, colon, experiment = source.rpartition(':')
     if not colon or Path(source).is_file():
@@ -180,7 +180,7 @@ def pair(
     another -= {'unlabelled', 'unlabelled_share'}
     arms = dict(plain=part('e01_baseline_resnet50', 'teacher'),
                 taught=part('e02_distilled_resnet50', **{} if another else dict(teacher='teacher')))
-    if deit: arms['deit'] = part('e03_deit_from_regnet', 'student', 'teacher') # it finds or trains its own teacher
+    if deit: arms['deit'] = part('e03_deit_from_regnet', 'student', 'teacher') # with the preset's own teacher
     return Study('pair', common=dict(preset=preset_name), arms=arms,
                  teachers=dict(teacher=part('e00_teacher', 'student', 'teacher', **begun)))
 
