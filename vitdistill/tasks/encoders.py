@@ -49,7 +49,10 @@ class Encoder:
     def read(self, file:Path)->torch.Tensor: raise NotImplementedError # -> (H, W, 3) uint8, a row of `images`
 
     def memo(self, folder:str|Path, n:int, **key)->Memo: # of n questions; key: on what their answers depend
-        return open_memo(folder, dict(images=n, views=1, classes=self.width, **key, **Embedding().key()))
+        try: return open_memo(folder, dict(images=n, views=1, classes=self.width, **key, **Embedding().key()))
+        except OSError as e:
+            raise VitdistillError(f'{folder} can not keep embeddings ({e}): free some space, or name another '
+                                  'work_dir.') from None
 
     def kept_images(self, images:torch.Tensor, folder:str|Path)->torch.Tensor:
         "Returns the embeddings of images, (N, H, W, 3) uint8, from a memo in the folder."
