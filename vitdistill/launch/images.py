@@ -21,7 +21,7 @@ from ..base import free_threads, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, unreadable
-from .queue import Cell, config_of
+from .queue import Cell
 from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
 from ..models.create import try_size
 from ..models.hub import hub_answers, weights_place
@@ -362,7 +362,7 @@ def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of
         for name, (part, key) in open_.items():
             if key in before[name][0]: part[key] = before[name][0][key]
         return study
-    configs = {cell.arm.rpartition('/')[2]: config_of(cell) for cell in cells}
+    configs = {cell.arm.rpartition('/')[2]: cell.config for cell in cells}
     device, quickest = configs['plain'].device, {}
     if (auto_device() if device == 'auto' else device) != 'cpu' or auto_precision('cpu') == 'fp32': return study
     trained = study['teachers']['teacher']['notebook'] != 'e04_adopted_teacher'
