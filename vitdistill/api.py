@@ -31,7 +31,7 @@ from .deploy.predict import from_folder, load_model, named_images, predict
 from .teachers.card import Card
 from .teachers.teacher import Teacher, least_accuracy
 from .train.setup import auto_device, auto_precision
-from .launch.queue import Cell, cell_runs, check_cells, config_of, run_cell, run_in_order, study_cells
+from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
 from .launch.images import Images, few_test_images, fitting_fraction, fitting_side, folder_of_tests, has_runs
 from .launch.images import begun_students, look, names_of_students, same_threads
@@ -68,14 +68,14 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
     for cell in cells:
         runs = cell_runs(cell)
         if any(run.status == 'done' for run in runs): continue
-        c, done = config_of(cell), max([run.epochs_done for run in runs], default=0)
+        c, done = cell.config, max([run.epochs_done for run in runs], default=0)
         if cell.notebook.stem == 'e04_adopted_teacher': # it only answers
             found[cell.name] = (images.train + images.held_out + images.test)*step(c, False)
             continue
         found[cell.name] = (c.epochs - done)*(plan_rows(c, images.train)*step(c, True) + images.test*step(c, False))
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
             asked = teacher_calls(c, images.train)['memo' if c.memo else 'online']
-            found[cell.name] += asked*step(config_of(first), False)*(c.epochs - done)/c.epochs
+            found[cell.name] += asked*step(first.config, False)*(c.epochs - done)/c.epochs
     return found
 
 # %% ../nbs/06_api.ipynb #93cd2f21

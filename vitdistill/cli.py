@@ -191,11 +191,11 @@ def run_pair(
 )->None:
     "Trains a teacher, a student on labels alone and the same student with the teacher, then draws the figures."
     from vitdistill.launch.queue import check_cells, run_batch, study_cells
-    config = preset(preset_name, 'baseline', **{k: v for k, v in given.items() if k in ('dataset', 'runs_dir')})
     cells = study_cells(pair(preset_name, given, teacher, deit))
     for cell in cells: cell.place = out/cell.notebook.name
     check_cells(cells)
     run_batch(cells, out, at_once=1, show=True)
+    config = next(cell.config for cell in cells if cell.arm == 'pair/plain')
     shown = dict(reports=config.runs_dir, out=str(out), dataset=config.dataset)
     print('notebook:', run_notebook('a01_paper', out/'a01_paper.ipynb', shown), flush=True)
 

@@ -23,7 +23,7 @@ from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, unreadable
 from ..data.labels import table_parts
-from .queue import Cell, config_of
+from .queue import Cell
 from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
 from ..models.create import try_size
 from ..models.hub import hub_answers, weights_place
@@ -433,7 +433,7 @@ def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of
     "Returns a job's study with the precision that is quicker here for each model; what has begun keeps its own."
     study, file = copy.deepcopy(study), out/f'{out.name}.yaml'
     before = open_precisions(read_yaml(file)) if has_runs(out) and file.is_file() else {}
-    configs = {cell.arm.rpartition('/')[2]: config_of(cell) for cell in cells}
+    configs = {cell.arm.rpartition('/')[2]: cell.config for cell in cells}
     trained = study['teachers']['teacher']['notebook'] != 'e04_adopted_teacher'
     quickest = {}
     for name, (parts, key) in open_precisions(study).items():

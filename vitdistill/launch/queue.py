@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STANDING', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'recipe_fields', 'named_fields', 'study_cells',
-           'grid_cells', 'check_cells', 'slot_environment', 'write_record', 'read_record', 'cell_runs', 'new_threads',
-           'end', 'model_for', 'has_model', 'missing_weights', 'execute', 'run_cell', 'execute_alone', 'state_now',
-           'start_order', 'look', 'tally', 'table', 'refuse_busy', 'hold_folder', 'run_in_order', 'run_batch',
-           'submit_batch', 'main']
+           'grid_cells', 'check_cells', 'slot_environment', 'record_of', 'write_record', 'read_record', 'cell_runs',
+           'new_threads', 'end', 'model_for', 'has_model', 'missing_weights', 'execute', 'run_cell', 'execute_alone',
+           'state_now', 'start_order', 'look', 'tally', 'table', 'refuse_busy', 'hold_folder', 'run_in_order',
+           'run_batch', 'submit_batch', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
@@ -26,9 +26,9 @@ from tqdm import tqdm
 from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from ..base import VitdistillError, fitting, free_threads, from_root, nearest, repo_root
 from ..base import shipped, shipped_names, stoppable, write_atomic
-from ..config import Config, field_names, preset_parts
+from ..config import Config, config_hash, field_names
 from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, launch, stop
-from .runner import with_teacher
+from .runner import settable, with_teacher
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from ..tasks.table import task_of
@@ -47,9 +47,7 @@ class Cell:
     declared:dict=field(default_factory=dict) # parameters of its notebook, with their defaults
     arm:str=''             # 'study/arm'
     models:dict=field(default_factory=dict) # parameter, such as teacher_weights -> 'study/arm' that trains the model
-    wanted:dict=field(default_factory=dict) # 'study/arm' of such a model -> fields that its run has to have
-    likely:dict=field(default_factory=dict) # 'study/arm' of such a model -> fields that its present recipe gives
-    recipe:dict=field(default_factory=dict) # what its preset says
+    makers:dict=field(default_factory=dict) # 'study/arm' of such a model -> its cell's `named_fields`, `recipe_fields`
     after:list=field(default_factory=list)  # numbers of the cells that have to end first
     place:Path=None        # its executed notebook; its other files differ in their ending
     state:str='left'       # one of STANDING, or why it failed
@@ -60,9 +58,16 @@ class Cell:
     def file(self, ending:str)->Path: return self.place.with_suffix(ending)
     @property
     def failed(self)->bool: return self.state not in STANDING
+    @cached_property
+    def config(self)->Config|None: # without the models of other cells; None: its notebook makes more than one run
+        given = {**self.declared, **self.chosen}
+        part = _parts.get(self.notebook.stem) or given.get('role')
+        return configure(part, given) if part else None
 
 STANDING = 'left', 'waiting', 'running', 'cut', 'done' # left: to do; waiting: for Slurm; cut: interrupted
 NO_TEACHER = 'not started, because its teacher failed: fix that, then start the study again'
+_parts = dict(e01_baseline_resnet50='baseline', e02_distilled_resnet50='distilled', e03_deit_from_regnet='deit',
+              e04_adopted_teacher='teacher', e06_pretrain='pretrain', e09_captions='captions') # of a preset
 
 # %% ../../nbs/launch/03_queue.ipynb #50254623
 def notebook_of(
@@ -80,21 +85,16 @@ def notebook_of(
     return notebook, declared
 
 # %% ../../nbs/launch/03_queue.ipynb #82f0a480
-_parts = dict(e01_baseline_resnet50='baseline', e02_distilled_resnet50='distilled', e03_deit_from_regnet='deit',
-              e04_adopted_teacher='teacher', e06_pretrain='pretrain', e09_captions='captions')
-
 def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the like
-    "Returns the config of a cell."
-    given = {**cell.declared, **cell.chosen, **models}
-    return configure(_parts.get(cell.notebook.stem) or given['role'], given)
+    "Returns the config of a cell with the models that others made for it."
+    return replace(cell.config, **{name: value for name, value in models.items() if name in settable})
 
 def recipe_fields(cell:Cell)->dict:
     "Returns the fields that a cell's run has by its present preset, without those of its teacher; {} if unknown."
-    if cell.notebook.stem not in _parts and 'role' not in cell.declared: return {} # it makes more than one run
-    try: config = config_of(cell)
+    try: config = cell.config
     except VitdistillError: return {} # which `check_cells` raises
     kept = {*field_names(hashed=True)} - {*field_names(group='found'), *field_names(group='teacher')}
-    return {name: getattr(config, name) for name in kept}
+    return {name: getattr(config, name) for name in kept} if config else {}
 
 # %% ../../nbs/launch/03_queue.ipynb #1c12a8fc
 def named_fields(cell:Cell)->dict:
@@ -124,8 +124,7 @@ def study_cells(study:Study)->list[Cell]:
             cell.after += makers
             if len(makers) == 1:
                 arm, maker = f'{study.name}/{first}', made[makers[0]][1]
-                cell.wanted[arm], cell.likely[arm] = named_fields(maker), recipe_fields(maker)
-        if preset := cell.chosen.get('preset', cell.declared.get('preset')): cell.recipe = preset_parts(preset)
+                cell.makers[arm] = named_fields(maker), recipe_fields(maker)
     return [cell for _, cell in made]
 
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c04
@@ -143,15 +142,15 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
     "Raises `VitdistillError` for settings with which a cell could not train, before the first one trains."
     later = dict(fold_answers='unseen') | ({} if here else dict(device='auto')) # teachers of folds are trained first
     for cell in cells:
-        if cell.notebook.stem not in _parts and 'role' not in cell.declared: continue # it makes more than one run
-        if 'arm' not in cell.declared:
-            raise VitdistillError(f'{cell.notebook} has no parameter arm, so its run would not be found again: it is '
-                                  "of an older version, so copy today's notebooks by vitdistill new DIR.")
         try:
-            config = replace(config_of(cell), **later)
+            if not cell.config: continue
+            config = replace(cell.config, **later)
             check_settings(config)
             task_of(config).refuse_foreign(config)
         except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
+        if 'arm' not in cell.declared:
+            raise VitdistillError(f'{cell.notebook} has no parameter arm, so its run would not be found again: it is '
+                                  "of an older version, so copy today's notebooks by vitdistill new DIR.")
 
 # %% ../../nbs/launch/03_queue.ipynb #217dbe40
 def slot_environment(slot:int, slots:int, gpus:int)->dict:
@@ -162,15 +161,22 @@ def slot_environment(slot:int, slots:int, gpus:int)->dict:
     return mine | {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
 
 # %% ../../nbs/launch/03_queue.ipynb #4a4a455b
+def record_of(cell:Cell)->dict:
+    "Returns all about a cell, such as its parameters and its state, with a hash of what its preset makes of them."
+    try: made = config_hash(cell.config) if cell.config else ''
+    except VitdistillError: made = '' # its notebook will say what is wrong
+    about = {f.name: getattr(cell, f.name) for f in fields(Cell)} | dict(hash=made)
+    return json.loads(json.dumps(about, default=str))
+
 def write_record(cell:Cell)->None:
-    "Writes all about a cell, such as its parameters and its state."
-    write_atomic(cell.file('.json'), json.dumps(vars(cell), default=str, indent=1))
+    "Writes the record of a cell."
+    write_atomic(cell.file('.json'), json.dumps(record_of(cell), indent=1))
 
 def read_record(cell:Cell)->dict:
     "Returns what `write_record` wrote; {} if there is none or it belongs to another cell."
     record = read_json(cell.file('.json'))
-    here = json.loads(json.dumps(dict(chosen=cell.chosen, arm=cell.arm, recipe=cell.recipe), default=str))
-    return record if here == {name: record.get(name, here[name]) for name in here} else {}
+    here = record_of(cell)
+    return record if all(record.get(name, here[name]) == here[name] for name in ('chosen', 'arm', 'hash')) else {}
 
 # %% ../../nbs/launch/03_queue.ipynb #62419a6b
 def cell_runs(
@@ -184,8 +190,9 @@ def cell_runs(
 
 def new_threads(cell:Cell, threads:int)->dict: # threads: of each new run of a batch; 0: each run decides
     "Returns the parameter `threads` of a cell that does not name it and whose run has not begun, else {}."
-    said = {*cell.chosen}.union(*cell.recipe.values())
-    if not threads or 'threads' in said or 'arm' not in cell.declared: return {}
+    try: given = cell.config.threads if cell.config else cell.chosen.get('threads', 'auto')
+    except VitdistillError: return {} # its notebook says what is wrong
+    if not threads or given != 'auto' or 'arm' not in cell.declared: return {}
     return {} if any(run.status != 'done' for run in cell_runs(cell)) else dict(threads=threads) # it keeps its own
 
 # %% ../../nbs/launch/03_queue.ipynb #0acf582c
@@ -196,15 +203,14 @@ def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patien
     while any(is_locked(run.folder/'lock') for run in runs) and time.monotonic() < give_up: time.sleep(.1)
 
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c02
-def model_for(cell:Cell, arm:str, fields:dict=None)->str: # fields: as `model_of` takes them; None: as `wanted` says
+def model_for(cell:Cell, arm:str)->str:
     "Returns the path of an arm's model for a cell; none is a `VitdistillError`."
-    if fields is None: fields = cell.wanted.get(arm, {})
-    folder = runs_folder(cell.declared | cell.chosen)
-    return model_of(arm, cell.chosen.get('seed'), folder, fields, cell.likely.get(arm, {}))
+    about = (named_fields(cell),) if arm == cell.arm else cell.makers.get(arm, ())
+    return model_of(arm, cell.chosen.get('seed'), runs_folder(cell.declared | cell.chosen), *about)
 
 def has_model(cell:Cell)->bool:
     "Returns whether a cell's model, or its answers, are here, from a run with the parameters that the cell names."
-    try: return bool(model_for(cell, cell.arm, named_fields(cell)))
+    try: return bool(model_for(cell, cell.arm))
     except VitdistillError: return False
 
 def missing_weights(cells:list)->list:
@@ -284,7 +290,8 @@ def execute_alone(file:str|Path)->int: # a cell's .json of out/batches
     signal.signal(signal.SIGTERM, leave)
     node, several = rendezvous(os.environ)
     place = file.with_suffix(f'.node{node}.ipynb' if node else '.ipynb') # the first node writes the cell's own files
-    cell = Cell(**record | dict(notebook=Path(record['notebook']), place=place))
+    known = {f.name: record[f.name] for f in fields(Cell) if f.name in record}
+    cell = Cell(**known | dict(notebook=Path(record['notebook']), place=place))
     execute(cell, more=several)
     print(f'{cell.state[:200]}: {cell} ({tqdm.format_interval(cell.seconds)})', flush=True)
     return int(cell.state != 'done')
