@@ -10,6 +10,7 @@ __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'is_part', 'with_
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -412,7 +413,7 @@ def measure_teacher(cell:Cell)->Run:
     print(f'{run.result["test_top1"]:.1%} of the test images', flush=True)
     return run
 
-def train(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
+def train(cell:Cell, threads:int=0, show:bool|Callable=True)->Run: # as `new_threads` and `launch` take them
     "Trains a cell, unless its run is finished; returns the run."
     models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     if cell.notebook.stem == 'e04_adopted_teacher': return measure_teacher(cell)
@@ -420,4 +421,4 @@ def train(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
     if models: config = with_teacher(config, {**cell.declared, **cell.chosen, **models})
     card = Card.read(config.teacher_weights)
     if card and is_weak(card): config = replace(config, allow_untrained=True) # `in_words` says it
-    return launch(config, cell.chosen.get('nproc'), needed=True, arm=cell.arm)
+    return launch(config, cell.chosen.get('nproc'), show, needed=True, arm=cell.arm)
