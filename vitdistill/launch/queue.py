@@ -23,7 +23,7 @@ import torch, yaml
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from ..base import Interrupted, VitdistillError, fitting, free_threads, from_root, nearest, repo_root
-from ..base import shipped, shipped_names, write_atomic
+from ..base import progress_apart, shipped, shipped_names, write_atomic
 from ..config import Config, field_names, preset_parts
 from .runner import bind_to_parent, check_names, configure, stop
 from ..options import grid_parser
@@ -450,7 +450,8 @@ def main(arguments:list=None)->int:
             print(*cells, sep='\n')
             return 0
         if args.status: look(cells, folder, elsewhere=True)
-        elif args.on == 'local': run_batch(cells, folder, args.at_once)
+        elif args.on == 'local':
+            with progress_apart(): run_batch(cells, folder, args.at_once)
         else:
             given = {f.name: getattr(args, f.name, None) for f in fields(Ask)}
             submit_batch(cells, folder, read_ask(args.cluster or '', **given))
