@@ -99,7 +99,9 @@ def job(images, weights, tmp_path_factory):
     words = ["distill", str(images), "--out", str(out), "--teacher", str(weights), *options]
     done = subprocess.run([sys.executable, "-m", "vitdistill.cli", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return out, words, done.stdout
+    assert "epoch 1/1" in done.stderr and "the whole job: " in done.stderr and "epoch 1" not in done.stdout
+    assert "taught minus plain" in done.stdout and "taught minus plain" not in done.stderr
+    return out, words, done.stderr + done.stdout
 
 
 def test_command_trains_and_compares(job):
@@ -170,7 +172,7 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
     for folder, place in aside.items():
         folder.rename(place)
 
-    def fails(cell, threads):
+    def fails(cell, *_):
         if "taught" in cell.arm:
             raise VitdistillError("no room")
     monkeypatch.setattr(api, "run_cell", fails)

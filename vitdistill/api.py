@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'class_recalls',
            'balanced_accuracy', 'is_unbalanced', 'accuracies', 'trained_out', 'advice', 'in_words', 'findings',
-           'page_of', 'show', 'train_all', 'images_of_job', 'command_of', 'distill', 'save', 'class_orders',
+           'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'command_of', 'distill', 'save', 'class_orders',
            'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
-import contextlib, inspect, json, math, os, shlex, tempfile
+import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from timm.utils import unwrap_model
 from tqdm import tqdm
 from .teachers.answers import open_memo
-from .base import VitdistillError, default_place, from_here, stoppable
+from .base import VitdistillError, default_place, from_here, print_result, stoppable
 from .config import field_names, from_dict, plain_value, preset as config_of_preset
 from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
@@ -246,19 +246,53 @@ def show(result:Distilled)->None:
     "Prints the result of a job, writes its page, and links its models; nothing if no run has ended."
     done = [name for name, runs in result.runs().items() if runs]
     if not done: return
-    print(f'\n{result}\npage: {page_of(result)}', flush=True)
-    print('models:', *(shlex.quote(str(result.folder(name))) for name in done), flush=True)
-    print(f'use one: vitdistill predict {shlex.quote(str(result.folder(done[-1])))} IMAGES', flush=True)
+    print_result(f'\n{result}\npage: {page_of(result)}')
+    print_result('models:', *(shlex.quote(str(result.folder(name))) for name in done))
+    print_result(f'use one: vitdistill predict {shlex.quote(str(result.folder(done[-1])))} IMAGES')
+
+# %% ../nbs/06_api.ipynb #90a36b7e
+class JobClock:
+    "Tells how long a job still takes, by what was estimated and what its cells have taken so far."
+    def __init__(self, seconds:dict): # of `costs`
+        self.estimated, self.took, self.cell, self.begun = dict(seconds), {}, None, 0.
+
+    def start(self, cell:Cell)->Callable: # -> what `follow` adds to a line of progress
+        "Starts the time of a cell, and ends that of the one before it."
+        now = time.monotonic()
+        if self.cell: self.took[self.cell.name] = now - self.begun
+        self.cell, self.begun = cell, now
+        return lambda: f'; the whole job: {tqdm.format_interval(self.rest())} to go'
+
+    def rest(self)->float: # seconds
+        "Returns how long the job still takes; what is to come takes longer than estimated if the rest has."
+        name, spent = self.cell.name, time.monotonic() - self.begun
+        known = {cell: took for cell, took in self.took.items() if cell in self.estimated}
+        running = self.estimated.get(name, 0.)*self._slower(known) - spent
+        run = max(cell_runs(self.cell), key=lambda run: run.begun, default=None)
+        rows = [row for row in run.rows() if row.get('seconds')] if run else []
+        if rows:
+            pace = statistics.mean(float(row['seconds']) for row in rows[-5:])
+            since = max(0., time.time() - (run.folder/'metrics.csv').stat().st_mtime)
+            running = (run.config.epochs - len(run.rows()))*pace - min(since, pace)
+            known[name] = spent + max(0., running)
+        later = sum(time for cell, time in self.estimated.items() if cell not in (*self.took, name))
+        return max(0., running) + later*self._slower(known)
+
+    def _slower(self, took): # how much longer cells took than estimated
+        estimated = sum(self.estimated.get(cell, 0.) for cell in took)
+        return sum(took.values())/estimated if estimated else 1.
 
 # %% ../nbs/06_api.ipynb #10a7e1a0
 def train_all(
     cells:list, file:Path, # of the job's study; its file
     out:Path,              # folder of the job
-    threads:int=0          # of each new run; 0: each run decides
+    threads:int=0,         # of each new run; 0: each run decides
+    seconds:dict={}        # of `costs`
 )->Distilled:
     "Trains what is missing of a job, prints its result and returns it."
-    result = Distilled(file, out)
-    try: run_in_order(cells, range(len(cells)), lambda cell, _: run_cell(cell, threads), show=True)
+    result, clock = Distilled(file, out), JobClock(seconds)
+    def run(cell, _): return run_cell(cell, threads, clock.start(cell))
+    try: run_in_order(cells, range(len(cells)), run, show=True)
     except VitdistillError:
         show(result) # what is done
         raise
@@ -356,8 +390,8 @@ def distill(
         study = with_precision(study, cells, out)
         file = write_study(study, out, dry_run) # refuses other settings
         cells = study_cells(Study(out.name, **study))
-        print(costs_in_words(costs(cells, images)), flush=True)
-        return None if dry_run else train_all(cells, file, out, threads)
+        print(costs_in_words(seconds := costs(cells, images)), flush=True)
+        return None if dry_run else train_all(cells, file, out, threads, seconds)
 
 # %% ../nbs/06_api.ipynb #fb86fdc1
 def save(

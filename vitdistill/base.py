@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line', 'require',
-           'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'record_path', 'fitting',
-           'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores',
-           'busy_cores', 'free_threads', 'generator', 'seed_host']
+           'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path', 'progress_apart',
+           'print_result', 'record_path', 'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic',
+           'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads', 'generator', 'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
 import contextlib, difflib, errno, glob, importlib.util, math, os, random, re, shutil, socket, sys, time, typing
@@ -105,6 +105,22 @@ def typed_path(path:str|Path)->str:
     "Returns `from_here(path)` as a config keeps it: from `repo_root()` if it lies below, else absolute."
     place = from_here(path)
     return str(place.relative_to(repo_root()) if place.is_relative_to(repo_root()) else place)
+
+# %% ../nbs/00_base.ipynb #a923d39c
+_results = [] # the standard output of each command that has sent its progress elsewhere
+
+@contextlib.contextmanager
+def progress_apart():
+    "Sends what is printed to standard error, but for `print_result`; in a notebook both are one."
+    if _in_notebook(): return (yield)
+    _results.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr): yield
+    finally: _results.pop()
+
+def print_result(*words)->None:
+    "Prints the result of a command: what one pipes into a file."
+    print(*words, file=_results[-1] if _results else sys.stdout, flush=True)
 
 # %% ../nbs/00_base.ipynb #9d550f9f
 def record_path(path:str|Path)->str:

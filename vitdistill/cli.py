@@ -12,12 +12,13 @@ __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_op
 import argparse, functools, inspect, json, os, re, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 import yaml
 from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, from_here, from_root, nearest
-from .base import repo_root, typed_path, write_atomic
+from .base import progress_apart, repo_root, typed_path, write_atomic
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset
 from .options import (bench_parser, captions_parser, compare_parser, distill_parser, evaluate_parser,
                                 export_parser, grid_parser, hyphened, predict_parser)
@@ -379,7 +380,7 @@ def distill(words:list[str])->int:
     given, others = distill_parser().parse_known_args(hyphened(words))
     fields = fields_alone(others)
     from vitdistill import api
-    api.distill(**vars(given), **fields)
+    with nullcontext() if given.dry_run else progress_apart(): api.distill(**vars(given), **fields)
     return 0
 
 def predict(words:list[str])->int:

@@ -24,7 +24,7 @@ from threading import Event
 import torch, yaml
 from tqdm import tqdm
 from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
-from ..base import VitdistillError, fitting, free_threads, from_root, nearest, repo_root
+from ..base import VitdistillError, fitting, free_threads, from_root, nearest, progress_apart, repo_root
 from ..base import shipped, shipped_names, stoppable, write_atomic
 from ..config import Config, config_hash, field_names
 from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, launch, stop
@@ -264,7 +264,7 @@ def execute(
             write_record(cell)
 
 # %% ../../nbs/launch/03_queue.ipynb #4711c8f4
-def run_cell(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes them
+def run_cell(cell:Cell, threads:int=0, show:bool|Callable=True)->Run: # as `new_threads` and `launch` take them
     "Runs a cell without its notebook, unless its run is finished; returns the run."
     models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     given = {**cell.declared, **cell.chosen, **models}
@@ -277,7 +277,7 @@ def run_cell(cell:Cell, threads:int=0)->Run: # threads: as `new_threads` takes t
     if models: config = with_teacher(config, given)
     card = Card.read(config.teacher_weights)
     if card and is_weak(card): config = replace(config, allow_untrained=True) # a job says it with its result
-    return launch(config, cell.chosen.get('nproc'), needed=True, arm=cell.arm)
+    return launch(config, cell.chosen.get('nproc'), show, needed=True, arm=cell.arm)
 
 # %% ../../nbs/launch/03_queue.ipynb #2623bd73
 def execute_alone(file:str|Path)->int: # a cell's .json of out/batches
@@ -498,7 +498,8 @@ def main(arguments:list=None)->int:
             print(*cells, sep='\n')
             return 0
         if args.status: look(cells, folder, elsewhere=True)
-        elif args.on == 'local': run_batch(cells, folder, args.at_once)
+        elif args.on == 'local':
+            with progress_apart(): run_batch(cells, folder, args.at_once)
         else:
             given = {f.name: getattr(args, f.name, None) for f in fields(Ask)}
             submit_batch(cells, folder, read_ask(args.cluster or '', **given))

@@ -269,7 +269,8 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
     "Returns the items of a page on machine, command and settings."
     run, about = next(iter(models.values()))[0], comparison.study.about
     machine = machine_in_words(run.environment, run.config.device) if run.environment else ''
-    if machine: machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {run.begun[:16]} UTC"
+    begun = run.begun[:16].replace('T', ' ')
+    if machine: machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {begun} UTC"
     took = {name: sum(run.result.get('seconds', 0) for run in runs) for name, runs in models.items()}
     took = ', '.join(f'{name} {tqdm.format_interval(time)}' for name, time in took.items() if time)
     texts = {'The command': about.get('command', ''), 'The machine': machine, 'Training took': took}

@@ -69,7 +69,7 @@ pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-siz
 .images span { padding: 3rem 0; text-align: center; border: 1px solid #8886 }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8886 }
-td { white-space: nowrap } .wrap td { white-space: normal; min-width: 4.5rem; max-width: 22rem }
+td { white-space: nowrap } .wrap td { white-space: normal; min-width: 3.2rem; max-width: 22rem }
 @media print { body { max-width: none; font-size: 10pt } nav, .links { display: none } a { color: inherit }
   img { width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm } figure { overflow: visible }
   table { font-size: 7.5pt } td { white-space: normal } tr { break-inside: avoid } }

@@ -164,6 +164,7 @@ class Progress:
         self.seconds, self.done, self.images, self.seen = [], done_epochs, images, 0 # seen: images of this epoch
         self.answered = 0 # views of the present stretch
         self.begun = self.stretch_begun = self.last_line = time.monotonic()
+        self.first = None # seen and time after the first step of this epoch, which may be slow
 
     def say_seldom(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
         now = time.monotonic()
@@ -173,7 +174,14 @@ class Progress:
 
     def step(self, n:int)->None:
         self.seen += n
-        self.say_seldom(f'  {min(1, self.seen/self.images):.0%} of epoch {self.done + 1}')
+        now = time.monotonic()
+        if self.first is None: self.first = self.seen, now
+        seen, text = self.seen - self.first[0], f'  {min(1, self.seen/self.images):.0%} of epoch {self.done + 1}'
+        if seen and now > self.first[1]:
+            pace = seen/(now - self.first[1])
+            left = max(0, (self.config.epochs - self.done)*self.images - self.seen)/pace # without the evaluations
+            text += f'  {pace:.0f} images/s  ETA {tqdm.format_interval(left)}'
+        self.say_seldom(text)
 
     def teacher(self, done:int, total:int)->None: # views of the present stretch: answered, in all
         if done <= self.answered: self.stretch_begun = time.monotonic() # a new stretch
@@ -185,7 +193,7 @@ class Progress:
         shown = 'train_top1', 'val_top1', 'test_top1', 'knn_test_top1', 'linear_test_top1'
         names = [n for n in shown if row.get(n) is not None]
         text = f"loss {row['train_loss']:.3f}  " + '  '.join(f'{n[:-5]} {row[n]:.1%}' for n in names)
-        self.done, self.seen, self.last_line = row['epoch'] + 1, 0, time.monotonic()
+        self.done, self.seen, self.first, self.last_line = row['epoch'] + 1, 0, None, time.monotonic()
         if not self.shown: return
         self.seconds.append(row['seconds'])
         done = self.done
