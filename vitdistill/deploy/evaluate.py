@@ -34,7 +34,7 @@ def labelled_files(
     if unknown := [name for name in files.classes if name not in model.classes]:
         more = f' and {len(unknown) - 1} more folders that are' if unknown[1:] else ', which is'
         above = f'name the folder that holds those of its classes, such as {model.classes[0]}.'
-        hint = nearest(unknown[0], model.classes, above)
+        hint = above if unknown[0] == 'train' else nearest(unknown[0], model.classes, above)
         raise VitdistillError(f'{printable(root)} has a folder {unknown[0]!r}{more} no class of {model.name}: {hint}')
     for note in files.notes: say_once(note, warning=True)
     if left_out := left_out_in_words(files): say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
@@ -106,6 +106,8 @@ def main(arguments:list=None)->int:
     def skipped(sentence):
         failed.append(sentence)
         print(sentence, file=sys.stderr)
+    if args.csv and from_here(args.csv).is_dir():
+        raise VitdistillError(f'{args.csv} is a folder: name a file as --csv.')
     found = evaluate(load_model(args.model, args.runs), args.data, args.class_folder, skipped)
     if args.csv:
         csv.DictWriter(text := io.StringIO(), _columns, lineterminator='\n').writeheader()

@@ -87,9 +87,12 @@ def export_int8(
         with tempfile.TemporaryDirectory() as draft:
             made = f'{draft}/prepared.onnx'
             quant_pre_process(str(file), made, skip_symbolic_shape=True)
-            at_ends = [node.name for node in onnx.load(made).graph.node if node.op_type in ('Sub', 'Div', 'Softmax')]
+            nodes = onnx.load(made).graph.node
+            outliers = any(node.op_type == 'LayerNormalization' for node in nodes)
+            at_ends = [node.name for node in nodes if node.op_type in ('Sub', 'Div', 'Softmax')]
             quantize_static(made, str(path), reader, per_channel=True, activation_type=QuantType.QUInt8,
-                            weight_type=QuantType.QInt8, nodes_to_exclude=at_ends)
+                            weight_type=QuantType.QInt8, nodes_to_exclude=at_ends,
+                            op_types_to_quantize=['Conv', 'Gemm', 'MatMul'] if outliers else None)
     return _written(file, to, write)
 
 def export_fp16(file:Path, to:Path)->Path: # file: of `export_onnx`; to: file to write

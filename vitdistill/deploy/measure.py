@@ -27,7 +27,7 @@ from ..teachers.card import Card
 @dataclass(frozen=True)
 class Measured:
     "Holds what a model costs, and how much of the test images it gets right."
-    name:str        # model folder, or file
+    name:str        # ONNX file, or the model folder if no file is kept
     kind:str        # 'fp32', 'int8' or 'fp16'; '' of an ONNX file that was given
     parameters:int  # None: the file does not say it
     mb:float        # of its ONNX file; this and `ms` are None without the extra `export`
@@ -74,8 +74,8 @@ def _config_of(folder): # of the run that trained a model, or with what its card
     try: run = find_run(folder)
     except VitdistillError: # a folder that was copied, or saved by hand
         card = Card.read(folder)
-        about = card and dict(image_size=card.image_size, exif_orientation=card.exif_orientation)
-        return from_dict(card.split | about) if card else None
+        if not card or not check_dataset(card.split['dataset']).side: return None # it does not name the folder
+        return from_dict(card.split | dict(image_size=card.image_size))
     return replace(run.config, data_root=str(run.place(run.config.data_root)) if run.config.data_root else '')
 
 def _undecoded(config): # `Data`
@@ -146,22 +146,23 @@ def measure(
         models = [*map(from_onnx, files)] or [whole]
         seen, times = decisions(models, data.test_images), milliseconds(files) if files else [None]
         sizes = [file.stat().st_size/1e6 for file in files] or [None]
-    about = zip(('' if given else 'fp32', *kinds), sizes, times, seen)
-    return [_measured(whole, kind, mb, ms, found, data) for kind, mb, ms, found in about]
+    names = [str(path) for path in files] if given or file else [whole.name]*(1 + len(kinds))
+    about = zip(names, ('' if given else 'fp32', *kinds), sizes, times, seen)
+    return [_measured(name, whole, kind, mb, ms, found, data) for name, kind, mb, ms, found in about]
 
 def _exported(folder, kinds, images, side, file): # the ONNX files; images: (N, H, W, 3) uint8, of training
     files = [export_onnx(folder, file)]
     for kind in kinds:
-        to = files[0].with_suffix(f'.{kind}.onnx')
+        to = files[0].with_name(f"{files[0].name.removesuffix('.onnx')}.{kind}.onnx")
         pixels = normalize(images.permute(0, 3, 1, 2), (0,)*3, (1,)*3, side)
         files.append(export_int8(files[0], pixels, to) if kind == 'int8' else export_fp16(files[0], to))
     return files
 
-def _measured(model, kind, mb, ms, seen, data):
+def _measured(name, model, kind, mb, ms, seen, data):
     labels = data.test_labels.numpy()
     shares = class_shares(right := seen == labels, labels)
     worst = min(shares, key=shares.get)
-    return Measured(model.name, kind, model.parameters, mb, ms, len(labels), float(right.mean()),
+    return Measured(name, kind, model.parameters, mb, ms, len(labels), float(right.mean()),
                     float(np.mean([*shares.values()])), shares[worst], model.classes[worst], right)
 
 # %% ../../nbs/deploy/02_measure.ipynb #306cda7d
@@ -199,4 +200,5 @@ def main(
     print(table_of(rows))
     print(f'ms: one image at a time, one thread, {machine_in_words(environment(), "cpu")}')
     for row in rows[1:]: print(*against(row, rows[0], interval), sep='\n')
+    print('files:', *(row.name for row in rows))
     return 0
