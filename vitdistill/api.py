@@ -33,7 +33,8 @@ from .train.setup import auto_device, auto_precision
 from .launch.queue import Cell, cell_runs, check_cells, config_of, study_cells
 from .launch.images import Images, few_test_images, fitting_fraction, fitting_side, folder_of_tests, has_runs
 from .launch.images import is_weak, look, same_threads, seconds_an_image, study_of
-from .launch.images import teacher_part, train, weights_here, with_precision, with_test, write_study
+from .launch.images import teacher_part, train, weights_here, with_precision, with_test, with_unique
+from .launch.images import write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, find_runs
 from .study.compare import Comparison, draw_curves, finished_runs, load, points, write
@@ -234,21 +235,24 @@ def images_of_job(
     preset:str,
     fields:dict,         # of Config, that the user gives
     dry_run:bool,        # whether to leave no file behind
-    labels:Path=None     # table of labels; None: the folders name the classes
+    labels:Path=None,    # table of labels; None: the folders name the classes
+    drop_duplicates:bool=False # whether to train without images that are test images too
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
-        root = with_test(data, out if kept else Path(draft), labels)
+        root = with_test(data, place := out if kept else Path(draft), labels)
+        drawn = root != data and not (labels and table_parts(labels))
         about = {*field_names(group='data'), *field_names(group='augmentation')}
         of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
         if check_dataset(recipe.dataset).side: fields = fields | dict(dataset='imagefolder') # of one for digits
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
+        root, same = with_unique(recipe, place, drop_duplicates)
+        recipe = replace(recipe, data_root=str(root))
         if (fraction := fitting_fraction(recipe)) != recipe.val_fraction: fields = fields | dict(val_fraction=fraction)
-        drawn = root != data and not (labels and table_parts(labels))
         images = look(replace(recipe, val_fraction=fraction), drawn)
-    return replace(images, root=data if root == data else out/'data'), fields
+    return replace(images, root=data if root == data else out/root.name, same=same), fields
 
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
@@ -264,6 +268,7 @@ def distill(
     teacher_name:str='',            # architecture of a file of weights; '': the file's name up to its first dot
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='',             # CSV with columns file (from data) and class, or part too: train, val or test
+    drop_duplicates:bool=False,     # train without images that are test images too
     dry_run:bool=False,             # only say what is there and what it will take
     **fields                        # fields of Config, such as distillation='hard'
 )->Distilled|None:                  # None after a dry run
@@ -271,7 +276,8 @@ def distill(
     data, out, gpu = from_here(data), from_here(out or default_place('out/mine')), torch.cuda.is_available()
     if not student.startswith('hf-hub:'): check_name(student)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels))
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels),
+                                   drop_duplicates)
     print(images, flush=True)
     if few := few_test_images(images.test): print(few, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
