@@ -401,6 +401,9 @@ class Loss(torch.nn.Module):
         **given):  # fields of Config, such as alpha
         super().__init__()
         config = from_dict(dict(distillation=name, teacher='a teacher', **given))
+        if config.class_weights:
+            raise VitdistillError('class_weights are made of the labels of a run, and a loss alone has none: leave '
+                                  'them out, and draw rare classes more often (WeightedRandomSampler).')
         self.criterion = criterion(config)
         self.kind = self.criterion.wants
 

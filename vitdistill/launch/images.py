@@ -169,7 +169,7 @@ class Images:
         said = ''
         if counts[most] > 3*counts[least]:
             said += (f' The classes differ in size: {self.classes[most]} has {counts[most]:,} training images, '
-                     f'{self.classes[least]} has {counts[least]:,}.')
+                     f'{self.classes[least]} has {counts[least]:,}; with --class-weights balanced each counts alike.')
         lacking = [name for name, count in zip(self.classes, self.held_out_counts) if not count]
         if self.held_out and lacking:
             said += f" No image of {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''} is held out."

@@ -23,7 +23,7 @@ from ..config import Config
 from ..data.datasets import Data, fingerprint, image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
-from ..losses import HardLabel, criterion
+from ..losses import HardLabel, balanced_weights, criterion
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -324,6 +324,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
+    if config.class_weights: objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
     size = student_size(config, data.side)
     place = image_device(config, data.train_images.shape, ranks.device)
     views = Views(data.train_images, config.padding, place)
