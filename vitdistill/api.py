@@ -38,7 +38,7 @@ from .launch.runner import is_weak
 from .launch.images import Images, few_test_images, fitting_fraction, fitting_side, folder_of_tests, has_runs
 from .launch.images import begun_students, look, names_of_students, same_threads
 from .launch.images import seconds_an_image, student_fields, study_of
-from .launch.images import teacher_part, with_precision, with_test, write_study
+from .launch.images import teacher_part, with_precision, with_test, with_unique, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
@@ -369,21 +369,24 @@ def images_of_job(
     preset:str,
     fields:dict,         # of Config, that the user gives
     dry_run:bool,        # whether to leave no file behind
-    labels:Path=None     # table of labels; None: the folders name the classes
+    labels:Path=None,    # table of labels; None: the folders name the classes
+    drop_duplicates:bool=False # whether to train without images that are test images too
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
-        root = with_test(data, out if kept else Path(draft), labels)
+        root = with_test(data, place := out if kept else Path(draft), labels)
+        drawn = root != data and not (labels and table_parts(labels))
         about = {*field_names(group='data'), *field_names(group='augmentation')}
         of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
         if check_dataset(recipe.dataset).side: fields = fields | dict(dataset='imagefolder') # of one for digits
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
+        root, same = with_unique(recipe, place, drop_duplicates)
+        recipe = replace(recipe, data_root=str(root))
         if (fraction := fitting_fraction(recipe)) != recipe.val_fraction: fields = fields | dict(val_fraction=fraction)
-        drawn = root != data and not (labels and table_parts(labels))
         images = look(replace(recipe, val_fraction=fraction), drawn)
-    return replace(images, root=data if root == data else out/'data'), fields
+    return replace(images, root=data if root == data else out/root.name, same=same), fields
 
 # %% ../nbs/06_api.ipynb #448d041f
 def command_of(
@@ -413,6 +416,7 @@ def distill(
     teacher_name:str='',            # architecture of a file of weights; '': the file's name up to its first dot
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='',             # CSV with columns file (from data) and class, or part too: train, val or test
+    drop_duplicates:bool=False,     # train without images that are test images too
     dry_run:bool=False,             # only say what is there and what it will take
     **fields                        # fields of Config, such as distillation='hard'
 )->Distilled|None:                  # None after a dry run
@@ -426,7 +430,8 @@ def distill(
     if len(students) > 1 and (alone := next(filter(fields.get, ('student_weights', 'student_kwargs')), None)):
         raise VitdistillError(f"{alone} = {fields[alone]!r} is for one student, and this job has "
                               f"{', '.join(students)}: leave it out, or give each of them a folder of its own as out.")
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels))
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels),
+                                   drop_duplicates)
     print(images, flush=True)
     if few := few_test_images(images.test): print(few, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
@@ -554,6 +559,9 @@ class Loss(torch.nn.Module):
         **given):  # fields of Config, such as alpha
         super().__init__()
         config = from_dict(dict(distillation=name, teacher='a teacher', **given))
+        if config.class_weights:
+            raise VitdistillError('class_weights are made of the labels of a run, and a loss alone has none: leave '
+                                  'them out, and draw rare classes more often (WeightedRandomSampler).')
         self.criterion = criterion(config)
         self.kind = self.criterion.wants
 

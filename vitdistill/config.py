@@ -46,6 +46,7 @@ _stems, _filters, _depths = ('imagenet', 'cifar'), ('bicubic', 'bilinear'), ('gr
 _lengths, _means, _draws = ('public', 'longer'), ('batchmean', 'public'), ('timm', 'small')
 _ends = 'first', 'last'
 _sources, _mappers = ('text', 'image', 'shuffled'), ('mlp', 'transformer')
+_weights = '', 'balanced'
 _folds, _tokens = ('unseen', 'seen', 'drawn'), ('auto', 'class', 'distillation')
 
 # %% ../nbs/01_config.ipynb #3f40dd3f
@@ -131,6 +132,7 @@ class ObjectiveFields:
     soft_top_k:int=_objective(0, '[0, inf)') # number of logits that soft answers keep, plus the sum of the rest; 0: all
     kl_reduction:str=_objective('batchmean', _means) # mean of the KL over the batch; public: and over classes (DeiT)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
+    class_weights:str=_objective('', _weights, teaching=False) # balanced: rare labels count more; '': all count alike
 
 # %% ../nbs/01_config.ipynb #fa1dfe03
 @dataclass(frozen=True)

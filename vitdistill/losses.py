@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FP16_MOST', 'term_weight', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'TopK', 'Embedding', 'kind_of',
            'soft_loss', 'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'log_confidence', 'refined_loss',
-           'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'Labels', 'check_range', 'BinaryLabels',
-           'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation', 'DecoupledDistillation',
-           'StandardizedDistillation', 'RelationalDistillation', 'RefinedDistillation', 'DecorrelatedDistillation',
-           'EntropyDistillation', 'named_objective', 'answer_kind', 'refuse_unlabelled', 'criterion', 'Output',
-           'Objective']
+           'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'balanced_weights', 'weighed_loss', 'Labels',
+           'check_range', 'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation',
+           'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation', 'RefinedDistillation',
+           'DecorrelatedDistillation', 'EntropyDistillation', 'named_objective', 'answer_kind', 'refuse_unlabelled',
+           'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import functools, inspect, math, typing
@@ -231,6 +231,25 @@ class Batch(typing.NamedTuple):
     weight:float=1.          # of this rank's loss: world * n_local / n_global; 0: its row fills in for a missing one
     image:torch.Tensor=None  # (B,) rows of the dataset, for objectives that draw random numbers by image
 
+# %% ../nbs/03_losses.ipynb #76197c0a
+def balanced_weights(labels:torch.Tensor, classes:int)->torch.Tensor: # (N,) int64, -1: no label -> (classes,)
+    "Returns n/(C n_c) for each class, as scikit-learn's class_weight='balanced'; 0 for a class without images."
+    counts = torch.bincount(labels[labels >= 0], minlength=classes).double()
+    return torch.where(counts > 0, counts.sum()/((counts > 0).sum()*counts.clamp(min=1)), 0.).float()
+
+def weighed_loss(
+    heads:tuple,          # logits (B, C) of each head
+    targets:torch.Tensor, # (B,) int64, -1: no label; or (B, C) shares of the classes
+    weights:torch.Tensor, # (C,) of the classes
+    smoothing:float       # of the labels, in [0, 1)
+)->torch.Tensor:
+    "Returns the cross-entropy, each label times the weight of its class, as a mean over all rows, and over the heads."
+    classes = heads[0].shape[-1]
+    shares = targets if targets.ndim == 2 else F.one_hot(targets.clamp(min=0), classes)*(targets >= 0)[:, None]
+    shares = shares*weights.to(heads[0].device)
+    smooth = (1 - smoothing)*shares + smoothing*shares.sum(-1, keepdim=True)/classes
+    return sum(F.cross_entropy(z.float(), smooth) for z in heads)/len(heads)
+
 # %% ../nbs/03_losses.ipynb #7e21d4b8
 class Labels(nn.Module):
     "Cross-entropy with the labels alone, the mean over heads."
@@ -247,6 +266,7 @@ class Labels(nn.Module):
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
+        self.register_buffer('class_weights', None, persistent=False) # (C,), of `balanced_weights`
     def fit(self, student:nn.Module)->nn.Module: # the model to train; subclasses build parts of its size here
         two = len(getattr(student, 'heads', ())) > 1
         if self.token == 'distillation' and not two:
@@ -259,6 +279,7 @@ class Labels(nn.Module):
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # either may be wrapped by DDP or compiled
         return Objective(student, criterion)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor: # mean over all rows, unlabelled ones too
+        if self.class_weights is not None: return weighed_loss(heads, targets, self.class_weights, self.label_smoothing)
         smoothing = dict(label_smoothing=self.label_smoothing)
         if self.partly and targets.ndim == 2: # rows sum to the share of an image that has labels
             spread = targets.sum(-1, keepdim=True)/targets.shape[-1]
@@ -473,6 +494,9 @@ def criterion(config:Config)->nn.Module:
                               f'({first_line(e)}): give numbers, or lists of them.') from None
     refuse_unlabelled(config)
     made.token, made.partly = config.token, bool(config.unlabelled)
+    if config.class_weights and (name == 'bce' or not made.labelled):
+        raise VitdistillError(f"class_weights = {config.class_weights!r} weighs the cross-entropy of labels, and "
+                              f"distillation = {name!r} has none: leave class_weights out, or take 'none' or 'soft'.")
     if made.wants and not config.teacher:
         raise VitdistillError(f'distillation = {name!r} needs a teacher: name a timm model as teacher, '
                               "or set distillation = 'none'.")

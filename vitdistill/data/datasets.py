@@ -228,9 +228,10 @@ def stratified(
     return _divide(labels, seed, lambda n: np.arange(n) < round(fraction*n))
 
 def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n shuffled rows are in the second part
-    parts = [], []
-    for c in np.unique(labels.numpy()):
-        rows = np.random.default_rng([seed, int(c)]).permutation(np.flatnonzero(labels.numpy() == c))
+    parts, order = ([], []), labels.numpy().argsort(kind='stable') # sorted once, not searched for each class
+    classes, starts = np.unique(labels.numpy()[order], return_index=True)
+    for c, rows in zip(classes, np.split(order, starts[1:])):
+        rows = np.random.default_rng([seed, int(c)]).permutation(rows)
         mask = chosen(len(rows))
         for part, wanted in zip(parts, (~mask, mask)): part.append(rows[wanted])
     return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts)

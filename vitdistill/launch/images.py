@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'refuse_out_within', 'link_labelled', 'is_part', 'with_test',
-           'is_there', 'folder_of_tests', 'Images', 'sides_of', 'look', 'fitting_side', 'fitting_fraction',
-           'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields',
-           'short_name', 'names_of_students', 'begun_students', 'student_fields', 'study_of', 'begun_parts',
-           'write_study', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision', 'same_threads']
+           'is_there', 'folder_of_tests', 'Images', 'sides_of', 'look', 'same_in_words', 'with_unique', 'fitting_side',
+           'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
+           'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields', 'study_of',
+           'begun_parts', 'write_study', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision',
+           'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
@@ -20,6 +21,7 @@ from ..base import VitdistillError, cores, environment_number
 from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, read_yaml
 from ..base import free_threads, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, split_rows, stratified
+from ..data.duplicates import Pair, same_images
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, unreadable
 from ..data.labels import table_parts
@@ -146,6 +148,7 @@ class Images:
     test_counts:list=field(default_factory=list)  # test images of each class
     held_out_counts:list=field(default_factory=list) # images of each class that are held out
     test_part:str='val' # folder, tar or shard of the test images
+    same:str=''         # of `same_in_words`
 
     def __str__(self):
         part = self.test_part.removesuffix('.tar')
@@ -155,7 +158,7 @@ class Images:
         named = ', '.join(self.classes[:10]) + (', ...' if len(self.classes) > 10 else '')
         return (f'{self.root}: {len(self.classes)} classes ({named}), about {self.side} px. {self.train:,} training '
                 f'images, {self.test:,} test images ({whose}). {self.held_out:,} more of train are held out to measure '
-                f'the teacher; records call them val.{self.shares()}')
+                f'the teacher; records call them val.{self.shares()}{self.same}')
 
     def shares(self)->str:
         "Returns sentences on classes of unlike size and on those of which nothing is held out; '' if there are none."
@@ -164,7 +167,7 @@ class Images:
         said = ''
         if counts[most] > 3*counts[least]:
             said += (f' The classes differ in size: {self.classes[most]} has {counts[most]:,} training images, '
-                     f'{self.classes[least]} has {counts[least]:,}.')
+                     f'{self.classes[least]} has {counts[least]:,}; with --class-weights balanced each counts alike.')
         lacking = [name for name, count in zip(self.classes, self.held_out_counts) if not count]
         if self.held_out and lacking:
             said += f" No image of {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''} is held out."
@@ -199,6 +202,49 @@ def look(config:Config, drawn:bool)->Images: # config: of a student; drawn: as i
     side = round(statistics.median(sides_of(train, test)))
     return Images(Path(config.data_root), train.classes, len(used), len(held_out), len(test), side, drawn, *counts,
                   test.files[0][0].partition('/')[0])
+
+# %% ../../nbs/launch/04_images.ipynb #9d8357c8
+def same_in_words(
+    train, test,       # `ImageFiles`
+    across:list[Pair], # of train and test
+    within:list[Pair], # of train
+    dropped:bool       # whether those that are test images too were left out of train
+)->str:
+    "Returns sentences on images that stand twice; '' if none does."
+    said, (images, tested) = '', ({pair[side] for pair in across} for side in (0, 1))
+    named = '; '.join(f'{printable(train.files[a][0])} = {printable(test.files[b][0])}' for a, b, _ in across[:3])
+    more = '; ...' if len(across) > 3 else ''
+    if across and dropped:
+        said += f' Left out of training, since they are test images too: {len(images):,} ({named}{more}).'
+    elif across:
+        said += (f' Test images that are also in train: {len(tested):,} ({named}{more}). They make the test accuracy '
+                 'too high; --drop-duplicates leaves them out of training.')
+    if other := sum(train.files[a][2] != test.files[b][2] for a, b, _ in across):
+        said += f' Pairs of these with two classes: {other:,}.'
+    if copies := {b for _, b, _ in within}:
+        said += f' Images of train that are copies of others there: {len(copies):,}.'
+    return said
+
+def with_unique(
+    config:Config, # of a student
+    out:Path,      # folder of the job
+    drop:bool,     # whether training images that are test images too are left out
+    most:int=100_000 # images that are compared without being asked
+)->tuple[Path, str]:
+    "Returns the folder of the images to train on, a new one of links if some are dropped, and `same_in_words`."
+    root, (train, test) = Path(config.data_root), list_images(config).values()
+    if not drop and len(train) + len(test) > most:
+        return root, (f' {len(train) + len(test):,} images were not compared: --drop-duplicates finds those that '
+                      'are in train and in the test.')
+    across, within = same_images(train, test), same_images(train)
+    said = same_in_words(train, test, across, within, drop)
+    if not (drop and across): return root, said
+    if not all((root/files.files[0][0]).is_file() for files in (train, test)):
+        raise VitdistillError(f'{root}: images in archives can not be left out: unpack them, or leave out '
+                              '--drop-duplicates.')
+    twice = {a for a, *_ in across}
+    kept = [name for row, (name, *_) in enumerate(train.files) if row not in twice]
+    return link_images({name: name for name in [*kept, *(name for name, *_ in test.files)]}, root, out/'unique'), said
 
 # %% ../../nbs/launch/04_images.ipynb #9f129d83
 def fitting_side(side:int, gpu:bool=False)->int: # usual shorter side of the images, px; gpu: whether one is here

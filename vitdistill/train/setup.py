@@ -24,7 +24,7 @@ from ..config import Config
 from ..data.datasets import Data, fingerprint, generator, image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
-from ..losses import HardLabel, answer_kind, criterion
+from ..losses import HardLabel, answer_kind, balanced_weights, criterion
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -374,6 +374,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
+    if config.class_weights: objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
     size = student_size(config, data.side)
     unlabelled, images = unlabelled_images(config, data, train, val), data.train_images
     if unlabelled is not None:
