@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
 from conftest import PYTHON, assert_same, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command
 from conftest import wait_until
+from vitdistill import api
+from vitdistill.base import VitdistillError
 from vitdistill.config import Config, save
 from vitdistill.data import load_data
 from vitdistill.train.loop import train
@@ -79,3 +82,32 @@ def test_another_folder_is_another_run(tiny, tmp_path, more):
     assert run_of(replace(tiny, unlabelled=str(tmp_path / "moved"))).name == one != run_of(tiny).name
     next((tmp_path / "moved").rglob("*.png")).unlink()
     assert run_of(replace(tiny, unlabelled=str(tmp_path / "moved"))).name != one
+
+
+def test_a_folder_becomes_a_third_student(tmp_path, more, monkeypatch, capsys):
+    """DIR/unlabelled beside folders of classes: three arms on one memo; those that have begun go on without it."""
+    for room in ("api", "launch.images"):
+        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
+    draw, mine = np.random.default_rng(1), tmp_path / "mine"
+    for name, low in (("dark", 0), ("light", 160)):
+        for n in range(15):
+            (mine / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(low, low + 90, (32, 32, 3), np.uint8)).save(mine / name / f"{n}.png")
+    shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
+    teacher = api.save(vit, tmp_path / "vit", list("abcde"), 32, ((0.5,) * 3, (0.5,) * 3), **shape)
+    given = dict(student="mobilenetv3_small_050", teacher=str(teacher), out=tmp_path / "job", epochs=1, image_size=32,
+                 teacher_size=32, nproc=1, student_pretrained=False)
+    assert api.distill(mine, **given).table().model.tolist() == ["teacher", "plain", "taught"]
+    shutil.copytree(more, mine / "unlabelled")
+    shutil.copy(mine / "dark" / "3.png", mine / "unlabelled" / "copy.png")
+    capsys.readouterr()
+    result = api.distill(mine, **given)
+    assert result.table().model.tolist() == ["teacher", "plain", "taught", "unlabelled"]
+    said = capsys.readouterr().out
+    assert "41 images without labels" in said and "40 unlabelled images of" in said
+    assert "sees the labelled images half as often" in said and "unlabelled minus taught" in said
+    assert said.count("is done already") == 3 and len(list(result.out.glob("data/*/*"))) == 4
+    (mine / "unlabelled" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(VitdistillError, match="broken.png"):
+        api.distill(mine, **given)

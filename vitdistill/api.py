@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COSTS', 'loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'costs_file',
            'model_costs', 'measure_costs', 'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'accuracies',
-           'trained_out', 'advice', 'costs_table', 'in_words', 'findings', 'page_of', 'show', 'JobClock', 'train_all',
-           'images_of_job', 'command_of', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'memo', 'small_head']
+           'trained_out', 'advice', 'costs_table', 'share_in_words', 'about_unlabelled', 'in_words', 'findings',
+           'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'command_of', 'unlabelled_folder', 'distill',
+           'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -22,8 +22,10 @@ from .base import VitdistillError, default_place, from_here, print_result, stopp
 from .config import field_names, from_dict, plain_value, preset as config_of_preset
 from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
+from .data.augment import unnumbered
 from .data.labels import table_parts
-from .data.views import plan_rows
+from .data.unlabelled import files_in, refuse_own_folder
+from .data.views import expected_views, plan_rows, view_count
 from .models.hub import weights_place
 from .losses import Batch, TopK, criterion
 from .models.create import check_name, refuse_not_finite, save_model
@@ -35,9 +37,9 @@ from .teachers.teacher import Teacher, least_accuracy
 from .train.setup import auto_device, auto_precision
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
-from .launch.images import Images, few_test_images, fitting_fraction, fitting_side, folder_of_tests, has_runs
-from .launch.images import begun_students, look, names_of_students, same_threads
-from .launch.images import seconds_an_image, student_fields, study_of
+from .launch.images import UNLABELLED, Images, few_test_images, fitting_fraction, fitting_side
+from .launch.images import begun_students, folder_of_tests, has_runs, look, names_of_students, same_threads
+from .launch.images import seconds_an_image, sides_of, student_fields, study_of
 from .launch.images import teacher_part, with_precision, with_test, with_unique, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
@@ -77,7 +79,10 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
             continue
         found[cell.name] = (c.epochs - done)*(plan_rows(c, images.train)*step(c, True) + images.test*step(c, False))
         for first in (other for other in cells if other.arm == cell.models.get('teacher_weights')):
-            asked = teacher_calls(c, images.train)['memo' if c.memo else 'online']
+            more = len(files_in(c.unlabelled)) if c.unlabelled else 0
+            asked = teacher_calls(c, images.train, unlabelled=more)['memo' if c.memo else 'online']
+            if more and c.memo and not unnumbered(c): # the taught student's memo knows the labelled images
+                asked -= images.train*expected_views(view_count(c), c.epochs*plan_rows(c, 1)*(1 - c.unlabelled_share))
             found[cell.name] += asked*step(first.config, False)*(c.epochs - done)/c.epochs
     return found
 
@@ -252,7 +257,7 @@ def advice(result:Distilled)->list[str]:
         if row.high < 0 and taught < plain and not trained_out(first[row.arm]):
             lines.append(f'The student {row.arm} is not trained out: it has {taught:.0%} of its training images right, '
                          f'{row.other} {plain:.0%}. Give more --epochs.')
-        elif 'teacher' in first and top1['teacher'] <= top1[row.other]:
+        elif row.other.startswith('plain') and 'teacher' in first and top1['teacher'] <= top1[row.other]:
             lines.append(f'The teacher is no better than {row.other}: a better teacher may help more.')
     return lines
 
@@ -276,14 +281,28 @@ def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     about = 'Choose by the held-out images: the best of several on the test images is flattered.'
     return '\n'.join([*map('  '.join, lines), about])
 
+# %% ../nbs/06_api.ipynb #f07e2730
+def share_in_words(share:float)->str: # share of each batch that is unlabelled
+    "Returns how a student with unlabelled images compares with the taught one: as many steps, labels less often."
+    often = 'half as often' if share == .5 else f'{1 - share:.0%} as often' if share < 1 else 'never'
+    return f'as many steps as the taught student, and it sees the labelled images {often}'
+
+def about_unlabelled(result:Distilled)->list[str]:
+    "Returns a sentence on the student that was taught with unlabelled images; [] without one."
+    if not (runs := result.runs().get(UNLABELLED)): return []
+    run = next(iter(runs.values()))
+    return [f"{UNLABELLED}: taught, with {run.result['n_unlabelled']:,} unlabelled images: "
+            f'{share_in_words(run.config.unlabelled_share)}.']
+
 # %% ../nbs/06_api.ipynb #93cd2f01
 def in_words(result:Distilled)->str:
     "Returns the result of a job as text for a terminal."
     rows, lines = result.table().set_index('model'), []
     if len(result.students()) > 1: return '\n'.join([costs_table(rows.reset_index()), *findings(result)])
+    wide = max(8, *map(len, rows.index)) if len(rows) else 8
     for row in rows.itertuples():
         of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
-        lines.append(f'{row.Index:8} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
+        lines.append(f'{row.Index:{wide}} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
     return '\n'.join([*lines, *findings(result)])
 
 def findings(result:Distilled)->list[str]:
@@ -293,7 +312,7 @@ def findings(result:Distilled)->list[str]:
         sure = row.low > 0 or row.high < 0
         seeds = '; another seed may differ by more' if row.seeds < 2 else ''
         lines.append(points(row) + (seeds if sure else ': this may be chance'))
-    return [*lines, *advice(result)]
+    return [*lines, *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
 def page_of(result:Distilled)->Path:
@@ -370,12 +389,13 @@ def images_of_job(
     fields:dict,         # of Config, that the user gives
     dry_run:bool,        # whether to leave no file behind
     labels:Path=None,    # table of labels; None: the folders name the classes
-    drop_duplicates:bool=False # whether to train without images that are test images too
+    drop_duplicates:bool=False, # whether to train without images that are test images too
+    unlabelled:Path=None # folder of images without labels
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
-        root = with_test(data, place := out if kept else Path(draft), labels)
+        root = with_test(data, place := out if kept else Path(draft), labels, unlabelled)
         drawn = root != data and not (labels and table_parts(labels))
         about = {*field_names(group='data'), *field_names(group='augmentation')}
         of_data = {name: value for name, value in fields.items() if name in about}
@@ -386,6 +406,7 @@ def images_of_job(
         recipe = replace(recipe, data_root=str(root))
         if (fraction := fitting_fraction(recipe)) != recipe.val_fraction: fields = fields | dict(val_fraction=fraction)
         images = look(replace(recipe, val_fraction=fraction), drawn)
+        if unlabelled: refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
     return replace(images, root=data if root == data else out/root.name, same=same), fields
 
 # %% ../nbs/06_api.ipynb #448d041f
@@ -401,6 +422,27 @@ def command_of(
         text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
         words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
+
+# %% ../nbs/06_api.ipynb #1ed6a10e
+def unlabelled_folder(
+    data:Path,               # the user's folder
+    named:str|Path|None,     # as the user gives it; None: data/unlabelled, if that is there
+    skip_broken:bool=False   # as in a config
+)->Path|None:
+    "Returns the folder of images without labels, None without one, and prints what is in it."
+    if named is None and not (data/UNLABELLED).is_dir(): return None
+    place, top = from_here(named or data/UNLABELLED).resolve(), data.resolve()
+    below = place.relative_to(top).parts if place.is_relative_to(top) else ()
+    parted = any((data/name).exists() for name in ('train', 'train.tar'))
+    if top.is_relative_to(place) or len(below) > 1 and below[0] != UNLABELLED and not parted:
+        where = 'holds your images with labels' if top.is_relative_to(place) else f'lies in the class {below[0]!r}'
+        raise VitdistillError(f'unlabelled = {str(place)!r} {where}: name a folder beside those of the classes.')
+    no_class = f' So {place.name} is no class.' if len(below) == 1 and below[0] != UNLABELLED and not parted else ''
+    files = files_in(str(place), skip_broken)
+    sides_of(files) # raises if some can't be read
+    print(f'{printable(place)}: {len(files):,} images without labels, for a third student, `{UNLABELLED}`: the teacher '
+          f'answers them. Those that are also in train or test are left out.{no_class}', flush=True)
+    return place
 
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
@@ -418,6 +460,7 @@ def distill(
     labels:str|Path='',             # CSV with columns file (from data) and class, or part too: train, val or test
     drop_duplicates:bool=False,     # train without images that are test images too
     dry_run:bool=False,             # only say what is there and what it will take
+    unlabelled:str|Path=None,       # folder of images without labels, at any depth; None: DIR/unlabelled, if there
     **fields                        # fields of Config, such as distillation='hard'
 )->Distilled|None:                  # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
@@ -430,8 +473,9 @@ def distill(
     if len(students) > 1 and (alone := next(filter(fields.get, ('student_weights', 'student_kwargs')), None)):
         raise VitdistillError(f"{alone} = {fields[alone]!r} is for one student, and this job has "
                               f"{', '.join(students)}: leave it out, or give each of them a folder of its own as out.")
+    folder = unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
     images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels),
-                                   drop_duplicates)
+                                   drop_duplicates, folder)
     print(images, flush=True)
     if few := few_test_images(images.test): print(few, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
@@ -451,7 +495,7 @@ def distill(
     print(f'teacher: {part["student"]} at {theirs} px, {"as it is" if "weights" in part else "fine-tuned first"}',
           flush=True)
     given = dict(preset=preset, epochs=epochs, image_size=side) | fields
-    study = study_of(images, out, part, seeds, given, more)
+    study = study_of(images, out, part, seeds, given, more, str(folder or ''))
     study['about'] = dict(images=f'{images} {few}'.strip(), command=command)
     check_cells(cells := study_cells(Study(out.name, **study)))
     with same_threads(out) as threads:
@@ -563,12 +607,13 @@ class Loss(torch.nn.Module):
             raise VitdistillError('class_weights are made of the labels of a run, and a loss alone has none: leave '
                                   'them out, and draw rare classes more often (WeightedRandomSampler).')
         self.criterion = criterion(config)
+        self.criterion.partly = True # a label may be -1
         self.kind = self.criterion.wants
 
     def forward(self,
         logits:torch.Tensor|tuple, # (B, C) of the student, or of its class and distillation heads
         answer:torch.Tensor,       # of `memo`, or a teacher's logits (B, C)
-        labels:torch.Tensor,       # (B,) int64
+        labels:torch.Tensor,       # (B,) int64; -1: an image without a label, of which the teacher's part counts alone
         epoch:float=math.inf       # number of the epoch, from 0, for losses that warm up; inf: their full weight
     )->torch.Tensor:               # the mean over the batch
         heads = logits if isinstance(logits, tuple) else (logits,)
@@ -580,6 +625,9 @@ class Loss(torch.nn.Module):
         if answer.shape != wanted:
             raise VitdistillError(f"the student's logits have shape {(*heads[0].shape,)} and the teacher's answer "
                                   f'{(*answer.shape,)}: give both the same images and classes.')
+        if self.criterion.needs_label and labels.ndim == 1 and (labels < 0).any():
+            raise VitdistillError('this loss needs the label of each image, and some are -1: leave images without '
+                                  "labels out, or take another loss, such as 'soft'.")
         return self.criterion(heads, Batch(None, labels, answer, epoch))[0]
 
 loss = Loss

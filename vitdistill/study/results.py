@@ -164,7 +164,8 @@ def decisions(
 def teacher_calls(
     config:Config,
     images:float, # number of training images
-    sharing:int=1 # number of runs of different seeds that share the memo
+    sharing:int=1, # number of runs of different seeds that share the memo
+    unlabelled:int=0 # number of unlabelled images
 )->dict:          # heard: answers used; online: passes without a memo; memo, shared: passes per run with one
     "Returns the number of teacher answers that a run uses, and the expected number of teacher passes."
     seen = config.epochs*plan_rows(config, 1) # how often a run sees an image
@@ -172,5 +173,10 @@ def teacher_calls(
     if config.fold_answers == 'drawn': # centre views, once
         return dict(heard=heard, online=images, memo=images, shared=images/sharing)
     if unnumbered(config) or not heard: return dict.fromkeys(['heard', 'online', 'memo', 'shared'], heard)
-    alone, shared = (images*expected_views(view_count(config), seen*n)/n for n in (1, sharing))
+    parts = [(images, seen)] # images, and how often a run sees one of them
+    if unlabelled:
+        share = config.unlabelled_share
+        parts = [(images, seen*(1 - share)), (unlabelled, images*seen*share/unlabelled)]
+    alone, shared = (sum(number*expected_views(view_count(config), often*n)/n for number, often in parts)
+                     for n in (1, sharing))
     return dict(heard=heard, online=heard, memo=alone, shared=shared)

@@ -219,7 +219,7 @@ def high_first_loss(
     "Returns a warning if the first loss is more than twice that of guessing, else ''."
     classes = len(setup.data.classes)
     guessing = setup.criterion.label_loss((torch.zeros(classes, classes),), torch.arange(classes)).item()
-    if setup.unlabelled is not None: guessing *= 1 - setup.config.unlabelled_share # the others' loss of labels is 0
+    if setup.criterion.partly: guessing *= 1 - setup.config.unlabelled_share # the others' loss of labels is 0
     if label <= 2*guessing: return ''
     wide = setup.config.student_head == 'new' and setup.config.student_head_init != 'small'
     advice = "set student_head_init to 'small'" if wide else 'look at labels, student_normalization and student_weights'
