@@ -217,7 +217,7 @@ for name in {names}: sys.modules[name] = None  # an import fails, as if the pack
 
 
 def test_training_needs_the_engine_alone(tmp_path):
-    """Where a machine carries its own torch (pip install --no-deps): launcher, ranks, prediction, and what lacks says so."""
+    """Where a machine carries its own torch (pip install --no-deps): it trains and predicts; what lacks says so."""
     others = {normal(name) for name in SETTINGS["requirements"].split()} - set(map(normal, ENGINE))
     names = [module for module, packages in packages_distributions().items() if normal(packages[0]) in others]
     assert {"papermill", "seaborn", "matplotlib", "scipy", "sklearn", "jinja2"} <= set(names)

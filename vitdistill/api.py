@@ -6,8 +6,9 @@
 __all__ = ['COSTS', 'loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'costs_file',
            'model_costs', 'measure_costs', 'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'accuracies',
            'trained_out', 'advice', 'costs_table', 'share_in_words', 'about_unlabelled', 'in_words', 'findings',
-           'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'command_of', 'unlabelled_folder', 'distill',
-           'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
+           'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'command_of', 'unlabelled_folder',
+           'chosen_side', 'part_of_teacher', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss',
+           'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -38,11 +39,12 @@ from .train.setup import auto_device, auto_precision
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
 from .launch.images import UNLABELLED, Images, few_test_images, fitting_fraction, fitting_side
-from .launch.images import begun_students, folder_of_tests, has_runs, look, names_of_students, same_threads
-from .launch.images import seconds_an_image, sides_of, student_fields, study_of
+from .launch.images import begun_students, folder_of_tests, has_runs, look, names_of_students, part_by_words
+from .launch.images import same_threads, seconds_an_image, sides_of, student_fields, study_of
 from .launch.images import teacher_part, with_precision, with_test, with_unique, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
+from .tasks.words import is_by_words
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
 from .study.figures import save_table
 from .study.job import Page, best_arm, write_job
@@ -444,18 +446,38 @@ def unlabelled_folder(
           f'answers them. Those that are also in train or test are left out.{no_class}', flush=True)
     return place
 
+# %% ../nbs/06_api.ipynb #71d891d8
+def chosen_side(size:int|str)->int: # as the user gives it
+    "Returns a side in px, checked; 0 for 'auto'."
+    return 0 if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
+
+def part_of_teacher(
+    teacher:str|Path, name:str, classes, # `teacher`, `teacher_name` and `classes` of `distill`
+    size:int, side:int, # of the teacher's input, 0: auto; of the student's images, px
+    images:Images
+)->dict: # as a study file has it
+    "Returns the teacher's part of a study, at its own size if it was trained here."
+    if classes:
+        raise VitdistillError(f'classes = {classes!r} is for a teacher by words: give teacher = clip:MODEL/WEIGHTS, or '
+                              'leave it out.')
+    place = from_here(teacher) if from_here(teacher).exists() else teacher
+    card = Card.read(place) if Path(place).exists() else None # of one that was trained here
+    usual = card.input_size if card else max(side, 224 if torch.cuda.is_available() else 128)
+    return teacher_part(str(place), name, size or usual, images.classes)
+
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
     data:str|Path,                  # folder of train/CLASS/* and val/CLASS/* (or test), or of CLASS/* alone
     student:str|list='mobilenetv3_small_100', # timm name or hf-hub:OWNER/MODEL; several with commas between them
-    teacher:str='vit_tiny_patch16_224', # timm name, file of weights, model folder, or hf-hub:OWNER/MODEL
+    teacher:str='vit_tiny_patch16_224', # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
     out:str|Path=None,              # everything of the job goes here; None: out/mine, from the root
     epochs:int=20,                  # of each student
     seeds:int=1,                    # students of each kind
     image_size:int|str='auto',      # side in px of the crops; auto: the images', at most 224, without a GPU 128
     teacher_size:int|str='auto',    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
     teacher_name:str='',            # architecture of a file of weights; '': the file's name up to its first dot
+    classes:str|Path|dict=None,     # for clip:... a file of better words for folder names: YAML, or CSV of two columns
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='',             # CSV with columns file (from data) and class, or part too: train, val or test
     drop_duplicates:bool=False,     # train without images that are test images too
@@ -479,12 +501,10 @@ def distill(
     print(images, flush=True)
     if few := few_test_images(images.test): print(few, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
-    def chosen(size, auto): return auto if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
-    side = chosen(image_size, fitting_side(images.side, gpu))
-    teacher = from_here(teacher) if from_here(teacher).exists() else teacher
-    card = Card.read(teacher) if Path(teacher).exists() else None # of one that was trained here
-    theirs = chosen(teacher_size, card.input_size if card else max(side, 224 if gpu else 128))
-    part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
+    side = chosen_side(image_size) or fitting_side(images.side, gpu)
+    if is_by_words(str(teacher)):
+        part = part_by_words(teacher, classes, chosen_side(teacher_size), images, out, dry_run)
+    else: part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images)
     recipe = config_of_preset(preset, 'baseline')
     more = [student_fields(name, fields, recipe.student_normalization) for name in students[1:]]
     fields |= student_fields(students[0], fields)
@@ -492,8 +512,8 @@ def distill(
         how = "from timm's weights" if one['student_pretrained'] else 'from scratch, since its weights are not here'
         if weights := fields.get('student_weights'): how = f'from {weights}'
         print(f'student: {one["student"]} at {side} px, {how}', flush=True)
-    print(f'teacher: {part["student"]} at {theirs} px, {"as it is" if "weights" in part else "fine-tuned first"}',
-          flush=True)
+    how = 'as it is' if 'weights' in part else 'fine-tuned first'
+    print(f'teacher: {part["student"]} at {part["student_size"]} px, {how}', flush=True)
     given = dict(preset=preset, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given, more, str(folder or ''))
     study['about'] = dict(images=f'{images} {few}'.strip(), command=command)

@@ -58,7 +58,8 @@ def require(
     "Raises `VitdistillError` if a package is not installed; the message says which command installs it."
     if not importlib.util.find_spec(package):
         name = f"'vitdistill[{extra}]'" if extra else 'vitdistill'
-        raise VitdistillError(f'{who} needs the package {package}, which is not installed: pip install {name}{instead}.')
+        raise VitdistillError(f'{who} needs the package {package}, which is not installed: '
+                              f'pip install {name}{instead}.')
 
 # %% ../nbs/00_base.ipynb #f3df4802
 _package = Path(globals().get('__file__', 'here')).resolve().parent # in a notebook: the folder of the notebooks

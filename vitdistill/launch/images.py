@@ -7,8 +7,8 @@ __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 're
            'with_test', 'is_there', 'folder_of_tests', 'Images', 'sides_of', 'look', 'same_in_words', 'with_unique',
            'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs',
            'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields',
-           'study_of', 'begun_parts', 'write_study', 'seconds_an_image', 'quicker_precision', 'open_precisions',
-           'with_precision', 'same_threads']
+           'study_of', 'begun_parts', 'write_study', 'part_by_words', 'seconds_an_image', 'quicker_precision',
+           'open_precisions', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
@@ -32,7 +32,8 @@ from ..models.hub import hub_answers, weights_place
 from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
 from .studies import with_places_of_today
-from ..teachers.card import Card, weights_folder
+from ..teachers.card import Card, weights_folder, words_of
+from ..tasks.words import teacher_by_words, words_of_classes
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job
@@ -319,6 +320,7 @@ def teacher_part(
     by_hand = read_json(weights_folder(teacher)/'config.json').get('label_names') # pixels may be scaled otherwise
     made = create(model['student'], len(classes), size, model.get('stem', 'imagenet'), **model['student_kwargs'])
     fits = card.classes == classes if card else not by_hand and outputs(made, teacher) == len(classes)
+    if words_of(teacher) and by_hand == classes: fits = True # their embeddings are its head
     load_weights(made, weights_place(weights), new_head=not fits) # tells whether they are of this architecture
     if model.get('stem') == 'imagenet': del model['stem']
     common = model | dict(student_size=size, student_normalization=(card and card.normalization) or 'own')
@@ -446,6 +448,31 @@ def _changes(old, new, name=''): # lines that say in which entries two parts of 
         return [f'{name}: {then} then, {now} now']
     within = f'{name} ' if name and name != 'plain' else ''
     return [within + line for key in {**old, **new} for line in _changes(old.get(key), new.get(key), key)]
+
+# %% ../../nbs/launch/04_images.ipynb #508df876
+def part_by_words(
+    teacher:str,         # clip:MODEL/WEIGHTS
+    given:str|Path|dict|None, # better words for the names of class folders, as `words_of_classes` takes them
+    size:int,            # side of its input in px; 0: its own
+    images:Images, out:Path, # out: folder of the job
+    dry_run:bool         # whether to leave no file behind
+)->dict: # as a study file has it
+    "Returns the part of a teacher that answers by words, and writes its model folder into that of the job."
+    words, folder = words_of_classes(images.classes, given), out/'words'
+    before = words_of(folder) or dict(teacher=teacher, words=words)
+    if has_runs(out) and (changed := _changes(before, before | dict(teacher=teacher, words=words))):
+        raise VitdistillError(f"{out} holds a job with other words or another teacher ({'; '.join(changed[:3])}): name "
+                              'another folder as out, or remove that one.')
+    with tempfile.TemporaryDirectory() as draft:
+        place = folder if has_runs(out) or not dry_run else Path(draft)
+        teacher_by_words(teacher, words, place, auto_device())
+        side = read_json(place/'config.json')['pretrained_cfg']['input_size'][-1]
+        if size not in (0, side):
+            raise VitdistillError(f'teacher_size = {size}: {teacher} takes images of {side} px: leave it out.')
+        part = teacher_part(str(place), '', side, images.classes)
+    shown = [f'{name} = {text}' if name != text else name for name, text in [*words.items()][:10]]
+    print(f"{teacher} knows the classes by words: {', '.join(shown)}{', ...' if len(words) > 10 else ''}", flush=True)
+    return part | dict(weights=str(folder.resolve()))
 
 # %% ../../nbs/launch/04_images.ipynb #93cd2f13
 def seconds_an_image(

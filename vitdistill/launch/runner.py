@@ -347,9 +347,13 @@ def adopt_teacher(
     card = adopt(config, weights, folder, data, config.device, config.precision, new_head, held_out=others)
     if is_weak(card) and not (config.allow_untrained or new_head):
         if not there: shutil.rmtree(folder)
-        raise VitdistillError(f"the teacher {weights} has only {card.top1_held_out:.1%} of {card.n_measured} held-out "
-                              'images right, so its head seems untrained: give weights for these classes in this '
-                              'order, or --allow-untrained True (-p allow_untrained True) to teach with it anyway.')
+        name, why = weights, 'so its head seems untrained: give weights for these classes in this order'
+        if card.words:
+            name = card.words['teacher']
+            why = 'so these words say little of them: give better ones by --classes, or another model'
+        raise VitdistillError(f'the teacher {name} has only {card.top1_held_out:.1%} of {card.n_measured} held-out '
+                              f'images right, {why}, or --allow-untrained True (-p allow_untrained True) to teach with '
+                              'it anyway.')
     if not (given.get('keep_record') or given.get('keep_answers')): return config, card, None
     run = record_adopted(config, folder)
     if arm: run.add_arm(arm)

@@ -8,8 +8,8 @@ __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfg
            'near_models', 'check_name', 'create', 'plain_values', 'without_prefix', 'read_weights', 'head_names',
            'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
            'check_start', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
-           'create_student', 'pretrained_constants', 'Mixture', 'started_from', 'save_model', 'readme_head',
-           'token_cosines']
+           'create_student', 'pretrained_constants', 'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model',
+           'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
 import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
@@ -24,7 +24,7 @@ from timm.utils import unwrap_model
 from timm.models import (build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, load_model_config_from_hf,
                          load_state_dict, parse_model_name, register_model, save_for_hf)
 from torch import nn
-from ..base import VitdistillError, first_line, nearest, no_space, write_atomic
+from ..base import VitdistillError, first_line, nearest, no_space, require, write_atomic
 from ..config import Config, plain_value
 from .hub import weights_file, weights_place, failure_in_words, without_retries
 from .layers import LITv2
@@ -484,6 +484,54 @@ def _mixture(pretrained=False, pretrained_cfg=None, **kwargs):
     return model
 
 _register('mixture', _mixture)
+
+# %% ../../nbs/models/02_create.ipynb #c6cfe8fd
+def image_part(
+    tower:dict, # {model: a name of timm's, and arguments of `create`}, or {embed_dim, vision_cfg} of open_clip
+    size:int    # side of the input in px
+)->nn.Module:   # (B, 3, size, size) -> (B, D), or a tuple that begins so
+    "Creates the image tower of a dual encoder, untrained."
+    if 'model' in tower: return create(classes=0, size=size, **tower)
+    require('open_clip', 'captions', 'this model')
+    import open_clip
+    vision, no_text = tower['vision_cfg'] | dict(image_size=size), dict(vocab_size=1, width=8, heads=1, layers=1)
+    if 'timm_model_name' in vision: vision['timm_model_pretrained'] = False
+    return open_clip.CLIP(tower['embed_dim'], vision, no_text, tower.get('quick_gelu', False)).visual
+
+class ByWords(nn.Module):
+    "Compares the embedding of an image with those of texts, one for each class, as CLIP does."
+    def __init__(self,
+        tower:dict,             # as `image_part` takes it
+        mean:tuple=(.5, .5, .5), std:tuple=(.5, .5, .5), # by which its pixels are normalized
+        num_classes:int=1000,
+        img_size:int|tuple=224, # side of the input, px
+        in_chans:int=3):        # timm passes it to every model
+        super().__init__()
+        size = to_2tuple(img_size)[0]
+        self.tower, self.num_classes = image_part(tower, size).eval(), num_classes
+        with torch.no_grad(): self.num_features = self.embed(torch.zeros(1, 3, size, size)).shape[-1]
+        self.train().head = nn.Linear(self.num_features, num_classes, bias=False) # texts' embeddings times the scale
+    def embed(self, x:torch.Tensor)->torch.Tensor: # -> (B, D)
+        features = self.tower(x)
+        return features[0] if isinstance(features, tuple) else features # CoCa's come with tokens
+    def forward(self, x):
+        features = self.embed(x)
+        with torch.autocast(x.device.type, enabled=False): # the scale is about 100: bf16's third digit would show
+            return F.linear(F.normalize(features.float(), dim=-1), self.head.weight.float())
+
+# %% ../../nbs/models/02_create.ipynb #bbd58a95
+default_cfgs |= generate_default_cfgs({
+    'clip': dict(fixed_input_size=True, classifier='head', mean=(.5, .5, .5), std=(.5, .5, .5))})
+
+def _clip(pretrained=False, pretrained_cfg=None, **kwargs):
+    if 'tower' not in kwargs:
+        raise VitdistillError("the model 'clip' is made by `vitdistill distill --teacher clip:MODEL/WEIGHTS`: give "
+                              'that, or the model folder of such a teacher.')
+    model = build_model_with_cfg(ByWords, 'clip', pretrained, pretrained_cfg, **kwargs)
+    model.pretrained_cfg |= {key: tuple(kwargs[key]) for key in ('mean', 'std') if key in kwargs}
+    return model
+
+_register('clip', _clip)
 
 # %% ../../nbs/models/02_create.ipynb #1b555fc1
 OF_TRAINING = 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate' # these make no other model

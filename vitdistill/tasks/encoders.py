@@ -69,7 +69,8 @@ class Encoder:
 # %% ../../nbs/tasks/02_encoders.ipynb #31216881
 class OpenClip(Encoder):
     "Embeds by a model of open_clip."
-    def __init__(self, name:str, pretrained:str='', device:str='cpu'): # as `Config.clip`, `Config.clip_pretrained`
+    def __init__(self, name:str, pretrained:str='', device:str='cpu', # as `Config.clip`, `Config.clip_pretrained`
+                 way:str='as clip_pretrained'): # how the user names weights, for the message
         require('open_clip', 'captions', f'clip = {name!r}')
         import open_clip
         if name not in open_clip.list_models() and not name.startswith(('hf-hub:', 'local-dir:')):
@@ -80,16 +81,22 @@ class OpenClip(Encoder):
             raise VitdistillError(f'clip = {name!r} is not known to open_clip: {near}')
         try:
             with without_retries():
-                made = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device)
+                known = open_clip.get_pretrained_cfg(name, pretrained) or {}
+                self.config = open_clip.get_model_config(name) # OpenAI's weights need their own GELU
+                self.config['quick_gelu'] = self.config.get('quick_gelu') or known.get('quick_gelu', False)
+                made = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device,
+                                                             force_quick_gelu=self.config['quick_gelu'])
                 self.tokenize = open_clip.get_tokenizer(name)
         except Exception as e: # open_clip's own, the hub's, a socket's
             raise VitdistillError(f'clip = {name!r} with clip_pretrained = {pretrained!r} can not be had '
-                                  f'({failure_in_words(e)}): name a file of its weights as clip_pretrained.') from None
+                                  f'({failure_in_words(e)}): name a file of its weights {way}.') from None
         (self.model, _, self.prepare), self.device = made, device
         if not hasattr(self.model, 'encode_text'):
             raise VitdistillError(f'clip = {name!r} has no text tower: give another model of open_clip.')
         self.model.eval().requires_grad_(False)
         self.key = dict(encoder='open_clip', name=name, weights=model_hash(self.model))
+        if known.get('quick_gelu'): self.key |= dict(quick_gelu=True)
+        self.scale = self.model.logit_scale.exp().item() # of cosines, at which it was trained
         self.width = self.texts(['a']).shape[-1]
 
     @torch.inference_mode()
@@ -130,7 +137,7 @@ class TextTower(nn.Module):
             vocab_size=len(tokenizer) + 1, hidden_size=size, intermediate_size=4*size, projection_dim=width,
             num_hidden_layers=settings['depth'], num_attention_heads=settings['heads'], max_position_embeddings=length,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=end, eos_token_id=len(tokenizer)))
-        self.settings = settings
+        self.settings, self.scale = settings, 1/settings['tau'] # of cosines; it is fitted too
     def tokens(self, texts:list[str])->torch.Tensor: # -> (B, T)
         tokens = tokens_of(self.tokenizer, texts, self.length)
         tokens[tokens == self.tokenizer.eos_token_id] = len(self.tokenizer) # transformers gives the number 2 a meaning
@@ -166,6 +173,7 @@ def fit_text_tower(tower:TextTower, texts:list[str], image:torch.Tensor, setting
             total += loss.item()/len(whole)
         losses.append(total)
     tower.eval().requires_grad_(False)
+    tower.scale = scale.exp().clamp(max=100).item()
     return losses
 
 # %% ../../nbs/tasks/02_encoders.ipynb #2c4c4ceb
@@ -206,6 +214,8 @@ class DualEncoder(Encoder):
                               precision=image.precision, constants=constants)
         self.key = self.image_key | dict(text=model_hash(text) if text else '')
 
+    @property
+    def scale(self)->float: return self.text.scale # of cosines, at which the text tower was fitted
     def images(self, images): return F.normalize(self.image.logits(images.permute(0, 3, 1, 2)), dim=-1).cpu()
     @torch.inference_mode()
     def texts(self, texts): return F.normalize(self.text(self.text.tokens(texts)), dim=-1).float().cpu()
@@ -219,7 +229,8 @@ def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: sett
     for name, model in dict(text=encoder.text, image=encoder.image.model).items():
         state = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
         write_atomic(folder/f'{name}.safetensors', partial(safetensors.torch.save_file, state))
-    write_atomic(folder/'dual.json', json.dumps(dict(facts=encoder.facts) | about, indent=1))
+    about = dict(facts=encoder.facts, scale=encoder.text.scale) | about
+    write_atomic(folder/'dual.json', json.dumps(about, indent=1))
     return folder
 
 def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEncoder:
@@ -234,4 +245,5 @@ def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEnco
     tokenizer = read_tokenizer((folder/'tokenizer.json').read_text())
     text = TextTower(tokenizer, width_of(image), about['settings'])
     text.load_state_dict(safetensors.torch.load_file(folder/'text.safetensors'))
+    text.scale = about.get('scale', text.scale) # an earlier run did not write it
     return DualEncoder(image, about['facts'], text.eval().requires_grad_(False).to(device))

@@ -22,7 +22,7 @@ from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
 from ..models.create import create, load_weights, pretrained_constants, readme_head, save_model
 from ..models.create import started_from, try_size
-from .card import Card, answers_head, card_rows, is_answers, knows_images
+from .card import Card, answers_head, card_rows, is_answers, knows_images, words_of
 from .card import refuse_other_classes, refuse_teacher_overlap
 
 # %% ../../nbs/teachers/01_teacher.ipynb #758f9ae4
@@ -356,6 +356,7 @@ def adopt(
         return card
     if held_out: held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
+    if not isinstance(weights, list): card = replace(card, words=words_of(weights))
     names = ', '.join(place.name for place in places)
     origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
     rows = card_rows(card, config.dataset)
