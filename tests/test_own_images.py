@@ -187,6 +187,19 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
     assert f"vitdistill predict {out / 'models/plain'} IMAGES" in text
 
 
+def test_a_model_that_is_gone_is_named(job, monkeypatch, capsys):
+    """What is done is shown all the same."""
+    out, words, _ = job
+    model = find_run(out / "models/plain").model
+    model.rename(out / "aside")
+    try:
+        with pytest.raises(SystemExit, match="is done, but its model is not in .* remove .* to train it again"):
+            main(words)
+    finally:
+        (out / "aside").rename(model)
+    assert "plain    mobilenetv3" in capsys.readouterr().out
+
+
 def test_a_field_that_loosens_a_check_is_the_same_job(job, images, weights):
     out, _, _ = job
     given = dict(data=images, teacher=str(weights), out=out, dry_run=True) | SMALL

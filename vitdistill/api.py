@@ -243,12 +243,13 @@ def advice(result:Distilled)->list[str]:
     "Returns what a job can't tell, and why: a sentence each."
     first = {name: next(iter(runs.values())) for name, runs in result.runs().items() if runs} # run of the first seed
     students, lines = [name for name in first if name != 'teacher'], []
-    if 'teacher' in first and is_weak(card := Card.read(result.folder('teacher'))):
+    cards = {name: Card.read(result.folder(name)) for name in first} # None: its model is not here
+    if (card := cards.get('teacher')) and is_weak(card):
         lines.append(f"The teacher has {card.top1_held_out:.0%} of {card.n_measured} held-out images right, "
                      "hardly more than guessing: this job can't tell whether a teacher helps. Give more images.")
     balanced = {name: balanced_accuracy(first[name]) for name in students}
-    classes = {len(Card.read(result.folder(name)).classes) for name in students}
-    near = [name for name in students if balanced[name] <= least_accuracy(max(classes))]
+    classes = {len(card.classes) for card in cards.values() if card}
+    near = [name for name in students if classes and balanced[name] <= least_accuracy(max(classes))]
     if near:
         shares = ' and '.join(f'{balanced[name]:.0%} ({name})' for name in near)
         lines.append(f'Near chance: on average over the classes {shares} of the test images are right, and guessing '
