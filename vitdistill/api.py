@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'balanced_accuracy', 'trained_out',
-           'advice', 'in_words', 'findings', 'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'command_of',
-           'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
+           'advice', 'in_words', 'findings', 'page_of', 'show', 'JobClock', 'train_all', 'images_of_job',
+           'start_in_words', 'command_of', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss',
+           'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -294,6 +295,12 @@ def images_of_job(
         images = look(replace(recipe, val_fraction=fraction), drawn=root != data)
     return replace(images, root=data if root == data else out/'data'), fields
 
+# %% ../nbs/06_api.ipynb #8b4ab972
+def start_in_words(fields:dict)->str: # of Config, of a student
+    "Returns what a student starts from."
+    if weights := fields.get('student_weights'): return f'from {weights}'
+    return "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
+
 # %% ../nbs/06_api.ipynb #448d041f
 def command_of(
     job:Callable, # `distill`
@@ -330,8 +337,8 @@ def distill(
     if not student.startswith('hf-hub:'): check_name(student)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     images, fields = images_of_job(data, out, preset, fields, dry_run)
-    print(images, flush=True)
-    if few := few_test_images(images.test): print(few, flush=True)
+    about = '\n'.join(filter(None, [str(images), few_test_images(images.test)]))
+    print(about, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
     def chosen(size, auto): return auto if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
@@ -341,13 +348,10 @@ def distill(
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
-    how = "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
-    if weights := fields.get('student_weights'): how = f'from {weights}'
-    print(f'student: {student} at {side} px, {how}; teacher: {part["student"]} at {theirs} px, '
+    print(f'student: {student} at {side} px, {start_in_words(fields)}; teacher: {part["student"]} at {theirs} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
-    study = study_of(images, out, part, seeds, given)
-    study['about'] = dict(images=f'{images} {few}'.strip(), command=command)
+    study = study_of(images, out, part, seeds, given) | dict(about=dict(images=about, command=command))
     check_cells(cells := study_cells(Study(out.name, **study)))
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
