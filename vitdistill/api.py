@@ -6,9 +6,9 @@
 __all__ = ['COSTS', 'loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'costs_file',
            'model_costs', 'measure_costs', 'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'accuracies',
            'trained_out', 'advice', 'costs_table', 'share_in_words', 'about_unlabelled', 'in_words', 'findings',
-           'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'command_of', 'unlabelled_folder',
-           'chosen_side', 'part_of_teacher', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'memo', 'small_head']
+           'page_of', 'show', 'JobClock', 'train_all', 'images_of_job', 'start_in_words', 'chosen_students',
+           'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job',
+           'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -412,6 +412,29 @@ def images_of_job(
         if unlabelled: refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
     return replace(images, root=data if root == data else out/root.name, same=same), fields
 
+# %% ../nbs/06_api.ipynb #8b4ab972
+def start_in_words(fields:dict)->str: # of Config, of a student
+    "Returns what a student starts from."
+    if weights := fields.get('student_weights'): return f'from {weights}'
+    return "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
+
+# %% ../nbs/06_api.ipynb #1bf9cc84
+def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # student, fields: as `distill` takes them
+    "Returns the names of a job's students: those that have begun in its folder, then the given ones; checks them."
+    names = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
+    for name in names:
+        if not name.startswith('hf-hub:'): check_name(name)
+    alone = next(filter(fields.get, ('student_weights', 'student_kwargs')), None) if len(names) > 1 else None
+    if not alone: return names
+    raise VitdistillError(f"{alone} = {fields[alone]!r} is for one student, and this job has {', '.join(names)}: leave "
+                          'it out, or give each of them a folder of its own as out.')
+
+def starts_of_students(names:list, fields:dict, preset:str)->list[dict]:
+    "Returns the fields of the first student with all that the user gives, and of each further one its own."
+    usual = config_of_preset(preset, 'baseline').student_normalization
+    first, *others = names
+    return [fields | student_fields(first, fields), *(student_fields(name, fields, usual) for name in others)]
+
 # %% ../nbs/06_api.ipynb #448d041f
 def command_of(
     job:Callable, # `distill`
@@ -422,6 +445,7 @@ def command_of(
     words = ['vitdistill', 'distill', str(given['data'])]
     for name, value in (given | given['fields']).items():
         if name in ('data', 'fields', 'dry_run') or value is None or value == usual.get(name): continue
+        if name == 'student' and not isinstance(value, str): value = ','.join(map(str, value))
         text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
         words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
@@ -466,6 +490,22 @@ def part_of_teacher(
     usual = card.input_size if card else max(side, 224 if torch.cuda.is_available() else 128)
     return teacher_part(str(place), name, size or usual, images.classes)
 
+# %% ../nbs/06_api.ipynb #7def310e
+def run_job(
+    study:dict, images:Images, # of `study_of`; of `images_of_job`
+    out:Path,                  # folder of the job
+    dry_run:bool=False         # whether only to say how long it takes
+)->Distilled|None:             # None after a dry run
+    "Writes a job's study, prints what it will take, trains what is missing and shows the result."
+    check_cells(cells := study_cells(Study(out.name, **study)))
+    with same_threads(out) as threads:
+        print('measuring how fast the models are here', flush=True)
+        study = with_precision(study, cells, out)
+        file = write_study(study, out, dry_run) # refuses other settings
+        cells = study_cells(Study(out.name, **study))
+        print(costs_in_words(seconds := costs(cells, images)), flush=True)
+        return None if dry_run else train_all(cells, file, out, threads, seconds)
+
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
@@ -488,44 +528,27 @@ def distill(
 )->Distilled|None:                  # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
     command = command_of(distill, locals())
-    data, out, gpu = from_here(data), from_here(out or default_place('out/mine')), torch.cuda.is_available()
-    students = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
-    for name in students:
-        if not name.startswith('hf-hub:'): check_name(name)
+    data, out = from_here(data), from_here(out or default_place('out/mine'))
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
-    if len(students) > 1 and (alone := next(filter(fields.get, ('student_weights', 'student_kwargs')), None)):
-        raise VitdistillError(f"{alone} = {fields[alone]!r} is for one student, and this job has "
-                              f"{', '.join(students)}: leave it out, or give each of them a folder of its own as out.")
+    students = chosen_students(student, out, fields)
     folder = unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
     images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels),
                                    drop_duplicates, folder)
-    print(images, flush=True)
-    if few := few_test_images(images.test): print(few, flush=True)
+    about = '\n'.join(filter(None, [str(images), few_test_images(images.test)]))
+    print(about, flush=True)
     fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
-    side = chosen_side(image_size) or fitting_side(images.side, gpu)
+    side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
     if is_by_words(str(teacher)):
         part = part_by_words(teacher, classes, chosen_side(teacher_size), images, out, dry_run)
     else: part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images)
-    recipe = config_of_preset(preset, 'baseline')
-    more = [student_fields(name, fields, recipe.student_normalization) for name in students[1:]]
-    fields |= student_fields(students[0], fields)
-    for one in [fields, *more]:
-        how = "from timm's weights" if one['student_pretrained'] else 'from scratch, since its weights are not here'
-        if weights := fields.get('student_weights'): how = f'from {weights}'
-        print(f'student: {one["student"]} at {side} px, {how}', flush=True)
-    how = 'as it is' if 'weights' in part else 'fine-tuned first'
-    print(f'teacher: {part["student"]} at {part["student_size"]} px, {how}', flush=True)
+    fields, *more = starts_of_students(students, fields, preset)
+    for one in [fields, *more]: print(f'student: {one["student"]} at {side} px, {start_in_words(one)}', flush=True)
+    print(f'teacher: {part["student"]} at {part["student_size"]} px, '
+          f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
     given = dict(preset=preset, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given, more, str(folder or ''))
-    study['about'] = dict(images=f'{images} {few}'.strip(), command=command)
-    check_cells(cells := study_cells(Study(out.name, **study)))
-    with same_threads(out) as threads:
-        print('measuring how fast the models are here', flush=True)
-        study = with_precision(study, cells, out)
-        file = write_study(study, out, dry_run) # refuses other settings
-        cells = study_cells(Study(out.name, **study))
-        print(costs_in_words(seconds := costs(cells, images)), flush=True)
-        return None if dry_run else train_all(cells, file, out, threads, seconds)
+    study['about'] = dict(images=about, command=command)
+    return run_job(study, images, out, dry_run)
 
 # %% ../nbs/06_api.ipynb #fb86fdc1
 def save(
