@@ -248,6 +248,25 @@ def test_the_export_predicts_the_same(job, capsys):
     assert len(seen["probabilities"]) == 3 and seen["probabilities"].sum() == pytest.approx(1, abs=1e-5)
 
 
+def test_smaller_files_of_a_job_are_measured_on_its_images(job, tmp_path, capsys):
+    """By the command; the whole model has the accuracy of its run, `evaluate` that of the table."""
+    from vitdistill.deploy import evaluate, measure
+    out, _, _ = job
+    run = next(run for run in find_runs(out / "runs") if "mine/taught" in run.arms)
+    file = tmp_path / "student.onnx"
+    assert main(["export", str(out / "models/taught"), "--int8", "--fp16", "--out", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "int8 minus fp32: " in shown and "over 6 test images" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"student.onnx", "student.int8.onnx", "student.fp16.onnx"}
+    rows = measure(out / "models/taught", ["int8"])
+    assert rows[0].accuracy == pytest.approx(run.result["test_top1"]) and not list(run.model.glob("*.onnx"))
+    for row, name in zip(rows, ("student.onnx", "student.int8.onnx")):
+        found = evaluate(tmp_path / name, out / "data")
+        assert found.accuracy == row.accuracy and found.balanced == row.balanced
+        seen = predict(tmp_path / name, out / "data/val")
+        assert (seen["class"] == [Path(path).parent.name for path in seen.path]).mean() == row.accuracy
+
+
 def test_a_copied_job_uses_its_own_files(job, images, weights, tmp_path, capsys, monkeypatch):
     """Its study, its models and its records are those of the copy, also when the first job has changed or is gone."""
     out, _, _ = job

@@ -193,7 +193,7 @@ def test_grids_of_the_pages_need_nothing_that_a_clone_lacks():
 def test_commands_train_and_export(tmp_path):
     """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands' options."""
     train = next(words for words in VITDISTILL if words[1] == "train" and "--track" in words)
-    export = next(words for words in VITDISTILL if words[1] == "export")
+    export = next(words for words in VITDISTILL if words[1] == "export" and "--to" in words)
     train[train.index("--runs-dir") + 1] = str(tmp_path / "runs")
     small = dict(work_dir=tmp_path / "work", student="resnet18", data_fraction=0.1, epochs=1)
 
