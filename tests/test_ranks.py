@@ -26,7 +26,7 @@ def test_ranks_give_the_same_losses(tiny, tmp_path):
 
 @pytest.mark.parametrize("objective", ["hard", "dist"])
 def test_ranks_give_the_same_with_all_of_a_recipe(recipe, tmp_path, objective):
-    """Mixing, average, clipping; weighed classes or relations across a batch; 48 a batch, the last 47; 1 to 8 ranks."""
+    """Mixing, average, clipping; classes weighed, or relations across a batch; the last batch is uneven."""
     still = {**recipe.student_kwargs, "drop_path_rate": 0.0}  # what a rank drops is drawn by rank
     config = replace(recipe, student_kwargs=still, batch_size=48, epochs=2, lr=1e-4, distillation=objective,
                      class_weights="balanced" if objective == "hard" else "")

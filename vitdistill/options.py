@@ -89,6 +89,7 @@ def grid_parser()->argparse.ArgumentParser:
 
 # %% ../nbs/02_options.ipynb #45f1762a
 INSTEAD = dict(recipe="time DeiT's recipe, in this package and with timm's parts",
+    scale='time lists, plans, splits and comparisons of many images',
     attention='time HiLo attention and LITv2 next to plain attention, windows, pooling, a ViT and a ResNet')
 
 def bench_parser()->argparse.ArgumentParser:

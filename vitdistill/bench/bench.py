@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd, torch
 from .attention import attention_record, cases, measure as measure_attention
 from .contenders import CONTENDERS, bench_config, built, contenders, random_data
+from .scale import scale_record
 from .results import OVER_ROUNDS, device_and_noise, over_rounds, record
 from ..base import VitdistillError, from_root
 from ..config import Config, load, read_yaml, save
@@ -163,6 +164,7 @@ def bench(args:argparse.Namespace)->str: # args: of `main`
     if kind == 'attention':
         passes = measure_attention(cases(), device, args.repeats, args.seconds or .3, say)
         return attention_record(passes, device, out/kind, noise)
+    if kind == 'scale': return scale_record(out/kind, noise, say)
     c = config = bench_config(device, kind == 'recipe', **(read_yaml(Path(args.config)) if args.config else {}))
     about = (f'Student {c.student} ({c.stem} stem) at {student_size(c, 32)} px, batch {c.batch_size}, {c.precision}; '
              f'teacher {c.teacher} at {c.teacher_size} px, {c.teacher_precision}; random images and weights')
