@@ -25,6 +25,7 @@ from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from ..base import Interrupted, VitdistillError, fitting, free_threads, from_root, nearest, repo_root
 from ..base import shipped, shipped_names, write_atomic
 from ..config import Config, field_names, preset_parts
+from ..data.unlabelled import is_range
 from .runner import bind_to_parent, check_names, configure, stop
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
@@ -96,6 +97,7 @@ def recipe_fields(cell:Cell)->dict:
 def named_fields(cell:Cell)->dict:
     "Returns the parameters of a cell that its run has to have, without those that may differ in a record."
     counted = {*field_names(hashed=True)} - {*MODELS} # such as lr, and not where files are
+    if is_range(str(cell.chosen.get('unlabelled'))): counted.add('unlabelled') # rows, which a record keeps
     return {key: value for key, value in cell.chosen.items() if key in counted and value is not None}
 
 def study_cells(study:Study)->list[Cell]:
