@@ -27,6 +27,7 @@ from .cluster import Ask, check_slurm, rendezvous, queued, read_ask, submit
 from ..base import VitdistillError, fitting, free_threads, from_root, nearest, progress_apart, repo_root
 from ..base import shipped, shipped_names, stoppable, write_atomic
 from ..config import Config, config_hash, field_names
+from ..data.unlabelled import is_range
 from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, launch, stop
 from .runner import settable, with_teacher
 from ..options import grid_parser
@@ -100,6 +101,7 @@ def recipe_fields(cell:Cell)->dict:
 def named_fields(cell:Cell)->dict:
     "Returns the parameters of a cell that its run has to have, without those that may differ in a record."
     counted = {*field_names(hashed=True)} - {*MODELS} # such as lr, and not where files are
+    if is_range(str(cell.chosen.get('unlabelled'))): counted.add('unlabelled') # rows, which a record keeps
     return {key: value for key, value in cell.chosen.items() if key in counted and value is not None}
 
 def study_cells(study:Study)->list[Cell]:

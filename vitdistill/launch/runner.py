@@ -396,8 +396,8 @@ def with_teacher(
 )->Config:
     "Returns the config with its teacher or two (`out_of_fold`): named, timm's, or the preset's, trained if missing."
     if getattr(OBJECTIVES.get(config.distillation), 'wants', True) is None: # a loss without a teacher
-        kept = field_names(group='teacher'), 'unlabelled' # which such a loss refuses
-        return replace(config, **{name: getattr(Config(), name) for name in kept[0] if name not in kept})
+        about_teachers = {*field_names(group='teacher')} - {'unlabelled'} # these images such a loss refuses
+        return replace(config, **{name: getattr(Config(), name) for name in about_teachers})
     if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         if name := next(filter(given.get, ('out_of_fold', 'teacher_data_fraction')), None):
             raise VitdistillError(f'{name} = {given[name]} is for a teacher that the preset trains: leave it out, '
