@@ -188,13 +188,14 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
 def test_a_teacher_that_fails_takes_its_students_along(slurm, tmp_path):
     """Another cell isn't touched; nothing waits for ever; the table says why."""
     short = dict(epochs=1, data_fraction=0.2)
-    grid = write_grid(tmp_path / "slurm", ("e00_teacher", dict(dataset="imagefolder", **short)),
+    nowhere = dict(dataset="imagefolder", image_size=32, data_root=str(tmp_path / "nowhere"))
+    grid = write_grid(tmp_path / "slurm", ("e00_teacher", nowhere | short),
                       ("e01_baseline_resnet50", short), ("e02_distilled_resnet50", short))
     assert start(grid, grid.parent, "--on", "slurm").returncode == 0
     assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     states, said = status(grid, grid.parent)
     assert [state for state, _ in states] == ["failed", "done", "failed"], said
-    assert "image_size is not given" in said and "not started, because its teacher failed" in said
+    assert f"{tmp_path}/nowhere" in said and "not started, because its teacher failed" in said
 
 
 def test_a_cell_on_two_nodes(slurm, tmp_path):
