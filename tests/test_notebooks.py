@@ -205,7 +205,7 @@ def test_out_of_fold_notebook(tmp_path):
     for fold in ("1/2", "2/2"):
         execute("e00_teacher", tmp_path / "e00.ipynb", fold=fold, student_kwargs=SMALL_VIT, epochs=24, **where)
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT,
-            student="resnet18", epochs=1, **where)
+            student="resnet18", epochs=1, distillation="hard", **where)
     runs = find_runs(tmp_path / "runs")
     assert sorted(run.config.fold for run in runs) == ["", "1/2", "2/2"]
     held_out = [run.result["held_out_top1"] for run in runs if run.config.fold]
