@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['loss', 'costs_in_words', 'costs', 'draw_answers', 'Distilled', 'draw_test_images', 'balanced_accuracy', 'trained_out',
            'advice', 'share_in_words', 'about_unlabelled', 'in_words', 'show', 'train_all', 'images_of_job',
-           'unlabelled_folder', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo',
-           'small_head']
+           'unlabelled_folder', 'start_in_words', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher',
+           'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, json, math, os, shlex, statistics, tempfile
@@ -291,6 +291,12 @@ def unlabelled_folder(
           f'answers them. Those that are also in train or test are left out.{no_class}', flush=True)
     return place
 
+# %% ../nbs/06_api.ipynb #e72024d4
+def start_in_words(fields:dict)->str: # of Config, of a student
+    "Returns what a student starts from."
+    if weights := fields.get('student_weights'): return f'from {weights}'
+    return "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
+
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
@@ -325,9 +331,7 @@ def distill(
     part = teacher_part(str(teacher), teacher_name, theirs, images.classes)
     if 'student_pretrained' not in fields: fields['student_pretrained'] = weights_here(student)
     if fields['student_pretrained']: fields.setdefault('student_normalization', 'own')
-    how = "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
-    if weights := fields.get('student_weights'): how = f'from {weights}'
-    print(f'student: {student} at {side} px, {how}; teacher: {part["student"]} at {theirs} px, '
+    print(f'student: {student} at {side} px, {start_in_words(fields)}; teacher: {part["student"]} at {theirs} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
     given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given, str(more or ''))
