@@ -203,7 +203,7 @@ def test_out_of_fold_notebook(tmp_path):
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     execute("e00_teacher", tmp_path / "e00.ipynb", fold="1/2", student_kwargs=SMALL_VIT, **where)  # is one of them
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT,
-            student="resnet18", epochs=1, **where)
+            student="resnet18", epochs=1, distillation="hard", **where)
     runs = find_runs(tmp_path / "runs")
     assert sorted(run.config.fold for run in runs) == ["", "1/2", "2/2"]
     held_out = [run.result["held_out_top1"] for run in runs if run.config.fold]

@@ -249,17 +249,18 @@ def test_a_trained_model_is_used_as_the_library_does(teacher, tmp_path, capsys):
 
 def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     """Each name fits one run of the demo, though the DeiT's has `distilled` in it too."""
-    taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
+    plain = dict(student="resnet10t")
+    taught = dict(plain, experiment="distilled", teacher="vit_tiny_patch16_224", distillation="soft")
     deit = dict(taught, experiment="deit", student="deit_tiny_distilled_patch16_224", teacher="regnety_002")
-    for made in {}, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
+    for made in plain, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
         config = Config(dataset="digits", epochs=2, runs_dir=str(tmp_path / "runs"), **made)
         record(config, metrics=pd.DataFrame(dict(epoch=[0, 1], test_top1=[0.1, 0.5])), test_top1=0.5)
     lines, seen = snippet("compare_runs").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
     exec(lines.replace("\ncompare", "\nfig = compare"), seen)
-    assert "distilled-resnet50-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
+    assert "distilled-resnet10t-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 
 
-FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash"})  # fields that a run fills in itself
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash", "unlabelled_hash"})  # fields that a run fills in itself
 STUDIES = [read_study(file) for file in sorted((ROOT / "nbs/studies").glob("*.yaml"))]
 
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['is_range', 'files_in', 'unlabelled_mark', 'JoinedImages', 'joined', 'same_pixels', 'same_bytes', 'Unlabelled',
-           'unlabelled_rows', 'refuse_own_folder', 'unlabelled_files', 'unlabelled_images']
+           'unlabelled_rows', 'refuse_own_folder', 'unlabelled_files', 'unlabelled_images', 'labels_of_all',
+           'rows_of_all']
 
 # %% ../../nbs/data/04_unlabelled.ipynb #0cae87e5
 import collections, os, re, typing
 from dataclasses import dataclass, field, replace
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from ..base import VitdistillError, from_root
 from ..config import Config
 from .datasets import Data, check_dataset, digest, image_side, list_images, row_range
@@ -173,3 +174,17 @@ def unlabelled_images(
     if len(found): return found
     raise VitdistillError(f'unlabelled = {config.unlabelled!r} leaves no image ({found}): name images that are neither '
                           'trained on with labels nor test images.')
+
+# %% ../../nbs/data/04_unlabelled.ipynb #fdc605be
+def labels_of_all(
+    labels:torch.Tensor,        # (N,) int64, of the dataset's training images
+    unlabelled:Unlabelled|None,
+)->torch.Tensor:                # of these images and of a folder's
+    "Returns the label of each image, -1 for unlabelled ones."
+    if unlabelled is None: return labels
+    further = max(0, int(unlabelled.rows.max()) + 1 - len(labels))
+    return F.pad(labels, (0, further), value=-1).index_fill(0, unlabelled.rows, -1)
+
+def rows_of_all(rows:torch.Tensor, unlabelled:Unlabelled|None)->torch.Tensor: # rows: labelled ones
+    "Returns the rows that a teacher answers: the labelled ones, then the unlabelled ones."
+    return rows if unlabelled is None else torch.cat([rows, unlabelled.rows])

@@ -95,6 +95,7 @@ class CardFields:
     images_hash:str=None       # of these images as they are stored, the same at any side; None: unknown
     n_train:int                # number of images that it was trained on
     n_held_out:int             # number of images that it has not seen
+    n_unlabelled:int=None      # number of further images, whose labels it has not seen
     split:dict                 # the fields of its run that choose both
     pretrained_by:str=None     # of a model pre-trained without labels: its objective, such as 'can'
     objective:dict=None        # and the arguments of that
@@ -231,8 +232,9 @@ def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
     "Returns what a card says as rows of a Markdown table, name -> text: classes, images, accuracy on held-out ones."
     names = [re.sub(r'([\\`*_<>|\[\]])', r'\\\1', name) for name in card.classes[:10]]
     held_out = f"; {card.n_held_out:,} more were held out" if card.n_held_out else ''
+    unlabelled = f' and {card.n_unlabelled:,} without labels' if card.n_unlabelled else ''
     rows = {'classes': f"{len(card.classes)}: {', '.join(names)}{', ...' if card.classes[10:] else ''}",
-            'trained on': f"{card.n_train:,} images of {dataset}{held_out}"}
+            'trained on': f"{card.n_train:,} images of {dataset}{unlabelled}{held_out}"}
     if card.words:
         text = card.words['templates'][0].replace('{}', next(iter(card.words['words'].values())))
         rows['words'] = f"{card.words['teacher']} compares an image with texts such as \"{text}\""

@@ -177,6 +177,7 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
     frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
     card = make_card(frozen, config, data, setup.views)
     unlabelled = {} if setup.unlabelled is None else dict(n_unlabelled=len(setup.unlabelled))
+    card = replace(card, **unlabelled)
     result = dict(**measured, n_train=card.n_train, **unlabelled, weights_hash=card.weights_hash,
                   train_views_top1=card.top1_train_views, held_out_top1=card.top1_held_out,
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,

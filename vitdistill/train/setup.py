@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
            'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'BaseSetup',
-           'Setup', 'image_device', 'teacher_answers', 'load_answers', 'refuse_share', 'place_model', 'prepare',
-           'pass_size', 'predict', 'evaluate']
+           'run_plan', 'Setup', 'image_device', 'teacher_answers', 'load_answers', 'refuse_share', 'place_model',
+           'prepare', 'pass_size', 'predict', 'evaluate']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, math, os, shutil, tempfile, typing
@@ -34,7 +34,8 @@ from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
 from ..teachers.teacher import Absent, check_health, load_teacher, use_quickest
-from ..data.unlabelled import Unlabelled, joined, unlabelled_images, unlabelled_mark
+from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
+from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
 from ..data.views import unlabelled_places, view_count
 
@@ -187,6 +188,28 @@ class BaseSetup:
         device = self.ranks.device.split(':')[0]
         return torch.autocast(device, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
 
+# %% ../../nbs/train/02_setup.ipynb #6424e1e1
+def run_plan(
+    config:Config,
+    rows:torch.Tensor, # labelled images to train on
+    images:int,        # images in the dataset, trained on or not
+    epoch:int,         # from 0
+    unlabelled:Unlabelled=None # further images of each epoch
+)->Plan:
+    "Returns the plan of an epoch of a run."
+    c, n_views = config, view_count(config)
+    def labelled(number, batch): # a pass over the labelled images; batch: rows of one
+        together = max(1, batch) if c.repeats > 1 and c.repeats_mode == 'public' else 0
+        return epoch_plan(rows, images, n_views, c.seed, number, c.repeats, together)
+    if unlabelled is None: return labelled(epoch, c.batch_size)
+    apart = generator(c.seed, 8).initial_seed() # 8: other draws than those of a seed
+    def others(number):
+        return epoch_plan(unlabelled.rows, int(unlabelled.rows.max()) + 1, n_views, apart, number)
+    length, batch = plan_rows(c, len(rows)), c.batch_size - round(c.unlabelled_share*c.batch_size)
+    places = unlabelled_places(length, c.batch_size, c.unlabelled_share, c.seed, epoch)
+    return plan_with_unlabelled(lambda number: labelled(number, batch), others, (length, len(unlabelled)), places,
+                                epoch, c.repeats)
+
 # %% ../../nbs/train/02_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
 class Setup(BaseSetup):
@@ -224,30 +247,13 @@ class Setup(BaseSetup):
     def images_a_pass(self)->int: return self.pass_images or pass_size(self.test_size, self.ranks.device)
 
     def plan(self, epoch:int)->Plan: # rows (image, copy, view), in order
-        if self.unlabelled is None: return self._labelled(epoch, self.config.batch_size)
-        c, apart = self.config, generator(self.config.seed, 8).initial_seed() # 8: other draws than those of a seed
-        def others(number):
-            return epoch_plan(self.unlabelled.rows, len(self.labels), view_count(c), apart, number)
-        places = unlabelled_places(self.rows, c.batch_size, c.unlabelled_share, c.seed, epoch)
-        batch = c.batch_size - round(c.unlabelled_share*c.batch_size) # labelled rows of it
-        lengths = self.rows, len(self.unlabelled)
-        return plan_with_unlabelled(lambda number: self._labelled(number, batch), others, lengths, places, epoch,
-                                    c.repeats)
-
-    def _labelled(self, number, batch): # a pass over the labelled images; batch: rows of one
-        c, n_images = self.config, len(self.data.train_labels)
-        together = max(1, batch) if c.repeats > 1 and c.repeats_mode == 'public' else 0
-        return epoch_plan(self.train_rows, n_images, view_count(c), c.seed, number, c.repeats, together)
+        return run_plan(self.config, self.train_rows, len(self.data.train_labels), epoch, self.unlabelled)
 
     @functools.cached_property
-    def labels(self)->torch.Tensor: # (N,) int64, of all images; -1 without
-        if self.unlabelled is None: return self.data.train_labels
-        labels = F.pad(self.data.train_labels, (0, len(self.views.images) - len(self.data.train_labels)), value=-1)
-        return labels.index_fill(0, self.unlabelled.rows, -1)
+    def labels(self)->torch.Tensor: return labels_of_all(self.data.train_labels, self.unlabelled) # -1: none
 
     @property
-    def answered_rows(self)->torch.Tensor: # images that a teacher answers
-        return self.train_rows if self.unlabelled is None else torch.cat([self.train_rows, self.unlabelled.rows])
+    def answered_rows(self)->torch.Tensor: return rows_of_all(self.train_rows, self.unlabelled) # by a teacher
 
     @property
     def rows(self)->int: return plan_rows(self.config, len(self.train_rows)) # of an epoch's plan
@@ -322,7 +328,7 @@ def load_answers(
     "Returns the answers of the config's one or two teachers, and the first one's top-1, as fields of a `Setup`."
     about = data, views, ranks, rows, unlabelled
     answers, health, card = teacher_answers(config, *about)
-    if unlabelled is not None: rows = torch.cat([rows, unlabelled.rows])
+    rows = rows_of_all(rows, unlabelled)
     if config.fold_weights:
         other, _, other_card = teacher_answers(replace(config, teacher_weights=config.fold_weights), *about)
         cards = card, other_card
