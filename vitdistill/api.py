@@ -235,10 +235,11 @@ def images_of_job(
     preset:str,
     fields:dict,         # of Config, that the user gives
     dry_run:bool,        # whether to leave no file behind
-    labels:Path=None,    # table of labels; None: the folders name the classes
+    labels:str|Path='',  # table of labels; '': the folders name the classes
     drop_duplicates:bool=False # whether to train without images that are test images too
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
+    labels = from_here(labels) if labels else None
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
         root = with_test(data, place := out if kept else Path(draft), labels)
@@ -276,11 +277,8 @@ def distill(
     data, out, gpu = from_here(data), from_here(out or default_place('out/mine')), torch.cuda.is_available()
     if not student.startswith('hf-hub:'): check_name(student)
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels),
-                                   drop_duplicates)
-    print(images, flush=True)
-    if few := few_test_images(images.test): print(few, flush=True)
-    fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates)
+    print(*filter(None, (str(images), few_test_images(images.test))), sep='\n', flush=True)
     def chosen(size, auto): return auto if size in ('auto', 0) else from_dict(dict(image_size=size)).image_size
     side = chosen(image_size, fitting_side(images.side, gpu))
     teacher = from_here(teacher) if from_here(teacher).exists() else teacher
@@ -293,7 +291,7 @@ def distill(
     if weights := fields.get('student_weights'): how = f'from {weights}'
     print(f'student: {student} at {side} px, {how}; teacher: {part["student"]} at {theirs} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
-    given = dict(preset=preset, student=student, epochs=epochs, image_size=side) | fields
+    given = dict(preset=preset, student=student, student_head_init='small', epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given)
     check_cells(cells := study_cells(Study(out.name, **study)))
     with same_threads(out) as threads:
