@@ -391,11 +391,12 @@ def images_of_job(
     preset:str,
     fields:dict,         # of Config, that the user gives
     dry_run:bool,        # whether to leave no file behind
-    labels:Path=None,    # table of labels; None: the folders name the classes
+    labels:str|Path='',  # table of labels; '': the folders name the classes
     drop_duplicates:bool=False, # whether to train without images that are test images too
     unlabelled:Path=None # folder of images without labels
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
+    labels = from_here(labels) if labels else None
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
         root = with_test(data, place := out if kept else Path(draft), labels, unlabelled)
@@ -532,11 +533,9 @@ def distill(
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     students = chosen_students(student, out, fields)
     folder = unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels and from_here(labels),
-                                   drop_duplicates, folder)
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, folder)
     about = '\n'.join(filter(None, [str(images), few_test_images(images.test)]))
     print(about, flush=True)
-    fields.setdefault('student_head_init', 'small') # also of recipes for training from nothing
     side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
     if is_by_words(str(teacher)):
         part = part_by_words(teacher, classes, chosen_side(teacher_size), images, out, dry_run)
@@ -545,7 +544,7 @@ def distill(
     for one in [fields, *more]: print(f'student: {one["student"]} at {side} px, {start_in_words(one)}', flush=True)
     print(f'teacher: {part["student"]} at {part["student_size"]} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
-    given = dict(preset=preset, epochs=epochs, image_size=side) | fields
+    given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side) | fields
     study = study_of(images, out, part, seeds, given, more, str(folder or ''))
     study['about'] = dict(images=about, command=command)
     return run_job(study, images, out, dry_run)

@@ -80,7 +80,7 @@ def typed_places(given:dict)->dict: # name -> value, of fields of Config and of 
     def place(name, value):
         if not isinstance(value, str) or not value or value.startswith('hf-hub:'): return value
         files = 'data_root', 'labels', 'runs_dir', 'work_dir', 'weights', 'texts'
-        of_files = name in files or name.endswith('_weights')
+        of_files = name in files or name.endswith('_weights') and name != 'class_weights'
         may_be_files = name in ('clip', 'clip_pretrained', 'decoder', 'unlabelled') # or names of models, or rows
         return typed_path(value) if of_files or may_be_files and from_here(value).exists() else value
     return {name: place(name, value) for name, value in given.items()}
