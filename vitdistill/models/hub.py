@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB', 'MEMO_HEAD', 'failure_in_words', 'hub_answers', 'without_retries', 'memo_head', 'refuse_other_memos', 'fetch',
-           'weights_place', 'weights_file', 'push']
+           'hub_license', 'weights_place', 'weights_file', 'push']
 
 # %% ../../nbs/models/00_hub.ipynb #bcd92bbc
 import contextlib, json, shutil, tempfile
@@ -86,6 +86,15 @@ def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', or with '@REVISION'
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.fetching-') as draft:
             shutil.copytree(there, Path(draft)/'whole', symlinks=False).rename(folder)
     return folder
+
+# %% ../../nbs/models/00_hub.ipynb #e97a3910
+def hub_license(name:str)->str: # hf-hub:OWNER/MODEL, or with '@REVISION'
+    "Returns the licence that a model card on the hub names; '' if it names none or the hub does not answer."
+    repository = name.removeprefix(HUB).partition('@')[0].strip('/')
+    try:
+        with without_retries(): about = huggingface_hub.model_info(repository).card_data
+    except Exception: return '' # from the network, the hub or the name
+    return (about and about.license) or ''
 
 # %% ../../nbs/models/00_hub.ipynb #857a5585
 def weights_place(name:str|Path)->Path: # a path, or a name on the hub
