@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['MEMO_HEAD', 'WORDS', 'is_answers', 'answers_in', 'answers_head', 'memo_head', 'refuse_other_memos', 'weights_folder',
-           'file_hash', 'only_match', 'CardFields', 'Card', 'words_of', 'knows_images', 'training_mask',
-           'refuse_overlap', 'refuse_start_overlap', 'refuse_teacher_overlap', 'refuse_other_classes', 'card_rows']
+           'file_hash', 'only_match', 'CardFields', 'Card', 'words_of', 'licenses_of', 'made_from', 'knows_images',
+           'training_mask', 'refuse_overlap', 'refuse_start_overlap', 'refuse_teacher_overlap', 'refuse_other_classes',
+           'card_rows']
 
 # %% ../../nbs/teachers/00_card.ipynb #c2eaf87f
-import glob, hashlib, json, re
+import glob, hashlib, json, re, yaml
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np, torch
+from huggingface_hub import ModelCard
+from timm.models import get_pretrained_cfg
 from ..base import VitdistillError, fitting, write_atomic
 from ..config import Config, field_names, from_dict, student_name
 from ..data.datasets import Data, split_rows
-from ..models.hub import weights_file, weights_place
+from ..models.hub import HUB, hub_license, weights_file, weights_place
 
 # %% ../../nbs/teachers/00_card.ipynb #1d2a7cf3
 def is_answers(weights:str|Path)->bool:
@@ -107,6 +110,7 @@ class CardFields:
     run:str=None               # name of the run that trained it
     result:dict=None           # of that run
     words:dict=None            # of a teacher by words: its name, templates, words of the classes, scale
+    made_from:dict=None        # weights that it began with or learned from -> their licence; None: not recorded
     further:dict=field(default_factory=dict) # entries of a file that are none of these, kept as they are
 
     def __post_init__(self): object.__setattr__(self, 'constants', tuple(map(tuple, self.constants)))
@@ -177,6 +181,33 @@ def words_of(weights:str|Path)->dict|None: # path of a model
     file = weights_folder(weights)/WORDS
     return json.loads(file.read_text()) if file.is_file() else None
 
+# %% ../../nbs/teachers/00_card.ipynb #ae698092
+def licenses_of(
+    name:str,           # timm name of a model, or hf-hub:OWNER/MODEL
+    weights:str='',     # its file or model folder, or on the hub
+    pretrained:bool=False # begins with timm's weights where no others are given
+)->dict: # name of weights -> licence, or 'unknown'
+    "Returns the licences of a model's weights and of those that they were made from; {} for a model from nothing."
+    if not weights:
+        if not pretrained: return {}
+        if name.startswith(HUB): return {name: hub_license(name) or 'unknown'}
+        about = get_pretrained_cfg(name)
+        return {f'{about.architecture}.{about.tag}': about.license or 'unknown'} if about else {}
+    if words := words_of(weights): return {words['teacher']: words.get('license', 'unknown')}
+    card = Card.read(weights)
+    if card and card.made_from is not None: return card.made_from
+    readme = weights_folder(weights)/'README.md'
+    try: said = ModelCard(readme.read_text()).data.license if readme.is_file() else None
+    except (ValueError, OSError, yaml.YAMLError): said = None # of another form
+    return {card and card.run or (weights if weights.startswith(HUB) else Path(weights).name): said or 'unknown'}
+
+def made_from(config:Config)->dict: # of a run
+    "Returns the licences of the weights that a run's student begins with and learns from."
+    start = licenses_of(config.student, config.student_weights, config.student_pretrained)
+    if not config.teacher: return start
+    fetched = config.teacher_pretrained or config.teacher.startswith(HUB)
+    return start | licenses_of(config.teacher, config.teacher_weights, fetched)
+
 # %% ../../nbs/teachers/00_card.ipynb #698bc31e
 def knows_images(card:Card, data:Data)->bool:
     "Returns whether a card names these training images, at whatever side."
@@ -238,5 +269,6 @@ def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
     if card.words:
         text = card.words['templates'][0].replace('{}', next(iter(card.words['words'].values())))
         rows['words'] = f"{card.words['teacher']} compares an image with texts such as \"{text}\""
+    if card.made_from: rows['made from'] = ', '.join(f'{name} ({said})' for name, said in card.made_from.items())
     if card.top1_held_out is None: return rows
     return rows | {'held-out accuracy': f"{card.top1_held_out:.1%} of {card.n_measured:,} images"}

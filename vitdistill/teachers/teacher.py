@@ -22,7 +22,8 @@ from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
 from ..models.create import create, load_weights, pretrained_constants, readme_head, save_model
 from ..models.create import started_from, try_size
-from .card import Card, answers_head, card_rows, is_answers, knows_images, words_of
+from .card import Card, answers_head, card_rows, is_answers, knows_images, licenses_of
+from .card import made_from, words_of
 from .card import refuse_other_classes, refuse_teacher_overlap
 
 # %% ../../nbs/teachers/01_teacher.ipynb #758f9ae4
@@ -136,6 +137,7 @@ def make_card(
     rows, view = plan.image[:most], plan.view[:most]
     trained_on = round(top1(teacher, views, data.train_labels, rows, view), 5)
     card = replace(Card.of(config, data, teacher.size, teacher.constants), weights_hash=teacher.weights_hash(),
+                   made_from=made_from(config),
                    top1_train_views=trained_on, n_train_views=len(rows))
     images, labels, others = held_out or (views, data.train_labels, val)
     if not len(others): return card
@@ -356,9 +358,9 @@ def adopt(
         return card
     if held_out: held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
-    if not isinstance(weights, list): card = replace(card, words=words_of(weights))
-    names = ', '.join(place.name for place in places)
-    origin = f"Adopted from {names}{', with a new head that was never trained' if new_head else ''}."
+    origins = {key: said for place in places for key, said in licenses_of(config.student, str(place)).items()}
+    card = replace(card, made_from=origins, words=words_of(places[0]) if len(places) == 1 else None)
+    origin = f"Adopted from {', '.join(place.name for place in places)}{', with an untrained head' if new_head else ''}."
     rows = card_rows(card, config.dataset)
     del rows['trained on'] # elsewhere, so it is only known what they have not seen
     readme = readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))

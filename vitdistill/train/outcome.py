@@ -132,6 +132,7 @@ def model_card(
     if c.teacher and result.get('teacher_top1') is not None:
         on = result.get('teacher_measured_on') or 'images'
         rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {on}"
+    rows['licence'] = 'the weights are yours; the code that trained them, vitdistill, is Apache-2.0'
     head = readme_head(run.name, f'{c.student} on {c.dataset}, {taught}, seed {c.seed}.', rows, student_name(c), place)
     values = clean_config(asdict(c), repo_root()) # the hub has no use for this machine's paths
     recipe = yaml.safe_dump({k: v for k, v in values.items() if v != getattr(Config(), k)}, sort_keys=False)
