@@ -184,10 +184,11 @@ def words_of(weights:str|Path)->dict|None: # path of a model
 # %% ../../nbs/teachers/00_card.ipynb #ae698092
 def licenses_of(
     name:str,           # timm name of a model, or hf-hub:OWNER/MODEL
-    weights:str='',     # its file or model folder, or on the hub
+    weights:str|list='', # its file or model folder, or on the hub; of a mixture a list
     pretrained:bool=False # begins with timm's weights where no others are given
 )->dict: # name of weights -> licence, or 'unknown'
     "Returns the licences of a model's weights and of those that they were made from; {} for a model from nothing."
+    if isinstance(weights, list): return {key: said for one in weights for key, said in licenses_of(name, one).items()}
     if not weights:
         if not pretrained: return {}
         if name.startswith(HUB): return {name: hub_license(name) or 'unknown'}
@@ -199,7 +200,7 @@ def licenses_of(
     readme = weights_folder(weights)/'README.md'
     try: said = ModelCard(readme.read_text()).data.license if readme.is_file() else None
     except (ValueError, OSError, yaml.YAMLError): said = None # of another form
-    return {card and card.run or (weights if weights.startswith(HUB) else Path(weights).name): said or 'unknown'}
+    return {card and card.run or (weights if str(weights).startswith(HUB) else Path(weights).name): said or 'unknown'}
 
 def made_from(config:Config)->dict: # of a run
     "Returns the licences of the weights that a run's student begins with and learns from."

@@ -358,9 +358,9 @@ def adopt(
         return card
     if held_out: held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
-    origins = {key: said for place in places for key, said in licenses_of(config.student, str(place)).items()}
-    card = replace(card, made_from=origins, words=words_of(places[0]) if len(places) == 1 else None)
-    origin = f"Adopted from {', '.join(place.name for place in places)}{', with an untrained head' if new_head else ''}."
+    card = replace(card, made_from=licenses_of(config.student, places), words=words_of(places[0]))
+    names = ', '.join(place.name for place in places)
+    origin = f"Adopted from {names}{', with an untrained head' if new_head else ''}."
     rows = card_rows(card, config.dataset)
     del rows['trained on'] # elsewhere, so it is only known what they have not seen
     readme = readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))
