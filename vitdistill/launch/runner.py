@@ -34,7 +34,7 @@ from ..track import tracker_names
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
                   'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out', 'data',
-                  'teacher_name', 'classes', 'seeds', 'texts', 'arm')
+                  'teacher_name', 'classes', 'seeds', 'texts', 'arm', 'drop_duplicates')
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')})) # of Config, by a notebook
 
 # %% ../../nbs/launch/01_runner.ipynb #ecb4f3bd
