@@ -249,7 +249,7 @@ def test_notebook_on_several_ranks(tmp_path, ranks):
     """papermill runs e02 with `-p nproc 2` (gloo) on the digits: one rank's metrics, without batch norm."""
     place = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.3)
     vit = dict(student="vit_tiny_patch16_224", epochs=3, optimizer="adamw", lr=0.002, batch_size=64)
-    fixed = dict(allow_untrained=True, device="cpu", precision="fp32", teacher_precision="fp32")
+    fixed = dict(allow_untrained=True, device="cpu", precision="fp32", teacher_precision="fp32", distillation="hard")
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", nproc=ranks, student_kwargs=SMALL_VIT,
             teacher_kwargs=SMALL_VIT, **place, **vit, **fixed)
     several, = find_runs(tmp_path / "runs")

@@ -516,7 +516,8 @@ def test_a_loop_of_ones_own_has_the_losses_of_the_package(kind, tiny, tmp_path):
         setup = prepare(config, Ranks())
     theirs = setup.answers.teacher
     folder = api.save(theirs.model, tmp_path / "vit", setup.data.classes, 32, theirs.constants, **VIT)
-    teacher, loss = api.load_teacher(folder, mean_std=setup.data.mean_std), api.loss(kind)
+    teacher = api.load_teacher(folder, mean_std=setup.data.mean_std)
+    loss = api.loss(kind, temperature=config.temperature)
     answers = api.memo(teacher, tmp_path / "memo", loss, keys=10**4)
     for number, batch in enumerate(batches(setup, epoch=0)):
         with torch.no_grad():
