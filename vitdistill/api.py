@@ -331,11 +331,14 @@ def in_words(result:Distilled)->str:
 
 def findings(result:Distilled)->list[str]:
     "Returns the differences between the students, and what they can't tell: a sentence each."
-    lines = []
+    several, lines = len(names := architectures(result)) > 1, []
+    if several: lines.append(f'Models without a name of their own are {names[0]}.')
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
+        if several and not sure: continue # the table has it
         seeds = '; another seed may differ by more' if row.seeds < 2 else ''
         lines.append(points(row) + (seeds if sure else ': this may be chance'))
+    if several: lines.append('Other differences between students of one architecture may be chance.')
     return [*lines, *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARKERS', 'COSTS', 'decisions_of', 'recalls', 'confusion', 'confused_pairs', 'short', 'draw_confusion',
            'draw_recalls', 'test_files', 'thumbnail', 'surest_mistakes', 'finished', 'best_arm', 'accuracies',
-           'in_percent', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'draw_costs', 'html_item',
-           'class_items', 'mistake_items', 'how_it_was_made', 'learning', 'write_job', 'Page']
+           'in_percent', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'draw_costs', 'costs_item',
+           'html_item', 'class_items', 'mistake_items', 'how_it_was_made', 'learning', 'write_job', 'Page']
 
 # %% ../../nbs/study/09_job.ipynb #64f7a660
 import base64, html, io, os, warnings
@@ -166,7 +166,8 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
         row = {'model': name, 'test accuracy': in_percent(share('test_top1'), 1)}
         for one in differences[differences.arm == name].dropna(subset='difference').itertuples():
             ends = '' if np.isnan(one.low) else f' ({100*one.low:.1f} to {100*one.high:.1f} over {one.interval})'
-            row[f'minus {one.other}, points'] = f'{100*one.difference:+z.1f}{ends}'
+            other = one.other.partition('-')[0] # of the same architecture
+            row[f'minus {other}, points'] = f'{100*one.difference:+z.1f}{ends}'
         row['on held-out images'] = in_percent(share('held_out_top1'), 1)
         if name in table and table[name].notna().any():
             worst = table.loc[table[name].idxmin()]
@@ -175,7 +176,9 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
                     'mean of the classes': in_percent(table[name].mean(), 1)}
         rows.append(row | dict(architecture=runs[0].config.student, seeds=len(runs)))
     frame = pd.DataFrame(rows).fillna('')
-    first = ['model', 'test accuracy', *(name for name in frame if name.startswith('minus '))] # what a phone shows
+    differs = ['architecture'] if frame.architecture.nunique() > 2 else [] # a teacher's and one student's
+    minus = [name for name in frame if name.startswith('minus ')]
+    first = ['model', *differs, 'test accuracy', *minus] # what a phone shows
     return frame[[*first, *frame.columns.difference(first, sort=False)]]
 
 def in_percent(share:float, digits:int=0)->str: # NaN: a dash
@@ -221,27 +224,40 @@ def table_item(frame:pd.DataFrame, caption:str, folded:str='')->dict: # folded: 
                 folded=folded)
 
 # %% ../../nbs/study/09_job.ipynb #4c088940
-COSTS = {'mb': 'MB', 'int8_top1': 'int8: test accuracy', 'int8_mb': 'int8: MB', 'int8_ms': 'int8: ms'} # for readers
+COSTS = {'parameters': 'parameters, M', 'mb': 'MB', 'int8_top1': 'int8: test accuracy', 'int8_mb': 'int8: MB',
+         'int8_ms': 'int8: ms'} # for readers
 
 def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -> a matplotlib figure; None without ms
     "Draws accuracy against milliseconds an image; a line joins the students of one architecture."
     costs = costs.dropna(subset='ms').set_index('model')
-    tops = comparison.tops().mean()
+    tops = 100*comparison.tops().mean()
     if not len(costs): return None
     style()
     fig, ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')
-    for row in comparison.table().itertuples():
-        both = [name for name in (row.other, row.arm) if name in costs.index]
-        line, = ax.plot(costs.ms[both], 100*tops[both], '-', linewidth=1.2)
-        for name in both:
-            filled = line.get_color() if name == row.arm else 'white'
-            ax.plot(costs.ms[name], 100*tops[name], 'o', color=line.get_color(), markerfacecolor=filled)
-            ax.annotate(short(name, 30), (costs.ms[name], 100*tops[name]), (5, 3), textcoords='offset points',
-                        fontsize='x-small')
-    ax.margins(x=.25, y=.15)
+    names = {arm: runs[0].config.student for arm, runs in comparison.arms.items() if runs and arm in costs.index}
+    for name in dict.fromkeys(names.values()):
+        arms = [arm for arm in names if names[arm] == name]
+        place = costs.ms[arms].mean() # they differ in nothing that takes time
+        line, = ax.plot([place]*len(arms), tops[arms], '-', linewidth=1.2)
+        for arm in arms:
+            filled = line.get_color() if comparison.arms[arm][0].config.teacher else 'white'
+            ax.plot(place, tops[arm], 'o', color=line.get_color(), markerfacecolor=filled)
+        ax.annotate(short(name, 30), (place, tops[arms].max()), (0, 7), textcoords='offset points', ha='center',
+                    fontsize='small')
+    ax.margins(x=.3, y=.2)
+    ax.set_xlim(left=0)
     ax.set(xlabel='milliseconds an image (one thread)', ylabel=f'{comparison.measured}, %')
     plt.close(fig)
     return fig
+
+def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS; -> an item of `write_page`
+    "Returns the table of what the students cost, for readers."
+    shown = costs.copy()
+    for name, form in dict(parameters=lambda n: f'{n/1e6:.1f}', mb='{:.1f}'.format, ms='{:.2f}'.format,
+                           int8_top1=lambda share: in_percent(share, 1), int8_mb='{:.1f}'.format,
+                           int8_ms='{:.2f}'.format).items():
+        if name in shown: shown[name] = [pd.isna(value) and '–' or form(value) for value in shown[name]]
+    return table_item(shown.rename(columns=COSTS), caption)
 
 # %% ../../nbs/study/09_job.ipynb #e885fd67
 _mistakes = Template("""<ul class="images">{% for it in mistakes %}<li>{% if it.picture -%}
@@ -344,7 +360,7 @@ def write_job(
     about = 'Choose by the held-out images: the best of several on the test images is flattered.'
     tables = [table_item(accuracies(models, comparison, table), about if len(models) > 3 else '')]
     if costs is not None and len(costs):
-        tables.append(table_item(costs.rename(columns=COSTS), costs_caption))
+        tables.append(costs_item(costs, costs_caption))
         if figure := draw_costs(costs, comparison):
             tables.append(picture(figure, 'Accuracy and time. Open circles: trained on labels alone; filled: taught.'))
     images = [dict(caption=study.about['images'], links={})] if study.about.get('images') else []
