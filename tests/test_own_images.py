@@ -471,7 +471,7 @@ def test_another_student_is_a_further_row(job, images, weights):
     one, other = (table.top1[f"{kind}-resnet10t"] for kind in ("taught", "plain"))
     assert table.difference["taught-resnet10t"] == pytest.approx(one - other) and pd.isna(table.difference["plain"])
     assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
-    assert f"Models without a name of their own are {SMALL['student']}." in str(result)
+    assert f"plain, taught: {SMALL['student']}." in str(result)
     taught = {arm: run for run in find_runs(out / "runs") for arm in run.arms if "taught" in arm}
     assert len({run.config.teacher_weights for run in taught.values()}) == 1
     with pytest.raises(VitdistillError, match="student_kwargs = .* is for one student, and this job has .*resnet10t"):

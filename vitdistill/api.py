@@ -271,9 +271,9 @@ def advice(result:Distilled)->list[str]:
     classes = {len(card.classes) for card in cards.values() if card}
     near = [name for name in students if classes and balanced[name] <= least_accuracy(max(classes))]
     if near:
-        shares = ' and '.join(f'{balanced[name]:.0%} ({name})' for name in near)
-        lines.append(f'Near chance: on average over the classes {shares} of the test images are right, and guessing '
-                     f'has {1/max(classes):.0%}. Train longer (--epochs) before you compare.')
+        shares = ', '.join(f'{balanced[name]:.0%} ({name})' for name in near)
+        lines.append(f'Little better than guessing, which has {1/max(classes):.0%} of the test images right: {shares}, '
+                     'on average over the classes. Train longer (--epochs) before you compare these.')
     top1 = result.table().set_index('model').top1
     for row in result.comparison.table().itertuples():
         if not {row.arm, row.other} <= first.keys(): continue # not finished
@@ -332,7 +332,9 @@ def in_words(result:Distilled)->str:
 def findings(result:Distilled)->list[str]:
     "Returns the differences between the students, and what they can't tell: a sentence each."
     several, lines = len(names := architectures(result)) > 1, []
-    if several: lines.append(f'Models without a name of their own are {names[0]}.')
+    if several:
+        first = [name for name in result.comparison.arms if '-' not in name]
+        lines.append(f"{', '.join(first)}: {names[0]}. The other names end with their student.")
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
         if several and not sure: continue # the table has it

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'COSTS', 'decisions_of', 'recalls', 'confusion', 'confused_pairs', 'short', 'draw_confusion',
-           'draw_recalls', 'test_files', 'thumbnail', 'surest_mistakes', 'finished', 'best_arm', 'accuracies',
-           'in_percent', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'draw_costs', 'costs_item',
-           'html_item', 'class_items', 'mistake_items', 'how_it_was_made', 'learning', 'write_job', 'Page']
+           'draw_recalls', 'test_files', 'thumbnail', 'surest_mistakes', 'finished', 'best_arm', 'beginning',
+           'accuracies', 'in_percent', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'draw_costs',
+           'costs_item', 'html_item', 'class_items', 'mistake_items', 'how_it_was_made', 'learning', 'introduction',
+           'write_job', 'Page']
 
 # %% ../../nbs/study/09_job.ipynb #64f7a660
 import base64, html, io, os, warnings
@@ -158,27 +159,32 @@ def best_arm(models:dict)->str: # of `finished`
     def held_out(arm): return np.mean([run.result.get('held_out_top1') or 0 for run in models[arm]])
     return max(reversed([name for name in models if name != 'teacher']), key=held_out, default='')
 
+def beginning(config:Config)->str: # of a student
+    "Returns what a student's training begins with, for readers."
+    return 'pretrained weights' if config.student_pretrained or config.student_weights else 'random weights'
+
 def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataFrame: # table: of `recalls`
     "Returns a row for each model: accuracies as percentages, its worst class, and how it compares, for readers."
     differences, rows = comparison.table(), []
     for name, runs in models.items():
         def share(key): return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
-        row = {'model': name, 'test accuracy': in_percent(share('test_top1'), 1)}
+        row = {'model': name, 'held-out images': in_percent(share('held_out_top1'), 1),
+               'test images': in_percent(share('test_top1'), 1)}
         for one in differences[differences.arm == name].dropna(subset='difference').itertuples():
-            ends = '' if np.isnan(one.low) else f' ({100*one.low:.1f} to {100*one.high:.1f} over {one.interval})'
+            ends = '' if np.isnan(one.low) else f' ({100*one.low:.1f} to {100*one.high:.1f})'
             other = one.other.partition('-')[0] # of the same architecture
             row[f'minus {other}, points'] = f'{100*one.difference:+z.1f}{ends}'
-        row['on held-out images'] = in_percent(share('held_out_top1'), 1)
         if name in table and table[name].notna().any():
             worst = table.loc[table[name].idxmin()]
             row |= {'worst class': short(worst['class'], 40),
                     'right in it': f"{worst[name]:.0%} of {worst['test images']}",
                     'mean of the classes': in_percent(table[name].mean(), 1)}
-        rows.append(row | dict(architecture=runs[0].config.student, seeds=len(runs)))
+        about = {'architecture': runs[0].config.student, 'begins with': beginning(runs[0].config), 'seeds': len(runs)}
+        rows.append(row | about)
     frame = pd.DataFrame(rows).fillna('')
-    differs = ['architecture'] if frame.architecture.nunique() > 2 else [] # a teacher's and one student's
+    differs = ['architecture', 'begins with'] if frame.architecture.nunique() > 2 else [] # else one student's
     minus = [name for name in frame if name.startswith('minus ')]
-    first = ['model', *differs, 'test accuracy', *minus] # what a phone shows
+    first = ['model', 'held-out images', 'test images', *differs, *minus] # what a phone shows
     return frame[[*first, *frame.columns.difference(first, sort=False)]]
 
 def in_percent(share:float, digits:int=0)->str: # NaN: a dash
@@ -241,7 +247,8 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
         line, = ax.plot([place]*len(arms), tops[arms], '-', linewidth=1.2)
         for arm in arms:
             filled = line.get_color() if comparison.arms[arm][0].config.teacher else 'white'
-            ax.plot(place, tops[arm], 'o', color=line.get_color(), markerfacecolor=filled)
+            marker = 's' if arm.startswith('unlabelled') else 'o'
+            ax.plot(place, tops[arm], marker, color=line.get_color(), markerfacecolor=filled)
         ax.annotate(short(name, 30), (place, tops[arms].max()), (0, 7), textcoords='offset points', ha='center',
                     fontsize='small')
     ax.margins(x=.3, y=.2)
@@ -318,7 +325,8 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
 
 def learning(comparison:Comparison, models:dict, colors:dict)->list[dict]: # as `write_job` has them
     "Returns a page's curves of the students, with a line at the teacher's accuracy."
-    if not (figure := draw_curves(comparison, colors=colors)): return []
+    most = 9 # three arms of three students
+    if not (figure := draw_curves(comparison, most, colors)): return []
     figure.set_size_inches(5.4, 3.5) # it is read on a phone too
     ax = figure.axes[0]
     ax.set_title('') # that of the page
@@ -330,7 +338,22 @@ def learning(comparison:Comparison, models:dict, colors:dict)->list[dict]: # as 
     plt.close(figure)
     seeds = max(map(len, models.values()))
     bands = ': means over seeds; bands: worst to best' if seeds > 1 else ''
-    return [picture(figure, f'Test accuracy by epoch{bands}.')]
+    best = f' of the {most} best' if len(comparison.arms) > most else ''
+    return [picture(figure, f'Test accuracy{best} by epoch{bands}.')]
+
+# %% ../../nbs/study/09_job.ipynb #2c9fef75
+def introduction(comparison:Comparison, models:dict, held_out:int)->list[str]: # models: of `finished`; number of images
+    "Returns what the names of the models mean and, of several students, which is best on held-out images."
+    arms = {name.partition('-')[0] for name in models}
+    means = dict(plain='trained on the labels alone', taught="trained on the labels and the teacher's answers",
+                 unlabelled='taught, and half of its images have no labels')
+    known = [f'{name}: {words}' for name, words in means.items() if name in arms]
+    lines = [f"{'; '.join(known)}.".capitalize()] if known else []
+    if len({runs[0].config.student for name, runs in models.items() if name != 'teacher'}) < 2: return lines
+    best = best_arm(models)
+    def share(key): return pd.Series([run.result.get(key) for run in models[best]], dtype=float).mean()
+    return [*lines, f'Best on the {held_out} held-out images: {best}, with {in_percent(share("held_out_top1"), 1)} '
+                    f'right; it has {in_percent(share("test_top1"), 1)} of the test images right.']
 
 # %% ../../nbs/study/09_job.ipynb #765af6e1
 def write_job(
@@ -357,17 +380,23 @@ def write_job(
         if arm := best_arm(students): wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
     save_table(comparison.table().drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
     save_table(table, out, f'{study.name}_classes', 'Share of the test images of each class that a model has right.')
-    about = 'Choose by the held-out images: the best of several on the test images is flattered.'
-    tables = [table_item(accuracies(models, comparison, table), about if len(models) > 3 else '')]
+    about = 'Choose by the held-out images: on the test images the best of several looks better than it is. '
+    over = ' and '.join(sorted({*comparison.table().interval}))
+    about = (about if len(models) > 3 else '') + (f'In brackets: 95% intervals over {over}.' if over else '')
+    found = [*introduction(comparison, models, card.n_held_out if card else 0), *found]
+    tables = [table_item(accuracies(models, comparison, table), about)]
     if costs is not None and len(costs):
         tables.append(costs_item(costs, costs_caption))
         if figure := draw_costs(costs, comparison):
-            tables.append(picture(figure, 'Accuracy and time. Open circles: trained on labels alone; filled: taught.'))
+            tables.append(picture(figure, 'Accuracy and time. Open circle: plain; filled: taught; '
+                                  'square: with unlabelled images.'))
     images = [dict(caption=study.about['images'], links={})] if study.about.get('images') else []
     linked = {name: address(folder, out) for name, folder in folders.items()}
+    files = 'For other programs, such as those of a phone: model.onnx and model.int8.onnx in such a folder, or ' \
+            'vitdistill export FOLDER --int8.'
     return write_page(out/f'{study.name}.html', study.title or study.name, [*found, *missing(comparison)], {
         'Results': tables, 'Learning curves': curves, 'What is wrong': wrong, 'The images': images,
-        'The models': [html_item(_models.render(models=linked))] if linked else [],
+        'The models': [html_item(_models.render(models=linked), files)] if linked else [],
         'How it was made': how_it_was_made(comparison, models)})
 
 # %% ../../nbs/study/09_job.ipynb #ec146ae9
