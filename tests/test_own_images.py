@@ -483,7 +483,7 @@ def test_notebook(job, images, weights, tmp_path):
     out, _, _ = job
     notebook = execute("e08_own_images", tmp_path / "e08.ipynb", data=str(images), teacher=str(weights), out=str(out),
                        **SMALL)
-    assert "taught minus plain" in said(notebook)
+    assert "use one: vitdistill predict" in said(notebook)
     pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in
                 output.get("data", {})]
     assert len(pictures) == 2  # the curves, and some test images
