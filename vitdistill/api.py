@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from timm.utils import unwrap_model
 from tqdm import tqdm
 from .teachers.answers import open_memo
-from .base import VitdistillError, default_place, from_here, print_result, stoppable
+from .base import VitdistillError, default_place, from_here, nearest, print_result, stoppable
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
 from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
@@ -135,7 +135,7 @@ class Distilled:
     "Holds the result of a job: its study, and the finished runs."
     study:Path  # its file
     out:Path    # its folder
-    def pictures(self, most:int=8): return draw_test_images(self, most) # -> a matplotlib figure
+    def pictures(self, most:int=8, name:str=''): return draw_test_images(self, most, name) # -> a matplotlib figure
     def show(self)->Page: return Page(page_of(self)) # all that the job's page holds, in a notebook
     def __str__(self): return in_words(self)
     @property
@@ -160,28 +160,40 @@ class Distilled:
         plt.close(figure) # a notebook shows what a cell returns, once
         return figure
 
-    def folder(self, name:str='taught')->Path: # or plain, teacher
+    @property
+    def best(self)->str: # such as taught; '': no student has ended
+        "Returns the name of the student with the best accuracy on held-out images."
+        return best_arm({name: [*runs.values()] for name, runs in self.runs().items() if runs})
+
+    def folder(self, name:str='')->Path: # a key of `runs`; '': the best student
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
-        _, run = min(self.runs()[name].items())
-        return link_model(run, self.out/'models'/name)
+        ended, name = {one: runs for one, runs in self.runs().items() if runs}, name or self.best
+        if name in ended: return link_model(min(ended[name].items())[1], self.out/'models'/name)
+        near = nearest(name, ended) if name and ended else 'wait until one has, or run the job again.'
+        raise VitdistillError(f"{self.out}: no {name or 'student'} has ended: {near}")
 
     @property
     def student(self)->torch.nn.Module: # in eval mode
-        "Returns the taught student, a model of timm's."
+        "Returns the best student, a model of timm's."
         return load_model(self.folder()).forward.model
 
-    def predict(self, images, top:int=5)->pd.DataFrame:
-        "Returns what the taught student sees in image files, as `predict` does."
-        return predict(self.folder(), images, top)
+    def predict(self, images, top:int=5, name:str='')->pd.DataFrame: # name: as in `folder`
+        "Returns what the best student, or a named model, sees in image files, as `predict` does."
+        return predict(self.folder(name), images, top)
 
 # %% ../nbs/06_api.ipynb #93cd2f23
-def draw_test_images(result:Distilled, most:int): # -> a matplotlib figure
-    "Draws some of a job's test images and what the taught student sees, as `draw_answers` does."
+def draw_test_images(
+    result:Distilled,
+    most:int,   # images
+    name:str='' # of a model; '': the best student
+): # -> a matplotlib figure
+    "Draws some of a job's test images and what a model sees, as `draw_answers` does."
     if result.test_images.name not in TESTS:
         raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
-    files, run = named_images([result.test_images]), next(iter(result.runs()['taught'].values()))
-    answers = result.predict(files[::-(-len(files)//most)], top=1)
-    return draw_answers(answers, result.test_images, run.config.class_folder, run.config.exif_orientation)
+    files, name = named_images([result.test_images]), name or result.best
+    answers = result.predict(files[::-(-len(files)//most)], 1, name)
+    config = next(iter(result.runs()[name].values())).config
+    return draw_answers(answers, result.test_images, config.class_folder, config.exif_orientation)
 
 # %% ../nbs/06_api.ipynb #5d703cbb
 COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_mb', 'int8_ms', 'machine', 'run']
@@ -358,8 +370,7 @@ def show(result:Distilled)->None:
     if not done: return
     print_result(f'\n{result}\npage: {page_of(result)}')
     print_result('models:', *(shlex.quote(str(result.folder(name))) for name in done))
-    best = best_arm({name: [*runs.values()] for name, runs in result.runs().items() if runs}) or done[-1]
-    print_result(f'use one: vitdistill predict {shlex.quote(str(result.folder(best)))} IMAGES')
+    print_result(f'use one: vitdistill predict {shlex.quote(str(result.folder(result.best or done[-1])))} IMAGES')
 
 # %% ../nbs/06_api.ipynb #90a36b7e
 class JobClock:
