@@ -438,7 +438,7 @@ def images_of_job(
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
         root = with_test(data, place := out if kept else Path(draft), labels, unlabelled)
         drawn = root != data and not (labels and table_parts(labels))
-        about = {*field_names(group='data'), *field_names(group='augmentation')}
+        about = {*field_names(group='data'), *field_names(group='augmentation'), 'class_weights'}
         of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
         if check_dataset(recipe.dataset).side: fields = fields | dict(dataset='imagefolder') # of one for digits
