@@ -18,7 +18,7 @@ CLASSES = dict(
     animals="bear leopard lion tiger wolf fox porcupine possum raccoon skunk".split(),
     plants="orchid poppy rose sunflower tulip maple_tree oak_tree palm_tree pine_tree willow_tree".split(),
     digits=[*"0123456789"])
-STRANGER = dict(bus=130, bicycle=105, motorcycle=85, pickup_truck=65, streetcar=50, tank=40, tractor=30, train=25)
+STRANGER = dict(bus=130, bicycle=105, motorcycle=85, pickup_truck=65, streetcar=50, tank=40, tractor=30, rocket=25)
 SIDE = 96  # px of the pictures; those of the data have 32
 
 

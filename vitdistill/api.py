@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COSTS', 'loss', 'costs_in_words', 'new_answers', 'costs', 'draw_answers', 'link_model', 'Distilled',
            'draw_test_images', 'costs_file', 'model_costs', 'measure_costs', 'class_recalls', 'balanced_accuracy',
-           'is_unbalanced', 'accuracies', 'architectures', 'trained_out', 'advice', 'costs_table', 'share_in_words',
-           'about_unlabelled', 'in_words', 'findings', 'page_of', 'show', 'JobClock', 'train_all', 'images_of_job',
-           'start_in_words', 'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side',
-           'part_of_teacher', 'run_job', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'memo', 'small_head']
+           'is_unbalanced', 'accuracies', 'architectures', 'trained_out', 'advice', 'costs_of_int8', 'costs_table',
+           'share_in_words', 'about_unlabelled', 'in_words', 'findings', 'page_of', 'show', 'JobClock', 'train_all',
+           'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'command_of',
+           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'distill', 'save', 'class_orders',
+           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -50,6 +50,7 @@ from .study.compare import Comparison, draw_curves, finished_runs, load, points
 from .study.figures import save_table
 from .study.job import Page, best_arm, write_job
 from .study.results import read_predictions, teacher_calls
+from .study.stats import paired_score
 
 # %% ../nbs/06_api.ipynb #63aaaca9
 _all_ = ['small_head']
@@ -196,14 +197,16 @@ def draw_test_images(
     return draw_answers(answers, result.test_images, config.class_folder, config.exif_orientation)
 
 # %% ../nbs/06_api.ipynb #5d703cbb
-COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_mb', 'int8_ms', 'machine', 'run']
+COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_difference', 'int8_low', 'int8_high', 'int8_mb',
+         'int8_ms', 'machine', 'run']
 
 def costs_file(result:Distilled)->Path:
     "Returns the file of a job's `model_costs`."
     return result.out/f'tables/{result.study.stem}_costs.csv'
 
 def model_costs(result:Distilled)->pd.DataFrame: # COSTS; mb in 10^6 bytes, ms an image; NaN without the extra `export`
-    "Returns what `measure_costs` has measured of the models that a job has now."
+    """Returns what `measure_costs` has measured of the models that a job has now. `int8_difference` is the accuracy of
+    int8 minus that of the whole model, with the ends of Tango's interval over test images."""
     file = costs_file(result)
     if not file.is_file(): return pd.DataFrame(columns=COSTS)
     found, names = pd.read_csv(file), [next(iter(runs.values())).name for runs in result.runs().values() if runs]
@@ -220,11 +223,14 @@ def measure_costs(result:Distilled)->None:
         folder = result.folder(name)
         whole, *smaller = measure(folder, ['int8'], file=folder)
         row = dict(model=name, parameters=whole.parameters, mb=whole.mb, ms=whole.ms, machine=machine, run=first)
-        for one in smaller: row |= dict(int8_top1=one.accuracy, int8_mb=one.mb, int8_ms=one.ms)
+        for one in smaller:
+            row |= dict(int8_top1=one.accuracy, int8_mb=one.mb, int8_ms=one.ms)
+            row |= dict(zip(['int8_difference', 'int8_low', 'int8_high'], paired_score(whole.right, one.right)))
         rows.append(pd.DataFrame([row]))
     table = pd.concat([frame for frame in rows if len(frame)], ignore_index=True).reindex(columns=COSTS)
     save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; megabytes and '
-               'milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX file; the same after int8.')
+               'milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX file; the same after int8, '
+               'whose accuracy minus that of the whole model has its 95% interval over test images.')
 
 # %% ../nbs/06_api.ipynb #42bc1223
 def class_recalls(run:Run)->pd.Series: # by label; fractions
@@ -297,6 +303,14 @@ def advice(result:Distilled)->list[str]:
             lines.append(f'The teacher is no better than {row.other}: a better teacher may help more.')
     return list(dict.fromkeys(lines)) # one sentence may hold for several students
 
+# %% ../nbs/06_api.ipynb #10db9ff3
+def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
+    "Returns a sentence for each student that int8 clearly costs accuracy: the whole interval lies below zero."
+    if 'int8_high' not in costs: return [] # measured before this was known
+    def ends(row): return f'{100*row.int8_low:.1f} to {100*row.int8_high:.1f} over test images'
+    return [f'int8 costs {row.model} accuracy: {100*row.int8_difference:+z.1f} points ({ends(row)}).'
+            for row in costs[costs.int8_high < 0].itertuples()]
+
 # %% ../nbs/06_api.ipynb #286f24fb
 def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     "Returns a line for each model of a job with several students: accuracy, size and speed."
@@ -353,7 +367,7 @@ def findings(result:Distilled)->list[str]:
         seeds = '; another seed may differ by more' if row.seeds < 2 else ''
         lines.append(points(row) + (seeds if sure else ': this may be chance'))
     if several: lines.append('Other differences between students of one architecture may be chance.')
-    return [*lines, *about_unlabelled(result), *advice(result)]
+    return [*lines, *costs_of_int8(model_costs(result)), *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
 def page_of(result:Distilled)->Path:

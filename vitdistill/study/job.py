@@ -230,8 +230,8 @@ def table_item(frame:pd.DataFrame, caption:str, folded:str='')->dict: # folded: 
                 folded=folded)
 
 # %% ../../nbs/study/09_job.ipynb #4c088940
-COSTS = {'parameters': 'parameters, M', 'mb': 'MB', 'int8_top1': 'int8: test accuracy', 'int8_mb': 'int8: MB',
-         'int8_ms': 'int8: ms'} # for readers
+COSTS = {'parameters': 'parameters, M', 'mb': 'MB', 'int8_top1': 'int8: test accuracy',
+         'int8_difference': 'int8 minus whole, points', 'int8_mb': 'int8: MB', 'int8_ms': 'int8: ms'} # for readers
 
 def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -> a matplotlib figure; None without ms
     "Draws accuracy against milliseconds an image; a line joins the students of one architecture."
@@ -264,7 +264,10 @@ def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS
                            int8_top1=lambda share: in_percent(share, 1), int8_mb='{:.1f}'.format,
                            int8_ms='{:.2f}'.format).items():
         if name in shown: shown[name] = [pd.isna(value) and '–' or form(value) for value in shown[name]]
-    return table_item(shown.rename(columns=COSTS), caption)
+    ends = [name for name in ('int8_difference', 'int8_low', 'int8_high') if name in shown]
+    if ends: shown['int8_difference'] = ['–' if np.isnan(gap) else f'{100*gap:+z.1f} ({100*low:.1f} to {100*high:.1f})'
+                                         for gap, low, high in shown[ends].itertuples(index=False)]
+    return table_item(shown.drop(columns=ends[1:]).rename(columns=COSTS), caption)
 
 # %% ../../nbs/study/09_job.ipynb #e885fd67
 _mistakes = Template("""<ul class="images">{% for it in mistakes %}<li>{% if it.picture -%}
