@@ -46,9 +46,9 @@ from .launch.images import teacher_part, with_precision, with_test, with_unique,
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
 from .tasks.words import is_by_words
-from .study.compare import Comparison, draw_curves, finished_runs, load, points
+from .study.compare import Comparison, finished_runs, load, points
 from .study.figures import save_table
-from .study.job import Page, best_arm, write_job
+from .study.job import Page, best_arm, draw_learning, write_job
 from .study.results import read_predictions, teacher_calls
 from .study.stats import paired_score
 
@@ -156,10 +156,8 @@ class Distilled:
         return accuracies(self)
 
     def curves(self): # -> a matplotlib figure
-        "Draws the test accuracy of both students by epoch."
-        figure = draw_curves(self.comparison)
-        plt.close(figure) # a notebook shows what a cell returns, once
-        return figure
+        "Draws the test accuracy of each student by epoch."
+        return draw_learning(self.comparison, [*self.runs()['teacher'].values()])
 
     @property
     def best(self)->str: # such as taught; '': no student has ended
