@@ -128,8 +128,8 @@ def train(words:list[str])->int:
     "trains one run from a YAML file and fields by name"
     given, source = field_values(words)
     config = configured(source, given)
-    from vitdistill.launch.runner import launch # imports torch, which --help does without
-    launch(config, given.get('nproc')) # typed, and not a preset's wish
+    from vitdistill.launch.runner import run # imports torch, which --help does without
+    run(config, given.get('nproc')) # typed, and not a preset's wish
     return 0
 
 # %% ../nbs/07_cli.ipynb #5dbf1a27
@@ -328,13 +328,13 @@ def captions(words:list[str])->int:
     fields = fields_alone(others)
     from vitdistill.data.files import printable # these import torch, which --help does without
     from vitdistill.deploy.predict import named_images
-    from vitdistill.launch.runner import launch
+    from vitdistill.launch.runner import run
     from vitdistill.tasks.captioning import caption_files, own_config
     named_images(given.images) # before it trains
     out, failed = default_place(given.out), []
     config = own_config(given.texts, out, fields | dict(preset=given.preset))
-    run = launch(config, fields.get('nproc'), show=False, needed=True)
-    table = caption_files(run.model, given.images, failed.append)
+    record = run(config, fields.get('nproc'), show=False, needed=True)
+    table = caption_files(record.model, given.images, failed.append)
     for sentence in failed: print(sentence, file=sys.stderr)
     table['path'] = table.path.map(printable)
     write_atomic(out/'captions.csv', table.to_csv(index=False))

@@ -28,8 +28,10 @@ from ..base import VitdistillError, fitting, free_threads, from_root, nearest, p
 from ..base import shipped, shipped_names, stoppable, write_atomic
 from ..config import Config, config_hash, field_names
 from ..data.unlabelled import is_range
-from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, launch, stop
-from .runner import settable, with_teacher
+from . import runner
+from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, settable, stop
+from .runner import with_teacher
+from ..losses import criterion
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from ..tasks.table import task_of
@@ -148,6 +150,7 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
             if not cell.config: continue
             config = replace(cell.config, **later)
             check_settings(config)
+            criterion(config)
             task_of(config).refuse_foreign(config)
         except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
         if 'arm' not in cell.declared:
@@ -266,7 +269,7 @@ def execute(
             write_record(cell)
 
 # %% ../../nbs/launch/03_queue.ipynb #4711c8f4
-def run_cell(cell:Cell, threads:int=0, show:bool|Callable=True)->Run: # as `new_threads` and `launch` take them
+def run_cell(cell:Cell, threads:int=0, show:bool|Callable=True)->Run: # as `new_threads` and `runner.run` take them
     "Runs a cell without its notebook, unless its run is finished; returns the run."
     models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     given = {**cell.declared, **cell.chosen, **models}
@@ -279,7 +282,7 @@ def run_cell(cell:Cell, threads:int=0, show:bool|Callable=True)->Run: # as `new_
     if models: config = with_teacher(config, given)
     card = Card.read(config.teacher_weights)
     if card and is_weak(card): config = replace(config, allow_untrained=True) # a job says it with its result
-    return launch(config, cell.chosen.get('nproc'), show, needed=True, arm=cell.arm)
+    return runner.run(config, cell.chosen.get('nproc'), show, needed=True, arm=cell.arm)
 
 # %% ../../nbs/launch/03_queue.ipynb #2623bd73
 def execute_alone(file:str|Path)->int: # a cell's .json of out/batches

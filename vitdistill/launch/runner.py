@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'PROGRESS', 'check_names', 'parameters', 'configure', 'rank_count', 'rank_command',
            'bind_to_parent', 'stop', 'failure', 'follow', 'begun_threads', 'train_on_ranks', 'makes_teacher',
-           'has_model', 'wait_until_done', 'check_launch', 'weak_teacher', 'launch', 'launch_fill', 'store_answers',
+           'has_model', 'wait_until_done', 'check_launch', 'weak_teacher', 'run', 'launch_fill', 'store_answers',
            'is_weak', 'adopt_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
@@ -19,7 +19,7 @@ from ..base import Interrupted, VitdistillError, free_threads
 from ..config import Config, field_names, preset, preset_parts, save, student_name
 from ..base import from_root, nearest, shipped_names
 from ..data.datasets import labelled_images, load_data
-from ..losses import OBJECTIVES
+from ..losses import OBJECTIVES, criterion
 from ..tasks.table import task_of
 from ..train.outcome import record_adopted
 from ..train.live import LiveCurve, in_jupyterlab
@@ -82,7 +82,7 @@ def configure(
     given:dict      # the notebook's parameters: `preset`, and fields of Config (None: the preset's value)
 )->Config:
     "Returns the config of an experiment notebook."
-    values = {name: value for name, value in given.items() if name in settable and name != 'nproc'} # `launch` takes it
+    values = {name: value for name, value in given.items() if name in settable and name != 'nproc'} # `run` takes it
     return preset(given['preset'], experiment, **values)
 
 # %% ../../nbs/launch/01_runner.ipynb #585d3921
@@ -247,6 +247,7 @@ def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: s
 def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
     task_of(config).refuse_foreign(config)
+    criterion(config) # raises if name or arguments of the objective don't fit
     if nproc not in (None, 'auto') and not (type(nproc) is int and nproc > 0):
         raise VitdistillError(f"nproc = {nproc!r}: give a whole number above 0, or 'auto'.")
     tracker_names(config.track)
@@ -264,7 +265,7 @@ def weak_teacher(result:dict)->str: # a run's
             'a better teacher may help more')
 
 # %% ../../nbs/launch/01_runner.ipynb #94680760
-def launch(
+def run(
     config:Config,
     nproc:int=None,   # ranks on this node; None: nproc of the config, at most the visible GPUs
     show:bool|typing.Callable=True, # whether to show a line per epoch or, in JupyterLab, a live curve; as in `follow`
@@ -274,32 +275,32 @@ def launch(
     "Trains a config on its ranks; a finished run is not repeated. A failure raises `VitdistillError`."
     check_launch(config, nproc)
     config = resolve(config)
-    run, reason = Run.of(config), ''
-    if arm: RunWriter(run.folder).add_arm(arm)
-    if run.status == 'done':
-        if (needed or makes_teacher(config.experiment)) and not has_model(run): # a clone has the record only
-            raise VitdistillError(f'{run.name} is done, but its model is not in {run.model}: put it there, '
-                                  f'or remove {run.folder} to train it again.')
-        if show: print(f'{run.name} is done already')
+    record, reason = Run.of(config), ''
+    if arm: RunWriter(record.folder).add_arm(arm)
+    if record.status == 'done':
+        if (needed or makes_teacher(config.experiment)) and not has_model(record): # a clone has the record only
+            raise VitdistillError(f'{record.name} is done, but its model is not in {record.model}: put it there, '
+                                  f'or remove {record.folder} to train it again.')
+        if show: print(f'{record.name} is done already')
     else:
-        try: reason = train_on_ranks(config, run, nproc, show)
+        try: reason = train_on_ranks(config, record, nproc, show)
         except KeyboardInterrupt:
-            epochs = saved['epochs'] if run.status != 'new' and (saved := run.checkpoint()) else 0
+            epochs = saved['epochs'] if record.status != 'new' and (saved := record.checkpoint()) else 0
             where = f'go on after epoch {epochs}' if epochs else 'start from the beginning'
             raise Interrupted(f'interrupted; run this again to {where}') from None
-        run = Run(run.folder)
-        if not wait_until_done(run, config.nnodes):
-            raise VitdistillError(reason or f'{run.name} ended without a result: start it again.')
-    if show and (weak := weak_teacher(run.result)): print(weak)
-    model = f'model and log.txt: {run.work}' if has_model(run) else \
+        record = Run(record.folder)
+        if not wait_until_done(record, config.nnodes):
+            raise VitdistillError(reason or f'{record.name} ended without a result: start it again.')
+    if show and (weak := weak_teacher(record.result)): print(weak)
+    model = f'model and log.txt: {record.work}' if has_model(record) else \
         'the model is not here: to train it, remove that folder or set another runs_dir'
-    if show: print(f'record: {run.folder} (metrics.csv, result.json); {model}')
-    return run
+    if show: print(f'record: {record.folder} (metrics.csv, result.json); {model}')
+    return record
 
 # %% ../../nbs/launch/01_runner.ipynb #5f1e22a7
 def launch_fill(
     config:Config,  # of a distilled student
-    nproc:int=None  # as in `launch`
+    nproc:int=None  # as in `run`
 )->None:
     "Stores the teacher's answers about every view; after an interruption the next call continues."
     check_folders(config)
@@ -406,21 +407,23 @@ def with_teacher(
     if config.teacher == 'mixture':
         raise VitdistillError('a mixture needs trained teachers: give e04 the list of their weights, and the folder '
                               'that it makes as teacher_weights.')
-    check_settings(replace(config, fold_answers=Config().fold_answers)) # before a teacher trains
+    alone = replace(config, fold_answers=Config().fold_answers) # its folds' teachers are not here yet
+    check_settings(alone) # before a teacher trains
+    criterion(alone)
     wanted, nproc = teacher_of_preset(given, experiment), given.get('nproc')
     if not given.get('out_of_fold'): return replace(config, teacher_weights=trained_teacher(wanted, nproc))
     return replace(config, teacher_weights=trained_teacher(replace(wanted, fold='1/2'), nproc),
                    fold_weights=trained_teacher(replace(wanted, fold='2/2'), nproc))
 
-def trained_teacher(wanted:Config, nproc:int|None=None)->str: # nproc: as in `launch`
+def trained_teacher(wanted:Config, nproc:int|None=None)->str: # nproc: as in `run`
     "Returns the model folder of a teacher's run, which is trained if it is not done; other students wait for it."
-    run = Run.of(resolve(wanted))
-    lock = from_root(wanted.work_dir)/run.name/'waiting.lock'
-    if run.status != 'done' and is_locked(lock):
+    record = Run.of(resolve(wanted))
+    lock = from_root(wanted.work_dir)/record.name/'waiting.lock'
+    if record.status != 'done' and is_locked(lock):
         print('Another process trains the teacher: waiting for it.', flush=True)
     with nullcontext() if wanted.nnodes > 1 else FileLock(lock): # nodes train it together
-        done = run.status == 'done'
+        done = record.status == 'done'
         if not done: print(f'The teacher is trained first: {wanted.student}, {wanted.epochs} epochs.', flush=True)
-        run = launch(wanted, nproc, show=not done)
-    print(f'teacher: {run.name}')
-    return str(run.model)
+        record = run(wanted, nproc, show=not done)
+    print(f'teacher: {record.name}')
+    return str(record.model)

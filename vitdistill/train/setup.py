@@ -83,7 +83,6 @@ def auto_values(config:Config)->dict:
 # %% ../../nbs/train/02_setup.ipynb #45804704
 def refuse_unfit_folds(config:Config)->None:
     "Raises `VitdistillError` if the config's settings don't allow out-of-fold answers, or their controls."
-    criterion(config) # raises if name or arguments of the objective don't fit
     how, wants = config.fold_answers, answer_kind(config)
     if how != 'unseen' and not config.fold_weights:
         raise VitdistillError(f'fold_answers = {how!r} needs two fold teachers: give fold_weights beside '
@@ -104,7 +103,7 @@ def refuse_unfit_folds(config:Config)->None:
 
 # %% ../../nbs/train/02_setup.ipynb #10a3b8ad
 def check_settings(config:Config)->None:
-    "Raises `VitdistillError` for models, objective, augmentation, schedule or optimizer that no run can have."
+    "Raises `VitdistillError` for models, augmentation, schedule or optimizer that no run can have."
     for name in filter(None, (config.student, config.teacher)): check_name(name)
     fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
     for whose in ('student', 'teacher'):
