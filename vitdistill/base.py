@@ -16,7 +16,8 @@ from pathlib import Path
 # %% ../nbs/00_base.ipynb #a776e99e
 class Message:
     "An exception of which Jupyter shows the message alone, without a traceback."
-    def _render_traceback_(self): return [f'{self}'] # IPython asks for it
+    def _render_traceback_(self): # IPython asks for it
+        return [f'{self}']
 
 class VitdistillError(Message, ValueError):
     "An error that the user can fix; the message says how."
@@ -106,7 +107,8 @@ def from_root(path:str|Path)->Path:
 def from_here(path:str|Path)->Path:
     "Returns a user's path from the working folder; in a notebook below `repo_root()`, from there."
     here = Path.cwd()
-    if repo_root() not in (here, *here.parents): return Path(path).expanduser().resolve()
+    if repo_root() not in (here, *here.parents):
+        return Path(path).expanduser().resolve()
     start = repo_root() if _in_notebook() else here
     return Path(os.path.normpath(start/Path(path).expanduser()))
 
@@ -197,7 +199,8 @@ def write_atomic(
     temporary = path.with_name(f'.{path.name}.{own}.tmp')
     try:
         if callable(content): content(temporary)
-        else: temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(temporary, 'rb') as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     except Exception as e: raise no_space(e, path.parent) or e
@@ -210,8 +213,10 @@ def cgroup_limit(
     root:str='/' # root of the file system
 )->float:
     "Returns what a container or job may use (cgroup v2: the least of its groups); infinity if there is no limit."
-    try: own = re.search('^0::/(.*)', Path(root, 'proc/self/cgroup').read_text(), re.M)
-    except OSError: return math.inf # not Linux
+    try:
+        own = re.search('^0::/(.*)', Path(root, 'proc/self/cgroup').read_text(), re.M)
+    except OSError: # not Linux
+        return math.inf
     place, limits = Path(root, 'sys/fs/cgroup', own[1] if own else ''), [math.inf]
     for file in (group/name for group in (place, *place.parents)):
         limit, *period = file.read_text().split() if file.is_file() else ('max',)
