@@ -230,7 +230,7 @@ def test_finetuning_follows_its_preset():
     def begun(**more):
         given = names | dict(preset="small_deit_finetune", student_weights="a.pth", teacher_weights="b.pth") | more
         with mock.patch("vitdistill.launch.parameters", lambda: dict(given)), \
-                mock.patch("vitdistill.launch.launch") as launched:
+                mock.patch("vitdistill.launch.run") as launched:
             exec(begins, dict(given))
         return launched.call_args.args[0]
 

@@ -12,7 +12,7 @@ from vitdistill.config import Config
 from vitdistill.data.datasets import cifar100_constants, load_data, read_pickle
 from vitdistill.data.duplicates import same_images
 from vitdistill.data.files import in_folders
-from vitdistill.launch.runner import launch
+from vitdistill.launch.runner import run
 from vitdistill.runs import read_arrays
 from vitdistill.train.setup import auto_precision
 from vitdistill.teachers.teacher import adopt
@@ -55,11 +55,11 @@ def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
                       teacher_weights=str(tmp_path / "teacher"), distillation="hard", epochs=2, evaluate_every=2,
                       batch_size=32, data_fraction=0.005, lr=0.02, device="cpu", runs_dir=str(tmp_path / "runs"),
                       work_dir=str(tmp_path / "work"))
-    run = launch(student)
-    loss = run.metrics().train_loss
-    assert run.result["teacher_top1"] > 0.7
+    record = run(student)
+    loss = record.metrics().train_loss
+    assert record.result["teacher_top1"] > 0.7
     assert loss.iloc[0] == pytest.approx(np.log(100), abs=1.5) and loss.iloc[1] < loss.iloc[0]
-    predictions = read_arrays(run.folder / "predictions.npz")
+    predictions = read_arrays(record.folder / "predictions.npz")
     assert [len(predictions[f"{part}_label"]) for part in ("test", "val", "train")] == [10_000, 6000, 200]
 
 

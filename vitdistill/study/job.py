@@ -36,7 +36,8 @@ def decisions_of(runs:list[Run])->pd.DataFrame: # of an arm; -> columns of `read
     "Returns what the finished runs of an arm see in the test images; no rows without any."
     whole, _ = with_predictions([*finished_runs(runs).values()])
     frames = [read_predictions(run).assign(seed=run.config.seed) for run in whole]
-    if not frames: return pd.DataFrame(columns=['label', 'decision', 'seed'])
+    if not frames:
+        return pd.DataFrame(columns=['label', 'decision', 'seed'])
     return pd.concat(frames, ignore_index=True)
 
 def recalls(
@@ -116,15 +117,18 @@ def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `rec
 def test_files(config:Config)->ImageFiles: # of a run
     "Returns a run's test images, undecoded; ones that are no files, gone or changed are a `VitdistillError`."
     row = check_dataset(config.dataset)
-    if row.side: raise VitdistillError(f'the images of {row.title} are no files.')
+    if row.side:
+        raise VitdistillError(f'the images of {row.title} are no files.')
     files = image_files(config, row.package, row.needs)['test']
     if fingerprint(config) == config.data_hash: return files
     raise VitdistillError(f'the images in {config.data_root} are others than those that the run has seen.')
 
 def thumbnail(files:ImageFiles, row:int, config:Config, side:int=144)->str: # side: px
     "Returns an image as a model reads it: a JPEG in base64; '' if it can not be read."
-    try: pixels = decoded(lambda: files.opener(row), files.path(row), side, config.exif_orientation)
-    except VitdistillError: return ''
+    try:
+        pixels = decoded(lambda: files.opener(row), files.path(row), side, config.exif_orientation)
+    except VitdistillError:
+        return ''
     Image.fromarray(np.asarray(pixels)).save(file := io.BytesIO(), 'JPEG', quality=82)
     return base64.b64encode(file.getvalue()).decode()
 
@@ -135,7 +139,8 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
     config = replace(config, data_root=data_root or config.data_root) # of a job that was moved
     wrong = seen[seen.decision != seen.label].sort_values('confidence', ascending=False, kind='stable').head(most)
     try: files, note = test_files(config) if len(wrong) else None, ''
-    except VitdistillError as e: files, note = None, f'They are shown by number, for {e}'
+    except VitdistillError as e:
+        files, note = None, f'They are shown by number, for {e}'
     found = []
     for row in wrong.itertuples():
         found.append(dict(label=short(classes[row.label], 60), seen=short(classes[row.decision], 60),
@@ -156,7 +161,8 @@ def finished(comparison:Comparison, teacher:list[Run])->dict[str, list[Run]]: # 
 
 def best_arm(models:dict)->str: # of `finished`
     "Returns the arm with the best accuracy on held-out images, of equal ones the last; '' without any."
-    def held_out(arm): return np.mean([run.result.get('held_out_top1') or 0 for run in models[arm]])
+    def held_out(arm):
+        return np.mean([run.result.get('held_out_top1') or 0 for run in models[arm]])
     return max(reversed([name for name in models if name != 'teacher']), key=held_out, default='')
 
 def beginning(config:Config)->str: # of a student
@@ -167,7 +173,8 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
     "Returns a row for each model: accuracies as percentages, its worst class, and how it compares, for readers."
     differences, rows = comparison.table(), []
     for name, runs in models.items():
-        def share(key): return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
+        def share(key):
+            return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
         row = {'model': name, 'held-out images': in_percent(share('held_out_top1'), 1),
                'test images': in_percent(share('test_top1'), 1)}
         for one in differences[differences.arm == name].dropna(subset='difference').itertuples():
@@ -200,7 +207,8 @@ def settings(models:dict)->pd.DataFrame: # of `finished`; -> setting, and a colu
     usual, rows = asdict(Config()), []
     for field in field_names():
         values = {name: config[field] for name, config in configs.items()}
-        if field in left_out or all(value == usual[field] for value in values.values()): continue
+        if field in left_out or all(value == usual[field] for value in values.values()):
+            continue
         rows.append(dict(setting=field) | {name: str(value) for name, value in values.items()})
     return pd.DataFrame(rows, columns=['setting', *models])
 
@@ -263,11 +271,14 @@ def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS
     for name, form in dict(parameters=lambda n: f'{n/1e6:.1f}', mb='{:.1f}'.format, ms='{:.2f}'.format,
                            int8_top1=lambda share: in_percent(share, 1), int8_mb='{:.1f}'.format,
                            int8_ms='{:.2f}'.format).items():
-        if name in shown: shown[name] = [pd.isna(value) and '–' or form(value) for value in shown[name]]
-    ends = [name for name in ('int8_difference', 'int8_low', 'int8_high') if name in shown]
-    if ends: shown['int8_difference'] = ['–' if np.isnan(gap) else f'{100*gap:+z.1f} ({100*low:.1f} to {100*high:.1f})'
-                                         for gap, low, high in shown[ends].itertuples(index=False)]
-    return table_item(shown.drop(columns=ends[1:]).rename(columns=COSTS), caption)
+        if name in shown:
+            shown[name] = [pd.isna(value) and '–' or form(value) for value in shown[name]]
+    if 'int8_difference' in shown:
+        rows = shown[['int8_difference', 'int8_low', 'int8_high']].mul(100).itertuples(index=False)
+        shown['int8_difference'] = ['–' if np.isnan(gap) else f'{gap:+z.1f} ({low:.1f} to {high:.1f})'
+                                    for gap, low, high in rows]
+        shown = shown.drop(columns=['int8_low', 'int8_high'])
+    return table_item(shown.rename(columns=COSTS), caption)
 
 # %% ../../nbs/study/09_job.ipynb #1588e556
 def arms_of_students(arms:dict)->dict[str, dict]: # arm -> its runs
@@ -300,18 +311,23 @@ def html_item(text:str, caption:str='')->dict: # text: HTML
     "Returns a part of a page in HTML."
     return dict(caption=caption, links={}, html=Markup(text))
 
-def class_items(table:pd.DataFrame, best:str, comparison:Comparison)->list[dict]: # table: of `recalls`; best: an arm
-    "Returns a page's picture of what the best student and the teacher have right of each class, and a table of all."
+def class_items(
+    table:pd.DataFrame,    # of `recalls`
+    best:str,              # arm of the best student; '' if no student has ended
+    comparison:Comparison
+)->list[dict]:
+    "Returns a page's picture of what the best student and its teacher have right of each class, and a table of all."
     models, students = [*table.columns[2:]], arms_of_students(comparison.arms)
     if not models: return []
     colors = colors_of(students)
-    drawn = next(({arm: colors[name] for name, arm in arms.items()} for arms in students.values()
-                  if best in arms.values()), {}) | {'teacher': colors['teacher']}
+    arms = next((arms for arms in students.values() if best in arms.values()), {})
+    drawn = {arm: colors[name] for name, arm in arms.items()} | {'teacher': colors['teacher']}
     of = f" of {short(comparison.arms[best][0].config.student, 40)}" if len(students) > 1 and best else ''
     caption = f'Right answers by class{of}' + (': the 30 most difficult classes.' if len(table) > 30 else '.')
     untested = [short(name) for name, n in zip(table['class'], table['test images']) if not n]
     more = ', ...' if len(untested) > 10 else ''
-    if untested: caption += f" Never tested: {', '.join(untested[:10])}{more}."
+    if untested:
+        caption += f" Never tested: {', '.join(untested[:10])}{more}."
     shown = table.assign(**{name: table[name].map(in_percent) for name in models})
     drawn = draw_recalls(table, {name: color for name, color in drawn.items() if name in models})
     return [picture(drawn, caption), table_item(shown, '', f'All {len(table)} classes')]
@@ -329,7 +345,8 @@ def mistake_items(models:dict, arm:str, classes:list, data_root:str='')->list[di
         pairs = pairs.assign(**{'share of the class': shares})
         items = [table_item(pairs, f'The classes that are confused most often, by {of}.')]
     found, note = surest_mistakes(models[arm][0], classes, data_root)
-    if not found: return [*items, html_item('', f'No test image is seen wrong by {of}.')]
+    if not found:
+        return [*items, html_item('', f'No test image is seen wrong by {of}.')]
     return [*items, html_item(_mistakes.render(mistakes=found), f'The surest mistakes of {arm}. {note}')]
 
 # %% ../../nbs/study/09_job.ipynb #a0ca776d
@@ -370,7 +387,8 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
     run, about = next(iter(models.values()))[0], comparison.study.about
     machine = machine_in_words(run.environment, run.config.device) if run.environment else ''
     begun = run.begun[:16].replace('T', ' ')
-    if machine: machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {begun} UTC"
+    if machine:
+        machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {begun} UTC"
     took = {name: sum(run.result.get('seconds', 0) for run in runs) for name, runs in models.items()}
     took = ', '.join(f'{name} {tqdm.format_interval(time)}' for name, time in took.items() if time)
     texts = {'The command': about.get('command', ''), 'The machine': machine, 'Training took': took}
@@ -379,7 +397,8 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
 
 def learning(comparison:Comparison, models:dict)->list[dict]: # models: of `finished`
     "Returns a page's curves of the students."
-    if not (figure := draw_learning(comparison, models.get('teacher', ()))): return []
+    figure = draw_learning(comparison, models.get('teacher', ()))
+    if figure is None: return []
     bands = ': means over seeds; bands: worst to best' if max(map(len, models.values())) > 1 else ''
     many = any(len(arms) > MOST_CURVES for arms in arms_of_students(comparison.arms).values())
     best = f' of the {MOST_CURVES} best' if many else ''
@@ -393,9 +412,11 @@ def introduction(comparison:Comparison, models:dict, held_out:int)->list[str]: #
                  unlabelled='taught, and half of its images have no labels')
     known = [f'{name}: {words}' for name, words in means.items() if name in arms]
     lines = [f"{'; '.join(known)}.".capitalize()] if known else []
-    if len({runs[0].config.student for name, runs in models.items() if name != 'teacher'}) < 2: return lines
+    if len({runs[0].config.student for name, runs in models.items() if name != 'teacher'}) < 2:
+        return lines
     best = best_arm(models)
-    def share(key): return pd.Series([run.result.get(key) for run in models[best]], dtype=float).mean()
+    def share(key):
+        return pd.Series([run.result.get(key) for run in models[best]], dtype=float).mean()
     return [*lines, f'Best on the {held_out} held-out images: {best}, with {in_percent(share("held_out_top1"), 1)} '
                     f'right; it has {in_percent(share("test_top1"), 1)} of the test images right.']
 
@@ -410,7 +431,8 @@ def write_job(
 )->Path:
     "Writes the page of a job, and the tables of its differences and classes; returns the path of the page."
     study, out, models = comparison.study, Path(out), finished(comparison, [*teacher])
-    if not models: raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
+    if not models:
+        raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
     seen = {name: frame for name, runs in models.items() if len(frame := decisions_of(runs))}
     card = Card.read(next(iter(models.values()))[0].model)
     labels = max((int(frame[['label', 'decision']].max().max()) for frame in seen.values()), default=-1)
@@ -419,7 +441,8 @@ def write_job(
     arm = best_arm({name: runs for name, runs in models.items() if name in table})
     with any_text():
         curves, wrong = learning(comparison, models), class_items(table, arm, comparison)
-        if arm: wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
+        if arm:
+            wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
     save_table(comparison.table().drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
     save_table(table, out, f'{study.name}_classes', 'Share of the test images of each class that a model has right.')
     about = 'Choose by the held-out images: on the test images the best of several looks better than it is. '

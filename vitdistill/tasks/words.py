@@ -28,8 +28,10 @@ def read_pairs(file:Path)->list: # of (folder, words)
             if isinstance(values, dict) and all(isinstance(one, str) for one in values.values()):
                 return [*values.items()]
             raise ValueError('lists or single words stand there')
-    except OSError as e: raise VitdistillError(f'no file of words at {file} ({e.strerror}): mend the path.') from None
-    except UnicodeDecodeError: raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
+    except OSError as e:
+        raise VitdistillError(f'no file of words at {file} ({e.strerror}): mend the path.') from None
+    except UnicodeDecodeError:
+        raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
     except (yaml.YAMLError, ValueError) as e:
         reason = getattr(e, 'problem', None) or first_line(e)
         raise VitdistillError(f'{file} holds no lines of the form "folder: words" ({reason}): mend it.') from None
@@ -51,13 +53,16 @@ def words_of_classes(
     where = given if isinstance(given, str | Path) else 'classes'
     pairs = [*given.items()] if isinstance(given, dict) else read_pairs(from_here(given)) if given else []
     pairs = [(str(folder).strip(), str(text).strip()) for folder, text in pairs]
-    if pairs and pairs[0][0].lower() in ('folder', 'class') and pairs[0][0] not in classes: del pairs[0] # a heading
+    if pairs and pairs[0][0].lower() in ('folder', 'class') and pairs[0][0] not in classes: # a heading
+        del pairs[0]
     words = {}
     for folder, text in pairs:
         if folder not in classes:
             raise VitdistillError(f'{where}: {folder!r} is no folder of images: {nearest(folder, classes)}')
-        if folder in words: raise VitdistillError(f'{where}: {folder!r} stands twice: leave one line.')
-        if not text: raise VitdistillError(f'{where}: no words for {folder!r}: give some, or leave the line out.')
+        if folder in words:
+            raise VitdistillError(f'{where}: {folder!r} stands twice: leave one line.')
+        if not text:
+            raise VitdistillError(f'{where}: no words for {folder!r}: give some, or leave the line out.')
         words[folder] = text
     if given and (rest := [name for name in classes if name not in words]):
         print(f"{where} has no words for {', '.join(rest[:5])}{', ...' if rest[5:] else ''}: the folder's name serves.")
@@ -81,14 +86,16 @@ def load_encoder(teacher:str, device:str='cpu')->Encoder: # teacher: clip:...
         return load_dual(inside if inside.is_dir() else from_here(name), device=device)
     require('open_clip', 'captions', f'teacher = {teacher!r}')
     import open_clip
-    if name.startswith(('hf-hub:', 'local-dir:')): return OpenClip(name, '', device, 'as teacher, clip:MODEL/FILE')
+    if name.startswith(('hf-hub:', 'local-dir:')):
+        return OpenClip(name, '', device, 'as teacher, clip:MODEL/FILE')
     model, _, weights = name.partition('/')
     if model not in open_clip.list_models():
         near = nearest(model, open_clip.list_models(), 'name it as clip:MODEL/WEIGHTS, such as clip:ViT-B-32/openai.')
         raise VitdistillError(f'teacher = {teacher!r}: open_clip has no model {model!r}, and there is no such folder: '
                               f'{near}')
     tags = open_clip.list_pretrained_tags_by_model(model)
-    if weights and from_here(weights).is_file(): weights = str(from_here(weights))
+    if weights and from_here(weights).is_file():
+        weights = str(from_here(weights))
     elif weights not in tags:
         known = f" open_clip's are {', '.join(tags)}." if tags else ''
         raise VitdistillError(f'teacher = {teacher!r} names no weights that open_clip knows for {model} and no file: '
@@ -155,7 +162,8 @@ def teacher_by_words(
 )->Path: # folder
     "Writes a teacher that answers by words as a model folder, not yet measured; returns the folder."
     about = dict(teacher=teacher, words=words)
-    if (file := folder/WORDS).is_file() and json.loads(file.read_text()).items() >= about.items(): return folder
+    if (file := folder/WORDS).is_file() and json.loads(file.read_text()).items() >= about.items():
+        return folder
     file.unlink(missing_ok=True) # it is written last
     encoder = load_encoder(teacher, device)
     templates = templates_of(encoder)
