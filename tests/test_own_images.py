@@ -41,13 +41,7 @@ from vitdistill.train.loop import batches
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
 SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1)
-
-
-@pytest.fixture(autouse=True)
-def known_speed(monkeypatch):
-    """The command of `job` measures it; calls in this process would, for a second a model."""
-    for room in ("api", "launch.images"):
-        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
+pytestmark = pytest.mark.usefixtures("known_speed")  # but for the command of `job`, which measures it
 
 
 @pytest.fixture(scope="module")
