@@ -2,7 +2,6 @@
 import ast
 import functools
 import json
-import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -20,7 +19,6 @@ from vitdistill.launch.studies import Study, combinations, matching_runs, parame
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
-LENGTH = 45  # lines of an exported cell
 
 
 def cells(notebook, kind="code"):
@@ -61,38 +59,6 @@ def test_template_has_typed_parameters(notebook):
     source = "".join(tagged[0]["source"])
     assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
     assert notebook.parent.name == "analysis" or not any(c["outputs"] for c in cells(notebook))
-
-
-def exported_faults(sources):
-    """Exported cells that are too long, or that no example follows: (cell, what is wrong), from 0."""
-    found, exported = [], [bool(re.search(r"^#\| *exports?i?\b", source, re.M)) for source in sources]
-    for i, source in enumerate(sources):
-        if not exported[i]:
-            continue
-        defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
-        if len(lines) > LENGTH:
-            found.append((i, f"exports {len(lines)} lines, not {LENGTH} at most"))
-        public = [name for name in defined if not name.startswith("_")]
-        if public and (i + 1 == len(sources) or exported[i + 1]):
-            found.append((i, f"exports {', '.join(public)}: no code cell with an example or a test follows directly"))
-    return found
-
-
-@pytest.mark.parametrize("sources, at", [
-    (["#| export\ndef f(): pass", "f()", "#| export\ndef _g(): pass", "#| export\na = 1"], []),
-    (["#| export\nclass A: pass", "#| export\ndef f(): pass"], [0, 1]),
-    (["#| export\n#| eval: false\nclass A: pass", "#| exports\ndef f(): pass", "f()"], [0]),
-    (["#| export\n" + "\n\na = 1" * 45, "#| export\n" + "a = 1\n" * 46], [1]),
-])
-def test_faults_of_exported_cells_are_seen(sources, at):
-    assert [i for i, _ in exported_faults(sources)] == at
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_exported_cells_are_short_and_tested(notebook):
-    faults = exported_faults(["".join(cell["source"]) for cell in cells(notebook)])
-    assert not faults, "\n".join(f"{notebook.name}, code cell {i + 1}: {fault}" for i, fault in faults)
 
 
 @pytest.mark.parametrize("module", sorted(p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")

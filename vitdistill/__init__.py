@@ -11,7 +11,8 @@ import sys
 
 def __getattr__(name:str):
     "Returns `distill` of `vitdistill.api`, the whole job in one call."
-    if name != 'distill': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name != 'distill':
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from vitdistill.api import distill
     return distill
 

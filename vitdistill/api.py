@@ -86,7 +86,8 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
         bf16 = (auto_precision(device) if c.precision == 'auto' else c.precision) == 'bf16'
         key = c.student, c.student_size or c.image_size, device, bf16, train, c.stem
         name = str((*key, c.student_kwargs))
-        if name not in steps: steps[name] = seconds_an_image(*key, **c.student_kwargs)
+        if name not in steps:
+            steps[name] = seconds_an_image(*key, **c.student_kwargs)
         return steps[name]
     for cell in cells:
         runs = cell_runs(cell)
@@ -138,13 +139,16 @@ class Distilled:
     "Holds the result of a job: its study, and the finished runs."
     study:Path  # its file
     out:Path    # its folder
-    def pictures(self, most:int=8): return draw_test_images(self, most) # -> a matplotlib figure
-    def show(self)->Page: return Page(page_of(self)) # all that the job's page holds, in a notebook
+    def pictures(self, most:int=8): # -> a matplotlib figure
+        return draw_test_images(self, most)
+    def show(self)->Page: # all that the job's page holds, in a notebook
+        return Page(page_of(self))
     def __str__(self): return in_words(self)
     @property
     def comparison(self)->Comparison: return load(self.study)
     @property
-    def labelled(self)->bool: return not read_study(self.study).common.get('class_names')
+    def labelled(self)->bool:
+        return not read_study(self.study).common.get('class_names')
     @property
     def test_images(self)->Path: # folder of the test images
         return folder_of_tests(Path(read_study(self.study).common['data_root']))
@@ -209,12 +213,14 @@ def measure_costs(result:Distilled)->None:
     rows = [known]
     machine = machine_in_words(environment(), 'cpu')
     for name, runs in result.runs().items():
-        if name == 'teacher' or not runs or (first := next(iter(runs.values())).name) in {*known.run}: continue
+        if name == 'teacher' or not runs or (first := next(iter(runs.values())).name) in {*known.run}:
+            continue
         print(f'measuring size and speed of {name}', flush=True)
         folder = result.folder(name)
         whole, *smaller = measure(folder, ['int8'], file=folder)
         row = dict(model=name, parameters=whole.parameters, mb=whole.mb, ms=whole.ms, machine=machine, run=first)
-        for one in smaller: row |= dict(int8_top1=one.accuracy, int8_mb=one.mb, int8_ms=one.ms)
+        for one in smaller:
+            row |= dict(int8_top1=one.accuracy, int8_mb=one.mb, int8_ms=one.ms)
         rows.append(pd.DataFrame([row]))
     table = pd.concat([frame for frame in rows if len(frame)], ignore_index=True).reindex(columns=COSTS)
     save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; megabytes and '
@@ -259,7 +265,8 @@ def accuracies(result:Distilled)->pd.DataFrame:
         for run in runs.values():
             row = dict(model=name, architecture=run.config.student, seeds=1, held_out=run.result.get('held_out_top1'),
                        top1=run.result['test_top1'])
-            if is_unbalanced(run): row |= dict(balanced=balanced_accuracy(run), worst=class_recalls(run).min())
+            if is_unbalanced(run):
+                row |= dict(balanced=balanced_accuracy(run), worst=class_recalls(run).min())
             rows.append(row)
     columns = dict(seeds='sum', held_out='mean', top1='mean', balanced='mean', worst='mean')
     found = pd.DataFrame(rows, columns=['model', 'architecture', *columns]).astype(dict(held_out=float))
@@ -296,7 +303,8 @@ def advice(result:Distilled)->list[str]:
                      'on average over the classes. Train longer (--epochs) before you compare these.')
     top1 = result.table().set_index('model').top1
     for row in result.comparison.table().itertuples():
-        if not {row.arm, row.other} <= first.keys(): continue # not finished
+        if not {row.arm, row.other} <= first.keys(): # not finished
+            continue
         taught, plain = (first[name].result['train_views_top1'] for name in (row.arm, row.other))
         if row.high < 0 and taught < plain and not trained_out(first[row.arm]):
             lines.append(f'The student {row.arm} is not trained out: it has {taught:.0%} of its training images right, '
@@ -323,7 +331,8 @@ def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     for model, cells in zip(rows.model, table):
         lines.append([model.ljust(first), *(cell.rjust(n) for cell, n in zip(cells, widths))])
     about = 'Choose by the held-out images: the best of several on the test images is flattered.'
-    if 'agrees' in columns: about = 'As its teacher: of the held-out images.'
+    if 'agrees' in columns:
+        about = 'As its teacher: of the held-out images.'
     return '\n'.join([*map('  '.join, lines), about])
 
 # %% ../nbs/06_api.ipynb #f07e2730
@@ -360,13 +369,17 @@ def about_answers(result:Distilled)->list[str]:
 def in_words(result:Distilled)->str:
     "Returns the result of a job as text for a terminal."
     rows, lines = result.table().set_index('model'), []
-    if len(architectures(result)) > 1: return '\n'.join([costs_table(rows.reset_index()), *findings(result)])
+    if len(architectures(result)) > 1:
+        return '\n'.join([costs_table(rows.reset_index()), *findings(result)])
     wide = max(8, *map(len, rows.index)) if len(rows) else 8
     for row in rows.itertuples():
         of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
-        if result.labelled: measured = f'{row.top1:6.1%} of the test images'
-        elif row.Index == 'teacher': measured = 'knows the classes by their names'
-        else: measured = f'{row.agrees:6.1%} of {row.images:.0f} held-out images as its teacher'
+        if result.labelled:
+            measured = f'{row.top1:6.1%} of the test images'
+        elif row.Index == 'teacher':
+            measured = 'knows the classes by their names'
+        else:
+            measured = f'{row.agrees:6.1%} of {row.images:.0f} held-out images as its teacher'
         lines.append(f'{row.Index:{wide}} {row.architecture:32} {measured}{of}')
     return '\n'.join([*lines, *findings(result)])
 
@@ -382,7 +395,8 @@ def findings(result:Distilled)->list[str]:
         if several and not sure: continue # the table has it
         seeds = '; another seed may differ by more' if row.seeds < 2 else ''
         lines.append(points(row) + (seeds if sure else ': this may be chance'))
-    if several: lines.append('Other differences between students of one architecture may be chance.')
+    if several:
+        lines.append('Other differences between students of one architecture may be chance.')
     return [*lines, *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
@@ -478,19 +492,23 @@ def images_of_job(
         about = {*field_names(group='data'), *field_names(group='augmentation')} - {*JOB_FIELDS}
         of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data, data_root=str(root), class_names=[*names])
-        if check_dataset(recipe.dataset).side: fields = fields | dict(dataset='imagefolder') # of one for digits
+        if check_dataset(recipe.dataset).side:
+            fields = fields | dict(dataset='imagefolder') # of one for digits
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
         root, same = with_unique(recipe, place, drop_duplicates)
         recipe = replace(recipe, data_root=str(root))
-        if (fraction := fitting_fraction(recipe)) != recipe.val_fraction: fields = fields | dict(val_fraction=fraction)
+        if (fraction := fitting_fraction(recipe)) != recipe.val_fraction:
+            fields = fields | dict(val_fraction=fraction)
         images = look(replace(recipe, val_fraction=fraction), drawn)
-        if unlabelled: refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
+        if unlabelled:
+            refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
     return replace(images, root=data if root == data else out/root.name, same=same), fields
 
 # %% ../nbs/06_api.ipynb #8b4ab972
 def start_in_words(fields:dict)->str: # of Config, of a student
     "Returns what a student starts from."
-    if weights := fields.get('student_weights'): return f'from {weights}'
+    if weights := fields.get('student_weights'):
+        return f'from {weights}'
     return "from timm's weights" if fields['student_pretrained'] else 'from scratch, since its weights are not here'
 
 # %% ../nbs/06_api.ipynb #1bf9cc84
@@ -519,8 +537,10 @@ def command_of(
     usual = {name: about.default for name, about in inspect.signature(job).parameters.items()}
     words = ['vitdistill', 'distill', str(given['data'])]
     for name, value in (given | given['fields']).items():
-        if name in ('data', 'fields', 'dry_run') or value is None or value == usual.get(name): continue
-        if name == 'student' and not isinstance(value, str): value = ','.join(map(str, value))
+        if name in ('data', 'fields', 'dry_run') or value is None or value == usual.get(name):
+            continue
+        if name == 'student' and not isinstance(value, str):
+            value = ','.join(map(str, value))
         text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
         words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
@@ -614,13 +634,16 @@ def distill(
     side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
     if is_by_words(str(teacher)):
         part = part_by_words(teacher, classes, chosen_side(teacher_size), images, out, dry_run)
-    else: part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images)
+    else:
+        part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images)
     fields, *more = starts_of_students(students, fields, preset)
-    for one in [fields, *more]: print(f'student: {one["student"]} at {side} px, {start_in_words(one)}', flush=True)
+    for one in [fields, *more]:
+        print(f'student: {one["student"]} at {side} px, {start_in_words(one)}', flush=True)
     print(f'teacher: {part["student"]} at {part["student_size"]} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
     given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
-    if names: given |= dict(alpha=1.) # the answers are all that there is
+    if names:
+        given |= dict(alpha=1.) # the answers are all that there is
     given |= fields
     study = study_of(images, out, part, seeds, given, more, str(folder or ''))
     study['about'] = dict(images=about, command=command)
@@ -650,9 +673,11 @@ def save(
 # %% ../nbs/06_api.ipynb #99e0c07f
 def class_orders(dataset)->list: # lists of names
     "Returns the names of classes of a dataset and of those that it joins or is a part of, each in the order of labels."
-    if getattr(dataset, 'target_transform', None): return [] # it numbers labels in its own way
+    if getattr(dataset, 'target_transform', None): # it numbers labels in its own way
+        return []
     names = getattr(dataset, 'classes', None)
-    if isinstance(names, Iterable) and not isinstance(names, str): return [[*map(str, names)]]
+    if isinstance(names, Iterable) and not isinstance(names, str):
+        return [[*map(str, names)]]
     parts = [dataset.dataset] if hasattr(dataset, 'dataset') else getattr(dataset, 'datasets', ())
     return [names for part in parts for names in class_orders(part)]
 
@@ -672,7 +697,8 @@ class LoadedTeacher(Teacher):
                                   '(B, 3, H, W).')
         mean, std = (torch.tensor(c, dtype=torch.float32, device=pixels.device)[:, None, None] for c in self.mean_std)
         passes = max(1, math.ceil(len(pixels)/self.most))
-        if not self.compile: self.chunk = math.ceil(len(pixels)/passes) # so that none is filled up with black images
+        if not self.compile: # so that none is filled up with black images
+            self.chunk = math.ceil(len(pixels)/passes)
         return self.logits((pixels.float()*std + mean)*255)
 
     def check(self, loader)->float: # yields (pixels, labels, ...)
@@ -684,7 +710,8 @@ class LoadedTeacher(Teacher):
                                       f"the teacher's ({', '.join(self.classes[:3])}, ...): number labels as "
                                       'teacher.classes does, by the target_transform of the dataset.')
         right = torch.cat([torch.empty(0), *(self._right(pixels, labels) for pixels, labels, *_ in loader)])
-        if not len(right): raise VitdistillError('the loader yields no images: give one with images of each class.')
+        if not len(right):
+            raise VitdistillError('the loader yields no images: give one with images of each class.')
         share, chance = right.float().mean().item(), 1/len(self.classes)
         if share >= least_accuracy(len(self.classes)): return share
         raise VitdistillError(f'the teacher answers only {share:.1%} of {len(right)} images right (chance '
@@ -741,7 +768,8 @@ class Loss(torch.nn.Module):
         if isinstance(self.kind, TopK) and wanted == heads[0].shape:
             raise VitdistillError(f'soft_top_k = {self.kind.k} keeps {wanted[1]} numbers of an image, as many as there '
                                   "are classes, so that logits can't be told from kept answers: give another number.")
-        if answer.shape == heads[0].shape != wanted: answer = self.kind.make(answer)
+        if answer.shape == heads[0].shape != wanted:
+            answer = self.kind.make(answer)
         if answer.shape != wanted:
             raise VitdistillError(f"the student's logits have shape {(*heads[0].shape,)} and the teacher's answer "
                                   f'{(*answer.shape,)}: give both the same images and classes.')
@@ -757,7 +785,8 @@ def _whole_keys(key, images:int)->torch.Tensor: # (B,) int64
     "Returns the keys of so many images as a tensor; others than one whole number an image are a `VitdistillError`."
     with contextlib.suppress(TypeError, ValueError): # such as a list of names
         key = torch.as_tensor(key).cpu()
-        if key.shape == (images,) and not (key.is_floating_point() or key.dtype == torch.bool): return key.long()
+        if key.shape == (images,) and not (key.is_floating_point() or key.dtype == torch.bool):
+            return key.long()
     form = f'{key.dtype} of shape {(*key.shape,)}' if isinstance(key, torch.Tensor) else repr(key)[:60]
     raise VitdistillError(f'the keys of {images} images are {form}: give one whole number for each image.')
 
@@ -774,8 +803,10 @@ def memo(
     about = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1, classes=len(teacher.classes),
                  mean_std=teacher.mean_std, constants=teacher.constants, teacher_size=teacher.size,
                  dtype=teacher.dtype_name, **loss.kind.key())
-    try: stored = open_memo(from_here(folder), json.loads(json.dumps(about)))
-    except OSError as e: raise VitdistillError(f'no memo in {folder} ({e}): name another folder.') from None
+    try:
+        stored = open_memo(from_here(folder), json.loads(json.dumps(about)))
+    except OSError as e:
+        raise VitdistillError(f'no memo in {folder} ({e}): name another folder.') from None
     def answer(pixels, key):
         key = _whole_keys(key, len(pixels))
         if len(wrong := key[(key < 0) | (key >= keys)]):

@@ -71,14 +71,16 @@ def suggested_option(
 )->str:
     "Returns a suggestion for an unknown option: the field for another program's option, or the most similar name."
     name, known = word[2:].partition('=')[0].replace('-', '_'), [f'--{option}' for option in known]
-    if name in _elsewhere: return f'did you mean {hyphened(["--" + _elsewhere[name]])[0]}?'
+    if name in _elsewhere:
+        return f'did you mean {hyphened(["--" + _elsewhere[name]])[0]}?'
     return nearest(*hyphened([f'--{name}']), hyphened(known))
 
 # %% ../nbs/07_cli.ipynb #f402cd15
 def typed_places(given:dict)->dict: # name -> value, of fields of Config and of notebooks
     "Returns the same with paths that start at the working folder, where the user typed them, as a config keeps them."
     def place(name, value):
-        if not isinstance(value, str) or not value or value.startswith('hf-hub:'): return value
+        if not isinstance(value, str) or not value or value.startswith('hf-hub:'):
+            return value
         files = 'data_root', 'labels', 'runs_dir', 'work_dir', 'weights', 'texts'
         of_files = name in files or name.endswith('_weights') and name != 'class_weights'
         may_be_files = name in ('clip', 'clip_pretrained', 'decoder', 'unlabelled') # or names of models, or rows
@@ -93,7 +95,8 @@ def field_values(
     given, unknown = train_parser().parse_known_args(hyphened(words))
     known = ['config', *(name for name in field_names() if name not in field_names(group='found'))]
     for word in unknown:
-        if not word.startswith('--'): raise VitdistillError(f'{word!r} belongs to no option: write --FIELD VALUE.')
+        if not word.startswith('--'):
+            raise VitdistillError(f'{word!r} belongs to no option: write --FIELD VALUE.')
         raise VitdistillError(f"unknown option {word!r}: {suggested_option(word, known)}")
     given = vars(given)
     source = given.pop('config')
@@ -158,7 +161,8 @@ def experiment_values(
     "Returns parameters for experiment notebooks, name -> value; a name that none of them has is a `VitdistillError`."
     from vitdistill.launch.runner import check_names, notebook_names
     values = typed_places({name: _read(name, value) for name, value in given})
-    if 'preset' in values: raise VitdistillError(f"give --preset {values['preset']}, not -p preset.")
+    if 'preset' in values:
+        raise VitdistillError(f"give --preset {values['preset']}, not -p preset.")
     check_names(values, notebook_names)
     return values
 
@@ -181,7 +185,8 @@ def pair(
     another -= {'unlabelled', 'unlabelled_share'}
     arms = dict(plain=part('e01_baseline_resnet50', 'teacher'),
                 taught=part('e02_distilled_resnet50', **{} if another else dict(teacher='teacher')))
-    if deit: arms['deit'] = part('e03_deit_from_regnet', 'student', 'teacher') # with the preset's own teacher
+    if deit: # with the preset's own teacher
+        arms['deit'] = part('e03_deit_from_regnet', 'student', 'teacher')
     return Study('pair', common=dict(preset=preset_name), arms=arms,
                  teachers=dict(teacher=part('e00_teacher', 'student', 'teacher', **begun)))
 
@@ -282,8 +287,10 @@ def new_folder(folder:str|Path)->Path:
             draft = Path(draft)
             for part in copied:
                 (draft/part).parent.mkdir(parents=True, exist_ok=True)
-                if (SHIPPED/part).is_file(): shutil.copy(SHIPPED/part, draft/part)
-                else: shutil.copytree(SHIPPED/part, draft/part, ignore=shutil.ignore_patterns('.*', '__pycache__'))
+                if (SHIPPED/part).is_file():
+                    shutil.copy(SHIPPED/part, draft/part)
+                else:
+                    shutil.copytree(SHIPPED/part, draft/part, ignore=shutil.ignore_patterns('.*', '__pycache__'))
             (draft/'README.md').write_text(_about.format(version=__version__))
             (draft/'.gitignore').write_text('out/\n')
             (draft/'out').mkdir() # papermill makes no folder
@@ -308,11 +315,14 @@ def new(words:list[str])->int:
 # %% ../nbs/07_cli.ipynb #8313244d
 def print_any_text()->None:
     "Lets this process and its children print characters that standard output lacks, as \\xe4; a closed one is opened."
-    if sys.stdout is None: sys.stdout = open(os.devnull, 'w') # its place would go to the next file that is opened
+    if sys.stdout is None: # its place would go to the next file that is opened
+        sys.stdout = open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
-    if not encoding.lower().startswith('utf'): os.environ['PYTHONIOENCODING'] = f'{encoding}:backslashreplace'
+    if not encoding.lower().startswith('utf'):
+        os.environ['PYTHONIOENCODING'] = f'{encoding}:backslashreplace'
 
 # %% ../nbs/07_cli.ipynb #3694294e
 def fields_alone(words:list[str])->dict:
@@ -339,7 +349,8 @@ def captions(words:list[str])->int:
     table['path'] = table.path.map(printable)
     write_atomic(out/'captions.csv', table.to_csv(index=False))
     if given.json:
-        for row in table.to_dict('records'): print(json.dumps(row, ensure_ascii=False))
+        for row in table.to_dict('records'):
+            print(json.dumps(row, ensure_ascii=False))
     else: print(table.to_csv(index=False), end='')
     return int(bool(failed))
 
@@ -380,7 +391,8 @@ def distill(words:list[str])->int:
     given, others = distill_parser().parse_known_args(hyphened(words))
     fields = fields_alone(others)
     from vitdistill import api
-    with nullcontext() if given.dry_run else progress_apart(): api.distill(**vars(given), **fields)
+    with nullcontext() if given.dry_run else progress_apart():
+        api.distill(**vars(given), **fields)
     return 0
 
 def predict(words:list[str])->int:
@@ -432,7 +444,8 @@ def main(words:list[str]|None=None)->int:
     if not name:
         parser.print_help()
         return 0
-    if name not in COMMANDS: sys.exit(f'unknown command {name!r}: {nearest(name, COMMANDS)}')
+    if name not in COMMANDS:
+        sys.exit(f'unknown command {name!r}: {nearest(name, COMMANDS)}')
     try:
         status = COMMANDS[name](hyphened(words[1:])) or 0
         sys.stdout.flush()

@@ -81,7 +81,6 @@ class DataFields:
     split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws the held-out images and the share that is used
     image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px; needed for folders of images only
     class_names:list=_data(list, shared=True) # names of the classes of a folder without labels; []: it has labels
-    class_names:list=_data(list, shared=True) # names of the classes of a folder without labels; []: it has labels
     class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
     skip_broken:bool=_data(False, shared=True) # leave out images that can not be read; all are decoded to find them
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
@@ -231,8 +230,10 @@ def field_names(
 # %% ../nbs/01_config.ipynb #236948e9
 def plain_value(value):
     "Returns numbers and arrays of NumPy and torch as Python's numbers and lists, also within lists, tuples and dicts."
-    if isinstance(value, dict): return {plain_value(key): plain_value(inner) for key, inner in value.items()}
-    if type(value) in (list, tuple): return type(value)(map(plain_value, value))
+    if isinstance(value, dict):
+        return {plain_value(key): plain_value(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_value, value))
     return value.tolist() if hasattr(value, 'tolist') else value
 
 
@@ -244,8 +245,10 @@ def _typed(f, given): # converts what is given to the type of field `f`
     number = next((kind for kind in kinds if kind in (int, float)), None)
     value = plain_value(given)
     if number and type(value) in (str, int):
-        with contextlib.suppress(ValueError): value = number(value) # 'auto' stays a word
-    if type(value) in kinds or value is None and f.default is None: return value
+        with contextlib.suppress(ValueError): # 'auto' stays a word
+            value = number(value)
+    if type(value) in kinds or value is None and f.default is None:
+        return value
     names = ' or '.join("'auto'" if number and k is str else FORMS[k] for k in kinds if k is not type(None))
     raise VitdistillError(f'{f.name} = {given!r} has the wrong form: give {names}.')
 
@@ -277,7 +280,8 @@ def from_dict(values:dict, source:str='')->Config:
     for key in values:
         if key not in known:
             raise VitdistillError(f"unknown key {key!r}{f' in {source}' if source else ''}: {nearest(key, known)}")
-    if values.get('auto', []) is None: values = values | dict(auto=[]) # files of 0.2 have it
+    if values.get('auto', []) is None: # files of 0.2 have it
+        values = values | dict(auto=[])
     return Config(**values)
 
 # %% ../nbs/01_config.ipynb #2eb0b684
@@ -313,8 +317,9 @@ def refuse_repeats(node:yaml.Node)->None:
     for child in node.value:
         if isinstance(node, yaml.MappingNode):
             key, child = child
-            if key.value in seen: raise yaml.MarkedYAMLError(problem=f'{key.value!r} stands twice',
-                                                             problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f'{key.value!r} stands twice',
+                                           problem_mark=key.start_mark)
             seen.append(key.value)
         refuse_repeats(child)
 
@@ -327,7 +332,8 @@ def keep_texts(
 )->None:
     "Makes text of numbers and truth values that are keys, or values of text fields, in place: 010, no, 1e-3."
     if isinstance(node, yaml.ScalarNode):
-        if text and node.tag.endswith((':int', ':float', ':bool')): node.tag = 'tag:yaml.org,2002:str'
+        if text and node.tag.endswith((':int', ':float', ':bool')):
+            node.tag = 'tag:yaml.org,2002:str'
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value: keep_texts(child, names, text)
     else:
@@ -343,14 +349,16 @@ def parse_yaml(
 ):
     "Returns the value of a YAML text; a wrong one raises a `yaml.YAMLError` or a `ValueError`."
     maker = loader(content)
-    if not (node := maker.get_single_node()): return None # an empty text
+    if not (node := maker.get_single_node()): # an empty text
+        return None
     refuse_repeats(node)
     keep_texts(node, names)
     return maker.construct_document(node)
 
 def read_yaml(path:Path, loader:type=YamlLoader)->dict:
     "Returns the keys and values of a YAML file; a missing, damaged or keyless file raises a `VitdistillError`."
-    try: values = parse_yaml(path.read_bytes(), _texts, loader) # UTF-8, or UTF-16 with its byte order mark
+    try: # UTF-8, or UTF-16 with its byte order mark
+        values = parse_yaml(path.read_bytes(), _texts, loader)
     except OSError as e:
         raise VitdistillError(f'no config file at {path} ({e.strerror}): give the path of a YAML file.') from None
     except (yaml.YAMLError, ValueError) as e: # ValueError: such as !!int x
@@ -368,7 +376,8 @@ def load(path:str|Path)->Config:
     "Reads a `Config` from a flat YAML file; of a run's config.yaml with this machine's paths, if they are there."
     path = Path(path)
     values, places = read_yaml(path), path.with_name(PLACES)
-    if path.name == 'config.yaml' and places.is_file(): values |= read_yaml(places)
+    if path.name == 'config.yaml' and places.is_file():
+        values |= read_yaml(places)
     return from_dict(values, str(path))
 
 # %% ../nbs/01_config.ipynb #2052d357

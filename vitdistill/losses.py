@@ -23,14 +23,20 @@ from .config import Config, field_names
 @dataclass(frozen=True)
 class HardLabel:
     "The teacher's decision, (B,) int64."
-    def make(self, logits:torch.Tensor)->torch.Tensor: return logits.argmax(-1) # (B, C) -> (B,)
+    def make(self, logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B,)
+        return logits.argmax(-1)
     def decision(self, answer:torch.Tensor)->torch.Tensor: # (B,), or logits (B, C) -> (B,)
         return answer if answer.ndim == 1 else answer.argmax(-1)
-    def key(self)->dict: return {} # what a memo's key holds of this kind
-    def dtype(self, classes:int)->np.dtype: return np.min_scalar_type(classes + 1)
-    def store(self, answer:torch.Tensor)->np.ndarray: return answer.numpy()[:, None] # (B,) -> (B, width)
-    def read(self, stored:np.ndarray)->torch.Tensor: return torch.from_numpy(stored[:, 0].astype(np.int64))
-    def known(self, first:np.ndarray, classes:int)->np.ndarray: return first < classes # first: first number of each row
+    def key(self)->dict: # what a memo's key holds of this kind
+        return {}
+    def dtype(self, classes:int)->np.dtype:
+        return np.min_scalar_type(classes + 1)
+    def store(self, answer:torch.Tensor)->np.ndarray: # (B,) -> (B, width)
+        return answer.numpy()[:, None]
+    def read(self, stored:np.ndarray)->torch.Tensor:
+        return torch.from_numpy(stored[:, 0].astype(np.int64))
+    def known(self, first:np.ndarray, classes:int)->np.ndarray: # first: first number of each row
+        return first < classes
 
 # %% ../nbs/03_losses.ipynb #3f60c8ae
 FP16_MOST = torch.finfo(torch.float16).max # 65,504
@@ -45,16 +51,21 @@ def fitting_fp16(logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B, C)
 @dataclass(frozen=True)
 class Logits:
     "All logits, (B, C) float32, rounded to fp16."
-    def make(self, logits:torch.Tensor)->torch.Tensor: return fitting_fp16(logits).half().float()
-    def decision(self, answer:torch.Tensor)->torch.Tensor: return answer.argmax(-1)
+    def make(self, logits:torch.Tensor)->torch.Tensor:
+        return fitting_fp16(logits).half().float()
+    def decision(self, answer:torch.Tensor)->torch.Tensor:
+        return answer.argmax(-1)
     def outcomes(self, logits:torch.Tensor, answer:torch.Tensor, tau:float)->tuple: # tau: temperature
         "Returns the log-probabilities of student and teacher."
         return (logits/tau).log_softmax(-1), (answer.float()/tau).log_softmax(-1)
     def key(self)->dict: return dict(kind='logits')
     def dtype(self, classes:int)->np.dtype: return np.dtype(np.float16)
-    def store(self, answer:torch.Tensor)->np.ndarray: return answer.numpy()
-    def read(self, stored:np.ndarray)->torch.Tensor: return torch.from_numpy(stored.astype(np.float32))
-    def known(self, first:np.ndarray, classes:int)->np.ndarray: return ~np.isnan(first)
+    def store(self, answer:torch.Tensor)->np.ndarray:
+        return answer.numpy()
+    def read(self, stored:np.ndarray)->torch.Tensor:
+        return torch.from_numpy(stored.astype(np.float32))
+    def known(self, first:np.ndarray, classes:int)->np.ndarray:
+        return ~np.isnan(first)
 
 # %% ../nbs/03_losses.ipynb #07e000b9
 @dataclass(frozen=True)
@@ -72,15 +83,18 @@ class TopK(Logits):
     def parts(self, answer:torch.Tensor)->tuple: # classes (B, k) int64, logits (B, k), log-mass of the rest (B, T)
         k = (answer.shape[-1] - len(self.temperatures))//2
         return answer[:, :k].long(), answer[:, k:2*k], answer[:, 2*k:]
-    def decision(self, answer:torch.Tensor)->torch.Tensor: return answer[:, 0].long()
+    def decision(self, answer:torch.Tensor)->torch.Tensor:
+        return answer[:, 0].long()
     def outcomes(self, logits:torch.Tensor, answer:torch.Tensor, tau:float)->tuple: # the k classes, and the rest as one
         index, value, tails = self.parts(answer)
         log_p, value, tail = (logits/tau).log_softmax(-1), value/tau, tails[:, [self.temperatures.index(tau)]]
         kept = log_p.gather(-1, index)
-        if index.shape[-1] == logits.shape[-1]: return kept, value.log_softmax(-1)
+        if index.shape[-1] == logits.shape[-1]:
+            return kept, value.log_softmax(-1)
         rest = log_p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([kept, rest], -1), torch.cat([value, tail], -1).log_softmax(-1)
-    def key(self)->dict: return dict(top_k=self.k, temperatures=list(self.temperatures))
+    def key(self)->dict:
+        return dict(top_k=self.k, temperatures=list(self.temperatures))
     def dtype(self, classes:int)->np.dtype: # wide enough for every class number
         return np.dtype(np.float16 if classes <= 2048 else np.float32)
 
@@ -88,14 +102,16 @@ class TopK(Logits):
 @dataclass(frozen=True)
 class Embedding(Logits):
     "Features of a text or of an image, (B, D) float32, as they are."
-    def make(self, features:torch.Tensor)->torch.Tensor: return features # (B, D)
+    def make(self, features:torch.Tensor)->torch.Tensor: # (B, D)
+        return features
     def key(self)->dict: return dict(kind='embedding')
     def dtype(self, classes:int)->np.dtype: return np.dtype(np.float32)
 
 # %% ../nbs/03_losses.ipynb #d953e9c2
 def kind_of(key:dict): # key: of a memo
     "Returns the kind of answer that a memo stores, by its key."
-    if 'top_k' in key: return TopK(key['top_k'], tuple(key['temperatures']))
+    if 'top_k' in key:
+        return TopK(key['top_k'], tuple(key['temperatures']))
     if key.get('kind') == 'embedding': return Embedding()
     return Logits() if key.get('kind') == 'logits' else HardLabel()
 
@@ -201,7 +217,8 @@ def entropy_weights(
     temperature:float=3.         # of both entropies, > 0; the paper's T'
 )->torch.Tensor:                 # (B,), without gradient
     "Returns H_t (1 + H_z/log C)/2 of each image."
-    def entropy(x): return torch.special.entr((x.detach().float()/temperature).softmax(-1)).sum(-1)
+    def entropy(x):
+        return torch.special.entr((x.detach().float()/temperature).softmax(-1)).sum(-1)
     teacher = entropy(teacher_logits)
     return teacher*(1 + entropy(logits)/math.log(logits.shape[-1]))/2
 
@@ -262,7 +279,8 @@ class Labels(nn.Module):
     needs_label = False # True: the teacher's term needs the label of each image
     partly = False # True: some images have no label; their part of the loss of labels is 0
     @classmethod
-    def kind(cls, config:Config): return cls.wants # kind of answer that this config's objective needs
+    def kind(cls, config:Config): # kind of answer that this config's objective needs
+        return cls.wants
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
         super().__init__()
         self.label_smoothing = label_smoothing
@@ -279,7 +297,8 @@ class Labels(nn.Module):
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # either may be wrapped by DDP or compiled
         return Objective(student, criterion)
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor: # mean over all rows, unlabelled ones too
-        if self.class_weights is not None: return weighed_loss(heads, targets, self.class_weights, self.label_smoothing)
+        if self.class_weights is not None:
+            return weighed_loss(heads, targets, self.class_weights, self.label_smoothing)
         smoothing = dict(label_smoothing=self.label_smoothing)
         if self.partly and targets.ndim == 2: # rows sum to the share of an image that has labels
             spread = targets.sum(-1, keepdim=True)/targets.shape[-1]
@@ -457,7 +476,8 @@ OBJECTIVES = {'none': Labels, 'bce': BinaryLabels, 'hard': SwitchedDistillationL
 
 def named_objective(config:Config)->type:
     "Returns the class of a config's objective; an unknown name is a `VitdistillError`."
-    if (name := config.distillation) in OBJECTIVES: return OBJECTIVES[name]
+    if (name := config.distillation) in OBJECTIVES:
+        return OBJECTIVES[name]
     raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, OBJECTIVES)}')
 
 def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without a teacher
@@ -467,9 +487,11 @@ def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without
 
 def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
-    if not (config.unlabelled or config.class_names and config.teacher): return # without a teacher it's only measured
+    if not (config.unlabelled or config.class_names and config.teacher):
+        return # without a teacher it's only measured
     what, out = f'unlabelled = {config.unlabelled!r} has', 'leave unlabelled out, or '
-    if config.class_names: what, out = f'the images of class_names = {config.class_names} have', ''
+    if config.class_names:
+        what, out = f'the images of class_names = {config.class_names} have', ''
     objective, name = named_objective(config), config.distillation
     if objective.wants is None:
         raise VitdistillError(f'{what} no labels, and distillation = {name!r} has no teacher to answer instead: '
@@ -494,8 +516,10 @@ def criterion(config:Config)->nn.Module:
     if unknown := [argument for argument in given if argument not in own]:
         raise VitdistillError(f'objective_kwargs: {name!r} has no argument {unknown[0]!r} beside those of a config: '
                               f'{nearest(unknown[0], own, "leave it out.")}')
-    try: made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
-    except VitdistillError: raise
+    try:
+        made = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
+    except VitdistillError:
+        raise
     except (TypeError, ValueError) as e:
         more = f' or memo_temperatures = {config.memo_temperatures}' if config.memo_temperatures else ''
         raise VitdistillError(f'objective_kwargs = {given}{more} has a value of a type that {name!r} does not take '

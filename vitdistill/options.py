@@ -46,9 +46,11 @@ def distill_parser()->argparse.ArgumentParser:
     made.add_argument('data', metavar='DIR', help='folder of train/CLASS/* and val/CLASS/*, or of CLASS/* alone')
     for name, (_, default, comment) in declared('vitdistill.api', 'distill').items():
         option = f"--{name.replace('_', '-')}"
-        if default is False: made.add_argument(option, action='store_true', help=comment)
-        else: made.add_argument(option, default=default, type=int if isinstance(default, int) else str,
-                                help=comment + ('' if default is None else f' (default: {default!r})'))
+        if default is False:
+            made.add_argument(option, action='store_true', help=comment)
+        else:
+            made.add_argument(option, default=default, type=int if isinstance(default, int) else str,
+                              help=comment + ('' if default is None else f' (default: {default!r})'))
     return made
 
 def captions_parser()->argparse.ArgumentParser:

@@ -34,7 +34,8 @@ def is_locked(file:Path)->bool:
     lock = FileLock(file)
     try: lock.acquire(timeout=.03, poll_interval=.005)
     except Timeout: return True
-    except OSError: return False # another user's file, or a disk that we can only read
+    except OSError: # another user's file, or a disk that we can only read
+        return False
     lock.release()
     return False
 
@@ -78,10 +79,13 @@ def read_result(file:Path, run:'Run')->dict:
 # %% ../nbs/05_runs.ipynb #56e80e0e
 class Run:
     "Reads a run folder; its config, result and start once."
-    def __init__(self, folder:str|Path): self.folder, self.name, self._kept = Path(folder), Path(folder).name, {}
+    def __init__(self, folder:str|Path):
+        self.folder, self.name, self._kept = Path(folder), Path(folder).name, {}
     @classmethod
-    def of(cls, config:Config): return cls(from_root(config.runs_dir)/run_name(config)) # started or not
-    def __repr__(self): return f'Run({self.name}: {self.status}, {self.epochs_done} epochs)'
+    def of(cls, config:Config): # started or not
+        return cls(from_root(config.runs_dir)/run_name(config))
+    def __repr__(self):
+        return f'Run({self.name}: {self.status}, {self.epochs_done} epochs)'
 
     @cached_property
     def config(self)->Config: return load(self.folder/'config.yaml')
@@ -89,14 +93,18 @@ class Run:
         "Returns where a path of the config lies now, as `moved` does."
         return moved(from_root(path), from_root(self.config.runs_dir), self.folder.parent)
     @property
-    def work(self)->Path: return self.place(from_root(self.config.work_dir)/self.name) # the working folder
+    def work(self)->Path: # the working folder
+        return self.place(from_root(self.config.work_dir)/self.name)
     @property
-    def model(self)->Path: return self.work/'model' # folder in timm's layout
+    def model(self)->Path: # folder in timm's layout
+        return self.work/'model'
     def _once(self, name:str, read)->dict: # {}: not there yet, so it is read again
-        if name not in self._kept and (found := read(self.folder/f'{name}.json')): self._kept[name] = found
+        if name not in self._kept and (found := read(self.folder/f'{name}.json')):
+            self._kept[name] = found
         return self._kept.get(name, {})
     @property
-    def environment(self)->dict: return self._once('environment', read_json)
+    def environment(self)->dict:
+        return self._once('environment', read_json)
     @property
     def begun(self)->str: # UTC; of 0.3 and before only the file's own time is known, which a clone does not keep
         file = self.folder/'config.yaml'
@@ -140,12 +148,14 @@ def find_run(
     for place in (from_here(run), from_root(folder)/run) if run else ():
         if (place/'config.yaml').is_file(): return Run(place)
         work = place.resolve().parent
-        if (work/'launch.yaml').is_file(): return _run_of_work(work, run) # of a model folder, or of a link to one
+        if (work/'launch.yaml').is_file(): # of a model folder, or of a link to one
+            return _run_of_work(work, run)
     if len(Path(run).parts) > 1 or run and from_here(run).exists():
         raise VitdistillError(f'{run} is no run folder and no model folder: give one, such as out/mine/models/taught, '
                               'or part of the name of a run.')
     known, place = find_runs(folder), from_root(folder)
-    if not known: raise VitdistillError(f'no runs in {place}: start one, or name another folder.')
+    if not known:
+        raise VitdistillError(f'no runs in {place}: start one, or name another folder.')
     like = [other for other in known if str(run) in other.name]
     if not like:
         near = nearest(run, [other.name for other in known])
@@ -159,7 +169,8 @@ def _run_of_work(work, named): # work: a working folder; named: as the user did
     config = load(work/'launch.yaml')
     runs_dir, work_dir = from_root(config.runs_dir), from_root(config.work_dir)
     run = Run(moved(runs_dir/work.name, work_dir, work.parent))
-    if (run.folder/'config.yaml').is_file() and run.work.resolve() == work: return run
+    if (run.folder/'config.yaml').is_file() and run.work.resolve() == work:
+        return run
     place = os.path.abspath(work.parent/os.path.relpath(runs_dir/work.name, work_dir))
     raise VitdistillError(f'{named} was copied or moved without the record of its run: copy that too, to {place}.')
 
@@ -170,11 +181,14 @@ def read_arrays(
 )->dict:         # name, such as 'test_class_decision' -> array
     "Returns the arrays of a predictions file, also image numbers and labels that records share."
     try:
-        with np.load(file) as arrays: values = {name: arrays[name] for name in arrays if name.startswith(part)}
+        with np.load(file) as arrays:
+            values = {name: arrays[name] for name in arrays if name.startswith(part)}
         for name in [name for name in values if name.endswith('_images')]:
-            with np.load(file.resolve().parents[1]/f'images/{values.pop(name)}.npz') as shared: values |= shared
+            with np.load(file.resolve().parents[1]/f'images/{values.pop(name)}.npz') as shared:
+                values |= shared
     except FileNotFoundError as e:
-        if file.is_file(): raise VitdistillError(f'{file} needs {e.filename}, which is missing: copy it too.') from None
+        if file.is_file():
+            raise VitdistillError(f'{file} needs {e.filename}, which is missing: copy it too.') from None
         raise
     except Exception as e: # a damaged zip file raises almost any exception
         raise VitdistillError(f"{file} is damaged ({e}): copy it anew, "
@@ -218,9 +232,11 @@ def clean_config(
                   unlabelled=values.get('unlabelled_hash'))
     usual = {name: getattr(Config, name) for name in ('data_root', 'labels', 'runs_dir', 'work_dir')}
     def clean(name, value):
-        if name not in hashes | usual or not is_outside(value): return value
+        if name not in hashes | usual or not is_outside(value):
+            return value
         place = Path(value).expanduser()
-        if place.is_relative_to(root): return str(place.relative_to(root))
+        if place.is_relative_to(root):
+            return str(place.relative_to(root))
         for folder in (Config.work_dir, Config.runs_dir): # of another clone
             _, there, rest = value.partition(f'/{folder}/')
             if there: return f'{folder}/{rest}'
@@ -249,8 +265,10 @@ def environment()->dict:
                 uncommitted=bool(git('status', '--porcelain', '--untracked-files=no')))
 
 def _processor()->str:
-    try: return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 # %% ../nbs/05_runs.ipynb #a51c07d1
 def machine_in_words(
@@ -259,7 +277,8 @@ def machine_in_words(
 )->str:
     "Returns the hardware in words: the GPUs, or the processor and its number of cores."
     gpus = about.get('gpus')
-    if gpus and device != 'cpu': return ', '.join(f'{n} x {name}' for name, n in Counter(gpus).items())
+    if gpus and device != 'cpu':
+        return ', '.join(f'{n} x {name}' for name, n in Counter(gpus).items())
     n = about.get('cores', '?')
     return f"{n} {'core' if n == 1 else 'cores'} of {about.get('processor', 'an unknown processor')}"
 
@@ -300,7 +319,8 @@ def check_folders(config:Config)->None:
         there = next(p for p in (place, *place.parents) if p.exists() or p.is_symlink())
         ours = os.access(there, os.W_OK | os.X_OK)
         why = 'is a file' if not there.is_dir() else '' if ours else 'is not yours to write'
-        if why: raise VitdistillError(f'{name} = {getattr(config, name)!r}, but {there} {why}: name another folder.')
+        if why:
+            raise VitdistillError(f'{name} = {getattr(config, name)!r}, but {there} {why}: name another folder.')
 
 # %% ../nbs/05_runs.ipynb #bdec0ae7
 def resumed(
@@ -317,8 +337,10 @@ def write_config(config:Config, folder:Path)->None: # folder: of a run
     given, places = asdict(config), folder/PLACES
     record = clean_config(given, repo_root())
     here = {name: value for name, value in given.items() if record[name] != value}
-    if here: write_atomic(places, dump_yaml(here)) # first, so that no kill leaves a record without its paths
-    else: places.unlink(missing_ok=True)
+    if here: # first, so that no kill leaves a record without its paths
+        write_atomic(places, dump_yaml(here))
+    else:
+        places.unlink(missing_ok=True)
     write_atomic(folder/'config.yaml', dump_yaml(record))
 
 # %% ../nbs/05_runs.ipynb #5563a667
@@ -355,14 +377,17 @@ class RunWriter(Run):
     def keep_epochs(self, n:int)->None: # drops rows written after the checkpoint that a resume starts from
         import pandas as pd
         rows, file = self.rows()[:n], self.folder/'metrics.csv'
-        if rows: write_atomic(file, pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
-        else: file.unlink(missing_ok=True)
+        if rows:
+            write_atomic(file, pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
+        else:
+            file.unlink(missing_ok=True)
 
     def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also as checkpoint-EPOCHS.pt
         import torch
         last, kept = self.work/'checkpoint.pt', self.work/f"checkpoint-{state['epochs']:04d}.pt"
         write_atomic(kept if keep else last, lambda p: torch.save(state, p))
-        if keep: write_atomic(last, lambda p: shutil.copyfile(kept, p)) # second, so that no resume misses it
+        if keep: # second, so that no resume misses it
+            write_atomic(last, lambda p: shutil.copyfile(kept, p))
 
     def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # arrays by name, per split and head
         return write_atomic(self.folder/file, npz_bytes(share_images(self.folder, arrays)))
@@ -370,7 +395,8 @@ class RunWriter(Run):
     def add_arm(self, arm:str)->None: # 'study/arm'
         with FileLock(self.folder.parent/'lock'): # two grids may add theirs at once
             known = read_json(self.folder/'arms.json') or []
-            if arm not in known: self._write_json('arms.json', sorted([*known, arm]))
+            if arm not in known:
+                self._write_json('arms.json', sorted([*known, arm]))
 
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done
         self._write_json('result.json', {'hash': config_hash(self.config), **result})

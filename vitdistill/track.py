@@ -23,7 +23,8 @@ class TensorBoard:
     def text(self, name:str, values:dict)->None:
         self.writer.add_text(name, f'```json\n{json.dumps(values, indent=1)}\n```')
     def row(self, epoch:int, values:dict)->None: # name -> number
-        for name, value in values.items(): self.writer.add_scalar(name, value, epoch)
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
     def end(self, result:dict)->None:
         self.text('result', result)
@@ -36,15 +37,18 @@ class Trackio:
     def __init__(self, name:str, folder:Path, config:Config):
         import trackio
         with contextlib.suppress(ValueError): # the project does not exist yet
-            for earlier in [run for run in trackio.Api().runs(self.project) if run.name == name]: earlier.delete()
+            for earlier in [run for run in trackio.Api().runs(self.project) if run.name == name]:
+                earlier.delete()
         quiet = dict(embed=False, auto_log_gpu=False, auto_log_cpu=False)
         with contextlib.redirect_stdout(io.StringIO()):
             self.run = trackio.init(self.project, name=name, config=asdict(config), **quiet)
-    def row(self, epoch:int, values:dict)->None: self.run.log(values, step=epoch)
+    def row(self, epoch:int, values:dict)->None:
+        self.run.log(values, step=epoch)
     def end(self, result:dict)->None:
         numbers = {f'result/{name}': value for name, value in result.items() if isinstance(value, (int, float))}
         self.run.log(numbers, step=result.get('epochs', 1) - 1)
-        with contextlib.redirect_stdout(io.StringIO()): self.run.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.finish()
 
 # %% ../nbs/04_track.ipynb #c121ee11
 TRACKERS = dict(tensorboard=TensorBoard, trackio=Trackio)
@@ -55,7 +59,8 @@ def tracker_names(
     "Returns the names of the chosen trackers; raises `VitdistillError` if one is unknown or not installed."
     names = [name.strip() for name in track.split(',') if name.strip() not in ('', 'none')]
     for name in names:
-        if name not in TRACKERS: raise VitdistillError(f'track = {name!r} is not known: {nearest(name, TRACKERS)}')
+        if name not in TRACKERS:
+            raise VitdistillError(f'track = {name!r} is not known: {nearest(name, TRACKERS)}')
         require(TRACKERS[name].needs, 'track', f'track = {name!r}', ', or set track to none')
     return names
 
@@ -65,13 +70,16 @@ class Trackers:
     def __init__(self, name:str, folder:Path, config:Config): # of the run; folder: its working folder
         self.all = {} # name -> tracker
         for which in tracker_names(config.track):
-            if tracker := self._try(which, TRACKERS[which], name, folder, config): self.all[which] = tracker
+            if tracker := self._try(which, TRACKERS[which], name, folder, config):
+                self.all[which] = tracker
     def _try(self, which:str, call, *given):
         try: return call(*given)
         except Exception as e:
             print(f'{which} failed and is not used from now on ({type(e).__name__}: {e})', flush=True)
             self.all.pop(which, None)
     def row(self, epoch:int, values:dict)->None: # name -> number
-        for which, tracker in [*self.all.items()]: self._try(which, tracker.row, epoch, values)
+        for which, tracker in [*self.all.items()]:
+            self._try(which, tracker.row, epoch, values)
     def end(self, result:dict)->None:
-        for which, tracker in [*self.all.items()]: self._try(which, tracker.end, result)
+        for which, tracker in [*self.all.items()]:
+            self._try(which, tracker.end, result)

@@ -50,7 +50,8 @@ def cases(
 def costs(cases:list[Case])->pd.DataFrame: # a row per case
     "Returns the parameters of each case, and its multiply-adds for one image."
     def row(case):
-        with torch.device('meta'): frame = layers(case.make(), case.shape)
+        with torch.device('meta'):
+            frame = layers(case.make(), case.shape)
         return dict(study=case.study, contender=case.contender, alpha=case.alpha, size=case.size,
                     parameters=int(frame.parameters.sum()), multiply_adds=int(frame.multiply_adds.sum()))
     return pd.DataFrame([row(case) for case in cases])
@@ -66,7 +67,8 @@ def peak_bytes(run:Callable, device:str)->int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # else the profiler prints its start and end
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found: run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == '[memory]']
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(changes, initial=0))

@@ -24,7 +24,8 @@ from ..data.views import view_count
 # %% ../../nbs/bench/03_bench.ipynb #1d957ef8
 def peak_memory(device:str)->float:
     "Returns the peak memory of this process so far, MB: torch's allocations on a GPU, resident memory on a CPU."
-    if device.startswith('cuda'): return torch.cuda.max_memory_allocated()/1e6
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated()/1e6
     unit = 1 if sys.platform == 'darwin' else 1024 # bytes; on Linux the peak starts from the launcher's, which is less
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e6
 
@@ -53,8 +54,10 @@ class Worker:
             env=os.environ | dict(PYTHONSAFEPATH='1')) # a user's file in this folder is no module
 
     def ask(self, steps:int)->dict: # measurements of one turn
-        with contextlib.suppress(BrokenPipeError): print(steps, file=self.process.stdin, flush=True)
-        if line := self.process.stdout.readline(): return json.loads(line)
+        with contextlib.suppress(BrokenPipeError):
+            print(steps, file=self.process.stdin, flush=True)
+        if line := self.process.stdout.readline():
+            return json.loads(line)
         self.log.seek(0)
         lines = [text.strip() for text in self.log if text.strip()]
         reason = next((text for text in reversed(lines) if 'Error' in text), lines[-1] if lines else 'it said nothing')
@@ -70,7 +73,8 @@ def steps_a_turn(worker:Worker, seconds:float, most:int)->int: # seconds: length
     "Returns how many steps of a contender, once warm, fill a turn."
     for _ in range(3): worker.ask(1)
     steps = 1
-    while (spent := worker.ask(steps)['seconds']) < min(.3, seconds) and steps < most: steps = min(2*steps, most)
+    while (spent := worker.ask(steps)['seconds']) < min(.3, seconds) and steps < most:
+        steps = min(2*steps, most)
     return max(1, min(most, int(seconds*steps/spent)))
 
 # %% ../../nbs/bench/03_bench.ipynb #1fd36e4f
@@ -159,7 +163,8 @@ MEANS = ('Medians over the turns. spread: (highest - lowest)/median of images/s;
 def bench(args:argparse.Namespace)->str: # args: of `main`
     "Runs the bench that the command line asks for; returns its text."
     device, noise = device_and_noise(args.device, args.anyway)
-    if args.repeats < 1: raise VitdistillError(f'repeats = {args.repeats}: give a round or more.')
+    if args.repeats < 1:
+        raise VitdistillError(f'repeats = {args.repeats}: give a round or more.')
     kind, out, say = args.kind or '', from_root(args.out), functools.partial(print, flush=True)
     if kind == 'attention':
         passes = measure_attention(cases(), device, args.repeats, args.seconds or .3, say)

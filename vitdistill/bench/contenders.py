@@ -65,7 +65,8 @@ def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     place = image_device(config, data.train_images.shape, ranks.device)
     views, rows = Views(data.train_images, config.padding, place), torch.arange(len(data.train_labels))
     answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
-    if answers and unnumbered(config): answers.teacher.chunk = config.batch_size # it answers batch by batch
+    if answers and unnumbered(config): # it answers batch by batch
+        answers.teacher.chunk = config.batch_size
     test_views = Views(data.test_images, 0, place)
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=test_views,
                  train_rows=rows, val_rows=rows[:0], criterion=criterion(config).to(ranks.device), answers=answers)
@@ -75,7 +76,8 @@ def trainer(config:Config, optimizer:torch.optim.Optimizer, loss:Callable)->Call
     "Returns the contender whose step trains on what `loss()` returns, in the config's precision."
     def run(steps:int):
         for _ in range(steps):
-            with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == 'bf16'): value = loss()
+            with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == 'bf16'):
+                value = loss()
             value.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -187,7 +189,8 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, full:bool=False)->Callable
     def turn(steps:int)->Callable:
         number = next(numbers)
         setup.train_rows = torch.arange(steps*config.batch_size)
-        if setup.answers and not (full and number): setup.answers = bench_answers(setup, folder.name, number, full)
+        if setup.answers and not (full and number):
+            setup.answers = bench_answers(setup, folder.name, number, full)
         return functools.partial(train_epoch, step, number % config.epochs, progress) # a plan has this many epochs
     return turn
 

@@ -40,7 +40,8 @@ def noise_sentence(device:str, most:float=.2)->str: # most: cores that other pro
     "Returns a sentence on other work on this machine, '' if it is quiet."
     work, use_of_gpus = other_work(), ''
     cores, names = sum(use for use, _ in work), ', '.join(name for _, name in work[:3])
-    if cores > most: return f'other processes keep {cores:.1f} cores busy ({names})'
+    if cores > most:
+        return f'other processes keep {cores:.1f} cores busy ({names})'
     if device == 'cuda' and shutil.which('nvidia-smi'):
         question = ['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits']
         use_of_gpus = subprocess.run(question, capture_output=True, text=True).stdout
@@ -50,10 +51,12 @@ def noise_sentence(device:str, most:float=.2)->str: # most: cores that other pro
 # %% ../../nbs/bench/00_results.ipynb #aa0ecf4b
 def device_and_noise(device:str, anyway:bool)->tuple: # device: may be 'auto'; anyway: measure beside other work
     "Returns (device, sentence on other work); a busy machine raises `VitdistillError` unless `anyway` is set."
-    if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
     check_device(device)
     noise = noise_sentence(device)
-    if noise and not anyway: raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
+    if noise and not anyway:
+        raise VitdistillError(f'{noise}: end them, or give --anyway to measure all the same.')
     return device, noise
 
 # %% ../../nbs/bench/00_results.ipynb #6004fd0f
@@ -69,8 +72,10 @@ def instruction_set()->str:
 def machine_name(device:str)->str:
     "Returns a file name for the machine: its GPUs, or its processor, cores and instructions."
     about = environment()
-    if device == 'cuda': kind = f"{about['gpus'][0]} {len(about['gpus'])} gpus"
-    else: kind = f"{about['processor']} {about['cores']} cores {instruction_set()}"
+    if device == 'cuda':
+        kind = f"{about['gpus'][0]} {len(about['gpus'])} gpus"
+    else:
+        kind = f"{about['processor']} {about['cores']} cores {instruction_set()}"
     return re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')
 
 # %% ../../nbs/bench/00_results.ipynb #ec49b96f
@@ -86,7 +91,8 @@ def headline(device:str, noise:str='')->str: # noise: of `noise_sentence`
 # %% ../../nbs/bench/00_results.ipynb #931af17d
 def show(frame:pd.DataFrame)->str:
     "Returns a table for a terminal."
-    def number(value): return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
+    def number(value):
+        return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
     return frame.to_string(index=False, na_rep='–', float_format=number)
 
 # %% ../../nbs/bench/00_results.ipynb #32724665

@@ -22,7 +22,8 @@ from ..models.complexity import complexity
 def of_folders(n:int, folder:Path)->typing.Callable: # folder: empty
     "Prepares a folder of n files in 1,000 classes, to list them."
     for c in range(1000): (folder/'train'/f'{c}').mkdir(parents=True)
-    for i in range(n): os.close(os.open(folder/f'train/{i % 1000}/{i}.jpg', os.O_CREAT))
+    for i in range(n):
+        os.close(os.open(folder/f'train/{i % 1000}/{i}.jpg', os.O_CREAT))
     return lambda: in_folders(folder, 'train')
 
 def of_plan(n:int, folder:Path)->typing.Callable:

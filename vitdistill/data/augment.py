@@ -55,7 +55,8 @@ def image_parts(
 )->list:            # functions of a PIL image
     "Returns the augmentations of a config, in order; a RandAugment unknown to timm raises a `VitdistillError`."
     c, parts = config, []
-    if c.resized_crop and not c.whole_image: parts.append(resized_crop(c, side))
+    if c.resized_crop and not c.whole_image:
+        parts.append(resized_crop(c, side))
     if c.randaugment:
         if not re.fullmatch(_policy, c.randaugment):
             raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
@@ -63,7 +64,8 @@ def image_parts(
         grey = tuple(round(255*m) for m in mean)
         how = dict(translate_const=int(side*.45), img_mean=grey, interpolation=Image.BICUBIC)
         parts.append(rand_augment_transform(c.randaugment, how))
-    if c.three_augment: parts.append(RandomChoice([Grayscale(3), RandomSolarize(128, 1.), blurred]))
+    if c.three_augment:
+        parts.append(RandomChoice([Grayscale(3), RandomSolarize(128, 1.), blurred]))
     if c.color_jitter: parts.append(ColorJitter(*[c.color_jitter]*3))
     return parts
 
@@ -145,7 +147,8 @@ def mixed(
     partner:torch.Tensor, # (B, 3, H, W), the images to mix with
 )->torch.Tensor:          # (B, 3, H, W): float32 if blended, else the type of `pixels`
     "Returns the mixed images."
-    if mix.box is None: return pixels.float()*mix.share + partner.float()*(1 - mix.share)
+    if mix.box is None:
+        return pixels.float()*mix.share + partner.float()*(1 - mix.share)
     top, bottom, left, right = mix.box
     out = pixels.clone()
     out[..., top:bottom, left:right] = partner[..., top:bottom, left:right]

@@ -49,7 +49,8 @@ class Data:
         return self.train_images.shape[1]
 
     @property
-    def labelled(self)->bool: return bool((self.train_labels >= 0).any()) # False: all labels are -1
+    def labelled(self)->bool:
+        return bool((self.train_labels >= 0).any()) # False: all labels are -1
 
     @functools.cached_property
     def mean_std(self)->tuple: # (mean, std) per channel, of the training pixels in [0, 1]
@@ -109,7 +110,8 @@ DATASETS = {
 def check_dataset(name:str)->Dataset:
     "Returns the row of a dataset; an unknown name raises a `VitdistillError` that names the nearest known one."
     prefix, slash, rest = name.partition('/')
-    if (row := DATASETS.get(prefix + slash)) and bool(slash) == bool(rest): return row
+    if (row := DATASETS.get(prefix + slash)) and bool(slash) == bool(rest):
+        return row
     raise VitdistillError(f'dataset = {name!r} is not known: {nearest(name, DATASETS)}')
 
 # %% ../../nbs/data/01_datasets.ipynb #e196a4f5
@@ -143,13 +145,15 @@ class _ArraysOnly(pickle.Unpickler):
         *((f'numpy.{core}.{m}', f) for core in ('core', '_core')
           for m, f in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer')))}
     def find_class(self, module, name):
-        if (module, name) in self._allowed: return super().find_class(module, name)
+        if (module, name) in self._allowed:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f'it calls {module}.{name}')
 
 # %% ../../nbs/data/01_datasets.ipynb #94ac5706
 def read_pickle(path:Path)->dict:
     "Returns the dictionary in a CIFAR pickle; a missing, truncated or code-calling file raises a `VitdistillError`."
-    try: return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding='latin1').load()
+    try:
+        return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding='latin1').load()
     except FileNotFoundError:
         raise VitdistillError(f'no file {path}: name as data_root the folder that holds {path.parent.name}/.') from None
     except Exception as e: # a damaged pickle raises almost any exception
@@ -237,7 +241,8 @@ def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n shuffled 
     for c, rows in zip(classes, np.split(order, starts[1:])):
         rows = np.random.default_rng([seed, int(c)]).permutation(rows)
         mask = chosen(len(rows))
-        for part, wanted in zip(parts, (~mask, mask)): part.append(rows[wanted])
+        for part, wanted in zip(parts, (~mask, mask)):
+            part.append(rows[wanted])
     return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts)
 
 # %% ../../nbs/data/01_datasets.ipynb #d612c32a
@@ -312,8 +317,10 @@ def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
 def _say(place, *parts): # prints which folders are the classes, and what was left out
     for note in parts[0].notes: say_once(note)
     broken = {path: why for part in parts for path, why in part.broken.items()}
-    if broken: say_once(f'{place}: {len(broken):,} left out, since skip_broken is set: {broken_in_words(broken)}.')
-    if left_out := left_out_in_words(*parts): say_once(f'{place}: left out of the dataset: {left_out}.')
+    if broken:
+        say_once(f'{place}: {len(broken):,} left out, since skip_broken is set: {broken_in_words(broken)}.')
+    if left_out := left_out_in_words(*parts):
+        say_once(f'{place}: left out of the dataset: {left_out}.')
 
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
     "Returns the image files of a config's dataset; prints which folders are the classes, and what was left out."
@@ -333,7 +340,8 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
     apart = config.labels or config.class_names # else the names of files have the classes
     if apart: yield '\n'.join([*parts][0].classes).encode()
     for images in parts:
-        for path, size, label in images.files: yield os.fsencode(f'{path} {size} {label}\n')
+        for path, size, label in images.files:
+            yield os.fsencode(f'{path} {size} {label}\n')
 
 # %% ../../nbs/data/01_datasets.ipynb #d5d3c85b
 def load_images(config:Config)->Data:
@@ -392,7 +400,8 @@ def fingerprint(config:Config)->str:
 def image_words(config:Config, data:Data)->tuple: # two lists: a word for each training and each test image
     "Returns the word that each image was searched by, from CIFAR's file names; of other data, the name of its class."
     labels = data.train_labels, data.test_labels
-    if config.dataset not in _cifar: return tuple([data.classes[label] for label in part.tolist()] for part in labels)
+    if config.dataset not in _cifar:
+        return tuple([data.classes[label] for label in part.tolist()] for part in labels)
     root, (folder, train, test, *_) = cifar_root(config), _cifar[config.dataset]
     def names(files, wanted):
         found = [name for file in files for name in read_pickle(root/folder/file).get('filenames', ())]
@@ -412,7 +421,8 @@ def read_texts(file:str|Path)->list[str]:
         why = getattr(e, 'strerror', None) or 'it is not UTF-8'
         raise VitdistillError(f'{place} can not be read as text ({why}): name a text file, one caption a '
                               'line.') from None
-    if not any(lines): raise VitdistillError(f'{place} holds no caption: write one a line.')
+    if not any(lines):
+        raise VitdistillError(f'{place} holds no caption: write one a line.')
     return [line for line in lines if line]
 
 def text_marks(config:Config)->list[bytes]:

@@ -24,7 +24,8 @@ def small_copy(files:ImageFiles, row:int, side:int)->np.ndarray|None: # (side, s
             image.draft('RGB', (4*side, 4*side)) # JPEG can be read at a fraction of its size
             image = rgb_image(image).resize((side, side), Image.Resampling.BILINEAR)
             return np.asarray(image.convert('YCbCr'))
-    except Exception: return None # a damaged image raises almost any exception, and is named elsewhere
+    except Exception: # a damaged image raises almost any exception, and is named elsewhere
+        return None
 
 def perceptual_hash(grey:np.ndarray)->np.ndarray: # (N, 32, 32) -> (N,) uint64
     "Returns the pHash of grey images (C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions)."
@@ -108,13 +109,15 @@ def same_bytes(lists:list[ImageFiles])->list: # groups of (number of the list, r
     alike = [(side, row) for side, row in places if sizes[lists[side].files[row][1]] > 1]
     def content(place):
         try:
-            with lists[place[0]].opener(place[1]) as file: return hashlib.sha256(file.read()).digest()
+            with lists[place[0]].opener(place[1]) as file:
+                return hashlib.sha256(file.read()).digest()
         except OSError: return place # named elsewhere
     groups = collections.defaultdict(list)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(alike), 512):
             part = alike[start:start + 512]
-            for place, key in zip(part, pool.map(content, part)): groups[key].append(place)
+            for place, key in zip(part, pool.map(content, part)):
+                groups[key].append(place)
     return [group for group in groups.values() if len(group) > 1]
 
 # %% ../../nbs/data/04_duplicates.ipynb #872a6a54
@@ -137,7 +140,8 @@ def same_images(
     last, found = len(lists) - 1, {}
     def add(one, other, how):
         (left, a), (right, b) = sorted((one, other))
-        if (left, right) == (0, last) and one != other: found.setdefault((a, b), how)
+        if (left, right) == (0, last) and one != other:
+            found.setdefault((a, b), how)
     for group in same_bytes(lists):
         for place in group: # with the first and the last, of which one is in the other list
             add(group[0], place, 'bytes')
@@ -146,5 +150,6 @@ def same_images(
     for one, other in _near_rows(lists):
         place = tuple(row for _, row in sorted((one, other)))
         if (one[0], other[0]) in ((0, last), (last, 0)) and place not in found:
-            if same_pixels(copy(*one), copy(*other)): add(one, other, 'pixels')
+            if same_pixels(copy(*one), copy(*other)):
+                add(one, other, 'pixels')
     return [Pair(*place, found[place]) for place in sorted(found)]

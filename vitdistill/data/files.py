@@ -49,7 +49,8 @@ def is_image(name:str)->bool:
 def say_once(text:str, warning:bool=False)->None: # warning: print to stderr
     "Prints a line on rank 0, once in a process."
     from timm.utils.distributed import world_info_from_env
-    if world_info_from_env()[1] == 0: print(text, file=sys.stderr if warning else None, flush=True)
+    if world_info_from_env()[1] == 0:
+        print(text, file=sys.stderr if warning else None, flush=True)
 
 # %% ../../nbs/data/00_files.ipynb #6e686f13
 class Found(typing.NamedTuple):
@@ -119,9 +120,11 @@ def _members(file, path, start, left_out, folders): # yields each file in an ope
                 folders += [f'{name[:-4]}/{folder}' for folder in within]
             else: yield Found(name, member.size, path, where)
         file.seek(tar.offset)
-        if file.read(512) != bytes(512): raise tarfile.ReadError('its end is missing') # else tarfile says nothing
+        if file.read(512) != bytes(512): # else tarfile says nothing
+            raise tarfile.ReadError('its end is missing')
         while rest := file.read(2**20):
-            if any(rest): raise tarfile.ReadError('another archive follows its end')
+            if any(rest):
+                raise tarfile.ReadError('another archive follows its end')
 
 def files_in_tar(
     path:Path,
@@ -130,7 +133,8 @@ def files_in_tar(
     "Returns the files in a tar, [`Found`], and a Counter of the links; a cut or sparse one is a `VitdistillError`."
     left_out, folders = collections.Counter(), [] if folders is None else folders
     try:
-        with open(path, 'rb') as file: return list(_members(file, str(path), 0, left_out, folders)), left_out
+        with open(path, 'rb') as file:
+            return list(_members(file, str(path), 0, left_out, folders)), left_out
     except (tarfile.TarError, OSError) as e:
         raise VitdistillError(f'{printable(path)} is damaged, cut or compressed ({first_line(e)}): make it again '
                               'as a plain tar.') from None
@@ -149,7 +153,8 @@ def folder_classes(
     ways = {'first': [above[0] for above in folders], 'last': [above[-1] for above in folders]}
     taken = ways.pop(class_folder)
     [(way, others)] = ways.items()
-    if taken == others or len({*taken}) < 2 or len({*others}) < 2: return taken, ''
+    if taken == others or len({*taken}) < 2 or len({*others}) < 2:
+        return taken, ''
     some, other = (printable(', '.join(sorted({*kinds}, key=natural_order)[:3])) for kinds in (taken, others))
     return taken, (f'{printable(place)}: the {class_folder} folder is the class of an image, such as {some}, not the '
                    f'{way}, such as {other}; class_folder = {way!r} takes that one.')
@@ -208,7 +213,8 @@ def some_rows(files:ImageFiles, rows:list)->ImageFiles: # rows: numbers of image
 def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
     "Returns what was left out of splits and how often, the most frequent first."
     left_out = sum((part.left_out for part in parts), collections.Counter())
-    if broken := sum(len(part.broken) for part in parts): left_out['that can not be read'] = broken
+    if broken := sum(len(part.broken) for part in parts):
+        left_out['that can not be read'] = broken
     return ', '.join(f'{count:,} {printable(what)}' for what, count in left_out.most_common())
 
 # %% ../../nbs/data/00_files.ipynb #d16fbe10
@@ -255,7 +261,8 @@ def _label(file): # the number in a .cls file
 def in_shards(root:Path, split:str)->ImageFiles|None:
     "Lists the labelled images in the split's shards, in their order; None without a shard."
     shards, left_out, files, images = sorted(root.glob('*.tar')), collections.Counter(), [], []
-    if not (shards := [shard for shard in shards if shard_split(shard.name) == split]): return None
+    if not (shards := [shard for shard in shards if shard_split(shard.name) == split]):
+        return None
     for shard in shards:
         found, links = files_in_tar(shard)
         pictures, labels, left_out = {}, {}, left_out + links
@@ -274,7 +281,8 @@ def in_shards(root:Path, split:str)->ImageFiles|None:
 # %% ../../nbs/data/00_files.ipynb #9e5adaa1
 def _in_torchvision(kind, train, root, split): # [(path, label)], classes; both empty if there is no such split
     from torchvision import datasets
-    if not (files := dict(train=train, test=['test']).get(split)): return [], []
+    if not (files := dict(train=train, test=['test']).get(split)):
+        return [], []
     parts = [getattr(datasets, kind)(root, part) for part in files]
     pairs = [getattr(part, '_samples', None) or zip(part._image_files, part._labels) for part in parts]
     return [(str(path), int(label)) for part in pairs for path, label in part], parts[0].classes
@@ -282,7 +290,8 @@ def _in_torchvision(kind, train, root, split): # [(path, label)], classes; both 
 def _in_json(root, split): # the same for iNaturalist; its test*.json have no labels
     files = [path for year in ('', '20??') for path in root.glob(f'{split}{year}.json')]
     if not files or split == 'test': return [], []
-    if len(files) > 1: raise ValueError(f'{" and ".join(sorted(path.name for path in files))} are of several years')
+    if len(files) > 1:
+        raise ValueError(f'{" and ".join(sorted(path.name for path in files))} are of several years')
     index = json.loads(files[0].read_text())
     classes = {kind['id']: f"{kind['id']:05} {kind['name']}" for kind in index['categories']} # names are not unique
     label = {kind: i for i, kind in enumerate(sorted(classes))}
@@ -371,7 +380,8 @@ def fit_together(
     train:ImageFiles, test:ImageFiles
 )->dict: # {'train': ImageFiles, 'test': ImageFiles}
     "Returns the two parts of a dataset with their classes; parts that do not fit raise a `VitdistillError`."
-    if config.skip_broken: train, test = without_broken(train), without_broken(test)
+    if config.skip_broken:
+        train, test = without_broken(train), without_broken(test)
     why = f' ({left_out} left out)' if (left_out := left_out_in_words(train, test)) else ''
     if not (train and test):
         raise VitdistillError(f'no {"test " if train else ""}images in {place}{why}: it needs {needs}.')
@@ -409,8 +419,10 @@ def image_files(
         raise VitdistillError(f'dataset = {name!r} has no default place: name its folder as data_root.')
     root = from_root(config.data_root) if config.data_root else None
     place = printable(name if hub else root)
-    try: train, test = (_listed(config, root, splits) for splits in (['train'], TESTS))
-    except VitdistillError: raise
+    try:
+        train, test = (_listed(config, root, splits) for splits in (['train'], TESTS))
+    except VitdistillError:
+        raise
     except Exception as e: # each library has its own errors
         why = first_line(e).partition('. You can use download=')[0] # no option of ours
         raise VitdistillError(f'no images in {place} ({why}): it needs {needs}.') from None
@@ -461,7 +473,8 @@ def rgb_image(
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     image = image.convert('RGB')
-    if of_16_bits: _say_dark(256*max(high for _, high in image.getextrema()) + 255)
+    if of_16_bits:
+        _say_dark(256*max(high for _, high in image.getextrema()) + 255)
     return image
 
 # %% ../../nbs/data/00_files.ipynb #d1e837c1
@@ -477,7 +490,8 @@ def square_pixels(
 # %% ../../nbs/data/00_files.ipynb #01c5ead1
 def reason_of(error:Exception)->str:
     "Returns in one line why an image can not be read."
-    if isinstance(error, UnidentifiedImageError): return 'no format that Pillow knows'
+    if isinstance(error, UnidentifiedImageError):
+        return 'no format that Pillow knows'
     return first_line(error)
 
 def decoded(
@@ -490,7 +504,8 @@ def decoded(
 )->np.ndarray: # (size, size, 3) uint8
     "Returns a square of an image, as training reads it; one that can not be read is a `VitdistillError`."
     try:
-        with opened() as file: return square_pixels(Image.open(file), size, exif_orientation, cut)
+        with opened() as file:
+            return square_pixels(Image.open(file), size, exif_orientation, cut)
     except Exception as e: # a damaged image raises almost any exception
         raise VitdistillError(f'{name} can not be read as an image ({reason_of(e)}): {advice}.') from None
 
@@ -503,8 +518,10 @@ def unreadable(files:ImageFiles, rows:typing.Iterable[int])->dict: # row -> why
     "Decodes images; returns those that can not be read, and why."
     def attempt(row):
         try:
-            with files.opener(row) as file: square_pixels(Image.open(file), 8)
-        except Exception as e: return reason_of(e) # a damaged image raises almost any exception
+            with files.opener(row) as file:
+                square_pixels(Image.open(file), 8)
+        except Exception as e: # a damaged image raises almost any exception
+            return reason_of(e)
     wrong, rows = {}, [*rows]
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(rows), 256):
@@ -533,7 +550,8 @@ _unreadable = {} # hash of a listing -> rows and why
 def without_broken(files:ImageFiles)->ImageFiles:
     "Returns the images that can be read."
     key = hash((str(files.root), tuple(files.files)))
-    if key not in _unreadable: _unreadable[key] = unreadable(files, range(len(files)))
+    if key not in _unreadable:
+        _unreadable[key] = unreadable(files, range(len(files)))
     if not (wrong := _unreadable[key]): return files
     kept = [row for row in range(len(files)) if row not in wrong]
     return replace(some_rows(files, kept), broken={files.path(row): why for row, why in wrong.items()})
@@ -575,7 +593,8 @@ class DiskImages:
         def decode(row):
             try: images[row] = self.square(row)
             except VitdistillError: wrong.append(row)
-        for rows in torch.arange(len(self)).split(256): list(self.pool.map(decode, rows.tolist()))
+        for rows in torch.arange(len(self)).split(256):
+            list(self.pool.map(decode, rows.tolist()))
         refuse_broken({self.files.path(row): why for row, why in unreadable(self.files, wrong).items()})
         return torch.from_numpy(images)
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`

@@ -33,7 +33,8 @@ def table_text(file:Path)->str:
     except UnicodeDecodeError:
         raise VitdistillError(f'labels = {printable(file)} is no text in UTF-8: in a spreadsheet save it as '
                               '"CSV UTF-8".') from None
-    if text.startswith('sep='): text = '\n' + text.partition('\n')[2] # Excel's first line; its number stays
+    if text.startswith('sep='): # Excel's first line; its number stays
+        text = '\n' + text.partition('\n')[2]
     if text.strip(): return text
     raise VitdistillError(f'labels = {printable(file)} is empty: its first line names the columns, file and class.')
 
@@ -84,9 +85,11 @@ def place_below(
     ways += [unicodedata.normalize(form, ways[-1]) for form in ('NFC', 'NFD')]
     for way in dict.fromkeys(ways):
         path = os.path.relpath(way, root) if os.path.isabs(way) else os.path.normpath(way)
-        if path.split(os.sep)[0] == '..': raise VitdistillError(f'leads out of {printable(root)}')
+        if path.split(os.sep)[0] == '..':
+            raise VitdistillError(f'leads out of {printable(root)}')
         if os.path.isfile(os.path.join(root, path)):
-            if path[0] == '.' or '/.' in path: raise VitdistillError('is hidden, by the dot before its name')
+            if path[0] == '.' or '/.' in path:
+                raise VitdistillError('is hidden, by the dot before its name')
             return path
     return ''
 
@@ -109,19 +112,25 @@ def read_labels(
         try: place = place_below(root, row.file)
         except VitdistillError as e: what = f'{row.file} {e}'
         known = found.get(place)
-        if not (row.file and row.kind): what = f"no {'class' if row.file else 'file'} is named"
+        if not (row.file and row.kind):
+            what = f"no {'class' if row.file else 'file'} is named"
         elif '/' in row.kind or row.kind[0] == '.' or len(os.fsencode(row.kind)) > 200 or not row.kind.isprintable():
             what = f'the class {row.kind[:50]!r} can not be the name of a folder'
-        elif parted and not part: what = f'part = {row.part!r} is none: {nearest(row.part, ["train", "val", "test"])}'
-        elif not place: what = what or f'there is no file {row.file} in {printable(root)}'
-        elif not is_image(place): what = f'{row.file} is no image that Pillow reads, by its ending'
+        elif parted and not part:
+            what = f'part = {row.part!r} is none: {nearest(row.part, ["train", "val", "test"])}'
+        elif not place:
+            what = what or f'there is no file {row.file} in {printable(root)}'
+        elif not is_image(place):
+            what = f'{row.file} is no image that Pillow reads, by its ending'
         elif known and known[2:] != (row.kind, part):
             what = f'{row.file} is {row.kind} {part}'.rstrip() + f', and in line {known.line} {known.kind} {known.part}'
         if what: faults.append((row.line, printable(what).rstrip()))
-        else: found.setdefault(place, Labelled(row.line, place, row.kind, part))
+        else:
+            found.setdefault(place, Labelled(row.line, place, row.kind, part))
     _refuse(file, faults)
     kinds = {}
-    for row in found.values(): kinds.setdefault(' '.join(row.kind.split()).casefold(), set()).add(row.kind)
+    for row in found.values():
+        kinds.setdefault(' '.join(row.kind.split()).casefold(), set()).add(row.kind)
     for group in [*alike(row.kind for row in found.values()), *map(sorted, kinds.values())]:
         if len(group) > 1:
             blanks = f"{' and '.join(map(repr, group))} differ in blanks alone"
@@ -136,10 +145,12 @@ def in_table(
 )->dict:       # train, val and test as far as they are there, or '' alone: the table has no parts -> `ImageFiles`
     "Lists the images that a table names, in natural order, with the classes of all."
     rows = sorted(read_labels(file, root).values(), key=lambda row: natural_order(row.file))
-    if not rows: raise VitdistillError(f'labels = {printable(file)} names no image: add a line for each.')
+    if not rows:
+        raise VitdistillError(f'labels = {printable(file)} names no image: add a line for each.')
     classes = sorted({row.kind for row in rows}, key=natural_order)
     number, parts = {name: label for label, name in enumerate(classes)}, collections.defaultdict(list)
-    for row in rows: parts[row.part].append((row.file, file_size(os.path.join(root, row.file)), number[row.kind]))
+    for row in rows:
+        parts[row.part].append((row.file, file_size(os.path.join(root, row.file)), number[row.kind]))
     def listed(files):
         return ImageFiles(root, files, lambda row: open(os.path.join(root, files[row][0]), 'rb'), classes)
     return {part: listed(files) for part, files in parts.items()}

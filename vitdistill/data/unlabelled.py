@@ -69,9 +69,11 @@ def _some_pixels(images): # yields a few bytes of each image
 def same_pixels(images:torch.Tensor, others:torch.Tensor)->set: # (N, H, W, 3) uint8, (M, H, W, 3) uint8
     "Returns the rows of images that are among the others."
     known, found = collections.defaultdict(list), set()
-    for row, mark in enumerate(_some_pixels(others)): known[mark].append(row)
+    for row, mark in enumerate(_some_pixels(others)):
+        known[mark].append(row)
     for row, mark in enumerate(_some_pixels(images)):
-        if any(torch.equal(images[row], others[other]) for other in known.get(mark, ())): found.add(row)
+        if any(torch.equal(images[row], others[other]) for other in known.get(mark, ())):
+            found.add(row)
     return found
 
 def same_bytes(files:ImageFiles, others:ImageFiles)->set:
@@ -80,10 +82,12 @@ def same_bytes(files:ImageFiles, others:ImageFiles)->set:
     def content(listed, row):
         with listed.opener(row) as file: return file.read()
     for row, (_, size, _) in enumerate(others.files):
-        if size in sizes: known.setdefault((size, digest([content(others, row)])), row)
+        if size in sizes:
+            known.setdefault((size, digest([content(others, row)])), row)
     measured = {size for size, _ in known}
     for row, (_, size, _) in enumerate(files.files):
-        if size in measured and (size, digest([content(files, row)])) in known: found.add(row)
+        if size in measured and (size, digest([content(files, row)])) in known:
+            found.add(row)
     return found
 
 # %% ../../nbs/data/04_unlabelled.ipynb #5f60516f
@@ -113,7 +117,8 @@ def unlabelled_rows(config:Config, data:Data, train:torch.Tensor, val:torch.Tens
 # %% ../../nbs/data/04_unlabelled.ipynb #44a67a08
 def refuse_own_folder(config:Config)->None:
     "Raises `VitdistillError` if the folder of unlabelled images lies in that of training or test images, or holds it."
-    if check_dataset(config.dataset).side or not config.data_root: return
+    if check_dataset(config.dataset).side or not config.data_root:
+        return
     folder, root = from_root(config.unlabelled).resolve(), from_root(config.data_root)
     for place in ((root/part).resolve() for part in ('train', *TESTS) if (root/part).is_dir()):
         if folder.is_relative_to(place) or place.is_relative_to(folder):
@@ -125,10 +130,12 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     refuse_own_folder(config)
     files, side = files_in(config.unlabelled, config.skip_broken), image_side(config)
     images = DiskImages(files, side, config.exif_orientation)
-    if isinstance(data.train_images, torch.Tensor): images = images.resident()
+    if isinstance(data.train_images, torch.Tensor):
+        images = images.resident()
     of_files = not check_dataset(config.dataset).side and not config.dataset.startswith('hfds/')
     others, left_out, seen = list_images(config) if of_files else {}, files.left_out, set()
-    if files.broken: left_out['that can not be read'] += len(files.broken)
+    if files.broken:
+        left_out['that can not be read'] += len(files.broken)
     for part, own in (('train', data.train_images), ('test', data.test_images)):
         kept = isinstance(images, torch.Tensor) and isinstance(own, torch.Tensor)
         same = same_pixels(images, own) if kept else same_bytes(files, others[part]) if others else set()

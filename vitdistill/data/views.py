@@ -81,7 +81,8 @@ class Views:
 # %% ../../nbs/data/02_views.ipynb #c2d218f6
 @functools.cache
 def _constants(values:tuple, device)->torch.Tensor: # (3, 1, 1), scaled to bytes, copied to the device once
-    with torch.inference_mode(False): return torch.tensor(values, device=device)[:, None, None]*255 # for training too
+    with torch.inference_mode(False): # for training too
+        return torch.tensor(values, device=device)[:, None, None]*255
 
 # %% ../../nbs/data/02_views.ipynb #1f335891
 def scaled(
@@ -169,5 +170,6 @@ def plan_with_unlabelled(
     columns = []
     for parts in zip(*kinds):
         columns.append(torch.empty(len(places), dtype=torch.long))
-        for where, part in zip((~places, places), parts): columns[-1][where] = part
+        for where, part in zip((~places, places), parts):
+            columns[-1][where] = part
     return Plan(*columns)

@@ -25,7 +25,8 @@ def labelled_files(
 )->tuple: # (`ImageFiles`, label of each as the model numbers its classes)
     "Returns the images in a folder for each class; folders of no class of the model are a `VitdistillError`."
     root = from_here(data)
-    if not root.exists(): raise VitdistillError(f'no folder {printable(root)}: name a folder of CLASS/*.')
+    if not root.exists():
+        raise VitdistillError(f'no folder {printable(root)}: name a folder of CLASS/*.')
     parts = (in_folders(root, part, class_folder) for part in TESTS if part not in model.classes)
     files = next(filter(None, parts), None) or in_folders(root.parent, root.name.removesuffix('.tar'), class_folder)
     if not files:
@@ -37,7 +38,8 @@ def labelled_files(
         hint = above if unknown[0] == 'train' else nearest(unknown[0], model.classes, above)
         raise VitdistillError(f'{printable(root)} has a folder {unknown[0]!r}{more} no class of {model.name}: {hint}')
     for note in files.notes: say_once(note, warning=True)
-    if left_out := left_out_in_words(files): say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
+    if left_out := left_out_in_words(files):
+        say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
     numbers = [model.classes.index(name) for name in files.classes]
     return files, np.array([numbers[label] for *_, label in files.files])
 
@@ -57,7 +59,8 @@ class Evaluation:
     @property
     def accuracy(self)->float: return float(self.right.mean())
     @property
-    def balanced(self)->float: return float(np.mean([*class_shares(self.right, self.labels).values()]))
+    def balanced(self)->float:
+        return float(np.mean([*class_shares(self.right, self.labels).values()]))
 
     def rows(self)->list: # a dict for each class that has images: class, images, right, recall, low, high
         "Returns a row for each class, in the model's order."
@@ -96,7 +99,8 @@ def evaluate(
     for part, pixels in read_batches(range(len(files)), read, 64, skipped):
         rows += part
         seen += model.probabilities(pixels).argmax(-1).tolist()
-    if not rows: raise VitdistillError(f'no image in {printable(data)} can be read: give images that Pillow reads.')
+    if not rows:
+        raise VitdistillError(f'no image in {printable(data)} can be read: give images that Pillow reads.')
     return Evaluation(model.classes, labels[rows], labels[rows] == np.array(seen))
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #ba80cedc

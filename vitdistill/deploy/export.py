@@ -25,7 +25,8 @@ class Pixels(nn.Module):
         self.student = student
         for name, value in dict(mean=mean, std=std).items():
             self.register_buffer(name, torch.tensor(value)[:, None, None])
-    def forward(self, pixels): return combine(self.student((pixels - self.mean)/self.std)) # (B, 3, S, S) -> (B, C)
+    def forward(self, pixels): # (B, 3, S, S) -> (B, C)
+        return combine(self.student((pixels - self.mean)/self.std))
 
 def difference(
     file:str|Path,   # ONNX file of the exported model
@@ -35,7 +36,8 @@ def difference(
 )->float:
     "Returns the largest difference of onnxruntime's log-probabilities from torch's, over the largest above 1."
     pixels = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(): expected = model(pixels).clamp(min=1e-30).log()
+    with torch.inference_mode():
+        expected = model(pixels).clamp(min=1e-30).log()
     got, = from_onnx(Path(file)).forward(pixels)
     return ((got - expected).abs().max()/expected.abs().max().clamp(min=1)).item()
 
@@ -99,13 +101,15 @@ def export_fp16(file:Path, to:Path)->Path: # file: of `export_onnx`; to: file to
     "Writes a model that computes in fp16 and takes and returns float32, by onnxruntime; returns its file."
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
-    def write(path): onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), path)
+    def write(path):
+        onnx.save(convert_float_to_float16(onnx.load(file), keep_io_types=True), path)
     return _written(file, to, write)
 
 def _written(file, to, write): # with the metadata of `file`, if its answers are finite
     import onnx
     def whole(path):
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action='ignore'): write(path)
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action='ignore'):
+            write(path)
         proto = onnx.load(path)
         onnx.helper.set_model_props(proto, {entry.key: entry.value for entry in onnx.load(file).metadata_props})
         onnx.save(proto, path)
@@ -121,6 +125,7 @@ def _written(file, to, write): # with the metadata of `file`, if its answers are
 def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
     args = export_parser().parse_args(arguments)
-    if args.data: raise VitdistillError('--data is for --int8 and --fp16, which are measured on images: add one.')
+    if args.data:
+        raise VitdistillError('--data is for --int8 and --fp16, which are measured on images: add one.')
     print(export_onnx(args.model, args.out and from_here(args.out)))
     return 0

@@ -38,7 +38,8 @@ class Measured:
     worst:float
     worst_class:str
     right:np.ndarray=field(repr=False, compare=False) # (images,) bool
-    def row(self)->dict: return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'right'}
+    def row(self)->dict:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'right'}
 
 def class_shares(right:np.ndarray, labels:np.ndarray)->dict: # label -> share in [0, 1]
     "Returns the share of each class's images that are right, for the classes that have images."
@@ -60,7 +61,8 @@ def images_of(
     if not config:
         raise VitdistillError(f'{folder} does not say which images its model was trained and tested on: {give}')
     try:
-        with contextlib.redirect_stdout(sys.stderr): found = _undecoded(config)
+        with contextlib.redirect_stdout(sys.stderr):
+            found = _undecoded(config)
     except VitdistillError as e:
         if data: raise
         raise VitdistillError(f'the images of {model.name} are not here ({str(e).rstrip(".")}): {give}') from None
@@ -74,7 +76,8 @@ def _config_of(folder): # of the run that trained a model, or with what its card
     try: run = find_run(folder)
     except VitdistillError: # a folder that was copied, or saved by hand
         card = Card.read(folder)
-        if not card or not check_dataset(card.split['dataset']).side: return None # it does not name the folder
+        if not card or not check_dataset(card.split['dataset']).side: # it does not name the folder
+            return None
         return from_dict(card.split | dict(image_size=card.image_size))
     return replace(run.config, data_root=str(run.place(run.config.data_root)) if run.config.data_root else '')
 
@@ -95,7 +98,8 @@ def milliseconds(
     import onnxruntime
     alone = onnxruntime.SessionOptions()
     alone.intra_op_num_threads = alone.inter_op_num_threads = 1
-    def opened(file): return onnxruntime.InferenceSession(str(file), alone, providers=['CPUExecutionProvider'])
+    def opened(file):
+        return onnxruntime.InferenceSession(str(file), alone, providers=['CPUExecutionProvider'])
     sessions = [opened(file) for file in files]
     inputs = [np.random.default_rng(0).random((1, 3, *s.get_inputs()[0].shape[2:]), np.float32) for s in sessions]
     taken, start = [[] for _ in files], time.perf_counter()
@@ -116,7 +120,8 @@ def decisions(
     seen = [[] for _ in models]
     for start in range(0, len(images), batch):
         pixels = images[start:start + batch]
-        for model, rows in zip(models, seen): rows.append(model.probabilities(pixels).argmax(-1))
+        for model, rows in zip(models, seen):
+            rows.append(model.probabilities(pixels).argmax(-1))
     return [torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).numpy() for rows in seen]
 
 # %% ../../nbs/deploy/02_measure.ipynb #f033b854
@@ -131,8 +136,10 @@ def measure(
     "Returns what a model and smaller files of it cost, and how much of the test images each gets right."
     kinds, whole, given = [*kinds], load_model(model), str(model).endswith('.onnx')
     for kind in kinds:
-        if kind not in SMALLER: raise VitdistillError(f'kind {kind!r} is not known: {nearest(kind, SMALLER)}')
-    if given and kinds: raise VitdistillError(f'{model} is a file: give the model folder that it was exported from.')
+        if kind not in SMALLER:
+            raise VitdistillError(f'kind {kind!r} is not known: {nearest(kind, SMALLER)}')
+    if given and kinds:
+        raise VitdistillError(f'{model} is a file: give the model folder that it was exported from.')
     folder = from_here(model).parent if given else model_folder(model)
     data, rows = images_of(whole, folder, data)
     with tempfile.TemporaryDirectory() as draft:
@@ -161,7 +168,8 @@ def _exported(folder, kinds, images, side, file): # the ONNX files; images: (N, 
 def _measured(name, model, kind, mb, ms, seen, data):
     labels = data.test_labels.numpy()
     shares = class_shares(right := seen == labels, labels)
-    if not shares: return Measured(name, kind, model.parameters, mb, ms, 0, None, None, None, '', right)
+    if not shares:
+        return Measured(name, kind, model.parameters, mb, ms, 0, None, None, None, '', right)
     worst = min(shares, key=shares.get)
     return Measured(name, kind, model.parameters, mb, ms, len(labels), float(right.mean()),
                     float(np.mean([*shares.values()])), shares[worst], model.classes[worst], right)
@@ -169,7 +177,8 @@ def _measured(name, model, kind, mb, ms, seen, data):
 # %% ../../nbs/deploy/02_measure.ipynb #306cda7d
 def table_of(rows:list)->str: # of `measure`
     "Returns rows as text for a terminal."
-    def number(value, digits): return '' if value is None else f'{value:,.{digits}f}'
+    def number(value, digits):
+        return '' if value is None else f'{value:,.{digits}f}'
     lines = [f'{"":6} {"parameters":>12} {"MB":>8} {"ms":>8} {"accuracy":>9} {"balanced":>9}  worst class']
     for row in rows:
         lines.append(f'{row.kind:6} {number(row.parameters, 0):>12} {number(row.mb, 1):>8} {number(row.ms, 2):>8} '
@@ -187,7 +196,8 @@ def against(
         gap, low, high = interval(other.right, one.right)
         ends = f'{100*gap:+z.1f} points ({100*low:.1f} to {100*high:.1f} over {one.images:,} test images)'
         lines.append(f'{one.kind} minus {other.kind}: {ends}')
-    if one.images and high < 0: lines.append(f'{one.kind} costs accuracy here: the whole interval lies below zero.')
+    if one.images and high < 0:
+        lines.append(f'{one.kind} costs accuracy here: the whole interval lies below zero.')
     if one.ms and one.ms > 1.05*other.ms:
         lines.append(f'{one.kind} is slower here: {one.ms:.2f} ms an image, {other.kind} {other.ms:.2f}.')
     return lines
@@ -203,6 +213,7 @@ def main(
     rows = measure(args.model, kinds, args.data, file or model_folder(args.model))
     print(table_of(rows))
     print(f'ms: one image at a time, one thread, {machine_in_words(environment(), "cpu")}')
-    for line in (line for row in rows[1:] for line in against(row, rows[0], interval)): print(line)
+    for line in (line for row in rows[1:] for line in against(row, rows[0], interval)):
+        print(line)
     print('files:', *(row.name for row in rows))
     return 0

@@ -33,10 +33,12 @@ class Predictor:
     exif_orientation:bool=True # whether images are turned as their EXIF data say, as in training
     parameters:int=None  # number of them; None: unknown
 
-    def read(self, file:Path)->torch.Tensor: return read_image(file, self.sides[0], self.exif_orientation)
+    def read(self, file:Path)->torch.Tensor:
+        return read_image(file, self.sides[0], self.exif_orientation)
     def probabilities(self, images:torch.Tensor)->torch.Tensor: # (B, H, W, 3) uint8 -> (B, C)
         pixels = normalize(images.permute(0, 3, 1, 2), *self.constants, self.sides[1])
-        with torch.inference_mode(): shares = combine(self.forward(pixels))
+        with torch.inference_mode():
+            shares = combine(self.forward(pixels))
         if shares.isfinite().all(): return shares
         raise VitdistillError(f'{self.name}: its answers are not finite, so it has learned nothing: train it again, '
                               'with a smaller lr or precision: fp32.')
@@ -46,7 +48,8 @@ def from_onnx(file:Path)->Predictor:
     "Returns the model in a file that `vitdistill export` wrote."
     require('onnxruntime', 'export')
     import onnxruntime
-    try: session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     except Exception as e: # onnxruntime has its own errors
         raise VitdistillError(f'{file} can not be read as ONNX ({first_line(e)}): export the run again.') from None
     about, shape = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0].shape
@@ -55,11 +58,15 @@ def from_onnx(file:Path)->Predictor:
     def value(name): # a Python list in files of earlier versions
         try: return json.loads(about[name])
         except ValueError: return ast.literal_eval(about[name])
-    def run(pixels): return tuple(map(torch.from_numpy, session.run(None, {'pixels': pixels.numpy()})))
-    def logs(pixels): return tuple(shares.clamp(min=1e-30).log() for shares in run(pixels)) # their softmax: the shares
+    def run(pixels):
+        return tuple(map(torch.from_numpy, session.run(None, {'pixels': pixels.numpy()})))
+    def logs(pixels): # their softmax: the shares
+        return tuple(shares.clamp(min=1e-30).log() for shares in run(pixels))
     sides, turned = (int(about.get('image_size', shape[-1])), shape[-1]), about.get('exif_orientation') != 'False'
-    if session.get_outputs()[0].name == 'probabilities': constants, forward = ((0.,)*3, (1.,)*3), logs
-    else: constants, forward = (value('mean'), value('std')), run # of earlier versions: normalized pixels -> logits
+    if session.get_outputs()[0].name == 'probabilities':
+        constants, forward = ((0.,)*3, (1.,)*3), logs
+    else: # of earlier versions: normalized pixels -> logits
+        constants, forward = (value('mean'), value('std')), run
     parameters = int(about['parameters']) if 'parameters' in about else None # files of earlier versions lack it
     return Predictor(str(file), value('classes'), sides, constants, forward, turned, parameters)
 
@@ -91,7 +98,8 @@ def model_folder(
 )->Path:
     "Returns the folder of a trained model; a name that fits none or several is a `VitdistillError`."
     if str(name).startswith(HUB): return weights_place(name)
-    if not isinstance(name, Run) and (from_here(name)/'config.json').is_file(): return from_here(name)
+    if not isinstance(name, Run) and (from_here(name)/'config.json').is_file():
+        return from_here(name)
     return find_run(name, runs).model
 
 def load_model(
@@ -99,7 +107,8 @@ def load_model(
     runs:str|Path='reports/runs' # folder of run folders, for a part of a name
 )->Predictor:
     "Returns a trained model, ready for use; a name that fits none or several is a `VitdistillError`."
-    if str(name).endswith('.onnx') and from_here(name).is_file(): return from_onnx(from_here(name))
+    if str(name).endswith('.onnx') and from_here(name).is_file():
+        return from_onnx(from_here(name))
     return from_folder(model_folder(name, runs))
 
 # %% ../../nbs/deploy/00_predict.ipynb #08f1728e
@@ -116,7 +125,8 @@ def named_images(
     "Returns the image files that are named or lie in a folder; paths that aren't there are a `VitdistillError`."
     paths, found, missing = [*paths], [], []
     for path in itertools.chain(*(input_lines() if str(path) == '-' else [path] for path in paths)):
-        if not str(path): raise VitdistillError('a path of images is empty: name image files, or a folder.')
+        if not str(path):
+            raise VitdistillError('a path of images is empty: name image files, or a folder.')
         if (path := Path(path).expanduser()).is_dir():
             images = [file for file in files_below(path, size_of=lambda file: 0)[0] if is_image(file.name)]
             found += [Path(file.path) for file in sorted(images, key=lambda file: natural_order(file.name))]
@@ -126,7 +136,8 @@ def named_images(
         few = ', '.join(missing[:20]) + (f' and {len(missing) - 20} more' if missing[20:] else '')
         are = 'is no image file and no folder' if len(missing) == 1 else 'are no image files and no folders'
         raise VitdistillError(f'{few} {are}: name those that are there.')
-    for path in missing: skipped(f'{path} is no image file and no folder: name one that is there.')
+    for path in missing:
+        skipped(f'{path} is no image file and no folder: name one that is there.')
     if not (found or missing):
         raise VitdistillError(f"no image in {', '.join(map(str, paths))}: name image files, or a folder.")
     return found
@@ -146,7 +157,8 @@ def read_batches(
             except VitdistillError as e:
                 if skipped is None: raise
                 skipped(str(e))
-        if there: yield [file for file, _ in there], torch.stack([pixels for _, pixels in there])
+        if there:
+            yield [file for file, _ in there], torch.stack([pixels for _, pixels in there])
 
 # %% ../../nbs/deploy/00_predict.ipynb #f28cf5f7
 COLUMNS = 'path', 'class', 'probability', 'top' # of an answer
@@ -180,7 +192,8 @@ def predict(
 def main(arguments:list=None)->int:
     "Runs `vitdistill predict`; returns the exit status."
     args = predict_parser().parse_args(arguments)
-    if args.top < 1: raise VitdistillError(f'--top {args.top} lists nothing: give 1 or more.')
+    if args.top < 1:
+        raise VitdistillError(f'--top {args.top} lists nothing: give 1 or more.')
     failed = []
     def skipped(sentence):
         failed.append(sentence)

@@ -42,11 +42,14 @@ def read_ask(
     values |= {name: value for name, value in given.items() if value is not None}
     known = {f.name: f.type for f in fields(Ask)}
     for name, value in values.items():
-        if name not in known: raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, known)}')
+        if name not in known:
+            raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, known)}')
         kind = known[name]
         number = kind in (int, float)
-        try: fits = kind(value) >= 0 if number else isinstance(value, kind)
-        except (TypeError, ValueError): fits = False
+        try:
+            fits = kind(value) >= 0 if number else isinstance(value, kind)
+        except (TypeError, ValueError):
+            fits = False
         if not fits:
             wanted = 'number of 0 or more' if number else kind.__name__
             raise VitdistillError(f'{name} = {value!r} of a cluster: give a {wanted}.')
@@ -57,8 +60,10 @@ def read_ask(
 # %% ../../nbs/launch/02_cluster.ipynb #adf4be25
 def _slurm(*command:str)->list|None: # lines of a Slurm command's answer; None where there is none
     if not shutil.which(command[0]): return None
-    try: asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired: return None
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
     return None if asked.returncode else asked.stdout.splitlines()
 
 def check_slurm(ask:Ask)->None:
@@ -68,7 +73,8 @@ def check_slurm(ask:Ask)->None:
                               'or leave --on slurm out.')
     require('submitit', 'cluster', '--on slurm')
     known = _slurm('sinfo', '-h', '-o', '%R')
-    if known is None: raise VitdistillError('Slurm does not answer (sinfo fails): try again when its controller is up.')
+    if known is None:
+        raise VitdistillError('Slurm does not answer (sinfo fails): try again when its controller is up.')
     if ask.partition and not set(ask.partition.split(',')) <= set(known):
         raise VitdistillError(f'unknown partition {ask.partition!r}: {nearest(ask.partition, known)}')
 
@@ -115,8 +121,10 @@ class Job:
         signal.signal(signal.SIGTERM, lambda *_: self.process.terminate())
         if not first: # the first node queues the job again
             signal.signal(signal.SIGUSR2, lambda *_: self.process.terminate())
-        while (rc := self.process.poll()) is None: time.sleep(.1) # so that signals are handled
-        if rc: raise VitdistillError(f"the job's command ended with status {rc}: see {self.log}.")
+        while (rc := self.process.poll()) is None: # so that signals are handled
+            time.sleep(.1)
+        if rc:
+            raise VitdistillError(f"the job's command ended with status {rc}: see {self.log}.")
 
     def checkpoint(self): # submitit's hook, on SIGUSR2
         import submitit
@@ -153,7 +161,8 @@ def submit(
                 jobs = [executor.submit(Job(*commands[key])) for key in keys]
             ids |= {key: job.job_id for key, job in zip(keys, jobs)}
         except submitit.core.utils.FailedJobError as e:
-            if ids: subprocess.run(['scancel', *ids.values()], check=False)
+            if ids:
+                subprocess.run(['scancel', *ids.values()], check=False)
             found = re.findall(r'error: (.*)', str(e)) or str(e).strip().splitlines()[-1:] or [first_line(e)]
             raise VitdistillError(f"Slurm refuses the jobs ({found[0].rstrip('.')}): mend what they ask for.") from None
     return ids

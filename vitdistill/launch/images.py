@@ -76,7 +76,8 @@ def link_labelled(root:Path, out:Path, labels:Path)->Path: # the user's folder; 
     splits, parted = list_images(Config(dataset='imagefolder', data_root=str(root), labels=str(labels))), {}
     test = 'test' if table_parts(labels) == {'train', 'test'} else 'val'
     for part, files in (('train', splits['train']), (test, splits['test'])):
-        for name, _, label in files.files: parted[name] = f"{part}/{splits['train'].classes[label]}/{name}"
+        for name, _, label in files.files:
+            parted[name] = f"{part}/{splits['train'].classes[label]}/{name}"
     others = [file.name for file in files_below(root)[0] if is_image(file.name) and file.name not in parted]
     if others:
         say_once(f'{labels} does not name {len(others):,} images of {root}, such as {printable(min(others))}: '
@@ -110,9 +111,11 @@ def with_test(
     unlabelled:Path=None # a folder of images without labels, which may lie in the user's; root/unlabelled never has any
 )->Path:
     "Returns a folder with train/ and val/: the user's own, or one of links to its images in `out`."
-    if not root.is_dir(): raise VitdistillError(f'no folder {root}: name the folder that holds your images.')
+    if not root.is_dir():
+        raise VitdistillError(f'no folder {root}: name the folder that holds your images.')
     if labels: return link_labelled(root, out, labels)
-    if any((root/name).exists() for name in ('train', 'train.tar')): return root
+    if any((root/name).exists() for name in ('train', 'train.tar')):
+        return root
     names, folders = files_of_classes(root, unlabelled)
     images = [name for name in names if is_image(name)]
     classes = sorted({name.partition('/')[0] for name in images})
@@ -131,7 +134,8 @@ def with_test(
     of_class = torch.tensor([classes.index(name.partition('/')[0]) for name in images])
     test = {images[row] for row in stratified(of_class, .2, seed=0)[1]} # as `Images` says: a fifth of each class
     empty = {*bare_folders(folders, names, 'first')} - {name.partition('/')[0] for name in names}
-    if empty: say_once(f"{root}: no image in {printable(', '.join(sorted(empty)))}: these folders are no classes.")
+    if empty:
+        say_once(f"{root}: no image in {printable(', '.join(sorted(empty)))}: these folders are no classes.")
     if few := sorted({*classes} - {name.partition('/')[0] for name in test}):
         raise VitdistillError(f"{root}: {', '.join(few[:5])}: too few images to set a fifth of them aside as test "
                               'images: give each class five or more, or leave it out.')
@@ -213,8 +217,10 @@ def sides_of(
         wrong = unreadable(files, rows[:-(-decode*len(files)//max(1, total))])
         for row in (row for row in rows if row not in wrong):
             try:
-                with files.opener(row) as file, Image.open(file) as image: sides.append(min(image.size))
-            except Exception as e: wrong[row] = reason_of(e) # Pillow raises almost any exception for a damaged file
+                with files.opener(row) as file, Image.open(file) as image:
+                    sides.append(min(image.size))
+            except Exception as e: # Pillow raises almost any exception for a damaged file
+                wrong[row] = reason_of(e)
         broken |= {files.path(row): why for row, why in wrong.items()}
     refuse_broken(broken)
     return sides
@@ -343,11 +349,13 @@ def teacher_part(
     by_hand = read_json(weights_folder(teacher)/'config.json').get('label_names') # pixels may be scaled otherwise
     made = create(model['student'], len(classes), size, model.get('stem', 'imagenet'), **model['student_kwargs'])
     fits = card.classes == classes if card else not by_hand and outputs(made, teacher) == len(classes)
-    if words_of(teacher) and by_hand == classes: fits = True # their embeddings are its head
+    if words_of(teacher) and by_hand == classes: # their embeddings are its head
+        fits = True
     load_weights(made, weights_place(weights), new_head=not fits) # tells whether they are of this architecture
     if model.get('stem') == 'imagenet': del model['stem']
     common = model | dict(student_size=size, student_normalization=(card and card.normalization) or 'own')
-    if not fits: return dict(notebook='e00_teacher', student_weights=weights, **common)
+    if not fits:
+        return dict(notebook='e00_teacher', student_weights=weights, **common)
     return dict(notebook='e04_adopted_teacher', weights=weights, adopted='teacher', keep_record=True, **common)
 
 # %% ../../nbs/launch/04_images.ipynb #b16b4ee5
@@ -395,7 +403,8 @@ def student_fields(
     pretrained = given.get('student_pretrained', weights_here(name))
     fields = dict(student=name, student_pretrained=pretrained)
     normalization = 'own' if pretrained else otherwise
-    if normalization and 'student_normalization' not in given: fields |= dict(student_normalization=normalization)
+    if normalization and 'student_normalization' not in given:
+        fields |= dict(student_normalization=normalization)
     return fields
 
 # %% ../../nbs/launch/04_images.ipynb #cf5ba57d
@@ -409,26 +418,30 @@ def study_of(
 )->dict:
     "Returns the content of the job's study file; an unknown field is a `VitdistillError`."
     seeds, given, teacher = (plain_value(value) for value in (seeds, given, teacher))
-    if type(seeds) is not int or seeds < 1: raise VitdistillError(f'seeds = {seeds!r}: give a number, 1 or more.')
+    if type(seeds) is not int or seeds < 1:
+        raise VitdistillError(f'seeds = {seeds!r}: give a number, 1 or more.')
     if 'seed' in given:
         raise VitdistillError(f"seed = {given['seed']!r} can't be chosen: seeds = {seeds} trains seeds 1 to {seeds}.")
     for name in given:
         if name not in ('preset', *field_names()):
             raise VitdistillError(f'unknown field {name!r}: {nearest(name, field_names())}')
     refuse_job_fields(given)
-    def given_among(names): return {name: value for name, value in given.items() if name in names}
+    def given_among(names):
+        return {name: value for name, value in given.items() if name in names}
     about_teaching = field_names(teaching=True)
     places = dict(preset=given['preset'], data_root=str(images.root), runs_dir=str(out/'runs'),
                   work_dir=str(out/'work'))
     if not images.labelled: places |= dict(class_names=images.classes)
     shared = given_among({*field_names(shared=True), *field_names(split=True), *field_names(group='machine')})
-    if 'weights' in teacher: shared |= given_among(LOOSENS) # it is measured, and checked then
+    if 'weights' in teacher: # it is measured, and checked then
+        shared |= given_among(LOOSENS)
     own = 'unlabelled', 'unlabelled_share' # of the arms with unlabelled images
     arms, compare, teaching = {}, [], given_among({*about_teaching} - {*own})
     for fields in [{}, *more]: # {}: the first student's stand in `common`
         end = f"-{short_name(fields['student'])}" if fields else ''
         plain, taught, third = f'plain{end}', f'taught{end}', f'{UNLABELLED}{end}'
-        if images.labelled: arms[plain] = dict(notebook='e01_baseline_resnet50') | fields
+        if images.labelled:
+            arms[plain] = dict(notebook='e01_baseline_resnet50') | fields
         arms[taught] = dict(notebook='e02_distilled_resnet50', teacher='teacher') | fields | teaching
         if images.labelled: compare.append([taught, plain])
         if unlabelled:
@@ -437,7 +450,8 @@ def study_of(
     names = [given['student'], *(fields['student'] for fields in more)]
     which = 'this student' if len(names) == 1 else 'these students'
     how, asked = 'taught and plain', f'Does a teacher help {which} on these images?'
-    if not images.labelled: how, asked = 'taught without labels', f'Can a teacher alone train {which} on these images?'
+    if not images.labelled:
+        how, asked = 'taught without labels', f'Can a teacher alone train {which} on these images?'
     return dict(
         title=f"{', '.join(names)}: {how}", asked=asked,
         common=places | given_among({*field_names()} - {*about_teaching}),
@@ -490,10 +504,12 @@ def names_without_labels(
                               'give a teacher by words and the names of the classes (--teacher clip:MODEL/WEIGHTS '
                               '--classes FILE).')
     if whole: return [*words_of_classes([], given)]
-    if not (by_words and data.is_dir()) or any((data/name).exists() for name in ('train', 'train.tar')): return []
+    if not (by_words and data.is_dir()) or any((data/name).exists() for name in ('train', 'train.tar')):
+        return []
     folders = sorted({name.partition('/')[0] for name in files_of_classes(data)[0] if is_image(name)})
     names = [name for name, _ in given_pairs(given)]
-    if {*folders} & {*names} or len(folders) > 1 and len(names) < 2: return []
+    if {*folders} & {*names} or len(folders) > 1 and len(names) < 2:
+        return []
     if len(folders) > 1:
         some, few = (', '.join(part[:3]) + (', ...' if part[3:] else '') for part in (folders, names))
         raise VitdistillError(f'{data}: none of its folders ({printable(some)}) is named in classes ({few}): give both '
@@ -547,7 +563,8 @@ def seconds_an_image(
         if train: total.backward()
         total.item()
         if begun: n += len(pixels)
-        else: begun = time.perf_counter() # after the first, which warms up
+        else: # after the first, which warms up
+            begun = time.perf_counter()
     return (time.perf_counter() - begun)/max(1, n)
 
 # %% ../../nbs/launch/04_images.ipynb #c43668a8
@@ -576,18 +593,21 @@ def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of
     study, file = copy.deepcopy(study), out/f'{out.name}.yaml'
     before = open_precisions(read_yaml(file)) if has_runs(out) and file.is_file() else {}
     configs = {cell.arm.rpartition('/')[2]: cell.config for cell in cells}
-    if 'plain' not in configs: configs |= {name.replace('taught', 'plain', 1): one for name, one in configs.items()}
+    if 'plain' not in configs:
+        configs |= {name.replace('taught', 'plain', 1): one for name, one in configs.items()}
     trained = study['teachers']['teacher']['notebook'] != 'e04_adopted_teacher'
     quickest = {}
     for name, (parts, key) in open_precisions(study).items():
         for part in parts:
-            if part.get(key, 'auto') != 'auto': continue # the user chooses
+            if part.get(key, 'auto') != 'auto': # the user chooses
+                continue
             if name in before: # a job that has begun is not measured again
                 part |= {key: old[key] for old in before[name][0][:1] if key in old}
                 continue
             config = configs[name]
             device = auto_device() if configs['plain'].device == 'auto' else configs['plain'].device
-            if getattr(config, key) != 'auto' or device != 'cpu' or auto_precision('cpu') == 'fp32': continue
+            if getattr(config, key) != 'auto' or device != 'cpu' or auto_precision('cpu') == 'fp32':
+                continue
             whose = 'teacher' if name in ('teacher', 'taught') else name
             if whose not in quickest:
                 quickest[whose] = quicker_precision(configs[whose], whose != 'teacher' or trained)

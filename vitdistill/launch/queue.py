@@ -58,7 +58,8 @@ class Cell:
     epochs:tuple=()        # (done, planned) of its last run
     rest:float=None        # estimated seconds until it is done
     def __str__(self): return self.name
-    def file(self, ending:str)->Path: return self.place.with_suffix(ending)
+    def file(self, ending:str)->Path:
+        return self.place.with_suffix(ending)
     @property
     def failed(self)->bool: return self.state not in STANDING
     @cached_property
@@ -103,7 +104,8 @@ def recipe_fields(cell:Cell)->dict:
 def named_fields(cell:Cell)->dict:
     "Returns the parameters of a cell that its run has to have, without those that may differ in a record."
     counted = {*field_names(hashed=True)} - {*MODELS} # such as lr, and not where files are
-    if is_range(str(cell.chosen.get('unlabelled'))): counted.add('unlabelled') # rows, which a record keeps
+    if is_range(str(cell.chosen.get('unlabelled'))): # rows, which a record keeps
+        counted.add('unlabelled')
     return {key: value for key, value in cell.chosen.items() if key in counted and value is not None}
 
 def study_cells(study:Study)->list[Cell]:
@@ -138,7 +140,8 @@ def grid_cells(
 )->list[Cell]:
     "Returns the cells of a study."
     cells = study_cells(read_study(path))
-    for n, cell in enumerate(cells): cell.place = folder/f'{n:03d}-{cell.notebook.stem}.ipynb'
+    for n, cell in enumerate(cells):
+        cell.place = folder/f'{n:03d}-{cell.notebook.stem}.ipynb'
     return cells
 
 # %% ../../nbs/launch/03_queue.ipynb #86c8808e
@@ -152,7 +155,8 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
             check_settings(config)
             criterion(config)
             task_of(config).refuse_foreign(config)
-        except VitdistillError as e: raise VitdistillError(f'{cell}: {e}') from None
+        except VitdistillError as e:
+            raise VitdistillError(f'{cell}: {e}') from None
         if 'arm' not in cell.declared:
             raise VitdistillError(f'{cell.notebook} has no parameter arm, so its run would not be found again: it is '
                                   "of an older version, so copy today's notebooks by vitdistill new DIR.")
@@ -169,7 +173,8 @@ def slot_environment(slot:int, slots:int, gpus:int)->dict:
 def record_of(cell:Cell)->dict:
     "Returns all about a cell, such as its parameters and its state, with a hash of what its preset makes of them."
     try: made = config_hash(cell.config) if cell.config else ''
-    except VitdistillError: made = '' # its notebook will say what is wrong
+    except VitdistillError: # its notebook will say what is wrong
+        made = ''
     about = {f.name: getattr(cell, f.name) for f in fields(Cell)} | dict(hash=made)
     return json.loads(json.dumps(about, default=str))
 
@@ -189,15 +194,19 @@ def cell_runs(
     records:list[Run]=None # of `find_runs`; None: of the folder where the cell's runs are
 )->list[Run]:              # begun ones, oldest first
     "Returns the runs whose records name the arm of a cell and have the parameters that it names."
-    if records is None: records = find_runs(runs_folder(cell.declared | cell.chosen))
+    if records is None:
+        records = find_runs(runs_folder(cell.declared | cell.chosen))
     runs = runs_with(cell.arm, records, named_fields(cell), ('interrupted', 'running', 'done'))
     return sorted(runs, key=lambda run: run.begun)
 
 def new_threads(cell:Cell, threads:int)->dict: # threads: of each new run of a batch; 0: each run decides
     "Returns the parameter `threads` of a cell that does not name it and whose run has not begun, else {}."
-    try: given = cell.config.threads if cell.config else cell.chosen.get('threads', 'auto')
-    except VitdistillError: return {} # its notebook says what is wrong
-    if not threads or given != 'auto' or 'arm' not in cell.declared: return {}
+    try:
+        given = cell.config.threads if cell.config else cell.chosen.get('threads', 'auto')
+    except VitdistillError: # its notebook says what is wrong
+        return {}
+    if not threads or given != 'auto' or 'arm' not in cell.declared:
+        return {}
     return {} if any(run.status != 'done' for run in cell_runs(cell)) else dict(threads=threads) # it keeps its own
 
 # %% ../../nbs/launch/03_queue.ipynb #0acf582c
@@ -205,7 +214,8 @@ def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patien
     "Ends a cell's notebook and waits until its ranks have released their runs."
     stop(process)
     runs, give_up = cell_runs(cell), time.monotonic() + patience
-    while any(is_locked(run.folder/'lock') for run in runs) and time.monotonic() < give_up: time.sleep(.1)
+    while any(is_locked(run.folder/'lock') for run in runs) and time.monotonic() < give_up:
+        time.sleep(.1)
 
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c02
 def model_for(cell:Cell, arm:str)->str:
@@ -239,7 +249,8 @@ def execute(
     show:bool=False      # whether to print what the notebook prints
 )->None:
     "Executes a cell by papermill and sets its state."
-    try: models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
+    try:
+        models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     except VitdistillError as e:
         cell.state = str(e)
         return write_record(cell)
@@ -278,12 +289,14 @@ def run_cell(cell:Cell, threads:int=0, show:bool|Callable=True)->Run: # as `new_
             'measuring the teacher on the training, held-out and test images'
         print(work, flush=True)
         _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm)
-        if (share := run.result['test_top1']) is not None: print(f'{share:.1%} of the test images', flush=True)
+        if (share := run.result['test_top1']) is not None:
+            print(f'{share:.1%} of the test images', flush=True)
         return run
     config = config_of(cell, **models, **new_threads(cell, threads))
     if models: config = with_teacher(config, given)
     card = Card.read(config.teacher_weights)
-    if card and is_weak(card): config = replace(config, allow_untrained=True) # a job says it with its result
+    if card and is_weak(card): # a job says it with its result
+        config = replace(config, allow_untrained=True)
     return runner.run(config, cell.chosen.get('nproc'), show, needed=True, arm=cell.arm)
 
 # %% ../../nbs/launch/03_queue.ipynb #2623bd73
@@ -314,9 +327,11 @@ def state_now(
     "Returns the state of a cell, from its record, its runs and Slurm's queue."
     state, waits = cell.state, queue is not None and job in queue
     running = waits and queue[job] # as Slurm says; some shared disks have no locks
-    if state == 'running' and not (running or is_locked(cell.file('.lock'))): state = 'cut'
+    if state == 'running' and not (running or is_locked(cell.file('.lock'))):
+        state = 'cut'
     recorded = 'arm' in cell.declared # by its run
-    if state == 'done' and recorded and all(run.status != 'done' for run in runs): return 'left' # its run was removed
+    if state == 'done' and recorded and all(run.status != 'done' for run in runs): # its run was removed
+        return 'left'
     if state == 'cut' and waits: return 'waiting'
     if state != 'left' or not job: return state
     if teacher_failed: return NO_TEACHER
@@ -349,11 +364,13 @@ def look(
             runs.sort(key=lambda run: [*states].index(run.status))
             cell.state = states[runs[-1].status]
         if cell.state == 'left' or not runs: continue
-        if cell.notebook.stem == 'e04_adopted_teacher': continue # it has no epochs
+        if cell.notebook.stem == 'e04_adopted_teacher': # it has no epochs
+            continue
         rows = runs[-1].rows()[-30:]
         cell.epochs = int(rows[-1]['epoch']) + 1 if rows else 0, runs[-1].config.epochs
         took = [float(row['seconds']) for row in rows if row.get('seconds')]
-        if cell.state == 'running' and took: cell.rest = (cell.epochs[1] - cell.epochs[0])*mean(took)
+        if cell.state == 'running' and took:
+            cell.rest = (cell.epochs[1] - cell.epochs[0])*mean(took)
     return cells
 
 # %% ../../nbs/launch/03_queue.ipynb #de44996f
@@ -399,12 +416,14 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
         (folder/'slurm.json').unlink(missing_ok=True)
         ours = {cell.file('.json') for cell in cells}
         for record in {*folder.glob('[0-9][0-9][0-9]-*.json')} - ours:
-            if 'chosen' in read_json(record): record.unlink() # of a cell that is gone
+            if 'chosen' in read_json(record): # of a cell that is gone
+                record.unlink()
         needed = {n for cell in cells for n in cell.after}
         for n, cell in enumerate(cells):
             changed = read_json(cell.file('.json')) and not read_record(cell)
             there = n in needed and not changed and has_model(cell)
-            if cell.state != 'done': cell.state = 'done' if there else 'left'
+            if cell.state != 'done':
+                cell.state = 'done' if there else 'left'
             write_record(cell)
         yield [n for n in start_order(cells) if cells[n].state != 'done']
 
@@ -430,7 +449,8 @@ def run_in_order(
             if show: print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
             run(cell, slot)
         finally: free.put(slot)
-        if show and cell.failed: raise VitdistillError(f'{cell} failed (notebook: {cell.place}): {cell.state}')
+        if show and cell.failed:
+            raise VitdistillError(f'{cell} failed (notebook: {cell.place}): {cell.state}')
     if slots == 1:
         for n in todo: one(n)
         return
@@ -498,7 +518,8 @@ def main(arguments:list=None)->int:
             raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it out.')
         folder = from_root(args.out)/Path(args.grid).stem
         cells = grid_cells(args.grid, folder)
-        if not args.status: check_cells(cells, here=args.on == 'local' and not args.dry_run)
+        if not args.status:
+            check_cells(cells, here=args.on == 'local' and not args.dry_run)
         if args.dry_run:
             if absent := missing_weights(cells):
                 print(f"Missing weights (see the comments at the top of {args.grid}): {', '.join(absent)}.")
@@ -506,7 +527,8 @@ def main(arguments:list=None)->int:
             return 0
         if args.status: look(cells, folder, elsewhere=True)
         elif args.on == 'local':
-            with progress_apart(): run_batch(cells, folder, args.at_once)
+            with progress_apart():
+                run_batch(cells, folder, args.at_once)
         else:
             given = {f.name: getattr(args, f.name, None) for f in fields(Ask)}
             submit_batch(cells, folder, read_ask(args.cluster or '', **given))

@@ -46,7 +46,8 @@ def check_names(
     "Raises `VitdistillError` for a name that is neither a declared parameter nor a field of Config."
     known = {*declared, *settable}
     for name in names:
-        if name not in known: raise VitdistillError(f'unknown parameter {name!r}{where}: {nearest(name, known)}')
+        if name not in known:
+            raise VitdistillError(f'unknown parameter {name!r}{where}: {nearest(name, known)}')
 
 # %% ../../nbs/launch/01_runner.ipynb #40ef22e8
 def parameters(
@@ -97,7 +98,8 @@ def rank_count(
     if given and (not on_gpu or given <= available): return given, ''
     wish = given or config.nproc
     if wish == 'auto':
-        if available == 1 or config.batch_size >= 64*gpus or not uses_batch_norm(config): return available, ''
+        if available == 1 or config.batch_size >= 64*gpus or not uses_batch_norm(config):
+            return available, ''
         return 1, f'uses one of {gpus} GPUs: on all of them, batch norm would be synchronized over small parts of a ' \
                   'batch. Use the others for other runs (a grid does), or set nproc.'
     ranks = min(wish, available)
@@ -129,7 +131,8 @@ def rank_command(
 # %% ../../nbs/launch/01_runner.ipynb #3d71952b
 def bind_to_parent()->None:
     "Makes Linux send a child SIGTERM when this process dies; to be used as `preexec_fn`."
-    if sys.platform == 'linux': _libc.prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
+    if sys.platform == 'linux': # PR_SET_PDEATHSIG
+        _libc.prctl(1, signal.SIGTERM)
 
 _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
@@ -183,10 +186,13 @@ def follow(
             print(line, file=file, flush=True)
             tail.append(line)
             failed = failed or re.match(r'\[rank \d+\]|Traceback ', line) # what follows is the error's
-            if failed or not show or not line or re.match(r'[WIEF]\d{4} |\*{5}', line): continue # torchrun's own
+            if failed or not show or not line or re.match(r'[WIEF]\d{4} |\*{5}', line): # torchrun's own
+                continue
             if callable(show) and PROGRESS.match(line): line += show()
-            if curve and PROGRESS.match(line): curve.update(line.strip())
-            else: print(line, flush=True)
+            if curve and PROGRESS.match(line):
+                curve.update(line.strip())
+            else:
+                print(line, flush=True)
     process.wait()
     return tail
 
@@ -198,8 +204,10 @@ def begun_threads(
 )->tuple[int, str]:
     "Returns the threads of each rank, and a sentence if other programs take some: a resumed run keeps its number."
     most = threads_per_rank(config, ranks)
-    if config.threads != 'auto' or config.device != 'cpu': return most, ''
-    if run.status != 'new': return min(most, run.environment.get('threads', most)), ''
+    if config.threads != 'auto' or config.device != 'cpu':
+        return most, ''
+    if run.status != 'new':
+        return min(most, run.environment.get('threads', most)), ''
     return free_threads(most*ranks, ranks)
 
 # %% ../../nbs/launch/01_runner.ipynb #7624ad8d
@@ -216,7 +224,8 @@ def train_on_ranks(config:Config, run:Run, nproc:int|None, show:bool|typing.Call
                             PYTHONSAFEPATH='1', # a user's statistics.py in the working folder is not Python's
                             TORCHINDUCTOR_CACHE_DIR=str(caches/'inductor'), # keeps what torch.compile makes
                             TRITON_CACHE_DIR=str(caches/'triton'))
-    if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & env.keys(): env['GOMP_SPINCOUNT'] = '10000' # threads yield sooner
+    if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & env.keys(): # threads yield sooner
+        env['GOMP_SPINCOUNT'] = '10000'
     with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:
         Path(errors, '0').mkdir() # torchrun makes its own folders
         command, more = rank_command(config, file, ranks, *extra, errors=errors)
@@ -240,7 +249,8 @@ def has_model(run:Run)->bool:
 def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: seconds
     "Returns whether the run is done; of several nodes, waits a while for their shared disk."
     give_up = time.monotonic() + (patience if nodes > 1 else 0)
-    while not (done := Run(run.folder).status == 'done') and time.monotonic() < give_up: time.sleep(.5)
+    while not (done := Run(run.folder).status == 'done') and time.monotonic() < give_up:
+        time.sleep(.5)
     return done
 
 # %% ../../nbs/launch/01_runner.ipynb #e1a6f73c
@@ -260,7 +270,8 @@ def check_launch(config:Config, nproc:int|None)->None:
 def weak_teacher(result:dict)->str: # a run's
     "Returns a warning if a student ended no worse than its teacher on held-out images, else ''."
     teacher, student = result.get('teacher_top1') or 1, result.get('held_out_top1') or 0
-    if student < teacher or result.get('teacher_measured_on') != 'images that it held out': return ''
+    if student < teacher or result.get('teacher_measured_on') != 'images that it held out':
+        return ''
     return (f'the teacher has {teacher:.1%} of held-out images right, its student {student:.1%}: '
             'a better teacher may help more')
 
@@ -294,7 +305,8 @@ def run(
     if show and (weak := weak_teacher(record.result)): print(weak)
     model = f'model and log.txt: {record.work}' if has_model(record) else \
         'the model is not here: to train it, remove that folder or set another runs_dir'
-    if show: print(f'record: {record.folder} (metrics.csv, result.json); {model}')
+    if show:
+        print(f'record: {record.folder} (metrics.csv, result.json); {model}')
     return record
 
 # %% ../../nbs/launch/01_runner.ipynb #5f1e22a7
@@ -305,7 +317,8 @@ def launch_fill(
     "Stores the teacher's answers about every view; after an interruption the next call continues."
     check_folders(config)
     config = resolve(config)
-    if reason := train_on_ranks(config, Run.of(config), nproc, True, '--fill'): raise VitdistillError(reason)
+    if reason := train_on_ranks(config, Run.of(config), nproc, True, '--fill'):
+        raise VitdistillError(reason)
 
 # %% ../../nbs/launch/01_runner.ipynb #2cf71c42
 def store_answers(
@@ -322,7 +335,8 @@ def store_answers(
     launch_fill(replace(student, teacher=student_name(config), teacher_kwargs=config.student_kwargs,
                         teacher_weights=str(folder), teacher_size=Card.read(folder).input_size, allow_untrained=weak,
                         teacher_normalization=config.student_normalization), given['nproc'])
-    if config.hub_repo: print('Pushed to the hub:', *answers.push_memos(config.hub_repo, folder))
+    if config.hub_repo:
+        print('Pushed to the hub:', *answers.push_memos(config.hub_repo, folder))
     if not given['keep_answers']: return
     kept = answers.keep_answers(folder, record)
     print(f'To teach without the weights: teacher_weights = {str(kept)!r}')
@@ -355,7 +369,8 @@ def adopt_teacher(
         raise VitdistillError(f'the teacher {name} has only {card.top1_held_out:.1%} of {card.n_measured} held-out '
                               f'images right, {why}, or --allow-untrained True (-p allow_untrained True) to teach with '
                               'it anyway.')
-    if not (given.get('keep_record') or given.get('keep_answers')): return config, card, None
+    if not (given.get('keep_record') or given.get('keep_answers')):
+        return config, card, None
     run = record_adopted(config, folder)
     if arm: run.add_arm(arm)
     return config, card, run
@@ -375,7 +390,8 @@ def teacher_of_preset(
     values |= {f'student{end}': given.get(f'teacher{end}') for end in ('', '_kwargs', '_normalization')}
     if held := {name: given[name] for name in ('val_fraction', 'val_rows') if given.get(name)}: # the student's choice
         values |= dict(val_rows='') | held
-    if given.get('teacher_data_fraction'): values['data_fraction'] = given['teacher_data_fraction']
+    if given.get('teacher_data_fraction'):
+        values['data_fraction'] = given['teacher_data_fraction']
     return preset(given['preset'], experiment, **values)
 
 # %% ../../nbs/launch/01_runner.ipynb #435053ff
@@ -386,7 +402,8 @@ def teacher_fields(
     "Returns what a teacher's card says about it, as fields of the student's config; {} without a card."
     card = Card.read(only_match(weights)) if weights else None
     known = card.teacher_fields() if card else {}
-    if known and given.get('teacher') not in (None, known['teacher']): return {} # loading it will say what doesn't fit
+    if known and given.get('teacher') not in (None, known['teacher']): # loading it will say what doesn't fit
+        return {}
     return {name: value for name, value in known.items() if given.get(name) is None}
 
 # %% ../../nbs/launch/01_runner.ipynb #89eba505
@@ -411,7 +428,8 @@ def with_teacher(
     check_settings(alone) # before a teacher trains
     criterion(alone)
     wanted, nproc = teacher_of_preset(given, experiment), given.get('nproc')
-    if not given.get('out_of_fold'): return replace(config, teacher_weights=trained_teacher(wanted, nproc))
+    if not given.get('out_of_fold'):
+        return replace(config, teacher_weights=trained_teacher(wanted, nproc))
     return replace(config, teacher_weights=trained_teacher(replace(wanted, fold='1/2'), nproc),
                    fold_weights=trained_teacher(replace(wanted, fold='2/2'), nproc))
 
@@ -423,7 +441,8 @@ def trained_teacher(wanted:Config, nproc:int|None=None)->str: # nproc: as in `ru
         print('Another process trains the teacher: waiting for it.', flush=True)
     with nullcontext() if wanted.nnodes > 1 else FileLock(lock): # nodes train it together
         done = record.status == 'done'
-        if not done: print(f'The teacher is trained first: {wanted.student}, {wanted.epochs} epochs.', flush=True)
+        if not done:
+            print(f'The teacher is trained first: {wanted.student}, {wanted.epochs} epochs.', flush=True)
         record = run(wanted, nproc, show=not done)
     print(f'teacher: {record.name}')
     return str(record.model)

@@ -39,7 +39,8 @@ class Study:
     measure:str = 'test_top1'                   # number of result.json that is compared
     about:dict = field(default_factory=dict)    # of a job: images and command, in words, for its page
     def __post_init__(self): # 'study/arm' and a list of these become {arms: [study/arm, ...]}
-        for f in fields(self): setattr(self, f.name, plain_value(getattr(self, f.name)))
+        for f in fields(self):
+            setattr(self, f.name, plain_value(getattr(self, f.name)))
         for parts in (self.teachers, self.arms):
             parts |= {name: {'arms': listed(part)} for name, part in parts.items() if isinstance(part, (str, list))}
     @property
@@ -61,7 +62,8 @@ def trains(part:dict)->bool: # a teacher or an arm
 def full_name(study:Study, name:str)->str:
     "Returns 'study/arm', as records have it; of an arm of another study that study's."
     arms = study.parts[name].get('arms', [f'{study.name}/{name}'])
-    if len(arms) > 1: raise VitdistillError(f'{study.name}: {name} stands for several arms: name one of them.')
+    if len(arms) > 1:
+        raise VitdistillError(f'{study.name}: {name} stands for several arms: name one of them.')
     return arms[0]
 
 def parameters_of(study:Study, name:str)->tuple[dict, dict]: # name: of a part that is trained here
@@ -87,7 +89,8 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
             raise VitdistillError(f'{study.name}: {name} waits for {unknown[0]!r}: {nearest(unknown[0], study.parts)}')
         first = dict.fromkeys([*first, *parameters_of(study, name)[1].values()])
         after[name] = [other for other in first if trains(study.parts[other])]
-    try: return {name: after[name] for name in TopologicalSorter(after).static_order()}
+    try:
+        return {name: after[name] for name in TopologicalSorter(after).static_order()}
     except CycleError as e:
         raise VitdistillError(f"{study.name}: {' and '.join(sorted({*e.args[1]}))} wait for each other: change what "
                               'one of them names as teacher, weights or after.') from None
@@ -129,7 +132,8 @@ def references(study:Study, name:str)->list[tuple[Study, str]]:
     found = []
     for reference in study.parts[name].get('arms', []):
         other, _, part = str(reference).partition('/')
-        if not part: raise VitdistillError(f'{study.name}: {name} = {reference!r} names no arm: write "STUDY/ARM".')
+        if not part:
+            raise VitdistillError(f'{study.name}: {name} = {reference!r} names no arm: write "STUDY/ARM".')
         there = read_study(other)
         if part not in {*there.parts, *arm_names(there)}:
             raise VitdistillError(f'{study.name}: {name} is {part!r} of {other}, which is no arm there: '
@@ -145,7 +149,8 @@ def seeds_of(study:Study, arm:str)->list[int]: # arm: name of a part, also with 
     if not trains(part): return []
     own = [varied['seed']] if 'seed' in varied else (part.get('vary') or {}).get('seed') or part.get('seeds')
     if own: return own
-    if 'seed' in part: return [] if part['seed'] is None else [part['seed']]
+    if 'seed' in part:
+        return [] if part['seed'] is None else [part['seed']]
     return listed(study.common.get('seed')) or study.seeds if name in study.arms else []
 
 # %% ../../nbs/launch/00_studies.ipynb #8f250e36
@@ -162,7 +167,8 @@ def check_seeds(study:Study)->None:
     "Raises a `VitdistillError` for seeds that would do nothing."
     if study.seeds and 'seed' in study.common:
         raise VitdistillError(f"{study.name}: common has a seed, so that seeds would do nothing: remove one.")
-    if not all(map(trains, study.arms.values())): return # other studies say with which seeds they ran
+    if not all(map(trains, study.arms.values())): # other studies say with which seeds they ran
+        return
     known = {seed for arm in study.arms for seed in seeds_of(study, arm)}
     if known and (unknown := [seed for seed in study.later if seed not in known]):
         raise VitdistillError(f'{study.name}: later = {study.later} has seed {unknown[0]}, with which no arm runs: add '
@@ -182,14 +188,18 @@ def refuse_equal_arms(study:Study)->None:
 def check_part(study:Study, name:str)->None:
     "Raises a `VitdistillError` for a teacher or an arm of the wrong form."
     part = study.parts[name]
-    def wrong(what): raise VitdistillError(f'{study.name}: {name} {what}')
-    if name in study.teachers and name in study.arms: wrong('is both a teacher and an arm: rename one.')
+    def wrong(what):
+        raise VitdistillError(f'{study.name}: {name} {what}')
+    if name in study.teachers and name in study.arms:
+        wrong('is both a teacher and an arm: rename one.')
     if not isinstance(part, dict) or not {'notebook', 'runs', 'arms'} & part.keys():
         wrong(f'= {part!r} names no notebook: write one, such as "notebook: e02_distilled_resnet50".')
-    if not isinstance(seeds := part.get('seeds', []), list): wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
+    if not isinstance(seeds := part.get('seeds', []), list):
+        wrong(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
     check_vary(part.get('vary') or {}, name)
     if 'seeds' in part: check_vary(dict(seed=seeds), name)
-    if 'seeds' in part and 'seed' in part: wrong('has seed and seeds: remove one.')
+    if 'seeds' in part and 'seed' in part:
+        wrong('has seed and seeds: remove one.')
     ways = [way for way in ('notebook', 'runs', 'arms') if way in part]
     if len(ways) > 1: wrong(f"has {' and '.join(ways)}: remove one.")
     if not trains(part) and (idle := [key for key in part if key not in ways]):
@@ -203,9 +213,11 @@ def check_part(study:Study, name:str)->None:
 # %% ../../nbs/launch/00_studies.ipynb #b7d64580
 def check(study:Study)->None:
     "Raises a `VitdistillError` for an unknown arm, a circle, or two arms of equal settings."
-    if not study.arms: raise VitdistillError(f'{study.name}: arms is empty: write "plain: small_tuned/plain".')
+    if not study.arms:
+        raise VitdistillError(f'{study.name}: arms is empty: write "plain: small_tuned/plain".')
     for key in study.choose:
-        if key not in ('field', 'by'): raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
+        if key not in ('field', 'by'):
+            raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
     for key in _keys:
         if key in study.common:
             place = 'beside common, or at an arm' if key == 'seeds' else 'at each arm'
@@ -235,9 +247,11 @@ def with_places_of_today(values:dict, file:Path)->dict: # content of a study fil
     common = values.get('common')
     then, now = Path(str(common.get('runs_dir')) if isinstance(common, dict) else '').parent, file.resolve().parent
     ours = then.is_absolute() and then.name == file.stem and str(common.get('work_dir')) == str(then/'work')
-    if not (ours and (now/'runs').is_dir()) or then.resolve() == now: return values
+    if not (ours and (now/'runs').is_dir()) or then.resolve() == now:
+        return values
     def here(value):
-        if isinstance(value, dict): return {key: here(inner) for key, inner in value.items()}
+        if isinstance(value, dict):
+            return {key: here(inner) for key, inner in value.items()}
         inside = isinstance(value, str) and Path(value).is_relative_to(then)
         return str(now/Path(value).relative_to(then)) if inside else value
     return here(values)
@@ -248,7 +262,8 @@ def study_file(name:str|Path)->Path: # name of a study, or path of its file
     if (file := Path(name)).suffix in ('.yaml', '.yml'):
         if file.is_file(): return file
         raise VitdistillError(f'no study at {name}: name a YAML file such as those of nbs/studies.')
-    if (file := shipped(f'nbs/studies/{name}.yaml')).is_file(): return file
+    if (file := shipped(f'nbs/studies/{name}.yaml')).is_file():
+        return file
     raise VitdistillError(f"no study {str(name)!r}: {nearest(str(name), shipped_names('nbs/studies', '.yaml'))}")
 
 def read_study(file:str|Path)->Study: # name or path
@@ -262,7 +277,8 @@ def parse_study(file:Path, changed:int)->Study: # changed: time of the file's la
     values = with_places_of_today(read_yaml(file), file)
     allowed = {f.name: f for f in fields(Study) if f.name != 'name'}
     for key, value in values.items():
-        if key not in allowed: raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
+        if key not in allowed:
+            raise VitdistillError(f'{file}: unknown key {key!r}: {nearest(key, allowed)}')
         if not isinstance(value, kind := allowed[key].type):
             raise VitdistillError(f'{file}: {key} = {value!r} has the wrong form: give {FORMS[kind]}.')
     study = Study(file.stem, **values)
@@ -282,8 +298,10 @@ def runs_of(
     part = study.parts[arm]
     if 'arms' in part:
         found = [run for other, name in references(study, arm) for run in runs_of(other, named(name, varied), records)]
-    elif 'runs' in part: found = [run for run in records if any(fnmatch(run.name, one) for one in listed(part['runs']))]
-    else: found = [run for run in records if full_name(study, arm) in run.arms]
+    elif 'runs' in part:
+        found = [run for run in records if any(fnmatch(run.name, one) for one in listed(part['runs']))]
+    else:
+        found = [run for run in records if full_name(study, arm) in run.arms]
     return sorted(matching_runs(found, varied), key=lambda run: (run.config.seed, run.name))
 
 def matching_runs(runs:list[Run], values:dict)->list[Run]: # values: name -> value; names that are no fields are ignored
@@ -291,13 +309,15 @@ def matching_runs(runs:list[Run], values:dict)->list[Run]: # values: name -> val
     if not values: return runs
     def asked(config): return vars(config) | defining(config)
     wanted = asked(from_dict({key: value for key, value in values.items() if key in Config.__dataclass_fields__}))
-    def has(known): return all(known[key] == wanted[key] for key in values if key in wanted)
+    def has(known):
+        return all(known[key] == wanted[key] for key in values if key in wanted)
     return [run for run in runs if has(asked(run.config))]
 
 def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_of` takes them
     "Returns the runs of the teacher that an arm names or, without one, of the teachers that it waits for."
     arm, _ = arm_names(study).get(arm, (arm, {}))
-    if references(study, arm): return teachers_of(*references(study, arm)[0], records)
+    if references(study, arm):
+        return teachers_of(*references(study, arm)[0], records)
     if not trains(study.parts[arm]): return []
     waits = [name for name in listed(study.parts[arm].get('after')) if name in study.teachers]
     names = listed(parameters_of(study, arm)[1].get('teacher_weights', waits))
@@ -328,7 +348,8 @@ def model_of(
     "Returns the path of the model that an arm trained, or of its answers if the model is not here."
     runs = runs_with(arm, find_runs(runs_dir), fields)
     runs = [run for run in runs if run.config.seed == seed] or runs
-    if not runs: raise VitdistillError(f'{arm} has no finished run in {runs_dir}: run its study first.')
+    if not runs:
+        raise VitdistillError(f'{arm} has no finished run in {runs_dir}: run its study first.')
     if len(runs) > 1 and not (fields and len({run.config.seed for run in runs}) == 1):
         raise VitdistillError(f"{arm} stands for {len(runs)} models ({', '.join(run.name for run in runs[:3])}): name "
                               'an arm with one model a seed.')
@@ -339,6 +360,7 @@ def model_of(
         folders.append(run.place(adopted))
     for folder in folders:
         if (folder/'model.safetensors').is_file(): return str(folder)
-    if (answers := run.folder/'answers.npz').is_file(): return str(answers)
+    if (answers := run.folder/'answers.npz').is_file():
+        return str(answers)
     raise VitdistillError(f'the model of {arm} is not in {run.model}: put it there, or remove {run.folder} to '
                           'train it again.')

@@ -22,20 +22,25 @@ def build(
 )->nn.Module:
     "Builds a model of 1,000 classes with random weights, in eval mode; an unknown name raises a `VitdistillError`."
     library, _, architecture = name.rpartition('/')
-    if library != 'torchvision': return create(name, 1000, image_size, **kwargs).eval()
+    if library != 'torchvision':
+        return create(name, 1000, image_size, **kwargs).eval()
     known = torchvision.models.list_models(torchvision.models)
     if architecture not in known:
         raise VitdistillError(f'torchvision has no model {architecture!r}: {nearest(architecture, known)}')
-    if architecture.startswith('vit_'): kwargs = {'image_size': image_size, **kwargs}
+    if architecture.startswith('vit_'):
+        kwargs = {'image_size': image_size, **kwargs}
     return torchvision.models.get_model(architecture, weights=None, **kwargs).eval()
 
 # %% ../../nbs/models/03_complexity.ipynb #0646bfd0
-def _deformable_flops(x, weight, offset, *args, out_shape=None, **kwargs): return conv_flop_count(x, weight, out_shape)
-def _deformable_backward_flops(grad, x, weight, *args, **kwargs): return 2*conv_flop_count(x, weight, grad)
+def _deformable_flops(x, weight, offset, *args, out_shape=None, **kwargs):
+    return conv_flop_count(x, weight, out_shape)
+def _deformable_backward_flops(grad, x, weight, *args, **kwargs):
+    return 2*conv_flop_count(x, weight, grad)
 
 for operator, formula in ((torch.ops.torchvision.deform_conv2d, _deformable_flops),
                           (torch.ops.torchvision._deform_conv2d_backward, _deformable_backward_flops)):
-    if operator not in flop_registry: register_flop_formula(operator)(formula)
+    if operator not in flop_registry:
+        register_flop_formula(operator)(formula)
 
 # %% ../../nbs/models/03_complexity.ipynb #2109df8d
 def _owner(name, called): # the nearest module, from `name` upwards, that ran
@@ -54,7 +59,8 @@ def _forward(model, shape): # {name: (output's shape, bytes of all calls)} in or
         def leave(_, inputs, output):
             output = output[0] if isinstance(output, (tuple, list)) else output
             calls[name] = tuple(output.shape[1:]), calls[name][1] + _new_bytes(output, inputs)
-        def enter(*_): calls.setdefault(name, (None, 0)) # a hook must return None
+        def enter(*_): # a hook must return None
+            calls.setdefault(name, (None, 0))
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
     for name, module in model.named_modules(): watch(name, module)
@@ -75,8 +81,10 @@ def layers(
     model = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     calls, flops = _forward(model, shape)
     own, parameters, rows = dict(flops), dict.fromkeys(calls, 0), []
-    for name in filter(None, calls): own[_owner(name.rpartition('.')[0], calls)] -= flops[name]
-    for name, p in model.named_parameters(): parameters[_owner(name.rpartition('.')[0], calls)] += p.numel()
+    for name in filter(None, calls):
+        own[_owner(name.rpartition('.')[0], calls)] -= flops[name]
+    for name, p in model.named_parameters():
+        parameters[_owner(name.rpartition('.')[0], calls)] += p.numel()
     for name, (output, size) in calls.items():
         module = model.get_submodule(name)
         computes = own[name] > 0 or not any(module.children()) or isinstance(module, _NORMS)
@@ -93,7 +101,8 @@ def complexity(
 )->pd.DataFrame:        # as `layers` returns it
     "Returns the cost of each layer of a named model for one image; an impossible size raises a `VitdistillError`."
     try:
-        with torch.device('meta'): model = build(name, image_size, **kwargs)
+        with torch.device('meta'):
+            model = build(name, image_size, **kwargs)
     except NotImplementedError: # torchvision's RegNets compute their widths with tensors
         model = build(name, image_size, **kwargs)
     try: return layers(model, (3, image_size, image_size))
@@ -113,11 +122,13 @@ def images_per_second(
     def forward():
         model(images)
         wait()
-    with torch.inference_mode(): seconds = timeit.repeat(forward, number=1, repeat=repeats + 1)
+    with torch.inference_mode():
+        seconds = timeit.repeat(forward, number=1, repeat=repeats + 1)
     return len(images)/average(seconds[1:])
 
 # %% ../../nbs/models/03_complexity.ipynb #dc6f31a5
-def _copies(image, n): return image.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+def _copies(image, n):
+    return image.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
 def largest_batch(
     model:nn.Module,    # in eval mode
@@ -150,5 +161,6 @@ def throughput(
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     model = build(name, image_size, **kwargs).to(device, memory_format=torch.channels_last)
     image = torch.randn(1, 3, image_size, image_size, device=device)
-    if not batch_size: batch_size = largest_batch(model, image) if image.is_cuda else 8 # a full host kills us
+    if not batch_size: # a full host kills us
+        batch_size = largest_batch(model, image) if image.is_cuda else 8
     return images_per_second(model, _copies(image, batch_size), repeats, average)

@@ -60,7 +60,8 @@ def with_second_head(model:ResNet)->DistilledResNet:
 # %% ../../nbs/models/02_create.ipynb #a11c0de2
 class NoShortcut(nn.Module):
     "Takes the place of a block's shortcut and adds nothing."
-    def forward(self, x:torch.Tensor)->torch.Tensor: return x.new_zeros(())
+    def forward(self, x:torch.Tensor)->torch.Tensor:
+        return x.new_zeros(())
 
 def without_shortcuts(model:ResNet)->ResNet:
     "Removes the shortcuts of a timm ResNet of basic blocks in place (arXiv 1512.03385, section 3.3)."
@@ -72,7 +73,8 @@ def without_shortcuts(model:ResNet)->ResNet:
 # %% ../../nbs/models/02_create.ipynb #3788bc9a
 def _register(name:str, make:typing.Callable)->None: # make: like timm's functions that create a model
     make.__name__, make.__module__ = name, __name__
-    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.'): return
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.'):
+        return
     register_model(make)
     sys.modules[__name__].__all__.remove(name) # timm puts it there, and no such function is in this module
 
@@ -83,7 +85,8 @@ plain_nets = dict(resnet18_plain='resnet18', resnet34_plain='resnet34')
 
 def _resnet_cfg(name): # timm's of the ResNet that a name begins with
     cfg = get_pretrained_cfg(name.partition('_')[0])
-    if name in plain_nets: return replace(cfg, url='', hf_hub_id=None) # nobody published weights
+    if name in plain_nets: # nobody published weights
+        return replace(cfg, url='', hf_hub_id=None)
     return replace(cfg, classifier=('fc', 'fc_dist')) if '_distilled' in name else cfg
 
 our_resnets = {name: (base, change) for change, names in ((with_second_head, two_heads), (with_cifar_stem, cifar_stems),
@@ -99,7 +102,8 @@ def _resnet(name:str, pretrained=False, **kwargs):
     def make(**given): return change(timm.create_model(base, **given))
     return build_model_with_cfg(make, name, pretrained, pretrained_filter_fn=_with_new_layers, **kwargs)
 
-for name in our_resnets: _register(name, functools.partial(_resnet, name))
+for name in our_resnets:
+    _register(name, functools.partial(_resnet, name))
 
 # %% ../../nbs/models/02_create.ipynb #fbc400b9
 _litv2 = dict(
@@ -116,7 +120,8 @@ def _litv2_model(name:str, pretrained=False, **kwargs):
     features = dict(flatten_sequential=True, out_indices=tuple(range(len(_litv2[name]['depths']))))
     return build_model_with_cfg(LITv2, name, pretrained, feature_cfg=features, **_litv2[name] | kwargs)
 
-for name in _litv2: _register(name, functools.partial(_litv2_model, name))
+for name in _litv2:
+    _register(name, functools.partial(_litv2_model, name))
 
 # %% ../../nbs/models/02_create.ipynb #8066de93
 def check_size(model:nn.Module, name:str, size:int)->None:
@@ -137,10 +142,12 @@ def try_size(model:nn.Module, name:str, size:int)->None: # on the CPU
     "Raises `VitdistillError` if a model can not compute the logits of an image of `size` px."
     training = model.training
     try:
-        with torch.no_grad(): answer = model.eval()(torch.zeros(1, 3, size, size))
+        with torch.no_grad():
+            answer = model.eval()(torch.zeros(1, 3, size, size))
     except Exception as e: # whatever a layer raises
         reason = first_line(e)
-        if isinstance(e, VitdistillError): reason = reason.partition(': ')[0] # without its advice
+        if isinstance(e, VitdistillError): # without its advice
+            reason = reason.partition(': ')[0]
         raise VitdistillError(f'{name} can not take images of {size} px ({reason}): give a larger image_size, '
                               'student_size or test_size (teacher_size of a teacher), or another model.') from None
     finally: model.train(training)
@@ -168,7 +175,8 @@ def check_name(name:str)->None:
 
 # %% ../../nbs/models/02_create.ipynb #0eabe335
 def _why(error:Exception)->str: # the reason in a line, without torch's and timm's advice to allow code in the file
-    if isinstance(error, KeyError): return f'there is no {error}' # this error's text is only the key
+    if isinstance(error, KeyError): # this error's text is only the key
+        return f'there is no {error}'
     text = f'{error}\n{error.__cause__}'
     if 'weights_only' not in text:
         layers = textwrap.shorten(str(error), 200) if isinstance(error, RuntimeError) else ''
@@ -181,7 +189,8 @@ def _described(name:str)->tuple[str, dict]: # timm's name and arguments: (name, 
     if not source: return name, {}
     try:
         if source == 'hf-hub':
-            with without_retries(): return load_model_config_from_hf(place)[1:]
+            with without_retries():
+                return load_model_config_from_hf(place)[1:]
         about = json.loads((Path(place)/'config.json').read_text())
         return about['architecture'], about.get('model_args') or {}
     except Exception as e: # from the hub, the path or JSON; transformers' config.json has other keys
@@ -203,7 +212,8 @@ def create(
     if name != model and name not in cifar_stems:
         raise VitdistillError(f"stem = 'cifar' is for ResNets: {nearest(model, cifar_stems.values())}")
     cfg = get_pretrained_cfg(_described(name)[0], allow_unregistered=True)
-    if cfg is not None and cfg.fixed_input_size: kwargs = {'img_size': size, **kwargs}
+    if cfg is not None and cfg.fixed_input_size:
+        kwargs = {'img_size': size, **kwargs}
     try:
         with without_retries() if pretrained else contextlib.nullcontext():
             made = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
@@ -247,7 +257,8 @@ def read_weights(
     "Returns the state dict in a safetensors or pth file; raises `VitdistillError` if it is damaged or holds code."
     file = weights_file(path)
     try:
-        with torch.serialization.safe_globals(plain_values()): state = load_state_dict(str(file))
+        with torch.serialization.safe_globals(plain_values()):
+            state = load_state_dict(str(file))
         return state if model is None else without_prefix(state, model)
     except Exception as e: # safetensors', zipfile's and pickle's own errors
         if (why := _why(e)).startswith('it calls'):
@@ -279,10 +290,12 @@ def fit_positions(
     interpolation:str='bicubic' # or 'bilinear', which shortens vectors
 )->dict:
     "Returns the state dict with timm's names and with position embeddings resampled to the model's grid."
-    if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None: return state
+    if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None:
+        return state
     side = math.sqrt(state['pos_embed'].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens))
     patches = model.patch_embed.proj.weight
-    if side % 1 or state.get('patch_embed.proj.weight', patches).shape != patches.shape: return state
+    if side % 1 or state.get('patch_embed.proj.weight', patches).shape != patches.shape:
+        return state
     return checkpoint_filter_fn(state, model, adapt_layer_scale=True, interpolation=interpolation)
 
 # %% ../../nbs/models/02_create.ipynb #0cc0c545
@@ -305,7 +318,8 @@ def load_weights(
 )->nn.Module:
     "Loads weights strictly; a `VitdistillError` names the tensors that are missing, unknown or of another shape."
     if isinstance(path, list):
-        for member, file in zip(model.members, path, strict=True): load_weights(member, file, new_head, interpolation)
+        for member, file in zip(model.members, path, strict=True):
+            load_weights(member, file, new_head, interpolation)
         return model
     state = fit_positions(read_weights(path, model), model, interpolation)
     heads = tuple(f'{head}.' for head in head_names(model))
@@ -344,7 +358,8 @@ class Student(nn.Module):
     def forward(self, x):
         if len(self.heads) == 1: return (self.model(x),)
         features = self.model.forward_features(x)
-        if isinstance(self.model, DistilledResNet): return self.model.each_head(features)
+        if isinstance(self.model, DistilledResNet):
+            return self.model.each_head(features)
         one, other = map(self.model.head_drop, (features[:, 0], features[:, 1]))
         return self.model.head(one), self.model.head_dist(other)
 
@@ -387,7 +402,8 @@ def with_constant_drop_path(model:nn.Module)->nn.Module:
     rate = max((part.drop_prob for part in model.modules() if isinstance(part, DropPath)), default=0.)
     for block in list(model.modules()) if rate else ():
         for name in 'drop_path', 'drop_path1', 'drop_path2', 'drop_path3': # timm's names; none if the rate is 0
-            if hasattr(block, name): setattr(block, name, DropPath(rate))
+            if hasattr(block, name):
+                setattr(block, name, DropPath(rate))
     return model
 
 # %% ../../nbs/models/02_create.ipynb #d2645366
@@ -413,7 +429,8 @@ def small_head(model:nn.Module)->nn.Module: # of timm, with one or more output l
                               'yourself, such as by torch.nn.init.normal_(student.fc.weight, std=0.01).')
     for name in head_names(plain):
         layer = plain.get_submodule(name)
-        if not hasattr(layer, 'weight'): continue # of a model without classes, or that shares one layer
+        if not hasattr(layer, 'weight'): # of a model without classes, or that shares one layer
+            continue
         nn.init.normal_(layer.weight, std=HEAD_STD)
         if layer.bias is not None: nn.init.zeros_(layer.bias)
     return model
@@ -429,13 +446,17 @@ def create_student(config:Config, classes:int, image_size:int)->Student:
     pretrained = config.student_pretrained and not config.student_weights
     model = create(config.student, classes, size, config.stem, pretrained, **config.student_kwargs)
     check_start(config, model, classes)
-    if config.student_class_token_std: with_drawn_class_token(model, config.student_class_token_std)
-    if config.test_size: check_size(model, config.student, config.test_size)
+    if config.student_class_token_std:
+        with_drawn_class_token(model, config.student_class_token_std)
+    if config.test_size:
+        check_size(model, config.student, config.test_size)
     if config.student_weights:
         file = weights_place(config.student_weights)
         load_weights(model, file, config.student_head == 'new', config.student_resampling)
-    if config.student_head_init == 'small' and has_new_head(config, model, classes): small_head(model)
-    if config.student_drop_path == 'constant': with_constant_drop_path(model)
+    if config.student_head_init == 'small' and has_new_head(config, model, classes):
+        small_head(model)
+    if config.student_drop_path == 'constant':
+        with_constant_drop_path(model)
     return Student(model)
 
 # %% ../../nbs/models/02_create.ipynb #be6a5369
@@ -459,7 +480,8 @@ class Mixture(nn.Module):
         common = dict(classes=num_classes, size=to_2tuple(img_size)[0], pretrained=named_weights)
         given = [dict(model=member) if isinstance(member, str) else member for member in members]
         try: made = [create(**common, **member) for member in given]
-        except TypeError: made = [] # a member is no dictionary, or has no model
+        except TypeError: # a member is no dictionary, or has no model
+            made = []
         if not made:
             raise VitdistillError(f'a mixture of members = {members!r}: give it, in student_kwargs or teacher_kwargs, '
                                   'a list of names or of {model: NAME, ...}.')
@@ -495,7 +517,8 @@ def image_part(
     require('open_clip', 'captions', 'this model')
     import open_clip
     vision, no_text = tower['vision_cfg'] | dict(image_size=size), dict(vocab_size=1, width=8, heads=1, layers=1)
-    if 'timm_model_name' in vision: vision['timm_model_pretrained'] = False
+    if 'timm_model_name' in vision:
+        vision['timm_model_pretrained'] = False
     return open_clip.CLIP(tower['embed_dim'], vision, no_text, tower.get('quick_gelu', False)).visual
 
 class ByWords(nn.Module):
@@ -509,7 +532,8 @@ class ByWords(nn.Module):
         super().__init__()
         size = to_2tuple(img_size)[0]
         self.tower, self.num_classes = image_part(tower, size).eval(), num_classes
-        with torch.no_grad(): self.num_features = self.embed(torch.zeros(1, 3, size, size)).shape[-1]
+        with torch.no_grad():
+            self.num_features = self.embed(torch.zeros(1, 3, size, size)).shape[-1]
         self.train().head = nn.Linear(self.num_features, num_classes, bias=False) # texts' embeddings times the scale
     def embed(self, x:torch.Tensor)->torch.Tensor: # -> (B, D)
         features = self.tower(x)
@@ -560,7 +584,8 @@ def _plain_tensors(model, state, prefix, metadata): # a hook of state_dict: as s
 def _refuse_another(model, folder, size): # is it the model that the folder makes?
     name, stem, kwargs = started_from(folder).values()
     with torch.random.fork_rng(devices=[]):
-        try: load_weights(create(name, model.num_classes, size, stem, **kwargs), folder)
+        try:
+            load_weights(create(name, model.num_classes, size, stem, **kwargs), folder)
         except VitdistillError as e:
             why = str(e).replace(str(folder), 'the student').partition(': give ')[0]
             raise VitdistillError(f'the saved student could not be read back as {name} with {kwargs} ({why}): mend it, '
@@ -586,9 +611,12 @@ def save_model(
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         about = dict(pretrained_cfg=cfg, label_names=classes)
         hook = model.register_state_dict_post_hook(_plain_tensors)
-        try: save_for_hf(model, draft, about, plain_value(kwargs) or None, safe_serialization=True)
-        except Exception as e: raise no_space(e, draft) or e
-        finally: hook.remove()
+        try:
+            save_for_hf(model, draft, about, plain_value(kwargs) or None, safe_serialization=True)
+        except Exception as e:
+            raise no_space(e, draft) or e
+        finally:
+            hook.remove()
         file = Path(draft)/'config.json' # without what it says of timm's weights, which these are not
         about = json.loads(file.read_text())
         kept = {'num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean',
@@ -596,7 +624,8 @@ def save_model(
         about['pretrained_cfg'] = {key: value for key, value in about['pretrained_cfg'].items() if key in kept}
         file.write_text(json.dumps(about, indent=2))
         if tried: _refuse_another(model, Path(draft), size)
-        for file in Path(draft).iterdir(): write_atomic(folder/file.name, file.read_bytes())
+        for file in Path(draft).iterdir():
+            write_atomic(folder/file.name, file.read_bytes())
     write_atomic(folder/'README.md', readme)
     return folder
 

@@ -33,7 +33,8 @@ def hub_answers()->bool:
     "Returns whether the hub can be reached, within three seconds; with HF_HUB_OFFLINE it is not asked."
     if constants.HF_HUB_OFFLINE: return False
     try: get_session().head(constants.ENDPOINT, timeout=3)
-    except Exception: return False # of requests or httpx, whichever huggingface_hub uses
+    except Exception: # of requests or httpx, whichever huggingface_hub uses
+        return False
     return True
 
 @contextlib.contextmanager
@@ -56,8 +57,9 @@ def fetch(
     with FileLock(folder.with_name(f'.{folder.name}.lock')): # several ranks, several runs
         if folder.is_dir(): return folder
         wanted = ['model.safetensors', 'config.json', 'card.json', 'README.md', 'memo-*']
-        try: there = Path(huggingface_hub.snapshot_download(repository, revision=revision or None,
-                                                            allow_patterns=wanted))
+        try:
+            there = Path(huggingface_hub.snapshot_download(repository, revision=revision or None,
+                                                           allow_patterns=wanted))
         except Exception as e: # from the network, the hub or the name
             raise VitdistillError(f'{name} could not be fetched ({failure_in_words(e)}): mend the name, log in, or '
                                   'download its files and name their folder.') from None
@@ -71,7 +73,8 @@ def hub_license(name:str)->str: # hf-hub:OWNER/MODEL, or with '@REVISION'
     "Returns the licence that a model card on the hub names; '' if it names none or the hub does not answer."
     repository = name.removeprefix(HUB).partition('@')[0].strip('/')
     try:
-        with without_retries(): about = huggingface_hub.model_info(repository).card_data
+        with without_retries():
+            about = huggingface_hub.model_info(repository).card_data
     except Exception: return '' # from the network, the hub or the name
     return (about and about.license) or ''
 

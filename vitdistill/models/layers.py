@@ -37,13 +37,16 @@ class Heads(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.fused_attn = True # use torch's kernel; False: step by step for few tokens, as in timm
-        for name, parts in self.linear.items(): setattr(self, name, nn.Linear(dim, parts*heads*width))
+        for name, parts in self.linear.items():
+            setattr(self, name, nn.Linear(dim, parts*heads*width))
         self.proj = nn.Linear(heads*width, heads*width)
 
     def attend(self, q, k, v): # (B, windows, tokens, heads*width) each; in each window softmax(q k / sqrt(width)) v
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2) for x in (q, k, v))
-        if self.fused_attn or q.shape[2]*k.shape[2] > FEW**2: x = F.scaled_dot_product_attention(q, k, v)
-        else: x = (q*q.shape[-1]**-.5@k.mT).softmax(-1)@v
+        if self.fused_attn or q.shape[2]*k.shape[2] > FEW**2:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q*q.shape[-1]**-.5@k.mT).softmax(-1)@v
         return x.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)
 
 # %% ../../nbs/models/01_layers.ipynb #7dff49ba
@@ -75,7 +78,8 @@ class HiLo(nn.Module):
         alpha:float=.5   # share of Lo-Fi heads, in [0, 1]
     ):
         super().__init__()
-        if not 0 <= alpha <= 1: raise VitdistillError(f'alpha = {alpha} is no share of heads: choose it in [0, 1].')
+        if not 0 <= alpha <= 1:
+            raise VitdistillError(f'alpha = {alpha} is no share of heads: choose it in [0, 1].')
         if window < 1 or window % 1:
             raise VitdistillError(f'a window has a side of {window} tokens: choose a whole number, 1 or more.')
         if heads < 1 or dim % heads:
@@ -163,7 +167,8 @@ class LITBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        if self.attn is not None: x = x + self.drop_path(self.attn(self.norm1(x)))
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/models/01_layers.ipynb #cedc2370
@@ -210,9 +215,12 @@ class LITv2(nn.Module):
                 trunc_normal_(layer.weight, std=.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward_features(self, x): return self.norm(self.stages(self.patch_embed(x)))
-    def forward_head(self, x, pre_logits:bool=False): return self.head(x, pre_logits=pre_logits)
-    def forward(self, x): return self.forward_head(self.forward_features(x))
+    def forward_features(self, x):
+        return self.norm(self.stages(self.patch_embed(x)))
+    def forward_head(self, x, pre_logits:bool=False):
+        return self.head(x, pre_logits=pre_logits)
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
 
     def get_classifier(self): return self.head.fc
     def reset_classifier(self, num_classes, global_pool=None):
@@ -254,7 +262,8 @@ class MatrixConv2d(nn.Conv2d):
         H, W = (x.shape[2] + 2*ph - kh)//sh + 1, (x.shape[3] + 2*pw - kw)//sw + 1 # of the output
         if H*W > (64 if kh*kw == 1 else 4): return super().forward(x)
         rows, columns = range(kh), range(kw) # of the kernel
-        if H*W == 1: rows, columns = rows[ph:ph + x.shape[2]], columns[pw:pw + x.shape[3]] # the rest meets padding
+        if H*W == 1: # the rest meets padding
+            rows, columns = rows[ph:ph + x.shape[2]], columns[pw:pw + x.shape[3]]
         x = F.pad(x, (pw, pw, ph, ph)).permute(0, 2, 3, 1)
         seen = [x[:, i:i + sh*(H - 1) + 1:sh, j:j + sw*(W - 1) + 1:sw] for i in rows for j in columns]
         weight = self.weight.permute(0, 2, 3, 1)[:, rows.start:rows.stop, columns.start:columns.stop].flatten(1)
@@ -265,7 +274,8 @@ def with_matrix_products(model:nn.Module)->nn.Module:
     "Turns a model's plain convolutions into `MatrixConv2d`, in place; function, weights and names stay the same."
     for conv in model.modules():
         plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.dilation == (1, 1)
-        if plain and conv.padding_mode == 'zeros' and isinstance(conv.padding, tuple): conv.__class__ = MatrixConv2d
+        if plain and conv.padding_mode == 'zeros' and isinstance(conv.padding, tuple):
+            conv.__class__ = MatrixConv2d
     return model
 
 # %% ../../nbs/models/01_layers.ipynb #50f9e7a1
@@ -273,7 +283,8 @@ def with_plain_attention(
     model:nn.Module # model whose attention has `fused_attn`, as in timm and in this module
 )->nn.Module:
     "Makes few tokens attend step by step, in place; HiLo with many tokens still uses torch's kernel."
-    def many(part): return isinstance(part, VisionTransformer) and part.patch_embed.num_patches > FEW
+    def many(part):
+        return isinstance(part, VisionTransformer) and part.patch_embed.num_patches > FEW
     if not any(map(many, model.modules())):
         for part in model.modules():
             if hasattr(part, 'fused_attn'): part.fused_attn = False
@@ -300,9 +311,11 @@ def with_compiled_blocks(model:nn.Module)->nn.Module:
 def compiler_missing(device:str)->str: # 'cpu', 'cuda', 'cuda:0', ...
     "Returns the name of what torch.compile needs for a device and this machine lacks; '' if nothing."
     if not str(device).startswith('cuda'):
-        if not shutil.which(os.environ.get('CXX', 'g++')): return 'a C++ compiler (g++)'
+        if not shutil.which(os.environ.get('CXX', 'g++')):
+            return 'a C++ compiler (g++)'
     elif not find_spec('triton'): return 'Triton (pip install triton)'
-    elif not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')): return 'a C compiler (gcc)'
+    elif not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
+        return 'a C compiler (gcc)'
     headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default is /usr/local, without headers
     there = platform.system() != 'Linux' or (headers/'Python.h').is_file()
     return '' if there else "Python.h, of Python's headers (python3-dev)"

@@ -26,7 +26,8 @@ def answers_given(
     "Returns the teachers' decisions; of two teachers, for a training image, that of the one that had not seen it."
     parts = [part] if part != 'train' else ['val'] if len(teachers) > 1 else ['train', 'val']
     frames = [read_predictions(run, p) for run in teachers for p in parts if f'{p}_image' in prediction_arrays(run, p)]
-    if not frames: raise VitdistillError(f'{teachers[0].name} has no predictions on {part}: train or adopt it again.')
+    if not frames:
+        raise VitdistillError(f'{teachers[0].name} has no predictions on {part}: train or adopt it again.')
     return pd.concat(frames, ignore_index=True)[['image', 'label', 'decision']]
 
 # %% ../../nbs/study/04_agreement.ipynb #88d4a219
@@ -38,7 +39,8 @@ def agreements(
     "Returns how often student and teacher agree, and with whom the student sides where teacher and label differ."
     same_data([*teachers, student])
     both = answers_given(teachers, part).merge(read_predictions(student, part), on='image', suffixes=('_given', ''))
-    if not len(both): raise VitdistillError(f'{teachers[0].name} and {student.name} have no image of {part} in common.')
+    if not len(both):
+        raise VitdistillError(f'{teachers[0].name} and {student.name} have no image of {part} in common.')
     equal = pd.DataFrame(dict(teacher_top1=both.decision_given == both.label, student_top1=both.decision == both.label,
                               agree=both.decision == both.decision_given))
     apart = equal[~equal.teacher_top1] # shares of these are NaN without rows
@@ -58,7 +60,8 @@ def ece(
     if outside.any():
         raise VitdistillError(f'a confidence is {confidence[outside][0]:g}: give probabilities from 0 to 1, such as '
                               'the largest of softmax(logits).')
-    if not len(confidence) or np.isnan(confidence).any(): return float('nan')
+    if not len(confidence) or np.isnan(confidence).any():
+        return float('nan')
     which = pd.cut(confidence.clip(0, 1), np.linspace(0, 1, bins + 1), include_lowest=True).codes
     return float(np.abs(np.bincount(which, right - confidence)).sum()/len(right))
 

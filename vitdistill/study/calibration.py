@@ -31,7 +31,8 @@ def scores(log_p, label)->dict: # as in `likelihood_loss`
 # %% ../../nbs/study/05_calibration.ipynb #2c4f9cd7
 def fit_temperature(log_p, label)->float: # log-probabilities and labels of held-out images
     "Returns the temperature, from .05 to 20, at which the labels are likeliest."
-    def loss(log_t): return likelihood_loss(log_softmax(log_p/np.exp(log_t), axis=1), label)
+    def loss(log_t):
+        return likelihood_loss(log_softmax(log_p/np.exp(log_t), axis=1), label)
     return float(np.exp(minimize_scalar(loss, bounds=np.log([.05, 20.]), options=dict(xatol=1e-4)).x))
 
 # %% ../../nbs/study/05_calibration.ipynb #4dca04fa
@@ -39,7 +40,8 @@ def log_probabilities(run:Run, part:str='test')->tuple|None: # part: 'test' or '
     "Returns log-probabilities and labels, from the logits of a run's predictions; None without logits of that part."
     arrays = prediction_arrays(run, part)
     heads = [log_softmax(array.astype(float), axis=1) for name, array in arrays.items() if name.endswith('_logits')]
-    if heads: return logsumexp(heads, axis=0) - np.log(len(heads)), arrays[f'{part}_label'].astype(int)
+    if heads:
+        return logsumexp(heads, axis=0) - np.log(len(heads)), arrays[f'{part}_label'].astype(int)
 
 # %% ../../nbs/study/05_calibration.ipynb #18aa95ce
 def held_out_temperature(log_p, label, held_out:tuple|None)->tuple: # held_out: log-probabilities, labels
@@ -58,7 +60,8 @@ SCORES = 'calibration.json' # file in a record without logits
 def calibration(run:Run)->dict: # nll, brier, ece, each also _scaled; temperature, fitted_on; {} if unknown
     "Returns a row of the calibration table: scores at temperature 1, and at the held-out temperature."
     test, val = log_probabilities(run), log_probabilities(run, 'val')
-    if test is None: return json.loads((run.folder/SCORES).read_text()) if (run.folder/SCORES).is_file() else {}
+    if test is None:
+        return json.loads((run.folder/SCORES).read_text()) if (run.folder/SCORES).is_file() else {}
     scaled, temperature = held_out_temperature(*test, val)
     return dict(scores(*test), temperature=temperature,
                 fitted_on='validation images' if val else 'the other half of the test images',
@@ -67,7 +70,8 @@ def calibration(run:Run)->dict: # nll, brier, ece, each also _scaled; temperatur
 # %% ../../nbs/study/05_calibration.ipynb #19101e54
 def keep_scores(run:Run)->list: # names of the written files
     "Writes a record's calibration.json and removes the logits from its predictions."
-    if not run.folder.is_dir(): raise VitdistillError(f'{run.folder} is no folder: name one of a run that has ended.')
+    if not run.folder.is_dir():
+        raise VitdistillError(f'{run.folder} is no folder: name one of a run that has ended.')
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     arrays = read_arrays(run.folder/'predictions.npz')
@@ -82,7 +86,8 @@ def main(arguments:list=None)->int:
     parser.add_argument('folder', nargs='+', help='run folder')
     refused = 0
     for run in map(Run, map(from_here, parser.parse_args(arguments).folder)):
-        try: print(f"{run.name}: {', '.join(keep_scores(run)) or 'nothing to do'}")
+        try:
+            print(f"{run.name}: {', '.join(keep_scores(run)) or 'nothing to do'}")
         except VitdistillError as e:
             refused = 1
             print(e, file=sys.stderr)

@@ -72,7 +72,8 @@ class Comparison:
     def tops(self, measure:str='')->pd.DataFrame: # a row a seed, a column an arm; NaN: no finished run
         "Returns a number of result.json of the finished runs, by default the study's `measure`."
         measure = measure or self.study.measure
-        def of_arm(runs): return {seed: run.result.get(measure) for seed, run in finished_runs(runs).items()}
+        def of_arm(runs):
+            return {seed: run.result.get(measure) for seed, run in finished_runs(runs).items()}
         return pd.DataFrame({arm: pd.Series(of_arm(runs), dtype=float) for arm, runs in self.arms.items()}).sort_index()
 
     def table(self,
@@ -130,7 +131,8 @@ def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, o
     found = [((arm,), (other,)) for arm in known if study.baseline for other in alike(arm, study.baseline)]
     for pair in study.compare:
         if len(sides(pair)) == 4: found.append(tuple(map(tuple, pair)))
-        else: found += [((arm,), (other,)) for arm in names(pair[0]) for other in alike(arm, pair[1])]
+        else:
+            found += [((arm,), (other,)) for arm in names(pair[0]) for other in alike(arm, pair[1])]
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/study/08_compare.ipynb #18d4a197
@@ -156,7 +158,8 @@ def difference(
     elif images and (pair := one_pair(*(comparison.arms[arm] for arm in arms), [*both.index])):
         row, runs = row | difference_over_images(*pair), pair
     known = study.published
-    if {*arms} <= known.keys(): row['published'] = known[arms[0]] - known[arms[1]]
+    if {*arms} <= known.keys():
+        row['published'] = known[arms[0]] - known[arms[1]]
     return row | dict(runs=run_names(runs))
 
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs
@@ -193,8 +196,10 @@ def missing(comparison:Comparison)->list[str]:
         absent = [seed for seed in seeds_of(study, arm) if seed not in [run.config.seed for run in runs]]
         notes += [f'{arm}: seed {run.config.seed} has {run.epochs_done} of {run.config.epochs} epochs.'
                   for run in runs if run.status != 'done']
-        if absent: notes.append(f"{arm}: not begun with seed {', '.join(map(str, absent))}.")
-        elif not runs: notes.append(f'{arm}: no run.')
+        if absent:
+            notes.append(f"{arm}: not begun with seed {', '.join(map(str, absent))}.")
+        elif not runs:
+            notes.append(f'{arm}: no run.')
     for one, other in pairs(comparison):
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
         if all(seeds) and not set.intersection(*seeds):
@@ -209,7 +214,8 @@ def taught_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], 
         comparison = load(name, records)
         for (arm, *gain), (other, *_) in pairs(comparison):
             taught, plain = (comparison.arms[side] for side in (arm, other))
-            if gain or not (taught and plain) or dataset not in ('', plain[0].config.dataset): continue
+            if gain or not (taught and plain) or dataset not in ('', plain[0].config.dataset):
+                continue
             if taught[0].config.teacher and on_labels(plain[0].config):
                 found.setdefault(frozenset(run.name for run in taught + plain), (f'{name}: {arm}', plain, taught))
     return list(found.values()) or unnamed_pairs(records, dataset)
@@ -219,8 +225,10 @@ def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run],
     teaching, groups = {*field_names(teaching=True), 'experiment', 'seed'}, {}
     studies = shipped_names('nbs/studies', '.yaml') # whose arms `taught_pairs` has looked at
     for run in records:
-        if {arm.partition('/')[0] for arm in run.arms} & studies: continue
-        if run.config.experiment not in ('baseline', 'distilled'): continue
+        if {arm.partition('/')[0] for arm in run.arms} & studies:
+            continue
+        if run.config.experiment not in ('baseline', 'distilled'):
+            continue
         if dataset not in ('', run.config.dataset): continue
         whole = defining(run.config)
         rest, how = (json.dumps({name: value for name, value in whole.items() if (name in teaching) == mine
@@ -287,7 +295,8 @@ def draw_curves(
     colors:dict={}   # arm -> colour; others get the next one
 ): # -> a figure; None without epochs
     "Draws the mean test accuracy of each arm by epoch, with the range of its seeds; the baseline, then the best."
-    def shown(runs): return [*finished_runs(runs).values()] or runs # an unfinished seed would cut the mean
+    def shown(runs): # an unfinished seed would cut the mean
+        return [*finished_runs(runs).values()] or runs
     drawn = {arm: curves(shown(runs)).dropna(subset=['test_top1']) for arm, runs in comparison.arms.items()}
     drawn = {arm: frame for arm, frame in drawn.items() if len(frame)}
     if not drawn: return None
@@ -316,7 +325,8 @@ def compare_runs(
     found = [run for run in find_runs(folder) if runs in run.name] if isinstance(runs, str) else \
         [find_run(run, folder) for run in runs]
     figure = draw_curves(Comparison(Study(''), {run.name: [run] for run in found}), most)
-    if figure is None: raise VitdistillError(f'no run with an epoch to draw in {from_root(folder)}: name others.')
+    if figure is None:
+        raise VitdistillError(f'no run with an epoch to draw in {from_root(folder)}: name others.')
     plt.close(figure) # the notebook shows what is returned
     return figure
 
@@ -385,7 +395,8 @@ def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
     arms, rows = comparison.accuracies(), comparison.table()
     arms = arms[arms.seeds > 0]
-    def line(row): return f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} {"seed" if row.seeds == 1 else "seeds"}'
+    def line(row):
+        return f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} {"seed" if row.seeds == 1 else "seeds"}'
     lines = [*map(line, arms.itertuples())]
     return '\n'.join([comparison.study.title, *lines, *map(points, rows.itertuples()), *missing(comparison)])
 

@@ -34,7 +34,8 @@ LOOKS = dict(baseline=dict(color='#0072B2', marker='o', linestyle=(0, (5, 2))),
 
 def look(role:str, published:bool=False)->dict: # role: 'baseline', 'distilled' or 'teacher'; published: in grey
     "Returns colour, marker and line style of a role, as keywords of `Axes.plot`."
-    if role not in LOOKS: raise VitdistillError(f'no look for {role!r}: {nearest(role, LOOKS)}')
+    if role not in LOOKS:
+        raise VitdistillError(f'no look for {role!r}: {nearest(role, LOOKS)}')
     return {**LOOKS[role], **(dict(color='#8a8a8a') if published else {})}
 
 # %% ../../nbs/study/03_figures.ipynb #045a1679
@@ -72,7 +73,8 @@ def same_but_for_numbers(
 # %% ../../nbs/study/03_figures.ipynb #8282542e
 def same_table(old:str, new:str)->bool: # content of two CSV files
     "Returns whether tables agree: text and whole numbers exactly, others within a millionth of them or 1e-7."
-    def close(one, two): return math.isclose(float(one), float(two), rel_tol=1e-6, abs_tol=1e-7)
+    def close(one, two):
+        return math.isclose(float(one), float(two), rel_tol=1e-6, abs_tol=1e-7)
     return same_but_for_numbers(old, new, close)
 
 def same_text(old:str, new:str)->bool: # such as a table in Markdown, or what a notebook printed
@@ -96,7 +98,8 @@ def same_picture(old:str, new:str)->bool: # content of two SVG files
     def drawn(svg): # without pixels, and without the hashes of unrounded numbers in matplotlib's names
         return re.sub(r'\b([a-zA-Z_]\w*?)[0-9a-f]{10}\b', r'\1', re.sub(r'base64,[^"]*', '', svg))
     def close(one, two): return abs(float(one) - float(two)) < .005
-    if not same_but_for_numbers(drawn(old), drawn(new), close): return False
+    if not same_but_for_numbers(drawn(old), drawn(new), close):
+        return False
     pairs = [*zip(pictures_in(old), pictures_in(new))]
     return all(one.shape == two.shape and abs(one - two).max() <= 2 for one, two in pairs)
 
@@ -125,13 +128,15 @@ def save_figure(
     text = io.StringIO()
     with plt.rc_context({'svg.hashsalt': 'vitdistill', 'svg.fonttype': 'path'}):
         fig.savefig(text, format='svg', metadata=about, **how)
-    if not is_unchanged(file := folder/f'{name}.svg', text.getvalue()): write_atomic(file, text.getvalue())
+    if not is_unchanged(file := folder/f'{name}.svg', text.getvalue()):
+        write_atomic(file, text.getvalue())
     return file
 
 # %% ../../nbs/study/03_figures.ipynb #c271948d
 def format_cell(value)->str:
     "Returns a value as text for readers: four significant digits, a dash for no value."
-    if value is None or value is pd.NA or isinstance(value, float) and math.isnan(value) or value == '': return '–'
+    if value is None or value is pd.NA or isinstance(value, float) and math.isnan(value) or value == '':
+        return '–'
     if not isinstance(value, (float, np.floating)): return str(value)
     return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
 
@@ -160,7 +165,8 @@ def save_table(
     "Writes tables/<name>.csv (ten significant digits) and .md (rows with ids, for readers), if they changed."
     frame, cell = significant(frame, 10), lambda value: format_cell(value).replace('|', r'\|').replace('\n', ' ')
     rows = [[cell(value) for value in row] for row in frame.itertuples(index=False)]
-    for row, name_of_row in zip(rows, row_ids(frame, key)): row[0] = f'<a id="{name_of_row}"></a>{row[0]}'
+    for row, name_of_row in zip(rows, row_ids(frame, key)):
+        row[0] = f'<a id="{name_of_row}"></a>{row[0]}'
     lines = [map(cell, frame.columns), ['---']*len(frame.columns), *rows]
     text = '\n'.join([*([caption, ''] if caption else []), *('| ' + ' | '.join(line) + ' |' for line in lines), ''])
     files = {Path(out)/f'tables/{name}.csv': frame.to_csv(index=False), Path(out)/f'tables/{name}.md': text}

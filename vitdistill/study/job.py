@@ -37,7 +37,8 @@ def decisions_of(runs:list[Run])->pd.DataFrame: # of an arm; -> columns of `read
     "Returns what the finished runs of an arm see in the test images; no rows without any."
     whole, _ = with_predictions([*finished_runs(runs).values()])
     frames = [read_predictions(run).assign(seed=run.config.seed) for run in whole]
-    if not frames: return pd.DataFrame(columns=['label', 'decision', 'seed'])
+    if not frames:
+        return pd.DataFrame(columns=['label', 'decision', 'seed'])
     return pd.concat(frames, ignore_index=True)
 
 def recalls(
@@ -117,15 +118,18 @@ def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `rec
 def test_files(config:Config)->ImageFiles: # of a run
     "Returns a run's test images, undecoded; ones that are no files, gone or changed are a `VitdistillError`."
     row = check_dataset(config.dataset)
-    if row.side: raise VitdistillError(f'the images of {row.title} are no files.')
+    if row.side:
+        raise VitdistillError(f'the images of {row.title} are no files.')
     files = image_files(config, row.package, row.needs)['test']
     if fingerprint(config) == config.data_hash: return files
     raise VitdistillError(f'the images in {config.data_root} are others than those that the run has seen.')
 
 def thumbnail(files:ImageFiles, row:int, config:Config, side:int=144)->str: # side: px
     "Returns an image as a model reads it: a JPEG in base64; '' if it can not be read."
-    try: pixels = decoded(lambda: files.opener(row), files.path(row), side, config.exif_orientation)
-    except VitdistillError: return ''
+    try:
+        pixels = decoded(lambda: files.opener(row), files.path(row), side, config.exif_orientation)
+    except VitdistillError:
+        return ''
     Image.fromarray(np.asarray(pixels)).save(file := io.BytesIO(), 'JPEG', quality=82)
     return base64.b64encode(file.getvalue()).decode()
 
@@ -136,7 +140,8 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
     config = replace(config, data_root=data_root or config.data_root) # of a job that was moved
     wrong = seen[seen.decision != seen.label].sort_values('confidence', ascending=False, kind='stable').head(most)
     try: files, note = test_files(config) if len(wrong) else None, ''
-    except VitdistillError as e: files, note = None, f'They are shown by number, for {e}'
+    except VitdistillError as e:
+        files, note = None, f'They are shown by number, for {e}'
     found = []
     for row in wrong.itertuples():
         found.append(dict(label=short(classes[row.label], 60), seen=short(classes[row.decision], 60),
@@ -181,10 +186,13 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
     "Returns a row for each model: accuracies as percentages, its worst class, and how it compares, for readers."
     differences, rows = comparison.table(), []
     for name, runs in models.items():
-        def share(key): return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
-        if without_labels(models): row = {'model': name, 'as its teacher': in_percent(agreement(models, name).agree, 1)}
-        else: row = {'model': name, 'held-out images': in_percent(share('held_out_top1'), 1),
-                     'test images': in_percent(share('test_top1'), 1)}
+        def share(key):
+            return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
+        if without_labels(models):
+            row = {'model': name, 'as its teacher': in_percent(agreement(models, name).agree, 1)}
+        else:
+            row = {'model': name, 'held-out images': in_percent(share('held_out_top1'), 1),
+                   'test images': in_percent(share('test_top1'), 1)}
         for one in differences[differences.arm == name].dropna(subset='difference').itertuples():
             ends = '' if np.isnan(one.low) else f' ({100*one.low:.1f} to {100*one.high:.1f})'
             other = one.other.partition('-')[0] # of the same architecture
@@ -216,7 +224,8 @@ def settings(models:dict)->pd.DataFrame: # of `finished`; -> setting, and a colu
     usual, rows = asdict(Config()), []
     for field in field_names():
         values = {name: config[field] for name, config in configs.items()}
-        if field in left_out or all(value == usual[field] for value in values.values()): continue
+        if field in left_out or all(value == usual[field] for value in values.values()):
+            continue
         rows.append(dict(setting=field) | {name: str(value) for name, value in values.items()})
     return pd.DataFrame(rows, columns=['setting', *models])
 
@@ -279,7 +288,8 @@ def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS
     for name, form in dict(parameters=lambda n: f'{n/1e6:.1f}', mb='{:.1f}'.format, ms='{:.2f}'.format,
                            int8_top1=lambda share: in_percent(share, 1), int8_mb='{:.1f}'.format,
                            int8_ms='{:.2f}'.format).items():
-        if name in shown: shown[name] = [pd.isna(value) and '–' or form(value) for value in shown[name]]
+        if name in shown:
+            shown[name] = [pd.isna(value) and '–' or form(value) for value in shown[name]]
     return table_item(shown.rename(columns=COSTS), caption)
 
 # %% ../../nbs/study/09_job.ipynb #e885fd67
@@ -305,7 +315,8 @@ def class_items(table:pd.DataFrame, colors:dict)->list[dict]: # table: of `recal
     caption = 'Right answers by class' + (': the 30 most difficult classes.' if len(table) > 30 else '.')
     untested = [short(name) for name, n in zip(table['class'], table['test images']) if not n]
     more = ', ...' if len(untested) > 10 else ''
-    if untested: caption += f" Never tested: {', '.join(untested[:10])}{more}."
+    if untested:
+        caption += f" Never tested: {', '.join(untested[:10])}{more}."
     shown = table.assign(**{name: table[name].map(in_percent) for name in models})
     drawn = draw_recalls(table, {name: colors[name] for name in models})
     return [picture(drawn, caption), table_item(shown, '', f'All {len(table)} classes')]
@@ -323,7 +334,8 @@ def mistake_items(models:dict, arm:str, classes:list, data_root:str='')->list[di
         pairs = pairs.assign(**{'share of the class': shares})
         items = [table_item(pairs, f'The classes that are confused most often, by {of}.')]
     found, note = surest_mistakes(models[arm][0], classes, data_root)
-    if not found: return [*items, html_item('', f'No test image is seen wrong by {of}.')]
+    if not found:
+        return [*items, html_item('', f'No test image is seen wrong by {of}.')]
     return [*items, html_item(_mistakes.render(mistakes=found), f'The surest mistakes of {arm}. {note}')]
 
 # %% ../../nbs/study/09_job.ipynb #a0ca776d
@@ -332,7 +344,8 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
     run, about = next(iter(models.values()))[0], comparison.study.about
     machine = machine_in_words(run.environment, run.config.device) if run.environment else ''
     begun = run.begun[:16].replace('T', ' ')
-    if machine: machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {begun} UTC"
+    if machine:
+        machine += f", vitdistill {run.environment.get('vitdistill', '?')}, begun {begun} UTC"
     took = {name: sum(run.result.get('seconds', 0) for run in runs) for name, runs in models.items()}
     took = ', '.join(f'{name} {tqdm.format_interval(time)}' for name, time in took.items() if time)
     texts = {'The command': about.get('command', ''), 'The machine': machine, 'Training took': took}
@@ -366,9 +379,11 @@ def introduction(comparison:Comparison, models:dict, held_out:int)->list[str]: #
                  unlabelled='taught, and half of its images have no labels')
     known = [f'{name}: {words}' for name, words in means.items() if name in arms]
     lines = [f"{'; '.join(known)}.".capitalize()] if known else []
-    if len({runs[0].config.student for name, runs in models.items() if name != 'teacher'}) < 2: return lines
+    if len({runs[0].config.student for name, runs in models.items() if name != 'teacher'}) < 2:
+        return lines
     best = best_arm(models)
-    def share(key): return pd.Series([run.result.get(key) for run in models[best]], dtype=float).mean()
+    def share(key):
+        return pd.Series([run.result.get(key) for run in models[best]], dtype=float).mean()
     return [*lines, f'Best on the {held_out} held-out images: {best}, with {in_percent(share("held_out_top1"), 1)} '
                     f'right; it has {in_percent(share("test_top1"), 1)} of the test images right.']
 
@@ -383,7 +398,8 @@ def write_job(
 )->Path:
     "Writes the page of a job, and the tables of its differences and classes; returns the path of the page."
     study, out, models = comparison.study, Path(out), finished(comparison, [*teacher])
-    if not models: raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
+    if not models:
+        raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
     seen = {name: frame for name, runs in models.items() if len(frame := decisions_of(runs))}
     card = Card.read(next(iter(models.values()))[0].model)
     labels = max((int(frame[['label', 'decision']].max().max()) for frame in seen.values()), default=-1)
@@ -394,7 +410,8 @@ def write_job(
         curves = learning(comparison, models, colors)
         wrong = class_items(table, colors)
         students = {name: runs for name, runs in models.items() if name in table}
-        if arm := best_arm(students): wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
+        if arm := best_arm(students):
+            wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
     save_table(comparison.table().drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
     if seen:
         shown = 'Share of the test images of each class that a model has right.'
@@ -402,7 +419,8 @@ def write_job(
     about = 'Choose by the held-out images: on the test images the best of several looks better than it is. '
     over = ' and '.join(sorted({*comparison.table().interval}))
     about = (about if len(models) > 3 else '') + (f'In brackets: 95% intervals over {over}.' if over else '')
-    if without_labels(models): about = 'As its teacher: of the held-out images, without labels.'
+    if without_labels(models):
+        about = 'As its teacher: of the held-out images, without labels.'
     found = [*introduction(comparison, models, card.n_held_out if card else 0), *found]
     tables = [table_item(accuracies(models, comparison, table), about)]
     if costs is not None and len(costs):

@@ -32,9 +32,12 @@ def read_table(path:Path, most:int=60)->dict: # path: CSV, or the Markdown besid
     caption, file = path.stem, path.with_suffix('.csv')
     if (text := path.with_suffix('.md')).is_file():
         caption = re.split(r'^\| ', text.read_text(encoding='utf-8'), maxsplit=1, flags=re.M)[0].strip()
-    try: frame = pd.read_csv(file, keep_default_na=False, na_values=['']).dropna(axis=1, how='all')
-    except (OSError, ValueError) as e: return dict(caption=f'{file.name} can not be read ({e}): write it anew.')
-    if (left := len(frame) - most) > 0: caption = f'{caption} The first {most} rows; {left} more are in the file.'
+    try:
+        frame = pd.read_csv(file, keep_default_na=False, na_values=['']).dropna(axis=1, how='all')
+    except (OSError, ValueError) as e:
+        return dict(caption=f'{file.name} can not be read ({e}): write it anew.')
+    if (left := len(frame) - most) > 0:
+        caption = f'{caption} The first {most} rows; {left} more are in the file.'
     return dict(caption=caption, head=[*frame], rows=frame.head(most).map(format_cell).values.tolist())
 
 # %% ../../nbs/study/07_page.ipynb #72e10709

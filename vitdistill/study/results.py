@@ -22,7 +22,8 @@ def curves(runs:list[Run])->pd.DataFrame: # run, seed, epoch, columns of metrics
     "Returns a row per epoch, counted from 1, of each readable run; top-1 and top-5 are fractions."
     parts = [frame.assign(epoch=frame.epoch + 1, run=run.name, seed=run.config.seed)
              for run in runs if run.status not in ('new', 'unreadable') and len(frame := run.metrics())]
-    if not parts: return pd.DataFrame(columns=['run', 'seed', 'epoch', 'test_top1'])
+    if not parts:
+        return pd.DataFrame(columns=['run', 'seed', 'epoch', 'test_top1'])
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/study/00_results.ipynb #e9453600
@@ -40,7 +41,8 @@ def mean_top1(arm:list[Run])->pd.Series: # index: epoch, from 1
 def published(reference=None)->pd.DataFrame: # reference: a CSV file with the same columns; None: the repository's
     "Returns the published numbers, all as text: source, where, item, quantity, value, unit."
     path = Path(reference or shipped('reports/reference/published.csv'))
-    if not path.is_file(): raise VitdistillError(f'no published numbers at {path}: give the path of published.csv.')
+    if not path.is_file():
+        raise VitdistillError(f'no published numbers at {path}: give the path of published.csv.')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 # %% ../../nbs/study/00_results.ipynb #f84e0b74
@@ -55,7 +57,8 @@ def published_value(
     asked = dict(source=source, item=item, quantity=quantity) | (dict(where=where) if where else {})
     for column, wanted in asked.items():
         known, table = table[column].unique(), table[table[column] == wanted]
-        if not len(table): raise VitdistillError(f'published.csv has no {column} {wanted!r}: {nearest(wanted, known)}')
+        if not len(table):
+            raise VitdistillError(f'published.csv has no {column} {wanted!r}: {nearest(wanted, known)}')
     if len(table) > 1:
         raise VitdistillError(f"{quantity!r} of {item!r} is published in {len(table)} places: give where, "
                               f"{' or '.join(table['where'])}.")
@@ -66,10 +69,12 @@ def published_value(
 # %% ../../nbs/study/00_results.ipynb #24109f75
 def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay as they are
     "Returns the values rounded to `digits` significant digits."
-    if isinstance(values, (pd.DataFrame, pd.Series)): return values.map(lambda value: significant(value, digits))
+    if isinstance(values, (pd.DataFrame, pd.Series)):
+        return values.map(lambda value: significant(value, digits))
     if isinstance(values, np.ndarray):
         return np.reshape([significant(value, digits) for value in values.flat], values.shape)
-    if not isinstance(values, (float, np.floating)) or not math.isfinite(values): return values
+    if not isinstance(values, (float, np.floating)) or not math.isfinite(values):
+        return values
     return float(f'{round(float(values), 15):.{digits}g}') # a rounding error around 0 becomes 0
 
 # %% ../../nbs/study/00_results.ipynb #ba52a4b1
@@ -98,14 +103,16 @@ def read_predictions(
     file:str='predictions.npz', # of `prediction_files`
 )->pd.DataFrame:                # image (id), label and decision (class), confidence (probability of the decision)
     "Returns a run's predictions, a row per image."
-    if part not in PARTS: raise VitdistillError(f'no part {part!r}: {nearest(part, PARTS)}')
+    if part not in PARTS:
+        raise VitdistillError(f'no part {part!r}: {nearest(part, PARTS)}')
     arrays = prediction_arrays(run, part, file)
     if f'{part}_image' not in arrays:
         raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there (val_fraction '
                               f'{run.config.val_fraction:g}).')
     known = [name.split('_')[1] for name in arrays if name.endswith('_decision')]
     head = head or ('softmax' if 'softmax' in known else 'class')
-    if head not in known: raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, known)}')
+    if head not in known:
+        raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, known)}')
     names = dict(image='image', label='label', decision=f'{head}_decision', confidence=f'{head}_confidence')
     frame = pd.DataFrame({column: arrays[f'{part}_{name}'] for column, name in names.items()})
     return frame.astype(dict(image=int, label=int, decision=int, confidence=float))
@@ -172,7 +179,8 @@ def teacher_calls(
     heard = images*seen if config.teacher else 0.
     if config.fold_answers == 'drawn': # centre views, once
         return dict(heard=heard, online=images, memo=images, shared=images/sharing)
-    if unnumbered(config) or not heard: return dict.fromkeys(['heard', 'online', 'memo', 'shared'], heard)
+    if unnumbered(config) or not heard:
+        return dict.fromkeys(['heard', 'online', 'memo', 'shared'], heard)
     parts = [(images, seen)] # images, and how often a run sees one of them
     if unlabelled:
         share = config.unlabelled_share

@@ -18,7 +18,8 @@ def seed_interval(differences)->tuple: # (n,) one per pair of runs -> mean, low,
     "Returns the mean difference over seeds with its 95% t interval; NaN if it has none."
     differences = np.asarray(differences, float)
     mean = round(float(differences.mean()), 12) if len(differences) else np.nan # .0415 prints as 4.2, not as 4.1
-    if len(differences) < 2 or np.ptp(differences) < 1e-9: return mean, np.nan, np.nan
+    if len(differences) < 2 or np.ptp(differences) < 1e-9:
+        return mean, np.nan, np.nan
     found = ttest_1samp(differences, 0).confidence_interval()
     return mean, round(float(found.low), 12), round(float(found.high), 12)
 

@@ -27,11 +27,13 @@ class Law:
     basis:Callable=field(repr=False) # epochs, shape -> an array with one more axis, of length `linear`
     shapes:Callable=field(default=lambda epoch: [()], repr=False) # epochs -> shapes from which a fit may start
     def __call__(self, epoch, parameters):
-        with np.errstate(over='ignore'): basis = self.basis(np.asarray(epoch, float), *parameters[self.linear:])
+        with np.errstate(over='ignore'):
+            basis = self.basis(np.asarray(epoch, float), *parameters[self.linear:])
         return basis @ np.asarray(parameters[:self.linear], float)
 
 # %% ../../nbs/study/02_trends.ipynb #9e05059c
-def _columns(*columns): return np.stack(np.broadcast_arrays(*columns), -1)
+def _columns(*columns):
+    return np.stack(np.broadcast_arrays(*columns), -1)
 
 LOG = Law('logarithm', '{} + {} ln(epoch)', 'ab', 2, lambda x: _columns(1., np.log(x)))
 POWER = Law('power law', '{} - {} epoch^-{}', 'cab', 2, lambda x, b: _columns(1., -x**-b),
@@ -59,12 +61,15 @@ class Trend:
     @property
     def n(self)->int: return len(self.epoch)
     @property
-    def last(self)->float: return float(max(self.epoch, default=1)) # fitted epoch
+    def last(self)->float: # fitted epoch
+        return float(max(self.epoch, default=1))
     @property
-    def passes_one(self)->float: return self.epoch_of(1, after=self.last) # `last` if it is above 1 there
+    def passes_one(self)->float: # `last` if it is above 1 there
+        return self.epoch_of(1, after=self.last)
     def epoch_of(self, accuracy:float, after:float=1)->float:
         "Returns the first epoch from `after` on at which the law reaches `accuracy`; inf if it never does."
-        def above(log_epoch): return self(np.exp(log_epoch)) - accuracy # monotone
+        def above(log_epoch): # monotone
+            return self(np.exp(log_epoch)) - accuracy
         if above(math.log(after)) >= 0: return float(after)
         return math.exp(brentq(above, math.log(after), 700)) if above(700) > 0 else math.inf
     def equation(self)->str:
@@ -85,7 +90,8 @@ def _solved(law, epoch, accuracy, shape): # -> the best parameters with this sha
 
 # %% ../../nbs/study/02_trends.ipynb #cc9db763
 def _least_squares(law, epoch, accuracy, shapes): # shapes: a search starts from the best -> parameters, residuals
-    def residuals(logs): return _solved(law, epoch, accuracy, np.exp(logs))[1]
+    def residuals(logs):
+        return _solved(law, epoch, accuracy, np.exp(logs))[1]
     with np.errstate(all='ignore'):
         logs = min(np.log(shapes), key=lambda logs: (residuals(logs)**2).sum())
         if not len(logs): return _solved(law, epoch, accuracy, logs)
@@ -147,8 +153,10 @@ def bootstrap(
     fitted, shape, refits = trend(trend.epoch), trend.parameters[law.linear:], []
     for first in generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))):
         drawn = residuals[(first[:, None] + np.arange(block)).ravel()[:n]]
-        try: refits.append(Trend(law, _least_squares(law, trend.epoch, fitted + drawn, [shape])[0], epoch=trend.epoch))
-        except VitdistillError: continue
+        try:
+            refits.append(Trend(law, _least_squares(law, trend.epoch, fitted + drawn, [shape])[0], epoch=trend.epoch))
+        except VitdistillError:
+            continue
     if len(refits) < repeats/2:
         raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {law.name} converge: its forecast '
                               'has no interval, read another law.')
@@ -169,7 +177,8 @@ def forecast_band(
 # %% ../../nbs/study/02_trends.ipynb #8787c1f9
 def crossover(one:Trend, other:Trend)->float:
     "Returns the epoch from which `other` stays above `one` while both are at most 1; inf if it does not."
-    def lead(log_epoch): return other(np.exp(log_epoch)) - one(np.exp(log_epoch))
+    def lead(log_epoch):
+        return other(np.exp(log_epoch)) - one(np.exp(log_epoch))
     grid = np.linspace(0, math.log(min(1e6, one.epoch_of(1), other.epoch_of(1))), 1000)
     behind = np.flatnonzero(lead(grid) <= 0)
     if not len(behind): return 1.
@@ -200,7 +209,8 @@ def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: ac
     "Returns a law fitted to the epochs up to `last`; its parameters are NaN if it can't be fitted."
     known = curve[curve.index <= last]
     try: return fit(law, known.index, known)
-    except VitdistillError: return Trend(law, (math.nan,)*len(law.symbols))
+    except VitdistillError:
+        return Trend(law, (math.nan,)*len(law.symbols))
 
 def forecast_error(law:Law, curve:pd.Series, share:float)->float: # curve: accuracies by epoch; NaN: no fit
     "Returns a law's forecast of the last epoch from the first `share` of the epochs, minus what was measured."

@@ -39,17 +39,20 @@ def run_state(run:Run, now:float|None=None)->dict: # now: seconds since 1970; No
         row['eta'] = _local(now + max(0., left))
     return row
 
-def _local(seconds:float)->pd.Timestamp: return pd.Timestamp.fromtimestamp(round(seconds))
+def _local(seconds:float)->pd.Timestamp:
+    return pd.Timestamp.fromtimestamp(round(seconds))
 
 # %% ../../nbs/study/06_watch.ipynb #6ab484a5
 def runs(folder:str|Path='reports/runs')->pd.DataFrame: # absolute, or relative to the repository's root
     "Returns `frame_columns` of all runs of a folder, newest first; prints which folders are no runs."
     found, folder = find_runs(folder), from_root(folder)
     frame = pd.DataFrame([run_state(run) for run in found], columns=frame_columns)
-    if not found: print(f'No runs in {folder}: start one, or name another folder.')
+    if not found:
+        print(f'No runs in {folder}: start one, or name another folder.')
     others = sorted({place.name for place in folder.glob('*/')} - {run.name for run in found} - {'images'})
     more = f' and {len(others) - 5} more' if others[5:] else ''
-    if others: print(f"Not listed, for they hold no config.yaml: {', '.join(others[:5])}{more}.")
+    if others:
+        print(f"Not listed, for they hold no config.yaml: {', '.join(others[:5])}{more}.")
     frame = frame.astype({'seed': 'Int64', 'epochs': 'Int64', 'eta': 'datetime64[s]', 'written': 'datetime64[s]'})
     return frame.sort_values(['written', 'run'], ascending=[False, True], ignore_index=True)
 
@@ -82,11 +85,13 @@ def watch(
         curve = LiveCurve(run) if in_jupyterlab() else None
         while True:
             row = run_state(run)
-            if row['status'] == 'interrupted': row = run_state(run) # it may have ended between two reads
+            if row['status'] == 'interrupted': # it may have ended between two reads
+                row = run_state(run)
             if shown != (shown := (row['status'], row['epochs_done'])):
                 if curve: curve.update(describe(row))
                 else: print(describe(row), flush=True)
             if row['status'] != 'running': return run
             time.sleep(every)
-    except KeyboardInterrupt: print('stopped watching; the run continues')
+    except KeyboardInterrupt:
+        print('stopped watching; the run continues')
     return run

@@ -56,7 +56,8 @@ def positions(
     width:int   # of the tokens
 )->torch.Tensor: # (N, width) float32
     "Returns fixed sine-cosine positions in two dimensions, as in MAE."
-    if width % 4: raise VitdistillError(f'a width of {width} has no sine-cosine positions: choose a multiple of 4.')
+    if width % 4:
+        raise VitdistillError(f'a width of {width} has no sine-cosine positions: choose a multiple of 4.')
     return build_sincos2d_pos_embed(list(grid), width)
 
 # %% ../../nbs/tasks/00_can.ipynb #9f8d5afc
@@ -124,7 +125,8 @@ class Decoder(nn.Module):
         x = self.enter(tokens)
         everywhere = self.hidden.to(x.dtype).expand(len(x), len(self.positions), -1)
         x = everywhere.scatter(1, keep[..., None].expand_as(x), x) + self.positions
-        if self.level is not None: x = x + self.level(sines(share, x.shape[-1]))[:, None]
+        if self.level is not None:
+            x = x + self.level(sines(share, x.shape[-1]))[:, None]
         return self.leave(self.norm(self.blocks(x)))
 
 # %% ../../nbs/tasks/00_can.ipynb #1b6a1fa1
@@ -163,7 +165,8 @@ def draw_views(
         return uniform(image, n, *((*key, copy, purpose) for copy in range(len(pixels)//len(image))))
     share, order = numbers(1 + patches, 1).split([1, patches], 1)
     noise = torch.zeros_like(pixels)
-    if sigma: noise = (sigma*share*normal(numbers(pixels[0].numel(), 2))).view(pixels.shape)
+    if sigma:
+        noise = (sigma*share*normal(numbers(pixels[0].numel(), 2))).view(pixels.shape)
     return MaskedViews(pixels + noise, noise, share[:, 0], *split_patches(order, mask))
 
 # %% ../../nbs/tasks/00_can.ipynb #6cc6d2b0
@@ -207,7 +210,8 @@ def silent_error(
     normalize:bool=False # as in `patch_error`
 )->float:
     "Returns the expected `patch_error` of a decoder that predicts no noise: the variance of the noise."
-    if not normalize: return sigma**2/3 # standard deviations are uniform in [0, sigma]
+    if not normalize: # standard deviations are uniform in [0, sigma]
+        return sigma**2/3
     values, least = 3*math.prod(side), PATCH_EPS**.5
     return (1 - 1/values)*(1 - least/sigma*math.atan(sigma/least)) # weak noise stays below variance 1
 
@@ -239,7 +243,8 @@ class CanTerms(nn.Module):
         if weights['contrast']:
             pooled = self.projector(tokens.mean(1)).chunk(2) # one part per view
             parts['contrast'] = nt_xent(*(whole_batch(z, batch.weight > 0) for z in pooled), self.tau)
-        if any(self.weights[1:]): decoded = self.decoder(tokens, views.keep, views.share).float()
+        if any(self.weights[1:]):
+            decoded = self.decoder(tokens, views.keep, views.share).float()
         if weights['reconstruction']:
             parts['reconstruction'] = patch_error(decoded, batch.pixels, views.hidden, self.side,
                                                   self.normalize_targets)
@@ -255,8 +260,10 @@ def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterat
                'or more, and not all 0.')
         return
     contrast, reconstruction, denoising = weights
-    if type(views) is not int or views not in (1, 2): yield f'views = {views}: give 1 or 2 of an image.'
-    if views == 1 and contrast: yield 'a contrast needs two views of an image: set views to 2, or its weight to 0.'
+    if type(views) is not int or views not in (1, 2):
+        yield f'views = {views}: give 1 or 2 of an image.'
+    if views == 1 and contrast:
+        yield 'a contrast needs two views of an image: set views to 2, or its weight to 0.'
     if not 0 < mask < 1 and (mask or reconstruction):
         yield f'mask = {mask} is out of range: hide a share of the patches in (0, 1), or 0 without reconstruction.'
     if not 0 <= sigma < math.inf or not sigma and denoising:
@@ -292,7 +299,8 @@ class ContrastiveMaskedNoise(CanTerms):
         projector:tuple=(4096, 128), # widths of the contrast's MLP: hidden, output
         decoder:tuple=(512, 8, 16)): # width, depth, heads
         super().__init__()
-        for fault in can_faults(views, mask, sigma, weights): raise VitdistillError(fault)
+        for fault in can_faults(views, mask, sigma, weights):
+            raise VitdistillError(fault)
         self.seed, self.copies, self.mask, self.sigma, self.weights = seed, views, mask, sigma, weights
         self.needs_two = weights[0] > 0 # a contrast needs two images in a batch
         self.area, self.jitter = check_range('crop_area', crop_area, 1e-6), check_range('colour_jitter', colour_jitter)
@@ -339,7 +347,8 @@ def refuse_another_model(
         raise VitdistillError(f'{tuning.experiment!r} trains a {tuning.student}, and a {config.student} is '
                               'pre-trained: name a part of the preset that has the same student.')
     def shapes(c): # of all weights but head and positions, which may differ
-        with torch.device('meta'): model = create(c.student, 1, student_size(c, image_side(c)), **c.student_kwargs)
+        with torch.device('meta'):
+            model = create(c.student, 1, student_size(c, image_side(c)), **c.student_kwargs)
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != 'pos_embed'}
     before, after = shapes(config), shapes(tuning)
     for name in sorted(before.keys() | after.keys()):
@@ -364,7 +373,8 @@ def reconstructions(
         if not normalized: continue
         mean, deviation = patch_scale(target)
         decoded = torch.where(where, decoded*deviation + mean, decoded)
-    if not can.weights[2]: noisy, decoded = clean, torch.where(visible, 0., decoded)
+    if not can.weights[2]:
+        noisy, decoded = clean, torch.where(visible, 0., decoded)
     pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - decoded, decoded)
     return tuple(F.fold(x.transpose(1, 2), pixels.shape[-2:], can.side, stride=can.side) for x in pictures)
 
@@ -402,7 +412,8 @@ def features(setup, views, rows:torch.Tensor, encoder:nn.Module)->np.ndarray: # 
     "Returns mean patch tokens of the centre views of `rows`, (n, D) float32, in order; each rank computes a part."
     encoder, mine, parts = encoder.eval(), rows.tensor_split(setup.ranks.world)[setup.ranks.rank], []
     for part in mine.split(setup.images_a_pass):
-        with setup.autocast(): parts.append(encoder(setup.input(views(part))).mean(1).float())
+        with setup.autocast():
+            parts.append(encoder(setup.input(views(part))).mean(1).float())
     return whole_batch(torch.cat(parts)).cpu().numpy()
 
 # %% ../../nbs/tasks/00_can.ipynb #9f86d98c

@@ -64,7 +64,8 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
     folder = from_root(config.work_dir)/'encoders'/key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'lock'):
-        if (folder/'dual.json').is_file(): return load_dual(folder, config.teacher_precision, device)
+        if (folder/'dual.json').is_file():
+            return load_dual(folder, config.teacher_precision, device)
         embeddings = alone.kept_images(pairs[1], from_root(config.work_dir)/'embeddings')
         torch.manual_seed(settings['seed'])
         tower = TextTower(build_tokenizer([*texts, *pairs[0]]), alone.width, settings)
@@ -86,7 +87,8 @@ def create_encoder(
             raise VitdistillError("clip = 'own' fits a text tower to images with captions, and dataset = 'texts' has "
                                   'no images: give the folder of a dual encoder as clip, or a model of open_clip.')
         return own_encoder(config, device, data, texts, pairs)
-    if from_root(config.clip).is_dir(): return load_dual(config.clip, config.teacher_precision, device)
+    if from_root(config.clip).is_dir():
+        return load_dual(config.clip, config.teacher_precision, device)
     return OpenClip(config.clip, config.clip_pretrained, device)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #6af29bce
@@ -107,11 +109,13 @@ class Captioning(BaseSetup):
     def rows(self)->int: return len(self.texts) # of an epoch
 
     @property
-    def modules(self)->dict: return dict(model=self.student) if self.student else {} # what is trained
+    def modules(self)->dict: # what is trained
+        return dict(model=self.student) if self.student else {}
 
     def captions(self, embeddings:torch.Tensor)->list[str]: # (N, D)
         "Returns what the decoder writes, or the training caption with the nearest embedding."
-        if self.student: return self.student.captions(embeddings, self.config.beams)
+        if self.student:
+            return self.student.captions(embeddings, self.config.beams)
         nearest = [(part@self.embeddings.T).argmax(1) for part in embeddings.split(500)]
         return [self.texts[i] for i in torch.cat(nearest).tolist()]
 
@@ -138,12 +142,14 @@ def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts
     seen = say(0, train, TOWER_TEMPLATES)
     encoder = create_encoder(config, device, data, seen, (say(0, pairs, TOWER_TEMPLATES), data.train_images[pairs]))
     texts, test = say(0, train), torch.arange(len(data.test_labels))
-    def pictured(images, rows): return encoder.kept_images(images[rows], kept)
+    def pictured(images, rows):
+        return encoder.kept_images(images[rows], kept)
     image = {'pairs': pictured(data.train_images, pairs), 'val': pictured(data.train_images, choice),
              'test': pictured(data.test_images, test)}
     source = encoder.kept_texts(texts, kept)
     means = dict(text=source.mean(0).tolist(), image=image['pairs'].mean(0).tolist()) if config.center else {}
-    if config.learn_from == 'image': source = pictured(data.train_images, train)
+    if config.learn_from == 'image':
+        source = pictured(data.train_images, train)
     source = centred(source, means.get('image' if config.learn_from == 'image' else 'text', []))
     def part(number, rows, labels, name):
         text = encoder.kept_texts(say(number, rows, TOWER_TEMPLATES), kept)
@@ -222,7 +228,8 @@ def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int,
         noisy = add_noise(setup.embeddings[order[start:stop]], setup.std, noise)[own.start - start:own.stop - start]
         tokens = setup.tokens[order[own]]
         tokens = tokens[:, :int((tokens >= 0).sum(1).max())].to(ranks.device)
-        with setup.autocast(): loss = model(noisy.to(ranks.device), tokens).mean()
+        with setup.autocast():
+            loss = model(noisy.to(ranks.device), tokens).mean()
         (loss*weight).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -280,7 +287,8 @@ def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kind
 def test_arrays(setup:Captioning, made:dict)->dict: # made: of `measured`
     "Returns the arrays of predictions.npz: the class that each caption names, -1 for none, and points of the gap."
     part, val, names = setup.parts['test'], setup.parts['val'], {}
-    for facts, label in zip(part.facts, part.labels.tolist()): names[facts.name] = label
+    for facts, label in zip(part.facts, part.labels.tolist()):
+        names[facts.name] = label
     arrays = dict(test_image=part.rows.int().numpy(), test_label=part.labels.short().numpy())
     for kind, head in (('image', 'class'), ('text', 'text')):
         named = [names.get(parse_caption(one, setup.config.templates).name, -1) for one in made[kind]]
@@ -310,7 +318,8 @@ def captions_outcome(setup:Captioning, run:RunWriter, measures:dict)->dict: # me
         result |= numbers | {f'{kind}_bleu': round(bleu(made[kind], part.wanted), 3) for kind in made}
         result['examples'] = [[row, caption] for row, caption in zip(part.rows[:24].tolist(), made['image'])]
         run.save_predictions(**test_arrays(setup, made))
-    if setup.student: result['weights_hash'] = file_hash(str(save_captioner(setup, run.model)))
+    if setup.student:
+        result['weights_hash'] = file_hash(str(save_captioner(setup, run.model)))
     return result | setup.about
 
 CAPTIONS = Task(name='a run of captions', reads=(*EVERY, 'captions', 'teacher_precision'),
@@ -350,7 +359,8 @@ def caption_files(
 # %% ../../nbs/tasks/03_captioning.ipynb #27fee98d
 def own_config(texts:str|Path, out:str|Path, fields:dict)->Config: # fields: of Config, and preset
     "Returns the config of a run on a text file of one's own; everything is written below `out`."
-    if not Path(texts).is_file(): read_texts(from_here(texts)) # says what is wrong
+    if not Path(texts).is_file(): # says what is wrong
+        read_texts(from_here(texts))
     given = dict(dataset='texts', data_root=str(from_here(texts)), runs_dir=str(from_here(out)/'runs'),
                  work_dir=str(from_here(out)/'work')) | fields
     config = preset(given.pop('preset', None) or 'captions_own', 'captions', **given)

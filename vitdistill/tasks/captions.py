@@ -22,7 +22,8 @@ def add_noise(
     generator:torch.Generator=None # on the CPU
 )->torch.Tensor:             # (B, D) of norm 1
     "Normalizes embeddings, adds Gaussian noise and normalizes them again; without noise it only normalizes."
-    if not std >= 0: raise VitdistillError(f'std = {std} of the noise is negative: give 0 or more.')
+    if not std >= 0:
+        raise VitdistillError(f'std = {std} of the noise is negative: give 0 or more.')
     unit = F.normalize(embeddings, dim=-1)
     if not std: return unit
     noise = torch.randn(unit.shape, generator=generator).to(unit)
@@ -57,7 +58,8 @@ TEMPLATES = dict(
 
 def check_templates(name:str)->tuple:
     "Returns a set of templates; an unknown name is a `VitdistillError`."
-    if name not in TEMPLATES: raise VitdistillError(f'templates = {name!r} is not known: {nearest(name, TEMPLATES)}')
+    if name not in TEMPLATES:
+        raise VitdistillError(f'templates = {name!r} is not known: {nearest(name, TEMPLATES)}')
     return TEMPLATES[name]
 
 # %% ../../nbs/tasks/01_captions.ipynb #557f3f48
@@ -77,14 +79,16 @@ def parse_caption(caption:str, templates:str)->Facts:
     "Returns what a caption says, '' where it follows none of the templates."
     for form in check_templates(templates):
         pattern = re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>.+?)', re.escape(form))
-        if found := re.fullmatch(pattern, caption.strip()): return Facts(**found.groupdict())
+        if found := re.fullmatch(pattern, caption.strip()):
+            return Facts(**found.groupdict())
     return Facts('', '', '')
 
 # %% ../../nbs/tasks/01_captions.ipynb #65ca52f2
 def share_right(captions:list[str], facts:list[Facts], templates:str)->dict: # shares in [0, 1]
     "Returns the shares of captions with the right class, with the right word, and of those that follow a template."
     found = [parse_caption(one, templates) for one in captions]
-    def share(name): return sum(getattr(a, name) == getattr(b, name) for a, b in zip(found, facts))/len(facts)
+    def share(name):
+        return sum(getattr(a, name) == getattr(b, name) for a, b in zip(found, facts))/len(facts)
     return dict(top1=share('name'), word=share('word'), parsed=sum(bool(one.name) for one in found)/len(found))
 
 def bleu(captions:list[str], references:list[str])->float: # in [0, 100]
@@ -161,7 +165,8 @@ def create_decoder(config:Config, texts:list[str])->tuple: # (GPT-2, its tokeniz
     ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), tokenizer.eos_token_id)
     dropped = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), 0.)
     given = dict(**ends, pad_token_id=tokenizer.pad_token_id) | dropped | SMALL | config.decoder_kwargs
-    try: return GPT2LMHeadModel(GPT2Config(**given | dict(vocab_size=len(tokenizer)))), tokenizer
+    try:
+        return GPT2LMHeadModel(GPT2Config(**given | dict(vocab_size=len(tokenizer)))), tokenizer
     except Exception as e: # transformers' own, or torch's
         raise VitdistillError(f'decoder_kwargs = {config.decoder_kwargs}: GPT-2 refuses a value '
                               f'({failure_in_words(e)}): mend it.') from None
@@ -179,7 +184,8 @@ class Captioner(nn.Module):
         self.tokenizer, self.width, self.prefix = tokenizer, width, prefix
 
     @property
-    def room(self)->int: return self.decoder.config.n_positions - self.prefix # tokens of a caption, at most
+    def room(self)->int: # tokens of a caption, at most
+        return self.decoder.config.n_positions - self.prefix
 
     def forward(self, embeddings:torch.Tensor, tokens:torch.Tensor)->torch.Tensor: # (B, D), (B, T) -> (B,)
         "Returns the loss of each row: the mean negative log likelihood of its tokens; those below 0 don't count."

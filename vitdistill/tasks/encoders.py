@@ -35,7 +35,8 @@ def fill_embeddings(
     view = torch.zeros_like(rows)
     with FileLock(memo.file.with_suffix('.lock')):
         for part in rows.split(512):
-            if memo.known(part) < 1: memo.put(part, view[part], embed(slice(part[0], part[-1] + 1)))
+            if memo.known(part) < 1:
+                memo.put(part, view[part], embed(slice(part[0], part[-1] + 1)))
     return memo.get(rows, view)[0]
 
 # %% ../../nbs/tasks/02_encoders.ipynb #002e10b1
@@ -44,12 +45,16 @@ class Encoder:
     width:int # of an embedding
     key:dict  # what embeddings depend on, beside what is embedded
     image_key:dict|None=None # what embeddings of images depend on, if that is less than `key`
-    def images(self, images:torch.Tensor)->torch.Tensor: raise NotImplementedError # (B, H, W, 3) uint8 -> (B, D)
-    def texts(self, texts:list[str])->torch.Tensor: raise NotImplementedError # -> (B, D)
-    def read(self, file:Path)->torch.Tensor: raise NotImplementedError # -> (H, W, 3) uint8, a row of `images`
+    def images(self, images:torch.Tensor)->torch.Tensor: # (B, H, W, 3) uint8 -> (B, D)
+        raise NotImplementedError
+    def texts(self, texts:list[str])->torch.Tensor: # -> (B, D)
+        raise NotImplementedError
+    def read(self, file:Path)->torch.Tensor: # -> (H, W, 3) uint8, a row of `images`
+        raise NotImplementedError
 
     def memo(self, folder:str|Path, n:int, **key)->Memo: # of n questions; key: on what their answers depend
-        try: return open_memo(folder, dict(images=n, views=1, classes=self.width, **key, **Embedding().key()))
+        try:
+            return open_memo(folder, dict(images=n, views=1, classes=self.width, **key, **Embedding().key()))
         except OSError as e:
             raise VitdistillError(f'{folder} can not keep embeddings ({e}): free some space, or name another '
                                   'work_dir.') from None
@@ -108,7 +113,8 @@ class OpenClip(Encoder):
     @torch.inference_mode()
     def texts(self, texts):
         return F.normalize(self.model.encode_text(self.tokenize(texts).to(self.device)), dim=-1).float().cpu()
-    def read(self, file): return read_image(file, max(np.atleast_1d(self.model.visual.image_size)))
+    def read(self, file):
+        return read_image(file, max(np.atleast_1d(self.model.visual.image_size)))
 
 # %% ../../nbs/tasks/02_encoders.ipynb #e50398be
 TOWER = dict(width=192, depth=2, heads=3, epochs=40, batch=250, lr=1e-3, tau=.07, seed=0)
@@ -117,9 +123,12 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
     "Returns the settings of a text tower; an unknown or impossible one is a `VitdistillError`."
     settings = dict(TOWER)
     for name, value in given.items():
-        if name not in TOWER: raise VitdistillError(f'text_tower has no {name!r}: {nearest(name, TOWER)}')
-        try: settings[name] = type(TOWER[name])(value) # papermill reads 1e-3 as a word
-        except (TypeError, ValueError): settings[name] = None
+        if name not in TOWER:
+            raise VitdistillError(f'text_tower has no {name!r}: {nearest(name, TOWER)}')
+        try: # papermill reads 1e-3 as a word
+            settings[name] = type(TOWER[name])(value)
+        except (TypeError, ValueError):
+            settings[name] = None
         if settings[name] is None or settings[name] != float(value) or settings[name] <= 0 and name != 'seed':
             raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[type(TOWER[name])]} above 0.')
     if settings['width'] % settings['heads']:
@@ -194,7 +203,8 @@ def tower_facts(config:Config, data:Data)->dict: # what an image tower is, besid
 def image_tower(facts:dict, weights:str='', precision:str='fp32', device:str='cpu')->Teacher: # facts: of `tower_facts`
     "Returns a frozen image tower, a model without its head; without weights it is untrained."
     model = create(facts['student'], 1, facts['size'], facts['stem'], **facts['student_kwargs'])
-    if weights: load_weights(model, weights_place(weights), new_head=True)
+    if weights:
+        load_weights(model, weights_place(weights), new_head=True)
     model.reset_classifier(0)
     return Teacher(model, facts['constants'], facts['size'], precision, device)
 
@@ -215,11 +225,15 @@ class DualEncoder(Encoder):
         self.key = self.image_key | dict(text=model_hash(text) if text else '')
 
     @property
-    def scale(self)->float: return self.text.scale # of cosines, at which the text tower was fitted
-    def images(self, images): return F.normalize(self.image.logits(images.permute(0, 3, 1, 2)), dim=-1).cpu()
+    def scale(self)->float: # of cosines, at which the text tower was fitted
+        return self.text.scale
+    def images(self, images):
+        return F.normalize(self.image.logits(images.permute(0, 3, 1, 2)), dim=-1).cpu()
     @torch.inference_mode()
-    def texts(self, texts): return F.normalize(self.text(self.text.tokens(texts)), dim=-1).float().cpu()
-    def read(self, file): return read_image(file, self.facts['side'], self.facts.get('exif_orientation', True))
+    def texts(self, texts):
+        return F.normalize(self.text(self.text.tokens(texts)), dim=-1).float().cpu()
+    def read(self, file):
+        return read_image(file, self.facts['side'], self.facts.get('exif_orientation', True))
 
 
 def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: settings of the text tower, and more

@@ -31,8 +31,10 @@ def read_pairs(file:Path)->list: # of (folder, words), words None where a file l
             if isinstance(values, list) and all(isinstance(one, str) for one in values):
                 return [(name, None) for name in values]
             raise ValueError('lists or single words stand there')
-    except OSError as e: raise VitdistillError(f'no file of words at {file} ({e.strerror}): mend the path.') from None
-    except UnicodeDecodeError: raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
+    except OSError as e:
+        raise VitdistillError(f'no file of words at {file} ({e.strerror}): mend the path.') from None
+    except UnicodeDecodeError:
+        raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
     except (yaml.YAMLError, ValueError) as e:
         reason = getattr(e, 'problem', None) or first_line(e)
         raise VitdistillError(f'{file} holds no lines of the form "folder: words" ({reason}): mend it.') from None
@@ -40,7 +42,8 @@ def read_pairs(file:Path)->list: # of (folder, words), words None where a file l
     delimiter = next((mark for mark in ';\t' if lines and mark in lines[0]), ',')
     rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(map(str.strip, row))]
     if all(len(row) == 1 for row in rows):
-        if not (colon := next((name for [name] in rows if ': ' in name), '')): return [(name, None) for [name] in rows]
+        if not (colon := next((name for [name] in rows if ': ' in name), '')):
+            return [(name, None) for [name] in rows]
         raise VitdistillError(f'{file}: {colon!r} looks like YAML: give the file the ending .yaml.')
     for row in rows:
         if len(row) != 2:
@@ -54,8 +57,10 @@ def given_pairs(
     classes:list=() # names of the class folders
 )->list: # of (folder, words), words None where names alone are given
     "Returns names of classes and their words as texts, without a heading."
-    if isinstance(given, str | Path): pairs = read_pairs(from_here(given)) if str(given) else []
-    else: pairs = [*given.items()] if isinstance(given, dict) else [(name, None) for name in given or ()]
+    if isinstance(given, str | Path):
+        pairs = read_pairs(from_here(given)) if str(given) else []
+    else:
+        pairs = [*given.items()] if isinstance(given, dict) else [(name, None) for name in given or ()]
     pairs = [(str(name).strip(), None if text is None else str(text).strip()) for name, text in pairs]
     heading = pairs and pairs[0][0].lower() in ('folder', 'class', 'name') and pairs[0][0] not in classes
     return pairs[1:] if heading else pairs
@@ -66,14 +71,18 @@ def words_of_classes(
 )->dict:            # folder -> words, in the order of the classes
     "Returns words for each class; unknown folders and words that two classes share are a `VitdistillError`."
     where = given if isinstance(given, str | Path) else 'classes'
-    def usual(name): return name.replace('_', ' ').replace('-', ' ').strip()
+    def usual(name):
+        return name.replace('_', ' ').replace('-', ' ').strip()
     words = {}
     for folder, text in given_pairs(given, classes):
-        if not classes and not folder: raise VitdistillError(f'{where}: a name is empty: give one, or remove the line.')
+        if not classes and not folder:
+            raise VitdistillError(f'{where}: a name is empty: give one, or remove the line.')
         if classes and folder not in classes:
             raise VitdistillError(f'{where}: {folder!r} is no folder of images: {nearest(folder, classes)}')
-        if folder in words: raise VitdistillError(f'{where}: {folder!r} stands twice: leave one line.')
-        if text == '': raise VitdistillError(f'{where}: no words for {folder!r}: give some, or leave the line out.')
+        if folder in words:
+            raise VitdistillError(f'{where}: {folder!r} stands twice: leave one line.')
+        if text == '':
+            raise VitdistillError(f'{where}: no words for {folder!r}: give some, or leave the line out.')
         words[folder] = text or usual(folder)
     if not classes and len(words) < 2:
         raise VitdistillError(f'{where} names {len(words)} class{"" if len(words) == 1 else "es"}: name two or more.')
@@ -100,14 +109,16 @@ def load_encoder(teacher:str, device:str='cpu')->Encoder: # teacher: clip:...
         return load_dual(inside if inside.is_dir() else from_here(name), device=device)
     require('open_clip', 'captions', f'teacher = {teacher!r}')
     import open_clip
-    if name.startswith(('hf-hub:', 'local-dir:')): return OpenClip(name, '', device, 'as teacher, clip:MODEL/FILE')
+    if name.startswith(('hf-hub:', 'local-dir:')):
+        return OpenClip(name, '', device, 'as teacher, clip:MODEL/FILE')
     model, _, weights = name.partition('/')
     if model not in open_clip.list_models():
         near = nearest(model, open_clip.list_models(), 'name it as clip:MODEL/WEIGHTS, such as clip:ViT-B-32/openai.')
         raise VitdistillError(f'teacher = {teacher!r}: open_clip has no model {model!r}, and there is no such folder: '
                               f'{near}')
     tags = open_clip.list_pretrained_tags_by_model(model)
-    if weights and from_here(weights).is_file(): weights = str(from_here(weights))
+    if weights and from_here(weights).is_file():
+        weights = str(from_here(weights))
     elif weights not in tags:
         known = f" open_clip's are {', '.join(tags)}." if tags else ''
         raise VitdistillError(f'teacher = {teacher!r} names no weights that open_clip knows for {model} and no file: '
@@ -174,7 +185,8 @@ def teacher_by_words(
 )->Path: # folder
     "Writes a teacher that answers by words as a model folder, not yet measured; returns the folder."
     about = dict(teacher=teacher, words=words)
-    if (file := folder/WORDS).is_file() and json.loads(file.read_text()).items() >= about.items(): return folder
+    if (file := folder/WORDS).is_file() and json.loads(file.read_text()).items() >= about.items():
+        return folder
     file.unlink(missing_ok=True) # it is written last
     encoder = load_encoder(teacher, device)
     templates = templates_of(encoder)

@@ -84,7 +84,8 @@ class JoinedMemo:
     def get(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as of `Memo`
         answers, known = self.memos[0].get(image.clamp(max=self.n - 1), view)
         for memo, where, rows in self.parts(image):
-            if memo is self.memos[1]: answers[where], known[where] = memo.get(rows, view[where])
+            if memo is self.memos[1]:
+                answers[where], known[where] = memo.get(rows, view[where])
         return answers, known
 
     def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor, *other:torch.Tensor)->None:
@@ -109,8 +110,10 @@ def create_file(
     def write(path):
         with open(path, 'wb') as f:
             f.write(head)
-            for start in range(0, size, 2**26): f.write(b'\xff'*min(2**26, size - start))
-    if len(head) > MEMO_HEAD: raise OSError(f'the memo has {len(head):,} bytes of settings, over {MEMO_HEAD:,}')
+            for start in range(0, size, 2**26):
+                f.write(b'\xff'*min(2**26, size - start))
+    if len(head) > MEMO_HEAD:
+        raise OSError(f'the memo has {len(head):,} bytes of settings, over {MEMO_HEAD:,}')
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f'.{file.name}.lock')): # several students may start at once
         if file.is_file(): return
@@ -136,7 +139,8 @@ def keeps_both_kinds(
 )->bool:
     "Returns whether a run keeps decisions and logits: if both are there or begun now, with enough room for logits."
     kind = kind_of(key)
-    if 'recipe' in key: return False # answers about a plan serve one kind
+    if 'recipe' in key: # answers about a plan serve one kind
+        return False
     if kind != HardLabel(): return kind == Logits()
     if memo_file(folder, other_key(key)).is_file(): return True
     if memo_file(folder, key).is_file(): return False
@@ -202,10 +206,13 @@ def teacher_memo(
     key:dict # of `memo_key` or `plan_key`
 )->Memo|None:
     "Returns the teacher's memo; None (the teacher runs online) if its folder has no room or can't be written."
-    if isinstance(teacher, Absent): return read_answers(teacher.file, key)
+    if isinstance(teacher, Absent):
+        return read_answers(teacher.file, key)
     folder = beside_weights(config)
-    try: return open_memo(folder, key, not config.fold_weights and keeps_both_kinds(folder, key)) # of two teachers, one
-    except OSError as e: print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
+    try: # of two teachers, one
+        return open_memo(folder, key, not config.fold_weights and keeps_both_kinds(folder, key))
+    except OSError as e:
+        print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
 
 # %% ../../nbs/teachers/02_answers.ipynb #32cd578b
 def memo_card(file:str|Path)->str: # file: of a memo
@@ -244,7 +251,8 @@ def push_memos(
     if not memos:
         raise VitdistillError(f'{record_path(folder)} holds no memo: train a student of it, or fill one (fill_memo).')
     refuse_other_memos(folder, record_path(folder))
-    for file in memos: file.with_suffix('.md').write_text(memo_card(file))
+    for file in memos:
+        file.with_suffix('.md').write_text(memo_card(file))
     names = [file.name for file in memos]
     push(repository, folder, f"memo: {', '.join(names)}", allow_patterns=['memo-*.bin', 'memo-*.md'])
     return names
@@ -312,7 +320,8 @@ class AnswerSource:
             self.open(epoch, Plan(*(t[self.first:last] for t in plan)), pixels.device, progress)
         here = slice(step.rows.start - self.first, step.rows.stop - self.first)
         answers = self.step_answers(here, plan.image[step.rows], pixels, step.weight > 0)
-        if (number + 1) % window == 0 or number + 1 == len(steps): self.close()
+        if (number + 1) % window == 0 or number + 1 == len(steps):
+            self.close()
         return answers
 
     def open(self, epoch, plan, device, progress)->None: # begins a stretch of the plan, from row `first`, on all ranks
@@ -341,7 +350,8 @@ class Online(AnswerSource):
         else: dist.broadcast(sent, 0)
         return sent.cpu()
 
-    def blanks(self, n:int)->torch.Tensor: return self.blank.new_zeros(n, *self.blank.shape[1:]) # n blank answers
+    def blanks(self, n:int)->torch.Tensor: # n blank answers
+        return self.blank.new_zeros(n, *self.blank.shape[1:])
 
     def online(self,
         pixels:torch.Tensor, # (B, 3, H, W) in [0, 255], uint8 or float32
@@ -382,7 +392,8 @@ class Answers(Online):
     def ask(self, image, view)->list: # answers of each kind: each rank computes a part, all get all
         mine = torch.arange(len(image)).tensor_split(self.world)[self.rank]
         logits = torch.zeros(0, self.teacher.model.num_classes)
-        if len(mine): logits = self.teacher.logits(self.views(image[mine], view[mine]))
+        if len(mine):
+            logits = self.teacher.logits(self.views(image[mine], view[mine]))
         parts = [kind.make(logits).cpu() for kind in self.kinds]
         return [self.shared(part.new_zeros(len(image), *part.shape[1:]).index_copy_(0, mine, part)) for part in parts]
 
@@ -397,16 +408,20 @@ class Answers(Online):
             part = todo[start:start + block]
             asked = self.ask(plan.image[part], plan.view[part])
             answers[part] = asked[0]
-            if self.memo: self.memo.put(plan.image[part], plan.view[part], *asked)
+            if self.memo:
+                self.memo.put(plan.image[part], plan.view[part], *asked)
             progress(start + len(part), len(todo))
         self.work.asked += len(known)
         self.work.hits += len(known) - len(todo)
         self.work.seconds += time.perf_counter() - begun
         return answers
 
-    def kept(self, *where:torch.Tensor)->tuple: return self.memo.get(*where) # as `Memo.get`, on rank 0
-    def known(self, rows:torch.Tensor)->float: return self.memo.known(rows) # as `Memo.known`, on rank 0
-    def in_words(self, *run)->str: return memo_in_words(self, *run) if self.by_view else super().in_words(*run)
+    def kept(self, *where:torch.Tensor)->tuple: # as `Memo.get`, on rank 0
+        return self.memo.get(*where)
+    def known(self, rows:torch.Tensor)->float: # as `Memo.known`, on rank 0
+        return self.memo.known(rows)
+    def in_words(self, *run)->str:
+        return memo_in_words(self, *run) if self.by_view else super().in_words(*run)
 
 # %% ../../nbs/teachers/02_answers.ipynb #0d62c787
 def fill(
@@ -454,7 +469,8 @@ PLAN = 'seed', 'epochs', 'batch_size', *sorted({*field_names(group='augmentation
 
 def student_constants(config:Config, data:Data)->list|str: # [mean, std]; the model's name if timm doesn't list it
     "Returns the constants that normalize a student's pixels, since they scale the noise of random erasing."
-    if config.student_normalization == 'data': return [list(c) for c in data.mean_std]
+    if config.student_normalization == 'data':
+        return [list(c) for c in data.mean_std]
     about = get_pretrained_cfg(config.student)
     return [list(about.mean), list(about.std)] if about else config.student
 
@@ -470,7 +486,8 @@ def plan_key(
     libraries = np, PIL, timm, torch, torchvision # which draw the images
     drawn_by = {library.__name__: library.__version__.split('+')[0] for library in libraries}
     order, about = digest([rows]), {}
-    if unlabelled: about = dict(unlabelled=digest([unlabelled.mark, unlabelled.rows]), share=config.unlabelled_share)
+    if unlabelled:
+        about = dict(unlabelled=digest([unlabelled.mark, unlabelled.rows]), share=config.unlabelled_share)
     return memo_key(teacher, config, data) | about | dict(
         recipe=recipe, drawn_by=drawn_by, rows=order, noise=student_constants(config, data),
         drawn_from=view_count(config), images=config.epochs, views=plan_rows(config, len(rows)))
@@ -496,7 +513,8 @@ class Planned(Answers):
         if self.is_known[here].all():
             self.work.asked += len(pixels)
             self.work.hits += len(pixels)
-            if self.checks and here.stop > self.check_row: self._check(pixels, self.answers[here])
+            if self.checks and here.stop > self.check_row:
+                self._check(pixels, self.answers[here])
             return self.answers[here].to(pixels.device)
         answers = self.online(pixels, image)
         if counts:
@@ -518,7 +536,8 @@ class Planned(Answers):
         if self.is_known.all(): return
         self.answers[~self.is_new] = 0 # so that the sum over the ranks has the new answers of all
         answers, is_new = map(self.shared, (self.answers, self.is_new.int()))
-        if self.memo: self.memo.put(*(part[is_new > 0] for part in (*self.where, answers)))
+        if self.memo:
+            self.memo.put(*(part[is_new > 0] for part in (*self.where, answers)))
 
     def in_words(self, *run)->str:
         if not self.memo: return super().in_words(*run)

@@ -70,7 +70,8 @@ def file_hash(path:str)->str: # path: of a weights file, a model folder or a fil
     if not path: return ''
     if is_answers(path): return answers_head(path)['teacher_hash']
     file = weights_file(weights_place(path, refuse_other_memos))
-    with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+    with open(file, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../../nbs/teachers/00_card.ipynb #72bebf01
 def only_match(pattern:str)->str: # pattern: such as out/work/teacher-vit_base-labels-s1-*/model, or a plain path
@@ -78,8 +79,10 @@ def only_match(pattern:str)->str: # pattern: such as out/work/teacher-vit_base-l
     if not glob.has_magic(pattern): return pattern
     match fitting(pattern):
         case [path]: return path
-        case []: raise VitdistillError(f"{pattern!r} fits nothing here: train it first, or name another.")
-        case several: raise VitdistillError(f"{pattern!r} fits {len(several)} paths: name one, {' or '.join(several)}.")
+        case []:
+            raise VitdistillError(f"{pattern!r} fits nothing here: train it first, or name another.")
+        case several:
+            raise VitdistillError(f"{pattern!r} fits {len(several)} paths: name one, {' or '.join(several)}.")
 
 # %% ../../nbs/teachers/00_card.ipynb #f3dbd00f
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +116,14 @@ class CardFields:
     made_from:dict=None        # weights that it began with or learned from -> their licence; None: not recorded
     further:dict=field(default_factory=dict) # entries of a file that are none of these, kept as they are
 
-    def __post_init__(self): object.__setattr__(self, 'constants', tuple(map(tuple, self.constants)))
+    def __post_init__(self):
+        object.__setattr__(self, 'constants', tuple(map(tuple, self.constants)))
 
     @classmethod
     def from_dict(cls, entries:dict):
         known = dict(image_size=entries.get('input_size'))
-        if 'top1_held_out' in entries: known['n_measured'] = entries.get('n_held_out')
+        if 'top1_held_out' in entries:
+            known['n_measured'] = entries.get('n_held_out')
         names = {f.name for f in fields(cls)} - {'further'}
         further = {name: value for name, value in entries.items() if name not in names}
         known |= {name: value for name, value in entries.items() if name in names}
@@ -150,8 +155,10 @@ class Card(CardFields):
     @classmethod
     def read(cls, weights:str|Path):
         "Returns the card beside a model's weights, or in a file of its answers; None if there is none."
-        if is_answers(weights): return cls.from_dict(answers_head(weights)['card'])
-        if not weights or not (file := weights_folder(weights)/'card.json').is_file(): return None
+        if is_answers(weights):
+            return cls.from_dict(answers_head(weights)['card'])
+        if not weights or not (file := weights_folder(weights)/'card.json').is_file():
+            return None
         try: return cls.from_dict(json.loads(file.read_text()))
         except (ValueError, TypeError, AttributeError): # it is no JSON, or entries are missing
             raise VitdistillError(f'{file} is damaged: train the teacher again, or write its card anew with '
@@ -188,18 +195,23 @@ def licenses_of(
     pretrained:bool=False # begins with timm's weights where no others are given
 )->dict: # name of weights -> licence, or 'unknown'
     "Returns the licences of a model's weights and of those that they were made from; {} for a model from nothing."
-    if isinstance(weights, list): return {key: said for one in weights for key, said in licenses_of(name, one).items()}
+    if isinstance(weights, list):
+        return {key: said for one in weights for key, said in licenses_of(name, one).items()}
     if not weights:
         if not pretrained: return {}
-        if name.startswith(HUB): return {name: hub_license(name) or 'unknown'}
+        if name.startswith(HUB):
+            return {name: hub_license(name) or 'unknown'}
         about = get_pretrained_cfg(name)
         return {f'{about.architecture}.{about.tag}': about.license or 'unknown'} if about else {}
-    if words := words_of(weights): return {words['teacher']: words.get('license', 'unknown')}
+    if words := words_of(weights):
+        return {words['teacher']: words.get('license', 'unknown')}
     card = Card.read(weights)
     if card and card.made_from is not None: return card.made_from
     readme = weights_folder(weights)/'README.md'
-    try: said = ModelCard(readme.read_text()).data.license if readme.is_file() else None
-    except (ValueError, OSError, yaml.YAMLError): said = None # of another form
+    try:
+        said = ModelCard(readme.read_text()).data.license if readme.is_file() else None
+    except (ValueError, OSError, yaml.YAMLError): # of another form
+        said = None
     return {card and card.run or (weights if str(weights).startswith(HUB) else Path(weights).name): said or 'unknown'}
 
 def made_from(config:Config)->dict: # of a run
@@ -240,7 +252,8 @@ def refuse_start_overlap(config:Config, data:Data)->None:
 # %% ../../nbs/teachers/00_card.ipynb #98887dbc
 def refuse_teacher_overlap(config:Config, data:Data, card:Card|None)->None: # card: of the teacher
     "Raises `VitdistillError` if the run would validate on images that its teacher was, or may have been, trained on."
-    if not len(split_rows(data.train_labels, config)[1]) or not config.teacher_weights: return
+    if not len(split_rows(data.train_labels, config)[1]) or not config.teacher_weights:
+        return
     if card is None:
         raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the teacher has '
                               'seen the validation images: write one with `vitdistill.teachers.adopt`, '
@@ -270,6 +283,7 @@ def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
     if card.words:
         text = card.words['templates'][0].replace('{}', next(iter(card.words['words'].values())))
         rows['words'] = f"{card.words['teacher']} compares an image with texts such as \"{text}\""
-    if card.made_from: rows['made from'] = ', '.join(f'{name} ({said})' for name, said in card.made_from.items())
+    if card.made_from:
+        rows['made from'] = ', '.join(f'{name} ({said})' for name, said in card.made_from.items())
     if card.top1_held_out is None: return rows
     return rows | {'held-out accuracy': f"{card.top1_held_out:.1%} of {card.n_measured:,} images"}

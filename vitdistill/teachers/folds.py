@@ -44,12 +44,14 @@ class OutOfFold(Answers):
 
     def online(self, pixels:torch.Tensor, image:torch.Tensor)->torch.Tensor: # as in `Online`
         answers = self.blanks(len(image)).to(self.teacher.device)
-        for part, where in self.parts_of(image): answers[where] = part.online(pixels[where], image[where])
+        for part, where in self.parts_of(image):
+            answers[where] = part.online(pixels[where], image[where])
         return answers
 
     def kept(self, image:torch.Tensor, view:torch.Tensor)->tuple:
         answers, known = self.blanks(len(image)), torch.zeros(len(image), dtype=torch.bool)
-        for part, where in self.parts_of(image): answers[where], known[where] = part.kept(image[where], view[where])
+        for part, where in self.parts_of(image):
+            answers[where], known[where] = part.kept(image[where], view[where])
         return answers, known
 
     def known(self, rows:torch.Tensor)->float:

@@ -48,8 +48,10 @@ class Teacher:
     def use(self, chunk:int, compile:bool)->None: # from now on; chunk: images in a forward pass
         self.chunk, self.compile = chunk, compile
         if not compile: self.forward = self.model
-        elif equal_blocks(self.model): self.forward = with_compiled_blocks(self.model)
-        else: self.forward = torch.compile(self.model, dynamic=False)
+        elif equal_blocks(self.model):
+            self.forward = with_compiled_blocks(self.model)
+        else:
+            self.forward = torch.compile(self.model, dynamic=False)
 
     @property
     def dtype_name(self)->str: # for the keys of memos
@@ -95,7 +97,8 @@ def use_quickest(
             if key not in known:
                 known |= {key: _trial(teacher, chunks, compiles)}
                 write_atomic(file, json.dumps(known, indent=1))
-    except OSError: known = {key: _trial(teacher, chunks, compiles)} # the folder can't be written
+    except OSError: # the folder can't be written
+        known = {key: _trial(teacher, chunks, compiles)}
     teacher.use(known[key]['chunk'], known[key]['compile'])
 
 def _trial(teacher, chunks, compiles):
@@ -117,7 +120,8 @@ def sample_rows(rows:torch.Tensor, most:int)->torch.Tensor:
 # %% ../../nbs/teachers/01_teacher.ipynb #87bcefa8
 def top1(teacher:Teacher, views:Views, labels:torch.Tensor, rows:torch.Tensor, view:torch.Tensor=None)->float:
     "Returns the teacher's top-1 on `rows` (int64, of the dataset), for the given views or else the centre views."
-    if view is None: view = torch.full_like(rows, centre_view(views.padding))
+    if view is None:
+        view = torch.full_like(rows, centre_view(views.padding))
     parts = zip(rows.split(1024), view.split(1024))
     right = [teacher.logits(views(r, v)).argmax(-1).cpu() == labels[r] for r, v in parts]
     return torch.cat(right).sum().item()/len(rows)
@@ -203,8 +207,10 @@ def load_teacher(config:Config, data:Data, device='cpu')->tuple:
     if pretrained: refuse_new_head(model, config, data)
     try_size(model, config.teacher, config.teacher_size)
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
-    if is_answers(config.teacher_weights): return Absent(config, model, constants, device), card
-    if config.teacher_weights: load_weights(model, weights_place(config.teacher_weights))
+    if is_answers(config.teacher_weights):
+        return Absent(config, model, constants, device), card
+    if config.teacher_weights:
+        load_weights(model, weights_place(config.teacher_weights))
     auto = 'compile' in config.auto # the resolved value depends on the student: ranks, batch norm
     compile = str(device).startswith('cuda') and not compiler_missing(device) if auto else \
         config.compile not in ('none', 'auto', 'graph')
@@ -259,8 +265,10 @@ def check_health(
     train, val = split_rows(data.train_labels, from_dict(card.split) if own else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     measured, classes = sample_rows(rows, 1000), len(data.classes)
-    if isinstance(teacher, Absent): accuracy = card.top1_held_out if len(val) else card.top1_train_views
-    else: accuracy = top1(teacher, views, data.train_labels, measured)
+    if isinstance(teacher, Absent):
+        accuracy = card.top1_held_out if len(val) else card.top1_train_views
+    else:
+        accuracy = top1(teacher, views, data.train_labels, measured)
     chance, least = 1/classes, least_accuracy(classes)
     if seems_untrained(accuracy, len(measured), classes) and not config.allow_untrained:
         raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right (chance '
@@ -277,7 +285,8 @@ def refuse_used_images(
     "Raises `VitdistillError` if any of the images is a test image or, if they are in memory, a training image."
     digests = lambda images: {hashlib.sha256(image.numpy()).digest() for image in images}
     used = dict(test=data.test_images[torch.arange(len(data.test_images))])
-    if isinstance(data.train_images, torch.Tensor): used['training'] = data.train_images
+    if isinstance(data.train_images, torch.Tensor):
+        used['training'] = data.train_images
     for part, others in used.items():
         if both := len(digests(images) & digests(others)):
             raise VitdistillError(f'{both} of the {len(images)} images to measure the teacher by are {part} images of '
@@ -351,7 +360,8 @@ def adopt(
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     places = [weights_place(place) for place in (weights if isinstance(weights, list) else [weights])]
-    for place in places: refuse_other_normalization(Card.read(place), config)
+    for place in places:
+        refuse_other_normalization(Card.read(place), config)
     try_size(model, config.student, size)
     load_weights(model, places if isinstance(weights, list) else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
@@ -359,7 +369,8 @@ def adopt(
     if card := Card.read(folder):
         refuse_other_teacher(card, folder, teacher, config, data)
         return card
-    if held_out: held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
+    if held_out:
+        held_out = Views(held_out[0], 0, device), held_out[1], torch.arange(len(held_out[1]))
     card = make_card(teacher, config, data, Views(data.train_images, config.padding, device), most, held_out)
     card = replace(card, made_from=licenses_of(config.student, places), words=words_of(places[0]))
     names = ', '.join(place.name for place in places)

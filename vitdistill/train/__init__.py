@@ -18,7 +18,8 @@ ROOMS = dict(
 def __getattr__(name:str):
     "Returns a name of a room, which is imported only then, so that `python -m` can run a room alone."
     room = next((room for room, names in ROOMS.items() if name in names), None)
-    if room is None: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if room is None:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(importlib.import_module(f'vitdistill.train.{room}'), name)
 
 # %% ../../nbs/train/09_package.ipynb #c9265d1e

@@ -23,7 +23,8 @@ def live_figure(metrics, text:str):
         left, right = figure.subplots(1, 2)
         for name, look in (('train_top1', ':'), ('val_top1', '--'), ('test_top1', '-'),
                            ('knn_test_top1', '--'), ('linear_test_top1', '-')): # probes of pre-training
-            if name not in metrics or metrics[name].isna().all(): continue
+            if name not in metrics or metrics[name].isna().all():
+                continue
             shown = metrics.dropna(subset=[name]) # probes run only every few epochs
             left.plot(shown.epoch + 1, shown[name], look, marker='.', label=name[:-5].replace('_', ' probe, '))
         right.plot(metrics.epoch + 1, metrics.train_loss, color='0.3', marker='.')
@@ -44,9 +45,11 @@ class LiveCurve:
         import matplotlib.pyplot # noqa: F401 (later, an interruption of the run could break it)
         from IPython.display import Markdown, display
         self.run, self.text, self.handle = run, Markdown, display(Markdown(''), display_id=True)
-        if run.epochs_done: self.update(f'{run.epochs_done} epochs so far')
+        if run.epochs_done:
+            self.update(f'{run.epochs_done} epochs so far')
     def update(self, text:str):
         try:
             metrics = self.run.metrics()
             self.handle.update(live_figure(metrics, text) if len(metrics) else self.text(text))
-        except Exception as e: print(text, f'(the curve could not be drawn: {e})') # a picture must not stop a training
+        except Exception as e: # a picture must not stop a training
+            print(text, f'(the curve could not be drawn: {e})')

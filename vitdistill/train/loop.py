@@ -43,7 +43,8 @@ class Step(typing.NamedTuple):
     rows:slice          # rows of the plan that this rank takes
     weight:float        # factor of this rank's mean loss
 
-    def own(self, tensor): return tensor[self.rows] # tensor: a value for each row of the plan
+    def own(self, tensor): # tensor: a value for each row of the plan
+        return tensor[self.rows]
 
     def mirrored(self, tensor): # values of the rows that this rank's rows are mixed with
         ends = self.start + self.stop # row i is mixed with row ends - 1 - i
@@ -68,12 +69,15 @@ def from_processes(loader:DataLoader)->typing.Iterator:
 def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
     "Yields `cut(step)` of each step; images on the host are cut, and pinned for a GPU, while an earlier step runs."
     on_host = setup.ranks.device.startswith('cuda') and setup.views.device.type == 'cpu'
-    def pinned(step): return [part.pin_memory() if on_host else part for part in cut(step)]
+    def pinned(step):
+        return [part.pin_memory() if on_host else part for part in cut(step)]
     if workers := loading_processes(setup.config, setup.ranks): # forked, so that a closure can be passed
-        def begin(_): setup.views.images.pool = ThreadPoolExecutor(1) # one does not survive the fork
+        def begin(_): # one does not survive the fork
+            setup.views.images.pool = ThreadPoolExecutor(1)
         def attempt(step):
             try: return cut(step)
-            except VitdistillError as e: return e # if it were raised here, the user would see a traceback
+            except VitdistillError as e: # if it were raised here, the user would see a traceback
+                return e
         loader = DataLoader(steps, batch_size=None, collate_fn=attempt, num_workers=workers, pin_memory=on_host,
                             worker_init_fn=None if setup.views.resident else begin, timeout=600, # seconds
                             multiprocessing_context='fork')
@@ -81,7 +85,8 @@ def cut_ahead(setup:Setup, cut:typing.Callable, steps:list)->typing.Iterator:
             if isinstance(part, VitdistillError): raise part
             yield part
         return
-    if setup.views.on(setup.ranks.device) or setup.augment: return (yield from map(cut, steps))
+    if setup.views.on(setup.ranks.device) or setup.augment:
+        return (yield from map(cut, steps))
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(pinned, steps[0])
         for step in steps[1:]:
@@ -108,7 +113,8 @@ def drawn_views(
     cut:typing.Callable=cut_views # or the same compiled
 )->torch.Tensor: # (B, 3, H, W) uint8
     "Cuts views of images; with `whole_image` each view is of a square that is drawn from the whole image."
-    if not setup.config.whole_image: return setup.views(image, view, cut)
+    if not setup.config.whole_image:
+        return setup.views(image, view, cut)
     squares = setup.augment.squares(setup.views.images, image, copy, epoch)
     return cut(squares, torch.arange(len(squares)), view, setup.views.padding)
 
@@ -139,7 +145,8 @@ def batches(
     cutting = program(cut_views, config.compile if together else 'none') # eager in threads
     uncut = cut_in_step(setup)
     def cut(step): # pixels of each copy, then of the images that they are mixed with
-        if uncut: return [torch.stack([step.own(image), step.own(views[0])])]
+        if uncut:
+            return [torch.stack([step.own(image), step.own(views[0])])]
         parts = (step.own, step.mirrored) if mixes[0] and ranks.world > 1 else (step.own,) # alone, a rank has both
         return [augment(drawn_views(setup, part(image), part(plan.copy), part(view), epoch, cutting),
                         part(plan.image), part(plan.copy), epoch) for part in parts for view in views]
@@ -151,7 +158,8 @@ def batches(
             targets = mixed_targets(mix, targets, step.mirrored(labels), len(data.classes))
         elif others: pixels = torch.cat([pixels, *others])
         mine = step.own(numbers)
-        if not learner.labelled: pixels = learner.augment(pixels, mine, epoch)
+        if not learner.labelled:
+            pixels = learner.augment(pixels, mine, epoch)
         answer = answers.for_step(epoch, plan, steps, number, pixels, asked) if answers else None
         seed_step(config.seed, epoch, number, ranks.rank, ranks.device)
         yield Batch(pixels if uncut else setup.input(pixels, scale), targets, answer, epoch, step.weight, mine)
@@ -168,7 +176,8 @@ class Progress:
 
     def say_seldom(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
         now = time.monotonic()
-        if not self.shown or now - self.last_line < max(10, (now - self.begun)/30): return
+        if not self.shown or now - self.last_line < max(10, (now - self.begun)/30):
+            return
         self.last_line = now
         print(text, flush=True)
 
@@ -184,7 +193,8 @@ class Progress:
         self.say_seldom(text)
 
     def teacher(self, done:int, total:int)->None: # views of the present stretch: answered, in all
-        if done <= self.answered: self.stretch_begun = time.monotonic() # a new stretch
+        if done <= self.answered: # a new stretch
+            self.stretch_begun = time.monotonic()
         self.answered = done
         left = tqdm.format_interval((time.monotonic() - self.stretch_begun)*(total/done - 1))
         self.say_seldom(f'teacher: {done:,} of {total:,} views answered, ETA {left}')
@@ -219,7 +229,8 @@ def high_first_loss(
     "Returns a warning if the first loss is more than twice that of guessing, else ''."
     classes = len(setup.data.classes)
     guessing = setup.criterion.label_loss((torch.zeros(classes, classes),), torch.arange(classes)).item()
-    if setup.criterion.partly: guessing *= 1 - setup.config.unlabelled_share # the others' loss of labels is 0
+    if setup.criterion.partly: # the others' loss of labels is 0
+        guessing *= 1 - setup.config.unlabelled_share
     if label <= 2*guessing: return ''
     wide = setup.config.student_head == 'new' and setup.config.student_head_init != 'small'
     advice = "set student_head_init to 'small'" if wide else 'look at labels, student_normalization and student_weights'
@@ -242,7 +253,8 @@ def accuracies(setup:Setup, average:nn.Module|None=None)->dict:
     for part in ('val', 'test'):
         where = setup.parts[part]
         row |= {f'{part}_{name}': share for name, share in evaluate(setup, *where).items()}
-        if average: row[f'ema_{part}_top1'] = evaluate(setup, *where, average.module)['top1']
+        if average:
+            row[f'ema_{part}_top1'] = evaluate(setup, *where, average.module)['top1']
     return row
 
 # %% ../../nbs/train/05_loop.ipynb #b70db913
@@ -267,7 +279,8 @@ def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> o
         if min(found) < max(found):
             raise VitdistillError(f'some ranks would go on after epoch {min(found)}, others after {max(found)}: '
                                   'set runs_dir and work_dir to folders on a disk that all nodes share.')
-    for name in kept.keys() & state.keys(): kept[name].load_state_dict(state[name])
+    for name in kept.keys() & state.keys():
+        kept[name].load_state_dict(state[name])
     if setup.ranks.rank == 0: run.keep_epochs(state['epochs'])
     return state['epochs'], state['world']
 
@@ -283,7 +296,8 @@ def describe(setup:Setup)->typing.Iterator[str]:
                f'images are seen {rare}')
     if answers:
         measured = 'not measured, for there are no labels'
-        if setup.data.labelled: measured = f'{setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}'
+        if setup.data.labelled:
+            measured = f'{setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}'
         yield f'teacher {c.teacher}: {measured}'
         yield answers.in_words(c, setup.answered_rows, setup.rows)
     norm = has_batch_norm(setup.student)
@@ -305,7 +319,8 @@ def announce(
     first, *others = sentences
     progress.say(f'{run.name}: {first}')
     changed = f', trained on {world} rank(s): the last bits may differ from a run on a fixed number of ranks'
-    if done: progress.say(f'resumes after epoch {done}{changed if world != setup.ranks.world else ""}')
+    if done:
+        progress.say(f'resumes after epoch {done}{changed if world != setup.ranks.world else ""}')
     for sentence in others: progress.say(sentence)
 
 
@@ -318,7 +333,8 @@ def warm_up_ddp(setup:Setup, objective:Objective)->None:
     pixels, image = torch.cat([pixels]*setup.criterion.copies), rows.to(ranks.device)
     answer = answers.blank.expand(len(rows), *answers.blank.shape[1:]).to(ranks.device) if answers else None
     before = copy.deepcopy(objective.state_dict())
-    with setup.autocast(): out = objective.train()(Batch(pixels, labels, answer, image=image))
+    with setup.autocast():
+        out = objective.train()(Batch(pixels, labels, answer, image=image))
     out.loss.backward()
     objective.zero_grad()
     objective.load_state_dict(before)
@@ -347,7 +363,8 @@ class Checkpoints:
         with self.lock:
             self.held = dict(epochs=epochs, world=self.world, **states), keep
             if self.on_gpu: torch.cuda.synchronize()
-        if epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep: self.flush()
+        if epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep:
+            self.flush()
 
     def flush(self)->None: # from any thread
         beside = torch.cuda.stream(torch.cuda.Stream()) if self.on_gpu else nullcontext() # doesn't wait for a step
@@ -364,7 +381,8 @@ def student_epoch(setup:Setup, optimizer:torch.optim.Optimizer)->typing.Callable
     def train_one(epoch, progress):
         row = train_epoch(step, epoch, progress)
         first = step.meter.first_label # None without labels
-        if epoch == 0 and first is not None: progress.say(high_first_loss(setup, first))
+        if epoch == 0 and first is not None:
+            progress.say(high_first_loss(setup, first))
         return row
     return train_one
 
@@ -388,7 +406,8 @@ class Task:
         for f in dataclasses.fields(Config):
             read = {f.name, f.metadata['group']} & {*self.reads} and f.name not in self.unused
             given = getattr(config, f.name) != getattr(usual, f.name) and f.name not in config.auto
-            if given and not read: found[f.name] = self.unused.get(f.name, f"group {f.metadata['group']}")
+            if given and not read:
+                found[f.name] = self.unused.get(f.name, f"group {f.metadata['group']}")
         return found
 
     def refuse_foreign(self, config:Config)->None:
@@ -424,7 +443,8 @@ def train_epochs(setup:BaseSetup, run:RunWriter, task:Task=DISTILLATION)->None:
             if ranks.world > 1: # all take the batch norm statistics of rank 0
                 for model in (setup.student, *([average.module] if average else [])):
                     distribute_bn(model, ranks.world)
-            if (epoch + 1) % config.evaluate_every == 0 or last: row |= task.measure(setup, average)
+            if (epoch + 1) % config.evaluate_every == 0 or last:
+                row |= task.measure(setup, average)
             row['seconds'] = time.perf_counter() - begun
             if ranks.rank == 0:
                 run.append(row)
@@ -500,7 +520,8 @@ def rank_main(
         command = f'{started} -m vitdistill.train --config {record_path(path)}'
         if ahead: fill_memo(config, ranks)
         else: run = train(config, ranks, command, task_of(config))
-        if ranks.rank == 0: print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
+        if ranks.rank == 0:
+            print('done: the memo is full' if ahead else f'done: {run.folder}', flush=True)
     except VitdistillError: raise
     except Exception as e:
         raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or error_of_timeout(e) or e

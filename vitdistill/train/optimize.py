@@ -37,7 +37,8 @@ def optimizer_class(config:Config)->tuple:
     if timm.optim.get_optimizer_info(name).second_order:
         raise VitdistillError(f'optimizer = {config.optimizer!r} needs second derivatives, which are not computed: '
                               'take another.')
-    try: found = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    try:
+        found = timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as e: # bitsandbytes' and apex's
         raise VitdistillError(f"optimizer = {config.optimizer!r} can't be had here ({first_line(e)}): take one of "
                               "torch's or timm's, such as 'adamw' or 'lamb'.") from None
@@ -50,7 +51,8 @@ def optimizer_class(config:Config)->tuple:
         if key not in arguments or key == 'params':
             raise VitdistillError(f'opt_kwargs: {config.optimizer!r} takes no {key!r}: {nearest(key, arguments)}')
     momentum = {'momentum': config.momentum} if 'momentum' in arguments else {}
-    try: found([nn.Parameter(torch.zeros(1, 1))], lr=peak_rate(config), **momentum, **config.opt_kwargs)
+    try:
+        found([nn.Parameter(torch.zeros(1, 1))], lr=peak_rate(config), **momentum, **config.opt_kwargs)
     except (TypeError, ValueError, IndexError, AssertionError) as e:
         raise VitdistillError(f'opt_kwargs = {config.opt_kwargs}: {config.optimizer!r} refuses a value '
                               f'({first_line(e)}): mend it{_words(config.opt_kwargs)}, or leave it out.') from None
@@ -77,8 +79,10 @@ def create_optimizer(
     "Returns timm's optimizer for a config; it clips gradients if the config has `clip_grad`."
     name, found = optimizer_class(config)
     wished = {'fused': True} if next(model.parameters()).is_cuda else {'foreach': False}
-    if {'fused', 'foreach'} & set(config.opt_kwargs): wished = {} # they exclude each other
-    if config.compile == 'graph' and 'fused' in wished: wished['capturable'] = True
+    if {'fused', 'foreach'} & set(config.opt_kwargs): # they exclude each other
+        wished = {}
+    if config.compile == 'graph' and 'fused' in wished:
+        wished['capturable'] = True
     kernels = kernels or {key: value for key, value in wished.items() if key in inspect.signature(found).parameters}
     only_matrices = name not in ('momentum', 'nesterov') # weight decay leaves biases and norms out
     optimizer = timm.optim.create_optimizer_v2(
@@ -89,10 +93,12 @@ def create_optimizer(
     if objective and (own := [p for p in objective.parameters() if p.requires_grad]):
         apart = timm.optim.param_groups_weight_decay(objective, config.weight_decay)
         together = [dict(params=own, weight_decay=config.weight_decay)]
-        for group in apart if only_matrices else together: optimizer.add_param_group(group)
+        for group in apart if only_matrices else together:
+            optimizer.add_param_group(group)
     if config.clip_grad:
         everything = [p for group in optimizer.param_groups for p in group['params']]
-        def clip(*_): nn.utils.clip_grad_norm_(everything, config.clip_grad) # a hook must return None
+        def clip(*_): # a hook must return None
+            nn.utils.clip_grad_norm_(everything, config.clip_grad)
         optimizer.register_step_pre_hook(clip)
     return optimizer
 
@@ -115,10 +121,12 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
         raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {key!r}: {advice}')
     given = dict(sched=config.scheduler, num_epochs=config.t_max or config.epochs, min_lr=config.min_lr,
                  warmup_epochs=warmup_length(config), warmup_lr=peak_rate(config)/100)
-    if config.scheduler == 'constant': given |= dict(sched='step', decay_epochs=config.epochs + 1, decay_rate=1.)
+    if config.scheduler == 'constant':
+        given |= dict(sched='step', decay_epochs=config.epochs + 1, decay_rate=1.)
     try:
         schedule = create_scheduler_v2(optimizer, **given | config.sched_kwargs)[0]
-        for epoch in (warmup_length(config), 0): schedule.step(epoch) # some values fail only here
+        for epoch in (warmup_length(config), 0): # some values fail only here
+            schedule.step(epoch)
     except (TypeError, ValueError, ArithmeticError, AssertionError) as e:
         why = first_line(e)
         raise VitdistillError(f'sched_kwargs = {config.sched_kwargs}: {config.scheduler!r} refuses a value ({why}): '

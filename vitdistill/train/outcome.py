@@ -33,14 +33,16 @@ def reduced(
 )->dict:
     "Returns decision, confidence and, if asked for, logits of each head and of combined heads, as numpy arrays."
     answers, arrays = dict(zip(names, (h.softmax(-1) for h in heads))), {}
-    if len(heads) > 1: answers |= {'softmax': combine(heads), 'logits': combine(heads, 'logits')}
+    if len(heads) > 1:
+        answers |= {'softmax': combine(heads), 'logits': combine(heads, 'logits')}
     for head, p in answers.items():
         classes = p.shape[-1]
         # five, as `evaluate` asks for: of equal probabilities both choose the same
         confidence, top = (x[:, 0].numpy() for x in p.cpu().topk(min(5, classes)))
         arrays |= {f'{head}_decision': top.astype(np.min_scalar_type(classes - 1)),
                    f'{head}_confidence': confidence.astype(np.float16)}
-    if keep_logits: arrays |= {f'{head}_logits': h.half().cpu().numpy() for head, h in zip(names, heads)}
+    if keep_logits:
+        arrays |= {f'{head}_logits': h.half().cpu().numpy() for head, h in zip(names, heads)}
     return arrays
 
 # %% ../../nbs/train/04_outcome.ipynb #33a84427
@@ -72,7 +74,8 @@ def cosines(
     setup:Setup
 )->list|None: # cosine of the learned tokens, then after each block; None for a student with one token
     "Returns the cosine between class token and distillation token by layer, averaged over the first 256 test images."
-    if not (isinstance(setup.student.model, VisionTransformerDistilled) and len(setup.data.test_labels)): return None
+    if not (isinstance(setup.student.model, VisionTransformerDistilled) and len(setup.data.test_labels)):
+        return None
     rows = torch.arange(min(256, len(setup.data.test_labels)), device=setup.ranks.device)
     found = token_cosines(setup.student.model, setup.input(setup.test_views(rows), size=setup.test_size))
     return [round(cosine, 5) for cosine in found]
@@ -268,8 +271,10 @@ def main(arguments:list=None)->int:
     parser.add_argument('--record', metavar='FOLDER', help="folder to write into; default: the run's own")
     args = parser.parse_args(arguments)
     run = Run(from_root(args.run))
-    try: print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
-    except VitdistillError as e: sys.exit(f'{e}')
+    try:
+        print(predictions_at(run, args.epochs, args.record and from_root(args.record)))
+    except VitdistillError as e:
+        sys.exit(f'{e}')
     return 0
 
 # %% ../../nbs/train/04_outcome.ipynb #7f88583d

@@ -56,13 +56,15 @@ def start_ranks(device:str)->Ranks:
     local, rank, world = place_among_ranks()
     by_srun = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1') if world > 1 else '1' # such as 4, 2(x2) or 3,2
     here = re.match(r'\d+', os.environ.get('LOCAL_WORLD_SIZE', by_srun))[0]
-    if world > 1: os.environ['LOCAL_WORLD_SIZE'] = here # load_images needs it; srun doesn't set it
+    if world > 1: # load_images needs it; srun doesn't set it
+        os.environ['LOCAL_WORLD_SIZE'] = here
     check_device(device)
     if device == 'cuda':
         device = f'cuda:{local}'
         torch.cuda.set_device(local)
     on_gpu = dict(backend='nccl', device_id=torch.device(device)) if device.startswith('cuda') else dict(backend='gloo')
-    if world > 1: dist.init_process_group(rank=rank, world_size=world, timeout=PATIENCE, **on_gpu)
+    if world > 1:
+        dist.init_process_group(rank=rank, world_size=world, timeout=PATIENCE, **on_gpu)
     return Ranks(rank, world, int(here), device)
 
 # %% ../../nbs/train/01_ranks.ipynb #57670efb
@@ -87,7 +89,8 @@ def error_of_watchdog(lines:list)->VitdistillError|None: # lines: the end of a l
 # %% ../../nbs/train/01_ranks.ipynb #dc15f55a
 def end_with_parent()->None:
     "Starts a thread that ends this process when torchrun, or the notebook that launched it, has ended."
-    if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): return # a run started by hand may outlive its shell
+    if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): # a run started by hand may outlive its shell
+        return
     parent, launcher = os.getppid(), environment_number('VITDISTILL_LAUNCHER', 0)
     def watch():
         with suppress(ProcessLookupError): # raised once the launcher has ended
@@ -114,7 +117,8 @@ def end_by_signal()->None:
         for number in signals: signal.signal(number, signal.SIG_DFL)
     os.register_at_fork(after_in_child=default)
     def wait():
-        while (number := os.read(read, 1)[0]) not in signals: pass # such as SIGCHLD, when a loader's process ends
+        while (number := os.read(read, 1)[0]) not in signals: # such as SIGCHLD, when a loader's process ends
+            pass
         try:
             for call in at_signal: call()
             sys.stdout.flush()
@@ -171,9 +175,11 @@ def has_batch_norm(model:nn.Module)->bool:
 # %% ../../nbs/train/01_ranks.ipynb #309b0d8f
 def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
     "Returns the model under DDP if there are several ranks, on CUDA with synchronized batch norm (CPUs have none)."
-    if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()): return model
+    if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
     on_gpu = ranks.device.startswith('cuda')
-    if on_gpu and has_batch_norm(model): model = convert_sync_batchnorm(model) # torch's loses fused activations
+    if on_gpu and has_batch_norm(model): # torch's loses fused activations
+        model = convert_sync_batchnorm(model)
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     each_step = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers' # in older torch
     return DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, **{each_step: False})
@@ -182,5 +188,6 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
 def seed_step(seed:int, epoch:int, step:int, rank:int, device:str='cpu')->None: # device: seeded as well as the CPU
     "Seeds torch, numpy and Python for one step by (seed, epoch, step, rank)."
     state = seed_host(seed, epoch, step, rank)
-    if device.startswith('cuda'): torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(state)
+    if device.startswith('cuda'):
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(state)
     if device == 'mps': torch.mps.manual_seed(state)

@@ -47,7 +47,8 @@ def auto_device()->str:
 # %% ../../nbs/train/02_setup.ipynb #03e2dc43
 def auto_precision(device:str)->str:
     "Returns 'bf16' if the device computes in it without emulation (CPU: AVX-512 BF16 or AMX), else 'fp32'."
-    if device == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         wide = torch.backends.cpu.get_cpu_capability() not in ('DEFAULT', 'AVX2') # the environment may turn it off
         able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -60,7 +61,8 @@ def uses_batch_norm(config:Config)->bool:
     try:
         size = student_size(config, image_side(config))
         return has_batch_norm(create(config.student, 1, size, config.stem, **config.student_kwargs))
-    except VitdistillError: return False # raised again where the student is created
+    except VitdistillError: # raised again where the student is created
+        return False
 
 # %% ../../nbs/train/02_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
@@ -75,7 +77,8 @@ def auto_values(config:Config)->dict:
     device = auto_device() if config.device == 'auto' else config.device
     precision = auto_precision(device)
     values = dict(device=device, precision=precision, teacher_precision=precision)
-    if config.compile == 'auto': values['compile'] = auto_compile(config, device)
+    if config.compile == 'auto':
+        values['compile'] = auto_compile(config, device)
     if is_answers(file := config.teacher_weights): # the precision of the answers
         values['teacher_precision'] = answers_head(file)['key']['dtype'].split()[0]
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
@@ -104,7 +107,8 @@ def refuse_unfit_folds(config:Config)->None:
 # %% ../../nbs/train/02_setup.ipynb #10a3b8ad
 def check_settings(config:Config)->None:
     "Raises `VitdistillError` for models, augmentation, schedule or optimizer that no run can have."
-    for name in filter(None, (config.student, config.teacher)): check_name(name)
+    for name in filter(None, (config.student, config.teacher)):
+        check_name(name)
     fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
     for whose in ('student', 'teacher'):
         if given := [name for name in getattr(config, f'{whose}_kwargs') if name in fixed]:
@@ -136,7 +140,8 @@ def resolve(config:Config)->Config:
                  teacher_hash='+'.join(map(file_hash, teachers)))
     config = replace(config, **found, **chosen, auto=sorted({*chosen, *config.auto}))
     begun = Run.of(config)
-    if not (begun.folder/'config.yaml').is_file() or begun.status == 'unreadable': return config
+    if not (begun.folder/'config.yaml').is_file() or begun.status == 'unreadable':
+        return config
     kept = [name for name in chosen if name not in ('device', 'compile')] # these depend on machine and ranks
     return replace(config, **{name: getattr(begun.config, name) for name in kept})
 
@@ -231,10 +236,12 @@ class Setup(BaseSetup):
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     @property
-    def modules(self)->dict: return dict(model=self.student.model, criterion=self.criterion) # what is trained
+    def modules(self)->dict: # what is trained
+        return dict(model=self.student.model, criterion=self.criterion)
 
     @property
-    def test_size(self)->int: return self.config.test_size or student_size(self.config, self.data.side) # px
+    def test_size(self)->int: # px
+        return self.config.test_size or student_size(self.config, self.data.side)
 
     @property
     def parts(self)->dict: # name -> (views, labels, rows) of the images that a student is measured on
@@ -243,19 +250,23 @@ class Setup(BaseSetup):
                     test=(self.test_views, test, torch.arange(len(test))))
 
     @property
-    def images_a_pass(self)->int: return self.pass_images or pass_size(self.test_size, self.ranks.device)
+    def images_a_pass(self)->int:
+        return self.pass_images or pass_size(self.test_size, self.ranks.device)
 
     def plan(self, epoch:int)->Plan: # rows (image, copy, view), in order
         return run_plan(self.config, self.train_rows, len(self.data.train_labels), epoch, self.unlabelled)
 
     @functools.cached_property
-    def labels(self)->torch.Tensor: return labels_of_all(self.data.train_labels, self.unlabelled) # -1: none
+    def labels(self)->torch.Tensor: # -1: none
+        return labels_of_all(self.data.train_labels, self.unlabelled)
 
     @property
-    def answered_rows(self)->torch.Tensor: return rows_of_all(self.train_rows, self.unlabelled) # by a teacher
+    def answered_rows(self)->torch.Tensor: # by a teacher
+        return rows_of_all(self.train_rows, self.unlabelled)
 
     @property
-    def rows(self)->int: return plan_rows(self.config, len(self.train_rows)) # of an epoch's plan
+    def rows(self)->int: # of an epoch's plan
+        return plan_rows(self.config, len(self.train_rows))
 
     @functools.cached_property
     def augment(self)->Augment|None: # augmentation after cutting views; None: no augmentation
@@ -273,7 +284,8 @@ def image_device(
     device:str   # of the model
 )->str:
     "Returns the device to keep images on: a GPU if they fit half its free memory and are not augmented, else 'cpu'."
-    if config.data_on in ('host', 'disk') or augments(config): return 'cpu'
+    if config.data_on in ('host', 'disk') or augments(config):
+        return 'cpu'
     if config.data_on == 'device': return device
     fit = device.startswith('cuda') and math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2
     return device if fit else 'cpu'
@@ -297,7 +309,8 @@ def teacher_answers(
     if absent and apart:
         raise VitdistillError(f"{config.teacher_weights} answers training images alone, and unlabelled = "
                               f"{config.unlabelled!r} is a folder: give the teacher's weights.")
-    if online: teacher.chunk = at_once # before the health check: each size is compiled
+    if online: # before the health check: each size is compiled
+        teacher.chunk = at_once
     if teacher.device.type == 'cuda' and not absent:
         both = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
         use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
@@ -315,7 +328,8 @@ def teacher_answers(
             others = teacher_memo(config, teacher, key | dict(train_images=unlabelled.mark, images=len(unlabelled)))
             memo = others and JoinedMemo(memo, others)
     answers = (Planned if planned else Answers)(teacher, views, kind, memo)
-    if not answers.by_view: teacher.chunk = at_once # also if the memo had no room
+    if not answers.by_view: # also if the memo had no room
+        teacher.chunk = at_once
     return answers, health, card
 
 # %% ../../nbs/train/02_setup.ipynb #6d9c0e41
@@ -352,7 +366,8 @@ def load_answers(
 def refuse_share(config:Config, images:int)->None: # images: labelled ones
     "Raises `VitdistillError` if a batch would have no labelled or no unlabelled image, and the share is not 1."
     share, batch = config.unlabelled_share, min(config.batch_size, plan_rows(config, images))
-    if 0 < (unlabelled := round(share*batch)) < batch or share == 1: return
+    if 0 < (unlabelled := round(share*batch)) < batch or share == 1:
+        return
     lacks = 'labelled' if unlabelled else 'unlabelled'
     raise VitdistillError(f'unlabelled_share = {share} leaves no {lacks} image in a batch of {batch}: give another '
                           'share, or a larger batch_size.')
@@ -365,7 +380,8 @@ def place_model(
 )->nn.Module:
     "Returns a student on its device, in the form that trains fastest there."
     if device == 'cpu': with_matrix_products(model)
-    if device == 'cpu' and precision == 'bf16': with_plain_attention(model)
+    if device == 'cpu' and precision == 'bf16':
+        with_plain_attention(model)
     return model.to(device, memory_format=torch.channels_last)
 
 # %% ../../nbs/train/02_setup.ipynb #f357b114
@@ -379,12 +395,14 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data, objective = load_data(config), criterion(config)
     train, val = split_rows(data.train_labels, config)
-    if config.class_weights: objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
+    if config.class_weights:
+        objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
     size = student_size(config, data.side)
     unlabelled, images = unlabelled_images(config, data, train, val), data.train_images
     if unlabelled is not None:
         refuse_share(config, len(train))
-        if unlabelled.images is not None: images = joined(images, unlabelled.images)
+        if unlabelled.images is not None:
+            images = joined(images, unlabelled.images)
     place = image_device(config, images.shape, ranks.device)
     views = Views(images, config.padding, place)
     loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
@@ -419,9 +437,11 @@ def predict(
     try:
         for part in rows.to(setup.ranks.device).split(setup.images_a_pass):
             pixels = setup.input(views(part), size=setup.test_size)
-            with setup.autocast(): outputs.append([head.float() for head in model(pixels)])
+            with setup.autocast():
+                outputs.append([head.float() for head in model(pixels)])
         return [torch.cat(heads) for heads in zip(*outputs)]
-    except torch.OutOfMemoryError: outputs = pixels = None # the failed pass's tensors are freed before another try
+    except torch.OutOfMemoryError: # the failed pass's tensors are freed before another try
+        outputs = pixels = None
     if setup.images_a_pass == 1:
         raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} on one '
                               f'image of {setup.test_size} px: stop what else uses it, or take a smaller '
@@ -434,7 +454,8 @@ def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, s
     "Returns top-1 and top-5 in [0, 1] of the heads' added softmaxes, over all ranks; two heads: also each one's top-1."
     heads = setup.student.heads if len(setup.student.heads) > 1 else ()
     names = 'top1', 'top5', *(f'{head}_top1' for head in heads)
-    if not (len(rows) and setup.data.labelled): return dict.fromkeys(names)
+    if not (len(rows) and setup.data.labelled):
+        return dict.fromkeys(names)
     counts = torch.zeros(len(names), dtype=torch.int64, device=setup.ranks.device)
     if len(mine := rows.tensor_split(setup.ranks.world)[setup.ranks.rank]):
         answers = predict(setup, views, mine, student=student)

@@ -51,7 +51,8 @@ class Meter:
     def add(self, out:Output, batch:Batch)->None:
         logits = out.logits[0].detach() if out.logits else None
         self.tally(self.sums, self.steps, out.loss.detach(), logits, batch.targets, batch.weight > 0)
-        if self.first_label is None and 'label' in out.parts: self.first_label = out.parts['label'].detach()
+        if self.first_label is None and 'label' in out.parts:
+            self.first_label = out.parts['label'].detach()
         if out.logits: return
         for name, part in out.parts.items(): # terms of a loss without labels
             self.parts[name] = self.parts.get(name, 0.) + part*len(batch.targets)*(batch.weight > 0)
@@ -93,9 +94,12 @@ class TrainingStep:
 # %% ../../nbs/train/03_step.ipynb #13bd71d0
 def why_not_captured(setup:Setup, optimizer:torch.optim.Optimizer)->str:
     "Returns why a CUDA graph can't hold this run's steps; '' if it can."
-    if not setup.ranks.device.startswith('cuda'): return 'there is no CUDA GPU'
-    if setup.ranks.world > 1: return 'several ranks exchange data in each step'
-    if not setup.criterion.compiles: return f'distillation = {setup.config.distillation!r} changes with the epoch'
+    if not setup.ranks.device.startswith('cuda'):
+        return 'there is no CUDA GPU'
+    if setup.ranks.world > 1:
+        return 'several ranks exchange data in each step'
+    if not setup.criterion.compiles:
+        return f'distillation = {setup.config.distillation!r} changes with the epoch'
     held = type(optimizer) is torch.optim.SGD or all(group.get('capturable') for group in optimizer.param_groups)
     return '' if held else f'optimizer = {setup.config.optimizer!r} needs the host in each step'
 
@@ -130,17 +134,20 @@ class CapturedStep(TrainingStep):
 
     def capture(self, batch:Batch)->typing.Callable: # of tensors that stay; returns the replay
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local'): self.run(batch)
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local'):
+            self.run(batch)
         self.pool = graph.pool() # graphs share their memory, since one replays at a time
         return graph.replay
 
     def __call__(self, batch:Batch)->None:
         size = tuple(part.shape for part in tensors(batch))
         self.done[size] += 1
-        if size not in self.graphs and self.done[size] > self.usual and not self.fails: self._keep(size, batch)
+        if size not in self.graphs and self.done[size] > self.usual and not self.fails:
+            self._keep(size, batch)
         if size not in self.graphs: return self.run_aside(batch)
         kept, replay = self.graphs[size]
-        for place, value in zip(kept, tensors(batch), strict=True): place.copy_(value, non_blocking=True)
+        for place, value in zip(kept, tensors(batch), strict=True):
+            place.copy_(value, non_blocking=True)
         replay()
 
     def _keep(self, size, batch): # the graph of a size, with the tensors that it reads
@@ -154,7 +161,10 @@ class CapturedStep(TrainingStep):
 # %% ../../nbs/train/03_step.ipynb #10d71d93
 def create_step(setup:Setup, objective:nn.Module, optimizer:torch.optim.Optimizer)->TrainingStep:
     "Returns the step of a run, captured if the config's `compile` says so and it can be."
-    if setup.config.compile != 'graph': return TrainingStep(setup, objective, optimizer)
-    if not (reason := why_not_captured(setup, optimizer)): return CapturedStep(setup, objective, optimizer)
-    if not setup.ranks.rank: print(f"compile = 'graph' is left out: {reason}.", flush=True)
+    if setup.config.compile != 'graph':
+        return TrainingStep(setup, objective, optimizer)
+    if not (reason := why_not_captured(setup, optimizer)):
+        return CapturedStep(setup, objective, optimizer)
+    if not setup.ranks.rank:
+        print(f"compile = 'graph' is left out: {reason}.", flush=True)
     return TrainingStep(setup, objective, optimizer)
