@@ -96,7 +96,7 @@ def test_a_model_of_open_clip_teaches(images, tmp_path, monkeypatch):
     torch.save(clip.state_dict(), tmp_path / "tiny.pt")
     monkeypatch.chdir(tmp_path)
     job = JOB | dict(teacher="clip:tiny-clip/tiny.pt", out=tmp_path / "mine", classes=WORDS, allow_untrained=True)
-    with mock.patch("vitdistill.launch.queue.launch", side_effect=VitdistillError("a student")), \
+    with mock.patch("vitdistill.launch.runner.run", side_effect=VitdistillError("a student")), \
             pytest.raises(VitdistillError, match="a student"):
         api.distill(images, **job)
     folder = tmp_path / "mine/work/teacher/model"
