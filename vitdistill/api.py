@@ -359,8 +359,8 @@ def about_answers(result:Distilled)->list[str]:
     if 'teacher' in runs:
         shares = answers_given(runs['teacher'], 'val').decision.value_counts(normalize=True)
         usual = first.config.class_names[shares.index[0]]
-        lines.append(f'The teacher answers {usual!r} for {shares.iloc[0]:.0%} of the held-out images: to say that '
-                     'alone would agree as often.')
+        lines.append(f'The teacher answers {usual!r} for {shares.iloc[0]:.0%} of the held-out images; always saying '
+                     'that would agree as often.')
     return [*lines, 'Nothing could be measured on labels: no accuracy of teacher or student, and no difference from a '
             'student that learned from labels. With some labelled images, vitdistill evaluate MODEL DIR measures each.']
 

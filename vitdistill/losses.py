@@ -491,7 +491,7 @@ def refuse_unlabelled(config:Config)->None:
         return # without a teacher it's only measured
     what, out = f'unlabelled = {config.unlabelled!r} has', 'leave unlabelled out, or '
     if config.class_names:
-        what, out = f'the images of class_names = {config.class_names} have', ''
+        what, out = 'the images (class_names is given) have', ''
     objective, name = named_objective(config), config.distillation
     if objective.wants is None:
         raise VitdistillError(f'{what} no labels, and distillation = {name!r} has no teacher to answer instead: '
