@@ -333,7 +333,8 @@ def advice(result:Distilled)->list[str]:
 # %% ../nbs/06_api.ipynb #10db9ff3
 def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
     "Returns a sentence for each student that int8 clearly costs accuracy: the whole interval lies below zero."
-    if 'int8_high' not in costs: return [] # measured before this was known
+    if 'int8_high' not in costs: # measured before this was known
+        return []
     lines = []
     for row in costs[costs.int8_high < 0].itertuples():
         ends = f'{100*row.int8_low:.1f} to {100*row.int8_high:.1f} over test images'
