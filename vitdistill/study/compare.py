@@ -46,6 +46,7 @@ def right_answers(run:Run, file:str='predictions.npz')->pd.Series: # file: of `p
     frame = read_predictions(run, file=file).set_index('image')
     return frame.decision == frame.label
 
+# %% ../../nbs/study/08_compare.ipynb #00d30258
 def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: no epoch that both kept
     "Returns `one` minus `other` on the same test images after equal epochs, with Tango's interval."
     files = prediction_files(one)
@@ -116,6 +117,7 @@ class Comparison:
                 runs=run_names(finished_runs(runs).values())))
         return pd.DataFrame(rows)
 
+# %% ../../nbs/study/08_compare.ipynb #50f62345
 def run_names(runs)->str:
     "Returns the names of runs, for a table's row."
     return ', '.join(run.name for run in runs)
@@ -213,6 +215,7 @@ def difference(
         row['published'] = study.published[names[0]] - study.published[names[1]]
     return row | dict(runs=run_names(runs))
 
+# %% ../../nbs/study/08_compare.ipynb #f48a72a6
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs
     "Returns two runs with the same seed, finished ones if there are; [] without any."
     if not seeds:
@@ -292,6 +295,7 @@ def taught_pairs(
                 by_runs.setdefault(runs, (f'{name}: {one[0]}', plain, taught))
     return list(by_runs.values()) or unnamed_pairs(records, dataset)
 
+# %% ../../nbs/study/08_compare.ipynb #ea70a47b
 def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]:
     "Returns pairs of runs of no study, which differ in nothing but seed and teaching (those of e01 and e02)."
     studies = shipped_names('nbs/studies', '.yaml') # whose arms `taught_pairs` has looked at
@@ -315,6 +319,7 @@ def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run],
         found += [(taught[0].name, plain, taught) for plain in plain_arms for taught in taught_arms]
     return found
 
+# %% ../../nbs/study/08_compare.ipynb #2d23b3a7
 def on_labels(config:Config)->bool:
     "Returns whether a student learns from the true labels alone, without smoothing."
     return config.distillation == 'none' and not config.label_smoothing
@@ -380,6 +385,7 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
     ax.set(xlabel=xlabel, title=comparison.study.title)
     return fig
 
+# %% ../../nbs/study/08_compare.ipynb #ff44c6fe
 def draw_curves(
     comparison:Comparison,
     most:int=7,      # arms that are drawn
@@ -442,6 +448,7 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
     parts = {'Pictures': write_pictures(comparison, out), 'Tables': write_tables(comparison, out)}
     return write_page(out/f'{study.name}.html', study.title or study.name, lead, parts)
 
+# %% ../../nbs/study/08_compare.ipynb #25a91fa9
 def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
     "Writes differences, accuracies and choices of a study; returns the Markdown files."
     measured = comparison.measured.capitalize()
@@ -462,6 +469,7 @@ def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
         files.append(markdown)
     return files
 
+# %% ../../nbs/study/08_compare.ipynb #eb43a7e8
 def write_pictures(comparison:Comparison, out:Path)->list[Path]: # out: folder
     "Writes the forest plot and the curves of a study; returns the SVG of each that has something to show."
     runs = [run for arm in comparison.arms.values() for run in arm]
@@ -510,6 +518,7 @@ def write_studies(
     pages = [write(study, out) for study in studies]
     return write_index(out, 'Studies and runs', notes, runs=runs, pages=pages)
 
+# %% ../../nbs/study/08_compare.ipynb #542bcea8
 def folders_of_studies()->list[str]:
     "Returns reports/runs, and the folders of runs that the studies of nbs/studies name."
     folders = {Config().runs_dir}
@@ -532,6 +541,7 @@ def printed(comparison:Comparison)->str:
     lines += [points(row) for row in comparison.table().itertuples()]
     return '\n'.join(lines + missing(comparison))
 
+# %% ../../nbs/study/08_compare.ipynb #cf0fffc7
 def main(arguments:list=None)->int:
     "Runs `vitdistill compare`."
     args = compare_parser().parse_args(arguments)
