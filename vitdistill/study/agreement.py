@@ -92,7 +92,9 @@ def class_gains(
     groups:pd.Series,            # by label: name of its class or superclass
 )->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high
     "Returns accuracies per group of classes, plain and taught, and their difference; largest gain first."
-    frame = decisions([run for pair in pairs for run in pair])
+    runs = []
+    for plain_run, taught_run in pairs: runs += [plain_run, taught_run]
+    frame = decisions(runs)
     group = frame.label.map(groups).rename('group')
     images = group.value_counts().sort_index().rename('images')
     def share_by_group(values): # values: (images, pairs)

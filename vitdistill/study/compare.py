@@ -141,8 +141,9 @@ def load(
         study = read_study(study)
     if not isinstance(runs, list):
         folders = [runs] if runs else run_folders(study)
-        runs = [run for folder in folders for run in find_runs(folder)]
-        runs = [run for run in runs if run.status != 'unreadable']
+        runs = []
+        for folder in folders:
+            runs += [run for run in find_runs(folder) if run.status != 'unreadable']
     return Comparison(study, {name: newest(runs_of(study, name, runs)) for name in arm_names(study)})
 
 # %% ../../nbs/study/08_compare.ipynb #4032c5c8
@@ -316,7 +317,8 @@ def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run],
     for ways in groups.values():
         plain_arms = [runs for runs in ways.values() if on_labels(runs[0].config)]
         taught_arms = [runs for runs in ways.values() if runs[0].config.teacher]
-        found += [(taught[0].name, plain, taught) for plain in plain_arms for taught in taught_arms]
+        for plain in plain_arms:
+            found += [(taught[0].name, plain, taught) for taught in taught_arms]
     return found
 
 # %% ../../nbs/study/08_compare.ipynb #2d23b3a7
@@ -472,7 +474,8 @@ def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
 # %% ../../nbs/study/08_compare.ipynb #eb43a7e8
 def write_pictures(comparison:Comparison, out:Path)->list[Path]: # out: folder
     "Writes the forest plot and the curves of a study; returns the SVG of each that has something to show."
-    runs = [run for arm in comparison.arms.values() for run in arm]
+    runs = []
+    for arm in comparison.arms.values(): runs += arm
     several_seeds = any(len(finished_runs(arm)) > 1 for arm in comparison.arms.values())
     about_curves = ': means over seeds; bands: worst to best' if several_seeds else ''
     pictures = [('forest', draw_forest(comparison), 'Differences in points; lines are 95% intervals.'),
@@ -491,7 +494,9 @@ def studies_with_runs(
 )->tuple[list[Comparison], list[str]]: # with runs; names of studies without a file
     "Returns the studies of these runs."
     readable = [run for run in runs if run.status != 'unreadable']
-    named = {arm.partition('/')[0] for run in readable for arm in run.arms}
+    named = set() # studies
+    for run in readable:
+        named |= {arm.partition('/')[0] for arm in run.arms}
     files = {name: name for name in shipped_names('nbs/studies', '.yaml')}
     for name in named:
         for folder in folders:
@@ -507,7 +512,8 @@ def write_studies(
 )->Path:
     "Compares each study that has runs, writes index.html (their pages and all runs) and returns its path."
     folders = [folder] if folder else folders_of_studies()
-    runs = [run for place in folders for run in find_runs(place)]
+    runs = []
+    for place in folders: runs += find_runs(place)
     if not runs:
         places = ' or '.join(map(str, folders))
         raise VitdistillError(f'no run in {places}: start one, or name a folder of run folders as --reports.')

@@ -50,11 +50,12 @@ def plot_curves(
 )->pd.Series:           # of `mean_curve`
     "Draws the mean of repeats and, if there are several, a thin line for each; returns the mean."
     mean = mean_curve(frame)
-    color, marker = role_style(role)['color'], role_style(role)['marker']
+    look = role_style(role)
     if frame['run'].nunique() > 1:
         for _, one in frame.dropna(subset=['test_top1']).groupby('run'):
-            ax.plot(one.epoch, one.test_top1, color=color, linewidth=.6, alpha=.45)
-    ax.plot(mean.index, mean, color=color, marker=marker, markevery=max(1, len(mean)//12), label=label)
+            ax.plot(one.epoch, one.test_top1, color=look['color'], linewidth=.6, alpha=.45)
+    ax.plot(mean.index, mean, color=look['color'], marker=look['marker'], markevery=max(1, len(mean)//12),
+            label=label)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return mean
 

@@ -161,7 +161,8 @@ def write_index(
     out = Path(out)
     source = Path(source or out)
     def files(*patterns):
-        paths = [path for pattern in patterns for path in source.glob(pattern)]
+        paths = []
+        for pattern in patterns: paths += source.glob(pattern)
         return sorted(paths, key=lambda path: order(path, first))
     def linked(paths):
         links = {Path(os.path.relpath(path, out)).as_posix(): address(path, out) for path in paths}
