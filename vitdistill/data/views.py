@@ -148,7 +148,7 @@ def repeated(
     copies:int,         # of an image in a batch
     batch:int           # rows of a batch
 )->tuple[torch.Tensor, torch.Tensor]: # (n,) int64 each
-    "Returns as many rows (image, copy): the first images, in a batch all first copies before the second ones."
+    "Returns as many rows (image, copy): the first images, in a batch all first copies before all second."
     n = len(image)
     image = image.repeat_interleave(copies)[:n]
     copy = torch.arange(n) % copies
