@@ -8,7 +8,7 @@ __all__ = ['two_heads', 'cifar_stems', 'plain_nets', 'our_resnets', 'default_cfg
            'check_size', 'try_size', 'near_models', 'check_name', 'create', 'plain_values', 'without_prefix',
            'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights',
            'combine', 'Student', 'student_size', 'check_start', 'has_new_head', 'with_constant_drop_path',
-           'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'image_part',
+           'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'image_tower',
            'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
@@ -618,7 +618,7 @@ def _mixture(pretrained=False, pretrained_cfg=None, **kwargs):
 _register('mixture', _mixture)
 
 # %% ../../nbs/models/02_create.ipynb #c6cfe8fd
-def image_part(
+def image_tower(
     tower:dict, # {model: timm's name, and arguments of `create`}, or {embed_dim, vision_cfg} of open_clip
     size:int    # side of the input in px
 )->nn.Module:   # (B, 3, size, size) -> (B, D), or a tuple that begins so
@@ -636,14 +636,14 @@ def image_part(
 class ByWords(nn.Module):
     "Compares the embedding of an image with those of texts, one for each class, as CLIP does."
     def __init__(self,
-        tower:dict,             # as `image_part` takes it
+        tower:dict,             # as `image_tower` takes it
         mean:tuple=(.5, .5, .5), std:tuple=(.5, .5, .5), # by which its pixels are normalized
         num_classes:int=1000,
         img_size:int|tuple=224, # side of the input, px
         in_chans:int=3):        # timm passes it to every model
         super().__init__()
         size = to_2tuple(img_size)[0]
-        self.tower = image_part(tower, size).eval()
+        self.tower = image_tower(tower, size).eval()
         self.num_classes = num_classes
         with torch.no_grad():
             self.num_features = self.embed(torch.zeros(1, 3, size, size)).shape[-1]
