@@ -64,8 +64,10 @@ def _refuse_columns(file, names): # of a table
         if name not in names:
             shown = ', '.join(map(repr, names[:8]))
             more = ', ...' if len(names) > 8 else ''
-            advice = 'name the columns file and class (and part, if some images are for the test) in its first line'
-            raise VitdistillError(f'labels = {printable(file)} has no column {name!r}, but {shown}{more}: {advice}.')
+            advice = ('name the columns file and class (and part, if some images are for the test) in its '
+                      'first line')
+            raise VitdistillError(f'labels = {printable(file)} has no column {name!r}, but {shown}{more}: '
+                                  f'{advice}.')
     for name in COLUMNS:
         if names.count(name) > 1:
             raise VitdistillError(f'labels = {printable(file)} has two columns {name!r}: remove one.')
@@ -86,8 +88,9 @@ def table_rows(file:Path)->list[Labelled]:
             cells = [cell.strip() for cell in cells]
             if not any(cells): continue
             if len(cells) < len(names) or any(cells[len(names):]):
-                raise VitdistillError(f'{printable(file)}, line {reader.line_num}, has {len(cells)} cells and '
-                                      f'the first line {len(names)}: put text that holds a {mark!r} in quotes.')
+                place = f'{printable(file)}, line {reader.line_num}'
+                raise VitdistillError(f'{place}, has {len(cells)} cells and the first line {len(names)}: '
+                                      f'put text that holds a {mark!r} in quotes.')
             values = [cells[place] for place in places]
             if len(values) < len(COLUMNS): # no column `part`
                 values.append('')
