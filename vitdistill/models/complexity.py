@@ -20,7 +20,7 @@ def build(
     image_size:int=224, # side of the input, px
     **kwargs            # for the library's constructor, such as aux_logits=False
 )->nn.Module:
-    "Returns a model of 1,000 classes with random weights, in eval mode; unknown names are `VitdistillError`s."
+    "Returns a model of 1,000 classes with random weights, in eval mode; an unknown one is an error."
     library, _, architecture = name.rpartition('/')
     if library != 'torchvision':
         return create(name, 1000, image_size, **kwargs).eval()
@@ -59,7 +59,7 @@ def _new_bytes(output, inputs): # bytes of an output at fp32; 0 if it lies in th
     return 4*output.numel()
 
 # %% ../../nbs/models/03_complexity.ipynb #da160f94
-def _forward(model, shape): # ({name: (output's shape, bytes of all calls)}, {name: flops with the children's})
+def _forward(model, shape): # {name: (output's shape, bytes of all calls)}, {name: flops, children too}
     calls = {}
     def watch(name, module):
         def enter(*_): # a hook must return None
