@@ -43,7 +43,8 @@ def distill_parser()->argparse.ArgumentParser:
         usage='%(prog)s DIR [options] [--FIELD VALUE ...]', description='Train a student with '
         'and without a teacher on a folder of images, compare them, and keep both. Any field that `vitdistill train '
         '--help` lists can be given too, after DIR, such as --lr 0.01.')
-    made.add_argument('data', metavar='DIR', help='folder of train/CLASS/* and val/CLASS/*, or of CLASS/* alone')
+    where = 'folder of train/CLASS/* and val/CLASS/*, of CLASS/*, or without labels'
+    made.add_argument('data', metavar='DIR', help=where)
     for name, (_, default, comment) in declared('vitdistill.api', 'distill').items():
         option = f"--{name.replace('_', '-')}"
         if default is False:
