@@ -51,6 +51,7 @@ _machine = _fields_of('machine')
 _record = _fields_of('record')
 _found = _fields_of('found')
 
+# %% ../nbs/01_config.ipynb #fb21e6c2
 _precisions = 'auto', 'fp32', 'bf16'
 _formats = *_precisions, 'bf16-weights'
 _norms = 'data', 'own'
