@@ -38,8 +38,8 @@ from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from ..tasks.table import task_of
 from ..teachers.card import Card
 from ..train.setup import check_settings
-from .studies import MODELS, Study, combinations, full_name, listed, model_of, named, order
-from .studies import parameters_of, read_study, runs_folder, runs_with, seeds_of
+from .studies import MODELS, Study, as_list, combinations, full_name, model_of
+from .studies import name_with_values, order, parameters_of, read_study, runs_folder, runs_with, seeds_of
 
 # %% ../../nbs/launch/03_queue.ipynb #2ce04fbc
 @dataclass
@@ -152,7 +152,7 @@ def part_cells(study:Study, name:str)->list[Cell]:
         fixed = {'keep_record': True} | fixed
     models = {key: full_name(study, maker) for key, maker in models.items()}
     arm = f'{study.name}/{name}'
-    return [Cell(notebook, fixed | varied, named(name, varied), declared, arm, dict(models))
+    return [Cell(notebook, fixed | varied, name_with_values(name, varied), declared, arm, dict(models))
             for varied in combinations(dict(vary=vary))]
 
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c04
@@ -268,7 +268,7 @@ def missing_weights(cells:list[Cell])->list[str]:
     arms = {cell.arm for cell in cells}
     for cell in cells:
         for key in MODELS[1:]:
-            for file in map(str, listed(cell.chosen.get(key) or None)):
+            for file in map(str, as_list(cell.chosen.get(key) or None)):
                 if not (file.startswith('hf-hub:') or fitting(file)): missing[file] = True
         for arm in cell.models.values():
             if arm in arms: continue
