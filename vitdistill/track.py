@@ -53,7 +53,9 @@ class Trackio:
         self.run.log(values, step=epoch)
 
     def end(self, result:dict)->None:
-        numbers = {f'result/{name}': value for name, value in result.items() if isinstance(value, (int, float))}
+        numbers = {}
+        for name, value in result.items():
+            if isinstance(value, (int, float)): numbers[f'result/{name}'] = value
         self.run.log(numbers, step=result.get('epochs', 1) - 1)
         with contextlib.redirect_stdout(io.StringIO()):
             self.run.finish()

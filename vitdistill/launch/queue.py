@@ -39,7 +39,8 @@ from ..tasks.table import task_of
 from ..teachers.card import Card
 from ..train.setup import check_settings
 from .studies import MODELS, Study, as_list, combinations, full_name, model_of
-from .studies import name_with_values, order, parameters_of, read_study, runs_folder, runs_with, seeds_of
+from .studies import name_with_values, order, parameters_of, read_study, runs_folder, runs_with
+from .studies import seeds_of
 
 # %% ../../nbs/launch/03_queue.ipynb #2ce04fbc
 @dataclass
@@ -50,8 +51,7 @@ class Cell:
     name:str=''            # for people: the arm, with its seed and what it varies
     declared:dict=field(default_factory=dict) # parameters of its notebook, with their defaults
     arm:str=''             # 'study/arm'
-    # parameter (teacher_weights ...) -> 'study/arm' that trains the model
-    models:dict=field(default_factory=dict)
+    models:dict=field(default_factory=dict) # such as teacher_weights -> 'study/arm' that trains the model
     makers:dict=field(default_factory=dict) # 'study/arm' of it -> `named_fields`, `recipe_fields` of its cell
     after:list=field(default_factory=list)  # numbers of the cells that have to end first
     place:Path=None        # its executed notebook; its other files differ in their ending
@@ -451,7 +451,7 @@ def count_states(cells:list[Cell], slots:int=0)->str: # slots: cells side by sid
              if name != 'waiting' or count[name]]
     took = [cell.seconds for cell in cells if cell.state == 'done' and cell.seconds]
     rests = [cell.rest for cell in cells if cell.rest is not None]
-    # of these only the mean is known
+    # of these only the mean time of a cell is known
     others = count['left'] + count['waiting'] + (count['running'] - len(rests))/2
     seconds = sum(rests) + others*(mean(took) if took else 0)
     seconds /= slots or max(1, count['running'])

@@ -37,7 +37,7 @@ from ..track import tracker_names
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
                   'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out',
                   'data', 'teacher_name', 'classes', 'seeds', 'texts', 'arm', 'drop_duplicates')
-# of Config, by a notebook
+# fields of Config that a notebook may set
 settable = tuple(sorted({*field_names()} - {'experiment', *field_names(group='found')}))
 
 # %% ../../nbs/launch/01_runner.ipynb #ecb4f3bd
@@ -103,7 +103,7 @@ def configure(
     given:dict      # the notebook's parameters: `preset`, and fields of Config (None: the preset's value)
 )->Config:
     "Returns the config of an experiment notebook."
-    # `run` takes it
+    # nproc is for `run`
     values = {name: value for name, value in given.items() if name in settable and name != 'nproc'}
     return preset(given['preset'], experiment, **values)
 

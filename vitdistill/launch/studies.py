@@ -33,7 +33,7 @@ class Study:
     seeds:list = field(default_factory=list)    # of every arm; []: the notebooks' own
     later:list = field(default_factory=list)    # seeds that were added after a look at the others
     teachers:dict = field(default_factory=dict) # name -> notebook and its parameters
-    arms:dict = field(default_factory=dict)     # likewise, or 'study/arm', a list of these, {runs: [patterns]}
+    arms:dict = field(default_factory=dict)     # likewise, 'study/arm', a list of these, {runs: [patterns]}
     baseline:str = ''                           # arm that the others are compared with
     compare:list = field(default_factory=list)  # [arm, other], or [[arm, other], [arm, other]]
     published:dict = field(default_factory=dict) # arm -> accuracy in a paper, a fraction

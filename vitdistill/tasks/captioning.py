@@ -204,7 +204,7 @@ def unlabelled_parts(config:Config, device:str)->tuple: # as `labelled_parts`
 
 # %% ../../nbs/tasks/03_captioning.ipynb #9c866fb8
 def noise_facts(config:Config, val:Part)->dict: # noise_std, and how it was found
-    "Returns the deviation of the noise, what the rule says of drawn pairs, and the gap of the held-out pairs."
+    "Returns the deviation of the noise, what the rule says of drawn pairs, and the gap of held-out pairs."
     if val.image is None:
         if config.noise_std == 'auto':
             raise VitdistillError("noise_std = 'auto' reads the deviation off pairs of image and text, and a "
@@ -333,7 +333,7 @@ def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kind
 def test_arrays(setup:Captioning, captions:dict)->dict: # captions: of `measure_part`
     "Returns the arrays of predictions.npz: the class that each caption names (-1: none), points of the gap."
     part, val = setup.parts['test'], setup.parts['val']
-    # of the classes' names
+    # name of a class -> label
     labels = {fact.name: label for fact, label in zip(part.facts, part.labels.tolist())}
     arrays = dict(test_image=part.rows.int().numpy(), test_label=part.labels.short().numpy())
     for kind, head in (('image', 'class'), ('text', 'text')):

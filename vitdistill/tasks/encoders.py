@@ -93,11 +93,11 @@ class OpenClip(Encoder):
             raise VitdistillError(f'clip = {name!r} is not known to open_clip: {near}')
         problem = f'clip = {name!r} with clip_pretrained = {pretrained!r} can not be had'
         advice = f'name a file of its weights {way}'
-        # open_clip's errors, the hub's
+        # errors of open_clip, of the hub, of a socket
         with explained(problem, advice, reason=failure_in_words), without_retries():
             weights = open_clip.get_pretrained_cfg(name, pretrained) or {}
             self.config = open_clip.get_model_config(name)
-            # OpenAI's have their own
+            # OpenAI's weights need their own GELU
             quick_gelu = self.config.get('quick_gelu') or weights.get('quick_gelu', False)
             self.config['quick_gelu'] = quick_gelu
             self.model, _, self.prepare = open_clip.create_model_and_transforms(
