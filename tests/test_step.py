@@ -27,7 +27,7 @@ from vitdistill.train.optimize import create_optimizer
 from vitdistill.tasks.can import ContrastiveMaskedNoise
 from vitdistill.train.ranks import Ranks
 from vitdistill.train.setup import Setup, predict
-from vitdistill.teachers.teacher import load_teacher
+from vitdistill.teachers.teacher import teacher_and_card
 from vitdistill.data.views import Views
 
 BATCH = 8
@@ -162,7 +162,7 @@ def epoch(taught, folder, steps, mode):
     student, views = Student(counter, len(data.classes)), Views(data.train_images, config.padding, place)
     answers = None
     if taught:
-        teacher, _ = load_teacher(config, data)
+        teacher, _ = teacher_and_card(config, data)
         memo = open_memo(folder / str(steps), memo_key(teacher, config, data))
         fill_randomly(memo)
         answers = Answers(teacher, views, memo=memo)

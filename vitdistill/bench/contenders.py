@@ -30,7 +30,7 @@ from ..train.optimize import create_optimizer
 from ..train.ranks import Ranks
 from ..base import cores
 from ..train.setup import Setup, auto_values, image_device, loading_processes, place_model
-from ..teachers.teacher import load_teacher
+from ..teachers.teacher import teacher_and_card
 from ..train.step import create_step
 from ..train.loop import Progress, create_objective, train_epoch
 
@@ -64,7 +64,9 @@ def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     student = place_model(create_student(config, len(data.classes), 32), ranks.device, precision=config.precision)
     place = image_device(config, data.train_images.shape, ranks.device)
     views, rows = Views(data.train_images, config.padding, place), torch.arange(len(data.train_labels))
-    answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
+    answers = None
+    if config.distillation != 'none':
+        answers = Answers(teacher_and_card(config, data, ranks.device)[0], views)
     if answers and unnumbered(config): # it answers batch by batch
         answers.teacher.chunk = config.batch_size
     test_views = Views(data.test_images, 0, place)

@@ -55,7 +55,7 @@ class Memo:
 
     def get(self, image:torch.Tensor, view:torch.Tensor)->tuple: # (B,) int64 each -> answers, (B,) bool: known?
         found = self.stored[image.numpy(), view.numpy()]
-        return self.kind.read(found), torch.from_numpy(self.kind.known(found[:, 0], self.key['classes']))
+        return self.kind.read(found), torch.from_numpy(self.kind.is_known(found[:, 0], self.key['classes']))
 
     def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor, *other:torch.Tensor)->None:
         rows, where = self.kind.store(answer).astype(self.stored.dtype), (image.numpy(), view.numpy())
@@ -65,8 +65,8 @@ class Memo:
             new = ~self.other.get(image, view)[1] # what is known stays
             self.other.put(image[new], view[new], other[0][new])
 
-    def known(self, rows:torch.Tensor=slice(None))->float: # share of these images' answers that the memo has
-        return float(self.kind.known(self.stored[..., 0][rows], self.key['classes']).mean())
+    def share_known(self, rows:torch.Tensor=slice(None))->float: # share of these images' answers that the memo has
+        return float(self.kind.is_known(self.stored[..., 0][rows], self.key['classes']).mean())
 
 # %% ../../nbs/teachers/02_answers.ipynb #f0ff8401
 class JoinedMemo:
@@ -92,8 +92,8 @@ class JoinedMemo:
         for memo, where, rows in self.parts(image):
             memo.put(rows, view[where], answer[where], *(more[where] for more in other))
 
-    def known(self, rows:torch.Tensor)->float: # as of `Memo`
-        return sum(memo.known(mine)*len(mine) for memo, _, mine in self.parts(rows))/max(1, len(rows))
+    def share_known(self, rows:torch.Tensor)->float: # as of `Memo`
+        return sum(memo.share_known(mine)*len(mine) for memo, _, mine in self.parts(rows))/max(1, len(rows))
 
 # %% ../../nbs/teachers/02_answers.ipynb #d0e7a45c
 def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_key`
@@ -178,7 +178,7 @@ def write_answers(
     **about        # entries that `answers_head` returns in addition to the key: card, teacher_hash
 )->Path:
     "Writes a memo's answers for the images whose views are all known; returns the file."
-    known = np.flatnonzero(memo.kind.known(memo.stored[..., 0], memo.key['classes']).all(1))
+    known = np.flatnonzero(memo.kind.is_known(memo.stored[..., 0], memo.key['classes']).all(1))
     if not len(known):
         raise VitdistillError(f"no image in {memo.file} has answers for all {memo.key['views']} views: fill the memo "
                               'first (fill_memo).')
@@ -230,7 +230,7 @@ tags: [distillation, teacher-answers]
 # A teacher's answers: {file.name}
 
 Answers of {head['architecture']} (kind: {type(memo.kind).__name__}) about {about}.
-{memo.known():.1%} of them are known; the others are computed when they are needed.
+{memo.share_known():.1%} of them are known; the others are computed when they are needed.
 
 Keep this file in the folder of the teacher's weights. A student uses it when `teacher_weights` names that folder or
 this repository (`hf-hub:OWNER/MODEL`). It is refused for another teacher, other images or other {others}.
@@ -418,8 +418,8 @@ class Answers(Online):
 
     def kept(self, *where:torch.Tensor)->tuple: # as `Memo.get`, on rank 0
         return self.memo.get(*where)
-    def known(self, rows:torch.Tensor)->float: # as `Memo.known`, on rank 0
-        return self.memo.known(rows)
+    def share_known(self, rows:torch.Tensor)->float: # as `Memo.share_known`, on rank 0
+        return self.memo.share_known(rows)
     def in_words(self, *run)->str:
         return memo_in_words(self, *run) if self.by_view else super().in_words(*run)
 
@@ -456,7 +456,7 @@ def memo_in_words(
     shown:int=0        # rows of an epoch; 0: as many as the config shows of these images
 )->str:
     "Returns a sentence on what the memo has and what it saves."
-    known, cost = answers.known(rows), 'the teacher itself does not run'
+    known, cost = answers.share_known(rows), 'the teacher itself does not run'
     if known < 1 and not isinstance(answers.teacher, Absent):
         rate = answers.world*images_a_second(answers.teacher)
         passes = config.epochs*(shown/len(rows) if shown else plan_rows(config, 1))
@@ -541,5 +541,5 @@ class Planned(Answers):
 
     def in_words(self, *run)->str:
         if not self.memo: return super().in_words(*run)
-        return f'memo of the plan: {self.memo.known():.1%} of the answers are known; the others are computed ' \
+        return f'memo of the plan: {self.memo.share_known():.1%} of the answers are known; the others are computed ' \
                'now, once for all students of this plan'

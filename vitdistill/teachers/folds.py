@@ -54,8 +54,8 @@ class OutOfFold(Answers):
             answers[where], known[where] = part.kept(image[where], view[where])
         return answers, known
 
-    def known(self, rows:torch.Tensor)->float:
-        return sum(part.known(rows[where])*len(where) for part, where in self.parts_of(rows))/len(rows)
+    def share_known(self, rows:torch.Tensor)->float:
+        return sum(part.share_known(rows[where])*len(where) for part, where in self.parts_of(rows))/len(rows)
 
 # %% ../../nbs/teachers/03_folds.ipynb #a44eb8ae
 def answer_counts(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'sample_rows', 'top1', 'make_card', 'Absent',
-           'refuse_new_head', 'refuse_other_weights', 'load_teacher', 'balance', 'untrained', 'least_accuracy',
+           'refuse_new_head', 'refuse_other_weights', 'teacher_and_card', 'balance', 'untrained', 'least_accuracy',
            'seems_untrained', 'check_health', 'refuse_used_images', 'with_members', 'refuse_other_teacher',
            'refuse_other_normalization', 'adopt']
 
@@ -193,7 +193,7 @@ def refuse_other_weights(teacher:Teacher, card:Card|None, config:Config)->None: 
                               f'{found}): '
                               'put that card beside its own weights, or write one with `vitdistill.teachers.adopt`.')
 
-def load_teacher(config:Config, data:Data, device='cpu')->tuple:
+def teacher_and_card(config:Config, data:Data, device='cpu')->tuple:
     "Returns (teacher, card or None); raises `VitdistillError` if classes, split or weights don't fit the config."
     torch.manual_seed(config.seed) # for an untrained head
     card = Card.read(config.teacher_weights)
@@ -231,7 +231,7 @@ def untrained(
     "Writes the config's teacher, untrained and balanced, as a model folder for tests; returns the folder."
     data = load_data(config)
     views = Views(data.train_images, config.padding)
-    teacher = balance(load_teacher(config, data)[0], views)
+    teacher = balance(teacher_and_card(config, data)[0], views)
     as_student = replace(config, student=config.teacher, student_kwargs=config.teacher_kwargs)
     card = make_card(teacher, as_student, data, views, most=200)
     save_model(teacher.model, folder, config.teacher_kwargs, data.classes, '', teacher.constants, teacher.size)

@@ -33,7 +33,7 @@ from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, check_health, load_teacher, use_quickest
+from ..teachers.teacher import Absent, check_health, teacher_and_card, use_quickest
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
@@ -297,7 +297,7 @@ def teacher_answers(
     unlabelled:Unlabelled=None # further images of the plan
 )->tuple:
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
-    teacher, card = load_teacher(config, data, ranks.device)
+    teacher, card = teacher_and_card(config, data, ranks.device)
     planned = config.plan_memo and unnumbered(config)
     online = unnumbered(config) or not config.memo
     absent = isinstance(teacher, Absent)
@@ -353,7 +353,7 @@ def load_answers(
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
     for part, where in answers.parts_of(rows):
         absent = not ranks.rank and isinstance(part.teacher, Absent)
-        if absent and (known := part.known(rows[where])) < 1:
+        if absent and (known := part.share_known(rows[where])) < 1:
             raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of the views of the {len(where):,} '
                                   'training images: train on images that it answers (data_fraction, split_seed, '
                                   "val_fraction), or give the teacher's weights.")
