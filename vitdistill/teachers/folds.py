@@ -48,10 +48,10 @@ class OutOfFold(Answers):
             answers[where] = part.online(pixels[where], image[where])
         return answers
 
-    def kept(self, image:torch.Tensor, view:torch.Tensor)->tuple:
+    def memo_answers(self, image:torch.Tensor, view:torch.Tensor)->tuple:
         answers, known = self.blanks(len(image)), torch.zeros(len(image), dtype=torch.bool)
         for part, where in self.parts_of(image):
-            answers[where], known[where] = part.kept(image[where], view[where])
+            answers[where], known[where] = part.memo_answers(image[where], view[where])
         return answers, known
 
     def share_known(self, rows:torch.Tensor)->float:

@@ -86,7 +86,7 @@ def true_answers(setup:Setup)->float|None:
     if not (setup.answers and setup.answers.by_view): return None
     plan = setup.plan(setup.config.epochs - 1)
     labels = setup.labels[plan.image]
-    answers, known = setup.answers.kept(plan.image, plan.view)
+    answers, known = setup.answers.memo_answers(plan.image, plan.view)
     known &= labels >= 0
     if answers.ndim > 1 or not known.any(): return None
     return round((answers == labels)[known].double().mean().item(), 5)
