@@ -26,7 +26,7 @@ from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_optimizer
 from vitdistill.tasks.can import ContrastiveMaskedNoise
 from vitdistill.train.ranks import Ranks
-from vitdistill.train.setup import Setup, predict
+from vitdistill.train.setup import Setup, student_logits
 from vitdistill.teachers.teacher import teacher_and_card
 from vitdistill.data.views import Views
 
@@ -290,7 +290,7 @@ def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
             meter.add(out, batch)
             assert batch.pixels.shape[1:] == (3, 48, 48) and out.loss.device.type == batch.pixels.device.type == "cuda"
         assert meter.sums.device.type == meter.steps.device.type == "cuda"
-        heads = predict(setup, views, rows)
+        heads = student_logits(setup, views, rows)
     assert heads[0].shape == (len(rows), 100) and heads[0].device.type == "cuda"
 
 

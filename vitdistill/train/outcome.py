@@ -21,7 +21,7 @@ from ..losses import OBJECTIVES
 from ..models.create import combine, load_weights, readme_head, save_model, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint
-from .setup import BaseSetup, Setup, auto_device, predict, prepare, resolve
+from .setup import BaseSetup, Setup, auto_device, prepare, resolve, student_logits
 from ..teachers.card import Card, card_rows, knows_images, training_mask
 from ..teachers.teacher import Teacher, make_card
 
@@ -57,7 +57,7 @@ def predictions(
         if not len(mine): continue
         kind = torch.int16 if len(setup.data.classes) <= 2**15 else torch.int32
         arrays[f'{part}_image'], arrays[f'{part}_label'] = mine.int().numpy(), labels[mine].to(kind).numpy()
-        pieces = [reduced(setup.student.heads, predict(setup, views, some), keep and part != 'train')
+        pieces = [reduced(setup.student.heads, student_logits(setup, views, some), keep and part != 'train')
                   for some in mine.split(few)]
         arrays |= {f'{part}_{name}': np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return arrays
@@ -246,8 +246,8 @@ def predictions_at(
 )->Path: # the file, predictions-<epochs>.npz
     "Writes the test predictions of a checkpoint, without logits, into the record of its run, which may still train."
     if not getattr(OBJECTIVES.get(run.config.distillation), 'labelled', False): # unknown here: another task's
-        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it '
-                              'decides nothing: fine-tune it with e00_teacher, and ask that.')
+        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so '
+                              'it decides nothing: fine-tune it with e00_teacher, and ask that.')
     state = checkpoint_at(run, epochs)
     alone = dict(distillation='none', teacher='', unlabelled='', objective_kwargs={}, student_weights='',
                  student_pretrained=False, student_head='new', student_resampling='bicubic', keep_logits=False)
