@@ -143,7 +143,7 @@ def refuse_compilation(config:Config, device:str)->None: # config: with the user
                               "where compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
 
 def resolve(config:Config)->Config:
-    "Returns the config with `auto` values, path patterns and file hashes filled in; a started run keeps them."
+    "Returns the config with `auto` values, path patterns and file hashes; a started run keeps its values."
     check_settings(config)
     weights = 'student_weights', 'teacher_weights', 'fold_weights'
     config = replace(config, **{name: only_match(getattr(config, name)) for name in weights})
