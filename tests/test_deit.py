@@ -22,7 +22,7 @@ from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_schedule
 from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run
-from vitdistill.train.setup import predict, prepare, resolve
+from vitdistill.train.setup import prepare, resolve, student_logits
 from vitdistill.study.compare import choices, load
 from vitdistill.teachers.teacher import adopt, untrained, with_members
 from vitdistill.train.loop import batches, train
@@ -213,7 +213,7 @@ def test_training_at_one_size_and_evaluation_at_another():
     assert next(iter(batches(setup, 0))).pixels.shape[-1] == 32
     large = prepare(resolve(replace(small, test_size=0, student_size=48)), Ranks())
     large.student.load_state_dict(setup.student.state_dict())
-    (at_48,), (expected,) = (predict(one, one.test_views, rows) for one in (setup, large))
+    (at_48,), (expected,) = (student_logits(one, one.test_views, rows) for one in (setup, large))
     assert torch.allclose(at_48, expected, atol=1e-6)
     fixed = replace(small, student_kwargs=TINY)
     with pytest.raises(VitdistillError, match="built for 32 px but would be given 48 px: .* dynamic_img_size to true"):

@@ -26,8 +26,8 @@ from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_optimizer
 from vitdistill.tasks.can import ContrastiveMaskedNoise
 from vitdistill.train.ranks import Ranks
-from vitdistill.train.setup import Setup, predict
-from vitdistill.teachers.teacher import load_teacher
+from vitdistill.train.setup import Setup, student_logits
+from vitdistill.teachers.teacher import teacher_and_card
 from vitdistill.data.views import Views
 
 BATCH = 8
@@ -162,7 +162,7 @@ def epoch(taught, folder, steps, mode):
     student, views = Student(counter, len(data.classes)), Views(data.train_images, config.padding, place)
     answers = None
     if taught:
-        teacher, _ = load_teacher(config, data)
+        teacher, _ = teacher_and_card(config, data)
         memo = open_memo(folder / str(steps), memo_key(teacher, config, data))
         fill_randomly(memo)
         answers = Answers(teacher, views, memo=memo)
@@ -290,7 +290,7 @@ def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
             meter.add(out, batch)
             assert batch.pixels.shape[1:] == (3, 48, 48) and out.loss.device.type == batch.pixels.device.type == "cuda"
         assert meter.sums.device.type == meter.steps.device.type == "cuda"
-        heads = predict(setup, views, rows)
+        heads = student_logits(setup, views, rows)
     assert heads[0].shape == (len(rows), 100) and heads[0].device.type == "cuda"
 
 
