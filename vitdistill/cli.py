@@ -20,14 +20,17 @@ from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, from_here, from_root, nearest
 from .base import progress_apart, repo_root, typed_path, write_atomic
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset
-from .options import (bench_parser, captions_parser, compare_parser, distill_parser, evaluate_parser,
-                                export_parser, grid_parser, hyphened, predict_parser)
+from .options import bench_parser, captions_parser, compare_parser, declared, distill_parser
+from .options import evaluate_parser, export_parser, grid_parser, hyphened, predict_parser
 
 # %% ../nbs/07_cli.ipynb #cb8f4ae9
-def field_comments()->dict:
-    "Returns the comment of each field of `Config`: name -> comment."
-    source = ''.join(map(inspect.getsource, Config.__mro__[-2::-1])) # of its groups, the first last
-    return dict(re.findall(r'^    (\w+):.* # (.+)$', source, re.M))
+def field_comments()->dict: # name -> comment
+    "Returns the comment of each field of `Config`."
+    comments = {}
+    for part in Config.__mro__[-2::-1]: # its groups, the first last
+        declarations = declared('vitdistill.config', part.__name__)
+        comments |= {name: comment for name, (_, _, comment) in declarations.items()}
+    return comments
 
 # %% ../nbs/07_cli.ipynb #ce21cf7b
 def _field_help(f, comment:str)->str: # a field's line in the help
