@@ -9,7 +9,7 @@ __all__ = ['copied', 'COMMANDS', 'field_comments', 'train_parser', 'suggested_op
            'compare', 'report', 'distill', 'predict', 'evaluate', 'bench', 'export', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
-import argparse, functools, inspect, json, os, re, shutil, sys, tempfile
+import argparse, functools, inspect, json, os, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
