@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, TINY, record
 from test_notebooks import execute
 from vitdistill.api import save
-from vitdistill.cli import COMMANDS, configured, field_values
+from vitdistill.cli import COMMANDS, command_config, field_values
 from vitdistill.config import Config, defining, field_names
 from vitdistill.launch.queue import check_cells, config_of, grid_cells, missing_weights, start_order
 from vitdistill.launch.queue import study_cells
@@ -165,7 +165,7 @@ def test_command_and_its_options_exist(words, capsys):
     assert words[1] in COMMANDS
     if words[1] == "train":
         given, source = field_values(words[2:])
-        config = configured(source, given)
+        config = command_config(source, given)
         assert all(getattr(config, name) == value for name, value in given.items())
     elif words[1] == "distill":
         assert field_values(distill_parser().parse_known_args(words[2:])[1])
