@@ -1,7 +1,8 @@
-"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks what they load (`make docs`).
+"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks what they load
+(`make docs`).
 
-Analysis notebooks are shown as committed, with their outputs. Executed ones are kept in out/docs-work until they or the
-package change.
+Analysis notebooks are shown as committed, with their outputs. Executed ones are kept in out/docs-work until
+they or the package change.
 """
 import argparse
 import hashlib
@@ -85,7 +86,8 @@ def execute(name):
 
 
 def relink(text, source, page, files):
-    """Returns the text of a file with links to pages of the site, to copied images and to the repository online."""
+    """Returns the text of a file with links to pages of the site, to copied images and to the repository
+    online."""
     shown = {file: target for target, file in PAGES.items()}
     up = "../" * page.count("/")
 

@@ -60,7 +60,8 @@ def field_lines():
 
 
 def parameter_lines(thing, name):
-    """Returns (parameter, comment) pairs of a function or class; 'return' is the name of the returned value."""
+    """Returns (parameter, comment) pairs of a function or class; 'return' is the name of the returned
+    value."""
     if name == "vitdistill.config.Config":
         return list(field_lines())
     try:

@@ -1,9 +1,11 @@
-"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but the processes that it starts are forks of this one.
+"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but the processes that it starts are forks of
+this one.
 
-This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork imports the
-package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and standard streams here,
-passes signals on, and ends with its fork. That the package forgets to import such a library does not show in a fork.
-`python -c CODE` is a new process; so is conftest.PYTHON, for tests that kill. Outside Linux nothing is forked.
+This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork
+imports the package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and
+standard streams here, passes signals on, and ends with its fork. That the package forgets to import such a
+library does not show in a fork. `python -c CODE` is a new process; so is conftest.PYTHON, for tests that
+kill. Outside Linux nothing is forked.
 """
 import atexit
 import contextlib
@@ -120,7 +122,8 @@ def become(script, python):
 
 
 def watch(script, child):
-    """Passes the script's signals on to the child and ends after it; kills the child if the script ends first."""
+    """Passes the script's signals on to the child and ends after it; kills the child if the script ends
+    first."""
     ended, received = os.pidfd_open(child), True
     while received and ended not in select.select([script, ended], [], [])[0]:
         received = script.recv(1)
@@ -132,7 +135,8 @@ def watch(script, child):
 
 
 def run(words):
-    """What `python WORDS` runs: a module, a file, or the code of an xdist worker, which comes as `-u -c CODE`."""
+    """What `python WORDS` runs: a module, a file, or the code of an xdist worker, which comes as `-u -c
+    CODE`."""
     for number, name in enumerate(["stdin", "stdout", "stderr"]):  # written line by line, as with -u
         setattr(sys, name, open(number, "w" if number else "r", 1, errors="backslashreplace", closefd=False))
         setattr(sys, f"__{name}__", getattr(sys, name))

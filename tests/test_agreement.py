@@ -35,7 +35,8 @@ def answer(rng, label, right, follow=None, share=0.0):
 
 @pytest.fixture
 def cifar(tmp_path):
-    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; CIFAR-100's sizes."""
+    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; CIFAR-100's
+    sizes."""
     rng = np.random.default_rng(0)
     labels = {part: np.repeat(np.arange(100), n // 100) for part, n in dict(test=10_000, val=1000, train=9000).items()}
     taught_by = {part: answer(rng, label, 0.84) for part, label in labels.items()}
@@ -58,7 +59,8 @@ def cifar(tmp_path):
 
 
 def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
-    """Numbers put in come out, superclasses are named, and what can't be read is said while the rest is drawn."""
+    """Numbers put in come out, superclasses are named, and what can't be read is said while the rest is
+    drawn."""
     short, torn = (write_run(cifar, {}, seed=seed) for seed in (8, 9))
     (short.folder / "predictions.npz").unlink()
     (short.folder / "result.json").unlink()

@@ -36,7 +36,8 @@ def tracked():
 
 
 def same_as_committed(out):
-    """Every table and SVG that a notebook wrote agrees with the committed one; SVGs where matplotlib is the pinned."""
+    """Every table and SVG that a notebook wrote agrees with the committed one; SVGs where matplotlib is the
+    pinned."""
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
     files = {path.relative_to(out).as_posix(): path for path in out.glob("*s/*") if path.suffix != ".png"}
     ours = {name: path for name, path in files.items() if pinned or path.suffix != ".svg"}
@@ -99,7 +100,8 @@ def outputs_of(name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_shows_the_committed_pictures(name):
-    """What is read on a forge: small pictures of the SVGs in reports/, tables and text without a path or an error."""
+    """What is read on a forge: small pictures of the SVGs in reports/, tables and text without a path or an
+    error."""
     outputs = outputs_of(name)
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert shown and {output["output_type"] for output in outputs} <= {"display_data", "stream"}
@@ -111,7 +113,8 @@ def test_a_notebook_shows_the_committed_pictures(name):
 
 
 def test_complexity_analysis(rebuilt):
-    """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
+    """Architectures are measured without runs or weights; what is timed is left out where it isn't asked
+    for."""
     out = rebuilt("a04_complexity")
     table = pd.read_csv(out / "tables/complexity_differences.csv")
     assert set(table.network[table["variant agrees"] == "no"]) == {"ResNet-50"}  # the one that nothing explains
@@ -128,7 +131,8 @@ def test_complexity_analysis(rebuilt):
 
 
 def curve_run(root, accuracy, seed=1, done=60, **over):
-    """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a point."""
+    """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a
+    point."""
     c = Config(dataset="digits", epochs=60, seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"), **over)
     epoch, noise = np.arange(1, done + 1), np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
     frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise))
@@ -175,7 +179,8 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
 
 
 def papers_pair(root, taught_less_plain, done=(150, 140), seeds=(1, 2, 3)):
-    """Made-up runs in the paper's own size: the plain one follows a logarithm, the taught one differs by a constant."""
+    """Made-up runs in the paper's own size: the plain one follows a logarithm, the taught one differs by a
+    constant."""
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
     for seed in seeds:
         for way, more, n in (({}, 0.0, done[0]), (taught, taught_less_plain, done[1])):
@@ -217,7 +222,8 @@ def test_analysis_without_records_says_so(name, told, tmp_path):
 
 @pytest.mark.slow
 def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
-    """All seeds of an arm have predictions of their last epoch and no result: a row over test images, without seeds."""
+    """All seeds of an arm have predictions of their last epoch and no result: a row over test images, without
+    seeds."""
     committed = ROOT / "reports/runs"
     cut = {run.name for run in load("setting_a", find_runs(committed)).arms["hard labels"]}
     (tmp_path / "runs").mkdir()
@@ -251,7 +257,8 @@ LAW = 0.1 + 0.1 * np.log(np.arange(1, 151))
 
 
 def curve_arm(root, curve, seeds=(1,), planned=None, right=100, **over):
-    """Runs of an arm with these test accuracies by epoch; ended, with decisions, if they have all planned epochs."""
+    """Runs of an arm with these test accuracies by epoch; ended, with decisions, if they have all planned
+    epochs."""
     runs = []
     for seed in seeds:
         c = Config(dataset="digits", epochs=planned or len(curve), seed=seed, runs_dir=str(root), **over)
@@ -286,7 +293,8 @@ def test_overfitting_is_the_gap_of_training_and_test(tmp_path):
 
 
 def test_costs_are_counted_and_timed_by_a_bench(tmp_path):
-    """90 images in two epochs: steps, answers, expected passes with a memo of 81 views, minutes at a bench's rates."""
+    """90 images in two epochs: steps, answers, expected passes with a memo of 81 views, minutes at a bench's
+    rates."""
     rates = {"vitdistill plain": 3.0, "vitdistill full memo": 2.0, "teacher alone": 1.0}
     pd.Series(rates, name="images_per_second").rename_axis("contender").to_csv(tmp_path / "machine.csv")
     (tmp_path / "machine.txt").write_text("a machine, 2 cores, torch 2")
@@ -348,7 +356,8 @@ def test_noise_explained_is_a_share_of_its_variance(tmp_path):
 
 
 def test_rows_of_pretrainings(tmp_path):
-    """Means and deviations over seeds; a model from labels has no probe and no hours; further numbers beside."""
+    """Means and deviations over seeds; a model from labels has no probe and no hours; further numbers
+    beside."""
     for seed in 1, 2, 3:
         for arm, top1, given in ("CAN", 0.6 + 0.01 * seed, {}), ("SimCLR", 0.55 + 0.012 * seed, SIMCLR):
             record(pretraining(seed, runs_dir=str(tmp_path), **given), f"mine/{arm}", linear_val_top1=top1,

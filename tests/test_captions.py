@@ -1,4 +1,5 @@
-"""Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad input."""
+"""Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad
+input."""
 import json
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def start(config, file, ranks=1, python=sys.executable):
 
 
 def test_killed_run_writes_the_same_captions(config, alone, place):
-    """SIGKILL after some epochs; started again it ends with the same decisions, captions and weights, bit for bit."""
+    """SIGKILL after some epochs; started again it ends with the same decisions, captions and weights, bit for
+    bit."""
     dropout = config.decoder_kwargs | dict(resid_pdrop=0.1)
     cut = replace(config, runs_dir=str(place / "cut"), epochs=12, decoder_kwargs=dropout)
     one = train(replace(cut, runs_dir=str(place / "whole")), task=CAPTIONS)
@@ -211,7 +213,8 @@ def test_a_missing_extra_is_named(config, package, monkeypatch):
 
 
 def test_captions_name_classes_of_cifar(real_data):
-    """The official pickles name each image: captions of words, classes and superclasses, and hashes as before."""
+    """The official pickles name each image: captions of words, classes and superclasses, and hashes as
+    before."""
     from vitdistill.tasks.captioning import image_facts
     config = Config(dataset="cifar100", data_root=str(real_data))
     data = load_data(config)

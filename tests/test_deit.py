@@ -120,7 +120,8 @@ def test_deit3_can_be_evaluated_at_another_size():
 
 
 def test_stochastic_depth_of_presets():
-    """DeiT III drops every branch alike; DeiT ever more over depth, and none of the first block; small ones none."""
+    """DeiT III drops every branch alike; DeiT ever more over depth, and none of the first block; small ones
+    none."""
 
     def rates(name, **over):
         with torch.device("meta"):
@@ -143,7 +144,8 @@ def test_stochastic_depth_of_presets():
     "deit_strengths", "deit3_strengths", "deit_table2", "deit_table3", "deit_table8", "deit_lengths",
     "deit_resolution", "deit_transfer", "deit_gpu", "deit_gpu_strengths", "deit_gpu_parts"])
 def test_studies_make_configs(name):
-    """No two cells are the same run; strengths are chosen on held-out images; one factor changes at a time."""
+    """No two cells are the same run; strengths are chosen on held-out images; one factor changes at a
+    time."""
     made = [config_of(cell, **cell.models) for cell in grid_cells(ROOT / f"nbs/studies/{name}.yaml")]
     assert len(made) == len({str(config) for config in made})
     if "strengths" in name or name == "deit_resolution":  # chosen on held-out images, with as many steps as the others
@@ -167,7 +169,8 @@ def test_studies_make_configs(name):
 
 @pytest.mark.parametrize("part", ["baseline", "deit"])
 def test_the_students_first_weights_are_the_public_codes(part):
-    """A truncated normal of deviation 0.02, no biases; and no dropout (arXiv 2012.12877, section 6 and Table 9)."""
+    """A truncated normal of deviation 0.02, no biases; and no dropout (arXiv 2012.12877, section 6 and Table
+    9)."""
     model = create_student(preset("small_deit", part), 100, 32).model
     linear = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
     weights = torch.cat([module.weight.detach().flatten() for module in linear])
@@ -178,7 +181,8 @@ def test_the_students_first_weights_are_the_public_codes(part):
 
 @pytest.mark.parametrize("preset_of, part", [("deit", "baseline"), ("deit", "deit"), ("deit3", "baseline")])
 def test_tokens_and_positions_begin_as_the_public_codes(preset_of, part):
-    """Truncated normals of deviation 0.02 (timm 0.3.2, which DeiT pins; models_v2.py), the class token's too."""
+    """Truncated normals of deviation 0.02 (timm 0.3.2, which DeiT pins; models_v2.py), the class token's
+    too."""
     recipe = preset(preset_of, part)
     small = recipe.student_kwargs | dict(img_size=224, depth=1)
     model = create_student(replace(recipe, student_kwargs=small), 10, 224).model
@@ -190,8 +194,9 @@ def test_tokens_and_positions_begin_as_the_public_codes(preset_of, part):
 
 @pytest.mark.parametrize("part", ["baseline", "deit"])
 def test_the_recipes_learning_rate_is_timms(part):
-    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5, step by step and resumed. facebookresearch/deit
-    has the same numbers an epoch later: its main.py steps the schedule after epoch 0 with 0, and so on."""
+    """5e-4 x batch/512; five epochs from 1e-6, then a cosine to 1e-5, step by step and resumed.
+    facebookresearch/deit has the same numbers an epoch later: its main.py steps the schedule after epoch 0
+    with 0, and so on."""
     recipe = preset("deit", part)
     assert recipe.lr == 5e-4 * recipe.batch_size / 512
     for order in (range(300), (150, 3, 299, 5)):  # step by step, and as a run that is resumed there
@@ -221,7 +226,8 @@ def test_training_at_one_size_and_evaluation_at_another():
 
 
 def test_finetuning_follows_its_preset():
-    """Sizes and stochastic depth are its; a larger student raises the teacher's size; what is given is taken."""
+    """Sizes and stochastic depth are its; a larger student raises the teacher's size; what is given is
+    taken."""
     notebook = nbformat.read(ROOT / "nbs/experiments/e07_finetune.ipynb", 4)
     declared, begins = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
     exec(declared, names := {})
@@ -248,7 +254,8 @@ def test_finetuning_follows_its_preset():
 
 
 def test_an_odd_batch_is_mixed_too(recipe):
-    """timm refuses odd batches; here the image in the middle is mixed with itself, and its label stays whole."""
+    """timm refuses odd batches; here the image in the middle is mixed with itself, and its label stays
+    whole."""
     alone = replace(recipe, batch_size=41, teacher="", distillation="none", teacher_kwargs={})
     setup = prepare(resolve(alone), Ranks())
     for batch in batches(setup, 0):
@@ -270,7 +277,8 @@ def test_what_does_not_fit_is_one_sentence(recipe, change, words):
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
-    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks online."""
+    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks
+    online."""
     config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2, lr=1e-4)
     online, = on_ranks(config, tmp_path / "online", 1)
     first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", ranks)
@@ -282,7 +290,8 @@ def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
 
 
 def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
-    """Whichever is first, also on two ranks, the others ask nothing; each ends with the weights that it has alone."""
+    """Whichever is first, also on two ranks, the others ask nothing; each ends with the weights that it has
+    alone."""
     tiny = replace(tiny, epochs=1, data_fraction=0.1)
 
     def run(name, distillation, **places):
@@ -308,7 +317,8 @@ def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
 
 
 def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
-    """Two folders are one teacher: its memo has the answers that it gives online, other members make another run."""
+    """Two folders are one teacher: its memo has the answers that it gives online, other members make another
+    run."""
     other = untrained(replace(alike, seed=2), tmp_path / "other")
 
     def student(name, *folders):

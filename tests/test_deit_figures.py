@@ -74,7 +74,8 @@ def test_weights_without_position_embeddings_are_one_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_figures_that_are_measured(tmp_path):
-    """Asked to measure, it times Figure 1's models here; of named weights it tells how position embeddings shorten."""
+    """Asked to measure, it times Figure 1's models here; of named weights it tells how position embeddings
+    shorten."""
     (tmp_path / "runs").mkdir()
     save_file(dict(pos_embed=torch.ones(1, 2 + 14 * 14, 8)), tmp_path / "alike.safetensors")
     execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
@@ -90,7 +91,8 @@ def test_figures_that_are_measured(tmp_path):
 
 
 def test_what_held_out_images_chose(tmp_path):
-    """The arms that chose a recipe or a rate are shown by held-out images alone; Table 8 has the average of weights."""
+    """The arms that chose a recipe or a rate are shown by held-out images alone; Table 8 has the average of
+    weights."""
     for lr, rate, held_out in (0.0005, 0.001, 0.41), (0.00025, 0.0003, 0.43):
         finished_run(tmp_path, 0.48, "deit_strengths/weak", student=ONE, lr=lr, result=dict(val_top1=held_out))
         for arm, top1, epochs in ("transferred", 0.9, 4), ("from scratch", 0.8, 5):
@@ -113,7 +115,8 @@ def test_what_held_out_images_chose(tmp_path):
 
 
 def test_a_users_own_study(tmp_path):
-    """Of a copy of nbs/studies/deit_own.yaml: differences beside the published ones, heads, tokens and choices."""
+    """Of a copy of nbs/studies/deit_own.yaml: differences beside the published ones, heads, tokens and
+    choices."""
     file = tmp_path / "mine.yaml"
     file.write_text((ROOT / "nbs/studies/deit_own.yaml").read_text() + "choose: {by: val_top1}\n")
     one = TAUGHT | dict(student=ONE)

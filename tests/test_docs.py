@@ -1,4 +1,5 @@
-"""How the site's pages are made from notebooks and from Markdown; `make docs` builds it and follows its links."""
+"""How the site's pages are made from notebooks and from Markdown; `make docs` builds it and follows its
+links."""
 import importlib.util
 
 import nbformat
@@ -41,7 +42,8 @@ def test_links_lead_to_pages_images_and_the_repository():
 
 
 def test_every_page_that_people_write_is_on_the_site():
-    """The pages of docs/ keep their names; README is `start`, and the side studies of reports/ have a folder."""
+    """The pages of docs/ keep their names; README is `start`, and the side studies of reports/ have a
+    folder."""
     shown = {file: page for page, file in build.PAGES.items()}
     for page in (ROOT / "docs").glob("*.md"):
         assert page.stem == "index" or shown[f"docs/{page.name}"] == page.stem

@@ -1,4 +1,5 @@
-"""Images in people's own folders, tars and shards: what is read, in which order, with which pixels, what is said."""
+"""Images in people's own folders, tars and shards: what is read, in which order, with which pixels, what is
+said."""
 import io
 import os
 import struct
@@ -101,7 +102,8 @@ def test_which_folder_is_the_class_is_said_once_where_both_could_be(tmp_path, ca
 
 @pytest.mark.parametrize("tar", [False, True])
 def test_names_with_a_dot_first_are_left_out(tmp_path, tar):
-    """As JupyterLab and the archives of macOS make them, also beside the classes and within a folder of the split."""
+    """As JupyterLab and the archives of macOS make them, also beside the classes and within a folder of the
+    split."""
     hidden = ["._1.png", ".ipynb_checkpoints/1.png", "cat/._1.png", "cat/.ipynb_checkpoints/1.png", "._cat"]
     seen = ["cat/1.png", "dog/1.png"]
     config = write(tmp_path, dict.fromkeys(hidden + seen, PNG), tar=tar)
@@ -299,7 +301,8 @@ def test_other_modes_are_as_pillow_converts_them(mode):
 
 
 def see_through(kind):
-    """Returns a file whose left half is transparent over black pixels, and a file of the same picture on white."""
+    """Returns a file whose left half is transparent over black pixels, and a file of the same picture on
+    white."""
     alpha = np.full((16, 16), 255, np.uint8)
     alpha[:, :8] = 0
     picture = np.zeros((16, 16, 3), np.uint8)
@@ -333,7 +336,8 @@ def test_what_is_transparent_is_white(tmp_path, kind):
 
 
 def test_few_bits_in_many_are_read_or_said(capsys):
-    """Whole numbers of 32 bits up to 255 have 8 bits; an image of 16 bits stays comparable with others, and dark."""
+    """Whole numbers of 32 bits up to 255 have 8 bits; an image of 16 bits stays comparable with others, and
+    dark."""
     read = square_pixels(saved(Image.fromarray(np.full((8, 8), 200, np.int32)), "TIFF"), 8)
     assert (read == 200).all() and "read as one of 8 bits" in capsys.readouterr().err
     for value, dtype, kind, most in ((2048, np.uint16, "PNG", "4,095"), (200, np.uint16, "TIFF", "255"),
@@ -381,7 +385,8 @@ def test_images_are_turned_as_exif_says(tmp_path, number):
 
 @pytest.mark.parametrize("given", [dict(padding=0), dict(padding=0, resized_crop=0.08)], ids=["simple", "resized"])
 def test_crops_see_the_borders_of_wide_images(tmp_path, given):
-    """`whole_image` cuts anywhere; a run's crops don't depend on processes, and without it none leaves the centre."""
+    """`whole_image` cuts anywhere; a run's crops don't depend on processes, and without it none leaves the
+    centre."""
     picture = Image.new("RGB", (96, 32))
     for left, colour in ((0, (255, 0, 0)), (32, (0, 255, 0)), (64, (0, 0, 255))):
         picture.paste(colour, (left, 0, left + 32, 32))
@@ -493,7 +498,8 @@ def sample(key, label, *color, end="png", kind="PNG"):
 
 
 def test_samples_of_shards_are_read_or_counted(tmp_path, capsys):
-    """Dots in keys, .jpeg, samples that lack a part, and other files; on the disk too, and the same each time."""
+    """Dots in keys, .jpeg, samples that lack a part, and other files; on the disk too, and the same each
+    time."""
     first = sample("a.b.1", 1, 30, 30, 30, end="jpeg", kind="JPEG") | {"a.b.1.json": b"{}", "x.png": PNG}
     second = sample("photos/2019.05/1", 0, 40, 40, 40, end="JPG", kind="JPEG") | {"y.cls": b"1", "._z.png": b""}
     config = shards(tmp_path, train_0=first, train_1=second, val_0=sample(1, 0))

@@ -1,4 +1,5 @@
-"""A hub on this machine that answers huggingface_hub's own requests: what is pushed is what comes back by name."""
+"""A hub on this machine that answers huggingface_hub's own requests: what is pushed is what comes back by
+name."""
 import base64
 import hashlib
 import http.server
@@ -117,7 +118,8 @@ print('imported', *unwanted & {*sys.modules})
 
 
 def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
-    """A run pushes itself; a student names it as its teacher; what it said goes up too, and a later student has it."""
+    """A run pushes itself; a student names it as its teacher; what it said goes up too, and a later student
+    has it."""
     there, env = hub
     plain = dict(distillation="none", teacher="", teacher_kwargs={}, epochs=1)
     teacher = replace(tiny, experiment="teacher", hub_repo="me/vit", **plain)

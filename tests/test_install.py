@@ -1,4 +1,5 @@
-"""Away from a clone: what a wheel holds, its commands in a folder of one's own, and what the package declares."""
+"""Away from a clone: what a wheel holds, its commands in a folder of one's own, and what the package
+declares."""
 import ast
 import json
 import os
@@ -50,7 +51,8 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def away(wheel, tmp_path_factory):
-    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the path."""
+    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the
+    path."""
     overlay = tmp_path_factory.mktemp("overlay")
     with zipfile.ZipFile(wheel) as archive:  # what an installer does with a pure wheel
         archive.extractall(overlay)
@@ -126,7 +128,8 @@ print("analysis", *{run.status for run in runs}, len(results.curves(runs)) > 100
 
 
 def test_package_away_from_a_clone(away, tmp_path):
-    """Presets, numbers and notebooks are the wheel's; relative paths mean the user's folder; no fcntl is needed."""
+    """Presets, numbers and notebooks are the wheel's; relative paths mean the user's folder; no fcntl is
+    needed."""
     lines = away(tmp_path, "-W", "ignore", "-c", AWAY, ROOT / "reports/runs").splitlines()
     said = dict(line.split(" ", 1) for line in lines)
     assert said["version"] == f"{SETTINGS['version']} {SETTINGS['version']}"
@@ -141,7 +144,8 @@ def test_package_away_from_a_clone(away, tmp_path):
 
 @pytest.mark.slow
 def test_pair_from_a_wheel(away, tmp_path):
-    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in that folder."""
+    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in that
+    folder."""
     away(tmp_path, *cli("new", "mine"))
     mine = tmp_path / "mine"
     short = ["-p", "epochs", "2", "-p", "student", "resnet18", "-p", "data_fraction", ".2"]
@@ -186,7 +190,8 @@ def declared(*extras):
 
 
 def test_what_is_imported_is_declared_and_nothing_else():
-    """Modules by the requirements and the extras; what training imports, by the first line of the requirements."""
+    """Modules by the requirements and the extras; what training imports, by the first line of the
+    requirements."""
     extras = [key.removesuffix("_requirements") for key in SETTINGS if key.endswith("_requirements")]
     users = [extra for extra in extras if extra not in ("dev", "docs")]
     folder = ROOT / "vitdistill"  # and the wings below it
@@ -217,7 +222,8 @@ for name in {names}: sys.modules[name] = None  # an import fails, as if the pack
 
 
 def test_training_needs_the_engine_alone(tmp_path):
-    """Where a machine carries its own torch (pip install --no-deps): it trains and predicts; what lacks says so."""
+    """Where a machine carries its own torch (pip install --no-deps): it trains and predicts; what lacks says
+    so."""
     others = {normal(name) for name in SETTINGS["requirements"].split()} - set(map(normal, ENGINE))
     names = [module for module, packages in packages_distributions().items() if normal(packages[0]) in others]
     assert {"papermill", "seaborn", "matplotlib", "scipy", "sklearn", "jinja2"} <= set(names)

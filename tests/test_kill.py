@@ -1,4 +1,5 @@
-"""Processes that are really killed: nothing runs on, nothing is lost, the rerun ends where it would have ended."""
+"""Processes that are really killed: nothing runs on, nothing is lost, the rerun ends where it would have
+ended."""
 import os
 import re
 import signal
@@ -17,7 +18,8 @@ from vitdistill.config import save
 from vitdistill.launch.runner import failure
 from vitdistill.train.loop import train
 
-# jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may be quicker
+# jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may
+# be quicker
 NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
 
 
@@ -32,7 +34,8 @@ def kill(process):
 
 
 def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
-    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for bit.
+    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for
+    bit.
 
     Its images are augmented by two processes, those of the one left alone by itself."""
     config = replace(recipe, epochs=8, batch_size=16)
@@ -53,8 +56,8 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_four_ranks_resume_to_the_same_bytes(recipe, tmp_path):
-    """All of a recipe on. From three ranks on, the order of sums shows in their bits: four that are killed end as four
-    left alone."""
+    """All of a recipe on. From three ranks on, the order of sums shows in their bits: four that are killed
+    end as four left alone."""
     config = replace(recipe, epochs=8, batch_size=32)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml", ranks=4).wait(240) == 0
@@ -85,7 +88,8 @@ def test_a_signal_saves_first(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tiny, tmp_path):
-    """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left alone."""
+    """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left
+    alone."""
     config = replace(tiny, epochs=60, batch_size=16)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml").wait(300) == 0
@@ -156,7 +160,8 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
 def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
-    """The disk fills up while a checkpoint is written: one sentence, the previous one whole, and the rerun ends."""
+    """The disk fills up while a checkpoint is written: one sentence, the previous one whole, and the rerun
+    ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:

@@ -1,4 +1,5 @@
-"""HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training steps."""
+"""HiLo attention and LITv2 where a notebook's cell is too slow: precision, compiling, export, whole training
+steps."""
 
 import pandas as pd
 import pytest
@@ -47,7 +48,8 @@ def images(batch=4, side=32):
 
 @DEVICES
 def test_autocast_merges_in_full_precision(device):
-    """Linear layers compute in bf16, offsets and merging in fp32; logits are those of fp32 to bf16's digits."""
+    """Linear layers compute in bf16, offsets and merging in fp32; logits are those of fp32 to bf16's
+    digits."""
     model, x, found = tiny().to(device).eval(), images().to(device), {"offset": set(), "merged": set(), "fc1": set()}
     for name, module in model.named_modules():
         kinds = found.get("merged" if isinstance(module, torch.nn.BatchNorm2d) else name.rpartition(".")[2])
@@ -129,7 +131,8 @@ def test_a_wrong_argument_is_one_sentence(given, words):
 
 
 def test_a_window_larger_than_the_map_is_one_sentence():
-    """Where a run tries the model at its size, so before anything is written; and of one that is made otherwise."""
+    """Where a run tries the model at its size, so before anything is written; and of one that is made
+    otherwise."""
     given = dict(windows=[0, 8, 1], depths=[1, 1, 1], embed_dim=24)
     with pytest.raises(VitdistillError, match="not take images of 16 px .*8 x 8 tokens is larger than the map of 4"):
         try_size(create("litv2_cifar", 10, 16, **given), "litv2_cifar", 16)
@@ -141,7 +144,8 @@ def test_a_window_larger_than_the_map_is_one_sentence():
 
 
 def test_it_learns():
-    """A few steps on eight images: the loss falls, and offsets that began at zero move, by a hundredth as fast."""
+    """A few steps on eight images: the loss falls, and offsets that began at zero move, by a hundredth as
+    fast."""
     torch.manual_seed(0)
     model, x, y = LITv2(32, 2, num_classes=8, embed_dim=24, depths=(1, 1, 1), num_heads=(2, 4, 8),
                         windows=(0, 2, 1)), images(8), torch.arange(8)
@@ -162,7 +166,8 @@ def test_it_learns():
 @pytest.mark.parametrize("name", ["litv2_s", "litv2_m", "litv2_b"])
 @DEVICES
 def test_published_models_train_a_step(name, device):
-    """At 224 px and the paper's stochastic depth, in bf16 where a GPU is: finite gradients, and nearly all move."""
+    """At 224 px and the paper's stochastic depth, in bf16 where a GPU is: finite gradients, and nearly all
+    move."""
     torch.manual_seed(0)
     model = timm.create_model(name).to(device).train()
     optimizer = create_optimizer(Config(optimizer="adamw", lr=1e-3), model)
@@ -177,7 +182,8 @@ def test_published_models_train_a_step(name, device):
 
 
 def made_up(folder, slower=()):
-    """A record of the attention bench in which time is multiply-adds, three times that for some contenders."""
+    """A record of the attention bench in which time is multiply-adds, three times that for some
+    contenders."""
     turns = costs(cases((224, 1024), (0.0, 0.9)))
     turns = turns[(turns.study != "networks") | (turns["size"] == 224)]
     factor = turns.contender.isin(slower) * 2 + 1

@@ -55,7 +55,8 @@ def said(notebook):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
+    """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled
+    student."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
     vit = dict(student_kwargs=SMALL_VIT, epochs=32, batch_size=64, lr=2e-3)
@@ -93,7 +94,8 @@ def test_paper_analysis_draws_the_runs(study):
 
 
 def test_the_pair_is_compared(study, tmp_path):
-    """The difference of two runs on the digits is that of their records; one seed has an interval over test images."""
+    """The difference of two runs on the digits is that of their records; one seed has an interval over test
+    images."""
     assert main(["figures", "--reports", str(study / "runs"), "--out", str(tmp_path)]) == 0
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
@@ -106,7 +108,8 @@ def test_the_pair_is_compared(study, tmp_path):
 
 
 def test_a_study_is_trained_and_compared(tmp_path, capsys):
-    """A teacher, then a student that names it; the comparison knows both; an arm that fails stops no other."""
+    """A teacher, then a student that names it; the comparison knows both; an arm that fails stops no
+    other."""
     file, folder = tmp_path / "mine.yaml", tmp_path / "out/compare"
     common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.2,
                   epochs=1)
@@ -136,7 +139,8 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
 
 
 def test_deit_notebook(tmp_path):
-    """An untrained convnet teaches a ViT with a distillation token; both heads, joined in both ways, are reported."""
+    """An untrained convnet teaches a ViT with a distillation token; both heads, joined in both ways, are
+    reported."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
     execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18", teacher_size=32, allow_untrained=True,
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)
@@ -188,7 +192,8 @@ def test_finetuning_notebook(study, tmp_path):
 
 @pytest.mark.slow
 def test_deit_notebook_with_its_own_teacher(tmp_path):
-    """Without weights, e03 first trains the convnet that its preset names, and that teacher passes the health check."""
+    """Without weights, e03 first trains the convnet that its preset names, and that teacher passes the health
+    check."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), epochs=2, data_fraction=0.5)
     execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18",
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), **where)
@@ -199,7 +204,8 @@ def test_deit_notebook_with_its_own_teacher(tmp_path):
 
 @pytest.mark.slow
 def test_out_of_fold_notebook(tmp_path):
-    """Without weights, e02 trains a teacher on each half; the record says how often the unseen one's label is true."""
+    """Without weights, e02 trains a teacher on each half; the record says how often the unseen one's label is
+    true."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     execute("e00_teacher", tmp_path / "e00.ipynb", fold="1/2", student_kwargs=SMALL_VIT, **where)  # is one of them
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT,
@@ -231,7 +237,8 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
 
 
 def test_several_weights_are_adopted_as_a_mixture(tmp_path):
-    """Two folders are one teacher, with a card and a record as any other; what its student is to say is printed."""
+    """Two folders are one teacher, with a card and a record as any other; what its student is to say is
+    printed."""
     its = preset("demo", "distilled", teacher_kwargs=SMALL_VIT, allow_untrained=True, teacher_precision="fp32")
     members = [untrained(replace(its, seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
     notebook = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="mix", weights=members,

@@ -1,4 +1,5 @@
-"""What runs of real training leave: the decisions of a checkpoint, by the command; curves where they are asked for."""
+"""What runs of real training leave: the decisions of a checkpoint, by the command; curves where they are
+asked for."""
 import contextlib
 import json
 import sqlite3
@@ -17,7 +18,8 @@ from vitdistill.train.loop import train
 
 
 def test_decisions_of_a_checkpoint(tiny, tmp_path):
-    """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics counted."""
+    """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics
+    counted."""
     config = replace(tiny, epochs=2, keep_checkpoints=[1], distillation="none", teacher="", data_fraction=1.0)
     run = train(elsewhere(config, tmp_path))
     assert main([str(run.folder), "--epochs", "1"]) == 0
@@ -35,7 +37,8 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
-    """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's store."""
+    """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's
+    store."""
     for package in ("tensorboard", "trackio"):
         pytest.importorskip(package)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -41,7 +41,8 @@ def can(tiny):
 
 
 def test_a_step_sees_two_views_and_no_label(can):
-    """Both views of an image are in its step, differ, and are those of any number of ranks; labels change nothing."""
+    """Both views of an image are in its step, differ, and are those of any number of ranks; labels change
+    nothing."""
     setup = prepare(resolve(can), Ranks())
     batch = next(batches(setup, 0))
     first, second = batch.pixels.chunk(2)
@@ -58,7 +59,8 @@ def test_a_step_sees_two_views_and_no_label(can):
 
 
 def test_projector_and_decoder_learn(can):
-    """A public implementation leaves them out of the optimizer; here every part moves, but positions and the head."""
+    """A public implementation leaves them out of the optimizer; here every part moves, but positions and the
+    head."""
     setup = prepare(resolve(replace(can, objective_kwargs=SMALL | dict(sigma=1.0))), Ranks())
     optimizer = create_optimizer(setup.config, setup.student.model, setup.criterion)
     parts = {**dict(setup.student.named_parameters()), **dict(setup.criterion.named_parameters())}
@@ -85,7 +87,8 @@ def test_strong_noise_is_found(can, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_give_the_same(can, tmp_path):
-    """The contrast is taken of the whole batch, with gradients: 1, 2 and 4 ranks train alike, the last batch of two."""
+    """The contrast is taken of the whole batch, with gradients: 1, 2 and 4 ranks train alike, the last batch
+    of two."""
     config = replace(can, batch_size=51, objective_kwargs=SMALL | dict(weights=[0.5, 0.4, 0.1], sigma=1.0))
     one, *others = on_ranks(config, tmp_path, 1, 2, 4)
     assert one.metrics().train_loss.iloc[-1] < one.metrics().train_loss.iloc[0] - 0.01
@@ -99,7 +102,8 @@ def test_ranks_give_the_same(can, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path, ranks):
-    """SIGKILL in mid-epoch; started again it leaves the same record, encoder, projector and decoder, bit for bit."""
+    """SIGKILL in mid-epoch; started again it leaves the same record, encoder, projector and decoder, bit for
+    bit."""
     config = replace(can, epochs=8, batch_size=16, ema_decay=0.9, evaluate_every=4)
     alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
     start = lambda config, file: subprocess.Popen(train_command(save(config, file), ranks), env=environment(),
@@ -124,7 +128,8 @@ def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path, ranks):
 
 
 def test_encoder_is_one_graph(can):
-    """The patches that are kept reach timm's forward pass under torch.compile too, another choice each time."""
+    """The patches that are kept reach timm's forward pass under torch.compile too, another choice each
+    time."""
     setup = prepare(resolve(can), Ranks())
     whole = torch.compile(setup.student, backend="eager", fullgraph=True, dynamic=False)
     for batch in (next(batches(setup, epoch)) for epoch in range(2)):
@@ -149,7 +154,8 @@ def test_bad_input_is_a_sentence(can, change, ranks, words):
 
 @pytest.mark.parametrize("name", ["can", "can_demo"])
 def test_presets_can_be_prepared(name, tmp_path):
-    """Every part is a config, and the fine-tuned model is the pre-trained one: e00 and e02 take what e06 leaves."""
+    """Every part is a config, and the fine-tuned model is the pre-trained one: e00 and e02 take what e06
+    leaves."""
     parts = {part: preset(name, part) for part in ("pretrain", "teacher", "baseline", "distilled")}
     same = "student", "student_kwargs", "dataset", "data_fraction"
     assert all(getattr(parts["pretrain"], field) == getattr(parts["teacher"], field) for field in same)
@@ -167,7 +173,8 @@ def configs(*studies):
 
 
 def test_pretraining_has_the_published_betas():
-    """AdamW's (.9, .95), in every group of the optimizer that training makes; fine-tuning has the usual ones."""
+    """AdamW's (.9, .95), in every group of the optimizer that training makes; fine-tuning has the usual
+    ones."""
     for part, betas in ("pretrain", (0.9, 0.95)), ("teacher", (0.9, 0.999)):
         config = preset("can", part)
         model = create_student(config, 100, 32)
@@ -185,7 +192,8 @@ def probes(value):
 
 @pytest.fixture
 def made_up(tmp_path):
-    """Runs of CAN's studies: probes worse from arm to arm, 0.4 once fine-tuned, from scratch 0.25 and more."""
+    """Runs of CAN's studies: probes worse from arm to arm, 0.4 once fine-tuned, from scratch 0.25 and
+    more."""
     where = {key: str(tmp_path / key[:4]) for key in ("runs_dir", "work_dir")}
     for (arm, seed), config in configs("can_pretrain", "can_seeds", "can_scratch").items():
         pretrains = config.experiment == "pretrain"
@@ -198,7 +206,8 @@ def made_up(tmp_path):
 
 
 def test_analysis_compares_arms_of_its_studies(made_up, tmp_path):
-    """On test images, by seed; a run of no arm is listed and compared with none; teachers beside their students."""
+    """On test images, by seed; a run of no arm is listed and compared with none; teachers beside their
+    students."""
     mine = record(Config(**made_up, dataset="digits", experiment="pretrain", distillation="can",
                          student="vit_tiny_patch16_224"), seconds=60.0, **probes(0.9)).name
     answers = dict(experiment="distilled", distillation="hard", teacher="vit_tiny_patch16_224", student="resnet18")
@@ -262,7 +271,8 @@ def test_a_role_that_cannot_follow_is_refused_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_chain_of_notebooks(tmp_path):
-    """e06 on two ranks, fine-tuned there; e00 fine-tunes the same encoder; e02 learns from it; a08 shows all three."""
+    """e06 on two ranks, fine-tuned there; e00 fine-tunes the same encoder; e02 learns from it; a08 shows all
+    three."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), preset="can_demo", device="cpu")
     vit = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, class_token=False, global_pool="avg",
                fc_norm=False)

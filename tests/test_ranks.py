@@ -13,7 +13,8 @@ from vitdistill.launch.runner import rank_command
 
 
 def test_ranks_give_the_same_losses(tiny, tmp_path):
-    """1, 2 and 8 gloo ranks: twenty fp32 steps, each a whole epoch of 287 images (uneven over 8), the same to 1e-5."""
+    """1, 2 and 8 gloo ranks: twenty fp32 steps, each a whole epoch of 287 images (uneven over 8), the same to
+    1e-5."""
     runs = on_ranks(replace(tiny, epochs=20, batch_size=512, checkpoint_every=20, evaluate_every=20), tmp_path, 1, 2, 8)
     one, *others = runs
     weights = [safetensors.torch.load_file(run.model / "model.safetensors") for run in runs]
@@ -40,7 +41,8 @@ def test_ranks_give_the_same_with_all_of_a_recipe(recipe, tmp_path, objective):
 def test_uneven_last_batch_is_weighted(tiny, tmp_path):
     """Batches of 64 from 287 images leave 31, over 2 ranks 16 and 15: still the gradient of the global mean.
 
-    These are new processes: forks of one have the same hashes of strings, and the same state of numpy's generator."""
+    These are new processes: forks of one have the same hashes of strings, and the same state of numpy's
+    generator."""
     assert_same_losses(*on_ranks(tiny, tmp_path, 1, 2, python=PYTHON))
 
 
@@ -59,7 +61,8 @@ sys.exit(train.main(["--config", file]))
 
 
 def test_ranks_wait_for_one_that_finishes(tiny, tmp_path):
-    """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a sentence."""
+    """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a
+    sentence."""
     (script := tmp_path / "late.py").write_text(LATE)
     for patience, failed in ((60, False), (5, True)):
         file = save(elsewhere(replace(tiny, epochs=1), tmp_path / str(patience)), tmp_path / f"{patience}.yaml")

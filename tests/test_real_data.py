@@ -40,7 +40,8 @@ def test_superclasses_are_those_of_the_data(real_data):
 
 
 def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
-    """The fine-tuned ViT-Tiny at the study's 160 px: its card, its health, a small ResNet taught for a few steps."""
+    """The fine-tuned ViT-Tiny at the study's 160 px: its card, its health, a small ResNet taught for a few
+    steps."""
     teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=160,
                      student_kwargs=dict(img_size=224, dynamic_img_size=True), val_rows=HELD_OUT)
     weights = real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors"

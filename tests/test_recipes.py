@@ -191,7 +191,8 @@ def test_grids_of_the_pages_need_nothing_that_a_clone_lacks():
 
 @pytest.mark.slow
 def test_commands_train_and_export(tmp_path):
-    """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands' options."""
+    """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands'
+    options."""
     train = next(words for words in VITDISTILL if words[1] == "train" and "--track" in words)
     export = next(words for words in VITDISTILL if words[1] == "export" and "--to" in words)
     train[train.index("--runs-dir") + 1] = str(tmp_path / "runs")
@@ -232,7 +233,8 @@ def test_the_loss_of_the_library_is_both_cross_entropies():
 
 
 def test_a_trained_model_is_used_as_the_library_does(teacher, tmp_path, capsys):
-    """The model has its weights, and an image is prepared as in training: its own size, the run's mean and std."""
+    """The model has its weights, and an image is prepared as in training: its own size, the run's mean and
+    std."""
     from PIL import Image
     pixels = np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
@@ -297,7 +299,8 @@ def known(config, has_card):
 
 
 def test_records_are_cells_of_the_studies_that_they_name():
-    """Also if fields or presets have changed since; adopted and fine-tuned models have settings of their weights."""
+    """Also if fields or presets have changed since; adopted and fine-tuned models have settings of their
+    weights."""
     wanted = {}
     for run in find_runs(RECORDS):
         if run.config.experiment not in ("adopted_teacher", "finetune"):

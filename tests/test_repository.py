@@ -26,7 +26,8 @@ def cells(notebook, kind="code"):
 
 
 def test_export_has_not_drifted(tmp_path):
-    """Exporting into an empty copy gives exactly the checkout's modules that nbdev wrote, none more, none fewer."""
+    """Exporting into an empty copy gives exactly the checkout's modules that nbdev wrote, none more, none
+    fewer."""
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     for name in ("settings.ini", "setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -42,7 +43,8 @@ def test_export_has_not_drifted(tmp_path):
 
 
 def test_notebooks_are_clean(tmp_path):
-    """nbdev_clean would change nothing: no outputs of machines, no stray metadata, the parameters tag kept."""
+    """nbdev_clean would change nothing: no outputs of machines, no stray metadata, the parameters tag
+    kept."""
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run([Path(PYTHON).parent / "nbdev_clean"], cwd=tmp_path, check=True)
@@ -89,7 +91,8 @@ def test_nothing_large_or_foreign_is_committed():
 
 
 def test_records_are_committed_without_their_logits():
-    """Nine tenths of a record; what they say of calibration stands beside it. Images and labels are kept once."""
+    """Nine tenths of a record; what they say of calibration stands beside it. Images and labels are kept
+    once."""
     records = sorted((ROOT / "reports/runs").glob("*/predictions*.npz"))
     endings = "_logits", "_image", "_label", "_top5"
     heavy = [str(file) for file in records if any(name.endswith(endings) for name in np.load(file).files)]
@@ -115,7 +118,8 @@ def study_at(commit, name):
 
 
 def was_asked(run, arm, commit):
-    """Whether a commit's study has this arm ('study/arm'), trains it, and with the seed and the fields of the run."""
+    """Whether a commit's study has this arm ('study/arm'), trains it, and with the seed and the fields of the
+    run."""
     name, _, part = arm.partition("/")
     study = study_at(commit, name)
     if not study or not trains(study.parts.get(part, {})):
@@ -132,7 +136,8 @@ def has_history():
 
 
 def test_a_run_before_its_study_is_seen():
-    """A study's run was not asked for by the commit before its file, nor with another seed or another rate."""
+    """A study's run was not asked for by the commit before its file, nor with another seed or another
+    rate."""
     if not has_history():
         pytest.skip("this clone has no history")
     run, arm = Run(ROOT / "reports/runs/baseline-resnet18-labels-s9-f69f10db"), "small_third/plain"

@@ -1,4 +1,5 @@
-"""Grids on a real Slurm of two nodes, both this machine: `make test-slurm` (Debian's slurm-wlm and munge, as root)."""
+"""Grids on a real Slurm of two nodes, both this machine: `make test-slurm` (Debian's slurm-wlm and munge, as
+root)."""
 import functools
 import json
 import os
@@ -27,7 +28,8 @@ def answer(*command):
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """munged, slurmctld and two slurmd, ended by the ids in their files; what is started by tests finds them."""
+    """munged, slurmctld and two slurmd, ended by the ids in their files; what is started by tests finds
+    them."""
     if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]:
         pytest.fail(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge, and run this as root")
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname()
@@ -140,7 +142,8 @@ FOUR = (("e00_teacher", {}), ("e01_baseline_resnet50", {}), ("e02_distilled_resn
 
 
 def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
-    """A teacher and three others; one job is told that its time is over, one is requeued: the same bits as here."""
+    """A teacher and three others; one job is told that its time is over, one is requeued: the same bits as
+    here."""
     grid = write_grid(tmp_path / "slurm", *FOUR)
     folder = grid.parent
     begun = start(grid, folder, "--on", "slurm", "--time", "30")
@@ -232,7 +235,8 @@ def test_ranks_are_slurms_under_srun_only(slurm, tiny, tmp_path):
 
 
 def test_what_slurm_refuses_is_one_sentence(slurm, tmp_path):
-    """An unknown partition, a feature that no node has: said at once, nothing half-written or left in the queue."""
+    """An unknown partition, a feature that no node has: said at once, nothing half-written or left in the
+    queue."""
     grid = write_grid(tmp_path / "slurm", ("e00_teacher", {}), ("e02_distilled_resnet50", {}))
     (tmp_path / "cluster.yaml").write_text("more: {constraint: h200}")
     for words, told in ((["--partition", "mian"], "unknown partition 'mian': did you mean 'main'?"),

@@ -1,8 +1,9 @@
-"""What must hold on a GPU: each check takes a device and a folder, and returns what it saw in a sentence or raises.
+"""What must hold on a GPU: each check takes a device and a folder, and returns what it saw in a sentence or
+raises.
 
-`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py FILE` is
-a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the first GPU, by gloo,
-since NCCL refuses two processes on one.
+`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py
+FILE` is a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the
+first GPU, by gloo, since NCCL refuses two processes on one.
 """
 import copy
 import functools
@@ -50,7 +51,8 @@ TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
 
 def pair(device, folder, **given):
-    """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny one)."""
+    """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny
+    one)."""
     small = dict(student="vit_tiny_patch16_224", student_kwargs=SMALLEST, data_fraction=0.2, threads=1)
     values = dict(dataset="digits", student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY,
                   teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01, precision="fp32",
@@ -112,7 +114,8 @@ def check_losses(device, folder):
 
 
 def check_litv2(device, folder):
-    """LITv2's logits and gradients, those of its offsets too, are the CPU's, and nearly those under bf16 autocast."""
+    """LITv2's logits and gradients, those of its offsets too, are the CPU's, and nearly those under bf16
+    autocast."""
     torch.manual_seed(0)
     small = dict(embed_dim=16, depths=(1, 1, 1), num_heads=(2, 4, 8), windows=(0, 2, 1))
     model = create("litv2_cifar", 10, 32, **small).train()
@@ -155,7 +158,8 @@ def check_pretraining(device, folder):
 
 
 def epochs_of(device, folder, mode, epochs=2, batch=16):
-    """(mean loss of each epoch, weights, pixels of a batch, step): taught by a full memo; the last batch is shorter."""
+    """(mean loss of each epoch, weights, pixels of a batch, step): taught by a full memo; the last batch is
+    shorter."""
     data = random_data(2 * batch + batch // 2)
     whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)
@@ -176,7 +180,8 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
 
 
 def check_compiled(device, folder, mode="default"):
-    """Student, views, loss and sums compiled: two epochs, with a shorter last batch, end where the eager ones end."""
+    """Student, views, loss and sums compiled: two epochs, with a shorter last batch, end where the eager ones
+    end."""
     counters = torch._dynamo.utils.counters
     counters.clear()
     one, two = epochs_of(device, folder, "none"), epochs_of(device, folder, mode)
@@ -235,7 +240,8 @@ def check_memo(device, folder):
 
 
 class Forked:
-    """A process that is forked from this one, which saves the seconds of torch's import; used as a `Popen` is."""
+    """A process that is forked from this one, which saves the seconds of torch's import; used as a `Popen`
+    is."""
 
     def __init__(self, function, env, log):
         self.returncode = None
@@ -327,8 +333,8 @@ def epochs_done(config):
 
 def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170, made=pair,
                  killed=True):
-    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte.
-    Not `killed`: two runs of one seed, left alone."""
+    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the
+    byte. Not `killed`: two runs of one seed, left alone."""
     given = dict(epochs=epochs, batch_size=32, compile=mode, deterministic=deterministic)
     if world > 1 and mode != "none" and device != "cpu":  # where a compiled batch norm is refused
         given |= dict(student="vit_tiny_patch16_224", student_kwargs=TINY)
@@ -376,7 +382,8 @@ def check_two_processes(device, folder, mode="none", deterministic=False):
 
 
 def check_recipe(device, folder, seconds=170):
-    """All of a recipe, killed and resumed, compiled on a GPU; then another student finds all answers in the memo."""
+    """All of a recipe, killed and resumed, compiled on a GPU; then another student finds all answers in the
+    memo."""
     end = time.monotonic() + seconds
     told = check_resume(device, folder, mode="auto", seconds=seconds, made=recipe)
     run, = find_runs(folder / "cut/runs")

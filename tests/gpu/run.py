@@ -1,10 +1,10 @@
 """Eleven minutes on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`.
 
-It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its own, cuts
-it where its time is over, goes on after one that fails, and writes one folder of at most 8 small files: what was found
-(page.md, found.json), logs, and records. It writes them every minute, so that a cut loses one minute. The data may come
-later: the study waits for them. Without a GPU, or with `--dry`, the same steps run at toy size on the CPU; one
-that is skipped or fails is an error there.
+It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its
+own, cuts it where its time is over, goes on after one that fails, and writes one folder of at most 8 small
+files: what was found (page.md, found.json), logs, and records. It writes them every minute, so that a cut
+loses one minute. The data may come later: the study waits for them. Without a GPU, or with `--dry`, the same
+steps run at toy size on the CPU; one that is skipped or fails is an error there.
 """
 import argparse
 import contextlib
@@ -23,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# What runs side by side, and the most seconds that it gets of eleven minutes; `modes` gets what the others left.
+# What runs side by side, and the most seconds that it gets of eleven minutes; `modes` gets what the others
+# left.
 PLAN = [(("checks", "study"), 500), (("profile",), 50), (("ranks",), 80), (("modes",), 0)]
 STEPS = [step for steps, _ in PLAN for step in steps]
 PACKING = 20  # seconds kept for the end
@@ -75,8 +76,9 @@ def end(process):
 
 
 def follow(steps, ended, work, dry, seconds, given, write):
-    """Run steps side by side to their end or the end of their time; `ended` gets (step, seconds, 'done', 'failed' or
-    'cut') of each, as it ends. `write` is called every minute with those that run and their seconds."""
+    """Run steps side by side to their end or the end of their time; `ended` gets (step, seconds, 'done',
+    'failed' or 'cut') of each, as it ends. `write` is called every minute with those that run and their
+    seconds."""
     begun, running = time.monotonic(), {}
     written = begun
     begin_anew(steps, work)

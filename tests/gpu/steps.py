@@ -1,5 +1,6 @@
-"""The steps of `make gpu`: `python tests/gpu/steps.py STEP --work DIR --device cuda --seconds N` does one of them and
-writes what it finds, as it finds it, to DIR/found.jsonl. `--toy` does the same at a size for the CPU."""
+"""The steps of `make gpu`: `python tests/gpu/steps.py STEP --work DIR --device cuda --seconds N` does one of
+them and writes what it finds, as it finds it, to DIR/found.jsonl. `--toy` does the same at a size for the
+CPU."""
 import argparse
 import functools
 import json
@@ -82,8 +83,9 @@ def step_checks(job):
 
 
 def step_ranks(job):
-    """Two processes on the one device by gloo, killed and resumed, and one alike, first those that must be the same to
-    the byte. The same seed twice without a kill says whether rounding alone makes the others differ. Then a recipe."""
+    """Two processes on the one device by gloo, killed and resumed, and one alike, first those that must be
+    the same to the byte. The same seed twice without a kill says whether rounding alone makes the others
+    differ. Then a recipe."""
     exact, plain = dict(deterministic=True), dict(world=2)
     cases = {} if job.toy else {"one process, deterministic": exact, "two ranks, deterministic": plain | exact,
                                 "one process, captured, deterministic": exact | dict(mode="graph"),
@@ -135,7 +137,8 @@ def timed(job, name, mode, times=3, start=""):
 
 
 def kernels(job, turn, seconds, steps=20):
-    """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest kernels."""
+    """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest
+    kernels."""
     run, on_gpu = turn(steps), torch.autograd.DeviceType.CUDA
     with torch.profiler.profile() as seen:
         run()
@@ -164,9 +167,9 @@ def step_profile(job):
 
 
 def step_modes(job):
-    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step. `profile` has the others'.
-    A second start finds the first's programs on disk. A ViT's `default` compiles its blocks, the other modes all of it.
-    On a CPU: `python tests/gpu/steps.py modes --work DIR --toy --device cpu`."""
+    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step. `profile` has the
+    others'. A second start finds the first's programs on disk. A ViT's `default` compiles its blocks, the
+    other modes all of it. On a CPU: `python tests/gpu/steps.py modes --work DIR --toy --device cpu`."""
     for mode, start in (("reduce-overhead", ""), ("reduce-overhead", ", second start"), ("default", "")):
         for name in STUDENTS:
             try:
@@ -234,7 +237,8 @@ def run_of(config):
 
 
 def step_study(job):
-    """The pair side by side until its time is over. Decisions about the test images are kept every ten epochs."""
+    """The pair side by side until its time is over. Decisions about the test images are kept every ten
+    epochs."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut"))
     running = {}
     try:

@@ -1,4 +1,5 @@
-"""`make gpu` itself: it goes on after a step that fails or takes too long, says which, and leaves few small files."""
+"""`make gpu` itself: it goes on after a step that fails or takes too long, says which, and leaves few small
+files."""
 import json
 import os
 import subprocess
@@ -81,7 +82,8 @@ def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
 
 
 def test_a_second_call_finds_what_the_first_left(short, monkeypatch, tmp_path):
-    """The study's checkpoints; other steps begin anew, and a call tells of its own steps, each finding once."""
+    """The study's checkpoints; other steps begin anew, and a call tells of its own steps, each finding
+    once."""
     work, out = tmp_path / "work", tmp_path / "out"
     def call(steps):
         status = run.main(["--dry", "--out", str(out), "--work", str(work), "--steps", steps])
