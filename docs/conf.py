@@ -68,7 +68,8 @@ def parameter_lines(thing, name):
         comments = docments(thing, full=True, returns=True)
     except (TypeError, ValueError, OSError, IndexError):  # of C, or made by a decorator
         return []
-    return [(key, " ".join(about["docment"].split())) for key, about in comments.items() if about.get("docment")]
+    texts = {key: about.get("docment") for key, about in comments.items()}
+    return [(key, " ".join(text.split())) for key, text in texts.items() if text]
 
 
 def process_docstring(app, what, name, thing, options, lines):

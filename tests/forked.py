@@ -28,7 +28,7 @@ from pathlib import Path
 
 IMPORTED = ("ipykernel.zmqshell ipywidgets papermill scipy.stats seaborn sklearn.metrics timm torch._dynamo "
             "torch.distributed.run torchvision.transforms.v2").split()
-READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_", "TMPDIR"  # if one of these differs, a new process starts
+READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_", "TMPDIR"  # one differs: a new process starts
 SCRIPT = """#!/bin/sh
 '''exec' "{python}" -IS "$0" "$@"
 ' '''
@@ -145,7 +145,7 @@ def run(words):
     kind, target = words[:2] if words[0].startswith("-") else ("", words[0])
     sys.argv = [kind or target, *words[1 + bool(kind):]]
     sys.path[0] = os.getcwd() if kind else str(Path(target).resolve().parent)
-    if target == "ipykernel_launcher":  # the launcher sets it in the environment, which matplotlib reads at import
+    if target == "ipykernel_launcher":  # the launcher sets what matplotlib reads at import
         sys.modules["matplotlib"].rcParams["backend"] = "module://matplotlib_inline.backend_inline"
     if kind == "-m":
         warnings.filterwarnings("ignore", ".*found in sys.modules", module="runpy")
@@ -180,7 +180,7 @@ if __name__ == "__main__":
     sys.modules["jupyter_client.connect"].LocalPortCache.find_available_port = free_port
     gc.freeze()
     status = status_of(serve(sys.argv[1:], given))
-    threading._shutdown()  # as an interpreter ends, but without a last look at each object, which takes 2 seconds
+    threading._shutdown()  # as an interpreter ends, but without a last look at each object: 2 seconds
     atexit._run_exitfuncs()
     for stream in sys.__stdout__, sys.__stderr__:
         with contextlib.suppress(ValueError):  # closed

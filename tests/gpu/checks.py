@@ -55,10 +55,9 @@ def pair(device, folder, **given):
     one)."""
     small = dict(student="vit_tiny_patch16_224", student_kwargs=SMALLEST, data_fraction=0.2, threads=1)
     values = dict(dataset="digits", student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY,
-                  teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01, precision="fp32",
-                  teacher_precision="fp32", compile="none", device=device, runs_dir=f"{folder}/runs",
-                  checkpoint_seconds=0.0,
-                  work_dir=f"{folder}/work")
+                  teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01,
+                  precision="fp32", teacher_precision="fp32", compile="none", device=device,
+                  checkpoint_seconds=0.0, runs_dir=f"{folder}/runs", work_dir=f"{folder}/work")
     return Config(**values | (small if device == "cpu" else {}) | given)
 
 
@@ -100,7 +99,8 @@ def check_losses(device, folder):
         config = Config(distillation=name, teacher=teacher, soft_top_k=top_k)
         found = []
         for place in ("cpu", device):
-            own, z = criterion(config).to(place), logits.to(place, copy=True).requires_grad_()  # a leaf on each place
+            own = criterion(config).to(place)
+            z = logits.to(place, copy=True).requires_grad_()  # a leaf on each place
             said = own.wants.make(answer.to(place)) if own.wants else None
             loss, _ = own((z,), Batch(z, targets.to(place), said, epoch=5))
             loss.backward()
@@ -128,7 +128,8 @@ def check_litv2(device, folder):
         with torch.autocast(device, torch.bfloat16, enabled=low):
             loss = torch.nn.functional.cross_entropy(its(images.to(place)), targets.to(place))
         loss.backward()
-        found.append(torch.cat([loss[None].detach(), *(p.grad.flatten() for p in its.parameters())]).float().cpu())
+        parts = [loss[None].detach(), *[p.grad.flatten() for p in its.parameters()]]
+        found.append(torch.cat(parts).float().cpu())
     same, close = (torch.cosine_similarity(found[0], other, dim=0).item() for other in found[1:])
     assert same > 0.9999 and close > 0.99, f"cosines of the gradients: fp32 {same:.5f}, bf16 {close:.3f}"
     return f"cosines of loss and gradients with the CPU's: fp32 {same:.5f}, bf16 {close:.4f}"
@@ -149,7 +150,8 @@ def check_pretraining(device, folder):
             loss = its(batch).loss
         loss.backward()
         learned = [p.grad.flatten() for p in its.parameters() if p.grad is not None]
-        found.append((drawn.keep.cpu(), drawn.noise.cpu(), torch.cat([loss[None].detach(), *learned]).float().cpu()))
+        loss_and_gradients = torch.cat([loss[None].detach(), *learned]).float().cpu()
+        found.append((drawn.keep.cpu(), drawn.noise.cpu(), loss_and_gradients))
     (keep, noise, first), (its_keep, its_noise, second), (*_, third) = found
     assert its_keep.equal(keep) and (its_noise - noise).abs().max() < 1e-4, "other masks or noise"
     same, close = (torch.cosine_similarity(first, other, dim=0).item() for other in (second, third))
@@ -169,7 +171,7 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     fill_randomly(memo)
     setup.answers = Answers(setup.answers.teacher, setup.views, memo=memo)
     torch._dynamo.reset()
-    cut = replace(config, compile="none" if mode == "graph" else mode)  # a captured step cuts its views itself
+    cut = replace(config, compile="none" if mode == "graph" else mode)  # a captured step cuts views itself
     pixels = next(batches(replace(setup, config=cut), 0)).pixels.cpu()
     objective = create_objective(setup.student, setup.criterion, config.compile, setup.ranks)
     optimizer = create_optimizer(config, setup.student.model)
@@ -212,13 +214,15 @@ def check_graph(device, folder):
     """The same with the CUDA graphs of torch.compile, which are recorded for both sizes of a batch."""
     if device != "cpu":
         return check_compiled(device, folder, "reduce-overhead")
-    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):  # a CPU records none
+    recorded = functools.partial(torch.compile, backend="aot_eager")  # a CPU records none
+    with mock.patch("torch.compile", recorded):
         return check_compiled(device, folder, "reduce-overhead")
 
 
 def check_memo(device, folder):
     """A memo of a teacher on the device says what the teacher says, and is asked the second time."""
-    data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
+    data = random_data(64)
+    config = pair(device, folder, dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     setup = bench_setup(config, alone(device), data)
     teacher, views = balance(setup.answers.teacher, setup.views, 64), setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
@@ -297,7 +301,8 @@ def start_ranks(config, log, world=1):
     with open(log, "a") as out:
         if config.device == "cpu":
             return [Forked(lambda: rank_main(file), env, out) for env in envs]
-        return [subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out, cwd=ROOT) for env in envs]
+        given = dict(stdout=out, stderr=out, cwd=ROOT)
+        return [subprocess.Popen(command, env=os.environ | env, **given) for env in envs]
 
 
 def ended(processes, seconds, log):
@@ -367,9 +372,11 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
     assert not killed or "resumes after epoch" in logs["cut"].read_text()
     assert len(rows[0]) == len(rows[1]) == epochs
     loss = (rows[0].train_loss - rows[1].train_loss).abs().max()
-    weights = max((states[0][name].float() - states[1][name].float()).abs().max().item() for name in states[0])
+    first, second = states
+    weights = max((first[name].float() - second[name].float()).abs().max().item() for name in first)
     same = weights == 0 and rows[0].equals(rows[1])
-    assert same or not (deterministic or device == "cpu"), f"weights differ by {weights:.2g}, losses by {loss:.2g}"
+    exact = deterministic or device == "cpu"
+    assert same or not exact, f"weights differ by {weights:.2g}, losses by {loss:.2g}"
     assert loss < 0.2, f"losses differ by {loss:.2g}"
     how = "the same to the byte" if same else f"weights differ by {weights:.1g}, losses by {loss:.1g} at most"
     what = f"killed after {before} of {epochs} epochs" if killed else "not killed"
@@ -392,7 +399,8 @@ def check_recipe(device, folder, seconds=170):
     average, hits = run.metrics().ema_test_top1, find_runs(other.runs_dir)[0].metrics().memo_hit_rate
     assert average.notna().all(), f"top-1 of the weight average: {average.tolist()}"
     assert hits.eq(1).all(), f"memo hits of another student of the plan: {hits.tolist()}"
-    return f"{told}, of the weight average {average.iloc[-1]:.1%}; another student's memo hits {hits.min():.0%}"
+    return (f"{told}, of the weight average {average.iloc[-1]:.1%}; "
+            f"another student's memo hits {hits.min():.0%}")
 
 
 def check_ranks_agree(device, folder, epochs=2, seconds=170):

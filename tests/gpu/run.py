@@ -57,8 +57,8 @@ def start(step, work, dry, seconds, given):
     alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else dict(OMP_NUM_THREADS="4")
     if dry and step != "checks":
         alone["TORCH_COMPILE_DISABLE"] = "1"
-    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"),
-                            TRITON_CACHE_DIR=str(work / "triton")) | alone
+    caches = dict(TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"), TRITON_CACHE_DIR=str(work / "triton"))
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1") | caches | alone
     with open(work / f"{step}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
 
@@ -117,7 +117,8 @@ def log_files(work):
 
 def cell(value):
     """A finding as a table shows it."""
-    return (f"{value:,.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+    text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def page(work, about, ended, wanted):
@@ -139,8 +140,9 @@ def page(work, about, ended, wanted):
         lines += ["", f"## {step}", ""]
         if mine:
             lines += ["| what | found | goal | met |", "|---|---|---|---|"]
-            lines += [f"| {cell(row['what'])} | {cell(row['value'])} {row['unit']} | {row['goal']} | {row['met']} |"
-                      for row in mine]
+            for row in mine:
+                value = f"{cell(row['value'])} {row['unit']}"
+                lines.append(f"| {cell(row['what'])} | {value} | {row['goal']} | {row['met']} |")
         if seen.get(step, (0, ""))[1] in ("failed", "cut") and (log := work / f"{step}.log").is_file():
             said = log.read_text(errors="replace").splitlines()
             lines += ["", f"Its log ends ({seen[step][1]}):", "", "```", *said[-12:], "```"]
@@ -153,11 +155,15 @@ def about_here(dry):
     told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     said = told.stdout.strip().splitlines()
     here = json.loads(said[-1]) if said else {}
-    machine = "a CPU, at toy size: times and rates mean nothing" if dry else ", ".join(here.get("gpus", [])) or "a GPU"
-    versions = ", ".join(f"{name} {here[name]}" for name in ("python", "torch", "torchvision", "timm") if name in here)
+    machine = ", ".join(here.get("gpus", [])) or "a GPU"
+    if dry:
+        machine = "a CPU, at toy size: times and rates mean nothing"
+    parts = [name for name in ("python", "torch", "torchvision", "timm") if name in here]
+    versions = ", ".join(f"{name} {here[name]}" for name in parts)
     changed = " with uncommitted changes" * bool(here.get("uncommitted"))
     commit = here.get("commit", "")[:8] or os.environ.get("VITDISTILL_COMMIT", "unknown")
-    where = f"{here.get('processor', '')}, {here.get('cores', '?')} cores, {versions}, commit {commit}{changed}"
+    processor = f"{here.get('processor', '')}, {here.get('cores', '?')} cores"
+    where = f"{processor}, {versions}, commit {commit}{changed}"
     return dict(here, title=f"What was found on {machine}", what=f"{time.strftime('%Y-%m-%d')}, {where}.")
 
 
@@ -175,7 +181,8 @@ def packed(files, base, out, name, parts):
         else:
             left_out.append(str(file.relative_to(base)))
     for i, (_, content) in enumerate(bins):
-        with tarfile.open(out / f"{name}{f'-{i}' if parts > 1 else ''}.tar.gz", "w:gz", compresslevel=6) as tar:
+        number = f"-{i}" if parts > 1 else ""
+        with tarfile.open(out / f"{name}{number}.tar.gz", "w:gz", compresslevel=6) as tar:
             for file, data in content:
                 info = tarfile.TarInfo(str(file.relative_to(base)))
                 info.size, info.mtime = len(data), int(file.stat().st_mtime)
@@ -216,10 +223,11 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="at toy size on the CPU, as without a GPU")
     parser.add_argument("--out", default="out/gpu", help="folder of what is kept; what was there is removed")
-    parser.add_argument("--work", default="", help="folder of checkpoints and compiled programs, where the next call "
-                        "finds them; default: a temporary one")
+    parser.add_argument("--work", default="", help="folder of checkpoints and compiled programs, where the "
+                        "next call finds them; default: a temporary one")
     data = os.environ.get("VITDISTILL_DATA", "")
-    parser.add_argument("--data", default=data, help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
+    parser.add_argument("--data", default=data,
+                        help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
     parser.add_argument("--minutes", type=float, default=11, help="after which all is over")
     parser.add_argument("--steps", default="", help=f"some of the steps: {','.join(STEPS)}")
     parser.add_argument("--seed", type=int, default=1, help="of the study")
@@ -249,7 +257,7 @@ def main(arguments=None):
         return tell(work, out, about, [*ended, *running], wanted), left_out
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     try:
-        with contextlib.suppress(SystemExit):  # steps have sessions of their own: `follow` ends them; the rest is kept
+        with contextlib.suppress(SystemExit):  # steps have sessions of their own: `follow` ends them
             for steps, most in plan:
                 seconds = max(GRACE, min(left() - GRACE, most * scale if most else left() - GRACE))
                 if dry:

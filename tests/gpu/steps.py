@@ -4,6 +4,7 @@ CPU."""
 import argparse
 import functools
 import json
+import math
 import operator
 import signal
 import sys
@@ -28,7 +29,7 @@ from vitdistill.train.setup import resolve
 from vitdistill.teachers.teacher import adopt
 
 SENSES = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
-ENDED = 0, -signal.SIGTERM, 128 + signal.SIGTERM  # exit statuses of a run that ended by itself or was asked to
+ENDED = 0, -signal.SIGTERM, 128 + signal.SIGTERM  # exit statuses of a run that ended by itself or when asked
 DECIDED = 10  # epochs between two decisions about the test images that the study keeps
 WEIGHTS = "weights/vit_tiny_patch16_224.cifar100.safetensors"
 
@@ -87,10 +88,13 @@ def step_ranks(job):
     the same to the byte. The same seed twice without a kill says whether rounding alone makes the others
     differ. Then a recipe."""
     exact, plain = dict(deterministic=True), dict(world=2)
-    cases = {} if job.toy else {"one process, deterministic": exact, "two ranks, deterministic": plain | exact,
-                                "one process, captured, deterministic": exact | dict(mode="graph"),
-                                "one process, the same twice, not killed": dict(killed=False)}
-    cases |= {"one process": {}, "two ranks": plain, "two ranks, compile default": plain | dict(mode="default")}
+    cases = {}
+    if not job.toy:
+        cases = {"one process, deterministic": exact, "two ranks, deterministic": plain | exact,
+                 "one process, captured, deterministic": exact | dict(mode="graph"),
+                 "one process, the same twice, not killed": dict(killed=False)}
+    cases |= {"one process": {}, "two ranks": plain}
+    cases |= {"two ranks, compile default": plain | dict(mode="default")}
     with ThreadPoolExecutor(1 if job.toy else 4) as pool:
         def start(folder, check, **given):
             (job.work / folder).mkdir()
@@ -104,8 +108,9 @@ def step_ranks(job):
             job.attempt(names[future], future.result)
 
 
-STUDENTS = {"timm's stem": ({}, "<= 0.6"), "CIFAR stem": (dict(stem="cifar"), "<= 4.5"),  # goals: seconds an epoch
-            "ViT-Tiny": (dict(student="vit_tiny_patch16_224", student_kwargs=dict(img_size=32, patch_size=4)), "")}
+PATCHES = dict(img_size=32, patch_size=4)
+STUDENTS = {"timm's stem": ({}, "<= 0.6"), "CIFAR stem": (dict(stem="cifar"), "<= 4.5"),  # goals: s an epoch
+            "ViT-Tiny": (dict(student="vit_tiny_patch16_224", student_kwargs=PATCHES), "")}
 
 
 def bench_of(job, name, mode):
@@ -149,11 +154,13 @@ def kernels(job, turn, seconds, steps=20):
     else:
         of = {e.key: e.self_cpu_time_total / 1000 / steps for e in events}
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
-    calls = {mark: sum(e.count for e in events if mark in e.key and e.key.startswith("cu")) / steps for mark in marks}
+    own = [e for e in events if e.key.startswith("cu")]
+    calls = {mark: sum(e.count for e in own if mark in e.key) / steps for mark in marks}
     largest = sorted(of.items(), key=lambda item: -item[1])[:10]
-    return (f"busy for {sum(of.values()):.3f} ms of a step's {1000 * seconds:.3f}; calls a step: "
-            + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()) + "; ms a step of the largest kernels: "
-            + "; ".join(f"{name[:70]} {ms:.3f}" for name, ms in largest))
+    rates = ", ".join(f"{name} {count:.1f}" for name, count in calls.items())
+    kernels = "; ".join(f"{name[:70]} {ms:.3f}" for name, ms in largest)
+    return (f"busy for {sum(of.values()):.3f} ms of a step's {1000 * seconds:.3f}; calls a step: {rates}; "
+            f"ms a step of the largest kernels: {kernels}")
 
 
 def step_profile(job):
@@ -182,11 +189,11 @@ def step_modes(job):
 def adopted(job, weights):
     """The folder of a teacher whose weights were trained elsewhere."""
     if job.toy:
-        config = pair(job.device, job.work, distillation="none", teacher="", teacher_kwargs={}, student_size=32,
-                      student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.2)
+        config = pair(job.device, job.work, distillation="none", teacher="", teacher_kwargs={},
+                      student_size=32, student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.2)
     else:
-        config = preset("small", "teacher", data_root=str(job.data), padding=4, student_size=224, device=job.device,
-                        work_dir=str(job.work / "work"))
+        config = preset("small", "teacher", data_root=str(job.data), padding=4, student_size=224,
+                        device=job.device, work_dir=str(job.work / "work"))
     config, folder = resolve(config), job.work / "teacher/model"
     card = adopt(config, weights, folder, load_data(config), config.device, config.precision)
     return str(folder), f"top-1 {card.top1_held_out:.1%} on images that it held out"
@@ -206,22 +213,25 @@ def wait_for_data(job):
     wanted = [Path(job.data or "nowhere") / name for name in names]
     while missing := [str(file) for file in wanted if not file.is_file()]:
         if job.left() < 15:
-            raise FileNotFoundError(f"{missing[0]} has not come: give --data a folder with CIFAR-100 and the weights")
+            raise FileNotFoundError(f"{missing[0]} has not come: give --data a folder with CIFAR-100 and the "
+                                    "weights")
         time.sleep(1)
     return wanted[2]
 
 
 def pair_of(job):
     """Name -> config of the paper's pair with the CIFAR stem: labels alone, and taught."""
-    places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"), device=job.device, seed=job.seed)
+    places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"))
+    places |= dict(device=job.device, seed=job.seed)
     if job.toy:
-        weights, taught = toy_weights(job), pair(job.device, job.work, epochs=2, experiment="distilled", batch_size=32)
+        weights = toy_weights(job)
+        taught = pair(job.device, job.work, epochs=2, experiment="distilled", batch_size=32)
         taught = replace(taught, keep_checkpoints=[1], allow_untrained=True)
         plain = replace(taught, distillation="none", teacher="", teacher_kwargs={}, experiment="baseline")
     else:
         weights, length = wait_for_data(job), 60 if job.annealed else 2000
-        places |= dict(data_root=str(job.data), epochs=length, t_max=length, nproc=1, precision="bf16", stem="cifar",
-                       compile="graph", keep_checkpoints=list(range(DECIDED, length, DECIDED)))
+        places |= dict(data_root=str(job.data), epochs=length, t_max=length, nproc=1, precision="bf16",
+                       stem="cifar", compile="graph", keep_checkpoints=list(range(DECIDED, length, DECIDED)))
         plain, kwargs = preset("paper", "baseline", **places), dict(img_size=224, dynamic_img_size=True)
         taught = preset("paper", "distilled", teacher="vit_tiny_patch16_224", teacher_kwargs=kwargs, **places)
     folder, said = adopted(job, weights)
@@ -273,10 +283,12 @@ def close(job, name, process, config):
         log = checks.log_end(job.work / f"{name}.log")
         assert run and run.epochs_done and process.returncode in ENDED, f"status {process.returncode}: {log}"
         metrics = run.metrics()
-        memo, middle = metrics.memo_hit_rate.iloc[-1], metrics.median(numeric_only=True)
+        middle = metrics.median(numeric_only=True)
+        memo = metrics.memo_hit_rate.iloc[-1]
+        hits = "" if math.isnan(memo) else f", memo hits {memo:.0%}"
         return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; first epoch "
-                f"{metrics.seconds.iloc[0]:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side), "
-                f"{middle.images_per_second:,.0f} images/s" + (f", memo hits {memo:.0%}" if memo == memo else ""))
+                f"{metrics.seconds.iloc[0]:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side)"
+                f", {middle.images_per_second:,.0f} images/s{hits}")
     job.attempt(name, far)
 
 
@@ -290,7 +302,7 @@ def keep_decisions(job, name, config):
             job.attempt(f"{name}, decisions at {epochs}", lambda: predictions_at(run, epochs).name)
 
 
-STEPS = {name.removeprefix("step_"): step for name, step in list(globals().items()) if name.startswith("step_")}
+STEPS = dict(checks=step_checks, ranks=step_ranks, profile=step_profile, modes=step_modes, study=step_study)
 
 
 def main():
