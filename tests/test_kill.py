@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import PYTHON, ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of, train_command
+from conftest import PYTHON, ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of
+from conftest import train_command
 from conftest import wait_until
 from vitdistill.config import save
 from vitdistill.launch.runner import failure
@@ -25,7 +26,8 @@ NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
 
 def start(config, file, ranks=1):
     command = train_command(save(config, file), ranks, python=PYTHON)
-    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def kill(process):
@@ -145,7 +147,8 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
         if NO_KERNEL.search(log.read_text()):
             process = begin()
             wait_until(lambda: trains() or process.poll() is not None, 150)
-        assert trains(), f"no epoch of it yet, and papermill's status is {process.poll()}: {log.read_text()[-3000:]}"
+        status = f"no epoch of it yet, and papermill's status is {process.poll()}"
+        assert trains(), f"{status}: {log.read_text()[-3000:]}"
         kernels = [p.pid for p in psutil.Process(process.pid).children()]
         assert kernels and processes_mentioning(str(tmp_path / "work"))
     finally:
@@ -158,13 +161,17 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
         kill(process)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
+AS_ROOT = os.geteuid() == 0 and sys.platform == "linux"
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="mounting a small disk needs root on Linux")
 def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
     """The disk fills up while a checkpoint is written: one sentence, the previous one whole, and the rerun
     ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this container may not mount a tmpfs")
     try:
         config = replace(tiny, work_dir=str(disk), epochs=6)

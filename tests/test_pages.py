@@ -36,7 +36,8 @@ def test_links_and_pictures_are_there(page):
     for words, file, fragment in links(page):
         assert file.exists(), f"{page}: [{words}] leads to {file}, which is not there"
         if fragment and file.suffix == ".md":
-            assert fragment in places(file), f"{page}: [{words}] leads to #{fragment}, which {file.name} has not"
+            lacks = f"{page}: [{words}] leads to #{fragment}, which {file.name} has not"
+            assert fragment in places(file), lacks
 
 
 @functools.cache

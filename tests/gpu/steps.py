@@ -286,8 +286,9 @@ def close(job, name, process, config):
         middle = metrics.median(numeric_only=True)
         memo = metrics.memo_hit_rate.iloc[-1]
         hits = "" if math.isnan(memo) else f", memo hits {memo:.0%}"
+        first = metrics.seconds.iloc[0]
         return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; first epoch "
-                f"{metrics.seconds.iloc[0]:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side)"
+                f"{first:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side)"
                 f", {middle.images_per_second:,.0f} images/s{hits}")
     job.attempt(name, far)
 
