@@ -144,7 +144,8 @@ def curve_run(root, accuracy, seed=1, done=60, **over):
     point."""
     c = Config(dataset="digits", epochs=60, seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"),
                **over)
-    epoch, noise = np.arange(1, done + 1), np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
+    epoch = np.arange(1, done + 1)
+    noise = np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
     frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise))
     return record(c, "pair/taught" if c.teacher else "pair/plain", metrics=frame,
                   **dict(epochs=60) if done == 60 else {}).folder
@@ -282,7 +283,8 @@ def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
     assert "1 of 150 epochs" in (tmp_path / "out/figures/figure4.svg").read_text()
 
 
-STUDY, CAN = definitions("a02_study"), definitions("a08_can", "PROBES", "TUNED")
+STUDY = definitions("a02_study")
+CAN = definitions("a08_can", "PROBES", "TUNED")
 TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
 LAW = 0.1 + 0.1 * np.log(np.arange(1, 151))
 
@@ -434,7 +436,8 @@ compare: [[CAN, SimCLR], [tuned, scratch]]
 
 def test_claims_of_captions(tmp_path):
     """Best at a factor of 0.3, and half of the gap closed, over the seeds that all arms have."""
-    capdec, none = definitions("a09_capdec", "MEASURES"), "noise noise_factor=0.0"
+    capdec = definitions("a09_capdec", "MEASURES")
+    none = "noise noise_factor=0.0"
     known = {0.0: 0.2, 0.1: 0.38, 0.3: 0.5, 1.0: 0.49, 3.0: 0.48, 10.0: 0.1}  # factor -> accuracy
     base = dict(experiment="captions", clip="own", dataset="digits", runs_dir=str(tmp_path))
     for seed in 1, 2, 3:

@@ -66,7 +66,8 @@ def test_small_finetuning_is_as_strong_as_the_training_before():
 @pytest.mark.parametrize("name", ["deit", "deit3", "deit_finetune"])
 def test_large_presets_give_pixels_as_hub_checkpoints_expect(name):
     """ImageNet's constants, and images that are cropped by size; DeiT III's crop is the simple one."""
-    cut, students = (0.0, 4) if name == "deit3" else (0.08, 0), students_of(name)
+    cut = (0.0, 4) if name == "deit3" else (0.08, 0)
+    students = students_of(name)
     assert {(its.student_normalization, its.resized_crop, its.padding) for its in students} == {("own", *cut)}
     models = [model for its in students for model in (its.student, its.teacher) if model]
     cfgs = map(timm.models.get_pretrained_cfg, models)

@@ -174,7 +174,8 @@ def two_heads(top1):
 def decided(root, decisions, seed=1, **over):
     """A finished run with these decisions, by head, on test images of class 0."""
     c = Config(dataset="digits", student=TWO, seed=seed, runs_dir=str(root), **over)
-    run, n = record(c, test_top1=0.7), len(next(iter(decisions.values())))
+    run = record(c, test_top1=0.7)
+    n = len(next(iter(decisions.values())))
     arrays = {f"test_{head}_decision": np.array(of) for head, of in decisions.items()}
     arrays |= {f"test_{head}_confidence": np.ones(n, "float16") for head in decisions}
     run.save_predictions(test_image=np.arange(n), test_label=np.zeros(n, int), **arrays)
@@ -186,7 +187,8 @@ def test_rows_of_heads_and_tokens(tmp_path):
     token = [finished_run(tmp_path, top1, result=two_heads(top1), seed=seed, **TAUGHT)
              for seed, top1 in ((1, 0.7), (2, 0.74))]
     alone = [finished_run(tmp_path, 0.6, student=ONE)]
-    mine, again = arms_of(plain=alone, token=token), arms_of(again=token)
+    mine = arms_of(plain=alone, token=token)
+    again = arms_of(again=token)
     rows = NOTEBOOK.head_rows([mine, again]).set_index("head")
     assert [*rows.index] == [*NOTEBOOK.HEADS.values()]
     assert np.isnan(rows.low["softmaxes added"])  # all differ alike

@@ -230,7 +230,8 @@ def test_order_is_timms_where_names_do_not_collide(tmp_path):
     kinds = "n10", "n9", "Zebra", "apple", "7", "x1y10", "x1y2"
     names = [f"{kind}/{i}.png" for kind in kinds for i in (1, 10, 2)]
     write(tmp_path, dict.fromkeys(names, PNG), splits=["train"])
-    listed, reader = in_folders(tmp_path, "train"), create_reader("", str(tmp_path / "train"))
+    listed = in_folders(tmp_path, "train")
+    reader = create_reader("", str(tmp_path / "train"))
     assert listed.classes == list(reader.class_to_idx)
     assert [(str(tmp_path / name), label) for name, _, label in listed.files] == reader.samples
 
@@ -382,7 +383,8 @@ def test_images_are_turned_as_exif_says(tmp_path, number):
     config = write(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG})
     for split in ("train", "val"):
         Image.fromarray(pixels).save(tmp_path / split / "cat/1.png", exif=exif)
-    turned, as_stored = load_data(config), load_data(replace(config, exif_orientation=False))
+    turned = load_data(config)
+    as_stored = load_data(replace(config, exif_orientation=False))
     assert np.array_equal(turned.train_images[0], UPRIGHT[number](pixels))
     assert np.array_equal(as_stored.train_images[0], pixels)
     larger = load_data(replace(config, image_size=2 * config.image_size))
@@ -467,7 +469,9 @@ def test_unreadable_images_are_left_out_where_asked(tmp_path, capsys, kind):
     with pytest.raises(VitdistillError, match=r"2 images can not be read: .*skip_broken"):
         load_data(config)
     skips = replace(config, skip_broken=True)
-    data, on_disk, wanted = load_data(skips), load_data(replace(skips, data_on="disk")), load_data(clean)
+    data = load_data(skips)
+    on_disk = load_data(replace(skips, data_on="disk"))
+    wanted = load_data(clean)
     assert data.train_images.equal(wanted.train_images) and data.test_labels.equal(wanted.test_labels)
     assert on_disk.train_images[torch.arange(6)].equal(wanted.train_images)
     assert data.train_hash == on_disk.train_hash == wanted.train_hash
@@ -517,7 +521,8 @@ def test_samples_of_shards_are_read_or_counted(tmp_path, capsys):
     second = sample("photos/2019.05/1", 0, 40, 40, 40, end="JPG", kind="JPEG")
     second |= {"y.cls": b"1", "._z.png": b""}
     config = shards(tmp_path, train_0=first, train_1=second, val_0=sample(1, 0))
-    data, on_disk = load_data(config), load_data(replace(config, data_on="disk"))
+    data = load_data(config)
+    on_disk = load_data(replace(config, data_on="disk"))
     assert data.train_labels.tolist() == [1, 0] and data.train_hash == on_disk.train_hash
     assert (data.train_images[:, 8, 8, 0].int() - torch.tensor([30, 40])).abs().max() <= 1
     assert on_disk.train_images[torch.tensor([1, 0])].equal(data.train_images.flip(0))

@@ -89,7 +89,8 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
 def test_what_a_grid_trains_is_what_a_comparison_waits_for(tmp_path, capsys):
     """Arms with seeds of their own, in each way to write them, and names with the signs that texts are joined
     by."""
-    file, plain = tmp_path / "mine.yaml", dict(notebook="e01_baseline_resnet50")
+    file = tmp_path / "mine.yaml"
+    plain = dict(notebook="e01_baseline_resnet50")
     arms = {"plain": plain, "vit - small": plain | dict(lr=0.1, seed=7),
             "a/b, c=d + e": plain | dict(lr=0.2, seed=2), "two": plain | dict(lr=0.3, seeds=[2, 9]),
             "varied": plain | dict(lr=0.4, vary=dict(seed=[1, 3])), "hard | soft": plain | dict(lr=0.5)}

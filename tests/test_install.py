@@ -39,7 +39,8 @@ def tracked(*folders):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel of this checkout, built from a copy of what is tracked, without a network."""
-    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    source = tmp_path_factory.mktemp("source")
+    dist = tmp_path_factory.mktemp("dist")
     heads = ["setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"]
     for name in tracked(*heads, "vitdistill", *SETTINGS["shipped"].split()):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,8 @@ def test_wheel_holds_what_travels(wheel):
         shared = [f"vitdistill/share/{name}" for name in shipped]
         assert sorted(names) == sorted([*tracked("vitdistill"), *shared])
         for name in shipped:
-            there, here = archive.read(f"vitdistill/share/{name}"), (ROOT / name).read_bytes()
+            there = archive.read(f"vitdistill/share/{name}")
+            here = (ROOT / name).read_bytes()
             if name.endswith(".ipynb"):
                 there, here = json.loads(there), json.loads(here)
                 assert not any(cell.get("outputs") for cell in there["cells"]), name

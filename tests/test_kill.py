@@ -61,7 +61,8 @@ def test_four_ranks_resume_to_the_same_bytes(recipe, tmp_path):
     """All of a recipe on. From three ranks on, the order of sums shows in their bits: four that are killed
     end as four left alone."""
     config = replace(recipe, epochs=8, batch_size=32)
-    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    alone = elsewhere(config, tmp_path / "alone")
+    cut = elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml", ranks=4).wait(240) == 0
     process = start(cut, tmp_path / "cut.yaml", ranks=4)
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 120)
@@ -93,13 +94,17 @@ def test_killed_at_random_moments(tiny, tmp_path):
     """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left
     alone."""
     config = replace(tiny, epochs=60, batch_size=16)
-    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    alone = elsewhere(config, tmp_path / "alone")
+    cut = elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml").wait(300) == 0
     random = np.random.default_rng(0)
     for _ in range(20):
         before = run_of(cut).epochs_done if run_of(cut).folder.exists() else 0
         process = start(cut, tmp_path / "cut.yaml")
-        further = lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done > before
+
+        def further():
+            return run_of(cut).folder.exists() and run_of(cut).epochs_done > before
+
         wait_until(lambda: process.poll() is not None or further(), 90)
         time.sleep(random.uniform(0, 0.5))
         kill(process)
@@ -112,8 +117,12 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
     config = replace(tiny, epochs=500)
     process = start(config, tmp_path / "ranks.yaml", ranks=2)
     try:
-        children = lambda: psutil.Process(process.pid).children(recursive=True)
-        ranks = lambda: [p for p in children() if "vitdistill.train" in " ".join(p.cmdline())]
+        def children():
+            return psutil.Process(process.pid).children(recursive=True)
+
+        def ranks():
+            return [p for p in children() if "vitdistill.train" in " ".join(p.cmdline())]
+
         assert wait_until(lambda: run_of(config).epochs_done >= 2, 120)
         victim = next(p for p in ranks() if p.environ()["RANK"] == "1")
         victim.kill()
@@ -134,8 +143,14 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
                "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"),
                "-p", "work_dir", str(tmp_path / "work")]
     # a shell's background job ignores SIGINT, and its children inherit that
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    log, trains = tmp_path / "papermill.log", lambda: list((tmp_path / "runs").glob("*/metrics.csv"))
+
+    def heed():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    log = tmp_path / "papermill.log"
+
+    def trains():
+        return list((tmp_path / "runs").glob("*/metrics.csv"))
 
     def begin():
         with open(log, "w") as said:
@@ -153,8 +168,13 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
         assert kernels and processes_mentioning(str(tmp_path / "work"))
     finally:
         process.send_signal(end)
-    lives = lambda pid: psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if lives(k)]
+
+    def lives(pid):
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+    def alive():
+        return processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if lives(k)]
+
     try:
         assert wait_until(lambda: not alive(), 10), alive()
     finally:

@@ -191,7 +191,8 @@ def test_finetuning_notebook(study, tmp_path):
             teacher_weights=str(begun.model), allow_untrained=True, **where)
     runs = {bool(run.config.teacher): run for run in find_runs(tmp_path / "runs")}
     for run in runs.values():
-        c, shapes = run.config, timm.models.load_state_dict(str(run.model / "model.safetensors"))
+        c = run.config
+        shapes = timm.models.load_state_dict(str(run.model / "model.safetensors"))
         assert (c.student, c.student_size, c.student_head) == (begun.config.student, 48, "keep")
         assert shapes["pos_embed"].shape == (1, 1 + 6 * 6, 96) and "img_size" not in c.student_kwargs
         assert run.result["test_top1"] > 0.3

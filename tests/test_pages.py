@@ -52,7 +52,8 @@ def rows(table):
 def is_cell(number, cell):
     """Is a written number that cell, or the cell in points or percent, with so many decimals? A written sign
     counts."""
-    value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
+    value = float(number.replace(",", ""))
+    digits = len(number.partition(".")[2])
     found = re.findall(r"-?\d+(?:\.\d+)?", cell) if isinstance(cell, str) else [cell]
     size = float if number[0] in "+-" else lambda one: abs(float(one))
     return any(abs(round(size(one) * times, digits) - value) < 1e-9 for one in found for times in (1, 100))

@@ -108,9 +108,13 @@ def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path, ranks):
     """SIGKILL in mid-epoch; started again it leaves the same record, encoder, projector and decoder, bit for
     bit."""
     config = replace(can, epochs=8, batch_size=16, ema_decay=0.9, evaluate_every=4)
-    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
-    start = lambda config, file: subprocess.Popen(train_command(save(config, file), ranks), env=environment(),
-                                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    alone = elsewhere(config, tmp_path / "alone")
+    cut = elsewhere(config, tmp_path / "cut")
+
+    def start(config, file):
+        return subprocess.Popen(train_command(save(config, file), ranks), env=environment(),
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     assert start(alone, tmp_path / "alone.yaml").wait(180) == 0
     process = start(cut, tmp_path / "cut.yaml")
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 120)

@@ -95,7 +95,8 @@ def test_resume_on_other_ranks_says_so(tiny, tmp_path):
 @pytest.mark.slow
 def test_two_nodes_meet(tiny, tmp_path):
     """Two torchruns on this machine meet by the c10d rendezvous and give the losses of one process."""
-    alone, together = elsewhere(tiny, tmp_path / "alone"), elsewhere(tiny, tmp_path / "together")
+    alone = elsewhere(tiny, tmp_path / "alone")
+    together = elsewhere(tiny, tmp_path / "together")
     subprocess.run(train_command(save(alone, tmp_path / "alone.yaml")), env=environment(), check=True,
                    capture_output=True, timeout=120)
     with socket.socket() as free:

@@ -263,7 +263,8 @@ def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     for made in plain, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
         config = Config(dataset="digits", epochs=2, runs_dir=str(tmp_path / "runs"), **made)
         record(config, metrics=pd.DataFrame(dict(epoch=[0, 1], test_top1=[0.1, 0.5])), test_top1=0.5)
-    lines, seen = snippet("compare_runs").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
+    lines = snippet("compare_runs").replace("'out/demo/runs'", repr(str(tmp_path / "runs")))
+    seen = {}
     exec(lines.replace("\ncompare", "\nfig = compare"), seen)
     assert "distilled-resnet10t-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 

@@ -138,7 +138,8 @@ def was_asked(run, arm, commit):
     study = study_at(commit, name)
     if not study or not trains(study.parts.get(part, {})):
         return False
-    given, seeds = parameters_of(study, part)[0], study.parts[part].get("seeds")
+    given = parameters_of(study, part)[0]
+    seeds = study.parts[part].get("seeds")
     fields = {key: value for key, value in given.items() if key in SEEN}
     seeds = seeds or (study.seeds if part in study.arms else [])
     return run.config.seed in (seeds or [run.config.seed]) and any(
@@ -154,7 +155,8 @@ def test_a_run_before_its_study_is_seen():
     rate."""
     if not has_history():
         pytest.skip("this clone has no history")
-    run, arm = Run(ROOT / "reports/runs/baseline-resnet18-labels-s9-f69f10db"), "small_third/plain"
+    run = Run(ROOT / "reports/runs/baseline-resnet18-labels-s9-f69f10db")
+    arm = "small_third/plain"
     added = git("log", "--diff-filter=A", "--format=%H", "--", "nbs/studies/small_third.yaml").split()[-1]
     assert was_asked(run, arm, run.environment["commit"]) and was_asked(run, arm, added)
     assert not was_asked(run, arm, f"{added}^") and not was_asked(run, "small_third/soft", added)

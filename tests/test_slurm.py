@@ -33,7 +33,8 @@ def slurm(tmp_path_factory):
     them."""
     if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]:
         pytest.fail(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge, and run this as root")
-    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname()
+    folder = tmp_path_factory.mktemp("slurm")
+    host = socket.gethostname()
     pids = {name: folder / f"{name}.pid" for name in ("munged", "slurmctld", "n1", "n2")}
     socket_file = folder / "munge.socket"
     (folder / "slurm.conf").write_text(f"""

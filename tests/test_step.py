@@ -169,7 +169,9 @@ class Silent:
 
 def epoch(taught, folder, steps, mode):
     """The operators of an epoch of so many steps, by place."""
-    data, place, counter = random_data(BATCH * steps), "meta", Operators()
+    data = random_data(BATCH * steps)
+    place = "meta"
+    counter = Operators()
     name = "hard" if taught else "none"
     config = Config(dataset="cifar100", distillation=name, val_fraction=0.0, batch_size=BATCH, compile=mode,
                     teacher=TEACHERS[name], teacher_kwargs=SMALL, teacher_size=32, device="cpu",
@@ -233,7 +235,8 @@ def of_a_textbook(taught, mode):
     compiled = as_programs(counter)
     student = Student(counter, 100)
     optimizer = Optimizer(counter, student)
-    views, objective = compiled(textbook_views, mode), compiled(TextbookLoss(), mode)
+    views = compiled(textbook_views, mode)
+    objective = compiled(TextbookLoss(), mode)
     images = torch.empty(64, 32, 32, 3, dtype=torch.uint8, device="meta")
     rows, labels, decisions = torch.zeros(3, BATCH, dtype=torch.int64, device="meta")
     with counter:

@@ -75,9 +75,12 @@ def alone(device):
 
 def check_views(device, folder):
     """Views of a batch, and what a model is given of them, are the CPU's."""
-    images, g = random_data(64).train_images, torch.Generator().manual_seed(0)
-    rows, view = torch.randint(64, (50,), generator=g), torch.randint(162, (50,), generator=g)
-    here, there = Views(images, 4)(rows, view), Views(images, 4, device)(rows.to(device), view.to(device))
+    images = random_data(64).train_images
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(64, (50,), generator=g)
+    view = torch.randint(162, (50,), generator=g)
+    here = Views(images, 4)(rows, view)
+    there = Views(images, 4, device)(rows.to(device), view.to(device))
     assert there.cpu().equal(here)
     worst = 0.0
     for size in (0, 48):
@@ -122,7 +125,9 @@ def check_litv2(device, folder):
     for module in model.modules():
         if isinstance(module, DeformableMerging):
             torch.nn.init.normal_(module.offset.weight, std=0.05)
-    images, targets, found = torch.randn(16, 3, 32, 32), torch.arange(16) % 10, []
+    images = torch.randn(16, 3, 32, 32)
+    targets = torch.arange(16) % 10
+    found = []
     for place, low in (("cpu", False), (device, False), (device, True)):
         its = copy.deepcopy(model).to(place)
         with torch.autocast(device, torch.bfloat16, enabled=low):
@@ -141,7 +146,9 @@ def check_pretraining(device, folder):
     can = criterion(Config(distillation="can", objective_kwargs=own))
     torch.manual_seed(0)
     whole = can.objective(can.fit(Student(create("vit_tiny_patch16_224", 10, 32, **TINY))), can)
-    pixels, image, found = torch.randn(32, 3, 32, 32), torch.arange(16), []
+    pixels = torch.randn(32, 3, 32, 32)
+    image = torch.arange(16)
+    found = []
     for place, low in (("cpu", False), (device, False), (device, True)):
         its = copy.deepcopy(whole).to(place)
         batch = Batch(pixels.to(place), torch.zeros(16, device=place), epoch=3, image=image.to(place))
@@ -186,7 +193,8 @@ def check_compiled(device, folder, mode="default"):
     end."""
     counters = torch._dynamo.utils.counters
     counters.clear()
-    one, two = epochs_of(device, folder, "none"), epochs_of(device, folder, mode)
+    one = epochs_of(device, folder, "none")
+    two = epochs_of(device, folder, mode)
     graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
     loss = np.abs(one[0] - two[0]).max()
     weights = max((a - b).abs().max().item() for a, b in zip(one[1], two[1], strict=True))
@@ -224,7 +232,8 @@ def check_memo(device, folder):
     data = random_data(64)
     config = pair(device, folder, dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     setup = bench_setup(config, alone(device), data)
-    teacher, views = balance(setup.answers.teacher, setup.views, 64), setup.views
+    teacher = balance(setup.answers.teacher, setup.views, 64)
+    views = setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
     answers = Answers(teacher, views, memo=open_memo(folder, memo_key(teacher, config, data)))
     first = answers(plan)
@@ -347,7 +356,8 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
     logs = {name: folder / f"{name}.log" for name in ("alone", "cut")}
     for name in logs:
         (folder / name).mkdir(parents=True)
-    end, left_alone = time.monotonic() + seconds, start_ranks(whole, logs["alone"], world)
+    end = time.monotonic() + seconds
+    left_alone = start_ranks(whole, logs["alone"], world)
     try:
         first = start_ranks(cut, logs["cut"], world)
         try:

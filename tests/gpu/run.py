@@ -248,8 +248,14 @@ def main(arguments=None):
     out.mkdir(parents=True, exist_ok=True)
     work = Path(args.work or tempfile.mkdtemp(prefix="vitdistill-gpu-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    about, ended, whole, all_seconds = about_here(dry), [], False, 60 * args.minutes
-    left = lambda: all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
+    about = about_here(dry)
+    ended = []
+    whole = False
+    all_seconds = 60 * args.minutes
+
+    def left():
+        return all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
+
     scale = min(1.0, all_seconds / (60 * 11)) if len(plan) == len(PLAN) else 1.0
     given = ["--data", args.data, "--seed", str(args.seed), *(["--annealed"] if args.annealed else [])]
     def write(running=()):

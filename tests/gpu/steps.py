@@ -38,7 +38,11 @@ class Job:
     """What a step is given: a device, a folder of its own, the data, a size, and time."""
 
     def __init__(self, step, work, device, toy, seconds, data="", seed=1, annealed=False):
-        self.step, self.base, self.device, self.toy, self.data = step, Path(work), device, toy, data
+        self.step = step
+        self.base = Path(work)
+        self.device = device
+        self.toy = toy
+        self.data = data
         self.seed, self.annealed = seed, annealed
         self.end, self.failed = time.monotonic() + seconds, []
         self.ranks = checks.alone(device)
@@ -232,7 +236,8 @@ def pair_of(job):
         weights, length = wait_for_data(job), 60 if job.annealed else 2000
         places |= dict(data_root=str(job.data), epochs=length, t_max=length, nproc=1, precision="bf16",
                        stem="cifar", compile="graph", keep_checkpoints=list(range(DECIDED, length, DECIDED)))
-        plain, kwargs = preset("paper", "baseline", **places), dict(img_size=224, dynamic_img_size=True)
+        plain = preset("paper", "baseline", **places)
+        kwargs = dict(img_size=224, dynamic_img_size=True)
         taught = preset("paper", "distilled", teacher="vit_tiny_patch16_224", teacher_kwargs=kwargs, **places)
     folder, said = adopted(job, weights)
     job.found("the teacher", said)
@@ -242,8 +247,10 @@ def pair_of(job):
 def run_of(config):
     """The run folder of a config that may not be resolved here; None where it isn't begun."""
     same = "seed", "stem", "epochs", "t_max", "teacher_weights"
-    fits = lambda run: all(getattr(run.config, name) == getattr(config, name) for name in same)
-    return next(filter(fits, find_runs(config.runs_dir)), None)
+    for run in find_runs(config.runs_dir):
+        if all(getattr(run.config, name) == getattr(config, name) for name in same):
+            return run
+    return None
 
 
 def step_study(job):

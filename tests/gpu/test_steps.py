@@ -45,9 +45,13 @@ def test_a_gradient_that_differs_between_devices_is_seen(monkeypatch, tmp_path):
     def uneven(config):
         own = made(config)
         forward = own.forward
-        def more(heads):  # 0, and another slope each time
-            return next(calls) * (heads[0].sum() - heads[0].sum().detach())
-        own.forward = lambda heads, batch: (forward(heads, batch)[0] + more(heads), {})
+
+        def with_another_slope(heads, batch):
+            total = heads[0].sum()
+            zero = next(calls) * (total - total.detach())
+            return forward(heads, batch)[0] + zero, {}
+
+        own.forward = with_another_slope
         return own
 
     assert "objectives differ" in checks.check_losses("cpu", tmp_path)
