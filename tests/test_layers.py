@@ -150,7 +150,8 @@ def test_it_learns():
     """A few steps on eight images: the loss falls, and offsets that began at zero move, by a hundredth as
     fast."""
     torch.manual_seed(0)
-    model = LITv2(32, 2, num_classes=8, embed_dim=24, depths=(1, 1, 1), num_heads=(2, 4, 8), windows=(0, 2, 1))
+    stages = dict(depths=(1, 1, 1), num_heads=(2, 4, 8), windows=(0, 2, 1))
+    model = LITv2(32, 2, num_classes=8, embed_dim=24, **stages)
     x = images(8)
     y = torch.arange(8)
     optimizer = create_optimizer(Config(optimizer="adamw", lr=2e-3), model)
