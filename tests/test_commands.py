@@ -46,10 +46,8 @@ def tree(folder):
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(known_speed, tmp_path):
     """Options of a job of two small models, whose speed is known."""
-    for room in ("api", "launch.images"):
-        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
     tiny = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **tiny)
     weights = api.save(vit, tmp_path / "vit", list("abcde"), 32, ((0.5,) * 3, (0.5,) * 3), **tiny)

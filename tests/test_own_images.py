@@ -41,13 +41,7 @@ from vitdistill.train.loop import batches
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
 SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1)
-
-
-@pytest.fixture(autouse=True)
-def known_speed(monkeypatch):
-    """The command of `job` measures it; calls in this process would, for a second a model."""
-    for room in ("api", "launch.images"):
-        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
+pytestmark = pytest.mark.usefixtures("known_speed")  # but for the command of `job`, which measures it
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +152,7 @@ def test_it_says_that_so_few_images_show_nothing(job):
 def test_a_job_teaches_with_its_own_teacher_however_weak(job, monkeypatch):
     out, _, _ = job
     launched = []
-    monkeypatch.setattr("vitdistill.launch.queue.launch", lambda config, *given, **more: launched.append(config))
+    monkeypatch.setattr("vitdistill.launch.runner.run", lambda config, *given, **more: launched.append(config))
     for weak in (False, True):
         monkeypatch.setattr("vitdistill.launch.queue.is_weak", lambda card: weak)
         run_cell(grid_cells(out / "mine.yaml")[-1])
@@ -422,7 +416,7 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     """A bare file, whose name begins with its architecture."""
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
     save_file(vit.state_dict(), file := tmp_path / "vit_tiny_patch16_224.mine.safetensors")
-    with mock.patch("vitdistill.launch.queue.launch", side_effect=VitdistillError("a student")), \
+    with mock.patch("vitdistill.launch.runner.run", side_effect=VitdistillError("a student")), \
             pytest.raises(VitdistillError, match="a student"):
         api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
     adopted, = (tmp_path / "out").rglob("model.safetensors")

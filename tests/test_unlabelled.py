@@ -84,10 +84,8 @@ def test_another_folder_is_another_run(tiny, tmp_path, more):
     assert run_of(replace(tiny, unlabelled=str(tmp_path / "moved"))).name != one
 
 
-def test_a_folder_becomes_a_third_student(tmp_path, more, monkeypatch, capsys):
+def test_a_folder_becomes_a_third_student(tmp_path, more, known_speed, capsys):
     """DIR/unlabelled beside folders of classes: three arms on one memo; those that have begun go on without it."""
-    for room in ("api", "launch.images"):
-        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
     draw, mine = np.random.default_rng(1), tmp_path / "mine"
     for name, low in (("dark", 0), ("light", 160)):
         for n in range(15):

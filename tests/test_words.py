@@ -1,5 +1,7 @@
 """A teacher that knows the classes by their names alone: a student learns them from its answers."""
 import json
+import shutil
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -10,7 +12,10 @@ from PIL import Image
 
 from vitdistill import api
 from vitdistill.base import VitdistillError
+from vitdistill.deploy import evaluate, measure
 from vitdistill.deploy.predict import predict
+from vitdistill.study.agreement import agreements
+from vitdistill.study.results import read_predictions
 from vitdistill.teachers.card import Card
 
 pytest.importorskip("transformers", reason="the extra captions is not installed")
@@ -24,12 +29,7 @@ WORDS = dict(c1="dark", c2="grey", c3="light")
 TINY = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16),
             text_cfg=dict(context_length=32, vocab_size=49408, width=32, heads=2, layers=1))
 JOB = dict(student="vit_tiny_patch16_224", student_kwargs=VIT, epochs=12, image_size=32, nproc=1, lr=3e-3)
-
-
-@pytest.fixture(autouse=True)
-def known_speed(monkeypatch):
-    for room in ("api", "launch.images"):
-        monkeypatch.setattr(f"vitdistill.{room}.seconds_an_image", lambda *given, **more: 0.001)
+pytestmark = pytest.mark.usefixtures("known_speed")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_model_of_open_clip_teaches(images, tmp_path, monkeypatch):
     torch.save(clip.state_dict(), tmp_path / "tiny.pt")
     monkeypatch.chdir(tmp_path)
     job = JOB | dict(teacher="clip:tiny-clip/tiny.pt", out=tmp_path / "mine", classes=WORDS, allow_untrained=True)
-    with mock.patch("vitdistill.launch.queue.launch", side_effect=VitdistillError("a student")), \
+    with mock.patch("vitdistill.launch.runner.run", side_effect=VitdistillError("a student")), \
             pytest.raises(VitdistillError, match="a student"):
         api.distill(images, **job)
     folder = tmp_path / "mine/work/teacher/model"
@@ -109,6 +109,108 @@ def test_a_model_of_open_clip_teaches(images, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = clip.logit_scale.exp() * clip.encode_image(pixels, normalize=True) @ head
         assert torch.allclose(model(pixels), expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def photos(images, tmp_path_factory):
+    """The same pictures in folders that say nothing: two depths, one of them called unlabelled."""
+    folder = tmp_path_factory.mktemp("photos") / "photos"
+    for n, file in enumerate(sorted(images.glob("*/*.png"))):
+        place = folder / ("2025" if n % 3 else "unlabelled/a")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place / f"{n}.png")
+    return folder
+
+
+def right(model, images):
+    """The share of the labelled pictures that a model names by the words of their class."""
+    seen = predict(model, sorted(images.glob("*/*.png")), top=1)
+    return np.mean([WORDS[Path(path).parent.name] == name for path, name in zip(seen.path, seen["class"])])
+
+
+def test_a_student_learns_without_any_label(photos, images, encoder, tmp_path, capsys):
+    """What it knows of the pictures' classes came from their names alone; no number on labels is told."""
+    (names := tmp_path / "names.txt").write_text("light\ndark\ngrey\n")
+    job = JOB | dict(teacher=f"clip:{encoder}", classes=names, out=tmp_path / "mine", seeds=2)
+    assert api.distill(photos, dry_run=True, **job) is None and not (tmp_path / "mine").exists()
+    result = api.distill(photos, **job)
+    said = capsys.readouterr().out
+    assert "120 images without labels" in said and "learned from 108 images" in said
+    assert "top-1" not in said and "minus" not in said
+    assert result.runs().keys() == {"teacher", "taught"}
+    rows = result.table().set_index("model")
+    assert rows.agrees["taught"] > 0.9 and rows.images["taught"] == 12 and "top1" not in rows
+    run, given = (result.runs()[name][1] for name in ("taught", "teacher"))
+    mine, theirs = (read_predictions(one, "val").set_index("image") for one in (run, given))
+    assert (mine.label == -1).all() and len(mine) == 12
+    agree = [agreements([given], one, "val")["agree"] for one in result.runs()["taught"].values()]
+    assert rows.agrees["taught"] == pytest.approx(np.mean(agree))
+    assert agree[0] == (mine.decision == theirs.decision.loc[mine.index]).mean()
+    for model in ("taught", "teacher"):
+        assert right(result.folder(model), images) > 0.9
+    measured = {*run.metrics().dropna(axis=1, how="all"), *(name for name, value in run.result.items() if value)}
+    assert not [name for name in measured if "top1" in name]
+    page = (result.out / "mine.html").read_text()
+    assert "learned from 108 images" in page and "svg" not in page  # there is nothing to draw
+    assert len(result.pictures(4).axes) == 4 and result.curves() is None
+    [row, _] = measure(result.folder(), ["int8"])  # its size and time all the same
+    assert row.accuracy is None and row.mb > 0
+    assert api.distill(photos, **job).table().equals(result.table())  # nothing is trained twice
+    with pytest.raises(VitdistillError, match="other words"):
+        api.distill(photos, **job | dict(classes=[*WORDS.values(), "pink"]))
+
+
+def test_labels_that_come_later_measure_it(photos, images, encoder, tmp_path):
+    """The classes stand in the order of folders, so a labelled folder fits a student that had none."""
+    names = ["light", "dark", "grey"]
+    result = api.distill(photos, **JOB, teacher=f"clip:{encoder}", classes=names, out=tmp_path / "mine")
+    for folder in images.iterdir():
+        for part in ("train", "val"):
+            shutil.copytree(folder, tmp_path / "labelled" / part / WORDS[folder.name])
+    share = right(result.folder(), images)
+    assert evaluate(result.folder(), tmp_path / "labelled").accuracy == pytest.approx(share)
+    [row] = measure(result.folder(), data=tmp_path / "labelled")
+    assert row.images == 120 and row.accuracy == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(teacher="vit_tiny_patch16_224", classes=None), "--teacher clip:MODEL/WEIGHTS --classes FILE"),
+    (dict(classes=None), "not two folders of images.* --classes FILE"),
+    (dict(classes=["dark"]), "names 1 class: name two or more"),
+    (dict(classes=["dark", "2025"]), "not two folders of images"),
+    (dict(unlabelled=True, classes=None), "none has a label"),
+    (dict(unlabelled="/"), "no labels either"),
+    (dict(labels="labels.csv", unlabelled=True), "holds your images with labels"),
+    (dict(distillation="none"), "no labels, and distillation = 'none' has no teacher to answer instead"),
+    (dict(distillation="bce"), "no teacher to answer instead"),
+    (dict(distillation="dkd"), "needs the label of each image"),
+    (dict(distillation="rld"), "needs the label of each image"),
+    (dict(alpha=0), "alpha = 0 is about labels"),
+    (dict(class_weights="balanced"), "class_weights = 'balanced' is about labels"),
+    (dict(drop_duplicates=True), "there are no test images"),
+    (dict(class_names=["a", "b"]), "name the classes by classes"),
+])
+def test_what_needs_labels_is_refused(given, message, photos, encoder, tmp_path):
+    job = JOB | dict(teacher=f"clip:{encoder}", classes=[*WORDS.values()], out=tmp_path / "mine") | given
+    if job.get("unlabelled") is True:
+        job["unlabelled"] = photos
+    with pytest.raises(VitdistillError, match=message):
+        api.distill(photos, **job)
+    assert not (tmp_path / "mine/runs").exists()
+
+
+def test_folders_that_are_no_classes(images, encoder, tmp_path):
+    """Two folders whose names are none of the classes: the user says whether they are labels."""
+    job = JOB | dict(teacher=f"clip:{encoder}", classes=["dark", "light"], out=tmp_path / "mine", dry_run=True)
+    with pytest.raises(VitdistillError, match=f"none of its folders .c1, c2, c3. .*add --unlabelled {images}"):
+        api.distill(images, **job)
+    assert api.distill(images, **job, unlabelled=images) is None
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VitdistillError, match="holds no file"):
+        api.distill(tmp_path / "empty", **job)
+    shutil.copy(images / "c1" / "0.png", tmp_path / "empty")
+    with pytest.raises(VitdistillError, match="give 10 or more"):
+        api.distill(tmp_path / "empty", **job)
 
 
 @pytest.mark.parametrize("given, message", [

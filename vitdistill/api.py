@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COSTS', 'loss', 'costs_in_words', 'new_answers', 'costs', 'draw_answers', 'link_model', 'Distilled',
            'draw_test_images', 'costs_file', 'model_costs', 'measure_costs', 'class_recalls', 'balanced_accuracy',
-           'is_unbalanced', 'accuracies', 'architectures', 'trained_out', 'advice', 'costs_table', 'share_in_words',
-           'about_unlabelled', 'in_words', 'findings', 'page_of', 'show', 'JobClock', 'train_all', 'images_of_job',
-           'start_in_words', 'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side',
-           'part_of_teacher', 'run_job', 'distill', 'save', 'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'memo', 'small_head']
+           'is_unbalanced', 'agreed_rows', 'accuracies', 'architectures', 'trained_out', 'advice', 'costs_table',
+           'share_in_words', 'about_unlabelled', 'about_answers', 'in_words', 'findings', 'page_of', 'show', 'JobClock',
+           'train_all', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'command_of',
+           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'distill', 'save', 'class_orders',
+           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -39,16 +39,18 @@ from .teachers.teacher import Teacher, least_accuracy
 from .train.setup import auto_device, auto_precision
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
-from .launch.images import UNLABELLED, Images, few_test_images, fitting_fraction, fitting_side
-from .launch.images import begun_students, folder_of_tests, has_runs, look, names_of_students, part_by_words
+from .launch.images import JOB_FIELDS, UNLABELLED, Images, few_test_images, fitting_fraction, fitting_side
+from .launch.images import begun_students, folder_of_tests, has_runs, look, names_of_students
+from .launch.images import names_without_labels, part_by_words, refuse_out_within
 from .launch.images import same_threads, seconds_an_image, sides_of, student_fields, study_of
 from .launch.images import teacher_part, with_precision, with_test, with_unique, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
 from .tasks.words import is_by_words
+from .study.agreement import answers_given
 from .study.compare import Comparison, draw_curves, finished_runs, load, points
 from .study.figures import save_table
-from .study.job import Page, best_arm, write_job
+from .study.job import Page, agreement, best_arm, write_job
 from .study.results import read_predictions, teacher_calls
 
 # %% ../nbs/06_api.ipynb #63aaaca9
@@ -105,7 +107,7 @@ def costs(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
 def draw_answers(
     answers:pd.DataFrame, # of `predict`
     root:Path,            # folder that holds the folders of the classes
-    class_folder:str,     # as `Config.class_folder`
+    class_folder:str,     # as `Config.class_folder`; '': folders say no class
     exif_orientation:bool=True # as `Config.exif_orientation`
 ): # -> a matplotlib figure
     "Draws images as a model reads them, under the class of their folder and the one that it sees, red if they differ."
@@ -113,10 +115,11 @@ def draw_answers(
     figure, axes = plt.subplots(rows, 4, figsize=(9, 2.6*rows), layout='constrained', squeeze=False)
     for axis in axes.flat: axis.axis('off')
     for axis, path, seen, share in zip(axes.flat, answers.path, answers['class'], answers.probability):
-        folders = Path(path).relative_to(root).parts[:-1]
-        name = printable(folders[-1 if class_folder == 'last' else 0])
         axis.imshow(read_image(Path(path), 224, exif_orientation))
-        axis.set_title(f'{name}\n{seen} ({share:.0%})', fontsize=8, color='black' if seen == name else 'C3')
+        folders = Path(path).relative_to(root).parts[:-1]
+        name = printable(folders[-1 if class_folder == 'last' else 0]) if class_folder else ''
+        color = 'black' if name in ('', seen) else 'C3'
+        axis.set_title(f'{name}\n{seen} ({share:.0%})'.strip(), fontsize=8, color=color)
     plt.close(figure)
     return figure
 
@@ -143,6 +146,9 @@ class Distilled:
     def __str__(self): return in_words(self)
     @property
     def comparison(self)->Comparison: return load(self.study)
+    @property
+    def labelled(self)->bool:
+        return not read_study(self.study).common.get('class_names')
     @property
     def test_images(self)->Path: # folder of the test images
         return folder_of_tests(Path(read_study(self.study).common['data_root']))
@@ -180,11 +186,12 @@ class Distilled:
 # %% ../nbs/06_api.ipynb #93cd2f23
 def draw_test_images(result:Distilled, most:int): # -> a matplotlib figure
     "Draws some of a job's test images and what the taught student sees, as `draw_answers` does."
-    if result.test_images.name not in TESTS:
+    if result.labelled and result.test_images.name not in TESTS:
         raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
     files, run = named_images([result.test_images]), next(iter(result.runs()['taught'].values()))
     answers = result.predict(files[::-(-len(files)//most)], top=1)
-    return draw_answers(answers, result.test_images, run.config.class_folder, run.config.exif_orientation)
+    folder = run.config.class_folder if result.labelled else ''
+    return draw_answers(answers, result.test_images, folder, run.config.exif_orientation)
 
 # %% ../nbs/06_api.ipynb #5d703cbb
 COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_mb', 'int8_ms', 'machine', 'run']
@@ -234,10 +241,25 @@ def is_unbalanced(run:Run)->bool:
     counts = read_predictions(run).label.value_counts()
     return counts.max() > 3*counts.min()
 
+def agreed_rows(result:Distilled)->pd.DataFrame: # model, architecture, seeds, images, agrees
+    "Returns a row for each model of a job without labels."
+    models = {name: [*runs.values()] for name, runs in result.runs().items() if runs}
+    rows = []
+    for name, runs in models.items():
+        found = agreement(models, name)
+        rows.append(dict(model=name, architecture=runs[0].config.student, seeds=len(runs), images=found.images,
+                         agrees=found.agree))
+    return pd.DataFrame(rows, columns=['model', 'architecture', 'seeds', 'images', 'agrees'])
+
 def accuracies(result:Distilled)->pd.DataFrame:
     """Returns a row for each model of a job, fractions and means over seeds: `held_out` is measured on images of train
     that no model saw, `top1` on test images, `difference` (minus plain) too; of unbalanced test images also the mean
-    over classes (`balanced`) and the worst class; of `model_costs` what was measured."""
+    over classes (`balanced`) and the worst class; of `model_costs` what was measured. Without labels `agrees` is the
+    share of the held-out `images` on which a student decides as the teacher."""
+    costs = model_costs(result).drop(columns=['machine', 'run'])
+    if not result.labelled:
+        found = agreed_rows(result)
+        return found.merge(costs, 'left', 'model') if len(costs) else found
     rows = []
     for name, runs in result.runs().items():
         for run in runs.values():
@@ -252,7 +274,6 @@ def accuracies(result:Distilled)->pd.DataFrame:
     if not len(found): return found
     gains = result.comparison.table()[['arm', 'difference', 'low', 'high']].rename(columns=dict(arm='model'))
     found = found.merge(gains.drop_duplicates('model'), 'left', 'model').dropna(axis=1, how='all')
-    costs = model_costs(result).drop(columns=['machine', 'run'])
     return found.merge(costs, 'left', 'model') if len(costs) else found
 
 # %% ../nbs/06_api.ipynb #b2298c6c
@@ -295,9 +316,9 @@ def advice(result:Distilled)->list[str]:
 # %% ../nbs/06_api.ipynb #286f24fb
 def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     "Returns a line for each model of a job with several students: accuracy, size and speed."
-    columns = {'held_out': 'held-out', 'top1': 'test', 'balanced': 'balanced', 'worst': 'worst class',
-               'parameters': 'params, M', 'mb': 'MB', 'ms': 'ms', 'int8_top1': 'int8: test', 'int8_mb': 'MB',
-               'int8_ms': 'ms'}
+    columns = {'agrees': 'as its teacher', 'held_out': 'held-out', 'top1': 'test', 'balanced': 'balanced',
+               'worst': 'worst class', 'parameters': 'params, M', 'mb': 'MB', 'ms': 'ms', 'int8_top1': 'int8: test',
+               'int8_mb': 'MB', 'int8_ms': 'ms'}
     columns = {name: title for name, title in columns.items() if name in rows}
     def text(name, value):
         if pd.isna(value): return '-'
@@ -310,6 +331,8 @@ def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     for model, cells in zip(rows.model, table):
         lines.append([model.ljust(first), *(cell.rjust(n) for cell, n in zip(cells, widths))])
     about = 'Choose by the held-out images: the best of several on the test images is flattered.'
+    if 'agrees' in columns:
+        about = 'As its teacher: of the held-out images.'
     return '\n'.join([*map('  '.join, lines), about])
 
 # %% ../nbs/06_api.ipynb #f07e2730
@@ -325,6 +348,23 @@ def about_unlabelled(result:Distilled)->list[str]:
     return [f"{UNLABELLED}: taught, with {run.result['n_unlabelled']:,} unlabelled images: "
             f'{share_in_words(run.config.unlabelled_share)}.']
 
+def about_answers(result:Distilled)->list[str]:
+    "Returns what a job without labels has done, and what it can't say."
+    runs = {name: [*some.values()] for name, some in result.runs().items() if some}
+    students = [name for name in runs if name != 'teacher']
+    if not students: return []
+    first, who = runs[students[0]][0], 'The student' if len(students) == 1 else 'Each student'
+    lines = [f"{who} has learned from {first.result['n_train']:,} images without labels, from the teacher's answers "
+             'alone.']
+    if 'teacher' in runs:
+        shares = answers_given(runs['teacher'], 'val').decision.value_counts(normalize=True)
+        usual = first.config.class_names[shares.index[0]]
+        lines.append(f'The teacher answers {usual!r} for {shares.iloc[0]:.0%} of the held-out images; always saying '
+                     'that would agree as often.')
+    return [*lines, 'Nothing could be measured on labels: no accuracy of teacher or student, and no difference from a '
+            'student that learned from labels. With some labelled images, vitdistill evaluate MODEL DIR measures each.']
+
+
 # %% ../nbs/06_api.ipynb #93cd2f01
 def in_words(result:Distilled)->str:
     "Returns the result of a job as text for a terminal."
@@ -334,7 +374,13 @@ def in_words(result:Distilled)->str:
     wide = max(8, *map(len, rows.index)) if len(rows) else 8
     for row in rows.itertuples():
         of = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
-        lines.append(f'{row.Index:{wide}} {row.architecture:32} {row.top1:6.1%} of the test images{of}')
+        if result.labelled:
+            measured = f'{row.top1:6.1%} of the test images'
+        elif row.Index == 'teacher':
+            measured = 'knows the classes by their names'
+        else:
+            measured = f'{row.agrees:6.1%} of {row.images:.0f} held-out images as its teacher'
+        lines.append(f'{row.Index:{wide}} {row.architecture:32} {measured}{of}')
     return '\n'.join([*lines, *findings(result)])
 
 def findings(result:Distilled)->list[str]:
@@ -343,6 +389,7 @@ def findings(result:Distilled)->list[str]:
     if several:
         first = [name for name in result.comparison.arms if '-' not in name]
         lines.append(f"{', '.join(first)}: {names[0]}. The other names end with their student.")
+    if not result.labelled: return [*lines, *about_answers(result)]
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
         if several and not sure: continue # the table has it
@@ -428,19 +475,25 @@ def images_of_job(
     dry_run:bool,        # whether to leave no file behind
     labels:str|Path='',  # table of labels; '': the folders name the classes
     drop_duplicates:bool=False, # whether to train without images that are test images too
-    unlabelled:Path=None # folder of images without labels
+    unlabelled:Path=None, # folder of images without labels, beside others with labels
+    names:list=()        # of the classes, if no image has a label
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     labels = from_here(labels) if labels else None
+    if names: refuse_out_within(out, data)
+    if names and drop_duplicates:
+        raise VitdistillError('drop_duplicates leaves out training images that are test images too, and without labels '
+                              'there are no test images: leave it out.')
     with tempfile.TemporaryDirectory() as draft:
         kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
-        root = with_test(data, place := out if kept else Path(draft), labels, unlabelled)
+        place = out if kept else Path(draft)
+        root = data if names else with_test(data, place, labels, unlabelled)
         drawn = root != data and not (labels and table_parts(labels))
-        about = {*field_names(group='data'), *field_names(group='augmentation')}
+        about = {*field_names(group='data'), *field_names(group='augmentation')} - {*JOB_FIELDS}
         of_data = {name: value for name, value in fields.items() if name in about}
-        recipe = config_of_preset(preset, 'baseline', **of_data | dict(data_root=str(root)))
-        if check_dataset(recipe.dataset).side: # of one for digits
-            fields = fields | dict(dataset='imagefolder')
+        recipe = config_of_preset(preset, 'baseline', **of_data, data_root=str(root), class_names=[*names])
+        if check_dataset(recipe.dataset).side:
+            fields = fields | dict(dataset='imagefolder') # of one for digits
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
         root, same = with_unique(recipe, place, drop_duplicates)
         recipe = replace(recipe, data_root=str(root))
@@ -551,7 +604,7 @@ def run_job(
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
-    data:str|Path,                  # folder of train/CLASS/* and val/CLASS/* (or test), or of CLASS/* alone
+    data:str|Path,                  # folder of train/CLASS/* and val/CLASS/* (or test), of CLASS/*, or without labels
     student:str|list='mobilenetv3_small_100', # timm name or hf-hub:OWNER/MODEL; several with commas between them
     teacher:str='vit_tiny_patch16_224', # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
     out:str|Path=None,              # everything of the job goes here; None: out/mine, from the root
@@ -560,7 +613,7 @@ def distill(
     image_size:int|str='auto',      # side in px of the crops; auto: the images', at most 224, without a GPU 128
     teacher_size:int|str='auto',    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
     teacher_name:str='',            # architecture of a file of weights; '': the file's name up to its first dot
-    classes:str|Path|dict=None,     # for clip:... a file of better words for folder names: YAML, or CSV of two columns
+    classes:str|Path|dict|list=None, # for clip:... a file of words for the folders' names; without labels, of names
     preset:str='own',               # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='',             # CSV with columns file (from data) and class, or part too: train, val or test
     drop_duplicates:bool=False,     # train without images that are test images too
@@ -573,9 +626,10 @@ def distill(
     data, out = from_here(data), from_here(out or default_place('out/mine'))
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     students = chosen_students(student, out, fields)
-    folder = unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, folder)
-    about = '\n'.join(filter(None, [str(images), few_test_images(images.test)]))
+    names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
+    folder = None if names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, folder, names)
+    about = '\n'.join(filter(None, [str(images), few_test_images(images.test) if images.labelled else '']))
     print(about, flush=True)
     side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
     if is_by_words(str(teacher)):
@@ -587,7 +641,10 @@ def distill(
         print(f'student: {one["student"]} at {side} px, {start_in_words(one)}', flush=True)
     print(f'teacher: {part["student"]} at {part["student_size"]} px, '
           f'{"as it is" if "weights" in part else "fine-tuned first"}', flush=True)
-    given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side) | fields
+    given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
+    if names:
+        given |= dict(alpha=1.) # the answers are all that there is
+    given |= fields
     study = study_of(images, out, part, seeds, given, more, str(folder or ''))
     study['about'] = dict(images=about, command=command)
     return run_job(study, images, out, dry_run)

@@ -80,6 +80,7 @@ class DataFields:
     fold:str=_data('', split=True) # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
     split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws the held-out images and the share that is used
     image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px; needed for folders of images only
+    class_names:list=_data(list, shared=True) # names of the classes of a folder without labels; []: it has labels
     class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
     skip_broken:bool=_data(False, shared=True) # leave out images that can not be read; all are decoded to find them
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)

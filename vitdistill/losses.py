@@ -487,14 +487,24 @@ def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without
 
 def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
-    if not config.unlabelled: return
+    if not (config.unlabelled or config.class_names and config.teacher):
+        return # without a teacher it's only measured
+    what, out = f'unlabelled = {config.unlabelled!r} has', 'leave unlabelled out, or '
+    if config.class_names:
+        what, out = 'the images (class_names is given) have', ''
     objective, name = named_objective(config), config.distillation
     if objective.wants is None:
-        raise VitdistillError(f'unlabelled = {config.unlabelled!r} has no labels, and distillation = {name!r} has no '
-                              "teacher to answer instead: leave unlabelled out, or take one that has, such as 'soft'.")
+        raise VitdistillError(f'{what} no labels, and distillation = {name!r} has no teacher to answer instead: '
+                              f"{out}take one that has, such as 'soft'.")
     if objective.needs_label:
-        raise VitdistillError(f'unlabelled = {config.unlabelled!r} has no labels, and distillation = {name!r} needs '
-                              "the label of each image: leave unlabelled out, or take 'soft'.")
+        raise VitdistillError(f"{what} no labels, and distillation = {name!r} needs the label of each image: {out}take "
+                              "'soft'.")
+    if config.class_names and config.unlabelled:
+        raise VitdistillError(f'{what} no labels, and neither has unlabelled = {config.unlabelled!r}: put all images '
+                              'into one folder, and leave unlabelled out.')
+    if config.class_names and (config.class_weights or not config.alpha):
+        given = f'class_weights = {config.class_weights!r}' if config.class_weights else 'alpha = 0'
+        raise VitdistillError(f'{what} no labels, and {given} is about labels alone: leave it out.')
 
 # %% ../nbs/03_losses.ipynb #005a0d63
 def criterion(config:Config)->nn.Module:
@@ -515,7 +525,7 @@ def criterion(config:Config)->nn.Module:
         raise VitdistillError(f'objective_kwargs = {given}{more} has a value of a type that {name!r} does not take '
                               f'({first_line(e)}): give numbers, or lists of them.') from None
     refuse_unlabelled(config)
-    made.token, made.partly = config.token, bool(config.unlabelled)
+    made.token, made.partly = config.token, bool(config.unlabelled or config.class_names)
     if config.class_weights and (name == 'bce' or not made.labelled):
         raise VitdistillError(f"class_weights = {config.class_weights!r} weighs the cross-entropy of labels, and "
                               f"distillation = {name!r} has none: leave class_weights out, or take 'none' or 'soft'.")

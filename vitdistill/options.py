@@ -79,7 +79,7 @@ def distill_parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='vitdistill distill', description=about, allow_abbrev=False,
                                      usage='%(prog)s DIR [options] [--FIELD VALUE ...]')
     parser.add_argument('data', metavar='DIR',
-                        help='folder of train/CLASS/* and val/CLASS/*, or of CLASS/* alone')
+                        help='folder of train/CLASS/* and val/CLASS/*, of CLASS/*, or without labels')
     for name, (_, default, text) in declarations('vitdistill.api', 'distill').items():
         if default is False:
             parser.add_argument(option_of(name), action='store_true', help=text)

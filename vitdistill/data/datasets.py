@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'digest', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side', 'data_root',
            'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified', 'load_digits',
-           'refuse_labels', 'labelled_files', 'list_images', 'image_lines', 'load_images', 'labelled_images',
-           'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks', 'refuse_texts', 'held_out',
-           'row_range', 'fold_rows', 'split_rows']
+           'refuse_labels', 'labelled_files', 'without_labels', 'list_images', 'image_lines', 'load_images',
+           'labelled_images', 'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks', 'refuse_texts',
+           'held_out', 'row_range', 'fold_rows', 'split_rows']
 
 # %% ../../nbs/data/01_datasets.ipynb #86df81f7
 import functools, hashlib, io, itertools, math, os, pickle, re, tempfile, typing
@@ -17,8 +17,8 @@ import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from ..base import VitdistillError, cgroup_limit, first_line, from_root, generator, nearest, require
 from ..config import Config
-from .files import DiskImages, broken_in_words, image_files, in_folders, left_out_in_words
-from .files import fit_together, printable, say_once, some_rows, without_broken
+from .files import DiskImages, ImageFiles, broken_in_words, files_in, image_files, in_folders
+from .files import fit_together, left_out_in_words, printable, say_once, some_rows, without_broken
 from .labels import in_table
 
 # %% ../../nbs/data/01_datasets.ipynb #01d19e57
@@ -47,6 +47,10 @@ class Data:
     @property
     def side(self)->int: # side of the images, px
         return self.train_images.shape[1]
+
+    @property
+    def labelled(self)->bool:
+        return bool((self.train_labels >= 0).any()) # False: all labels are -1
 
     @functools.cached_property
     def mean_std(self)->tuple: # (mean, std) per channel, of the training pixels in [0, 1]
@@ -231,8 +235,9 @@ def stratified(
     return _divide(labels, seed, lambda n: np.arange(n) < round(fraction*n))
 
 def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n shuffled rows are in the second part
-    parts, order = ([], []), labels.numpy().argsort(kind='stable') # sorted once, not searched for each class
-    classes, starts = np.unique(labels.numpy()[order], return_index=True)
+    labels = labels.clamp(min=0).numpy() # images without labels are divided as those of one class
+    parts, order = ([], []), labels.argsort(kind='stable') # sorted once, not searched for each class
+    classes, starts = np.unique(labels[order], return_index=True)
     for c, rows in zip(classes, np.split(order, starts[1:])):
         rows = np.random.default_rng([seed, int(c)]).permutation(rows)
         mask = chosen(len(rows))
@@ -256,11 +261,17 @@ def load_digits()->Data:
 
 # %% ../../nbs/data/01_datasets.ipynb #9908d576
 def refuse_labels(config:Config)->None:
-    "Raises `VitdistillError` if a config has labels in a table and a dataset that has its own."
-    if config.labels and config.dataset != 'imagefolder':
-        raise VitdistillError(f'labels = {config.labels!r} is for a folder of images, and dataset = '
-                              f"{config.dataset!r} has labels of its own: set dataset to 'imagefolder', or leave "
-                              'labels out.')
+    "Raises `VitdistillError` if a config says labels, or that there are none, of a dataset that has its own."
+    names = [*map(str, config.class_names)]
+    for field, given in dict(labels=config.labels, class_names=names).items():
+        if given and config.dataset != 'imagefolder':
+            raise VitdistillError(f'{field} = {given!r} is for a folder of images, and dataset = {config.dataset!r} '
+                                  f"has labels of its own: set dataset to 'imagefolder', or leave {field} out.")
+    if names and config.labels:
+        raise VitdistillError(f'class_names = {names} is for images without labels, and labels = {config.labels!r} '
+                              'has some: leave one out.')
+    if names and len({*names}) < max(2, len(names)):
+        raise VitdistillError(f'class_names = {names}: give two or more names, each once.')
 
 def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
     rows = stratified(torch.tensor([label for *_, label in files.files]), .2, seed=0)
@@ -289,8 +300,18 @@ def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
     return fit_together(config, table, 'images for training and for the test', train, test)
 
 # %% ../../nbs/data/01_datasets.ipynb #7fddc277
+def without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
+    "Lists the images of a config's folder, at any depth, as training images whose label is -1; none is a test image."
+    refuse_labels(config)
+    if not config.data_root:
+        raise VitdistillError(f'class_names = {config.class_names}: name the folder of images as data_root.')
+    train = files_in(config.data_root, config.skip_broken, 'data_root')
+    classes = [*map(str, config.class_names)]
+    return dict(train=replace(train, classes=classes), test=ImageFiles(train.root, [], train.opener, classes))
+
 def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
     row = check_dataset(config.dataset)
+    if config.class_names: return without_labels(config)
     return labelled_files(config) if config.labels else image_files(config, row.package, row.needs)
 
 def _say(place, *parts): # prints which folders are the classes, and what was left out
@@ -316,8 +337,8 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."
     parts = _images(config).values()
     yield f'{_reading(config, *parts)}\n'.encode()
-    if config.labels: # folders have them in the names of files
-        yield '\n'.join([*parts][0].classes).encode()
+    apart = config.labels or config.class_names # else the names of files have the classes
+    if apart: yield '\n'.join([*parts][0].classes).encode()
     for images in parts:
         for path, size, label in images.files:
             yield os.fsencode(f'{path} {size} {label}\n')
@@ -335,7 +356,8 @@ def load_images(config:Config)->Data:
         say_once(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
     def read(files, on_disk):
         images = DiskImages(files, size, config.exif_orientation)
-        return images if on_disk else images.resident(), torch.tensor([label for *_, label in files.files])
+        labels = torch.tensor([label for *_, label in files.files], dtype=torch.int64)
+        return images if on_disk else images.resident(), labels
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
     return Data(config.dataset, *read(train, large or config.whole_image), *read(test, large), train.classes,
@@ -469,7 +491,7 @@ def split_rows(
     if config.fold:
         part = fold_rows(labels[train], config.fold, config.split_seed)
         train, val = train[~part], torch.cat([val, train[part]]).sort().values
-    counts = torch.bincount(labels)
+    counts = torch.bincount(labels := labels.clamp(min=0))
     if len(untrained := ((counts > 0) & (torch.bincount(labels[train], minlength=len(counts)) == 0)).nonzero()):
         rarest = min(untrained.flatten().tolist(), key=lambda label: counts[label])
         name = classes[rarest] if len(classes) else f'label {rarest}'

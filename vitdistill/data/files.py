@@ -7,7 +7,7 @@ __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', '
            'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles', 'some_rows',
            'left_out_in_words', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of',
            'fit_together', 'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded', 'read_image',
-           'unreadable', 'broken_in_words', 'refuse_broken', 'without_broken', 'DiskImages']
+           'unreadable', 'broken_in_words', 'refuse_broken', 'without_broken', 'files_in', 'DiskImages']
 
 # %% ../../nbs/data/00_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, itertools, json, os, posixpath, re, sys, tarfile, typing
@@ -555,6 +555,28 @@ def without_broken(files:ImageFiles)->ImageFiles:
     if not (wrong := _unreadable[key]): return files
     kept = [row for row in range(len(files)) if row not in wrong]
     return replace(some_rows(files, kept), broken={files.path(row): why for row, why in wrong.items()})
+
+# %% ../../nbs/data/00_files.ipynb #33a5d6a6
+def files_in(
+    folder:str,            # the value of `field`
+    skip_broken:bool=False, # as in a config
+    field:str='unlabelled' # of a config: unlabelled or data_root
+)->ImageFiles:
+    "Returns the image files of a folder, at any depth, in natural order; one without images is a `VitdistillError`."
+    place = from_root(folder)
+    if not place.is_dir():
+        what = 'is a file' if place.exists() else 'is not there'
+        rows = ", or rows of the training images as 'start:stop'" if field == 'unlabelled' else ''
+        raise VitdistillError(f'{field} = {folder!r} {what}: name a folder of images{rows}.')
+    found, left_out = files_below(place)
+    images = sorted((file for file in found if is_image(file.name)), key=lambda file: natural_order(file.name))
+    left_out['other files'] += len(found) - len(images)
+    files = ImageFiles(place, [(file.name, file.size, -1) for file in images], lambda row: images[row].open(),
+                       left_out=+left_out)
+    if skip_broken: files = without_broken(files)
+    if files: return files
+    why = 'no image that can be read' if images else f'no image among its {len(found):,} files' if found else 'no file'
+    raise VitdistillError(f'{field} = {folder!r} holds {why}: name a folder of images that Pillow reads.')
 
 # %% ../../nbs/data/00_files.ipynb #0641a0f2
 class DiskImages:

@@ -33,7 +33,7 @@ class Measured:
     mb:float        # of its ONNX file; this and `ms` are None without the extra `export`
     ms:float        # that an image takes in onnxruntime, one at a time, with one thread
     images:int      # number of test images
-    accuracy:float  # shares in [0, 1]
+    accuracy:float  # shares in [0, 1]; None without test images
     balanced:float
     worst:float
     worst_class:str
@@ -54,8 +54,8 @@ def images_of(
     "Returns the training and test images of a model; if they are not here, or other classes, it's a `VitdistillError`."
     config = _config_of(folder)
     if data: # all its training images may be used
-        config = replace(config or Config(), dataset='imagefolder', data_root=typed_path(data), whole_image=False,
-                         image_size=model.sides[0], exif_orientation=model.exif_orientation,
+        config = replace(config or Config(), dataset='imagefolder', data_root=typed_path(data), class_names=[],
+                         whole_image=False, image_size=model.sides[0], exif_orientation=model.exif_orientation,
                          data_fraction=1., val_fraction=0., val_rows='', fold='')
     give = 'give a folder of train/CLASS/* and val/CLASS/* as data (--data DIR).'
     if not config:
@@ -86,7 +86,7 @@ def _undecoded(config): # `Data`
     parts = list_images(config)
     def part(files):
         images = DiskImages(files, image_side(config), config.exif_orientation)
-        return images, torch.tensor([label for *_, label in files.files])
+        return images, torch.tensor([label for *_, label in files.files], dtype=torch.int64)
     return Data(config.dataset, *part(parts['train']), *part(parts['test']), parts['train'].classes)
 
 # %% ../../nbs/deploy/02_measure.ipynb #8318de04
@@ -122,7 +122,7 @@ def decisions(
         pixels = images[start:start + batch]
         for model, rows in zip(models, seen):
             rows.append(model.probabilities(pixels).argmax(-1))
-    return [torch.cat(rows).numpy() for rows in seen]
+    return [torch.cat([torch.zeros(0, dtype=torch.int64), *rows]).numpy() for rows in seen]
 
 # %% ../../nbs/deploy/02_measure.ipynb #f033b854
 SMALLER = 'int8', 'fp16'
@@ -168,6 +168,8 @@ def _exported(folder, kinds, images, side, file): # the ONNX files; images: (N, 
 def _measured(name, model, kind, mb, ms, seen, data):
     labels = data.test_labels.numpy()
     shares = class_shares(right := seen == labels, labels)
+    if not shares:
+        return Measured(name, kind, model.parameters, mb, ms, 0, None, None, None, '', right)
     worst = min(shares, key=shares.get)
     return Measured(name, kind, model.parameters, mb, ms, len(labels), float(right.mean()),
                     float(np.mean([*shares.values()])), shares[worst], model.classes[worst], right)
@@ -180,7 +182,8 @@ def table_of(rows:list)->str: # of `measure`
     lines = [f'{"":6} {"parameters":>12} {"MB":>8} {"ms":>8} {"accuracy":>9} {"balanced":>9}  worst class']
     for row in rows:
         lines.append(f'{row.kind:6} {number(row.parameters, 0):>12} {number(row.mb, 1):>8} {number(row.ms, 2):>8} '
-                     f'{row.accuracy:9.1%} {row.balanced:9.1%}  {row.worst_class} {row.worst:.1%}')
+                     + (f'{row.accuracy:9.1%} {row.balanced:9.1%}  {row.worst_class} {row.worst:.1%}' if row.images else
+                        'not measured: no image has a label (give some by --data DIR)'))
     return '\n'.join(lines)
 
 def against(
@@ -188,10 +191,12 @@ def against(
     interval:Callable             # (right, right) -> (difference, low, high), as `study.stats.paired_score`
 )->list:
     "Returns sentences on what `one` loses against `other`: accuracy, with its interval, and time."
-    gap, low, high = interval(other.right, one.right)
-    ends = f'{100*gap:+z.1f} points ({100*low:.1f} to {100*high:.1f} over {one.images:,} test images)'
-    lines = [f'{one.kind} minus {other.kind}: {ends}']
-    if high < 0:
+    lines = []
+    if one.images:
+        gap, low, high = interval(other.right, one.right)
+        ends = f'{100*gap:+z.1f} points ({100*low:.1f} to {100*high:.1f} over {one.images:,} test images)'
+        lines.append(f'{one.kind} minus {other.kind}: {ends}')
+    if one.images and high < 0:
         lines.append(f'{one.kind} costs accuracy here: the whole interval lies below zero.')
     if one.ms and one.ms > 1.05*other.ms:
         lines.append(f'{one.kind} is slower here: {one.ms:.2f} ms an image, {other.kind} {other.ms:.2f}.')
@@ -208,7 +213,7 @@ def main(
     rows = measure(args.model, kinds, args.data, file or model_folder(args.model))
     print(table_of(rows))
     print(f'ms: one image at a time, one thread, {machine_in_words(environment(), "cpu")}')
-    for row in rows[1:]:
-        print(*against(row, rows[0], interval), sep='\n')
+    for line in (line for row in rows[1:] for line in against(row, rows[0], interval)):
+        print(line)
     print('files:', *(row.name for row in rows))
     return 0

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'link_images', 'refuse_out_within', 'link_labelled', 'is_part',
-           'with_test', 'is_there', 'folder_of_tests', 'Images', 'sides_of', 'look', 'same_in_words', 'with_unique',
-           'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs',
-           'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields',
-           'study_of', 'begun_parts', 'write_study', 'part_by_words', 'seconds_an_image', 'quicker_precision',
-           'open_precisions', 'with_precision', 'same_threads']
+           'files_of_classes', 'with_test', 'is_there', 'folder_of_tests', 'Images', 'sides_of', 'look',
+           'same_in_words', 'with_unique', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here',
+           'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students',
+           'begun_students', 'student_fields', 'study_of', 'begun_parts', 'write_study', 'names_without_labels',
+           'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision',
+           'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, re, shutil, statistics, tempfile, time
@@ -19,7 +20,7 @@ import numpy as np, timm, torch
 from PIL import Image
 from ..base import VitdistillError, cores, environment_number
 from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, read_yaml
-from ..base import free_threads, from_root, nearest, write_atomic
+from ..base import free_threads, from_here, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.duplicates import Pair, same_images
 from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
@@ -33,7 +34,7 @@ from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
 from .studies import with_places_of_today
 from ..teachers.card import Card, weights_folder, words_of
-from ..tasks.words import teacher_by_words, words_of_classes
+from ..tasks.words import given_pairs, is_by_words, teacher_by_words, words_of_classes
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job
@@ -94,6 +95,16 @@ def is_part(folder:str)->bool: # name of a folder
 # %% ../../nbs/launch/04_images.ipynb #ce8913e5
 UNLABELLED = 'unlabelled' # folder of images without labels in that of the user
 
+def files_of_classes(root:Path, unlabelled:Path=None)->tuple: # as in `with_test`; -> names of files, of folders
+    "Returns what lies in folders below the user's, without the folders of images without labels."
+    folders = []
+    top = root.resolve()
+    places = [place.resolve() for place in (root/UNLABELLED, unlabelled) if place and place.is_dir()]
+    apart = [f'{place.relative_to(top)}/' for place in places if place.is_relative_to(top) and place != top]
+    names = sorted(file.name for file in files_below(root, folders)[0]
+                   if '/' in file.name and not file.name.startswith((*apart,)))
+    return names, [folder for folder in folders if not f'{folder}/'.startswith((*apart,))]
+
 def with_test(
     root:Path, out:Path, # the user's folder; folder of the job
     labels:Path=None,    # table of labels; None: the folders name the classes
@@ -105,18 +116,14 @@ def with_test(
     if labels: return link_labelled(root, out, labels)
     if any((root/name).exists() for name in ('train', 'train.tar')):
         return root
-    folders = []
-    top = root.resolve()
-    places = [place.resolve() for place in (root/UNLABELLED, unlabelled) if place and place.is_dir()]
-    apart = [f'{place.relative_to(top)}/' for place in places if place.is_relative_to(top) and place != top]
-    names = sorted(file.name for file in files_below(root, folders)[0]
-                   if '/' in file.name and not file.name.startswith((*apart,)))
-    folders = [folder for folder in folders if not f'{folder}/'.startswith((*apart,))]
+    names, folders = files_of_classes(root, unlabelled)
     images = [name for name in names if is_image(name)]
     classes = sorted({name.partition('/')[0] for name in images})
     if len(classes) < 2:
         raise VitdistillError(f'{root} holds no train/ and not two folders of images: it needs train/CLASS/* and '
-                              'val/CLASS/*, or CLASS/* for each class.')
+                              'val/CLASS/*, or CLASS/* for each class; images without labels need a teacher by words '
+                              f'and the names of the classes (--teacher clip:MODEL/WEIGHTS --classes FILE --unlabelled '
+                              f'{root}).')
     parts = [name for name in classes if is_part(name)]
     a_class = len(parts) == 1 and parts[0].lower() in ('train', 'training') and len(classes) > 2 # beside Bus and Car
     if parts and not a_class:
@@ -163,7 +170,11 @@ class Images:
     test_part:str='val' # folder, tar or shard of the test images
     same:str=''         # of `same_in_words`
 
+    @property
+    def labelled(self)->bool: return self.test > 0
+
     def __str__(self):
+        if not self.labelled: return self.without_labels()
         part = self.test_part.removesuffix('.tar')
         others = [name for name in TESTS if name != part and is_there(self.root, name)]
         unused = f"; your {' and '.join(others)} not used" if others else ''
@@ -172,6 +183,13 @@ class Images:
         return (f'{self.root}: {len(self.classes)} classes ({named}), about {self.side} px. {self.train:,} training '
                 f'images, {self.test:,} test images ({whose}). {self.held_out:,} more of train are held out to measure '
                 f'the teacher; records call them val.{self.shares()}{self.same}')
+
+    def without_labels(self)->str:
+        "Returns what there is where no image has a label."
+        named = ', '.join(self.classes[:10]) + (', ...' if len(self.classes) > 10 else '')
+        return (f'{self.root}: {self.train + self.held_out:,} images without labels, about {self.side} px, for '
+                f'{len(self.classes)} classes ({named}). A student learns from {self.train:,} of them; '
+                f'{self.held_out:,} are held out, to see how often it answers as its teacher.{self.same}')
 
     def shares(self)->str:
         "Returns sentences on classes of unlike size and on those of which nothing is held out; '' if there are none."
@@ -211,7 +229,12 @@ def look(config:Config, drawn:bool)->Images: # config: of a student; drawn: as i
     "Returns what is in a config's folder of images."
     train, test = list_images(config).values()
     labels, test_labels = (torch.tensor([label for *_, label in part.files]) for part in (train, test))
+    if config.class_names and len(train) < 10:
+        raise VitdistillError(f'{config.data_root} holds {len(train)} images: give 10 or more, for some are held out.')
     used, held_out = split_rows(labels, config, train.classes)
+    if config.class_names:
+        side = round(statistics.median(sides_of(train)))
+        return Images(Path(config.data_root), train.classes, len(used), len(held_out), 0, side, drawn)
     counts = [torch.bincount(part, minlength=len(train.classes)).tolist()
               for part in (labels[used], test_labels, labels[held_out])]
     side = round(statistics.median(sides_of(train, test)))
@@ -251,7 +274,7 @@ def with_unique(
     if not drop and len(train) + len(test) > most:
         return root, (f' {len(train) + len(test):,} images were not compared: --drop-duplicates finds those that '
                       'are in train and in the test.')
-    across, within = same_images(train, test), same_images(train)
+    across, within = same_images(train, test) if test else [], same_images(train)
     said = same_in_words(train, test, across, within, drop)
     if not (drop and across): return root, said
     if not all((root/files.files[0][0]).is_file() for files in (train, test)):
@@ -338,7 +361,8 @@ def teacher_part(
 # %% ../../nbs/launch/04_images.ipynb #b16b4ee5
 JOB_FIELDS = dict(data_root='name the folder of your images as DIR', runs_dir='give out (--out), which holds all of it',
                   work_dir='give out (--out), which holds all of it', experiment='leave it out',
-                  teacher_weights='give the weights as teacher (--teacher)', fold_weights='leave it out')
+                  teacher_weights='give the weights as teacher (--teacher)', fold_weights='leave it out',
+                  class_names='name the classes by classes (--classes)')
 
 def refuse_job_fields(given:dict)->None: # fields of Config, name -> value
     "Raises `VitdistillError` for a field that the job sets itself, and that would be another folder or teacher."
@@ -407,6 +431,7 @@ def study_of(
     about_teaching = field_names(teaching=True)
     places = dict(preset=given['preset'], data_root=str(images.root), runs_dir=str(out/'runs'),
                   work_dir=str(out/'work'))
+    if not images.labelled: places |= dict(class_names=images.classes)
     shared = given_among({*field_names(shared=True), *field_names(split=True), *field_names(group='machine')})
     if 'weights' in teacher: # it is measured, and checked then
         shared |= given_among(LOOSENS)
@@ -415,16 +440,20 @@ def study_of(
     for fields in [{}, *more]: # {}: the first student's stand in `common`
         end = f"-{short_name(fields['student'])}" if fields else ''
         plain, taught, third = f'plain{end}', f'taught{end}', f'{UNLABELLED}{end}'
-        arms[plain] = dict(notebook='e01_baseline_resnet50') | fields
+        if images.labelled:
+            arms[plain] = dict(notebook='e01_baseline_resnet50') | fields
         arms[taught] = dict(notebook='e02_distilled_resnet50', teacher='teacher') | fields | teaching
-        compare.append([taught, plain])
+        if images.labelled: compare.append([taught, plain])
         if unlabelled:
             arms[third] = arms[taught] | given_among(own) | dict(unlabelled=unlabelled)
             compare += [[third, plain], [third, taught]]
     names = [given['student'], *(fields['student'] for fields in more)]
     which = 'this student' if len(names) == 1 else 'these students'
+    how, asked = 'taught and plain', f'Does a teacher help {which} on these images?'
+    if not images.labelled:
+        how, asked = 'taught without labels', f'Can a teacher alone train {which} on these images?'
     return dict(
-        title=f"{', '.join(names)}: taught and plain", asked=f'Does a teacher help {which} on these images?',
+        title=f"{', '.join(names)}: {how}", asked=asked,
         common=places | given_among({*field_names()} - {*about_teaching}),
         seeds=[*range(1, seeds + 1)],
         teachers=dict(teacher=places | shared | teacher), arms=arms, compare=compare)
@@ -461,10 +490,39 @@ def _changes(old, new, name=''): # lines that say in which entries two parts of 
     within = f'{name} ' if name and name != 'plain' else ''
     return [within + line for key in {**old, **new} for line in _changes(old.get(key), new.get(key), key)]
 
+# %% ../../nbs/launch/04_images.ipynb #a8b111f1
+def names_without_labels(
+    data:Path,    # the user's folder
+    teacher:str, given,   # `teacher` and `classes` of `distill`
+    unlabelled:str|Path|None=None # as the user gives it; `data` itself: no image has a label
+)->list: # names
+    "Returns the classes of a folder whose images have no labels; [] if its folders are the classes."
+    whole = unlabelled is not None and from_here(unlabelled).resolve() == data.resolve()
+    by_words = is_by_words(teacher) and given
+    if whole and not by_words:
+        raise VitdistillError(f'unlabelled = {str(unlabelled)!r} is the folder of all images, so none has a label: '
+                              'give a teacher by words and the names of the classes (--teacher clip:MODEL/WEIGHTS '
+                              '--classes FILE).')
+    if whole: return [*words_of_classes([], given)]
+    if not (by_words and data.is_dir()) or any((data/name).exists() for name in ('train', 'train.tar')):
+        return []
+    folders = sorted({name.partition('/')[0] for name in files_of_classes(data)[0] if is_image(name)})
+    names = [name for name, _ in given_pairs(given)]
+    if {*folders} & {*names} or len(folders) > 1 and len(names) < 2:
+        return []
+    if len(folders) > 1:
+        some, few = (', '.join(part[:3]) + (', ...' if part[3:] else '') for part in (folders, names))
+        raise VitdistillError(f'{data}: none of its folders ({printable(some)}) is named in classes ({few}): give both '
+                              f'the same names or, if the images have no labels, add --unlabelled {data}.')
+    if unlabelled is not None and not from_here(unlabelled).resolve().is_relative_to(data.resolve()):
+        raise VitdistillError(f'unlabelled = {str(unlabelled)!r}: the images of {data} have no labels either, for it '
+                              'holds no folders of classes: put all images into one folder, and name that alone.')
+    return [*words_of_classes([], given)]
+
 # %% ../../nbs/launch/04_images.ipynb #508df876
 def part_by_words(
     teacher:str,         # clip:MODEL/WEIGHTS
-    given:str|Path|dict|None, # better words for the names of class folders, as `words_of_classes` takes them
+    given:str|Path|dict|list|None, # better words for the names of class folders, as `words_of_classes` takes them
     size:int,            # side of its input in px; 0: its own
     images:Images, out:Path, # out: folder of the job
     dry_run:bool         # whether to leave no file behind
@@ -518,15 +576,16 @@ def quicker_precision(config:Config, train:bool)->str: # train: as in `seconds_a
     return min(('bf16', 'fp32'), key=seconds)
 
 def open_precisions(study:dict)->dict: # of `study_of`
-    "Returns the parts of a job's study that share a precision: name of an arm -> parts, field that they need."
+    """Returns the parts of a job's study that share a precision: name of an arm -> parts, field that they need. A
+    student's is that of its plain arm, also where there is none."""
     arms = study['arms']
     taught = [arm for arm in arms.values() if 'teacher' in arm]
     found = dict(plain=([study['common']], 'precision'), teacher=([study['teachers']['teacher']], 'precision'),
                  taught=(taught, 'teacher_precision'))
     for name, arm in arms.items():
-        if 'student' in arm and 'teacher' not in arm: # a further student's
+        if 'student' in arm and name.startswith('taught'): # a further student's
             same = [other for other in arms.values() if other.get('student') == arm['student']]
-            found[name] = same, 'precision'
+            found[name.replace('taught', 'plain', 1)] = same, 'precision'
     return found
 
 def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of`; its cells; folder of the job
@@ -534,6 +593,8 @@ def with_precision(study:dict, cells:list[Cell], out:Path)->dict: # of `study_of
     study, file = copy.deepcopy(study), out/f'{out.name}.yaml'
     before = open_precisions(read_yaml(file)) if has_runs(out) and file.is_file() else {}
     configs = {cell.arm.rpartition('/')[2]: cell.config for cell in cells}
+    if 'plain' not in configs:
+        configs |= {name.replace('taught', 'plain', 1): one for name, one in configs.items()}
     trained = study['teachers']['teacher']['notebook'] != 'e04_adopted_teacher'
     quickest = {}
     for name, (parts, key) in open_precisions(study).items():

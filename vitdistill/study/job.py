@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'COSTS', 'decisions_of', 'recalls', 'confusion', 'confused_pairs', 'short', 'draw_confusion',
-           'draw_recalls', 'test_files', 'thumbnail', 'surest_mistakes', 'finished', 'best_arm', 'beginning',
-           'accuracies', 'in_percent', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'draw_costs',
-           'costs_item', 'html_item', 'class_items', 'mistake_items', 'how_it_was_made', 'learning', 'introduction',
-           'write_job', 'Page']
+           'draw_recalls', 'test_files', 'thumbnail', 'surest_mistakes', 'finished', 'without_labels', 'agreement',
+           'best_arm', 'beginning', 'accuracies', 'in_percent', 'settings', 'any_text', 'svg', 'picture', 'table_item',
+           'draw_costs', 'costs_item', 'html_item', 'class_items', 'mistake_items', 'how_it_was_made', 'learning',
+           'introduction', 'write_job', 'Page']
 
 # %% ../../nbs/study/09_job.ipynb #64f7a660
 import base64, html, io, os, warnings
@@ -25,6 +25,7 @@ from ..config import Config, field_names
 from ..data.datasets import check_dataset, fingerprint
 from ..data.files import ImageFiles, decoded, image_files, printable
 from ..runs import Run, machine_in_words
+from .agreement import agreements
 from .compare import Comparison, draw_curves, finished_runs, missing
 from .figures import format_cell, save_table, style
 from .page import address, write_page
@@ -159,9 +160,21 @@ def finished(comparison:Comparison, teacher:list[Run])->dict[str, list[Run]]: # 
     runs = {name: [*finished_runs(some).values()] for name, some in begun.items()}
     return {name: some for name, some in runs.items() if some}
 
+def without_labels(models:dict)->bool: # of `finished`
+    "Returns whether the images have no labels."
+    return any(run.config.class_names for runs in models.values() for run in runs)
+
+def agreement(models:dict, arm:str)->pd.Series: # models: of `finished`; -> images, agree
+    "Returns how many held-out images there are, and the share on which an arm decides as the teacher; NaN without it."
+    of = models.get('teacher') or []
+    found = [agreements(of, run, 'val') for run in models[arm] if of and arm != 'teacher']
+    return pd.DataFrame(found, columns=['images', 'agree']).mean()
+
 def best_arm(models:dict)->str: # of `finished`
-    "Returns the arm with the best accuracy on held-out images, of equal ones the last; '' without any."
+    """Returns the arm with the best accuracy on held-out images, without labels that which agrees most often with its
+    teacher; of equal ones the last; '' without any."""
     def held_out(arm):
+        if without_labels(models): return agreement(models, arm).agree
         return np.mean([run.result.get('held_out_top1') or 0 for run in models[arm]])
     return max(reversed([name for name in models if name != 'teacher']), key=held_out, default='')
 
@@ -175,8 +188,11 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
     for name, runs in models.items():
         def share(key):
             return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
-        row = {'model': name, 'held-out images': in_percent(share('held_out_top1'), 1),
-               'test images': in_percent(share('test_top1'), 1)}
+        if without_labels(models):
+            row = {'model': name, 'as its teacher': in_percent(agreement(models, name).agree, 1)}
+        else:
+            row = {'model': name, 'held-out images': in_percent(share('held_out_top1'), 1),
+                   'test images': in_percent(share('test_top1'), 1)}
         for one in differences[differences.arm == name].dropna(subset='difference').itertuples():
             ends = '' if np.isnan(one.low) else f' ({100*one.low:.1f} to {100*one.high:.1f})'
             other = one.other.partition('-')[0] # of the same architecture
@@ -191,7 +207,8 @@ def accuracies(models:dict, comparison:Comparison, table:pd.DataFrame)->pd.DataF
     frame = pd.DataFrame(rows).fillna('')
     differs = ['architecture', 'begins with'] if frame.architecture.nunique() > 2 else [] # else one student's
     minus = [name for name in frame if name.startswith('minus ')]
-    first = ['model', 'held-out images', 'test images', *differs, *minus] # what a phone shows
+    measured = [name for name in ('held-out images', 'test images', 'as its teacher') if name in frame]
+    first = ['model', *measured, *differs, *minus] # what a phone shows
     return frame[[*first, *frame.columns.difference(first, sort=False)]]
 
 def in_percent(share:float, digits:int=0)->str: # NaN: a dash
@@ -245,7 +262,7 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
     "Draws accuracy against milliseconds an image; a line joins the students of one architecture."
     costs = costs.dropna(subset='ms').set_index('model')
     tops = 100*comparison.tops().mean()
-    if not len(costs): return None
+    if not len(costs) or tops.isna().all(): return None
     style()
     fig, ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')
     names = {arm: runs[0].config.student for arm, runs in comparison.arms.items() if runs and arm in costs.index}
@@ -356,6 +373,7 @@ def learning(comparison:Comparison, models:dict, colors:dict)->list[dict]: # as 
 # %% ../../nbs/study/09_job.ipynb #2c9fef75
 def introduction(comparison:Comparison, models:dict, held_out:int)->list[str]: # models: of `finished`; number of images
     "Returns what the names of the models mean and, of several students, which is best on held-out images."
+    if without_labels(models): return []
     arms = {name.partition('-')[0] for name in models}
     means = dict(plain='trained on the labels alone', taught="trained on the labels and the teacher's answers",
                  unlabelled='taught, and half of its images have no labels')
@@ -395,10 +413,14 @@ def write_job(
         if arm := best_arm(students):
             wrong += mistake_items(models, arm, classes, study.common.get('data_root', ''))
     save_table(comparison.table().drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
-    save_table(table, out, f'{study.name}_classes', 'Share of the test images of each class that a model has right.')
+    if seen:
+        shown = 'Share of the test images of each class that a model has right.'
+        save_table(table, out, f'{study.name}_classes', shown)
     about = 'Choose by the held-out images: on the test images the best of several looks better than it is. '
     over = ' and '.join(sorted({*comparison.table().interval}))
     about = (about if len(models) > 3 else '') + (f'In brackets: 95% intervals over {over}.' if over else '')
+    if without_labels(models):
+        about = 'As its teacher: of the held-out images, without labels.'
     found = [*introduction(comparison, models, card.n_held_out if card else 0), *found]
     tables = [table_item(accuracies(models, comparison, table), about)]
     if costs is not None and len(costs):

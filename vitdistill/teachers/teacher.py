@@ -135,16 +135,17 @@ def make_card(
     most:int=5000,   # most images that each accuracy is measured on
     held_out:tuple=None # (`Views`, labels, rows) of images that it has not seen; None: those that the config holds out
 )->Card:
-    "Returns a teacher's card, with its top-1 on held-out images and on augmented views that it was trained on."
+    "Returns a teacher's card, with its top-1 on held-out images and on training views if there are labels."
     train, val = split_rows(data.train_labels, config)
     plan = epoch_plan(train, len(data.train_labels), view_count(config), config.seed, config.epochs)
     rows, view = plan.image[:most], plan.view[:most]
-    trained_on = round(top1(teacher, views, data.train_labels, rows, view), 5)
     card = replace(Card.of(config, data, teacher.size, teacher.constants), weights_hash=teacher.weights_hash(),
-                   made_from=made_from(config),
-                   top1_train_views=trained_on, n_train_views=len(rows))
+                   made_from=made_from(config))
+    if data.labelled:
+        trained_on = round(top1(teacher, views, data.train_labels, rows, view), 5)
+        card = replace(card, top1_train_views=trained_on, n_train_views=len(rows))
     images, labels, others = held_out or (views, data.train_labels, val)
-    if not len(others): return card
+    if not (len(others) and (held_out or data.labelled)): return card
     measured = sample_rows(others, most)
     accuracy = top1(teacher, images, labels, measured)
     return replace(card, n_held_out=len(others), top1_held_out=round(accuracy, 5), n_measured=len(measured))
@@ -257,7 +258,9 @@ def check_health(
     config:Config, data:Data,
     views:Views # of the training images, on the teacher's device
 )->tuple:
-    "Returns (top-1 on up to 1,000 held-out or else training images, which of the two); raises if it seems untrained."
+    """Returns (top-1 on up to 1,000 held-out or else training images, which of the two), without labels (None, '');
+    raises if it seems untrained."""
+    if not data.labelled: return None, ''
     own = card and knows_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card.split) if own else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
@@ -349,7 +352,7 @@ def adopt(
         raise VitdistillError(f'held_out is for weights that were trained on all training images, and {len(rows)} are '
                               "held out here: set val_fraction to 0, val_rows and fold to ''.")
     if held_out: refuse_used_images(held_out[0], data)
-    elif not len(rows):
+    elif not len(rows) and data.labelled:
         raise VitdistillError('nothing is held out to measure the teacher by: say by val_rows, val_fraction or fold '
                               'which training images the weights have not seen, or give other images as held_out.')
     size = config.student_size or data.side

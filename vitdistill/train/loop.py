@@ -295,7 +295,10 @@ def describe(setup:Setup)->typing.Iterator[str]:
         yield (f'{setup.unlabelled}. {c.unlabelled_share:.0%} of each batch is unlabelled: as many steps, and labelled '
                f'images are seen {rare}')
     if answers:
-        yield f'teacher {c.teacher}: {setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}'
+        measured = 'not measured, for there are no labels'
+        if setup.data.labelled:
+            measured = f'{setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}'
+        yield f'teacher {c.teacher}: {measured}'
         yield answers.in_words(c, setup.answered_rows, setup.rows)
     norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
@@ -473,6 +476,9 @@ def train(
     run = RunWriter.of(config)
     if run.status == 'done': return run
     task.refuse_foreign(config)
+    if config.class_names and not config.teacher:
+        raise VitdistillError('class_names is for images without labels, and there is no teacher to learn from: give '
+                              'one, or set class_names to [] if folders are the classes.')
     setup = task.prepare(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0: run.begin(config, command)

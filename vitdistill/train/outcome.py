@@ -74,7 +74,7 @@ def cosines(
     setup:Setup
 )->list|None: # cosine of the learned tokens, then after each block; None for a student with one token
     "Returns the cosine between class token and distillation token by layer, averaged over the first 256 test images."
-    if not isinstance(setup.student.model, VisionTransformerDistilled):
+    if not (isinstance(setup.student.model, VisionTransformerDistilled) and len(setup.data.test_labels)):
         return None
     rows = torch.arange(min(256, len(setup.data.test_labels)), device=setup.ranks.device)
     found = token_cosines(setup.student.model, setup.input(setup.test_views(rows), size=setup.test_size))
@@ -129,9 +129,13 @@ def model_card(
     teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=card.input_size,
                    teacher_weights=place or 'PATH', teacher_normalization=c.student_normalization)
     kept = yaml.safe_dump(teaches, sort_keys=False)
-    taught = f'taught by {c.teacher} ({c.distillation}, alpha {c.alpha})' if c.teacher else 'trained on labels alone'
+    alone = ' alone, without labels' if c.class_names else ''
+    taught = f'taught by {c.teacher}{alone} ({c.distillation}, alpha {c.alpha})' if c.teacher else \
+        'trained on labels alone'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
-    rows = card_rows(card, c.dataset) | {'test accuracy': f"{result['test_top1']:.1%} of {n_test:,} images"}
+    rows = card_rows(card, c.dataset)
+    measured_on = f"{result['test_top1']:.1%} of {n_test:,} images" if n_test else 'unknown, for no image has a label'
+    rows['test accuracy'] = measured_on
     if c.teacher and result.get('teacher_top1') is not None:
         on = result.get('teacher_measured_on') or 'images'
         rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {on}"
@@ -187,7 +191,7 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
                   teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
                   true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
                   heads=head_accuracies(arrays), token_cosines=cosines(setup))
-    save_student(setup, run, result, card, model_card(run, result, card, len(arrays['test_label'])))
+    save_student(setup, run, result, card, model_card(run, result, card, len(data.test_labels)))
     return result
 
 def finish(

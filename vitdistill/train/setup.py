@@ -227,7 +227,7 @@ class Setup(BaseSetup):
     unlabelled:Unlabelled|None=None # images that only the teacher answers
     criterion:nn.Module=None # the objective
     answers:Answers|None=None # the teacher's answers; None without a teacher
-    teacher_top1:float|None=None # on rank 0, with a teacher
+    teacher_top1:float|None=None # on rank 0, with a teacher and labels
     teacher_measured_on:str='' # 'images that it held out' or 'training images'
     pass_images:int=0 # images in a forward pass of evaluation; 0: `pass_size` chooses
 
@@ -454,7 +454,8 @@ def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, s
     "Returns top-1 and top-5 in [0, 1] of the heads' added softmaxes, over all ranks; two heads: also each one's top-1."
     heads = setup.student.heads if len(setup.student.heads) > 1 else ()
     names = 'top1', 'top5', *(f'{head}_top1' for head in heads)
-    if not len(rows): return dict.fromkeys(names)
+    if not (len(rows) and setup.data.labelled):
+        return dict.fromkeys(names)
     counts = torch.zeros(len(names), dtype=torch.int64, device=setup.ranks.device)
     if len(mine := rows.tensor_split(setup.ranks.world)[setup.ranks.rank]):
         answers = predict(setup, views, mine, student=student)
