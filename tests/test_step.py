@@ -23,6 +23,7 @@ import vitdistill
 from vitdistill.train import step, loop as train
 from vitdistill.teachers.answers import Answers, AnswerSource, memo_key, open_memo
 from vitdistill.config import Config
+from vitdistill.data.unlabelled import Unlabelled
 from vitdistill.bench.contenders import fill_randomly, random_data
 from vitdistill.losses import OBJECTIVES, Batch, criterion
 from vitdistill.models.create import create_student
@@ -31,7 +32,6 @@ from vitdistill.tasks.can import ContrastiveMaskedNoise
 from vitdistill.train.ranks import Ranks
 from vitdistill.train.setup import Setup, predict
 from vitdistill.teachers.teacher import load_teacher
-from vitdistill.data.unlabelled import Unlabelled
 from vitdistill.data.views import Views
 
 BATCH = 8
