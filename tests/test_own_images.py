@@ -488,6 +488,15 @@ def test_another_student_is_a_further_row(job, images, weights):
     assert pd.isna(table.difference["plain"])
     assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
     assert f"plain, taught: {SMALL['student']}." in str(result)
+    held_out = table.held_out.drop("teacher")
+    best = held_out[held_out == held_out.max()].index[-1]
+    assert result.best == best and result.folder() == out / "models" / best
+    file = next((images / "dark").glob("*.png"))
+    for name in ("", "plain-resnet10t"):
+        wanted = predict(out / "models" / (name or best), file)
+        pd.testing.assert_frame_equal(result.predict(file, name=name), wanted)
+    with pytest.raises(VitdistillError, match="no plain-resnet has ended: did you mean 'plain-resnet10t'"):
+        result.pictures(name="plain-resnet")
     taught = {arm: run for run in find_runs(out / "runs") for arm in run.arms if "taught" in arm}
     assert len({run.config.teacher_weights for run in taught.values()}) == 1
     with pytest.raises(VitdistillError, match="student_kwargs = .* one student, and this job .*resnet10t"):

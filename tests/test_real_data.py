@@ -1,13 +1,17 @@
 """The full path on real CIFAR-100 with a real ViT-Tiny: a few steps, and the numbers that can be checked."""
+import runpy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 from vitdistill.study.agreement import class_names
 from vitdistill.config import Config
 from vitdistill.data.datasets import cifar100_constants, load_data, read_pickle
+from vitdistill.data.duplicates import same_images
+from vitdistill.data.files import in_folders
 from vitdistill.launch.runner import run
 from vitdistill.runs import read_arrays
 from vitdistill.train.setup import auto_precision
@@ -61,3 +65,15 @@ def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
     assert loss.iloc[0] == pytest.approx(np.log(100), abs=1.5) and loss.iloc[1] < loss.iloc[0]
     predictions = read_arrays(record.folder / "predictions.npz")
     assert [len(predictions[f"{part}_label"]) for part in ("test", "val", "train")] == [10_000, 6000, 200]
+
+
+@pytest.mark.parametrize("name, train, test, twice", [("plants", 400, 400, 0), ("digits", 400, 400, 0),
+                                                      ("stranger", 429, 106, 5)])
+def test_the_image_sets_of_the_costs_are_written(real_data, tmp_path, monkeypatch, name, train, test, twice):
+    """docs/photos.py: no image is in train and in the test but for a stranger's five copies."""
+    monkeypatch.setenv("VITDISTILL_DATA", str(real_data))
+    runpy.run_path(str(ROOT / "docs/photos.py"))["main"](name, str(tmp_path / name))
+    parts = [in_folders(tmp_path / name, part) for part in ("train", "val")]
+    assert [*map(len, parts)] == [train, test] and len(same_images(*parts)) == twice
+    unlabelled = [*(tmp_path / name / "unlabelled").glob("*")]
+    assert len(unlabelled) == (500 if name == "stranger" else 0)

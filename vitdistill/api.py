@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COSTS', 'loss', 'costs_in_words', 'new_answers', 'costs', 'draw_answers', 'link_model', 'Distilled',
            'draw_test_images', 'costs_file', 'model_costs', 'measure_costs', 'class_recalls', 'balanced_accuracy',
-           'is_unbalanced', 'agreed_rows', 'accuracies', 'architectures', 'trained_out', 'advice', 'costs_table',
-           'share_in_words', 'about_unlabelled', 'about_answers', 'in_words', 'findings', 'page_of', 'show', 'JobClock',
-           'train_all', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'command_of',
-           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'distill', 'save', 'class_orders',
-           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
+           'is_unbalanced', 'agreed_rows', 'accuracies', 'architectures', 'trained_out', 'advice', 'costs_of_int8',
+           'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'in_words', 'findings', 'page_of',
+           'show', 'JobClock', 'train_all', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students',
+           'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'distill', 'save',
+           'class_orders', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from timm.utils import unwrap_model
 from tqdm import tqdm
 from .teachers.answers import open_memo
-from .base import VitdistillError, default_place, from_here, print_result, stoppable
+from .base import VitdistillError, default_place, from_here, nearest, print_result, stoppable
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
 from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
@@ -48,10 +48,11 @@ from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
 from .tasks.words import is_by_words
 from .study.agreement import answers_given
-from .study.compare import Comparison, draw_curves, finished_runs, load, points
+from .study.compare import Comparison, finished_runs, load, points
 from .study.figures import save_table
-from .study.job import Page, agreement, best_arm, write_job
+from .study.job import Page, agreement, best_arm, draw_learning, write_job
 from .study.results import read_predictions, teacher_calls
+from .study.stats import paired_score
 
 # %% ../nbs/06_api.ipynb #63aaaca9
 _all_ = ['small_head']
@@ -139,8 +140,8 @@ class Distilled:
     "Holds the result of a job: its study, and the finished runs."
     study:Path  # its file
     out:Path    # its folder
-    def pictures(self, most:int=8): # -> a matplotlib figure
-        return draw_test_images(self, most)
+    def pictures(self, most:int=8, name:str=''): # name: as in `folder`; -> a matplotlib figure
+        return draw_test_images(self, most, name)
     def show(self)->Page: # all that the job's page holds, in a notebook
         return Page(page_of(self))
     def __str__(self): return in_words(self)
@@ -164,44 +165,57 @@ class Distilled:
         return accuracies(self)
 
     def curves(self): # -> a matplotlib figure
-        "Draws the test accuracy of both students by epoch."
-        figure = draw_curves(self.comparison)
-        plt.close(figure) # a notebook shows what a cell returns, once
-        return figure
+        "Draws the test accuracy of each student by epoch."
+        return draw_learning(self.comparison, [*self.runs()['teacher'].values()])
 
-    def folder(self, name:str='taught')->Path: # or plain, teacher
+    @property
+    def best(self)->str: # such as taught; '': no student has ended
+        "Returns the name of the student with the best accuracy on held-out images."
+        return best_arm({name: [*runs.values()] for name, runs in self.runs().items() if runs})
+
+    def folder(self, name:str='')->Path: # a key of `runs`; '': the best student
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
-        _, run = min(self.runs()[name].items())
-        return link_model(run, self.out/'models'/name)
+        ended, name = {one: runs for one, runs in self.runs().items() if runs}, name or self.best
+        if name in ended:
+            return link_model(min(ended[name].items())[1], self.out/'models'/name)
+        near = nearest(name, ended) if name and ended else 'wait until one has, or run the job again.'
+        raise VitdistillError(f"{self.out}: no {name or 'student'} has ended: {near}")
 
     @property
     def student(self)->torch.nn.Module: # in eval mode
-        "Returns the taught student, a model of timm's."
+        "Returns the best student, a model of timm's."
         return load_model(self.folder()).forward.model
 
-    def predict(self, images, top:int=5)->pd.DataFrame:
-        "Returns what the taught student sees in image files, as `predict` does."
-        return predict(self.folder(), images, top)
+    def predict(self, images, top:int=5, name:str='')->pd.DataFrame: # name: as in `folder`
+        "Returns what the best student, or a named model, sees in image files, as `predict` does."
+        return predict(self.folder(name), images, top)
 
 # %% ../nbs/06_api.ipynb #93cd2f23
-def draw_test_images(result:Distilled, most:int): # -> a matplotlib figure
-    "Draws some of a job's test images and what the taught student sees, as `draw_answers` does."
+def draw_test_images(
+    result:Distilled,
+    most:int,   # images
+    name:str='' # of a model; '': the best student
+): # -> a matplotlib figure
+    "Draws some of a job's test images and what a model sees, as `draw_answers` does."
     if result.labelled and result.test_images.name not in TESTS:
         raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
-    files, run = named_images([result.test_images]), next(iter(result.runs()['taught'].values()))
-    answers = result.predict(files[::-(-len(files)//most)], top=1)
-    folder = run.config.class_folder if result.labelled else ''
-    return draw_answers(answers, result.test_images, folder, run.config.exif_orientation)
+    files, name = named_images([result.test_images]), name or result.best
+    answers = result.predict(files[::-(-len(files)//most)], 1, name)
+    config = next(iter(result.runs()[name].values())).config
+    folder = config.class_folder if result.labelled else ''
+    return draw_answers(answers, result.test_images, folder, config.exif_orientation)
 
 # %% ../nbs/06_api.ipynb #5d703cbb
-COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_mb', 'int8_ms', 'machine', 'run']
+COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_difference', 'int8_low', 'int8_high', 'int8_mb',
+         'int8_ms', 'machine', 'run']
 
 def costs_file(result:Distilled)->Path:
     "Returns the file of a job's `model_costs`."
     return result.out/f'tables/{result.study.stem}_costs.csv'
 
 def model_costs(result:Distilled)->pd.DataFrame: # COSTS; mb in 10^6 bytes, ms an image; NaN without the extra `export`
-    "Returns what `measure_costs` has measured of the models that a job has now."
+    """Returns what `measure_costs` has measured of the models that a job has now. `int8_difference` is the accuracy of
+    int8 minus that of the whole model, with the ends of Tango's interval over test images."""
     file = costs_file(result)
     if not file.is_file(): return pd.DataFrame(columns=COSTS)
     found, names = pd.read_csv(file), [next(iter(runs.values())).name for runs in result.runs().values() if runs]
@@ -221,10 +235,13 @@ def measure_costs(result:Distilled)->None:
         row = dict(model=name, parameters=whole.parameters, mb=whole.mb, ms=whole.ms, machine=machine, run=first)
         for one in smaller:
             row |= dict(int8_top1=one.accuracy, int8_mb=one.mb, int8_ms=one.ms)
+            gap = paired_score(whole.right, one.right) if one.images else [] # without labels nothing is right
+            row |= dict(zip(['int8_difference', 'int8_low', 'int8_high'], gap))
         rows.append(pd.DataFrame([row]))
     table = pd.concat([frame for frame in rows if len(frame)], ignore_index=True).reindex(columns=COSTS)
     save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; megabytes and '
-               'milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX file; the same after int8.')
+               'milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX file; the same after int8, '
+               'whose accuracy minus that of the whole model has its 95% interval over test images.')
 
 # %% ../nbs/06_api.ipynb #42bc1223
 def class_recalls(run:Run)->pd.Series: # by label; fractions
@@ -313,6 +330,17 @@ def advice(result:Distilled)->list[str]:
             lines.append(f'The teacher is no better than {row.other}: a better teacher may help more.')
     return list(dict.fromkeys(lines)) # one sentence may hold for several students
 
+# %% ../nbs/06_api.ipynb #10db9ff3
+def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
+    "Returns a sentence for each student that int8 clearly costs accuracy: the whole interval lies below zero."
+    if 'int8_high' not in costs: # measured before this was known
+        return []
+    lines = []
+    for row in costs[costs.int8_high < 0].itertuples():
+        ends = f'{100*row.int8_low:.1f} to {100*row.int8_high:.1f} over test images'
+        lines.append(f'int8 costs {row.model} accuracy: {100*row.int8_difference:+z.1f} points ({ends}).')
+    return lines
+
 # %% ../nbs/06_api.ipynb #286f24fb
 def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     "Returns a line for each model of a job with several students: accuracy, size and speed."
@@ -397,7 +425,7 @@ def findings(result:Distilled)->list[str]:
         lines.append(points(row) + (seeds if sure else ': this may be chance'))
     if several:
         lines.append('Other differences between students of one architecture may be chance.')
-    return [*lines, *about_unlabelled(result), *advice(result)]
+    return [*lines, *costs_of_int8(model_costs(result)), *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
 def page_of(result:Distilled)->Path:
@@ -414,8 +442,7 @@ def show(result:Distilled)->None:
     if not done: return
     print_result(f'\n{result}\npage: {page_of(result)}')
     print_result('models:', *(shlex.quote(str(result.folder(name))) for name in done))
-    best = best_arm({name: [*runs.values()] for name, runs in result.runs().items() if runs}) or done[-1]
-    print_result(f'use one: vitdistill predict {shlex.quote(str(result.folder(best)))} IMAGES')
+    print_result(f'use one: vitdistill predict {shlex.quote(str(result.folder(result.best or done[-1])))} IMAGES')
 
 # %% ../nbs/06_api.ipynb #90a36b7e
 class JobClock:
@@ -489,7 +516,7 @@ def images_of_job(
         place = out if kept else Path(draft)
         root = data if names else with_test(data, place, labels, unlabelled)
         drawn = root != data and not (labels and table_parts(labels))
-        about = {*field_names(group='data'), *field_names(group='augmentation')} - {*JOB_FIELDS}
+        about = {*field_names(group='data'), *field_names(group='augmentation'), 'class_weights'} - {*JOB_FIELDS}
         of_data = {name: value for name, value in fields.items() if name in about}
         recipe = config_of_preset(preset, 'baseline', **of_data, data_root=str(root), class_names=[*names])
         if check_dataset(recipe.dataset).side:

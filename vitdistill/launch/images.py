@@ -169,6 +169,7 @@ class Images:
     held_out_counts:list=field(default_factory=list) # images of each class that are held out
     test_part:str='val' # folder, tar or shard of the test images
     same:str=''         # of `same_in_words`
+    weighted:bool=False # whether training weighs rare classes more
 
     @property
     def labelled(self)->bool: return self.test > 0
@@ -195,10 +196,10 @@ class Images:
         "Returns sentences on classes of unlike size and on those of which nothing is held out; '' if there are none."
         counts = self.train_counts or [1]
         most, least = counts.index(max(counts)), counts.index(min(counts))
-        said = ''
+        said, hint = '', '' if self.weighted else '; with --class-weights balanced each counts alike'
         if counts[most] > 3*counts[least]:
             said += (f' The classes differ in size: {self.classes[most]} has {counts[most]:,} training images, '
-                     f'{self.classes[least]} has {counts[least]:,}; with --class-weights balanced each counts alike.')
+                     f'{self.classes[least]} has {counts[least]:,}{hint}.')
         lacking = [name for name, count in zip(self.classes, self.held_out_counts) if not count]
         if self.held_out and lacking:
             said += f" No image of {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''} is held out."
@@ -239,7 +240,7 @@ def look(config:Config, drawn:bool)->Images: # config: of a student; drawn: as i
               for part in (labels[used], test_labels, labels[held_out])]
     side = round(statistics.median(sides_of(train, test)))
     return Images(Path(config.data_root), train.classes, len(used), len(held_out), len(test), side, drawn, *counts,
-                  test.files[0][0].partition('/')[0])
+                  test.files[0][0].partition('/')[0], weighted=bool(config.class_weights))
 
 # %% ../../nbs/launch/04_images.ipynb #9d8357c8
 def same_in_words(

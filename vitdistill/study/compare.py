@@ -292,8 +292,9 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
 def draw_curves(
     comparison:Comparison,
     most:int=7,      # arms that are drawn
-    colors:dict={}   # arm -> colour; others get the next one
-): # -> a figure; None without epochs
+    colors:dict={},  # arm -> colour; others get the next one
+    ax=None          # a part of a figure to draw on, without a legend; None: a figure of its own
+): # -> the figure; None without epochs
     "Draws the mean test accuracy of each arm by epoch, with the range of its seeds; the baseline, then the best."
     def shown(runs): # an unfinished seed would cut the mean
         return [*finished_runs(runs).values()] or runs
@@ -301,7 +302,9 @@ def draw_curves(
     drawn = {arm: frame for arm, frame in drawn.items() if len(frame)}
     if not drawn: return None
     style()
-    fig, ax = plt.subplots(figsize=(6.4, 3.8), layout='constrained')
+    alone = ax is None
+    if alone:
+        _, ax = plt.subplots(figsize=(6.4, 3.8), layout='constrained')
     means = {arm: mean_curve(frame) for arm, frame in drawn.items()}
     base = comparison.study.baseline
     means = {arm: mean for arm, mean in means.items() if len(mean)} # the others' seeds have no epoch in common
@@ -309,11 +312,11 @@ def draw_curves(
         line, = ax.plot(means[arm].index, means[arm], label=arm, color=colors.get(arm))
         ends = drawn[arm].groupby('epoch').test_top1.agg(['min', 'max']).loc[means[arm].index]
         ax.fill_between(ends.index, ends['min'], ends['max'], color=line.get_color(), alpha=.15, linewidth=0)
-    if means: ax.legend(fontsize='small')
+    if means and alone: ax.legend(fontsize='small')
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='epoch', ylabel='test accuracy', title=comparison.study.title)
-    return fig
+    return ax.figure
 
 # %% ../../nbs/study/08_compare.ipynb #92ade4d9
 def compare_runs(
