@@ -128,8 +128,8 @@ def lay_out(folder):
             target.write_text(text, encoding="utf-8")
             continue
         notebook = nbformat.read(execute(page) if page.startswith("chapters") else ROOT / source, 4)
-        source = "\n".join(cell.source for cell in notebook.cells)
-        module = re.search(r"^#\| *default_exp ([\w.]+)", source, re.M)
+        code = "\n".join(cell.source for cell in notebook.cells)
+        module = re.search(r"^#\| *default_exp ([\w.]+)", code, re.M)
         notebook = as_page(notebook)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":

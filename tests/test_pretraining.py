@@ -121,8 +121,8 @@ def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path, ranks):
     time.sleep(np.random.default_rng(0).uniform(0, 0.2))
     process.kill()
     process.wait()
-    cut = str(tmp_path / "cut.yaml")
-    assert wait_until(lambda: not processes_mentioning(cut), 30)  # ranks end with their launcher
+    file = str(tmp_path / "cut.yaml")
+    assert wait_until(lambda: not processes_mentioning(file), 30)  # ranks end with their launcher
     assert run_of(cut).status == "interrupted"
     assert start(cut, tmp_path / "cut.yaml").wait(180) == 0
     one, two = run_of(alone), run_of(cut)

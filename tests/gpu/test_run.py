@@ -77,8 +77,8 @@ def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
     time.sleep(0.3)  # and is noted
     whole.terminate()
     assert whole.wait(60) == 1
-    steps = json.loads((tmp_path / "found.json").read_text())["steps"]
-    ended = {step["step"]: step["ended"] for step in steps}
+    found = json.loads((tmp_path / "found.json").read_text())
+    ended = {step["step"]: step["ended"] for step in found["steps"]}
     assert ended == dict(checks="cut", study="done")
     assert "No step failed" in (tmp_path / "page.md").read_text()
     with pytest.raises(ProcessLookupError):
