@@ -161,8 +161,9 @@ def model_card(
         taught = f'taught by {c.teacher}{alone} ({c.distillation}, alpha {c.alpha})'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     rows = card_rows(card, c.dataset)
-    measured_on = f"{result['test_top1']:.1%} of {n_test:,} images" if n_test else 'unknown, for no image has a label'
-    rows['test accuracy'] = measured_on
+    rows['test accuracy'] = 'unknown, for no image has a label'
+    if n_test:
+        rows['test accuracy'] = f"{result['test_top1']:.1%} of {n_test:,} images"
     if c.teacher and result.get('teacher_top1') is not None:
         images = result.get('teacher_measured_on') or 'images'
         rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {images}"
