@@ -23,9 +23,18 @@ def source_of(
 
 # %% ../nbs/02_options.ipynb #065b601e
 def comments_of(source:str)->dict: # line, from 1 -> comment
-    "Returns the comments at the ends of the lines of a source."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
+    "Returns the comment that ends each line; of a line without one, that of the lines directly above it."
+    comments, above = {}, []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if token.type == tokenize.COMMENT and token.line.strip().startswith('#'):
+            above.append(token.string.lstrip('# '))
+        elif token.type == tokenize.COMMENT:
+            comments[line] = token.string.lstrip('# ')
+        elif token.type == tokenize.NAME and above: # the next line's first word
+            comments[line] = ' '.join(above)
+            above = []
+    return comments
 
 # %% ../nbs/02_options.ipynb #8e0f2e77
 class Declaration(typing.NamedTuple):
