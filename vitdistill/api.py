@@ -327,7 +327,7 @@ def accuracies(result:Distilled)->pd.DataFrame:
     """Returns a row for each model of a job, fractions and means over seeds: `held_out` is measured on images
     of train that no model saw, `top1` on test images, `difference` (minus plain) too; of unbalanced test
     images also the mean over classes (`balanced`) and the worst class; of `model_costs` what was measured.
-    Without labels `agrees` is the share of the held-out `images` on which a student decides as the teacher."""
+    Without labels `agrees` is the share of held-out `images` on which student and teacher decide alike."""
     costs = model_costs(result).drop(columns=['machine', 'run'])
     table = accuracy_rows(result) if result.labelled else agreed_rows(result)
     if result.labelled and len(table):
@@ -762,15 +762,19 @@ def print_models(students:list, side:int, teacher:dict)->None: # students: of `s
 @stoppable()
 def distill(
     data:str|Path, # folder of train/CLASS/* and val/CLASS/* (or test), of CLASS/*, or without labels
-    student:str|list='mobilenetv3_small_100', # timm name or hf-hub:OWNER/MODEL; several: commas between them
-    teacher:str='vit_tiny_patch16_224', # timm name, weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
+    # timm name or hf-hub:OWNER/MODEL; several with commas between them
+    student:str|list='mobilenetv3_small_100',
+    # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
+    teacher:str='vit_tiny_patch16_224',
     out:str|Path=None, # everything of the job goes here; None: out/mine, from the root
     epochs:int=20, # of each student
     seeds:int=1, # students of each kind
     image_size:int|str='auto', # side in px of the crops; auto: the images', at most 224, without a GPU 128
-    teacher_size:int|str='auto', # side of its input, px; auto: a model folder's own, else 224, no GPU: 128
+    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
+    teacher_size:int|str='auto',
     teacher_name:str='', # architecture of a file of weights; '': the file's name up to its first dot
-    classes:str|Path|dict|list=None, # for clip:... words for the folders' names; without labels, names
+    # for clip:... a file of words for the folders' names; without labels, of names
+    classes:str|Path|dict|list=None,
     preset:str='own', # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='', # CSV with columns file (from data) and class, or part too: train, val or test
     drop_duplicates:bool=False, # train without images that are test images too
