@@ -276,7 +276,8 @@ def measure_costs(result:Distilled)->None:
         if name == 'teacher' or run in {*before.run}: continue
         print(f'measuring size and speed of {name}', flush=True)
         rows.append(dict(model=name, **costs_of_model(result.folder(name)), machine=machine, run=run))
-    tables = [table for table in (before, *(pd.DataFrame([row]) for row in rows)) if len(table)]
+    tables = [before] if len(before) else []
+    tables += [pd.DataFrame([row]) for row in rows]
     table = pd.concat(tables, ignore_index=True).reindex(columns=COSTS)
     save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; megabytes '
                'and milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX file; the '
@@ -339,9 +340,11 @@ def accuracies(result:Distilled)->pd.DataFrame:
 # %% ../nbs/06_api.ipynb #b2298c6c
 def architectures(result:Distilled)->list[str]:
     "Returns the architectures of a job's students, in the order in which they were given."
-    models = ended_runs(result.runs())
-    runs = [run for name in models if name != 'teacher' for run in models[name]]
-    return list(dict.fromkeys(run.config.student for run in runs))
+    students = []
+    for name, runs in ended_runs(result.runs()).items():
+        if name != 'teacher':
+            students += [run.config.student for run in runs]
+    return list(dict.fromkeys(students))
 
 def trained_out(run:Run)->bool:
     "Returns whether a finished run has fitted its training images: nine of ten of their augmented views."
