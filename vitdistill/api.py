@@ -337,7 +337,7 @@ def accuracies(result:Distilled)->pd.DataFrame:
         table = table.merge(differences, 'left', 'model').dropna(axis=1, how='all')
     return table.merge(costs, 'left', 'model') if len(table) and len(costs) else table
 
-# %% ../nbs/06_api.ipynb #b2298c6c
+# %% ../nbs/06_api.ipynb #85ac93df
 def architectures(result:Distilled)->list[str]:
     "Returns the architectures of a job's students, in the order in which they were given."
     students = []
@@ -350,6 +350,7 @@ def trained_out(run:Run)->bool:
     "Returns whether a finished run has fitted its training images: nine of ten of their augmented views."
     return run.result['train_views_top1'] >= .9
 
+# %% ../nbs/06_api.ipynb #b2298c6c
 def near_guessing(
     students:dict, # name -> run
     classes:int    # number of classes; 0: unknown

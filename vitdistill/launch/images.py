@@ -246,7 +246,7 @@ class Images:
 def _first_names(names, most): # '...' stands for the others
     return ', '.join([*names[:most], '...'] if len(names) > most else names)
 
-# %% ../../nbs/launch/04_images.ipynb #a5ff824e
+# %% ../../nbs/launch/04_images.ipynb #90a43fbd
 def sides_of(
     *parts,            # `ImageFiles` of the dataset's parts
     most:int=20_000,   # images of each part that are opened
@@ -271,6 +271,7 @@ def sides_of(
     refuse_broken(broken)
     return sides
 
+# %% ../../nbs/launch/04_images.ipynb #a5ff824e
 def images_in(
     config:Config, # of a student
     drawn:bool     # as in `Images`
@@ -295,7 +296,7 @@ def images_in(
                    held_out_counts=counts(labels[held_out]), test_part=test.files[0][0].partition('/')[0],
                    weighted=bool(config.class_weights))
 
-# %% ../../nbs/launch/04_images.ipynb #9d8357c8
+# %% ../../nbs/launch/04_images.ipynb #7713c4c6
 def same_in_words(
     train, test,       # `ImageFiles`
     across:list[Pair], # of train and test
@@ -323,6 +324,7 @@ def same_in_words(
         sentences += f' Images of train that are copies of others there: {len(copies):,}.'
     return sentences
 
+# %% ../../nbs/launch/04_images.ipynb #9d8357c8
 def with_unique(
     config:Config, # of a student
     out:Path,      # folder of the job
@@ -701,7 +703,7 @@ def seconds_an_image(
             n += len(pixels)
     return (time.perf_counter() - begun)/max(1, n)
 
-# %% ../../nbs/launch/04_images.ipynb #c43668a8
+# %% ../../nbs/launch/04_images.ipynb #2c6898e1
 def quicker_precision(config:Config, train:bool)->str: # train: as in `seconds_an_image`
     "Returns the precision in which the config's student takes less time here: bf16 or fp32."
     size = config.student_size or config.image_size
@@ -724,6 +726,7 @@ def open_precisions(study:dict)->dict: # of `study_of`
             shared[name.replace('taught', 'plain', 1)] = same, 'precision'
     return shared
 
+# %% ../../nbs/launch/04_images.ipynb #c43668a8
 def with_precision(
     study:dict, cells:list[Cell], # of `study_of`; its cells
     out:Path                      # folder of the job
