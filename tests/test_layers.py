@@ -9,7 +9,7 @@ from torch import nn
 from conftest import ROOT, record
 from test_notebooks import execute
 from vitdistill.study.results import published
-from vitdistill.bench.attention import cases, costs
+from vitdistill.bench.attention import case_costs, cases
 from vitdistill.models.complexity import complexity
 from vitdistill.base import VitdistillError, shipped
 from vitdistill.config import Config, preset
@@ -178,7 +178,7 @@ def test_published_models_train_a_step(name, device):
 
 def made_up(folder, slower=()):
     """A record of the attention bench in which time is multiply-adds, three times that for some contenders."""
-    turns = costs(cases((224, 1024), (0.0, 0.9)))
+    turns = case_costs(cases((224, 1024), (0.0, 0.9)))
     turns = turns[(turns.study != "networks") | (turns["size"] == 224)]
     factor = turns.contender.isin(slower) * 2 + 1
     turns = turns.assign(batch=1, seconds=turns.multiply_adds / 1e10 * factor, memory_mb=5.0, machine="a machine")

@@ -14,7 +14,7 @@ import yaml
 
 from conftest import ROOT, TINY, assert_same, assert_same_losses, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
-from vitdistill.launch.queue import cell_runs, grid_cells, look, table
+from vitdistill.launch.queue import cell_runs, grid_cells, state_table, states_of
 from vitdistill.runs import find_runs
 
 pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
@@ -104,7 +104,7 @@ def cells_of(grid):
 
 def status(grid, folder):
     """(state, epochs) of each cell, and what `--status` prints."""
-    said = table(look([replace(cell) for cell in cells_of(grid)], folder / "out" / grid.stem))
+    said = state_table(states_of([replace(cell) for cell in cells_of(grid)], folder / "out" / grid.stem))
     rows = [line.split() for line in said.splitlines()[1:-1] if not line.startswith(" ")]
     return [(row[0], row[1]) for row in rows], said
 
