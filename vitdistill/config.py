@@ -77,34 +77,52 @@ class StudentFields:
     "The student."
     student:str=_student('resnet50') # timm architecture to train
     student_kwargs:dict=_student(dict) # further arguments of timm.create_model for the student
-    stem:str=_student('imagenet', _stems) # first layers: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
-    student_size:int=_student(0, '[0, inf)') # side of its input in px, resized bilinearly; 0: as the images
+    # first layers of a ResNet: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
+    stem:str=_student('imagenet', _stems)
+    # side of the student's input in px, resized bilinearly; 0: as the images
+    student_size:int=_student(0, '[0, inf)')
     test_size:int=_student(0, '[0, inf)') # the same in evaluations (FixRes, DeiT III); 0: as in training
     student_weights:str=_student('', hashed=False) # initial weights: file, model folder, hf-hub:OWNER/MODEL
     student_pretrained:bool=_student(False) # start from timm's pretrained weights, which are downloaded
     student_head:str=_student('new', ('new', 'keep')) # output layer: untrained, or that of student_weights
-    student_head_init:str=_student('timm', _draws, shared=True) # new output layer: as timm draws it, or small
-    student_resampling:str=_student('bicubic', _filters) # resizes position embeddings of student_weights
-    student_drop_path:str=_student('growing', _depths) # drop_path_rate grows with depth, or is constant
-    student_class_token_std:float=_student(0., '[0, inf)') # std of class tokens (DeiT: 0.02); 0: timm's 1e-6
-    student_normalization:str=_student('data', _norms) # mean, std: the dataset's, or the pretrained model's
+    # a new output layer: timm's draw, or a small one
+    student_head_init:str=_student('timm', _draws, shared=True)
+    # how position embeddings of student_weights are resized
+    student_resampling:str=_student('bicubic', _filters)
+    # drop_path_rate grows with depth up to its value, or is constant
+    student_drop_path:str=_student('growing', _depths)
+    # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6
+    student_class_token_std:float=_student(0., '[0, inf)')
+    # pixels' mean and std: the dataset's, or the pretrained model's
+    student_normalization:str=_student('data', _norms)
 
 # %% ../nbs/01_config.ipynb #109a42fa
 @dataclass(frozen=True)
 class DataFields:
     "The data and their numbered views."
-    dataset:str=_data('cifar100', shared=True, split=True) # cifar100, digits... (vitdistill.data.DATASETS)
-    data_root:str=_data('', hashed=False, shared=True) # of the data; '': $VITDISTILL_DATA or a download
-    labels:str=_data('', hashed=False, shared=True) # CSV with columns file, class (and part) of images
-    data_fraction:float=_data(1., '(0, 1]', shared=True, split=True) # share used for training, class-balanced
-    val_fraction:float=_data(.1, '[0, 1)', split=True) # share of training images to hold out, balanced
-    val_rows:str=_data('', split=True) # 'start:stop': hold out these training images, not a random share
-    fold:str=_data('', split=True) # 'k/n': also hold out the k-th of n balanced parts (out-of-fold teachers)
-    split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws held-out images and the share used
-    image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px, for folders of images only
-    class_names:list=_data(list, shared=True) # classes of a folder without labels; []: it has labels
+    # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
+    dataset:str=_data('cifar100', shared=True, split=True)
+    # folder or file of the data; '': $VITDISTILL_DATA or a download
+    data_root:str=_data('', hashed=False, shared=True)
+    # CSV with columns file and class (and part) for a folder of images
+    labels:str=_data('', hashed=False, shared=True)
+    # share of the training images used, class-balanced
+    data_fraction:float=_data(1., '(0, 1]', shared=True, split=True)
+    # share of the training images to hold out, class-balanced
+    val_fraction:float=_data(.1, '[0, 1)', split=True)
+    # 'start:stop': hold out these training images instead of a random share
+    val_rows:str=_data('', split=True)
+    # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
+    fold:str=_data('', split=True)
+    # draws the held-out images and the share that is used
+    split_seed:int=_data(0, '[0, inf)', shared=True, split=True)
+    # side in px; needed for folders of images only
+    image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,))
+    # names of the classes of a folder without labels; []: it has labels
+    class_names:list=_data(list, shared=True)
     class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
-    skip_broken:bool=_data(False, shared=True) # leave out images that can't be read; all are decoded once
+    # leave out images that can not be read; all are decoded to find them
+    skip_broken:bool=_data(False, shared=True)
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
@@ -112,16 +130,21 @@ class DataFields:
 @dataclass(frozen=True)
 class AugmentationFields:
     "How images are changed beyond numbered views: drawn anew in each epoch, mixed, repeated."
-    mixup:float=_drawn(0., '[0, inf)') # alpha of mixup (timm's Beta distribution), blends two images; 0: none
-    cutmix:float=_drawn(0., '[0, inf)') # CutMix's alpha (a box of another image); 0: none; with mixup, a coin
-    whole_image:bool=_drawn(False) # crop anywhere in an image, not in its centre square; of folders of images
-    resized_crop:float=_drawn(0., '[0, 1]') # smallest share of the area that a random crop keeps; 0: none
+    # alpha of mixup (timm's Beta distribution), which blends two images; 0: none
+    mixup:float=_drawn(0., '[0, inf)')
+    # CutMix's alpha (a box of another image); 0: none; with mixup, a coin chooses
+    cutmix:float=_drawn(0., '[0, inf)')
+    # crop anywhere in an image, not in its centre square; for folders of images
+    whole_image:bool=_drawn(False)
+    # smallest share of the area kept by a random resized crop; 0: no such crop
+    resized_crop:float=_drawn(0., '[0, 1]')
     randaugment:str=_drawn('') # timm's RandAugment, such as rand-m9-mstd0.5-inc1; '': none
     three_augment:bool=_drawn(False) # DeiT III's 3-Augment: an image becomes grey, solarized or blurred
     color_jitter:float=_drawn(0., '[0, 1]') # largest change of brightness, contrast and saturation; 0: none
     random_erasing:float=_drawn(0., '[0, 1]') # probability that a rectangle of an image becomes noise
     repeats:int=_drawn(1, '[1, inf)') # copies of an image in an epoch, each augmented independently
-    repeats_mode:str=_drawn('public', _lengths) # public: an epoch keeps its length (DeiT); longer: it grows
+    # public: an epoch keeps its length (DeiT's code); longer: it grows
+    repeats_mode:str=_drawn('public', _lengths)
 
 # %% ../nbs/01_config.ipynb #ed2aaf36
 @dataclass(frozen=True)
@@ -129,19 +152,29 @@ class TeacherFields:
     "The teacher; without `teacher` a run has none."
     teacher:str=_teacher('') # timm architecture of the teacher; '': none
     teacher_kwargs:dict=_teacher(dict) # further arguments of timm.create_model for the teacher
-    teacher_weights:str=_teacher('', hashed=False) # file, model folder, hf-hub:OWNER/MODEL, answers.npz...
-    fold_weights:str=_teacher('', hashed=False) # second teacher, of the other fold (see fold, fold_answers)
-    fold_answers:str=_teacher('unseen', _folds) # from the teacher that hasn't or has seen an image; a draw
-    teacher_pretrained:bool=_teacher(False) # timm's pretrained weights; a new head if the classes differ
+    # file, model folder, hf-hub:OWNER/MODEL, answers.npz, pattern
+    teacher_weights:str=_teacher('', hashed=False)
+    # second teacher, trained on the other fold (see fold, fold_answers)
+    fold_weights:str=_teacher('', hashed=False)
+    # who labels: the teacher that hasn't or has seen an image; a draw
+    fold_answers:str=_teacher('unseen', _folds)
+    # timm's pretrained weights; the head is untrained if the classes differ
+    teacher_pretrained:bool=_teacher(False)
     teacher_size:int=_teacher(224, '[1, inf)') # side of the teacher's input in px, resized bilinearly
-    teacher_normalization:str=_teacher('data', _norms) # mean, std: the dataset's, or the pretrained model's
-    teacher_precision:str=_teacher('auto', _formats) # of its forward pass; bf16-weights: of its weights too
+    # pixels' mean and std: the dataset's, or the pretrained model's
+    teacher_normalization:str=_teacher('data', _norms)
+    # precision of its forward pass; bf16-weights: of its weights too
+    teacher_precision:str=_teacher('auto', _formats)
     allow_untrained:bool=_teacher(False) # train even if the teacher fails its health check (for an ablation)
     memo:bool=_teacher(True, hashed=False) # store the teacher's answer to each view of an image, and reuse it
-    plan_memo:bool=_teacher(False, hashed=False) # also store answers to mixed or augmented images
-    memo_temperatures:list=_teacher(list, hashed=False) # of stored soft_top_k answers; []: this run's
-    unlabelled:str=_teacher('', hashed=False) # images without labels: a folder, or 'start:stop' of training
-    unlabelled_share:float=_teacher(.5, '(0, 1]') # share of each batch that is unlabelled, if any are
+    # also store answers to mixed or augmented images, by epoch and row
+    plan_memo:bool=_teacher(False, hashed=False)
+    # temperatures kept in stored soft_top_k answers; []: this run's
+    memo_temperatures:list=_teacher(list, hashed=False)
+    # images without labels: a folder, or 'start:stop' of the training images
+    unlabelled:str=_teacher('', hashed=False)
+    # share of each batch that is unlabelled, where there are such images
+    unlabelled_share:float=_teacher(.5, '(0, 1]')
 
 @dataclass(frozen=True)
 class ObjectiveFields:
@@ -152,26 +185,36 @@ class ObjectiveFields:
     beta:float=_objective(.5, '[0, 1]') # weight of the soft loss within the teacher's loss of 'hard+soft'
     temperature:float=_objective(3., '(0, inf)') # temperature tau of soft distillation
     objective_kwargs:dict=_objective(dict) # further arguments of the loss
-    soft_top_k:int=_objective(0, '[0, inf)') # logits that soft answers keep, plus the sum of the rest; 0: all
-    kl_reduction:str=_objective('batchmean', _means) # KL's mean over the batch; public: over classes too
+    # number of logits that soft answers keep, plus the sum of the rest; 0: all
+    soft_top_k:int=_objective(0, '[0, inf)')
+    # mean of the KL over the batch; public: and over classes (DeiT)
+    kl_reduction:str=_objective('batchmean', _means)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
-    class_weights:str=_objective('', _weights, teaching=False) # balanced: rare labels count more; '': alike
+    # balanced: rare labels count more; '': all count alike
+    class_weights:str=_objective('', _weights, teaching=False)
 
 # %% ../nbs/01_config.ipynb #fa1dfe03
 @dataclass(frozen=True)
 class CaptionFields:
     "The captions; without `clip` a run has none."
-    clip:str=_captions('') # encoder: own (the student and its text tower), a folder, or open_clip's name
+    # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
+    clip:str=_captions('')
     clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
-    text_tower:dict=_captions(dict) # width, depth, heads, lr... of own's text tower (tasks.encoders.TOWER)
-    templates:str=_captions('plain') # sentences of captions where data has classes: plain, web, verse
-    learn_from:str=_captions('text', _sources) # what the decoder learns from; shuffled: other captions
-    noise_std:float|str=_captions('auto', '[0, inf)') # std of noise on embeddings; auto: by `noise_rule`
+    # width, depth, heads, epochs, lr... of own's text tower (tasks.encoders.TOWER)
+    text_tower:dict=_captions(dict)
+    # sentences that captions are made of where data has classes: plain, web, verse
+    templates:str=_captions('plain')
+    # embeddings that the decoder learns from; shuffled: of other captions
+    learn_from:str=_captions('text', _sources)
+    # deviation of the noise on embeddings; auto: by `noise_rule`
+    noise_std:float|str=_captions('auto', '[0, inf)')
     noise_factor:float=_captions(1., '[0, inf)') # factor of noise_std
     noise_pairs:int=_captions(15, '[2, inf)') # pairs of image and text that `noise_rule` is given
     center:bool=_captions(False) # subtract from embeddings the mean of their kind, text or image
-    decoder:str=_captions('') # GPT-2 of transformers, name or folder; '': small; nearest: a training caption
-    decoder_kwargs:dict=_captions(dict) # of the small one (GPT2Config): n_embd, n_layer, n_head, n_positions
+    # GPT-2 of transformers by name or folder; '': a small one; nearest: a training caption
+    decoder:str=_captions('')
+    # settings of the small one (GPT2Config): n_embd, n_layer, n_head, n_positions
+    decoder_kwargs:dict=_captions(dict)
     mapper:str=_captions('mlp', _mappers) # network from an embedding to the decoder's prefix
     prefix:int=_captions(10, '[1, inf)') # tokens that an embedding becomes
     beams:int=_captions(1, '[1, inf)') # captions kept while searching the likeliest; 1: greedy
@@ -184,18 +227,24 @@ class OptimizationFields:
     optimizer:str=_optimization('sgd') # 'sgd' (with momentum), or any of timm's: nesterov, adamw, lamb, ...
     opt_kwargs:dict=_optimization(dict) # further arguments of timm's optimizer
     lr:float=_optimization(.01, '(0, inf)') # peak learning rate
-    lr_batch:int=_optimization(0, '[0, inf)') # batch that lr is for; another scales it; 0: lr as it is
+    # batch that lr is for; another batch_size scales it; 0: lr as it is
+    lr_batch:int=_optimization(0, '[0, inf)')
     momentum:float=_optimization(.9, '[0, 1)') # for optimizers that have one
-    weight_decay:float=_optimization(5e-4, '[0, inf)') # of all parameters (sgd, nesterov), else of matrices
-    layer_decay:float=_optimization(1., '(0, 1]') # factor of lr per layer below the head (timm's)
+    # on all parameters (sgd, nesterov), else on matrices only
+    weight_decay:float=_optimization(5e-4, '[0, inf)')
+    # learning rate factor per layer below the head (timm's layer_decay)
+    layer_decay:float=_optimization(1., '(0, 1]')
     clip_grad:float=_optimization(0., '[0, inf)') # largest norm of the gradient; 0: no clipping
-    ema_decay:float=_optimization(0., '[0, 1)') # of a moving average of the weights, evaluated too; 0: none
+    # decay of a moving average of the weights, also evaluated; 0: none
+    ema_decay:float=_optimization(0., '[0, 1)')
     scheduler:str=_optimization('cosine') # timm's, by epoch: cosine, constant, tanh, step, multistep, poly
     sched_kwargs:dict=_optimization(dict) # further arguments of timm's schedule
     t_max:int=_optimization(0, '[0, inf)') # length of the schedule in epochs; 0: as `epochs`
-    warmup_epochs:int=_optimization(0, '[0, inf)') # of linear warm-up from lr / 100; ends before the last
+    # epochs of linear warm-up from lr / 100; ends before the last
+    warmup_epochs:int=_optimization(0, '[0, inf)')
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
-    seed:int=_optimization(1, '[0, 18446744073709551616)') # of weights, order of images, views; below 2^64
+    # sets initial weights, order of images, views; below 2^64
+    seed:int=_optimization(1, '[0, 18446744073709551616)')
 
 # %% ../nbs/01_config.ipynb #37bc2594
 @dataclass(frozen=True)

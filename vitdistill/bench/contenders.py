@@ -30,7 +30,7 @@ from ..train.optimize import create_optimizer
 from ..train.ranks import Ranks
 from ..base import cores
 from ..train.setup import Setup, auto_values, image_device, loading_processes, place_model
-from ..teachers.teacher import load_teacher
+from ..teachers.teacher import teacher_and_card
 from ..train.step import create_step
 from ..train.loop import Progress, create_objective, train_epoch
 
@@ -71,7 +71,7 @@ def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     rows = torch.arange(len(data.train_labels))
     answers = None
     if config.distillation != 'none':
-        answers = Answers(load_teacher(config, data, ranks.device)[0], views)
+        answers = Answers(teacher_and_card(config, data, ranks.device)[0], views)
         if unnumbered(config): # it answers batch by batch
             answers.teacher.chunk = config.batch_size
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=test_views,

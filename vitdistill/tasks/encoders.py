@@ -35,7 +35,7 @@ def fill_embeddings(
     view = torch.zeros_like(rows)
     with FileLock(memo.file.with_suffix('.lock')):
         for part in rows.split(512):
-            if memo.known(part) < 1: # not all of them
+            if memo.share_known(part) < 1: # not all of them
                 embeddings = embed(slice(part[0], part[-1] + 1))
                 memo.put(part, view[part], embeddings)
     return memo.get(rows, view)[0]
