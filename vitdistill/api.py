@@ -6,9 +6,9 @@
 __all__ = ['COSTS', 'loss', 'seconds_in_words', 'new_answers', 'seconds_of_cells', 'draw_answers', 'link_model', 'ended_runs',
            'Distilled', 'draw_test_images', 'costs_file', 'model_costs', 'costs_of_model', 'measure_costs',
            'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
-           'architectures', 'trained_out', 'near_guessing', 'advice', 'costs_of_int8', 'cost_in_words', 'costs_table',
-           'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings', 'page_of',
-           'print_job', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job', 'start_in_words',
+           'architectures', 'trained_out', 'near_guessing', 'advice', 'costs_of_int8', 'never_right', 'cost_in_words',
+           'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
+           'page_of', 'print_job', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job', 'start_in_words',
            'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher',
            'run_job', 'about_images', 'print_models', 'distill', 'save', 'class_orders', 'LoadedTeacher',
            'load_teacher', 'Loss', 'memo', 'small_head']
@@ -279,6 +279,9 @@ def measure_costs(result:Distilled)->None:
     tables = [before] if len(before) else []
     tables += [pd.DataFrame([row]) for row in rows]
     table = pd.concat(tables, ignore_index=True).reindex(columns=COSTS)
+    students = {runs[0].name: runs[0].config.student for runs in ended_runs(result.runs()).values()}
+    for column in ('ms', 'int8_ms'): # one network, so the least disturbed measurement is right for all
+        table[column] = table.groupby(table.run.map(students))[column].transform('min')
     save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; megabytes '
                'and milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX file; the '
                'same after int8, whose accuracy minus that of the whole model has its 95% interval over test '
@@ -387,7 +390,8 @@ def advice(result:Distilled)->list[str]:
             lines.append(f'The student {row.arm} is not trained out: it has {taught:.0%} of its training '
                          f'images right, {row.other} {plain:.0%}. Give more --epochs.')
         elif row.other.startswith('plain') and 'teacher' in first and top1['teacher'] <= top1[row.other]:
-            lines.append(f'The teacher is no better than {row.other}: a better teacher may help more.')
+            lines.append(f'On the test images the teacher is no better than {row.other}: a better one may '
+                         'help more.')
     return list(dict.fromkeys(lines)) # one sentence may hold for several students
 
 # %% ../nbs/06_api.ipynb #10db9ff3
@@ -399,6 +403,19 @@ def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
         ends = f'{100*row.int8_low:.1f} to {100*row.int8_high:.1f} over test images'
         lines.append(f'int8 costs {row.model} accuracy: {100*row.int8_difference:+z.1f} points ({ends}).')
     return lines
+
+def never_right(result:Distilled)->list[str]:
+    "Returns a sentence on the classes of which the best student has no test image right."
+    best = result.best
+    if not best: return []
+    folder = result.folder(best)
+    card = Card.read(folder)
+    recalls = class_recalls(ended_runs(result.runs())[best][0])
+    if card is None or recalls.max() == 0: return [] # its model is not here; it says nothing right at all
+    names = [printable(card.classes[label]) for label in recalls[recalls == 0].index]
+    if not names: return []
+    more = ', ...' if len(names) > 5 else ''
+    return [f"{best} has no test image right of {', '.join(names[:5])}{more}."]
 
 # %% ../nbs/06_api.ipynb #286f24fb
 _titles = {'agrees': 'as its teacher', 'held_out': 'held-out', 'top1': 'test', 'balanced': 'balanced',
@@ -496,7 +513,8 @@ def findings(result:Distilled)->list[str]:
     lines = []
     if several:
         first = [name for name in result.comparison.arms if '-' not in name]
-        lines.append(f"{', '.join(first)}: {names[0]}. The other names end with their student.")
+        are = 'are students' if len(first) > 1 else 'is a student'
+        lines.append(f"{', '.join(first)} {are} of {names[0]}. The other names end with their student.")
     if not result.labelled: return [*lines, *about_answers(result)]
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
@@ -505,9 +523,12 @@ def findings(result:Distilled)->list[str]:
         if not sure:
             doubt = ': this may be chance'
         lines.append(points(row) + doubt)
-    if several:
-        lines.append('Other differences between students of one architecture may be chance.')
-    return [*lines, *costs_of_int8(model_costs(result)), *about_unlabelled(result), *advice(result)]
+    if several and len(lines) > 1:
+        lines.append('The other differences between students of one architecture may be chance.')
+    elif several:
+        lines.append('No difference between students of one architecture is clear: each may be chance.')
+    lines += costs_of_int8(model_costs(result))
+    return [*lines, *never_right(result), *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
 def page_of(result:Distilled)->Path:

@@ -220,13 +220,14 @@ class Images:
         origin = 'a fifth of each class, set aside' if self.drawn else self.own_test()
         return (f'{self.root}: {len(self.classes)} classes ({names}), about {self.side} px. {self.train:,} '
                 f'training images, {self.test:,} test images ({origin}). {self.held_out:,} more of train are '
-                f'held out to measure the teacher; records call them val.{self.shares()}{self.same}')
+                f'held out: no model learns from them. Records call them val.{self.shares()}{self.same}')
 
     def own_test(self)->str:
         "Returns which of the user's folders are the test images, and which are not used."
         part = self.test_part.removesuffix('.tar')
         unused = [name for name in TESTS if name != part and has_part(self.root, name)]
-        return f'your {part}' + (f"; your {' and '.join(unused)} not used" if unused else '')
+        if not unused: return f'your folder {part}'
+        return f"your folder {part}; {' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used"
 
     def shares(self)->str:
         "Returns sentences on classes of unlike size and on those of which nothing is held out."
