@@ -1,7 +1,8 @@
-"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks what they load (`make docs`).
+"""Builds the documentation site: executes notebooks, lays out pages, calls Sphinx, checks what they load
+(`make docs`).
 
-Analysis notebooks are shown as committed, with their outputs. Executed ones are kept in out/docs-work until they or the
-package change.
+Analysis notebooks are shown as committed, with their outputs. Executed ones are kept in out/docs-work until
+they or the package change.
 """
 import argparse
 import hashlib
@@ -27,7 +28,8 @@ PAGES |= {name: f"docs/{name}.md" for name in ("recipes", "gpus", "library", "co
 for _file in sorted((ROOT / "reports").glob("*.md")):
     if _file.stem != "study":
         PAGES[f"studies/{_file.stem}"] = _file.relative_to(ROOT).as_posix()
-_templates = {f"{_file.parent.name}/{_file.stem}": _file for _file in (ROOT / "nbs").glob("*/[ae][0-9]*.ipynb")}
+_templates = {f"{_file.parent.name}/{_file.stem}": _file
+              for _file in (ROOT / "nbs").glob("*/[ae][0-9]*.ipynb")}
 _modules = {f"chapters/{_file.relative_to(ROOT / 'nbs').with_suffix('').as_posix()}": _file
             for pattern in ("[0-9]*.ipynb", "[a-z]*/[0-9]*.ipynb") for _file in (ROOT / "nbs").glob(pattern)}
 PAGES |= {name: file.relative_to(ROOT).as_posix() for name, file in sorted((_templates | _modules).items())}
@@ -42,7 +44,9 @@ def directives(source):
 def is_run(cell):
     """Returns whether nbdev_test would execute a cell."""
     given = directives(cell.source)
-    return given.get("eval") != "false" and not {"slow", "cuda"} & given.keys() and "nbdev_export()" not in cell.source
+    if given.get("eval") == "false" or {"slow", "cuda"} & given.keys():
+        return False
+    return "nbdev_export()" not in cell.source
 
 
 def as_page(notebook):
@@ -73,19 +77,21 @@ def execute(name):
 
     notebook = nbformat.read(source, 4)
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or is_run(cell)]
-    NotebookClient(notebook, kernel_name="python3", timeout=900, extra_arguments=["--IPKernelApp.log_level=ERROR"],
+    NotebookClient(notebook, kernel_name="python3", timeout=900,
+                   extra_arguments=["--IPKernelApp.log_level=ERROR"],
                    resources={"metadata": {"path": str(source.parent)}}).execute()
     kept.parent.mkdir(parents=True, exist_ok=True)
     for older in kept.parent.glob(f"{stem}-*"):
         older.unlink()
-    text = nbformat.writes(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")  # without paths of this machine
+    text = nbformat.writes(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")  # no paths of a machine
     kept.write_text(text, encoding="utf-8")
     print(f"executed {PAGES[name]}", flush=True)
     return kept
 
 
 def relink(text, source, page, files):
-    """Returns the text of a file with links to pages of the site, to copied images and to the repository online."""
+    """Returns the text of a file with links to pages of the site, to copied images and to the repository
+    online."""
     shown = {file: target for target, file in PAGES.items()}
     up = "../" * page.count("/")
 
@@ -103,7 +109,8 @@ def relink(text, source, page, files):
         if bang:
             files.add(file)
             return f"{bang}[{label}]({up}{file})"
-        return f"{bang}[{label}]({REPOSITORY}/{'tree' if (ROOT / file).is_dir() else 'blob'}/main/{file}{place})"
+        kind = "tree" if (ROOT / file).is_dir() else "blob"
+        return f"{bang}[{label}]({REPOSITORY}/{kind}/main/{file}{place})"
 
     return re.sub(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)", link, text)
 
@@ -121,12 +128,15 @@ def lay_out(folder):
             target.write_text(text, encoding="utf-8")
             continue
         notebook = nbformat.read(execute(page) if page.startswith("chapters") else ROOT / source, 4)
-        module = re.search(r"^#\| *default_exp ([\w.]+)", "\n".join(cell.source for cell in notebook.cells), re.M)
+        code = "\n".join(cell.source for cell in notebook.cells)
+        module = re.search(r"^#\| *default_exp ([\w.]+)", code, re.M)
         notebook = as_page(notebook)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = relink(cell.source, source, page, files)
-        api = f"Module [`vitdistill.{module[1]}`]({'../' * page.count('/')}api/{module[1]}.rst). " if module else ""
+        api = ""
+        if module:
+            api = f"Module [`vitdistill.{module[1]}`]({'../' * page.count('/')}api/{module[1]}.rst). "
         notebook.cells[0].source += f"\n\n{api}Source: [{source}]({REPOSITORY}/blob/main/{source})."
         target.write_text(nbformat.writes(notebook), encoding="utf-8")
         if module:
@@ -156,8 +166,12 @@ class Loads(HTMLParser):
 def foreign_loads(folder):
     """Returns what a built site would load from another site; Sphinx checks its links."""
     pages = [file for file in folder.rglob("*.html") if "_static" not in file.parts]
-    return [f"{file.name} loads {url}" for file in pages for url in Loads(file.read_text(encoding="utf-8")).urls
-            if urlsplit(url).netloc and "badge" not in url]
+    wrong = []
+    for file in pages:
+        for url in Loads(file.read_text(encoding="utf-8")).urls:
+            if urlsplit(url).netloc and "badge" not in url:
+                wrong.append(f"{file.name} loads {url}")
+    return wrong
 
 
 def main():
@@ -169,7 +183,8 @@ def main():
     with ProcessPoolExecutor(args.workers) as pool:
         list(pool.map(execute, [name for name in PAGES if name.startswith("chapters")]))
     lay_out(WORK / "source")
-    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs", "-d", WORK / "doctrees"]
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs"]
+    sphinx += ["-d", WORK / "doctrees"]
     shutil.rmtree(OUT, ignore_errors=True)
     if subprocess.run([*map(str, sphinx), str(WORK / "source"), str(OUT)]).returncode:
         raise SystemExit("the site was built with warnings: mend what is named above.")

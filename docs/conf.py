@@ -60,14 +60,16 @@ def field_lines():
 
 
 def parameter_lines(thing, name):
-    """Returns (parameter, comment) pairs of a function or class; 'return' is the name of the returned value."""
+    """Returns (parameter, comment) pairs of a function or class; 'return' is the name of the returned
+    value."""
     if name == "vitdistill.config.Config":
         return list(field_lines())
     try:
         comments = docments(thing, full=True, returns=True)
     except (TypeError, ValueError, OSError, IndexError):  # of C, or made by a decorator
         return []
-    return [(key, " ".join(about["docment"].split())) for key, about in comments.items() if about.get("docment")]
+    texts = {key: about.get("docment") for key, about in comments.items()}
+    return [(key, " ".join(text.split())) for key, text in texts.items() if text]
 
 
 def process_docstring(app, what, name, thing, options, lines):

@@ -1,8 +1,8 @@
 """Writes a folder of images for a try of `vitdistill distill`: python docs/photos.py SET FOLDER
 
-SET is animals or plants (photographs of ten classes of CIFAR-100), digits (scanned), or stranger (photographs as
-somebody else may have them: classes of unlike size, images without labels, five training images that are test images
-too). CIFAR-100 is read from the folder that VITDISTILL_DATA names, or downloaded.
+SET is animals or plants (photographs of ten classes of CIFAR-100), digits (scanned), or stranger (photographs
+as somebody else may have them: classes of unlike size, images without labels, five training images that are
+test images too). CIFAR-100 is read from the folder that VITDISTILL_DATA names, or downloaded.
 """
 import hashlib
 import sys
@@ -18,17 +18,24 @@ CLASSES = dict(
     animals="bear leopard lion tiger wolf fox porcupine possum raccoon skunk".split(),
     plants="orchid poppy rose sunflower tulip maple_tree oak_tree palm_tree pine_tree willow_tree".split(),
     digits=[*"0123456789"])
-STRANGER = dict(bus=130, bicycle=105, motorcycle=85, pickup_truck=65, streetcar=50, tank=40, tractor=30, rocket=25)
+STRANGER = dict(bus=130, bicycle=105, motorcycle=85, pickup_truck=65, streetcar=50, tank=40, tractor=30,
+                rocket=25)
 SIDE = 96  # px of the pictures; those of the data have 32
 
 
+def digest(image):
+    """Returns the hash of an image's pixels."""
+    return hashlib.sha256(image.tobytes()).digest()
+
+
 def images_of(name):
-    """Returns the images of each class of a dataset of vitdistill, in an order that their pixels alone decide."""
+    """Returns the images of each class of a dataset of vitdistill, in an order that their pixels alone
+    decide."""
     data, found = load_data(Config(dataset=name)), {}
     images = torch.cat([data.train_images, data.test_images]).numpy()
     labels = torch.cat([data.train_labels, data.test_labels]).numpy()
     for label, title in enumerate(data.classes):
-        found[title] = sorted(images[labels == label], key=lambda image: hashlib.sha256(image.tobytes()).digest())
+        found[title] = sorted(images[labels == label], key=digest)
     return found
 
 
@@ -36,7 +43,8 @@ def write(images, folder, name="{:03}.png", side=SIDE):
     """Writes images as numbered files, resized to a side in px."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
-        Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC).save(folder / name.format(number))
+        picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+        picture.save(folder / name.format(number))
 
 
 def write_even(name, folder):
@@ -48,7 +56,8 @@ def write_even(name, folder):
 
 
 def write_stranger(folder):
-    """Writes 530 images of eight classes, a fifth of each for the test, five copies of these, and 500 unlabelled."""
+    """Writes 530 images of eight classes, a fifth of each for the test, five copies of these, and 500
+    unlabelled."""
     images, others = images_of("cifar100"), []
     for title, count in STRANGER.items():
         tested = count // 5

@@ -1,4 +1,5 @@
-"""Draws 600 pictures of ten shapes, for a first try without images of your own: python docs/shapes.py data/own"""
+"""Draws 600 pictures of ten shapes, for a first try without images of your own: python docs/shapes.py
+data/own"""
 import math
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def corners(n, radius, turn, inner=1.0):
 
 
 def picture(name, seed):
-    """Returns a picture of 120 x 96 px: one shape of any colour, size and angle on a faintly noisy background."""
+    """Returns a picture of 120 x 96 px: one shape of any colour, size and angle on a faintly noisy
+    background."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(110, 146, (12, 15, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((120, 96), Image.Resampling.BICUBIC)

@@ -18,14 +18,16 @@ from vitdistill.teachers.teacher import untrained
 
 ROOT = repo_root(Path(__file__).parent)
 PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # starts a new process, under forked.py too
-LONGEST = "notebooks analysis own_images kill captions ranks deit_figures real_data pretraining deit hub".split()
+LONGEST = ["notebooks", "analysis", "own_images", "kill", "captions", "ranks", "deit_figures", "real_data",
+           "pretraining", "deit", "hub"]
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: not in `make test`, but in `make test-all`")
-    config.addinivalue_line("markers", "cuda: needs a GPU, and is skipped without one (`make gpu`, `pytest -m cuda`)")
+    about = "cuda: needs a GPU, and is skipped without one (`make gpu`, `pytest -m cuda`)"
+    config.addinivalue_line("markers", about)
 
 
 def pytest_collection_modifyitems(items):
@@ -36,7 +38,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def alike():
-    """What all tiny runs have in common: a small vision transformer on a fifth of the digits, taught by another."""
+    """What all tiny runs have in common: a small vision transformer on a fifth of the digits, taught by
+    another."""
     return Config(dataset="digits", data_fraction=0.2, student="vit_tiny_patch16_224", student_kwargs=TINY,
                   teacher="vit_tiny_patch16_224", teacher_kwargs=TINY, teacher_size=32, allow_untrained=True,
                   distillation="hard", epochs=3, batch_size=64, optimizer="adamw", lr=1e-3, precision="fp32",
@@ -57,9 +60,10 @@ def tiny(alike, teacher, tmp_path):
 
 @pytest.fixture
 def recipe(tiny):
-    """The same with mixing, a weight average, clipped gradients and dropped paths: the preset of that name."""
-    ours = ("teacher_weights", "data_fraction", "epochs", "precision", "teacher_precision", "device", "threads",
-            "checkpoint_seconds", "runs_dir", "work_dir")
+    """The same with mixing, a weight average, clipped gradients and dropped paths: the preset of that
+    name."""
+    ours = ("teacher_weights", "data_fraction", "epochs", "precision", "teacher_precision", "device",
+            "threads", "checkpoint_seconds", "runs_dir", "work_dir")
     return preset("recipe", "distilled", **{name: getattr(tiny, name) for name in ours})
 
 
@@ -68,7 +72,8 @@ def elsewhere(config, folder):
     here = replace(config, runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
     if not config.teacher_weights:
         return here
-    copied = shutil.copytree(config.teacher_weights, folder / "teacher", ignore=shutil.ignore_patterns("memo-*"))
+    without_memos = shutil.ignore_patterns("memo-*")
+    copied = shutil.copytree(config.teacher_weights, folder / "teacher", ignore=without_memos)
     return replace(here, teacher_weights=str(copied))
 
 
@@ -94,7 +99,9 @@ def environment():
 
 
 def train_command(file, ranks=1, python=sys.executable):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [python, *launcher, "-m", "vitdistill.train", "--config", str(file)]
 
 
@@ -114,7 +121,8 @@ def assert_same_losses(one, other, atol=1e-5):
 
 
 def assert_same(one, other):
-    """Two runs left the same metrics, but for times, the same weights and the same average of them, bit for bit."""
+    """Two runs left the same metrics, but for times, the same weights and the same average of them, bit for
+    bit."""
     mine, theirs = (run.metrics().drop(columns=TIMED, errors="ignore") for run in (one, other))
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
     assert one.result.get("weights_hash") == other.result.get("weights_hash")

@@ -1,9 +1,11 @@
-"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but the processes that it starts are forks of this one.
+"""`python tests/forked.py ARGUMENTS` is `python ARGUMENTS`, but the processes that it starts are forks of
+this one.
 
-This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork imports the
-package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and standard streams here,
-passes signals on, and ends with its fork. That the package forgets to import such a library does not show in a fork.
-`python -c CODE` is a new process; so is conftest.PYTHON, for tests that kill. Outside Linux nothing is forked.
+This one has imported torch, timm and other libraries, which takes a new process five seconds; each fork
+imports the package. `sys.executable` of a fork is a script that sends its arguments, folder, environment and
+standard streams here, passes signals on, and ends with its fork. That the package forgets to import such a
+library does not show in a fork. `python -c CODE` is a new process; so is conftest.PYTHON, for tests that
+kill. Outside Linux nothing is forked.
 """
 import atexit
 import contextlib
@@ -26,7 +28,7 @@ from pathlib import Path
 
 IMPORTED = ("ipykernel.zmqshell ipywidgets papermill scipy.stats seaborn sklearn.metrics timm torch._dynamo "
             "torch.distributed.run torchvision.transforms.v2").split()
-READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_", "TMPDIR"  # if one of these differs, a new process starts
+READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_", "TMPDIR"  # one differs: a new process starts
 SCRIPT = """#!/bin/sh
 '''exec' "{python}" -IS "$0" "$@"
 ' '''
@@ -120,7 +122,8 @@ def become(script, python):
 
 
 def watch(script, child):
-    """Passes the script's signals on to the child and ends after it; kills the child if the script ends first."""
+    """Passes the script's signals on to the child and ends after it; kills the child if the script ends
+    first."""
     ended, received = os.pidfd_open(child), True
     while received and ended not in select.select([script, ended], [], [])[0]:
         received = script.recv(1)
@@ -132,7 +135,8 @@ def watch(script, child):
 
 
 def run(words):
-    """What `python WORDS` runs: a module, a file, or the code of an xdist worker, which comes as `-u -c CODE`."""
+    """What `python WORDS` runs: a module, a file, or the code of an xdist worker, which comes as `-u -c
+    CODE`."""
     for number, name in enumerate(["stdin", "stdout", "stderr"]):  # written line by line, as with -u
         setattr(sys, name, open(number, "w" if number else "r", 1, errors="backslashreplace", closefd=False))
         setattr(sys, f"__{name}__", getattr(sys, name))
@@ -141,7 +145,7 @@ def run(words):
     kind, target = words[:2] if words[0].startswith("-") else ("", words[0])
     sys.argv = [kind or target, *words[1 + bool(kind):]]
     sys.path[0] = os.getcwd() if kind else str(Path(target).resolve().parent)
-    if target == "ipykernel_launcher":  # the launcher sets it in the environment, which matplotlib reads at import
+    if target == "ipykernel_launcher":  # the launcher sets what matplotlib reads at import
         sys.modules["matplotlib"].rcParams["backend"] = "module://matplotlib_inline.backend_inline"
     if kind == "-m":
         warnings.filterwarnings("ignore", ".*found in sys.modules", module="runpy")
@@ -176,7 +180,7 @@ if __name__ == "__main__":
     sys.modules["jupyter_client.connect"].LocalPortCache.find_available_port = free_port
     gc.freeze()
     status = status_of(serve(sys.argv[1:], given))
-    threading._shutdown()  # as an interpreter ends, but without a last look at each object, which takes 2 seconds
+    threading._shutdown()  # as an interpreter ends, but without a last look at each object: 2 seconds
     atexit._run_exitfuncs()
     for stream in sys.__stdout__, sys.__stderr__:
         with contextlib.suppress(ValueError):  # closed

@@ -13,8 +13,10 @@ TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
 
 def looked_at(folder, **parameters):
     """Everything that the notebook says, and the folder of what it wrote."""
-    notebook = execute("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), study="pair", **parameters)
-    said = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
+    notebook = execute("a05_agreement", folder / "a05.ipynb", out=str(folder / "out"), study="pair",
+                       **parameters)
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    said = "".join("".join(output.get("text", "")) for output in outputs)
     return said, folder / "out"
 
 
@@ -35,9 +37,11 @@ def answer(rng, label, right, follow=None, share=0.0):
 
 @pytest.fixture
 def cifar(tmp_path):
-    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; CIFAR-100's sizes."""
+    """A simulated teacher, and for three seeds a plain student and one that in part repeats it; CIFAR-100's
+    sizes."""
     rng = np.random.default_rng(0)
-    labels = {part: np.repeat(np.arange(100), n // 100) for part, n in dict(test=10_000, val=1000, train=9000).items()}
+    images = dict(test=10_000, val=1000, train=9000)
+    labels = {part: np.repeat(np.arange(100), n // 100) for part, n in images.items()}
     taught_by = {part: answer(rng, label, 0.84) for part, label in labels.items()}
 
     def arrays(decide):
@@ -51,14 +55,15 @@ def cifar(tmp_path):
     teacher = write_run(tmp_path, arrays(lambda part, label: taught_by[part]), "teacher", **TEACHER)
     for seed in (1, 2, 3):
         write_run(tmp_path, arrays(lambda part, label: answer(rng, label, 0.70)), "plain", seed=seed)
-        write_run(tmp_path, arrays(lambda part, label: answer(rng, label, 0.72, taught_by[part], 0.3)), "taught",
-                  seed=seed, experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard",
-                  teacher_weights=str(teacher.model))
+        decisions = arrays(lambda part, label: answer(rng, label, 0.72, taught_by[part], 0.3))
+        write_run(tmp_path, decisions, "taught", seed=seed, experiment="distilled",
+                  teacher="vit_tiny_patch16_224", distillation="hard", teacher_weights=str(teacher.model))
     return tmp_path
 
 
 def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
-    """Numbers put in come out, superclasses are named, and what can't be read is said while the rest is drawn."""
+    """Numbers put in come out, superclasses are named, and what can't be read is said while the rest is
+    drawn."""
     short, torn = (write_run(cifar, {}, seed=seed) for seed in (8, 9))
     (short.folder / "predictions.npz").unlink()
     (short.folder / "result.json").unlink()
@@ -73,7 +78,9 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     assert sides["taught", "test"] == pytest.approx(28 * 0.3, abs=1.5)
     assert sides["plain", "test"] < 1  # 28% wrong, 30% of them the teacher's
     gain = 2 + 28 * 0.3 * 0.84  # and what the teacher has right of the rest
-    assert len(table["noise"]) == 3 and table["noise"]["difference (points)"].mean() == pytest.approx(gain, abs=1)
+    assert len(table["noise"]) == 3
+    assert table["noise"]["difference (points)"].mean() == pytest.approx(gain, abs=1)
     # the teacher's error; one wrong draw in 100 is the label
-    assert table["disagreement"].set_index("different decisions (%)").labels["teacher"] == pytest.approx(15.8, abs=1.2)
+    disagreement = table["disagreement"].set_index("different decisions (%)")
+    assert disagreement.labels["teacher"] == pytest.approx(15.8, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)

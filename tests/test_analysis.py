@@ -30,13 +30,15 @@ FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
 @functools.cache
 def tracked():
     """What is committed of reports/ that a notebook writes, by its path in there."""
-    names = subprocess.run(["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["git", "ls-files", "reports"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [name.removeprefix("reports/") for name in names.split()]
     return {path for path in paths if re.match(r"(figures|tables)/", path)}
 
 
 def same_as_committed(out):
-    """Every table and SVG that a notebook wrote agrees with the committed one; SVGs where matplotlib is the pinned."""
+    """Every table and SVG that a notebook wrote agrees with the committed one; SVGs where matplotlib is the
+    pinned."""
     pinned = f"matplotlib=={matplotlib.__version__} " in (ROOT / "settings.ini").read_text()
     files = {path.relative_to(out).as_posix(): path for path in out.glob("*s/*") if path.suffix != ".png"}
     ours = {name: path for name, path in files.items() if pinned or path.suffix != ".svg"}
@@ -64,7 +66,8 @@ def test_reports_are_what_their_records_say(name, rebuilt):
     assert len(same_as_committed(rebuilt(name))) > 1
 
 
-WIDE = [name for name in np.show_config(mode="dicts")["SIMD Extensions"]["found"] if re.search("512|V4", name)]
+EXTENSIONS = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+WIDE = [name for name in EXTENSIONS if re.search("512|V4", name)]
 AVX2 = dict(ATEN_CPU_CAPABILITY="avx2", OPENBLAS_CORETYPE="Haswell", DNNL_MAX_CPU_ISA="AVX2",
             NPY_DISABLE_CPU_FEATURES=" ".join(WIDE))
 
@@ -86,7 +89,10 @@ def test_a_processor_without_avx512_changes_no_value(name, tmp_path):
 
 def test_every_page_of_reports_is_still_written(rebuilt):
     """What is committed is what the notebooks write today."""
-    written = {path.relative_to(rebuilt(name)).as_posix() for name in FIGURES for path in rebuilt(name).glob("*s/*")}
+    written = set()
+    for name in FIGURES:
+        folder = rebuilt(name)
+        written |= {path.relative_to(folder).as_posix() for path in folder.glob("*s/*")}
     left = tracked() - written
     assert not left, f"no notebook writes {', '.join(sorted(left))}: git rm it"
 
@@ -99,7 +105,8 @@ def outputs_of(name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_shows_the_committed_pictures(name):
-    """What is read on a forge: small pictures of the SVGs in reports/, tables and text without a path or an error."""
+    """What is read on a forge: small pictures of the SVGs in reports/, tables and text without a path or an
+    error."""
     outputs = outputs_of(name)
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert shown and {output["output_type"] for output in outputs} <= {"display_data", "stream"}
@@ -111,14 +118,19 @@ def test_a_notebook_shows_the_committed_pictures(name):
 
 
 def test_complexity_analysis(rebuilt):
-    """Architectures are measured without runs or weights; what is timed is left out where it isn't asked for."""
+    """Architectures are measured without runs or weights; what is timed is left out where it isn't asked
+    for."""
     out = rebuilt("a04_complexity")
     table = pd.read_csv(out / "tables/complexity_differences.csv")
-    assert set(table.network[table["variant agrees"] == "no"]) == {"ResNet-50"}  # the one that nothing explains
+    unexplained = set(table.network[table["variant agrees"] == "no"])
+    assert unexplained == {"ResNet-50"}
     heads = pd.read_csv(out / "tables/complexity_head.csv").set_index("layer")["without biases (K)"]
-    assert heads[[f"VGG-16 fc{n}" for n in (6, 7, 8)]].tolist() == pytest.approx([102_760, 16_777, 4_096], abs=0.5)
-    stages = pd.read_csv(out / "tables/complexity_vgg.csv").pivot(index="side of the map (px)", columns="model")
-    assert set(stages["multiply-adds of the last (M)"].loc[[28, 56, 112, 224]].to_numpy().ravel()) == {1849.688064}
+    millions = heads[[f"VGG-16 fc{n}" for n in (6, 7, 8)]].tolist()
+    assert millions == pytest.approx([102_760, 16_777, 4_096], abs=0.5)
+    stages = pd.read_csv(out / "tables/complexity_vgg.csv")
+    stages = stages.pivot(index="side of the map (px)", columns="model")
+    last = stages["multiply-adds of the last (M)"].loc[[28, 56, 112, 224]]
+    assert set(last.to_numpy().ravel()) == {1849.688064}
     assert stages["convolutions"].sum().tolist() == [13, 16]
     rows = pd.read_csv(out / "tables/complexity_stem_layers.csv").set_index("layer").iloc[:, 1:].round()
     assert rows.loc["sum"].tolist() == [7644, 124, 481] and rows.iloc[:-1, 2].tolist() == [118, 2, 13, 347, 1]
@@ -128,34 +140,50 @@ def test_complexity_analysis(rebuilt):
 
 
 def curve_run(root, accuracy, seed=1, done=60, **over):
-    """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a point."""
-    c = Config(dataset="digits", epochs=60, seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"), **over)
-    epoch, noise = np.arange(1, done + 1), np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
+    """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a
+    point."""
+    c = Config(dataset="digits", epochs=60, seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"),
+               **over)
+    epoch = np.arange(1, done + 1)
+    noise = np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
     frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise))
     return record(c, "pair/taught" if c.teacher else "pair/plain", metrics=frame,
                   **dict(epochs=60) if done == 60 else {}).folder
+
+
+def fast_curve(epoch):
+    return 0.7 - 0.6 * np.exp(-epoch / 5)
+
+
+def slow_curve(epoch):
+    return 0.9 - 0.85 * np.exp(-epoch / 15)
+
+
+def logarithm(epoch, more):
+    return 0.1 + 0.15 * np.log(epoch) + more
 
 
 def test_trends_analysis_says_what_is_cut_short(tmp_path):
     """Three seeds a side, one run cut short in its last line, one of another layout: drawn, and said."""
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
     for seed in (1, 4, 2):
-        curve_run(tmp_path / "runs", lambda e: 0.7 - 0.6 * np.exp(-e / 5), seed)
-        last = curve_run(tmp_path / "runs", lambda e: 0.9 - 0.85 * np.exp(-e / 15), seed, done=60 - 10 * (seed == 2),
-                         **taught)
+        curve_run(tmp_path / "runs", fast_curve, seed)
+        done = 50 if seed == 2 else 60
+        last = curve_run(tmp_path / "runs", slow_curve, seed, done=done, **taught)
     with (last / "metrics.csv").open("a") as file:
         file.write("50,0.")
     (curve_run(tmp_path / "runs", np.sqrt, seed=3) / "config.yaml").write_text("learning_rat: 1")
     text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
                         out=str(tmp_path / "out"), bootstraps=20))
-    assert f"Cut short: {last.name} is interrupted, 50 of 60" in text and "Left out: the config of baseline" in text
+    assert f"Cut short: {last.name} is interrupted, 50 of 60" in text
+    assert "Left out: the config of baseline" in text
     for name in ("published", "plateau", "laws", "backtest", "crossover"):
         assert (tmp_path / f"out/figures/trends_{name}.svg").stat().st_size > 10_000
     fits = pd.read_csv(tmp_path / "out/tables/trends_fits.csv")
     assert set(fits.loc[fits["AICc above the best"] == 0, "law"]) == {"exponential"}
     crossings = pd.read_csv(tmp_path / "out/tables/trends_crossovers.csv")
     row = crossings[(crossings.law == "exponential") & (crossings["fitted to epochs"] == "1 to 50")].iloc[0]
-    truth = next(e for e in np.arange(5, 60, 0.1) if 0.9 - 0.85 * np.exp(-e / 15) > 0.7 - 0.6 * np.exp(-e / 5))
+    truth = next(e for e in np.arange(5, 60, 0.1) if slow_curve(e) > fast_curve(e))
     assert abs(float(row["forecast crossover"]) - truth) < 2 and abs(float(row.measured) - truth) < 4
     pairs = pd.read_csv(tmp_path / "out/tables/trends_pairs.csv").set_index("law")
     assert pairs.loc["logarithm", "plain, error"] > 5  # promised too much of a curve with a ceiling
@@ -167,7 +195,8 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
     for seed in (1, 2):
         for way in ({}, taught):
-            curve_run(tmp_path / "runs", lambda e: 0.1 + 0.15 * np.log(e) + 0.002 * len(way), seed, done=12, **way)
+            law = functools.partial(logarithm, more=0.002 * len(way))
+            curve_run(tmp_path / "runs", law, seed, done=12, **way)
     execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
             bootstraps=20)
     crossings = pd.read_csv(tmp_path / "out/tables/trends_crossovers.csv")
@@ -175,14 +204,16 @@ def test_no_crossover_is_read_off_a_pair_that_is_not_resolved(tmp_path):
 
 
 def papers_pair(root, taught_less_plain, done=(150, 140), seeds=(1, 2, 3)):
-    """Made-up runs in the paper's own size: the plain one follows a logarithm, the taught one differs by a constant."""
+    """Made-up runs in the paper's own size: the plain one follows a logarithm, the taught one differs by a
+    constant."""
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
     for seed in seeds:
         for way, more, n in (({}, 0.0, done[0]), (taught, taught_less_plain, done[1])):
-            c = Config(dataset="cifar100", student="resnet50", val_fraction=0.0, epochs=150, t_max=2000, seed=seed,
-                       runs_dir=str(root), work_dir=str(root.parent / "work"), **way)
+            c = Config(dataset="cifar100", student="resnet50", val_fraction=0.0, epochs=150, t_max=2000,
+                       seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"), **way)
             epoch = np.arange(1, n + 1)
-            top1 = 0.05 + 0.1 * np.log(epoch) + more + np.random.default_rng(seed + len(way)).normal(0, 0.003, n)
+            noise = np.random.default_rng(seed + len(way)).normal(0, 0.003, n)
+            top1 = 0.05 + 0.1 * np.log(epoch) + more + noise
             frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=top1, seconds=1.0, teacher_seconds=0.5))
             record(c, "pair/taught" if way else "pair/plain", metrics=frame)
 
@@ -192,7 +223,8 @@ def test_figure4_on_the_papers_axes(tmp_path):
     papers_pair(tmp_path / "runs", -0.03)
     (curve_run(tmp_path / "runs", lambda e: 0.5) / "arms.json").unlink()  # of no study: not in the figure
     execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
-    assert "trendlines to epoch 200" in (tmp_path / "out/figures/figure4.svg").read_text()  # drawn beyond the data
+    drawing = (tmp_path / "out/figures/figure4.svg").read_text()
+    assert "trendlines to epoch 200" in drawing  # beyond the data
     laws = pd.read_csv(tmp_path / "out/tables/trendlines.csv").set_index("curve")
     assert (laws.loc[["baseline, measured", "distilled, measured"], "fitted to epochs"] == "1 to 140").all()
     assert laws.loc["baseline, published", "R²"] == 0.662 and laws.loc["distilled, published", "R²"] == 0.962
@@ -200,11 +232,14 @@ def test_figure4_on_the_papers_axes(tmp_path):
                for arm, b in (("baseline", "0.1"), ("distilled", "0.1")))
     crossings = pd.read_csv(tmp_path / "out/tables/crossovers.csv").answer
     meets = float(re.match(r"epoch ([\d.]+), extrapolated", crossings[1])[1])
-    assert meets == pytest.approx(140 * np.exp(0.03 / 0.1), rel=0.03) and crossings[0].startswith("epoch 397.7")
+    assert meets == pytest.approx(140 * np.exp(0.03 / 0.1), rel=0.03)
+    assert crossings[0].startswith("epoch 397.7")
     rows = pd.read_csv(tmp_path / "out/tables/table1.csv", keep_default_na=False).set_index("hyper-parameter")
-    assert (rows["as published"] != "").all() and {"student", "training images", "epochs run"} <= set(rows.index)
+    assert (rows["as published"] != "").all()
+    assert {"student", "training images", "epochs run"} <= set(rows.index)
     explained = set(rows.index[rows["as published"] != "yes"])
-    assert explained == {"teacher", "epochs run", "epochs (planned)", "seed", "criterion", "num workers", "T_max"}
+    assert explained == {"teacher", "epochs run", "epochs (planned)", "seed", "criterion", "num workers",
+                         "T_max"}
 
 
 @pytest.mark.slow
@@ -217,7 +252,8 @@ def test_analysis_without_records_says_so(name, told, tmp_path):
 
 @pytest.mark.slow
 def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
-    """All seeds of an arm have predictions of their last epoch and no result: a row over test images, without seeds."""
+    """All seeds of an arm have predictions of their last epoch and no result: a row over test images, without
+    seeds."""
     committed = ROOT / "reports/runs"
     cut = {run.name for run in load("setting_a", find_runs(committed)).arms["hard labels"]}
     (tmp_path / "runs").mkdir()
@@ -229,7 +265,8 @@ def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
         (here / "result.json").unlink()
         (here / "predictions.npz").rename(here / f"predictions-{Run(here).epochs_done}.npz")
     table = load("setting_a", find_runs(tmp_path / "runs")).table().set_index(["arm", "other"])
-    assert table.seeds["hard labels", "plain"] == 0 and table.interval["hard labels", "plain"] == "test images"
+    assert table.seeds["hard labels", "plain"] == 0
+    assert table.interval["hard labels", "plain"] == "test images"
     execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     taught = pd.read_csv(tmp_path / "out/tables/study_teachers.csv").arm
     assert "hard labels" not in set(taught) and "hard labels, out of fold" in set(taught)
@@ -239,27 +276,31 @@ def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
 def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
     """Two epochs and one: drawn, without laws; nothing is read off them."""
     papers_pair(tmp_path / "runs", 0.0, (2, 1), (1,))
-    text = said(execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out")))
+    text = said(execute("a01_paper", tmp_path / "a01.ipynb", reports=str(tmp_path / "runs"),
+                        out=str(tmp_path / "out")))
     assert "the logarithm needs 3 epochs, this curve has 1" in text
     assert len(pd.read_csv(tmp_path / "out/tables/crossovers.csv")) == 1  # the published one
     assert "1 of 150 epochs" in (tmp_path / "out/figures/figure4.svg").read_text()
 
 
-STUDY, CAN = definitions("a02_study"), definitions("a08_can", "PROBES", "TUNED")
+STUDY = definitions("a02_study")
+CAN = definitions("a08_can", "PROBES", "TUNED")
 TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
 LAW = 0.1 + 0.1 * np.log(np.arange(1, 151))
 
 
 def curve_arm(root, curve, seeds=(1,), planned=None, right=100, **over):
-    """Runs of an arm with these test accuracies by epoch; ended, with decisions, if they have all planned epochs."""
+    """Runs of an arm with these test accuracies by epoch; ended, with decisions, if they have all planned
+    epochs."""
     runs = []
     for seed in seeds:
         c = Config(dataset="digits", epochs=planned or len(curve), seed=seed, runs_dir=str(root), **over)
         frame = pd.DataFrame(dict(epoch=range(len(curve)), test_top1=curve, train_top1=np.add(curve, 0.1)))
         ended = {} if planned else dict(test_top1=float(curve[-1]), train_top1=float(curve[-1]) + 0.1)
         run = record(c, metrics=frame, **ended)
-        run.save_predictions(test_image=np.arange(200), test_label=np.zeros(200, int), train_image=np.arange(90),
-                             test_class_decision=np.repeat([0, 1], [right, 200 - right]),
+        decisions = np.repeat([0, 1], [right, 200 - right])
+        run.save_predictions(test_image=np.arange(200), test_label=np.zeros(200, int),
+                             train_image=np.arange(90), test_class_decision=decisions,
                              test_class_confidence=np.full(200, 0.5, "float16"))
         runs.append(run)
     return runs
@@ -274,19 +315,22 @@ def test_long_runs_are_compared_as_far_as_both_have_come(tmp_path):
     np.testing.assert_allclose(course.difference + course.plain / 2, 0, atol=1e-9)
     np.testing.assert_allclose(course.high - course.low, 0.06)
     other = curve_arm(tmp_path / "other", LAW[:60], planned=150)
-    table = STUDY.long_rows(dict(plain=plain, other=other, taught=taught), lambda epoch: 0.15 + 0.1 * np.log(epoch))
+    arms = dict(plain=plain, other=other, taught=taught)
+    table = STUDY.long_rows(arms, lambda epoch: 0.15 + 0.1 * np.log(epoch))
     assert table.epochs_done.tolist() == [60, 60, 25] and table.line_rms[:2].tolist() == [0.05] * 2
 
 
 def test_overfitting_is_the_gap_of_training_and_test(tmp_path):
-    both = {arm: curve_arm(tmp_path / arm, (0.2, end), (1, 2)) for arm, end in (("plain", 0.5), ("taught", 0.53))}
+    ends = dict(plain=0.5, taught=0.53)
+    both = {arm: curve_arm(tmp_path / arm, (0.2, end), (1, 2)) for arm, end in ends.items()}
     study = Study("mine", arms=dict.fromkeys(both, {}), baseline="plain")
     row = STUDY.overfit_rows(Comparison(study, both)).iloc[0]
     assert [row.gap, row.gap_other, row.difference] == pytest.approx([0.1, 0.1, 0])  # 10 points for both
 
 
 def test_costs_are_counted_and_timed_by_a_bench(tmp_path):
-    """90 images in two epochs: steps, answers, expected passes with a memo of 81 views, minutes at a bench's rates."""
+    """90 images in two epochs: steps, answers, expected passes with a memo of 81 views, minutes at a bench's
+    rates."""
     rates = {"vitdistill plain": 3.0, "vitdistill full memo": 2.0, "teacher alone": 1.0}
     pd.Series(rates, name="images_per_second").rename_axis("contender").to_csv(tmp_path / "machine.csv")
     (tmp_path / "machine.txt").write_text("a machine, 2 cores, torch 2")
@@ -301,14 +345,17 @@ def test_costs_are_counted_and_timed_by_a_bench(tmp_path):
     assert costs.memo["taught"] == pytest.approx(90 * (2 - 1 / 81), abs=1)
     assert costs.shared["taught"] == pytest.approx(90 * 81 * (1 - (80 / 81) ** 6) / 3, abs=1)  # three seeds
     assert costs["minutes, online"].tolist() == [1, 4, 3]  # 180 images, and as many passes; 540 images
-    assert STUDY.cost_rows(arms, rates, ("another", 9))["minutes, memo"].isna().tolist() == [False, True, False]
+    of_another = STUDY.cost_rows(arms, rates, ("another", 9))
+    assert of_another["minutes, memo"].isna().tolist() == [False, True, False]
 
 
 def test_calibration_of_runs_that_are_half_sure(tmp_path):
-    half = [run for seed, right in ((1, 100), (2, 120)) for run in curve_arm(tmp_path, (0.2, right / 200), [seed],
-                                                                             right=right)]
+    half = []
+    for seed, right in (1, 100), (2, 120):
+        half += curve_arm(tmp_path, (0.2, right / 200), [seed], right=right)
     row = STUDY.calibration_rows(dict(half=half, none=[])).iloc[0]
-    assert [row.ece, row.ece_std, row.confidence] == pytest.approx([0.05, np.std([0, 0.1], ddof=1), 0.5], abs=1e-4)
+    expected = [0.05, np.std([0, 0.1], ddof=1), 0.5]
+    assert [row.ece, row.ece_std, row.confidence] == pytest.approx(expected, abs=1e-4)
 
 
 VIT = dict(dataset="digits", student="vit_tiny_patch16_224", student_kwargs=dict(depth=2))
@@ -318,16 +365,18 @@ MAE = dict(views=1, mask=0.75, sigma=0.0, weights=[0.0, 1.0, 0.0])
 
 def pretraining(seed=1, epochs=30, lr=0.1, **given):
     where = given.pop("runs_dir", "")
-    return Config(**VIT, experiment="pretrain", distillation="can", objective_kwargs=given, seed=seed, epochs=epochs,
-                  lr=lr, runs_dir=where)
+    return Config(**VIT, experiment="pretrain", distillation="can", objective_kwargs=given, seed=seed,
+                  epochs=epochs, lr=lr, runs_dir=where)
 
 
 def test_passes_and_patches_of_pretrainings():
-    assert CAN.passes(pretraining()) == CAN.passes(pretraining(epochs=60, **MAE)) == CAN.passes(Config(epochs=60)) == 60
+    for config in pretraining(), pretraining(epochs=60, **MAE), Config(epochs=60):
+        assert CAN.passes(config) == 60
     quarter = dict(dataset="digits", student=VIT["student"], student_kwargs=dict(img_size=32, patch_size=4))
     ways = ("can", {}), ("can", SIMCLR), ("can", MAE), ("none", {})
-    assert [CAN.seen_patches(Config(**quarter, distillation=way, objective_kwargs=given)) for way, given in ways] == \
-        [32, 64, 16, 64]  # of 8 x 8
+    configs = [Config(**quarter, distillation=way, objective_kwargs=given) for way, given in ways]
+    seen = [CAN.seen_patches(config) for config in configs]
+    assert seen == [32, 64, 16, 64]  # of 8 x 8
 
 
 def test_multiply_adds_of_a_view_by_hand():
@@ -341,33 +390,42 @@ def test_multiply_adds_of_a_view_by_hand():
 
 def test_noise_explained_is_a_share_of_its_variance(tmp_path):
     def explained(error, **given):
-        return CAN.noise_explained(record(pretraining(runs_dir=str(tmp_path), **given), train_denoising=error))
+        config = pretraining(runs_dir=str(tmp_path), **given)
+        return CAN.noise_explained(record(config, train_denoising=error))
     assert [explained(0.03, sigma=0.3), explained(0.015, sigma=0.3)] == pytest.approx([0, 0.5])
-    assert explained(0.49, sigma=0.3, normalize_noise=True) == pytest.approx(0.5, abs=0.01)  # by patch, of variance 1
+    by_patch = explained(0.49, sigma=0.3, normalize_noise=True)  # noise of variance 1
+    assert by_patch == pytest.approx(0.5, abs=0.01)
     assert np.isnan(explained(0.2, **SIMCLR))
 
 
 def test_rows_of_pretrainings(tmp_path):
-    """Means and deviations over seeds; a model from labels has no probe and no hours; further numbers beside."""
+    """Means and deviations over seeds; a model from labels has no probe and no hours; further numbers
+    beside."""
     for seed in 1, 2, 3:
         for arm, top1, given in ("CAN", 0.6 + 0.01 * seed, {}), ("SimCLR", 0.55 + 0.012 * seed, SIMCLR):
             record(pretraining(seed, runs_dir=str(tmp_path), **given), f"mine/{arm}", linear_val_top1=top1,
                    linear_test_top1=top1 - 0.05, seconds=3600 * seed)
     for arm, top1, more in ("tuned", 0.7, dict(layer_decay=0.75)), ("scratch", 0.5, {}):
-        record(Config(**VIT, **more, experiment="teacher", runs_dir=str(tmp_path)), f"mine/{arm}", held_out_top1=top1,
-               test_top1=top1 - 0.01, seconds=9)
+        config = Config(**VIT, **more, experiment="teacher", runs_dir=str(tmp_path))
+        record(config, f"mine/{arm}", held_out_top1=top1, test_top1=top1 - 0.01, seconds=9)
     (tmp_path / "mine.yaml").write_text("""
 measure: linear_test_top1
-arms: {CAN: {notebook: e06_pretrain}, SimCLR: {notebook: e06_pretrain, mask: 0}, tuned: {notebook: e00_teacher},
-       scratch: {notebook: e00_teacher, epochs: 9}}
+arms:
+  CAN: {notebook: e06_pretrain}
+  SimCLR: {notebook: e06_pretrain, mask: 0}
+  tuned: {notebook: e00_teacher}
+  scratch: {notebook: e00_teacher, epochs: 9}
 compare: [[CAN, SimCLR], [tuned, scratch]]
 """)
     mine = load(tmp_path / "mine.yaml", tmp_path)
     encoders = {arm: mine.arms[arm] for arm in ("CAN", "SimCLR")}
-    table = CAN.arm_rows(encoders, dict(CAN=mine.arms["tuned"], scratch=mine.arms["scratch"])).set_index("arm")
+    tuned = dict(CAN=mine.arms["tuned"], scratch=mine.arms["scratch"])
+    table = CAN.arm_rows(encoders, tuned).set_index("arm")
     can = table.loc["CAN", ["linear probe, test", "fine-tuned, test", "hours", "passes"]]
-    assert can.tolist() == ["0.57 ± 0.01", "0.69", "2 ± 1", 60] and [*table.index] == ["CAN", "SimCLR", "scratch"]
-    assert table.loc["scratch", ["fine-tuned, held out", "linear probe, test", "hours"]].tolist() == ["0.5", "", ""]
+    assert can.tolist() == ["0.57 ± 0.01", "0.69", "2 ± 1", 60]
+    assert [*table.index] == ["CAN", "SimCLR", "scratch"]
+    scratch = table.loc["scratch", ["fine-tuned, held out", "linear probe, test", "hours"]]
+    assert scratch.tolist() == ["0.5", "", ""]
     costs = CAN.cost_rows(encoders | dict(MAE=[])).set_index("arm")
     assert costs.hours.tolist() == ["2 ± 1"] * 2 and costs["hours over CAN"].tolist() == [1, 1]
     assert costs["multiply-adds over CAN"].iloc[0] == 1
@@ -378,15 +436,18 @@ compare: [[CAN, SimCLR], [tuned, scratch]]
 
 def test_claims_of_captions(tmp_path):
     """Best at a factor of 0.3, and half of the gap closed, over the seeds that all arms have."""
-    capdec, none = definitions("a09_capdec", "MEASURES"), "noise noise_factor=0.0"
+    capdec = definitions("a09_capdec", "MEASURES")
+    none = "noise noise_factor=0.0"
     known = {0.0: 0.2, 0.1: 0.38, 0.3: 0.5, 1.0: 0.49, 3.0: 0.48, 10.0: 0.1}  # factor -> accuracy
     base = dict(experiment="captions", clip="own", dataset="digits", runs_dir=str(tmp_path))
     for seed in 1, 2, 3:
         for factor, top1 in known.items():
-            record(Config(**base, noise_factor=factor, seed=seed), "mine/noise", noise_std=0.2 * factor, noise_rule=0.2,
-                   test_top1=round(top1 + 0.001 * seed * (1 + factor), 6), val_top1=top1 + 0.01, test_text_top1=0.9,
-                   noise_rule_draws=[0.18, 0.2, 0.22], test_word=0.1, image_bleu=20.0)
-        record(Config(**base, learn_from="image", seed=seed), "mine/images", test_top1=0.8 + 0.001 * seed, val_top1=0.8)
+            by_rule = dict(noise_std=0.2 * factor, noise_rule=0.2, noise_rule_draws=[0.18, 0.2, 0.22])
+            right = round(top1 + 0.001 * seed * (1 + factor), 6)
+            record(Config(**base, noise_factor=factor, seed=seed), "mine/noise", **by_rule, test_top1=right,
+                   val_top1=top1 + 0.01, test_text_top1=0.9, test_word=0.1, image_bleu=20.0)
+        from_images = Config(**base, learn_from="image", seed=seed)
+        record(from_images, "mine/images", test_top1=0.8 + 0.001 * seed, val_top1=0.8)
     (tmp_path / "mine.yaml").write_text("""
 seeds: [1, 2, 3]
 arms:
@@ -401,7 +462,8 @@ choose: {field: noise_factor, by: val_top1}
     of_both = (0.50195 - 0.2015) / (0.8015 - 0.2015)  # seeds 1 and 2, which all three arms have
     assert capdec.gap_closed(uneven, "noise noise_factor=0.3", "images") == pytest.approx(of_both)
     table = capdec.caption_rows(mine, "images").set_index("arm")
-    assert table.gap_closed["noise noise_factor=0.3"] == pytest.approx((0.5026 - 0.202) / (0.802 - 0.202), abs=1e-3)
+    closed = (0.5026 - 0.202) / (0.802 - 0.202)
+    assert table.gap_closed["noise noise_factor=0.3"] == pytest.approx(closed, abs=1e-3)
     assert table.gap_closed[[none, "images"]].tolist() == pytest.approx([0, 1])
     claims = pd.DataFrame([*capdec.gap_claims(mine, "images"), *capdec.rule_claims(mine)])
     assert claims.claim.tolist() == list("aabcdddd") and claims.met.all()
@@ -410,7 +472,8 @@ choose: {field: noise_factor, by: val_top1}
     assert claims.value[3] == pytest.approx(0.0102, abs=2e-3)
 def test_a_comparison_opens_each_file_of_a_run_once():
     """Also of a study with one seed, which compares the predictions of one arm with those of all others."""
-    opened, watched = collections.Counter(), ("config.yaml", "environment.json", "result.json", "predictions.npz")
+    opened = collections.Counter()
+    watched = "config.yaml", "environment.json", "result.json", "predictions.npz"
     listening = True
 
     def listen(event, details):

@@ -41,7 +41,8 @@ def test_an_output_that_agrees_stays(tmp_path):
     cells = [dict(cell_type="markdown", id="a", metadata={}, source=["# É"]),
              dict(cell_type="code", id="b", metadata={}, source=["1/3"], execution_count=None, outputs=[])]
     source, copy = tmp_path / "a00.ipynb", tmp_path / "executed.ipynb"
-    source.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8")
+    notebook = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
+    source.write_text(json.dumps(notebook), encoding="utf-8")
 
     def after(*outputs):
         injected = dict(cells[1], id="c", outputs=[printed("?")])

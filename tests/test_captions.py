@@ -1,4 +1,5 @@
-"""Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad input."""
+"""Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad
+input."""
 import json
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def config(place):
     """A run on digits that takes seconds: an untrained image tower, a text tower that is fitted to it."""
     digits = load_data(Config(dataset="digits"))
     torch.manual_seed(0)
-    model = create_student(Config(dataset="digits", student="vit_tiny_patch16_224", student_kwargs=VIT), 10, 32).model
+    config = Config(dataset="digits", student="vit_tiny_patch16_224", student_kwargs=VIT)
+    model = create_student(config, 10, 32).model
     card = Card.of(Config(dataset="digits"), digits, 32, ((0.5,) * 3,) * 2)
     card = replace(card, image_size=32, train_hash="", images_hash=None)  # it was trained on other images
     card.write(save_model(model, place / "vit", VIT, card.classes, "", card.constants, 32))
@@ -59,11 +61,13 @@ def alone(config):
 
 def start(config, file, ranks=1, python=sys.executable):
     command = train_command(save(config, file), ranks, python)
-    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def test_killed_run_writes_the_same_captions(config, alone, place):
-    """SIGKILL after some epochs; started again it ends with the same decisions, captions and weights, bit for bit."""
+    """SIGKILL after some epochs; started again it ends with the same decisions, captions and weights, bit for
+    bit."""
     dropout = config.decoder_kwargs | dict(resid_pdrop=0.1)
     cut = replace(config, runs_dir=str(place / "cut"), epochs=12, decoder_kwargs=dropout)
     one = train(replace(cut, runs_dir=str(place / "whole")), task=CAPTIONS)
@@ -82,7 +86,8 @@ def test_killed_run_writes_the_same_captions(config, alone, place):
 def test_a_tower_that_saw_the_held_out_images_is_refused(config, place):
     """Its captions would be chosen on images whose labels it knows."""
     digits, constants = load_data(config), ((0.5,) * 3,) * 2
-    other = replace(config, student="vit_tiny_patch16_224", student_kwargs=VIT, student_weights="", split_seed=3)
+    other = replace(config, student="vit_tiny_patch16_224", student_kwargs=VIT, student_weights="",
+                    split_seed=3)
     model = create_student(other, 10, 32).model
     folder = save_model(model, place / "seen", VIT, digits.classes, "", constants, 32)
     Card.of(other, digits, 32, constants).write(folder)
@@ -100,8 +105,8 @@ def test_ranks_share_a_batch(config, alone, place):
 
 def test_decoder_recovers_its_training_texts(config, place):
     """Ten different texts, no noise: trained long enough, each comes back from its embedding."""
-    long = replace(config, runs_dir=str(place / "long"), noise_factor=0.0, epochs=150, evaluate_every=150, lr=5e-3,
-                   decoder_kwargs=SMALL | dict(n_embd=64), data_fraction=0.1)
+    long = replace(config, runs_dir=str(place / "long"), noise_factor=0.0, epochs=150, evaluate_every=150,
+                   lr=5e-3, decoder_kwargs=SMALL | dict(n_embd=64), data_fraction=0.1)
     setup = prepare_captions(resolve(long), Ranks())
     train(long, task=replace(CAPTIONS, prepare=lambda *_: setup))
     said = setup.captions(setup.embeddings)
@@ -128,7 +133,8 @@ def test_noise_and_arms_differ_in_what_they_say(config, place):
 def own(alone, place):
     """A text file and a folder of images of one's own, and an encoder: that of the run above."""
     texts, images = place / "texts.txt", place / "images"
-    texts.write_text("".join(f"one sees a {word} {i}\n" for i in range(5) for word in ("cat", "dog", "bird", "fish")))
+    sentences = [f"one sees a {word} {i}\n" for i in range(5) for word in ("cat", "dog", "bird", "fish")]
+    texts.write_text("".join(sentences))
     images.mkdir()
     for i in range(3):
         Image.fromarray(np.full((40, 30 + i, 3), 80 * i, np.uint8)).save(images / f"{i}.png")
@@ -139,8 +145,9 @@ def own(alone, place):
 def options(own, out):
     texts, images, clip = own
     return ["--texts", str(texts), "--images", str(images), "--out", str(out), "--clip", str(clip),
-            "--clip_pretrained", "", "--decoder", "", "--decoder_kwargs", json.dumps(SMALL), "--noise_std", "0.05",
-            "--epochs", "2", "--lr", "0.003", "--precision", "fp32", "--teacher_precision", "fp32", "--device", "cpu"]
+            "--clip_pretrained", "", "--decoder", "", "--decoder_kwargs", json.dumps(SMALL),
+            "--noise_std", "0.05", "--epochs", "2", "--lr", "0.003", "--precision", "fp32",
+            "--teacher_precision", "fp32", "--device", "cpu"]
 
 
 def test_command_captions_ones_own_images(own, place, capsys):
@@ -211,7 +218,8 @@ def test_a_missing_extra_is_named(config, package, monkeypatch):
 
 
 def test_captions_name_classes_of_cifar(real_data):
-    """The official pickles name each image: captions of words, classes and superclasses, and hashes as before."""
+    """The official pickles name each image: captions of words, classes and superclasses, and hashes as
+    before."""
     from vitdistill.tasks.captioning import image_facts
     config = Config(dataset="cifar100", data_root=str(real_data))
     data = load_data(config)

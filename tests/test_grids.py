@@ -18,8 +18,8 @@ from vitdistill.study.compare import draw_forest, load, missing, write
 @pytest.fixture
 def grid(tmp_path):
     """One cell that trains for seconds; its checkpoints are an hour apart."""
-    given = dict(preset="demo", student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.4, epochs=60,
-                 device="cpu", precision="fp32", threads=1, checkpoint_seconds=3600.0,
+    given = dict(preset="demo", student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.4,
+                 epochs=60, device="cpu", precision="fp32", threads=1, checkpoint_seconds=3600.0,
                  runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     file = tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump(dict(arms=dict(plain=dict(notebook="e01_baseline_resnet50", **given)))))
@@ -32,7 +32,8 @@ def command(*words):
 
 @pytest.mark.slow
 def test_a_cell_that_is_told_to_stop_goes_on_later(grid, tmp_path):
-    """SIGTERM, as a job of a cluster gets it: the ranks save and end, the table says so, the rest is trained later."""
+    """SIGTERM, as a job of a cluster gets it: the ranks save and end, the table says so, the rest is trained
+    later."""
     cell, out = grid_cells(grid, tmp_path / "out/grid")[0], tmp_path / "out"
     write_record(cell)
     process = subprocess.Popen(command(cell.file(".json")), cwd=ROOT, env=environment())
@@ -46,9 +47,10 @@ def test_a_cell_that_is_told_to_stop_goes_on_later(grid, tmp_path):
     assert read_record(cell)["state"] == "cut" and run.status == "interrupted"
     assert run.checkpoint()["epochs"] >= run.epochs_done - 1 >= 2  # though none was due
     assert wait_until(lambda: not processes_mentioning(str(run.work)), 20)
-    said = subprocess.run(command(grid, "--out", out, "--status"), cwd=ROOT, env=environment(), capture_output=True,
-                          text=True)
-    assert said.stdout.splitlines()[1].split()[:2] == ["cut", f"{run.epochs_done}/60"] and said.returncode == 0
+    status = subprocess.run(command(grid, "--out", out, "--status"), cwd=ROOT, env=environment(),
+                            capture_output=True, text=True)
+    assert status.returncode == 0
+    assert status.stdout.splitlines()[1].split()[:2] == ["cut", f"{run.epochs_done}/60"]
     assert f"resumes after epoch {run.checkpoint()['epochs']}" in resumed(cell, run)
 
 
@@ -66,7 +68,7 @@ def resumed(cell, run):
 def test_without_slurm_it_is_one_sentence(grid, tmp_path, monkeypatch):
     """On a machine that has none, nothing is written."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    with pytest.raises(SystemExit, match=r"^there is no Slurm here \(no sbatch on the PATH\)") as refused:
+    with pytest.raises(SystemExit, match=r"^there is no Slurm here .*sbatch") as refused:
         main([str(grid), "--out", str(tmp_path / "out"), "--on", "slurm"])
     assert "\n" not in refused.value.code and not (tmp_path / "out").exists()
 
@@ -85,23 +87,26 @@ def test_two_grids_do_not_share_a_folder(grid, tmp_path):
 
 
 def test_what_a_grid_trains_is_what_a_comparison_waits_for(tmp_path, capsys):
-    """Arms with seeds of their own, in each way to write them, and names with the signs that texts are joined by."""
-    file, plain = tmp_path / "mine.yaml", dict(notebook="e01_baseline_resnet50")
-    arms = {"plain": plain, "vit - small": plain | dict(lr=0.1, seed=7), "a/b, c=d + e": plain | dict(lr=0.2, seed=2),
-            "two": plain | dict(lr=0.3, seeds=[2, 9]), "varied": plain | dict(lr=0.4, vary=dict(seed=[1, 3])),
-            "hard | soft": plain | dict(lr=0.5)}
+    """Arms with seeds of their own, in each way to write them, and names with the signs that texts are joined
+    by."""
+    file = tmp_path / "mine.yaml"
+    plain = dict(notebook="e01_baseline_resnet50")
+    arms = {"plain": plain, "vit - small": plain | dict(lr=0.1, seed=7),
+            "a/b, c=d + e": plain | dict(lr=0.2, seed=2), "two": plain | dict(lr=0.3, seeds=[2, 9]),
+            "varied": plain | dict(lr=0.4, vary=dict(seed=[1, 3])), "hard | soft": plain | dict(lr=0.5)}
     common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
-    file.write_text(yaml.safe_dump(dict(common=common, seeds=[1, 2, 3], baseline="plain", arms=arms, later=[9]),
-                                   sort_keys=False))
+    study = dict(common=common, seeds=[1, 2, 3], baseline="plain", arms=arms, later=[9])
+    file.write_text(yaml.safe_dump(study, sort_keys=False))
     cells, trained = grid_cells(file), {}
     for cell in cells:
         trained.setdefault(cell.arm.partition("/")[2], []).append(cell.chosen["seed"])
-    assert trained == {"plain": [1, 2, 3], "vit - small": [7], "a/b, c=d + e": [2], "two": [2, 9], "varied": [1, 3],
-                       "hard | soft": [1, 2, 3]}
+    assert trained == {"plain": [1, 2, 3], "vit - small": [7], "a/b, c=d + e": [2], "two": [2, 9],
+                       "varied": [1, 3], "hard | soft": [1, 2, 3]}
     waits = [note for note in missing(load(file)) if "not begun with seed" in note]
     assert "vit - small: not begun with seed 7." in waits and "two: not begun with seed 2, 9." in waits
     for n, cell in enumerate(cells):
-        record(config_of(cell), cell.arm, metrics=pd.DataFrame(dict(epoch=[0], test_top1=[0.5])), test_top1=0.5)
+        metrics = pd.DataFrame(dict(epoch=[0], test_top1=[0.5]))
+        record(config_of(cell), cell.arm, metrics=metrics, test_top1=0.5)
         assert n + 1 == len(cells) or any("not begun" in note for note in missing(load(file)))
     assert missing(load(file)) == ["vit - small and plain: no seed in common, so they are not compared."]
     main([str(file), "--out", str(tmp_path / "out"), "--status"])
@@ -120,12 +125,13 @@ def test_an_arm_of_any_name_is_in_the_forest(tmp_path):
     file, arms = tmp_path / "mine.yaml", ["plain", "vit - small", "plain - vit", "other"]
     for n, arm in enumerate(arms):
         for seed in (1, 2):
-            config = Config(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), seed=seed, lr=0.1 + n)
+            config = Config(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), seed=seed,
+                            lr=0.1 + n)
             record(config, f"mine/{arm}", test_top1=0.5 + 0.1 * n + 0.01 * seed)
     told = {arm: dict(notebook="e01_baseline_resnet50", lr=0.1 + n) for n, arm in enumerate(arms)}
     gains = [["other", "plain"], ["vit - small", "plain"]]
-    file.write_text(yaml.safe_dump(dict(common=dict(runs_dir=str(tmp_path / "runs")), arms=told, baseline="plain",
-                                        compare=[gains]), sort_keys=False))
+    study = dict(common=dict(runs_dir=str(tmp_path / "runs")), arms=told, baseline="plain", compare=[gains])
+    file.write_text(yaml.safe_dump(study, sort_keys=False))
     comparison = load(file)
     assert len(comparison.table()) == 4
     axes = draw_forest(comparison).axes[0]

@@ -1,4 +1,5 @@
-"""A hub on this machine that answers huggingface_hub's own requests: what is pushed is what comes back by name."""
+"""A hub on this machine that answers huggingface_hub's own requests: what is pushed is what comes back by
+name."""
 import base64
 import hashlib
 import http.server
@@ -117,17 +118,19 @@ print('imported', *unwanted & {*sys.modules})
 
 
 def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
-    """A run pushes itself; a student names it as its teacher; what it said goes up too, and a later student has it."""
+    """A run pushes itself; a student names it as its teacher; what it said goes up too, and a later student
+    has it."""
     there, env = hub
     plain = dict(distillation="none", teacher="", teacher_kwargs={}, epochs=1)
     teacher = replace(tiny, experiment="teacher", hub_repo="me/vit", **plain)
     first = replace(tiny, epochs=1, teacher_weights="hf-hub:me/vit")
     second = replace(first, lr=2e-3)
     nowhere = replace(tiny, teacher_weights="hf-hub:me/nothing", runs_dir=str(tmp_path / "nowhere"))
-    files = [str(save(config, tmp_path / f"{n}.yaml")) for n, config in enumerate((teacher, first, second, nowhere))]
+    configs = teacher, first, second, nowhere
+    files = [str(save(config, tmp_path / f"{n}.yaml")) for n, config in enumerate(configs)]
     (tmp_path / ".vitdistill").touch()  # the root of all
-    ran = subprocess.run([sys.executable, "-c", SCRIPT, *files], cwd=tmp_path, env=env, capture_output=True, text=True,
-                         timeout=240)
+    ran = subprocess.run([sys.executable, "-c", SCRIPT, *files], cwd=tmp_path, env=env, capture_output=True,
+                         text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "refused: hf-hub:me/nothing could not be fetched (there is no such repository, or it" in ran.stdout
     assert not (tmp_path / "nowhere").exists() and "imported\n" in ran.stdout  # what a run needs, and no more
@@ -135,9 +138,11 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     memos = sorted(name for name in shared if name.endswith(".bin"))  # of decisions and of logits
     cards = [memo[:-3] + "md" for memo in memos]
     assert shared.keys() == {"model.safetensors", "config.json", "card.json", "README.md", *memos, *cards}
-    assert f"pushed {' '.join(memos)}" in ran.stdout and all(b"of them are known" in shared[card] for card in cards)
+    assert f"pushed {' '.join(memos)}" in ran.stdout
+    assert all(b"of them are known" in shared[card] for card in cards)
     assert sorted(b"(kind: Logits)" in shared[card] for card in cards) == [False, True]
-    assert b"teacher_weights: hf-hub:me/vit" in shared["README.md"] and b"license: apache-2.0" in shared["README.md"]
+    assert b"teacher_weights: hf-hub:me/vit" in shared["README.md"]
+    assert b"license: apache-2.0" in shared["README.md"]
     *students, = (run for run in find_runs(first.runs_dir) if run.config.distillation == "hard")
     assert len(students) == 2 and all(run.config.teacher_weights == "hf-hub:me/vit" for run in students)
     known = {run.config.lr: run.metrics().memo_hit_rate[0] for run in students}
@@ -145,5 +150,6 @@ def test_a_teacher_and_its_memo_go_round(hub, tiny, tmp_path):
     card = json.loads(shared["card.json"])
     assert all(run.result["teacher_card"]["weights_hash"] == card["weights_hash"] for run in students)
     asked = [path for _, path in there.requests]
-    assert asked.count("/api/models/me/vit/commit/main") == 2 and asked.count("/api/models/me/vit/revision/main") >= 2
+    assert asked.count("/api/models/me/vit/commit/main") == 2
+    assert asked.count("/api/models/me/vit/revision/main") >= 2
     assert all((tmp_path / "out/hub/me--vit" / memo).is_file() for memo in memos)

@@ -1,4 +1,5 @@
-"""Away from a clone: what a wheel holds, its commands in a folder of one's own, and what the package declares."""
+"""Away from a clone: what a wheel holds, its commands in a folder of one's own, and what the package
+declares."""
 import ast
 import json
 import os
@@ -24,7 +25,7 @@ SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
 ENGINE = SETTINGS["requirements"].splitlines()[0].split()  # what training needs of the requirements
-BY_THEMSELVES = {"ipykernel", "ipywidgets", "jupyterlab", "onnxscript", "tensorboard"}  # started, or imported by others
+BY_THEMSELVES = {"ipykernel", "ipywidgets", "jupyterlab", "onnxscript", "tensorboard"}  # others import them
 SMALL_VIT = "{img_size: 32, patch_size: 8, embed_dim: 48, depth: 1, num_heads: 3}"
 
 
@@ -38,7 +39,8 @@ def tracked(*folders):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel of this checkout, built from a copy of what is tracked, without a network."""
-    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    source = tmp_path_factory.mktemp("source")
+    dist = tmp_path_factory.mktemp("dist")
     heads = ["setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"]
     for name in tracked(*heads, "vitdistill", *SETTINGS["shipped"].split()):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,14 +52,16 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def away(wheel, tmp_path_factory):
-    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the path."""
+    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the
+    path."""
     overlay = tmp_path_factory.mktemp("overlay")
     with zipfile.ZipFile(wheel) as archive:  # what an installer does with a pure wheel
         archive.extractall(overlay)
 
     def run(folder, *command, code=0):
         env = os.environ | {"PYTHONPATH": str(overlay), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=env, capture_output=True, text=True)
+        command = [sys.executable, *map(str, command)]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stderr[-3000:]
         return done.stdout if code == 0 else done.stderr
 
@@ -72,16 +76,22 @@ def test_wheel_holds_what_travels(wheel):
     """The modules, and each shipped file once, as the repository has it, but for the outputs of notebooks."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-        shipped = [name for name in tracked(*SETTINGS["shipped"].split()) if not Path(name).name.startswith(".")]
-        assert sorted(names) == sorted([*tracked("vitdistill"), *(f"vitdistill/share/{name}" for name in shipped)])
+        shipped = tracked(*SETTINGS["shipped"].split())
+        shipped = [name for name in shipped if not Path(name).name.startswith(".")]
+        shared = [f"vitdistill/share/{name}" for name in shipped]
+        assert sorted(names) == sorted([*tracked("vitdistill"), *shared])
         for name in shipped:
-            there, here = archive.read(f"vitdistill/share/{name}"), (ROOT / name).read_bytes()
+            there = archive.read(f"vitdistill/share/{name}")
+            here = (ROOT / name).read_bytes()
             if name.endswith(".ipynb"):
                 there, here = json.loads(there), json.loads(here)
                 assert not any(cell.get("outputs") for cell in there["cells"]), name
-                here["cells"] = [cell | {key: [] for key in cell if key == "outputs"} for cell in here["cells"]]
+                for cell in here["cells"]:
+                    if "outputs" in cell:
+                        cell["outputs"] = []
             assert there == here, name
-        info = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+        files = [name for name in archive.namelist() if ".dist-info/" in name]
+        info = {Path(name).name: archive.read(name).decode() for name in files}
     said = Parser().parsestr(info["METADATA"])
     assert said["Version"] == SETTINGS["version"] and said["Requires-Python"] == f">={SETTINGS['min_python']}"
     assert {"notebooks", "docs", "dev"} <= set(said.get_all("Provides-Extra"))
@@ -126,7 +136,8 @@ print("analysis", *{run.status for run in runs}, len(results.curves(runs)) > 100
 
 
 def test_package_away_from_a_clone(away, tmp_path):
-    """Presets, numbers and notebooks are the wheel's; relative paths mean the user's folder; no fcntl is needed."""
+    """Presets, numbers and notebooks are the wheel's; relative paths mean the user's folder; no fcntl is
+    needed."""
     lines = away(tmp_path, "-W", "ignore", "-c", AWAY, ROOT / "reports/runs").splitlines()
     said = dict(line.split(" ", 1) for line in lines)
     assert said["version"] == f"{SETTINGS['version']} {SETTINGS['version']}"
@@ -141,14 +152,16 @@ def test_package_away_from_a_clone(away, tmp_path):
 
 @pytest.mark.slow
 def test_pair_from_a_wheel(away, tmp_path):
-    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in that folder."""
+    """`vitdistill new`, then e01 and e02 as it copied them, by papermill, and figures: all is in that
+    folder."""
     away(tmp_path, *cli("new", "mine"))
     mine = tmp_path / "mine"
     short = ["-p", "epochs", "2", "-p", "student", "resnet18", "-p", "data_fraction", ".2"]
 
     def papermill(notebook, *words):
         name = Path(notebook).stem
-        away(mine, "-m", "papermill", notebook, f"out/{name}.ipynb", "--cwd", ".", "--no-progress-bar", *words)
+        away(mine, "-m", "papermill", notebook, f"out/{name}.ipynb", "--cwd", ".", "--no-progress-bar",
+             *words)
 
     papermill("nbs/experiments/e01_baseline_resnet50.ipynb", *short)
     untrained = ["-p", "allow_untrained", "True", "-y", f"teacher_kwargs: {SMALL_VIT}"]
@@ -161,7 +174,8 @@ def test_pair_from_a_wheel(away, tmp_path):
     assert [run.config.experiment for run in runs] == ["baseline", "distilled"]
     assert all(run.status == "done" and run.epochs_done == 2 for run in runs)
     about = runs[0].environment
-    assert about["vitdistill"] == SETTINGS["version"] and about["commit"] == os.environ.get("VITDISTILL_COMMIT", "")
+    assert about["vitdistill"] == SETTINGS["version"]
+    assert about["commit"] == os.environ.get("VITDISTILL_COMMIT", "")
     assert str(tmp_path) not in (runs[0].folder / "config.yaml").read_text()
     assert (mine / "out/demo/figures/figure4.svg").stat().st_size > 10_000
     assert all(run.name in (mine / "out/compare/index.html").read_text() for run in runs)
@@ -186,7 +200,8 @@ def declared(*extras):
 
 
 def test_what_is_imported_is_declared_and_nothing_else():
-    """Modules by the requirements and the extras; what training imports, by the first line of the requirements."""
+    """Modules by the requirements and the extras; what training imports, by the first line of the
+    requirements."""
     extras = [key.removesuffix("_requirements") for key in SETTINGS if key.endswith("_requirements")]
     users = [extra for extra in extras if extra not in ("dev", "docs")]
     folder = ROOT / "vitdistill"  # and the wings below it
@@ -202,11 +217,13 @@ def test_what_is_imported_is_declared_and_nothing_else():
     everything = declared("", *users)
     assert used - everything == set(), "imported, but declared nowhere"
     assert everything - used - BY_THEMSELVES == set(), "declared, but imported nowhere"
-    started = "import sys, vitdistill.launch, vitdistill.train.loop; print(*sys.modules)"  # ranks and their launcher
+    started = "import sys, vitdistill.launch, vitdistill.train.loop; print(*sys.modules)"  # ranks, launcher
     loaded = subprocess.check_output([sys.executable, "-c", started], cwd=ROOT, text=True).split()
     reached = {name.removeprefix("vitdistill.") for name in loaded if name.startswith("vitdistill.")}
     reached = {name if name in modules else f"{name}.__init__" for name in reached}
-    heads = [node for name in reached for node in modules[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    heads = []
+    for name in reached:
+        heads += [node for node in modules[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert len(reached) > 10 and distributions(imports(ast.Module(heads, []))) <= set(map(normal, ENGINE))
 
 
@@ -217,7 +234,8 @@ for name in {names}: sys.modules[name] = None  # an import fails, as if the pack
 
 
 def test_training_needs_the_engine_alone(tmp_path):
-    """Where a machine carries its own torch (pip install --no-deps): it trains and predicts; what lacks says so."""
+    """Where a machine carries its own torch (pip install --no-deps): it trains and predicts; what lacks says
+    so."""
     others = {normal(name) for name in SETTINGS["requirements"].split()} - set(map(normal, ENGINE))
     names = [module for module, packages in packages_distributions().items() if normal(packages[0]) in others]
     assert {"papermill", "seaborn", "matplotlib", "scipy", "sklearn", "jinja2"} <= set(names)
@@ -230,10 +248,11 @@ def test_training_needs_the_engine_alone(tmp_path):
                 Image.new("RGB", (32, 32), (colour + number, colour, colour)).save(folder / f"{number}.png")
 
     def run(*words):
-        return subprocess.run([sys.executable, *cli(*words)], cwd=tmp_path, env=env, capture_output=True, text=True)
+        command = [sys.executable, *cli(*words)]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
-    fields = dict(dataset="imagefolder", data_root="own", image_size=32, student="resnet18", epochs=1, batch_size=10,
-                  val_fraction=0, runs_dir="runs", work_dir="work")
+    fields = dict(dataset="imagefolder", data_root="own", image_size=32, student="resnet18", epochs=1,
+                  batch_size=10, val_fraction=0, runs_dir="runs", work_dir="work")
     words = [word for name, value in fields.items() for word in (f"--{name}", f"{value}")]
     trained = run("train", "--config", "demo:baseline", *words)
     assert trained.returncode == 0, trained.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""Processes that are really killed: nothing runs on, nothing is lost, the rerun ends where it would have ended."""
+"""Processes that are really killed: nothing runs on, nothing is lost, the rerun ends where it would have
+ended."""
 import os
 import re
 import signal
@@ -11,19 +12,22 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import PYTHON, ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of, train_command
+from conftest import PYTHON, ROOT, assert_same, elsewhere, environment, processes_mentioning, run_of
+from conftest import train_command
 from conftest import wait_until
 from vitdistill.config import save
 from vitdistill.launch.runner import failure
 from vitdistill.train.loop import train
 
-# jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may be quicker
+# jupyter_client frees the ports that it picked for a kernel before the kernel binds them: one beside it may
+# be quicker
 NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
 
 
 def start(config, file, ranks=1):
     command = train_command(save(config, file), ranks, python=PYTHON)
-    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def kill(process):
@@ -32,7 +36,8 @@ def kill(process):
 
 
 def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
-    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for bit.
+    """SIGKILL in mid-epoch, all of a recipe on; started again, it leaves the same record and weights, bit for
+    bit.
 
     Its images are augmented by two processes, those of the one left alone by itself."""
     config = replace(recipe, epochs=8, batch_size=16)
@@ -53,10 +58,11 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_four_ranks_resume_to_the_same_bytes(recipe, tmp_path):
-    """All of a recipe on. From three ranks on, the order of sums shows in their bits: four that are killed end as four
-    left alone."""
+    """All of a recipe on. From three ranks on, the order of sums shows in their bits: four that are killed
+    end as four left alone."""
     config = replace(recipe, epochs=8, batch_size=32)
-    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    alone = elsewhere(config, tmp_path / "alone")
+    cut = elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml", ranks=4).wait(240) == 0
     process = start(cut, tmp_path / "cut.yaml", ranks=4)
     assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 120)
@@ -85,15 +91,20 @@ def test_a_signal_saves_first(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tiny, tmp_path):
-    """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left alone."""
+    """SIGKILL at 20 random moments, in the loop, a checkpoint, a memo write: then the bytes of a run left
+    alone."""
     config = replace(tiny, epochs=60, batch_size=16)
-    alone, cut = elsewhere(config, tmp_path / "alone"), elsewhere(config, tmp_path / "cut")
+    alone = elsewhere(config, tmp_path / "alone")
+    cut = elsewhere(config, tmp_path / "cut")
     assert start(alone, tmp_path / "alone.yaml").wait(300) == 0
     random = np.random.default_rng(0)
     for _ in range(20):
         before = run_of(cut).epochs_done if run_of(cut).folder.exists() else 0
         process = start(cut, tmp_path / "cut.yaml")
-        further = lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done > before
+
+        def further():
+            return run_of(cut).folder.exists() and run_of(cut).epochs_done > before
+
         wait_until(lambda: process.poll() is not None or further(), 90)
         time.sleep(random.uniform(0, 0.5))
         kill(process)
@@ -106,8 +117,12 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
     config = replace(tiny, epochs=500)
     process = start(config, tmp_path / "ranks.yaml", ranks=2)
     try:
-        children = lambda: psutil.Process(process.pid).children(recursive=True)
-        ranks = lambda: [p for p in children() if "vitdistill.train" in " ".join(p.cmdline())]
+        def children():
+            return psutil.Process(process.pid).children(recursive=True)
+
+        def ranks():
+            return [p for p in children() if "vitdistill.train" in " ".join(p.cmdline())]
+
         assert wait_until(lambda: run_of(config).epochs_done >= 2, 120)
         victim = next(p for p in ranks() if p.environ()["RANK"] == "1")
         victim.kill()
@@ -128,8 +143,14 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
                "-p", "student", "resnet18", "-p", "epochs", "500", "-p", "runs_dir", str(tmp_path / "runs"),
                "-p", "work_dir", str(tmp_path / "work")]
     # a shell's background job ignores SIGINT, and its children inherit that
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    log, trains = tmp_path / "papermill.log", lambda: list((tmp_path / "runs").glob("*/metrics.csv"))
+
+    def heed():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    log = tmp_path / "papermill.log"
+
+    def trains():
+        return list((tmp_path / "runs").glob("*/metrics.csv"))
 
     def begin():
         with open(log, "w") as said:
@@ -141,25 +162,36 @@ def test_killed_papermill_leaves_no_process(tmp_path, end):
         if NO_KERNEL.search(log.read_text()):
             process = begin()
             wait_until(lambda: trains() or process.poll() is not None, 150)
-        assert trains(), f"no epoch of it yet, and papermill's status is {process.poll()}: {log.read_text()[-3000:]}"
+        status = f"no epoch of it yet, and papermill's status is {process.poll()}"
+        assert trains(), f"{status}: {log.read_text()[-3000:]}"
         kernels = [p.pid for p in psutil.Process(process.pid).children()]
         assert kernels and processes_mentioning(str(tmp_path / "work"))
     finally:
         process.send_signal(end)
-    lives = lambda pid: psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    alive = lambda: processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if lives(k)]
+
+    def lives(pid):
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+    def alive():
+        return processes_mentioning(str(tmp_path / "work")) + [k for k in kernels if lives(k)]
+
     try:
         assert wait_until(lambda: not alive(), 10), alive()
     finally:
         kill(process)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
+AS_ROOT = os.geteuid() == 0 and sys.platform == "linux"
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="mounting a small disk needs root on Linux")
 def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
-    """The disk fills up while a checkpoint is written: one sentence, the previous one whole, and the rerun ends."""
+    """The disk fills up while a checkpoint is written: one sentence, the previous one whole, and the rerun
+    ends."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this container may not mount a tmpfs")
     try:
         config = replace(tiny, work_dir=str(disk), epochs=6)

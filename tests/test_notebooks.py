@@ -55,7 +55,8 @@ def said(notebook):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled student."""
+    """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled
+    student."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
     vit = dict(student_kwargs=SMALL_VIT, epochs=32, batch_size=64, lr=2e-3)
@@ -72,14 +73,17 @@ def study(tmp_path_factory):
 
 def test_study_runs_by_papermill(study):
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
-    assert {name: run.status for name, run in runs.items()} == dict(teacher="done", baseline="done", distilled="done")
-    assert runs["distilled"].result["teacher_top1"] == pytest.approx(runs["teacher"].result["held_out_top1"], abs=1e-4)
+    states = {name: run.status for name, run in runs.items()}
+    assert states == dict(teacher="done", baseline="done", distilled="done")
+    measured = runs["teacher"].result["held_out_top1"]
+    assert runs["distilled"].result["teacher_top1"] == pytest.approx(measured, abs=1e-4)
     text = (study / "e02.ipynb").read_text()
     assert "epoch 1/2" in text and "epoch 2/2" in text  # a line an epoch in the executed notebook
     for name, file in (("teacher", "e00"), ("baseline", "e01"), ("distilled", "e02")):
         notebook = json.loads((study / f"{file}.ipynb").read_text())
         assert f"record: {runs[name].folder}" in said(notebook)  # where to look
-        pictures = [out for cell in notebook["cells"] for out in cell.get("outputs", []) if "image/png" in str(out)]
+        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        pictures = [output for output in outputs if "image/png" in str(output)]
         assert len(pictures) == (2 if file == "e01" else 1)  # the live curve, and the figure after it
 
 
@@ -93,7 +97,8 @@ def test_paper_analysis_draws_the_runs(study):
 
 
 def test_the_pair_is_compared(study, tmp_path):
-    """The difference of two runs on the digits is that of their records; one seed has an interval over test images."""
+    """The difference of two runs on the digits is that of their records; one seed has an interval over test
+    images."""
     assert main(["figures", "--reports", str(study / "runs"), "--out", str(tmp_path)]) == 0
     runs = {run.config.experiment: run for run in find_runs(study / "runs")}
     plain, taught = (runs[arm].result["test_top1"] for arm in ("baseline", "distilled"))
@@ -106,10 +111,11 @@ def test_the_pair_is_compared(study, tmp_path):
 
 
 def test_a_study_is_trained_and_compared(tmp_path, capsys):
-    """A teacher, then a student that names it; the comparison knows both; an arm that fails stops no other."""
+    """A teacher, then a student that names it; the comparison knows both; an arm that fails stops no
+    other."""
     file, folder = tmp_path / "mine.yaml", tmp_path / "out/compare"
-    common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.2,
-                  epochs=1)
+    common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"),
+                  data_fraction=0.2, epochs=1)
     vit = dict(notebook="e00_teacher", student_kwargs=SMALL_VIT, **common)
     plain = dict(notebook="e01_baseline_resnet50", student="vit_tiny_patch16_224", student_kwargs=SMALL_VIT)
     taught = dict(plain, notebook="e02_distilled_resnet50", teacher="vit", allow_untrained=True)
@@ -118,7 +124,8 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
     file.write_text(yaml.safe_dump(study))
     cells = run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out", at_once=2)
     states = {cell.name: cell.state for cell in cells}
-    assert "unknown model 'resnet5'" in states.pop("broken seed=1") and set(states.values()) == {"done"}, states
+    assert "unknown model 'resnet5'" in states.pop("broken seed=1")
+    assert set(states.values()) == {"done"}, states
     assert "3 done, 1 failed, 0 running, 0 left" in capsys.readouterr().out
     runs = {arm: run for run in find_runs(tmp_path / "runs") for arm in run.arms}
     assert runs.keys() == {"mine/vit", "mine/plain", "mine/taught"}
@@ -131,15 +138,19 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
     del study["arms"]["broken"]
     study["arms"]["alone"] = dict(plain, label_smoothing=0.1)  # a new arm is a line of the file
     file.write_text(yaml.safe_dump(study))
-    assert [cell.state for cell in run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out")] == ["done"] * 4
-    assert len(find_runs(tmp_path / "runs")) == 4 and "alone" in load(file, tmp_path / "runs").table().arm.to_list()
+    cells = run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out")
+    assert [cell.state for cell in cells] == ["done"] * 4
+    assert len(find_runs(tmp_path / "runs")) == 4
+    assert "alone" in load(file, tmp_path / "runs").table().arm.to_list()
 
 
 def test_deit_notebook(tmp_path):
-    """An untrained convnet teaches a ViT with a distillation token; both heads, joined in both ways, are reported."""
+    """An untrained convnet teaches a ViT with a distillation token; both heads, joined in both ways, are
+    reported."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
-    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18", teacher_size=32, allow_untrained=True,
-            student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), epochs=2, **where)
+    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18", teacher_size=32,
+            allow_untrained=True, epochs=2, **where,
+            student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3))
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
     assert set(run.result["heads"]) == {"class", "distillation", "softmax", "logits"}
     for head in ("class", "distillation"):
@@ -164,22 +175,24 @@ def test_room_runs_from_top_to_bottom(room, tmp_path):
     notebook = json.loads((ROOT / f"nbs/{room}.ipynb").read_text())
     assert "nbdev_export()" in "".join(notebook["cells"].pop()["source"])
     (tmp_path / "room.ipynb").write_text(json.dumps(notebook))
-    papermill.execute_notebook(str(tmp_path / "room.ipynb"), str(tmp_path / "ran.ipynb"), cwd=str(ROOT / "nbs"),
-                               progress_bar=False)
+    papermill.execute_notebook(str(tmp_path / "room.ipynb"), str(tmp_path / "ran.ipynb"),
+                               cwd=str(ROOT / "nbs"), progress_bar=False)
 
 
 @pytest.mark.slow
 def test_finetuning_notebook(study, tmp_path):
     """A trained transformer goes on at 48 px with its head: on labels alone, and taught at that size."""
     begun = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
-    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5, epochs=4, lr=1e-3)
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5,
+                 epochs=4, lr=1e-3)
     where |= dict(student_weights=str(begun.model), student_size=48, warmup_epochs=0)
     execute("e07_finetune", tmp_path / "alone.ipynb", distillation="none", **where)
     execute("e07_finetune", tmp_path / "taught.ipynb", teacher=begun.config.student, teacher_kwargs=SMALL_VIT,
             teacher_weights=str(begun.model), allow_untrained=True, **where)
     runs = {bool(run.config.teacher): run for run in find_runs(tmp_path / "runs")}
     for run in runs.values():
-        c, shapes = run.config, timm.models.load_state_dict(str(run.model / "model.safetensors"))
+        c = run.config
+        shapes = timm.models.load_state_dict(str(run.model / "model.safetensors"))
         assert (c.student, c.student_size, c.student_head) == (begun.config.student, 48, "keep")
         assert shapes["pos_embed"].shape == (1, 1 + 6 * 6, 96) and "img_size" not in c.student_kwargs
         assert run.result["test_top1"] > 0.3
@@ -188,8 +201,10 @@ def test_finetuning_notebook(study, tmp_path):
 
 @pytest.mark.slow
 def test_deit_notebook_with_its_own_teacher(tmp_path):
-    """Without weights, e03 first trains the convnet that its preset names, and that teacher passes the health check."""
-    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), epochs=2, data_fraction=0.5)
+    """Without weights, e03 first trains the convnet that its preset names, and that teacher passes the health
+    check."""
+    where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), epochs=2,
+                 data_fraction=0.5)
     execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18",
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), **where)
     runs = {run.config.experiment: run for run in find_runs(tmp_path / "runs")}
@@ -199,9 +214,10 @@ def test_deit_notebook_with_its_own_teacher(tmp_path):
 
 @pytest.mark.slow
 def test_out_of_fold_notebook(tmp_path):
-    """Without weights, e02 trains a teacher on each half; the record says how often the unseen one's label is true."""
+    """Without weights, e02 trains a teacher on each half; the record says how often the unseen one's label is
+    true."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
-    execute("e00_teacher", tmp_path / "e00.ipynb", fold="1/2", student_kwargs=SMALL_VIT, **where)  # is one of them
+    execute("e00_teacher", tmp_path / "e00.ipynb", fold="1/2", student_kwargs=SMALL_VIT, **where)  # of them
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT,
             student="resnet18", epochs=1, distillation="hard", **where)
     runs = find_runs(tmp_path / "runs")
@@ -216,10 +232,10 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
     """With a new head they answer by chance, and the memo is filled for their student."""
     teacher = next(run for run in find_runs(study / "runs") if run.config.experiment == "teacher")
     ran = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="new", new_head=True,
-                  seed=7, fill_memo=True, padding=0, keep_answers=True,  # seed 1 is the head that it began with
+                  seed=7, fill_memo=True, padding=0, keep_answers=True,  # seed 1: the head that it began with
                   weights=str(teacher.model / "model.safetensors"), student_kwargs=SMALL_VIT,
                   work_dir=str(tmp_path), runs_dir=str(tmp_path / "runs"))
-    assert re.search(r"on \d+ held-out images \(10% of train\)", said(ran))  # of which it can't know: they are told
+    assert re.search(r"on \d+ held-out images \(10% of train\)", said(ran))  # it can't know: it is told
     card = json.loads((tmp_path / "new/model/card.json").read_text())
     assert card["top1_held_out"] < 0.4 < teacher.result["held_out_top1"]
     assert list((tmp_path / "new/model").glob("memo-*.bin"))
@@ -231,15 +247,18 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
 
 
 def test_several_weights_are_adopted_as_a_mixture(tmp_path):
-    """Two folders are one teacher, with a card and a record as any other; what its student is to say is printed."""
-    its = preset("demo", "distilled", teacher_kwargs=SMALL_VIT, allow_untrained=True, teacher_precision="fp32")
+    """Two folders are one teacher, with a card and a record as any other; what its student is to say is
+    printed."""
+    its = preset("demo", "distilled", teacher_kwargs=SMALL_VIT, allow_untrained=True,
+                 teacher_precision="fp32")
     members = [untrained(replace(its, seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
-    notebook = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="mix", weights=members,
-                       keep_record=True, allow_untrained=True, work_dir=str(tmp_path),
+    notebook = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="mix",
+                       weights=members, keep_record=True, allow_untrained=True, work_dir=str(tmp_path),
                        runs_dir=str(tmp_path / "runs"))
     card = json.loads((tmp_path / "mix/model/card.json").read_text())
     assert card["architecture"] == "mixture" and len(card["kwargs"]["members"]) == 2 and card["n_held_out"]
-    assert "teacher = 'mixture', teacher_kwargs = {'members': [{'model': 'vit_tiny_patch16_224'" in said(notebook)
+    member = "{'members': [{'model': 'vit_tiny_patch16_224'"
+    assert f"teacher = 'mixture', teacher_kwargs = {member}" in said(notebook)
     record, = find_runs(tmp_path / "runs")
     assert record.status == "done" and record.result["weights_hash"] == card["weights_hash"]
 
@@ -249,12 +268,14 @@ def test_notebook_on_several_ranks(tmp_path, ranks):
     """papermill runs e02 with `-p nproc 2` (gloo) on the digits: one rank's metrics, without batch norm."""
     place = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.3)
     vit = dict(student="vit_tiny_patch16_224", epochs=3, optimizer="adamw", lr=0.002, batch_size=64)
-    fixed = dict(allow_untrained=True, device="cpu", precision="fp32", teacher_precision="fp32", distillation="hard")
+    fixed = dict(allow_untrained=True, device="cpu", precision="fp32", teacher_precision="fp32",
+                 distillation="hard")
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", nproc=ranks, student_kwargs=SMALL_VIT,
             teacher_kwargs=SMALL_VIT, **place, **vit, **fixed)
     several, = find_runs(tmp_path / "runs")
     assert f"nproc-per-node {ranks} " in several.environment["command"]
-    alone = replace(several.config, runs_dir=str(tmp_path / "alone/runs"), work_dir=str(tmp_path / "alone/work"))
+    alone = replace(several.config, runs_dir=str(tmp_path / "alone/runs"),
+                    work_dir=str(tmp_path / "alone/work"))
     one, many = train(alone).metrics(), several.metrics()
     assert len(one) == 3 and one.train_loss.iloc[-1] < one.train_loss.iloc[0] - 0.05  # it learned
     names = ["lr", "train_loss", *(name for name in one if "top" in name), "memo_hit_rate"]

@@ -1,4 +1,5 @@
-"""What runs of real training leave: the decisions of a checkpoint, by the command; curves where they are asked for."""
+"""What runs of real training leave: the decisions of a checkpoint, by the command; curves where they are
+asked for."""
 import contextlib
 import json
 import sqlite3
@@ -17,25 +18,28 @@ from vitdistill.train.loop import train
 
 
 def test_decisions_of_a_checkpoint(tiny, tmp_path):
-    """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics counted."""
+    """Of the last epoch they are the finished run's, bit for bit; of an earlier one, those that its metrics
+    counted."""
     config = replace(tiny, epochs=2, keep_checkpoints=[1], distillation="none", teacher="", data_fraction=1.0)
     run = train(elsewhere(config, tmp_path))
     assert main([str(run.folder), "--epochs", "1"]) == 0
     assert main([str(run.folder), "--record", str(tmp_path / "record")]) == 0
-    last, done = (read_arrays(folder / file) for folder, file in ((tmp_path / "record", "predictions-0002.npz"),
-                                                                  (run.folder, "predictions.npz")))
+    last = read_arrays(tmp_path / "record/predictions-0002.npz")
+    done = read_arrays(run.folder / "predictions.npz")
     head = {f"test_class_{kind}" for kind in ("decision", "confidence")}
     assert {"test_image", "test_label"} | head == set(last)
     for name in set(last) & set(done):
         assert np.array_equal(last[name], done[name]), name
     first = head_accuracies(read_arrays(run.folder / "predictions-0001.npz"))["class"]
     told = run.metrics().test_top1
-    assert [first, head_accuracies(last)["class"]] == pytest.approx(list(told), abs=1e-5) and told[0] != told[1]
+    assert told[0] != told[1]
+    assert [first, head_accuracies(last)["class"]] == pytest.approx(list(told), abs=1e-5)
 
 
 @pytest.mark.slow
 def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
-    """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's store."""
+    """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's
+    store."""
     for package in ("tensorboard", "trackio"):
         pytest.importorskip(package)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -50,12 +54,15 @@ def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
     assert set(events.Tags()["scalars"]) == set(rows[0]) | set(rows[1])
     for name in events.Tags()["scalars"]:
         told = {event.step: event.value for event in events.Scalars(name)}
-        assert told == {epoch: pytest.approx(row[name], rel=1e-5) for epoch, row in enumerate(rows) if name in row}
+        expected = {epoch: row[name] for epoch, row in enumerate(rows) if name in row}
+        assert told == pytest.approx(expected, rel=1e-5)
     text = events.Tensors("result/text_summary")[0].tensor_proto.string_val[0].decode()
     assert f'"test_top1": {run.result["test_top1"]}' in text
     with contextlib.closing(sqlite3.connect(tmp_path / "store/vitdistill.db")) as store:
-        kept = [(step, json.loads(values)) for step, values in store.execute("select step, metrics from metrics")]
+        written = store.execute("select step, metrics from metrics")
+        kept = [(step, json.loads(values)) for step, values in written]
         about, = store.execute("select config from configs where run_name = ?", [run.name])
     for (step, told), (epoch, row) in zip(kept, enumerate(rows)):
         assert step == epoch and told == {name: pytest.approx(value, rel=1e-5) for name, value in row.items()}
-    assert kept[-1][1]["result/test_top1"] == run.result["test_top1"] and json.loads(about[0])["ema_decay"] == 0.9
+    assert kept[-1][1]["result/test_top1"] == run.result["test_top1"]
+    assert json.loads(about[0])["ema_decay"] == 0.9

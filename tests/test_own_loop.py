@@ -45,7 +45,8 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def loop(teacher, tmp_path):
-    """Returns what runs README's loop with a student, data, and other names that it knows; returns what it saved."""
+    """Returns what runs README's loop with a student, data, and other names that it knows; returns what it
+    saved."""
     def run(student=None, data=None, compute=torch.float32, **more):
         data = Pictures(api.load_teacher(teacher)) if data is None else data
         student = made() if student is None else student

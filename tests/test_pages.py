@@ -36,7 +36,8 @@ def test_links_and_pictures_are_there(page):
     for words, file, fragment in links(page):
         assert file.exists(), f"{page}: [{words}] leads to {file}, which is not there"
         if fragment and file.suffix == ".md":
-            assert fragment in places(file), f"{page}: [{words}] leads to #{fragment}, which {file.name} has not"
+            lacks = f"{page}: [{words}] leads to #{fragment}, which {file.name} has not"
+            assert fragment in places(file), lacks
 
 
 @functools.cache
@@ -49,8 +50,10 @@ def rows(table):
 
 
 def is_cell(number, cell):
-    """Is a written number that cell, or the cell in points or percent, with so many decimals? A written sign counts."""
-    value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
+    """Is a written number that cell, or the cell in points or percent, with so many decimals? A written sign
+    counts."""
+    value = float(number.replace(",", ""))
+    digits = len(number.partition(".")[2])
     found = re.findall(r"-?\d+(?:\.\d+)?", cell) if isinstance(cell, str) else [cell]
     size = float if number[0] in "+-" else lambda one: abs(float(one))
     return any(abs(round(size(one) * times, digits) - value) < 1e-9 for one in found for times in (1, 100))

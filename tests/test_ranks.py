@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 
-from conftest import PYTHON, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command, wait_until
+from conftest import PYTHON, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command
+from conftest import wait_until
 from vitdistill.config import save
 from vitdistill.launch.runner import rank_command
 
 
 def test_ranks_give_the_same_losses(tiny, tmp_path):
-    """1, 2 and 8 gloo ranks: twenty fp32 steps, each a whole epoch of 287 images (uneven over 8), the same to 1e-5."""
-    runs = on_ranks(replace(tiny, epochs=20, batch_size=512, checkpoint_every=20, evaluate_every=20), tmp_path, 1, 2, 8)
+    """1, 2 and 8 gloo ranks: twenty fp32 steps, each a whole epoch of 287 images (uneven over 8), the same to
+    1e-5."""
+    config = replace(tiny, epochs=20, batch_size=512, checkpoint_every=20, evaluate_every=20)
+    runs = on_ranks(config, tmp_path, 1, 2, 8)
     one, *others = runs
     weights = [safetensors.torch.load_file(run.model / "model.safetensors") for run in runs]
     first, last = one.metrics().train_loss.iloc[[0, -1]]
@@ -40,7 +43,8 @@ def test_ranks_give_the_same_with_all_of_a_recipe(recipe, tmp_path, objective):
 def test_uneven_last_batch_is_weighted(tiny, tmp_path):
     """Batches of 64 from 287 images leave 31, over 2 ranks 16 and 15: still the gradient of the global mean.
 
-    These are new processes: forks of one have the same hashes of strings, and the same state of numpy's generator."""
+    These are new processes: forks of one have the same hashes of strings, and the same state of numpy's
+    generator."""
     assert_same_losses(*on_ranks(tiny, tmp_path, 1, 2, python=PYTHON))
 
 
@@ -59,13 +63,15 @@ sys.exit(train.main(["--config", file]))
 
 
 def test_ranks_wait_for_one_that_finishes(tiny, tmp_path):
-    """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a sentence."""
+    """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a
+    sentence."""
     (script := tmp_path / "late.py").write_text(LATE)
     for patience, failed in ((60, False), (5, True)):
-        file = save(elsewhere(replace(tiny, epochs=1), tmp_path / str(patience)), tmp_path / f"{patience}.yaml")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-        done = subprocess.run([*command, file, str(patience)], env=environment(), capture_output=True, text=True,
-                              timeout=240)
+        config = elsewhere(replace(tiny, epochs=1), tmp_path / str(patience))
+        file = save(config, tmp_path / f"{patience}.yaml")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([*torchrun, script, file, str(patience)], env=environment(),
+                              capture_output=True, text=True, timeout=240)
         assert bool(done.returncode) == failed, done.stderr[-2000:]
     assert "[rank 1] rank 1 waited 5 s for the others and gave up: see in the log" in done.stderr
     assert "[rank 1] Traceback" not in done.stderr
@@ -80,7 +86,8 @@ def test_resume_on_other_ranks_says_so(tiny, tmp_path):
     assert wait_until(lambda: run_of(config).epochs_done >= 2, 90)
     one.kill()
     one.wait()
-    done = subprocess.run(train_command(file, 2), env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(train_command(file, 2), env=environment(), capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0 and "trained on 1 rank(s): the last bits may differ" in done.stdout
     assert list(run_of(config).metrics().epoch) == list(range(40))
 
@@ -88,7 +95,8 @@ def test_resume_on_other_ranks_says_so(tiny, tmp_path):
 @pytest.mark.slow
 def test_two_nodes_meet(tiny, tmp_path):
     """Two torchruns on this machine meet by the c10d rendezvous and give the losses of one process."""
-    alone, together = elsewhere(tiny, tmp_path / "alone"), elsewhere(tiny, tmp_path / "together")
+    alone = elsewhere(tiny, tmp_path / "alone")
+    together = elsewhere(tiny, tmp_path / "together")
     subprocess.run(train_command(save(alone, tmp_path / "alone.yaml")), env=environment(), check=True,
                    capture_output=True, timeout=120)
     with socket.socket() as free:

@@ -27,10 +27,11 @@ def cifar(real_data):
 
 def test_numbers_of_cifar100(cifar):
     assert cifar.train_images.shape == (50_000, 32, 32, 3) and cifar.test_images.shape == (10_000, 32, 32, 3)
-    assert (torch.bincount(cifar.train_labels) == 500).all() and (torch.bincount(cifar.test_labels) == 100).all()
+    assert (torch.bincount(cifar.train_labels) == 500).all()
+    assert (torch.bincount(cifar.test_labels) == 100).all()
     mean, std = replace(cifar, constants=None).mean_std
     assert np.round(mean, 4).tolist() == list(cifar100_constants[0])
-    assert np.abs(np.array(std) - cifar100_constants[1]).max() < 0.011  # the paper's are those of another estimate
+    assert np.abs(np.array(std) - cifar100_constants[1]).max() < 0.011  # the paper's: another estimate
     assert len(set(cifar.classes)) == 100 and cifar.classes[0] == "apple"
 
 
@@ -40,21 +41,24 @@ def test_superclasses_are_those_of_the_data(real_data):
     table = class_names("cifar100", 100)
     assert table["class"].tolist() == list(meta["fine_label_names"])
     labels = zip(train["fine_labels"], train["coarse_labels"], strict=True)
-    assert {(fine, meta["coarse_label_names"][coarse]) for fine, coarse in labels} == set(table["superclass"].items())
+    named = {(fine, meta["coarse_label_names"][coarse]) for fine, coarse in labels}
+    assert named == set(table["superclass"].items())
 
 
 def test_real_teacher_teaches_real_images(cifar, real_data, tmp_path):
-    """The fine-tuned ViT-Tiny at the study's 160 px: its card, its health, a small ResNet taught for a few steps."""
-    teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224", student_size=160,
-                     student_kwargs=dict(img_size=224, dynamic_img_size=True), val_rows=HELD_OUT)
+    """The fine-tuned ViT-Tiny at the study's 160 px: its card, its health, a small ResNet taught for a few
+    steps."""
+    teacher = Config(dataset="cifar100", data_root=str(real_data), student="vit_tiny_patch16_224",
+                     student_size=160, student_kwargs=dict(img_size=224, dynamic_img_size=True),
+                     val_rows=HELD_OUT)
     weights = real_data / "weights/vit_tiny_patch16_224.cifar100.safetensors"
     card = adopt(teacher, weights, tmp_path / "teacher", cifar, precision=auto_precision("cpu"), most=300)
     assert card.top1_held_out > 0.7 and card.n_held_out == 6000 and card.n_train == 44_000
-    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0, student_kwargs={},
-                      teacher=teacher.student, teacher_kwargs=teacher.student_kwargs, teacher_size=160,
-                      teacher_weights=str(tmp_path / "teacher"), distillation="hard", epochs=2, evaluate_every=2,
-                      batch_size=32, data_fraction=0.005, lr=0.02, device="cpu", runs_dir=str(tmp_path / "runs"),
-                      work_dir=str(tmp_path / "work"))
+    student = replace(teacher, experiment="distilled", student="resnet10t", student_size=0,
+                      student_kwargs={}, teacher=teacher.student, teacher_kwargs=teacher.student_kwargs,
+                      teacher_size=160, teacher_weights=str(tmp_path / "teacher"), distillation="hard",
+                      epochs=2, evaluate_every=2, batch_size=32, data_fraction=0.005, lr=0.02, device="cpu",
+                      runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     record = run(student)
     loss = record.metrics().train_loss
     assert record.result["teacher_top1"] > 0.7

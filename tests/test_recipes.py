@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, TINY, record
 from test_notebooks import execute
 from vitdistill.api import save
-from vitdistill.cli import COMMANDS, configured, field_values
+from vitdistill.cli import COMMANDS, command_config, field_values
 from vitdistill.config import Config, defining, field_names
 from vitdistill.launch.queue import check_cells, config_of, grid_cells, missing_weights, start_order
 from vitdistill.launch.queue import study_cells
@@ -30,15 +30,18 @@ from vitdistill.launch.studies import read_study, study_file, trains
 RECORDS = ROOT / "reports/runs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARTS = dict(e00_teacher="teacher", e01_baseline_resnet50="baseline", e02_distilled_resnet50="distilled",
-             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain", e07_finetune="deit",
-             e08_own_images="distilled", e09_captions="captions")
+             e03_deit_from_regnet="deit", e04_adopted_teacher="teacher", e06_pretrain="pretrain",
+             e07_finetune="deit", e08_own_images="distilled", e09_captions="captions")
 OWN = {*notebook_names} - {"preset", "role"}  # parameters of notebooks that are no fields of Config
 
 
 def blocks(language, pages=PAGES):
     """Returns the code blocks of pages in one language."""
     fence = rf"^```{language}\n(.*?)^```$"
-    return [code for page in pages for code in re.findall(fence, page.read_text(encoding="utf-8"), re.M | re.S)]
+    codes = []
+    for page in pages:
+        codes += re.findall(fence, page.read_text(encoding="utf-8"), re.M | re.S)
+    return codes
 
 
 def commands(program):
@@ -91,7 +94,8 @@ def test_recipe_makes_a_config(words):
     declared = papermill.inspect_notebook(str(ROOT / words[1]))
     values = {"preset": ast.literal_eval(declared["preset"]["default"])} | given
     part = part_of(notebook, given)
-    assert configure(part, {name: value for name, value in values.items() if name not in OWN}).experiment == part
+    fields = {name: value for name, value in values.items() if name not in OWN}
+    assert configure(part, fields).experiment == part
 
 
 @pytest.mark.slow
@@ -99,7 +103,8 @@ def test_recipe_makes_a_config(words):
 def test_recipe_runs(words, tmp_path):
     """Runs a recipe with the digits, tiny models, one epoch, one process and files that are made here."""
     notebook, given = given_of(words)
-    small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    small = dict(preset="demo", epochs=1, nproc=1, runs_dir=str(tmp_path / "runs"),
+                 work_dir=str(tmp_path / "work"))
     student = dict(student="resnet18") if notebook[:3] in ("e01", "e02") else dict(student_kwargs=TINY)
     convnet = given.get("role") == "deit_teacher"
     small |= student if "student" not in given and not convnet else {}
@@ -118,14 +123,15 @@ def test_recipe_runs(words, tmp_path):
     if notebook.startswith("e04"):
         small |= dict(weights=str(tiny_weights(tmp_path)), val_rows="1200:1438", allow_untrained=True)
     if notebook.startswith("e07"):
-        small |= dict(student="vit_tiny_patch16_224", student_weights=str(tiny_weights(tmp_path)), data_fraction=0.5)
+        small |= dict(student="vit_tiny_patch16_224", student_weights=str(tiny_weights(tmp_path)),
+                      data_fraction=0.5)
     if notebook.startswith("e00"):
         small |= dict(student_pretrained=False)
     if notebook.startswith("e08"):
         vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY)
         teacher = save(vit, tmp_path / "vit", [*"0123456789"], 32, ((0.5,) * 3, (0.5,) * 3), **TINY)
-        small = dict(data=str(folders(tmp_path / "images")), teacher=str(teacher), out=str(tmp_path), epochs=1, nproc=1,
-                     image_size=32, teacher_size=32, allow_untrained=True)
+        small = dict(data=str(folders(tmp_path / "images")), teacher=str(teacher), out=str(tmp_path),
+                     epochs=1, nproc=1, image_size=32, teacher_size=32, allow_untrained=True)
     execute(notebook, tmp_path / "run.ipynb", **given | small)
     done = [run.status for run in find_runs(tmp_path / "runs")]
     assert set(done) <= {"done"} and (done or list((tmp_path / "work").glob("*/model/card.json")))
@@ -165,7 +171,7 @@ def test_command_and_its_options_exist(words, capsys):
     assert words[1] in COMMANDS
     if words[1] == "train":
         given, source = field_values(words[2:])
-        config = configured(source, given)
+        config = command_config(source, given)
         assert all(getattr(config, name) == value for name, value in given.items())
     elif words[1] == "distill":
         assert field_values(distill_parser().parse_known_args(words[2:])[1])
@@ -185,13 +191,14 @@ def test_targets_of_make_exist():
 
 
 def test_grids_of_the_pages_need_nothing_that_a_clone_lacks():
-    named = {words[2] for words in VITDISTILL if words[1] == "grid"} - {"alpha.yaml"}  # of the recipes themselves
+    named = {words[2] for words in VITDISTILL if words[1] == "grid"} - {"alpha.yaml"}  # of the recipes
     assert named and not any(missing_weights(grid_cells(ROOT / path)) for path in named)
 
 
 @pytest.mark.slow
 def test_commands_train_and_export(tmp_path):
-    """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands' options."""
+    """Trains a student on a tenth of the digits and writes its curves and its ONNX file, by the commands'
+    options."""
     train = next(words for words in VITDISTILL if words[1] == "train" and "--track" in words)
     export = next(words for words in VITDISTILL if words[1] == "export" and "--to" in words)
     train[train.index("--runs-dir") + 1] = str(tmp_path / "runs")
@@ -232,7 +239,8 @@ def test_the_loss_of_the_library_is_both_cross_entropies():
 
 
 def test_a_trained_model_is_used_as_the_library_does(teacher, tmp_path, capsys):
-    """The model has its weights, and an image is prepared as in training: its own size, the run's mean and std."""
+    """The model has its weights, and an image is prepared as in training: its own size, the run's mean and
+    std."""
     from PIL import Image
     pixels = np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
@@ -255,12 +263,13 @@ def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     for made in plain, taught, deit, dict(experiment="teacher", student="vit_tiny_patch16_224"):
         config = Config(dataset="digits", epochs=2, runs_dir=str(tmp_path / "runs"), **made)
         record(config, metrics=pd.DataFrame(dict(epoch=[0, 1], test_top1=[0.1, 0.5])), test_top1=0.5)
-    lines, seen = snippet("compare_runs").replace("'out/demo/runs'", repr(str(tmp_path / "runs"))), {}
+    lines = snippet("compare_runs").replace("'out/demo/runs'", repr(str(tmp_path / "runs")))
+    seen = {}
     exec(lines.replace("\ncompare", "\nfig = compare"), seen)
     assert "distilled-resnet10t-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 
 
-FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash", "unlabelled_hash"})  # fields that a run fills in itself
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash", "unlabelled_hash"})  # a run fills them in
 STUDIES = [read_study(file) for file in sorted((ROOT / "nbs/studies").glob("*.yaml"))]
 
 
@@ -274,18 +283,23 @@ def test_study_says_what_it_asks(study):
     assert sorted(order) == list(range(len(cells)))
     assert all(order.index(first) < order.index(n) for n in order for first in cells[n].after)
     if study.name == "deit_resolution":  # a student that goes on waits for the run that it begins with
-        begun = {cells[first].arm for cell in cells if cell.notebook.stem[:3] == "e07" for first in cell.after}
+        begun = set()
+        for cell in cells:
+            if cell.notebook.stem[:3] == "e07":
+                begun |= {cells[first].arm for first in cell.after}
         assert begun == {"deit_resolution/student on labels", "deit_resolution/taught student"}
 
 
 def test_records_name_arms_of_studies():
     """Each record serves an arm that its study trains."""
-    trained = {f"{study.name}/{name}" for study in STUDIES for name in study.parts if trains(study.parts[name])}
+    trained = set()
+    for study in STUDIES:
+        trained |= {f"{study.name}/{name}" for name, part in study.parts.items() if trains(part)}
     for run in find_runs(RECORDS):
         assert run.arms and {*run.arms} <= trained, run.name
 
 
-TOLD = {"teacher", "teacher_kwargs", "teacher_size", "teacher_normalization"}  # by the card of a teacher from a folder
+TOLD = {"teacher", "teacher_kwargs", "teacher_size", "teacher_normalization"}  # by the card of a folder
 CHANGED = {"pair", "small_deit"}  # their presets, for short looks, have changed since
 
 
@@ -297,7 +311,8 @@ def known(config, has_card):
 
 
 def test_records_are_cells_of_the_studies_that_they_name():
-    """Also if fields or presets have changed since; adopted and fine-tuned models have settings of their weights."""
+    """Also if fields or presets have changed since; adopted and fine-tuned models have settings of their
+    weights."""
     wanted = {}
     for run in find_runs(RECORDS):
         if run.config.experiment not in ("adopted_teacher", "finetune"):
@@ -308,6 +323,7 @@ def test_records_are_cells_of_the_studies_that_they_name():
         cells = [config_of(cell) for cell in grid_cells(study)]
         made = {known(config, has_card) for config in cells for has_card in (True, False)}
         for run in runs:
-            assert known(run.config, bool(run.config.teacher_weights)) in made, f"{run.name} is no cell of {study}"
+            has_card = bool(run.config.teacher_weights)
+            assert known(run.config, has_card) in made, f"{run.name} is no cell of {study}"
         if study in ("small_tuned", "deit_strengths"):
             assert {known(run.config, True) for run in runs} == {known(config, True) for config in cells}

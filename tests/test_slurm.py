@@ -1,4 +1,5 @@
-"""Grids on a real Slurm of two nodes, both this machine: `make test-slurm` (Debian's slurm-wlm and munge, as root)."""
+"""Grids on a real Slurm of two nodes, both this machine: `make test-slurm` (Debian's slurm-wlm and munge, as
+root)."""
 import functools
 import json
 import os
@@ -14,10 +15,11 @@ import yaml
 
 from conftest import ROOT, TINY, assert_same, assert_same_losses, elsewhere, environment, run_of, wait_until
 from vitdistill.config import save
-from vitdistill.launch.queue import cell_runs, grid_cells, look, table
+from vitdistill.launch.queue import cell_runs, grid_cells, state_table, states_of
 from vitdistill.runs import find_runs
 
-pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ, reason="`make test-slurm` starts a Slurm")
+pytestmark = pytest.mark.skipif("VITDISTILL_SLURM" not in os.environ,
+                                reason="`make test-slurm` starts a Slurm")
 PORT = 26817
 
 
@@ -27,10 +29,12 @@ def answer(*command):
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """munged, slurmctld and two slurmd, ended by the ids in their files; what is started by tests finds them."""
+    """munged, slurmctld and two slurmd, ended by the ids in their files; what is started by tests finds
+    them."""
     if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]:
         pytest.fail(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge, and run this as root")
-    folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname()
+    folder = tmp_path_factory.mktemp("slurm")
+    host = socket.gethostname()
     pids = {name: folder / f"{name}.pid" for name in ("munged", "slurmctld", "n1", "n2")}
     socket_file = folder / "munge.socket"
     (folder / "slurm.conf").write_text(f"""
@@ -64,9 +68,9 @@ PartitionName=main Nodes=ALL Default=YES State=UP
         shutil.chown(folder, "munge")  # its socket's folder is its own, and open to all
         for place in (folder, *folder.parents[:3]):
             place.chmod(place.stat().st_mode | 0o055)
-        munged = f"munged --socket={socket_file} --pid-file={pids['munged']} --log-file={folder}/munged.log " \
-                 f"--seed-file={folder}/munged.seed"
-        subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", shutil.which("munged") + munged[6:]], check=True)
+        munged = [shutil.which("munged"), f"--socket={socket_file}", f"--pid-file={pids['munged']}",
+                  f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]
+        subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", " ".join(munged)], check=True)
         subprocess.run(["slurmctld"], check=True)
         assert wait_until(lambda: subprocess.run(["sinfo"], capture_output=True).returncode == 0, 30)
         for node in ("n1", "n2"):
@@ -93,7 +97,8 @@ def alive(pid_file):
 
 
 def start(grid, folder, *words, **kw):
-    command = [sys.executable, "-m", "vitdistill.launch.queue", str(grid), "--out", str(folder / "out"), *words]
+    command = [sys.executable, "-m", "vitdistill.launch.queue", str(grid), "--out", str(folder / "out")]
+    command += words
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, **kw)
 
 
@@ -104,7 +109,7 @@ def cells_of(grid):
 
 def status(grid, folder):
     """(state, epochs) of each cell, and what `--status` prints."""
-    said = table(look([replace(cell) for cell in cells_of(grid)], folder / "out" / grid.stem))
+    said = state_table(states_of([replace(cell) for cell in cells_of(grid)], folder / "out" / grid.stem))
     rows = [line.split() for line in said.splitlines()[1:-1] if not line.startswith(" ")]
     return [(row[0], row[1]) for row in rows], said
 
@@ -118,13 +123,15 @@ def jobs_of(folder, name="grid"):
 def write_grid(folder, *cells, name="grid"):
     """A study whose cells train on a part of the digits for seconds, with runs in the folder."""
     folder.mkdir(exist_ok=True)
-    common = dict(preset="demo", device="cpu", precision="fp32", teacher_precision="fp32", threads=1, epochs=24,
-                  data_fraction=0.4, batch_size=64, student="vit_tiny_patch16_224", student_kwargs=TINY,
-                  optimizer="adamw", lr=0.002, checkpoint_seconds=3600.0,
+    common = dict(preset="demo", device="cpu", precision="fp32", teacher_precision="fp32", threads=1,
+                  epochs=24, data_fraction=0.4, batch_size=64, student="vit_tiny_patch16_224",
+                  student_kwargs=TINY, optimizer="adamw", lr=0.002, checkpoint_seconds=3600.0,
                   runs_dir=str(folder / "runs"), work_dir=str(folder / "work"))
     taught = dict(teacher="e00_teacher 0", allow_untrained=True)  # seconds make no good teacher
-    parts = {f"{notebook} {n}": dict(notebook=notebook, **common, **(taught if notebook.startswith("e02") else {}))
-             | given for n, (notebook, given) in enumerate(cells)}
+    parts = {}
+    for n, (notebook, given) in enumerate(cells):
+        more = taught if notebook.startswith("e02") else {}
+        parts[f"{notebook} {n}"] = dict(notebook=notebook, **common, **more) | given
     study = dict(teachers={name: part for name, part in parts.items() if name.startswith("e00")},
                  arms={name: part for name, part in parts.items() if not name.startswith("e00")})
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -140,7 +147,8 @@ FOUR = (("e00_teacher", {}), ("e01_baseline_resnet50", {}), ("e02_distilled_resn
 
 
 def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
-    """A teacher and three others; one job is told that its time is over, one is requeued: the same bits as here."""
+    """A teacher and three others; one job is told that its time is over, one is requeued: the same bits as
+    here."""
     grid = write_grid(tmp_path / "slurm", *FOUR)
     folder = grid.parent
     begun = start(grid, folder, "--on", "slurm", "--time", "30")
@@ -182,7 +190,8 @@ def test_grid_ends_as_one_that_ran_here(slurm, tmp_path):
              for number in range(4)]
     for one, other in pairs:
         assert_same(one, other)
-    assert start(grid, folder, "--on", "slurm").returncode == 0 and not answer("squeue", "-h")  # nothing is left to do
+    assert start(grid, folder, "--on", "slurm").returncode == 0
+    assert not answer("squeue", "-h")  # nothing is left to do
 
 
 def test_a_teacher_that_fails_takes_its_students_along(slurm, tmp_path):
@@ -232,7 +241,8 @@ def test_ranks_are_slurms_under_srun_only(slurm, tiny, tmp_path):
 
 
 def test_what_slurm_refuses_is_one_sentence(slurm, tmp_path):
-    """An unknown partition, a feature that no node has: said at once, nothing half-written or left in the queue."""
+    """An unknown partition, a feature that no node has: said at once, nothing half-written or left in the
+    queue."""
     grid = write_grid(tmp_path / "slurm", ("e00_teacher", {}), ("e02_distilled_resnet50", {}))
     (tmp_path / "cluster.yaml").write_text("more: {constraint: h200}")
     for words, told in ((["--partition", "mian"], "unknown partition 'mian': did you mean 'main'?"),
@@ -246,7 +256,8 @@ def test_a_folder_that_the_node_does_not_see(slurm, tmp_path):
     """The job leaves without a word; the table says what may be wrong and where to look."""
     grid = write_grid(tmp_path / "slurm", ("e01_baseline_resnet50", {}))
     (tmp_path / "cluster.yaml").write_text("more: {begin: now+4}")
-    assert start(grid, grid.parent, "--on", "slurm", "--cluster", str(tmp_path / "cluster.yaml")).returncode == 0
+    cluster = str(tmp_path / "cluster.yaml")
+    assert start(grid, grid.parent, "--on", "slurm", "--cluster", cluster).returncode == 0
     out = grid.parent / "out"
     out.rename(tmp_path / "unseen")  # as the node's own disk has no such folder
     assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)

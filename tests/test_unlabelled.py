@@ -1,4 +1,5 @@
-"""Images that nobody labelled: the same result on any number of ranks and after a kill, and answers that are shared."""
+"""Images that nobody labelled: the same result on any number of ranks and after a kill, and answers that are
+shared."""
 import shutil
 import subprocess
 import time
@@ -9,7 +10,8 @@ import pytest
 import timm
 from PIL import Image
 
-from conftest import PYTHON, assert_same, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command
+from conftest import PYTHON, assert_same, assert_same_losses, elsewhere, environment, on_ranks, run_of
+from conftest import train_command
 from conftest import wait_until
 from vitdistill import api
 from vitdistill.base import VitdistillError
@@ -33,7 +35,8 @@ def more(tmp_path):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_ranks_give_the_same(tiny, recipe, tmp_path, mixed):
-    """Some rows of each batch have no label, on one rank more of them than on another: the losses agree to 1e-5."""
+    """Some rows of each batch have no label, on one rank more of them than on another: the losses agree to
+    1e-5."""
     still = {**recipe.student_kwargs, "drop_path_rate": 0.0}  # what a rank drops is drawn by rank
     mixing = replace(recipe, student_kwargs=still, batch_size=48, lr=1e-4)
     config = replace(mixing if mixed else tiny, unlabelled="0:900", unlabelled_share=0.4, epochs=3,
@@ -50,7 +53,8 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path, more):
     cut = elsewhere(config, tmp_path / "cut")
     file = save(cut, tmp_path / "cut.yaml")
     command = train_command(file, python=PYTHON)
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.STDOUT)
     try:
         assert wait_until(lambda: run_of(cut).folder.exists() and run_of(cut).epochs_done >= 3, 90)
         time.sleep(0.1)
@@ -63,7 +67,8 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path, more):
 
 
 def test_answers_are_shared(tiny, tmp_path, more, capsys):
-    """The memo of a taught student serves one with unlabelled images; these have another, which serves the next."""
+    """The memo of a taught student serves one with unlabelled images; these have another, which serves the
+    next."""
     tiny = replace(tiny, epochs=4)
     train(tiny)
     taught = train(replace(tiny, unlabelled=more))
@@ -85,17 +90,19 @@ def test_another_folder_is_another_run(tiny, tmp_path, more):
 
 
 def test_a_folder_becomes_a_third_student(tmp_path, more, known_speed, capsys):
-    """DIR/unlabelled beside folders of classes: three arms on one memo; those that have begun go on without it."""
+    """DIR/unlabelled beside folders of classes: three arms on one memo; those that have begun go on without
+    it."""
     draw, mine = np.random.default_rng(1), tmp_path / "mine"
     for name, low in (("dark", 0), ("light", 160)):
         for n in range(15):
             (mine / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw.integers(low, low + 90, (32, 32, 3), np.uint8)).save(mine / name / f"{n}.png")
+            pixels = draw.integers(low, low + 90, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(mine / name / f"{n}.png")
     shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
     teacher = api.save(vit, tmp_path / "vit", list("abcde"), 32, ((0.5,) * 3, (0.5,) * 3), **shape)
-    given = dict(student="mobilenetv3_small_050", teacher=str(teacher), out=tmp_path / "job", epochs=1, image_size=32,
-                 teacher_size=32, nproc=1, student_pretrained=False)
+    given = dict(student="mobilenetv3_small_050", teacher=str(teacher), out=tmp_path / "job", epochs=1,
+                 image_size=32, teacher_size=32, nproc=1, student_pretrained=False)
     assert api.distill(mine, **given).table().model.tolist() == ["teacher", "plain", "taught"]
     shutil.copytree(more, mine / "unlabelled")
     shutil.copy(mine / "dark" / "3.png", mine / "unlabelled" / "copy.png")

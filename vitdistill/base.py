@@ -10,7 +10,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted',
            'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
-import contextlib, difflib, errno, glob, importlib.util, math, os, random, re, shutil, socket, sys, time, typing
+import contextlib, difflib, errno, glob, importlib.util, math, os, random, re, shutil, socket, sys, time
+import typing
 from pathlib import Path
 
 # %% ../nbs/00_base.ipynb #a776e99e
@@ -28,27 +29,36 @@ class Interrupted(Message, KeyboardInterrupt):
 @contextlib.contextmanager
 def stoppable(): # use it as a decorator
     "Turns a `KeyboardInterrupt` into an `Interrupted`."
-    try: yield
-    except KeyboardInterrupt as e:
-        raise e if isinstance(e, Interrupted) else Interrupted('interrupted; run this again to go on') from None
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted('interrupted; run this again to go on') from None
 
 # %% ../nbs/00_base.ipynb #0064019a
 def nearest(
     name:str,                   # the name that was given
     known:typing.Iterable[str], # the names that exist
-    hint:str='',                # text to use if no known name is near
+    hint:str='',                # text to use if none of them is near
 )->str:
-    "Returns the end of an error message: the known name nearest to `name`, or all known names if they are few."
-    known = sorted(map(str, known))
-    begun = [one for one in known if one.startswith(str(name))]
-    near = begun if len(begun) == 1 else difflib.get_close_matches(str(name), known, n=1, cutoff=.5)
-    if near: return f'did you mean {near[0]!r}?'
-    return hint or (f"choose from {', '.join(known)}." if len(known) <= 12 else 'check its spelling.')
+    "Returns the end of an error message: the name nearest to `name`, or all that exist if they are few."
+    names = sorted(map(str, known))
+    longer = [other for other in names if other.startswith(str(name))]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(str(name), names, n=1, cutoff=.5)
+    if near:
+        return f'did you mean {near[0]!r}?'
+    if hint:
+        return hint
+    if len(names) <= 12:
+        return f"choose from {', '.join(names)}."
+    return 'check its spelling.'
 
 # %% ../nbs/00_base.ipynb #593214d4
 def first_line(error:Exception)->str:
     "Returns the first line of an exception's message, or the name of its type if it has none."
-    return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 # %% ../nbs/00_base.ipynb #c9f3abc9
 @contextlib.contextmanager
@@ -59,10 +69,15 @@ def explained(
     reason:typing.Callable=None # (exception) -> why; default: what the system says, else `first_line`
 ):
     "Raises an exception of its block as a `VitdistillError`: what is wrong, the reason, and what to do."
-    try: yield
-    except VitdistillError: raise
+    try:
+        yield
+    except VitdistillError:
+        raise
     except kinds or Exception as error:
-        why = reason(error) if reason else getattr(error, 'strerror', None) or first_line(error)
+        if reason:
+            why = reason(error)
+        else:
+            why = getattr(error, 'strerror', None) or first_line(error)
         raise VitdistillError(f'{what} ({why}): {advice}.') from None
 
 # %% ../nbs/00_base.ipynb #f96006a2
@@ -79,46 +94,53 @@ def require(
                               f'pip install {name}{instead}.')
 
 # %% ../nbs/00_base.ipynb #f3df4802
-_package = Path(globals().get('__file__', 'here')).resolve().parent # in a notebook: the folder of the notebooks
+_package = Path(globals().get('__file__', 'here')).resolve().parent # in a notebook: the notebooks' folder
 ROOT_MARKS = 'settings.ini', '.vitdistill' # files that mark a clone, and a folder made by `vitdistill new`
 
 def is_root(folder:Path)->bool:
-    "Returns whether a folder is a clone of this project or was made by `vitdistill new`; others have settings.ini too."
-    if (folder/ROOT_MARKS[1]).is_file(): return True
-    try: settings = (folder/ROOT_MARKS[0]).read_text(errors='replace')
-    except OSError: return False
-    return bool(re.search(r'^lib_name *= *vitdistill *$', settings, re.M))
+    "Returns whether a folder is a clone of this project or was made by `vitdistill new`."
+    settings, mark = ROOT_MARKS
+    if (folder/mark).is_file(): return True
+    try:
+        text = (folder/settings).read_text(errors='replace')
+    except OSError:
+        return False
+    return bool(re.search(r'^lib_name *= *vitdistill *$', text, re.M)) # other projects have settings.ini too
 
 def repo_root(
     start=None # folder to start from; default: the working directory, then this package's clone
 )->Path:
-    "Returns the nearest folder upwards that is a clone or was made by `vitdistill new`; else the working directory."
+    "Returns the nearest folder upwards that `is_root`; else the working directory."
     here = Path(start or '.').resolve()
     for folder in (here, *here.parents, _package.parent):
         if is_root(folder): return folder
     return Path('.').resolve()
 
 # %% ../nbs/00_base.ipynb #a83784c2
+def _in_notebook()->bool:
+    return 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
+
+def _below_root(folder)->bool: # or the root itself
+    return repo_root() in (folder, *folder.parents)
+
 def from_root(path:str|Path)->Path:
-    "Returns `path` if it is absolute, else the path below `repo_root()`, because notebooks run in several folders."
+    "Returns `path` if it is absolute, else the path below `repo_root()`."
     path = Path(path).expanduser()
     return path if path.is_absolute() else repo_root()/path
 
 def from_here(path:str|Path)->Path:
     "Returns a user's path from the working folder; in a notebook below `repo_root()`, from there."
-    here = Path.cwd()
-    if repo_root() not in (here, *here.parents):
-        return Path(path).expanduser().resolve()
-    start = repo_root() if _in_notebook() else here
-    return Path(os.path.normpath(start/Path(path).expanduser()))
-
-def _in_notebook()->bool:
-    return 'IPython' in sys.modules and sys.modules['IPython'].get_ipython() is not None
+    path = Path(path).expanduser()
+    if not _below_root(Path.cwd()):
+        return path.resolve()
+    start = repo_root() if _in_notebook() else Path.cwd()
+    return Path(os.path.normpath(start/path))
 
 def default_place(path:str|Path)->Path:
-    "Returns a default path of a command: below `repo_root()` if the working folder is too, else below that folder."
-    here = Path.cwd()
-    return from_root(path) if repo_root() in (here, *here.parents) else Path(path).expanduser().resolve()
+    "Returns a default path of a command: below `repo_root()`, or outside it below the working folder."
+    if _below_root(Path.cwd()):
+        return from_root(path)
+    return Path(path).expanduser().resolve()
 
 def typed_path(path:str|Path)->str:
     "Returns `from_here(path)` as a config keeps it: from `repo_root()` if it lies below, else absolute."
@@ -131,26 +153,34 @@ _results = [] # the standard output of each command that has sent its progress e
 @contextlib.contextmanager
 def progress_apart():
     "Sends what is printed to standard error, but for `print_result`; in a notebook both are one."
-    if _in_notebook(): return (yield)
+    if _in_notebook():
+        yield
+        return
     _results.append(sys.stdout)
     try:
-        with contextlib.redirect_stdout(sys.stderr): yield
-    finally: _results.pop()
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
 
 def print_result(*words)->None:
     "Prints the result of a command: what one pipes into a file."
-    print(*words, file=_results[-1] if _results else sys.stdout, flush=True)
+    output = _results[-1] if _results else sys.stdout
+    print(*words, file=output, flush=True)
 
 # %% ../nbs/00_base.ipynb #9d550f9f
 def record_path(path:str|Path)->str:
-    "Returns a path as records write it: relative to the repository's root, or its last part if it is outside."
+    "Returns a path as records write it: relative to `repo_root()`, or its last part if it is outside."
     path = from_root(path)
-    return path.relative_to(repo_root()).as_posix() if path.is_relative_to(repo_root()) else path.name
+    if path.is_relative_to(repo_root()):
+        return path.relative_to(repo_root()).as_posix()
+    return path.name
 
 # %% ../nbs/00_base.ipynb #e191ccae
 def fitting(pattern:str)->list[str]: # a path from the repository's root; may contain *, ? or [...]
-    "Returns the existing paths that match a pattern, in the same form; a path with exactly that name comes alone."
-    if from_root(pattern).exists(): return [pattern]
+    "Returns the existing paths that match a pattern, in its form; a path of exactly that name comes alone."
+    if from_root(pattern).exists():
+        return [pattern]
     return sorted(glob.glob(os.path.expanduser(pattern), root_dir=repo_root()))
 
 # %% ../nbs/00_base.ipynb #684e675c
@@ -169,21 +199,29 @@ def shipped_names(
     ending:str  # end of the file names, such as '.yaml'
 )->set:
     "Returns the names, without ending, of the files that `shipped` finds in a folder."
-    return {file.stem for root in (repo_root(), SHIPPED) for file in (root/folder).glob(f'*{ending}')}
+    names = set()
+    for root in (repo_root(), SHIPPED):
+        for file in (root/folder).glob(f'*{ending}'):
+            names.add(file.stem)
+    return names
 
 # %% ../nbs/00_base.ipynb #ac3321bd
+def _nearest_folder(place): # upwards, that is there
+    for folder in (place, *place.resolve().parents):
+        if folder.is_dir(): return folder
+
 def no_space(
     error:Exception,
     *places:str|Path # folders that were written to
 )->VitdistillError|None:
     "Returns an error that names the full disk if that caused `error`, in whichever library; else None."
     full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error)
-    for place in map(Path, places): # torch's own writer doesn't say why it failed
-        place = next(p for p in (place, *place.resolve().parents) if p.is_dir())
-        full = full or shutil.disk_usage(place).free < 2**16
+    for place in places: # torch's own writer doesn't say why it failed
+        full = full or shutil.disk_usage(_nearest_folder(Path(place))).free < 2**16
     if not full: return None
     where = ', '.join(map(str, places)) or error
-    return VitdistillError(f'no space left on the device ({where}): free some and run the same command again.')
+    return VitdistillError(f'no space left on the device ({where}): '
+                           'free some and run the same command again.')
 
 # %% ../nbs/00_base.ipynb #1948dea1
 def write_atomic(
@@ -192,19 +230,24 @@ def write_atomic(
 )->Path:
     "Writes a file under a temporary name, flushes it to disk and renames it; a full disk keeps the old file."
     path = Path(path)
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise VitdistillError(f'{path.parent} can not be made ({e.strerror}): name another folder.') from None
-    own = f'{socket.gethostname()}.{os.getpid()}' # nodes may share a disk
-    temporary = path.with_name(f'.{path.name}.{own}.tmp')
+    with explained(f'{path.parent} can not be made', 'name another folder', OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    writer = f'{socket.gethostname()}.{os.getpid()}' # nodes may share a disk
+    temporary = path.with_name(f'.{path.name}.{writer}.tmp')
+    if isinstance(content, str):
+        content = content.encode()
     try:
-        if callable(content): content(temporary)
+        if callable(content):
+            content(temporary)
         else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with open(temporary, 'rb') as f: os.fsync(f.fileno())
+            temporary.write_bytes(content)
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as e: raise no_space(e, path.parent) or e
-    finally: temporary.unlink(missing_ok=True)
+    except Exception as error:
+        raise no_space(error, path.parent) or error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_base.ipynb #15a94624
@@ -212,59 +255,82 @@ def cgroup_limit(
     name:str,    # 'cpu.max' (in cores) or 'memory.max' (in bytes)
     root:str='/' # root of the file system
 )->float:
-    "Returns what a container or job may use (cgroup v2: the least of its groups); infinity if there is no limit."
+    "Returns what a container or job may use: the least limit of its groups (cgroup v2), or infinity."
     try:
-        own = re.search('^0::/(.*)', Path(root, 'proc/self/cgroup').read_text(), re.M)
+        group = re.search('^0::/(.*)', Path(root, 'proc/self/cgroup').read_text(), re.M)
     except OSError: # not Linux
         return math.inf
-    place, limits = Path(root, 'sys/fs/cgroup', own[1] if own else ''), [math.inf]
-    for file in (group/name for group in (place, *place.parents)):
-        limit, *period = file.read_text().split() if file.is_file() else ('max',)
-        if limit != 'max': limits.append(int(limit)/int(*period or [1]))
-    return min(limits)
+    place = Path(root, 'sys/fs/cgroup', group[1] if group else '')
+    least = math.inf
+    for folder in (place, *place.parents):
+        file = folder/name
+        if not file.is_file(): continue
+        limit, *period = file.read_text().split() # cpu.max: microseconds of a period of microseconds
+        if limit != 'max':
+            least = min(least, int(limit)/int(period[0] if period else 1))
+    return least
 
 # %% ../nbs/00_base.ipynb #368717ec
 def environment_number(name:str, default:int)->int:
     "Returns the first number in an environment variable, such as 4 of '4,2'; without one `default`."
-    found = re.match(r'\s*(\d+)', os.environ.get(name, ''))
-    return int(found[1]) if found else default
+    number = re.match(r'\s*(\d+)', os.environ.get(name, ''))
+    return int(number[1]) if number else default
+
+def _processors(): # numbers of those that this process may use
+    if hasattr(os, 'sched_getaffinity'):
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count())
 
 def cores()->int:
     "Returns the number of processor cores that this process may use."
-    here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return int(max(1, min(here, cgroup_limit('cpu.max'))))
+    return int(max(1, min(len(_processors()), cgroup_limit('cpu.max'))))
 
 # %% ../nbs/00_base.ipynb #6b6f7849
+def _processor_times(): # number of a processor -> (idle, total) time since the machine began
+    try:
+        lines = Path('/proc/stat').read_text().splitlines()
+    except OSError: # not Linux
+        return {}
+    times = {}
+    for line in lines:
+        if re.match(r'cpu\d', line):
+            name, *numbers = line.split()
+            user, nice, system, idle, wait, *others = map(int, numbers[:8])
+            times[int(name[3:])] = idle + wait, user + nice + system + idle + wait + sum(others)
+    return times
+
 def busy_cores(
     cpus:typing.Iterable[int], # numbers of the processors
     seconds:float=.3           # for which they are watched
 )->float:
     "Returns how many of these processors compute now, whoever uses them; 0 where the system does not tell."
-    def times():
-        try: lines = Path('/proc/stat').read_text().splitlines()
-        except OSError: return {}
-        rows = [line.split() for line in lines if re.match(r'cpu\d', line)]
-        return {int(name[3:]): [*map(int, numbers)][:8] for name, *numbers in rows} # user nice system idle iowait ...
-    before = times()
+    before = _processor_times()
     time.sleep(seconds)
-    after, busy = times(), 0.
+    after = _processor_times()
+    busy = 0.
     for cpu in {*cpus} & before.keys() & after.keys():
-        spent = [late - early for early, late in zip(before[cpu], after[cpu])]
-        if total := sum(spent): busy += 1 - (spent[3] + spent[4])/total
+        idle = after[cpu][0] - before[cpu][0]
+        total = after[cpu][1] - before[cpu][1]
+        if total:
+            busy += 1 - idle/total
     return busy
 
 def free_threads(
     most:int,  # threads that the runs may have together
     runs:int=1 # that start side by side now
 )->tuple[int, str]:
-    "Returns the threads of each run, so that each finds a free core, and a sentence if other programs take some."
-    if most <= runs: return 1, ''
-    cpus = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
+    "Returns the threads of each run, so that each finds a free core, and a sentence if others take some."
+    if most <= runs:
+        return 1, ''
+    cpus = _processors()
     for _ in range(3): # a moment's work of others does not count
         busy = busy_cores(cpus)
-        threads = max(1, min(most, int(len(cpus) - busy + .5))//runs)
-        if threads == most//runs: return threads, ''
-    return threads, f'other programs use {busy:.1f} of {len(cpus)} cores here: {threads} thread(s) for each run.'
+        free = int(len(cpus) - busy + .5)
+        threads = max(1, min(most, free)//runs)
+        if threads == most//runs:
+            return threads, ''
+    return threads, (f'other programs use {busy:.1f} of {len(cpus)} cores here: '
+                     f'{threads} thread(s) for each run.')
 
 # %% ../nbs/00_base.ipynb #c07f9f07
 def generator(*numbers:int): # -> torch.Generator

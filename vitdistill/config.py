@@ -14,40 +14,62 @@ import contextlib, dataclasses, functools, hashlib, json, re, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
-from .base import VitdistillError, first_line, nearest, shipped, shipped_names, write_atomic
+from .base import VitdistillError, explained, first_line, nearest
+from .base import shipped, shipped_names, write_atomic
 
 # %% ../nbs/01_config.ipynb #b4b0d2aa
-GROUPS = ('student', 'data', 'augmentation', 'teacher', 'objective', 'captions', 'optimization', 'machine', 'record',
-          'found')
+GROUPS = ('student', 'data', 'augmentation', 'teacher', 'objective', 'captions', 'optimization', 'machine',
+          'record', 'found')
 
 def _field(
     default,                      # a value; `dict` or `list` for an empty one
     allowed:str|tuple='',         # an interval such as '[0, 1)', or a tuple of allowed words; '': anything
     *, group:str,                 # one of GROUPS
     hashed:bool=True,             # does it change the result? Most of the machine and the record don't
-    teaching:bool=False,          # is it part of how a student is taught? Two arms of a comparison may differ in it
+    teaching:bool=False,          # is it part of how a student is taught? Arms of a study may differ in it
     shared:bool=False,            # does a teacher that is trained for a student take the student's value?
     split:bool=False,             # does it decide which images are trained on?
     formerly:tuple=()):           # earlier defaults: hashed like today's, so that old runs keep their hash
     about = dict(group=group, allowed=allowed, hashed=hashed, teaching=teaching, shared=shared, split=split,
                  formerly=formerly)
-    how = 'default_factory' if isinstance(default, type) else 'default'
-    return field(**{how: default}, metadata=about)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=about)
+    return field(default=default, metadata=about)
 
-(_student, _data, _drawn, _teacher, _objective, _captions, _optimization, _machine, _record, _found) = (
-    functools.partial(_field, group=group, hashed=group not in ('machine', 'record'),
-                      teaching=group in ('teacher', 'objective')) for group in GROUPS)
+def _fields_of(group): # -> `_field` with the usual roles of a group
+    return functools.partial(_field, group=group, hashed=group not in ('machine', 'record'),
+                             teaching=group in ('teacher', 'objective'))
 
-_precisions, _norms = ('auto', 'fp32', 'bf16'), ('data', 'own')
+_student = _fields_of('student')
+_data = _fields_of('data')
+_drawn = _fields_of('augmentation')
+_teacher = _fields_of('teacher')
+_objective = _fields_of('objective')
+_captions = _fields_of('captions')
+_optimization = _fields_of('optimization')
+_machine = _fields_of('machine')
+_record = _fields_of('record')
+_found = _fields_of('found')
+
+# %% ../nbs/01_config.ipynb #fb21e6c2
+_precisions = 'auto', 'fp32', 'bf16'
 _formats = *_precisions, 'bf16-weights'
+_norms = 'data', 'own'
 _compile_modes = 'auto', 'none', 'graph', 'default', 'reduce-overhead', 'max-autotune'
-_devices, _places = ('auto', 'cuda', 'mps', 'cpu'), ('auto', 'device', 'host', 'disk')
-_stems, _filters, _depths = ('imagenet', 'cifar'), ('bicubic', 'bilinear'), ('growing', 'constant')
-_lengths, _means, _draws = ('public', 'longer'), ('batchmean', 'public'), ('timm', 'small')
+_devices = 'auto', 'cuda', 'mps', 'cpu'
+_places = 'auto', 'device', 'host', 'disk'
+_stems = 'imagenet', 'cifar'
+_filters = 'bicubic', 'bilinear'
+_depths = 'growing', 'constant'
+_lengths = 'public', 'longer'
+_means = 'batchmean', 'public'
+_draws = 'timm', 'small'
 _ends = 'first', 'last'
-_sources, _mappers = ('text', 'image', 'shuffled'), ('mlp', 'transformer')
+_sources = 'text', 'image', 'shuffled'
+_mappers = 'mlp', 'transformer'
 _weights = '', 'balanced'
-_folds, _tokens = ('unseen', 'seen', 'drawn'), ('auto', 'class', 'distillation')
+_folds = 'unseen', 'seen', 'drawn'
+_tokens = 'auto', 'class', 'distillation'
 
 # %% ../nbs/01_config.ipynb #3f40dd3f
 @dataclass(frozen=True)
@@ -55,34 +77,52 @@ class StudentFields:
     "The student."
     student:str=_student('resnet50') # timm architecture to train
     student_kwargs:dict=_student(dict) # further arguments of timm.create_model for the student
-    stem:str=_student('imagenet', _stems) # first layers of a ResNet: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
-    student_size:int=_student(0, '[0, inf)') # side of the student's input in px, resized bilinearly; 0: as the images
+    # first layers of a ResNet: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
+    stem:str=_student('imagenet', _stems)
+    # side of the student's input in px, resized bilinearly; 0: as the images
+    student_size:int=_student(0, '[0, inf)')
     test_size:int=_student(0, '[0, inf)') # the same in evaluations (FixRes, DeiT III); 0: as in training
     student_weights:str=_student('', hashed=False) # initial weights: file, model folder, hf-hub:OWNER/MODEL
     student_pretrained:bool=_student(False) # start from timm's pretrained weights, which are downloaded
     student_head:str=_student('new', ('new', 'keep')) # output layer: untrained, or that of student_weights
-    student_head_init:str=_student('timm', _draws, shared=True) # a new output layer: timm's draw, or a small one
-    student_resampling:str=_student('bicubic', _filters) # how position embeddings of student_weights are resized
-    student_drop_path:str=_student('growing', _depths) # drop_path_rate grows with depth up to its value, or is constant
-    student_class_token_std:float=_student(0., '[0, inf)') # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6
-    student_normalization:str=_student('data', _norms) # pixels' mean and std: the dataset's, or the pretrained model's
+    # a new output layer: timm's draw, or a small one
+    student_head_init:str=_student('timm', _draws, shared=True)
+    # how position embeddings of student_weights are resized
+    student_resampling:str=_student('bicubic', _filters)
+    # drop_path_rate grows with depth up to its value, or is constant
+    student_drop_path:str=_student('growing', _depths)
+    # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6
+    student_class_token_std:float=_student(0., '[0, inf)')
+    # pixels' mean and std: the dataset's, or the pretrained model's
+    student_normalization:str=_student('data', _norms)
 
 # %% ../nbs/01_config.ipynb #109a42fa
 @dataclass(frozen=True)
 class DataFields:
     "The data and their numbered views."
-    dataset:str=_data('cifar100', shared=True, split=True) # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
-    data_root:str=_data('', hashed=False, shared=True) # folder or file of the data; '': $VITDISTILL_DATA or a download
-    labels:str=_data('', hashed=False, shared=True) # CSV with columns file and class (and part) for a folder of images
-    data_fraction:float=_data(1., '(0, 1]', shared=True, split=True) # share of the training images used, class-balanced
-    val_fraction:float=_data(.1, '[0, 1)', split=True) # share of the training images to hold out, class-balanced
-    val_rows:str=_data('', split=True) # 'start:stop': hold out these training images instead of a random share
-    fold:str=_data('', split=True) # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
-    split_seed:int=_data(0, '[0, inf)', shared=True, split=True) # draws the held-out images and the share that is used
-    image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,)) # side in px; needed for folders of images only
-    class_names:list=_data(list, shared=True) # names of the classes of a folder without labels; []: it has labels
+    # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
+    dataset:str=_data('cifar100', shared=True, split=True)
+    # folder or file of the data; '': $VITDISTILL_DATA or a download
+    data_root:str=_data('', hashed=False, shared=True)
+    # CSV with columns file and class (and part) for a folder of images
+    labels:str=_data('', hashed=False, shared=True)
+    # share of the training images used, class-balanced
+    data_fraction:float=_data(1., '(0, 1]', shared=True, split=True)
+    # share of the training images to hold out, class-balanced
+    val_fraction:float=_data(.1, '[0, 1)', split=True)
+    # 'start:stop': hold out these training images instead of a random share
+    val_rows:str=_data('', split=True)
+    # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
+    fold:str=_data('', split=True)
+    # draws the held-out images and the share that is used
+    split_seed:int=_data(0, '[0, inf)', shared=True, split=True)
+    # side in px; needed for folders of images only
+    image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,))
+    # names of the classes of a folder without labels; []: it has labels
+    class_names:list=_data(list, shared=True)
     class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
-    skip_broken:bool=_data(False, shared=True) # leave out images that can not be read; all are decoded to find them
+    # leave out images that can not be read; all are decoded to find them
+    skip_broken:bool=_data(False, shared=True)
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
@@ -90,16 +130,21 @@ class DataFields:
 @dataclass(frozen=True)
 class AugmentationFields:
     "How images are changed beyond numbered views: drawn anew in each epoch, mixed, repeated."
-    mixup:float=_drawn(0., '[0, inf)') # alpha of mixup (timm's Beta distribution), which blends two images; 0: none
-    cutmix:float=_drawn(0., '[0, inf)') # CutMix's alpha (a box of another image); 0: none; with mixup, a coin chooses
-    whole_image:bool=_drawn(False) # crop anywhere in an image, not in its centre square; for folders of images
-    resized_crop:float=_drawn(0., '[0, 1]') # smallest share of the area kept by a random resized crop; 0: no such crop
+    # alpha of mixup (timm's Beta distribution), which blends two images; 0: none
+    mixup:float=_drawn(0., '[0, inf)')
+    # CutMix's alpha (a box of another image); 0: none; with mixup, a coin chooses
+    cutmix:float=_drawn(0., '[0, inf)')
+    # crop anywhere in an image, not in its centre square; for folders of images
+    whole_image:bool=_drawn(False)
+    # smallest share of the area kept by a random resized crop; 0: no such crop
+    resized_crop:float=_drawn(0., '[0, 1]')
     randaugment:str=_drawn('') # timm's RandAugment, such as rand-m9-mstd0.5-inc1; '': none
     three_augment:bool=_drawn(False) # DeiT III's 3-Augment: an image becomes grey, solarized or blurred
     color_jitter:float=_drawn(0., '[0, 1]') # largest change of brightness, contrast and saturation; 0: none
     random_erasing:float=_drawn(0., '[0, 1]') # probability that a rectangle of an image becomes noise
     repeats:int=_drawn(1, '[1, inf)') # copies of an image in an epoch, each augmented independently
-    repeats_mode:str=_drawn('public', _lengths) # public: an epoch keeps its length (DeiT's code); longer: it grows
+    # public: an epoch keeps its length (DeiT's code); longer: it grows
+    repeats_mode:str=_drawn('public', _lengths)
 
 # %% ../nbs/01_config.ipynb #ed2aaf36
 @dataclass(frozen=True)
@@ -107,19 +152,29 @@ class TeacherFields:
     "The teacher; without `teacher` a run has none."
     teacher:str=_teacher('') # timm architecture of the teacher; '': none
     teacher_kwargs:dict=_teacher(dict) # further arguments of timm.create_model for the teacher
-    teacher_weights:str=_teacher('', hashed=False) # file, model folder, hf-hub:OWNER/MODEL, answers.npz, pattern
-    fold_weights:str=_teacher('', hashed=False) # second teacher, trained on the other fold (see fold, fold_answers)
-    fold_answers:str=_teacher('unseen', _folds) # who labels: the teacher that hasn't or has seen an image; a draw
-    teacher_pretrained:bool=_teacher(False) # timm's pretrained weights; the head is untrained if the classes differ
+    # file, model folder, hf-hub:OWNER/MODEL, answers.npz, pattern
+    teacher_weights:str=_teacher('', hashed=False)
+    # second teacher, trained on the other fold (see fold, fold_answers)
+    fold_weights:str=_teacher('', hashed=False)
+    # who labels: the teacher that hasn't or has seen an image; a draw
+    fold_answers:str=_teacher('unseen', _folds)
+    # timm's pretrained weights; the head is untrained if the classes differ
+    teacher_pretrained:bool=_teacher(False)
     teacher_size:int=_teacher(224, '[1, inf)') # side of the teacher's input in px, resized bilinearly
-    teacher_normalization:str=_teacher('data', _norms) # pixels' mean and std: the dataset's, or the pretrained model's
-    teacher_precision:str=_teacher('auto', _formats) # precision of its forward pass; bf16-weights: of its weights too
+    # pixels' mean and std: the dataset's, or the pretrained model's
+    teacher_normalization:str=_teacher('data', _norms)
+    # precision of its forward pass; bf16-weights: of its weights too
+    teacher_precision:str=_teacher('auto', _formats)
     allow_untrained:bool=_teacher(False) # train even if the teacher fails its health check (for an ablation)
     memo:bool=_teacher(True, hashed=False) # store the teacher's answer to each view of an image, and reuse it
-    plan_memo:bool=_teacher(False, hashed=False) # also store answers to mixed or augmented images, by epoch and row
-    memo_temperatures:list=_teacher(list, hashed=False) # temperatures kept in stored soft_top_k answers; []: this run's
-    unlabelled:str=_teacher('', hashed=False) # images without labels: a folder, or 'start:stop' of the training images
-    unlabelled_share:float=_teacher(.5, '(0, 1]') # share of each batch that is unlabelled, where there are such images
+    # also store answers to mixed or augmented images, by epoch and row
+    plan_memo:bool=_teacher(False, hashed=False)
+    # temperatures kept in stored soft_top_k answers; []: this run's
+    memo_temperatures:list=_teacher(list, hashed=False)
+    # images without labels: a folder, or 'start:stop' of the training images
+    unlabelled:str=_teacher('', hashed=False)
+    # share of each batch that is unlabelled, where there are such images
+    unlabelled_share:float=_teacher(.5, '(0, 1]')
 
 @dataclass(frozen=True)
 class ObjectiveFields:
@@ -130,26 +185,36 @@ class ObjectiveFields:
     beta:float=_objective(.5, '[0, 1]') # weight of the soft loss within the teacher's loss of 'hard+soft'
     temperature:float=_objective(3., '(0, inf)') # temperature tau of soft distillation
     objective_kwargs:dict=_objective(dict) # further arguments of the loss
-    soft_top_k:int=_objective(0, '[0, inf)') # number of logits that soft answers keep, plus the sum of the rest; 0: all
-    kl_reduction:str=_objective('batchmean', _means) # mean of the KL over the batch; public: and over classes (DeiT)
+    # number of logits that soft answers keep, plus the sum of the rest; 0: all
+    soft_top_k:int=_objective(0, '[0, inf)')
+    # mean of the KL over the batch; public: and over classes (DeiT)
+    kl_reduction:str=_objective('batchmean', _means)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
-    class_weights:str=_objective('', _weights, teaching=False) # balanced: rare labels count more; '': all count alike
+    # balanced: rare labels count more; '': all count alike
+    class_weights:str=_objective('', _weights, teaching=False)
 
 # %% ../nbs/01_config.ipynb #fa1dfe03
 @dataclass(frozen=True)
 class CaptionFields:
     "The captions; without `clip` a run has none."
-    clip:str=_captions('') # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
+    # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
+    clip:str=_captions('')
     clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
-    text_tower:dict=_captions(dict) # width, depth, heads, epochs, lr... of own's text tower (tasks.encoders.TOWER)
-    templates:str=_captions('plain') # sentences that captions are made of where data has classes: plain, web, verse
-    learn_from:str=_captions('text', _sources) # embeddings that the decoder learns from; shuffled: of other captions
-    noise_std:float|str=_captions('auto', '[0, inf)') # deviation of the noise on embeddings; auto: by `noise_rule`
+    # width, depth, heads, epochs, lr... of own's text tower (tasks.encoders.TOWER)
+    text_tower:dict=_captions(dict)
+    # sentences that captions are made of where data has classes: plain, web, verse
+    templates:str=_captions('plain')
+    # embeddings that the decoder learns from; shuffled: of other captions
+    learn_from:str=_captions('text', _sources)
+    # deviation of the noise on embeddings; auto: by `noise_rule`
+    noise_std:float|str=_captions('auto', '[0, inf)')
     noise_factor:float=_captions(1., '[0, inf)') # factor of noise_std
     noise_pairs:int=_captions(15, '[2, inf)') # pairs of image and text that `noise_rule` is given
     center:bool=_captions(False) # subtract from embeddings the mean of their kind, text or image
-    decoder:str=_captions('') # GPT-2 of transformers by name or folder; '': a small one; nearest: a training caption
-    decoder_kwargs:dict=_captions(dict) # settings of the small one (GPT2Config): n_embd, n_layer, n_head, n_positions
+    # GPT-2 of transformers by name or folder; '': a small one; nearest: a training caption
+    decoder:str=_captions('')
+    # settings of the small one (GPT2Config): n_embd, n_layer, n_head, n_positions
+    decoder_kwargs:dict=_captions(dict)
     mapper:str=_captions('mlp', _mappers) # network from an embedding to the decoder's prefix
     prefix:int=_captions(10, '[1, inf)') # tokens that an embedding becomes
     beams:int=_captions(1, '[1, inf)') # captions kept while searching the likeliest; 1: greedy
@@ -162,18 +227,24 @@ class OptimizationFields:
     optimizer:str=_optimization('sgd') # 'sgd' (with momentum), or any of timm's: nesterov, adamw, lamb, ...
     opt_kwargs:dict=_optimization(dict) # further arguments of timm's optimizer
     lr:float=_optimization(.01, '(0, inf)') # peak learning rate
-    lr_batch:int=_optimization(0, '[0, inf)') # batch that lr is for; another batch_size scales it; 0: lr as it is
+    # batch that lr is for; another batch_size scales it; 0: lr as it is
+    lr_batch:int=_optimization(0, '[0, inf)')
     momentum:float=_optimization(.9, '[0, 1)') # for optimizers that have one
-    weight_decay:float=_optimization(5e-4, '[0, inf)') # on all parameters (sgd, nesterov), else on matrices only
-    layer_decay:float=_optimization(1., '(0, 1]') # learning rate factor per layer below the head (timm's layer_decay)
+    # on all parameters (sgd, nesterov), else on matrices only
+    weight_decay:float=_optimization(5e-4, '[0, inf)')
+    # learning rate factor per layer below the head (timm's layer_decay)
+    layer_decay:float=_optimization(1., '(0, 1]')
     clip_grad:float=_optimization(0., '[0, inf)') # largest norm of the gradient; 0: no clipping
-    ema_decay:float=_optimization(0., '[0, 1)') # decay of a moving average of the weights, also evaluated; 0: none
+    # decay of a moving average of the weights, also evaluated; 0: none
+    ema_decay:float=_optimization(0., '[0, 1)')
     scheduler:str=_optimization('cosine') # timm's, by epoch: cosine, constant, tanh, step, multistep, poly
     sched_kwargs:dict=_optimization(dict) # further arguments of timm's schedule
     t_max:int=_optimization(0, '[0, inf)') # length of the schedule in epochs; 0: as `epochs`
-    warmup_epochs:int=_optimization(0, '[0, inf)') # epochs of linear warm-up from lr / 100; ends before the last
+    # epochs of linear warm-up from lr / 100; ends before the last
+    warmup_epochs:int=_optimization(0, '[0, inf)')
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
-    seed:int=_optimization(1, '[0, 18446744073709551616)') # sets initial weights, order of images, views; below 2^64
+    # sets initial weights, order of images, views; below 2^64
+    seed:int=_optimization(1, '[0, 18446744073709551616)')
 
 # %% ../nbs/01_config.ipynb #37bc2594
 @dataclass(frozen=True)
@@ -206,7 +277,7 @@ class RecordFields:
 
 @dataclass(frozen=True)
 class FoundFields:
-    "What `resolve` finds out."
+    "Fields that `resolve` fills in."
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
@@ -218,51 +289,66 @@ class FoundFields:
 class Config(FoundFields, RecordFields, MachineFields, OptimizationFields, CaptionFields,
              ObjectiveFields, TeacherFields, AugmentationFields, DataFields, StudentFields):
     "Holds all settings of a run; `preset` and `load` make one, `dataclasses.replace` changes fields."
-    def __post_init__(self): check(self)
+    def __post_init__(self):
+        check(self)
 
 # %% ../nbs/01_config.ipynb #7d1e02c4
 def field_names(
     **about # metadata to match: group='data', hashed=True, teaching=True, shared=True, split=True
 )->tuple:
     "Returns the names of the fields of `Config` that have this metadata, in order."
-    return tuple(f.name for f in fields(Config) if all(f.metadata[key] == value for key, value in about.items()))
+    names = []
+    for f in fields(Config):
+        if all(f.metadata[key] == value for key, value in about.items()):
+            names.append(f.name)
+    return tuple(names)
 
 # %% ../nbs/01_config.ipynb #236948e9
 def plain_value(value):
-    "Returns numbers and arrays of NumPy and torch as Python's numbers and lists, also within lists, tuples and dicts."
+    "Returns numbers and arrays of NumPy and torch as Python's numbers and lists, also in lists and dicts."
     if isinstance(value, dict):
         return {plain_value(key): plain_value(inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(plain_value, value))
     return value.tolist() if hasattr(value, 'tolist') else value
 
-
 # %% ../nbs/01_config.ipynb #150e4e28
-FORMS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list', dict: 'a dict'}
+FORMS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list',
+         dict: 'a dict'}
 
-def _typed(f, given): # converts what is given to the type of field `f`
+def _value_for(f, given): # the value as a field `f` has it: of its type
     kinds = typing.get_args(f.type) or (f.type,)
-    number = next((kind for kind in kinds if kind in (int, float)), None)
+    numbers = [kind for kind in kinds if kind in (int, float)]
     value = plain_value(given)
-    if number and type(value) in (str, int):
+    if numbers and type(value) in (str, int):
         with contextlib.suppress(ValueError): # 'auto' stays a word
-            value = number(value)
+            value = numbers[0](value)
     if type(value) in kinds or value is None and f.default is None:
         return value
-    names = ' or '.join("'auto'" if number and k is str else FORMS[k] for k in kinds if k is not type(None))
-    raise VitdistillError(f'{f.name} = {given!r} has the wrong form: give {names}.')
+    names = []
+    for kind in kinds:
+        if numbers and kind is str:
+            names.append("'auto'")
+        elif kind is not type(None):
+            names.append(FORMS[kind])
+    raise VitdistillError(f"{f.name} = {given!r} has the wrong form: give {' or '.join(names)}.")
 
 # %% ../nbs/01_config.ipynb #256952d7
-def _in_range(value:float, interval:str)->bool: # is `value` inside an interval such as '[0, 1)'?
+def _in_range(
+    value:float,
+    interval:str # such as '[0, 1)'
+)->bool:
     low, high = (float(end) for end in interval[1:-1].split(','))
     above = value >= low if interval[0] == '[' else value > low
-    return above and (value <= high if interval[-1] == ']' else value < high)
+    below = value <= high if interval[-1] == ']' else value < high
+    return above and below
 
 # %% ../nbs/01_config.ipynb #49d427f4
 def check(config:Config)->None:
-    "Raises `VitdistillError` for a value of the wrong type or outside its range."
+    "Raises `VitdistillError` for a value of the wrong type or outside its range; converts the others."
     for f in fields(config):
-        object.__setattr__(config, f.name, value := _typed(f, getattr(config, f.name)))
+        value = _value_for(f, getattr(config, f.name))
+        object.__setattr__(config, f.name, value)
         allowed = f.metadata['allowed']
         if isinstance(allowed, tuple):
             if value not in allowed:
@@ -274,12 +360,16 @@ def check(config:Config)->None:
                 raise VitdistillError(f'{f.name} = {value} is out of range: give a value in {allowed}.')
 
 # %% ../nbs/01_config.ipynb #731e5d37
-def from_dict(values:dict, source:str='')->Config:
-    "Returns a `Config` with these values; an unknown key raises a `VitdistillError` that names the nearest known key."
-    known = {f.name for f in fields(Config)}
+def from_dict(
+    values:dict,  # name of a field -> its value
+    source:str='' # where they come from, for a message
+)->Config:
+    "Returns a `Config` of these values; an unknown key is a `VitdistillError` that names the nearest field."
+    names = {f.name for f in fields(Config)}
     for key in values:
-        if key not in known:
-            raise VitdistillError(f"unknown key {key!r}{f' in {source}' if source else ''}: {nearest(key, known)}")
+        if key not in names:
+            place = f' in {source}' if source else ''
+            raise VitdistillError(f'unknown key {key!r}{place}: {nearest(key, names)}')
     if values.get('auto', []) is None: # files of 0.2 have it
         values = values | dict(auto=[])
     return Config(**values)
@@ -289,7 +379,8 @@ class YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): # the C loader 
     "Reads numbers and words as YAML 1.2: 010 is 10, 1e-8 is a number; 1:30, yes, off and dates are text."
     yaml_implicit_resolvers = {} # of YAML 1.1
 
-class _YamlDumper(yaml.SafeDumper): "Quotes texts that are numbers to YAML 1.1 or 1.2."
+class _YamlDumper(yaml.SafeDumper):
+    "Quotes texts that are numbers to YAML 1.1 or 1.2."
 
 def dump_yaml(values:dict, **kw)->str: # kw: further arguments of yaml.dump
     "Returns the YAML text that `parse_yaml` reads as these values."
@@ -297,33 +388,38 @@ def dump_yaml(values:dict, **kw)->str: # kw: further arguments of yaml.dump
 
 def _whole(loader, node): # the value of a whole number
     text = node.value.replace('_', '')
-    return int(text, 16 if 'x' in text else 8 if 'o' in text else 10)
+    if 'x' in text: return int(text, 16)
+    if 'o' in text: return int(text, 8)
+    return int(text, 10)
 
 YamlLoader.add_constructor('tag:yaml.org,2002:int', _whole)
-_NUMBER = r'[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'
-for _kind, _first, _pattern in [ # kind of value, its first characters, its form; where two fit, the first counts
-        ('null', ['~', 'n', 'N', ''], '~|null|Null|NULL|'), ('merge', '<', '<<'),
-        ('bool', 'tTfF', 'true|True|TRUE|false|False|FALSE'),
-        ('int', '-+0123456789', '[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+|0o[0-7]+'),
-        ('float', '-+.0123456789', _NUMBER)]:
-    for _way in YamlLoader, _YamlDumper:
-        _way.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_pattern})\Z'), [*_first])
+_number = r'[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'
+_scalars = [ # kind of value, its first characters, its form; where two fit, the first one counts
+    ('null', ['~', 'n', 'N', ''], '~|null|Null|NULL|'),
+    ('merge', '<', '<<'),
+    ('bool', 'tTfF', 'true|True|TRUE|false|False|FALSE'),
+    ('int', '-+0123456789', '[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+|0o[0-7]+'),
+    ('float', '-+.0123456789', _number)]
+for _kind, _first, _form in _scalars:
+    for _yaml in YamlLoader, _YamlDumper:
+        _yaml.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_form})\Z'), [*_first])
 
 # %% ../nbs/01_config.ipynb #842c7aab
 def refuse_repeats(node:yaml.Node)->None:
     "Raises a `yaml.MarkedYAMLError` if a key stands twice in a mapping: PyYAML would drop the first."
-    if not isinstance(node, yaml.CollectionNode): return
-    seen = []
-    for child in node.value:
-        if isinstance(node, yaml.MappingNode):
-            key, child = child
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            refuse_repeats(child)
+    elif isinstance(node, yaml.MappingNode):
+        seen = []
+        for key, value in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f'{key.value!r} stands twice',
-                                           problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f'{key.value!r} stands twice', problem_mark=key.start_mark)
             seen.append(key.value)
-        refuse_repeats(child)
+            refuse_repeats(value)
 
-_texts, _dicts = ({f.name for f in fields(Config) if f.type is kind} for kind in (str, dict))
+_texts = {f.name for f in fields(Config) if f.type is str}
+_dicts = {f.name for f in fields(Config) if f.type is dict}
 
 def keep_texts(
     node:yaml.Node,
@@ -335,11 +431,13 @@ def keep_texts(
         if text and node.tag.endswith((':int', ':float', ':bool')):
             node.tag = 'tag:yaml.org,2002:str'
     elif isinstance(node, yaml.SequenceNode):
-        for child in node.value: keep_texts(child, names, text)
+        for child in node.value:
+            keep_texts(child, names, text)
     else:
         for key, value in node.value:
             keep_texts(key, text=True)
-            keep_texts(value, () if key.value in _dicts else names, key.value in names)
+            inner_names = () if key.value in _dicts else names
+            keep_texts(value, inner_names, key.value in names)
 
 # %% ../nbs/01_config.ipynb #a30b854d
 def parse_yaml(
@@ -348,23 +446,23 @@ def parse_yaml(
     loader:type=YamlLoader
 ):
     "Returns the value of a YAML text; a wrong one raises a `yaml.YAMLError` or a `ValueError`."
-    maker = loader(content)
-    if not (node := maker.get_single_node()): # an empty text
-        return None
+    reader = loader(content)
+    node = reader.get_single_node()
+    if not node: return None # an empty text
     refuse_repeats(node)
     keep_texts(node, names)
-    return maker.construct_document(node)
+    return reader.construct_document(node)
+
+def _line_and_problem(error): # of a YAML text
+    mark = getattr(error, 'problem_mark', None)
+    return f'line {mark.line + 1}: {error.problem}' if mark else first_line(error)
 
 def read_yaml(path:Path, loader:type=YamlLoader)->dict:
-    "Returns the keys and values of a YAML file; a missing, damaged or keyless file raises a `VitdistillError`."
-    try: # UTF-8, or UTF-16 with its byte order mark
-        values = parse_yaml(path.read_bytes(), _texts, loader)
-    except OSError as e:
-        raise VitdistillError(f'no config file at {path} ({e.strerror}): give the path of a YAML file.') from None
-    except (yaml.YAMLError, ValueError) as e: # ValueError: such as !!int x
-        mark = getattr(e, 'problem_mark', None)
-        where = f'line {mark.line + 1}: {e.problem}' if mark else first_line(e)
-        raise VitdistillError(f'{path} is not YAML ({where}): mend that line.') from None
+    "Returns the keys and values of a YAML file; a missing, damaged or keyless one is a `VitdistillError`."
+    reading = explained(f'no config file at {path}', 'give the path of a YAML file', OSError)
+    kinds = yaml.YAMLError, ValueError # ValueError: such as !!int x
+    with explained(f'{path} is not YAML', 'mend that line', *kinds, reason=_line_and_problem), reading:
+        values = parse_yaml(path.read_bytes(), _texts, loader) # UTF-8, or UTF-16 with its byte order mark
     if not isinstance(values, dict):
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values
@@ -373,9 +471,10 @@ def read_yaml(path:Path, loader:type=YamlLoader)->dict:
 PLACES = 'places.yaml' # beside a run's config.yaml: the fields that are other paths on this machine
 
 def load(path:str|Path)->Config:
-    "Reads a `Config` from a flat YAML file; of a run's config.yaml with this machine's paths, if they are there."
+    "Returns the `Config` of a flat YAML file; of a run's config.yaml with the paths of this machine."
     path = Path(path)
-    values, places = read_yaml(path), path.with_name(PLACES)
+    values = read_yaml(path)
+    places = path.with_name(PLACES)
     if path.name == 'config.yaml' and places.is_file():
         values |= read_yaml(places)
     return from_dict(values, str(path))
@@ -385,12 +484,14 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
     "Returns the parts of a preset, `common` and one per experiment, with their fields."
     path = Path(name) if str(name).endswith(('.yaml', '.yml')) else shipped(f'nbs/presets/{name}.yaml')
     if not path.is_file():
-        raise VitdistillError(f'unknown preset {name!r}: {nearest(name, shipped_names("nbs/presets", ".yaml"))}')
-    parts = {part: values or {} for part, values in read_yaml(path).items()}
-    for part, values in parts.items():
-        if not isinstance(values, dict):
-            raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below common, '
-                                  'teacher, baseline or another part.')
+        names = shipped_names('nbs/presets', '.yaml')
+        raise VitdistillError(f'unknown preset {name!r}: {nearest(name, names)}')
+    parts = {}
+    for part, values in read_yaml(path).items():
+        parts[part] = values or {}
+        if not isinstance(parts[part], dict):
+            raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below '
+                                  'common, teacher, baseline or another part.')
     return parts
 
 def preset(
@@ -398,12 +499,16 @@ def preset(
     experiment:str, # part of the preset: teacher, baseline, distilled, deit_teacher, deit
     **given         # fields to replace; None keeps the preset's value
 )->Config:
-    "Returns the config of one experiment of a preset; an unknown preset, part or key raises a `VitdistillError`."
+    "Returns the config of an experiment of a preset; unknown presets, parts and keys are `VitdistillError`s."
     parts = preset_parts(name)
-    if experiment not in (known := set(parts) - {'common'}):
-        raise VitdistillError(f'preset {name!r} has no part {experiment!r}: {nearest(experiment, known)}')
-    given = {key: value for key, value in given.items() if value is not None}
-    values = {'experiment': experiment, **parts.get('common', {}), **parts[experiment], **given}
+    experiments = set(parts) - {'common'}
+    if experiment not in experiments:
+        advice = nearest(experiment, experiments)
+        raise VitdistillError(f'preset {name!r} has no part {experiment!r}: {advice}')
+    values = {'experiment': experiment, **parts.get('common', {}), **parts[experiment]}
+    for key, value in given.items():
+        if value is not None:
+            values[key] = value
     return from_dict(values, f'preset {name}')
 
 # %% ../nbs/01_config.ipynb #ad8ba557
@@ -415,12 +520,17 @@ def save(config:Config, path:str|Path)->Path:
 _default = functools.cache(Config)
 
 def defining(config:Config)->dict: # name -> value
-    "Returns the fields that change the result, with resolved values as 'auto' and former defaults as today's."
-    def value(f):
-        if f.name in config.auto: return 'auto'
-        found, formerly = getattr(config, f.name), f.metadata['formerly']
-        return getattr(_default(), f.name) if found in formerly else found
-    return {f.name: value(f) for f in fields(config) if f.metadata['hashed']}
+    "Returns the fields that change the result; resolved values count as 'auto', former defaults as today's."
+    values = {}
+    for f in fields(config):
+        if not f.metadata['hashed']: continue
+        value = getattr(config, f.name)
+        if f.name in config.auto:
+            value = 'auto'
+        elif value in f.metadata['formerly']:
+            value = getattr(_default(), f.name)
+        values[f.name] = value
+    return values
 
 # %% ../nbs/01_config.ipynb #6230e93e
 def config_hash(config:Config)->str:
@@ -435,8 +545,12 @@ def student_name(config:Config)->str:
     return f'{config.student}_cifar' if config.stem == 'cifar' else config.student
 
 def run_name(config:Config)->str:
-    "Returns the run folder's name: experiment-student-teacher-s<seed>-<hash8>; captions have what they learn from."
-    taught = config.learn_from if config.clip else config.teacher or 'labels'
-    model = student_name(config) if config.clip in ('', 'own') else Path(config.clip).name
-    parts = (config.experiment, model, taught, f's{config.seed}', config_hash(config)[:8])
+    "Returns a run folder's name: experiment-student-teacher-s<seed>-<hash8>; captions say what taught them."
+    model = student_name(config)
+    teacher = config.teacher or 'labels'
+    if config.clip:
+        teacher = config.learn_from
+        if config.clip != 'own':
+            model = Path(config.clip).name
+    parts = config.experiment, model, teacher, f's{config.seed}', config_hash(config)[:8]
     return '-'.join(part.replace('/', '_').replace(':', '_')[-80:] for part in parts) # a path may be long

@@ -16,16 +16,20 @@ from .config import Config
 class TensorBoard:
     "Writes a run's metrics as scalars, its config and result as text."
     needs = 'tensorboard' # package that it needs
+
     def __init__(self, name:str, folder:Path, config:Config):
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(str(folder/'tensorboard'), purge_step=0)
         self.text('config', asdict(config))
+
     def text(self, name:str, values:dict)->None:
         self.writer.add_text(name, f'```json\n{json.dumps(values, indent=1)}\n```')
+
     def row(self, epoch:int, values:dict)->None: # name -> number
         for name, value in values.items():
             self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
+
     def end(self, result:dict)->None:
         self.text('result', result)
         self.writer.close()
@@ -33,19 +37,25 @@ class TensorBoard:
 # %% ../nbs/04_track.ipynb #43746cd8
 class Trackio:
     "Writes a run's metrics to trackio's local store."
-    needs, project = 'trackio', 'vitdistill'
+    needs = 'trackio' # package that it needs
+    project = 'vitdistill'
+
     def __init__(self, name:str, folder:Path, config:Config):
         import trackio
         with contextlib.suppress(ValueError): # the project does not exist yet
-            for earlier in [run for run in trackio.Api().runs(self.project) if run.name == name]:
-                earlier.delete()
+            earlier = [run for run in trackio.Api().runs(self.project) if run.name == name]
+            for run in earlier: run.delete()
         quiet = dict(embed=False, auto_log_gpu=False, auto_log_cpu=False)
         with contextlib.redirect_stdout(io.StringIO()):
             self.run = trackio.init(self.project, name=name, config=asdict(config), **quiet)
-    def row(self, epoch:int, values:dict)->None:
+
+    def row(self, epoch:int, values:dict)->None: # name -> number
         self.run.log(values, step=epoch)
+
     def end(self, result:dict)->None:
-        numbers = {f'result/{name}': value for name, value in result.items() if isinstance(value, (int, float))}
+        numbers = {}
+        for name, value in result.items():
+            if isinstance(value, (int, float)): numbers[f'result/{name}'] = value
         self.run.log(numbers, step=result.get('epochs', 1) - 1)
         with contextlib.redirect_stdout(io.StringIO()):
             self.run.finish()
@@ -57,7 +67,8 @@ def tracker_names(
     track:str # a config's `track`: 'none', or names with commas between
 )->list:
     "Returns the names of the chosen trackers; raises `VitdistillError` if one is unknown or not installed."
-    names = [name.strip() for name in track.split(',') if name.strip() not in ('', 'none')]
+    names = [name.strip() for name in track.split(',')]
+    names = [name for name in names if name not in ('', 'none')]
     for name in names:
         if name not in TRACKERS:
             raise VitdistillError(f'track = {name!r} is not known: {nearest(name, TRACKERS)}')
@@ -66,20 +77,24 @@ def tracker_names(
 
 # %% ../nbs/04_track.ipynb #747349ad
 class Trackers:
-    "All trackers of a run. One that fails prints why, and is not used again, so that it does not stop the training."
+    "All trackers of a run. One that fails prints why and is not used again, so that the training goes on."
     def __init__(self, name:str, folder:Path, config:Config): # of the run; folder: its working folder
         self.all = {} # name -> tracker
-        for which in tracker_names(config.track):
-            if tracker := self._try(which, TRACKERS[which], name, folder, config):
-                self.all[which] = tracker
-    def _try(self, which:str, call, *given):
-        try: return call(*given)
+        for kind in tracker_names(config.track):
+            tracker = self._try(kind, TRACKERS[kind], name, folder, config)
+            if tracker: self.all[kind] = tracker
+
+    def _try(self, kind:str, call, *given): # returns what the call does; None if it fails
+        try:
+            return call(*given)
         except Exception as e:
-            print(f'{which} failed and is not used from now on ({type(e).__name__}: {e})', flush=True)
-            self.all.pop(which, None)
+            print(f'{kind} failed and is not used from now on ({type(e).__name__}: {e})', flush=True)
+            self.all.pop(kind, None)
+
     def row(self, epoch:int, values:dict)->None: # name -> number
-        for which, tracker in [*self.all.items()]:
-            self._try(which, tracker.row, epoch, values)
+        for kind, tracker in list(self.all.items()):
+            self._try(kind, tracker.row, epoch, values)
+
     def end(self, result:dict)->None:
-        for which, tracker in [*self.all.items()]:
-            self._try(which, tracker.end, result)
+        for kind, tracker in list(self.all.items()):
+            self._try(kind, tracker.end, result)

@@ -1,8 +1,9 @@
-"""What must hold on a GPU: each check takes a device and a folder, and returns what it saw in a sentence or raises.
+"""What must hold on a GPU: each check takes a device and a folder, and returns what it saw in a sentence or
+raises.
 
-`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py FILE` is
-a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the first GPU, by gloo,
-since NCCL refuses two processes on one.
+`test_cuda.py` calls them on a GPU, `steps.py` on a GPU or, at toy size, on a CPU. `python tests/gpu/checks.py
+FILE` is a rank of theirs: `vitdistill.train` among the peers that RANK and WORLD_SIZE tell of, all on the
+first GPU, by gloo, since NCCL refuses two processes on one.
 """
 import copy
 import functools
@@ -50,13 +51,13 @@ TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 
 
 def pair(device, folder, **given):
-    """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny one)."""
+    """A config whose teacher is a tiny untrained vision transformer, its student a ResNet-18 (on a CPU a tiny
+    one)."""
     small = dict(student="vit_tiny_patch16_224", student_kwargs=SMALLEST, data_fraction=0.2, threads=1)
     values = dict(dataset="digits", student="resnet18", teacher="vit_tiny_patch16_224", teacher_kwargs=TINY,
-                  teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01, precision="fp32",
-                  teacher_precision="fp32", compile="none", device=device, runs_dir=f"{folder}/runs",
-                  checkpoint_seconds=0.0,
-                  work_dir=f"{folder}/work")
+                  teacher_size=32, allow_untrained=True, distillation="hard", batch_size=64, lr=0.01,
+                  precision="fp32", teacher_precision="fp32", compile="none", device=device,
+                  checkpoint_seconds=0.0, runs_dir=f"{folder}/runs", work_dir=f"{folder}/work")
     return Config(**values | (small if device == "cpu" else {}) | given)
 
 
@@ -74,9 +75,12 @@ def alone(device):
 
 def check_views(device, folder):
     """Views of a batch, and what a model is given of them, are the CPU's."""
-    images, g = random_data(64).train_images, torch.Generator().manual_seed(0)
-    rows, view = torch.randint(64, (50,), generator=g), torch.randint(162, (50,), generator=g)
-    here, there = Views(images, 4)(rows, view), Views(images, 4, device)(rows.to(device), view.to(device))
+    images = random_data(64).train_images
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(64, (50,), generator=g)
+    view = torch.randint(162, (50,), generator=g)
+    here = Views(images, 4)(rows, view)
+    there = Views(images, 4, device)(rows.to(device), view.to(device))
     assert there.cpu().equal(here)
     worst = 0.0
     for size in (0, 48):
@@ -98,7 +102,8 @@ def check_losses(device, folder):
         config = Config(distillation=name, teacher=teacher, soft_top_k=top_k)
         found = []
         for place in ("cpu", device):
-            own, z = criterion(config).to(place), logits.to(place, copy=True).requires_grad_()  # a leaf on each place
+            own = criterion(config).to(place)
+            z = logits.to(place, copy=True).requires_grad_()  # a leaf on each place
             said = own.wants.make(answer.to(place)) if own.wants else None
             loss, _ = own((z,), Batch(z, targets.to(place), said, epoch=5))
             loss.backward()
@@ -112,20 +117,24 @@ def check_losses(device, folder):
 
 
 def check_litv2(device, folder):
-    """LITv2's logits and gradients, those of its offsets too, are the CPU's, and nearly those under bf16 autocast."""
+    """LITv2's logits and gradients, those of its offsets too, are the CPU's, and nearly those under bf16
+    autocast."""
     torch.manual_seed(0)
     small = dict(embed_dim=16, depths=(1, 1, 1), num_heads=(2, 4, 8), windows=(0, 2, 1))
     model = create("litv2_cifar", 10, 32, **small).train()
     for module in model.modules():
         if isinstance(module, DeformableMerging):
             torch.nn.init.normal_(module.offset.weight, std=0.05)
-    images, targets, found = torch.randn(16, 3, 32, 32), torch.arange(16) % 10, []
+    images = torch.randn(16, 3, 32, 32)
+    targets = torch.arange(16) % 10
+    found = []
     for place, low in (("cpu", False), (device, False), (device, True)):
         its = copy.deepcopy(model).to(place)
         with torch.autocast(device, torch.bfloat16, enabled=low):
             loss = torch.nn.functional.cross_entropy(its(images.to(place)), targets.to(place))
         loss.backward()
-        found.append(torch.cat([loss[None].detach(), *(p.grad.flatten() for p in its.parameters())]).float().cpu())
+        parts = [loss[None].detach(), *[p.grad.flatten() for p in its.parameters()]]
+        found.append(torch.cat(parts).float().cpu())
     same, close = (torch.cosine_similarity(found[0], other, dim=0).item() for other in found[1:])
     assert same > 0.9999 and close > 0.99, f"cosines of the gradients: fp32 {same:.5f}, bf16 {close:.3f}"
     return f"cosines of loss and gradients with the CPU's: fp32 {same:.5f}, bf16 {close:.4f}"
@@ -137,7 +146,9 @@ def check_pretraining(device, folder):
     can = criterion(Config(distillation="can", objective_kwargs=own))
     torch.manual_seed(0)
     whole = can.objective(can.fit(Student(create("vit_tiny_patch16_224", 10, 32, **TINY))), can)
-    pixels, image, found = torch.randn(32, 3, 32, 32), torch.arange(16), []
+    pixels = torch.randn(32, 3, 32, 32)
+    image = torch.arange(16)
+    found = []
     for place, low in (("cpu", False), (device, False), (device, True)):
         its = copy.deepcopy(whole).to(place)
         batch = Batch(pixels.to(place), torch.zeros(16, device=place), epoch=3, image=image.to(place))
@@ -146,7 +157,8 @@ def check_pretraining(device, folder):
             loss = its(batch).loss
         loss.backward()
         learned = [p.grad.flatten() for p in its.parameters() if p.grad is not None]
-        found.append((drawn.keep.cpu(), drawn.noise.cpu(), torch.cat([loss[None].detach(), *learned]).float().cpu()))
+        loss_and_gradients = torch.cat([loss[None].detach(), *learned]).float().cpu()
+        found.append((drawn.keep.cpu(), drawn.noise.cpu(), loss_and_gradients))
     (keep, noise, first), (its_keep, its_noise, second), (*_, third) = found
     assert its_keep.equal(keep) and (its_noise - noise).abs().max() < 1e-4, "other masks or noise"
     same, close = (torch.cosine_similarity(first, other, dim=0).item() for other in (second, third))
@@ -155,7 +167,8 @@ def check_pretraining(device, folder):
 
 
 def epochs_of(device, folder, mode, epochs=2, batch=16):
-    """(mean loss of each epoch, weights, pixels of a batch, step): taught by a full memo; the last batch is shorter."""
+    """(mean loss of each epoch, weights, pixels of a batch, step): taught by a full memo; the last batch is
+    shorter."""
     data = random_data(2 * batch + batch // 2)
     whole = dict(dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     config = pair(device, folder, **whole, batch_size=batch, compile=mode)
@@ -165,7 +178,7 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     fill_randomly(memo)
     setup.answers = Answers(setup.answers.teacher, setup.views, memo=memo)
     torch._dynamo.reset()
-    cut = replace(config, compile="none" if mode == "graph" else mode)  # a captured step cuts its views itself
+    cut = replace(config, compile="none" if mode == "graph" else mode)  # a captured step cuts views itself
     pixels = next(batches(replace(setup, config=cut), 0)).pixels.cpu()
     objective = create_objective(setup.student, setup.criterion, config.compile, setup.ranks)
     optimizer = create_optimizer(config, setup.student.model)
@@ -176,10 +189,12 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
 
 
 def check_compiled(device, folder, mode="default"):
-    """Student, views, loss and sums compiled: two epochs, with a shorter last batch, end where the eager ones end."""
+    """Student, views, loss and sums compiled: two epochs, with a shorter last batch, end where the eager ones
+    end."""
     counters = torch._dynamo.utils.counters
     counters.clear()
-    one, two = epochs_of(device, folder, "none"), epochs_of(device, folder, mode)
+    one = epochs_of(device, folder, "none")
+    two = epochs_of(device, folder, mode)
     graphs, skipped = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
     loss = np.abs(one[0] - two[0]).max()
     weights = max((a - b).abs().max().item() for a, b in zip(one[1], two[1], strict=True))
@@ -207,15 +222,18 @@ def check_graph(device, folder):
     """The same with the CUDA graphs of torch.compile, which are recorded for both sizes of a batch."""
     if device != "cpu":
         return check_compiled(device, folder, "reduce-overhead")
-    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):  # a CPU records none
+    recorded = functools.partial(torch.compile, backend="aot_eager")  # a CPU records none
+    with mock.patch("torch.compile", recorded):
         return check_compiled(device, folder, "reduce-overhead")
 
 
 def check_memo(device, folder):
     """A memo of a teacher on the device says what the teacher says, and is asked the second time."""
-    data, config = random_data(64), pair(device, folder, dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
+    data = random_data(64)
+    config = pair(device, folder, dataset="cifar100", val_fraction=0.0, data_fraction=1.0)
     setup = bench_setup(config, alone(device), data)
-    teacher, views = balance(setup.answers.teacher, setup.views, 64), setup.views
+    teacher = balance(setup.answers.teacher, setup.views, 64)
+    views = setup.views
     plan = epoch_plan(torch.arange(64), 64, 162, seed=1, epoch=0)
     answers = Answers(teacher, views, memo=open_memo(folder, memo_key(teacher, config, data)))
     first = answers(plan)
@@ -235,7 +253,8 @@ def check_memo(device, folder):
 
 
 class Forked:
-    """A process that is forked from this one, which saves the seconds of torch's import; used as a `Popen` is."""
+    """A process that is forked from this one, which saves the seconds of torch's import; used as a `Popen`
+    is."""
 
     def __init__(self, function, env, log):
         self.returncode = None
@@ -291,7 +310,8 @@ def start_ranks(config, log, world=1):
     with open(log, "a") as out:
         if config.device == "cpu":
             return [Forked(lambda: rank_main(file), env, out) for env in envs]
-        return [subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out, cwd=ROOT) for env in envs]
+        given = dict(stdout=out, stderr=out, cwd=ROOT)
+        return [subprocess.Popen(command, env=os.environ | env, **given) for env in envs]
 
 
 def ended(processes, seconds, log):
@@ -327,8 +347,8 @@ def epochs_done(config):
 
 def check_resume(device, folder, world=1, mode="none", deterministic=False, epochs=6, seconds=170, made=pair,
                  killed=True):
-    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the byte.
-    Not `killed`: two runs of one seed, left alone."""
+    """A run that is killed after half of its epochs and started again ends as one left alone: on a CPU to the
+    byte. Not `killed`: two runs of one seed, left alone."""
     given = dict(epochs=epochs, batch_size=32, compile=mode, deterministic=deterministic)
     if world > 1 and mode != "none" and device != "cpu":  # where a compiled batch norm is refused
         given |= dict(student="vit_tiny_patch16_224", student_kwargs=TINY)
@@ -336,7 +356,8 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
     logs = {name: folder / f"{name}.log" for name in ("alone", "cut")}
     for name in logs:
         (folder / name).mkdir(parents=True)
-    end, left_alone = time.monotonic() + seconds, start_ranks(whole, logs["alone"], world)
+    end = time.monotonic() + seconds
+    left_alone = start_ranks(whole, logs["alone"], world)
     try:
         first = start_ranks(cut, logs["cut"], world)
         try:
@@ -361,9 +382,11 @@ def check_resume(device, folder, world=1, mode="none", deterministic=False, epoc
     assert not killed or "resumes after epoch" in logs["cut"].read_text()
     assert len(rows[0]) == len(rows[1]) == epochs
     loss = (rows[0].train_loss - rows[1].train_loss).abs().max()
-    weights = max((states[0][name].float() - states[1][name].float()).abs().max().item() for name in states[0])
+    first, second = states
+    weights = max((first[name].float() - second[name].float()).abs().max().item() for name in first)
     same = weights == 0 and rows[0].equals(rows[1])
-    assert same or not (deterministic or device == "cpu"), f"weights differ by {weights:.2g}, losses by {loss:.2g}"
+    exact = deterministic or device == "cpu"
+    assert same or not exact, f"weights differ by {weights:.2g}, losses by {loss:.2g}"
     assert loss < 0.2, f"losses differ by {loss:.2g}"
     how = "the same to the byte" if same else f"weights differ by {weights:.1g}, losses by {loss:.1g} at most"
     what = f"killed after {before} of {epochs} epochs" if killed else "not killed"
@@ -376,7 +399,8 @@ def check_two_processes(device, folder, mode="none", deterministic=False):
 
 
 def check_recipe(device, folder, seconds=170):
-    """All of a recipe, killed and resumed, compiled on a GPU; then another student finds all answers in the memo."""
+    """All of a recipe, killed and resumed, compiled on a GPU; then another student finds all answers in the
+    memo."""
     end = time.monotonic() + seconds
     told = check_resume(device, folder, mode="auto", seconds=seconds, made=recipe)
     run, = find_runs(folder / "cut/runs")
@@ -385,7 +409,8 @@ def check_recipe(device, folder, seconds=170):
     average, hits = run.metrics().ema_test_top1, find_runs(other.runs_dir)[0].metrics().memo_hit_rate
     assert average.notna().all(), f"top-1 of the weight average: {average.tolist()}"
     assert hits.eq(1).all(), f"memo hits of another student of the plan: {hits.tolist()}"
-    return f"{told}, of the weight average {average.iloc[-1]:.1%}; another student's memo hits {hits.min():.0%}"
+    return (f"{told}, of the weight average {average.iloc[-1]:.1%}; "
+            f"another student's memo hits {hits.min():.0%}")
 
 
 def check_ranks_agree(device, folder, epochs=2, seconds=170):

@@ -1,10 +1,10 @@
 """Eleven minutes on a GPU, in one command: `make gpu`, or `python tests/gpu/run.py`.
 
-It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its own, cuts
-it where its time is over, goes on after one that fails, and writes one folder of at most 8 small files: what was found
-(page.md, found.json), logs, and records. It writes them every minute, so that a cut loses one minute. The data may come
-later: the study waits for them. Without a GPU, or with `--dry`, the same steps run at toy size on the CPU; one
-that is skipped or fails is an error there.
+It needs this checkout and a Python with torch, timm, pandas and pytest. It runs each step in a process of its
+own, cuts it where its time is over, goes on after one that fails, and writes one folder of at most 8 small
+files: what was found (page.md, found.json), logs, and records. It writes them every minute, so that a cut
+loses one minute. The data may come later: the study waits for them. Without a GPU, or with `--dry`, the same
+steps run at toy size on the CPU; one that is skipped or fails is an error there.
 """
 import argparse
 import contextlib
@@ -23,7 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# What runs side by side, and the most seconds that it gets of eleven minutes; `modes` gets what the others left.
+# What runs side by side, and the most seconds that it gets of eleven minutes; `modes` gets what the others
+# left.
 PLAN = [(("checks", "study"), 500), (("profile",), 50), (("ranks",), 80), (("modes",), 0)]
 STEPS = [step for steps, _ in PLAN for step in steps]
 PACKING = 20  # seconds kept for the end
@@ -56,8 +57,8 @@ def start(step, work, dry, seconds, given):
     alone = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") if dry else dict(OMP_NUM_THREADS="4")
     if dry and step != "checks":
         alone["TORCH_COMPILE_DISABLE"] = "1"
-    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"),
-                            TRITON_CACHE_DIR=str(work / "triton")) | alone
+    caches = dict(TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"), TRITON_CACHE_DIR=str(work / "triton"))
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1") | caches | alone
     with open(work / f"{step}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
 
@@ -75,8 +76,9 @@ def end(process):
 
 
 def follow(steps, ended, work, dry, seconds, given, write):
-    """Run steps side by side to their end or the end of their time; `ended` gets (step, seconds, 'done', 'failed' or
-    'cut') of each, as it ends. `write` is called every minute with those that run and their seconds."""
+    """Run steps side by side to their end or the end of their time; `ended` gets (step, seconds, 'done',
+    'failed' or 'cut') of each, as it ends. `write` is called every minute with those that run and their
+    seconds."""
     begun, running = time.monotonic(), {}
     written = begun
     begin_anew(steps, work)
@@ -115,7 +117,8 @@ def log_files(work):
 
 def cell(value):
     """A finding as a table shows it."""
-    return (f"{value:,.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+    text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def page(work, about, ended, wanted):
@@ -137,8 +140,9 @@ def page(work, about, ended, wanted):
         lines += ["", f"## {step}", ""]
         if mine:
             lines += ["| what | found | goal | met |", "|---|---|---|---|"]
-            lines += [f"| {cell(row['what'])} | {cell(row['value'])} {row['unit']} | {row['goal']} | {row['met']} |"
-                      for row in mine]
+            for row in mine:
+                value = f"{cell(row['value'])} {row['unit']}"
+                lines.append(f"| {cell(row['what'])} | {value} | {row['goal']} | {row['met']} |")
         if seen.get(step, (0, ""))[1] in ("failed", "cut") and (log := work / f"{step}.log").is_file():
             said = log.read_text(errors="replace").splitlines()
             lines += ["", f"Its log ends ({seen[step][1]}):", "", "```", *said[-12:], "```"]
@@ -151,11 +155,15 @@ def about_here(dry):
     told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     said = told.stdout.strip().splitlines()
     here = json.loads(said[-1]) if said else {}
-    machine = "a CPU, at toy size: times and rates mean nothing" if dry else ", ".join(here.get("gpus", [])) or "a GPU"
-    versions = ", ".join(f"{name} {here[name]}" for name in ("python", "torch", "torchvision", "timm") if name in here)
+    machine = ", ".join(here.get("gpus", [])) or "a GPU"
+    if dry:
+        machine = "a CPU, at toy size: times and rates mean nothing"
+    parts = [name for name in ("python", "torch", "torchvision", "timm") if name in here]
+    versions = ", ".join(f"{name} {here[name]}" for name in parts)
     changed = " with uncommitted changes" * bool(here.get("uncommitted"))
     commit = here.get("commit", "")[:8] or os.environ.get("VITDISTILL_COMMIT", "unknown")
-    where = f"{here.get('processor', '')}, {here.get('cores', '?')} cores, {versions}, commit {commit}{changed}"
+    processor = f"{here.get('processor', '')}, {here.get('cores', '?')} cores"
+    where = f"{processor}, {versions}, commit {commit}{changed}"
     return dict(here, title=f"What was found on {machine}", what=f"{time.strftime('%Y-%m-%d')}, {where}.")
 
 
@@ -173,7 +181,8 @@ def packed(files, base, out, name, parts):
         else:
             left_out.append(str(file.relative_to(base)))
     for i, (_, content) in enumerate(bins):
-        with tarfile.open(out / f"{name}{f'-{i}' if parts > 1 else ''}.tar.gz", "w:gz", compresslevel=6) as tar:
+        number = f"-{i}" if parts > 1 else ""
+        with tarfile.open(out / f"{name}{number}.tar.gz", "w:gz", compresslevel=6) as tar:
             for file, data in content:
                 info = tarfile.TarInfo(str(file.relative_to(base)))
                 info.size, info.mtime = len(data), int(file.stat().st_mtime)
@@ -214,10 +223,11 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="at toy size on the CPU, as without a GPU")
     parser.add_argument("--out", default="out/gpu", help="folder of what is kept; what was there is removed")
-    parser.add_argument("--work", default="", help="folder of checkpoints and compiled programs, where the next call "
-                        "finds them; default: a temporary one")
+    parser.add_argument("--work", default="", help="folder of checkpoints and compiled programs, where the "
+                        "next call finds them; default: a temporary one")
     data = os.environ.get("VITDISTILL_DATA", "")
-    parser.add_argument("--data", default=data, help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
+    parser.add_argument("--data", default=data,
+                        help="holds cifar-100-python/ and weights/; default: $VITDISTILL_DATA")
     parser.add_argument("--minutes", type=float, default=11, help="after which all is over")
     parser.add_argument("--steps", default="", help=f"some of the steps: {','.join(STEPS)}")
     parser.add_argument("--seed", type=int, default=1, help="of the study")
@@ -238,8 +248,14 @@ def main(arguments=None):
     out.mkdir(parents=True, exist_ok=True)
     work = Path(args.work or tempfile.mkdtemp(prefix="vitdistill-gpu-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    about, ended, whole, all_seconds = about_here(dry), [], False, 60 * args.minutes
-    left = lambda: all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
+    about = about_here(dry)
+    ended = []
+    whole = False
+    all_seconds = 60 * args.minutes
+
+    def left():
+        return all_seconds - (time.monotonic() - begun) - min(PACKING, all_seconds / 20)
+
     scale = min(1.0, all_seconds / (60 * 11)) if len(plan) == len(PLAN) else 1.0
     given = ["--data", args.data, "--seed", str(args.seed), *(["--annealed"] if args.annealed else [])]
     def write(running=()):
@@ -247,7 +263,7 @@ def main(arguments=None):
         return tell(work, out, about, [*ended, *running], wanted), left_out
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))
     try:
-        with contextlib.suppress(SystemExit):  # steps have sessions of their own: `follow` ends them; the rest is kept
+        with contextlib.suppress(SystemExit):  # steps have sessions of their own: `follow` ends them
             for steps, most in plan:
                 seconds = max(GRACE, min(left() - GRACE, most * scale if most else left() - GRACE))
                 if dry:

@@ -1,8 +1,10 @@
-"""The steps of `make gpu`: `python tests/gpu/steps.py STEP --work DIR --device cuda --seconds N` does one of them and
-writes what it finds, as it finds it, to DIR/found.jsonl. `--toy` does the same at a size for the CPU."""
+"""The steps of `make gpu`: `python tests/gpu/steps.py STEP --work DIR --device cuda --seconds N` does one of
+them and writes what it finds, as it finds it, to DIR/found.jsonl. `--toy` does the same at a size for the
+CPU."""
 import argparse
 import functools
 import json
+import math
 import operator
 import signal
 import sys
@@ -27,7 +29,7 @@ from vitdistill.train.setup import resolve
 from vitdistill.teachers.teacher import adopt
 
 SENSES = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
-ENDED = 0, -signal.SIGTERM, 128 + signal.SIGTERM  # exit statuses of a run that ended by itself or was asked to
+ENDED = 0, -signal.SIGTERM, 128 + signal.SIGTERM  # exit statuses of a run that ended by itself or when asked
 DECIDED = 10  # epochs between two decisions about the test images that the study keeps
 WEIGHTS = "weights/vit_tiny_patch16_224.cifar100.safetensors"
 
@@ -36,7 +38,11 @@ class Job:
     """What a step is given: a device, a folder of its own, the data, a size, and time."""
 
     def __init__(self, step, work, device, toy, seconds, data="", seed=1, annealed=False):
-        self.step, self.base, self.device, self.toy, self.data = step, Path(work), device, toy, data
+        self.step = step
+        self.base = Path(work)
+        self.device = device
+        self.toy = toy
+        self.data = data
         self.seed, self.annealed = seed, annealed
         self.end, self.failed = time.monotonic() + seconds, []
         self.ranks = checks.alone(device)
@@ -82,13 +88,17 @@ def step_checks(job):
 
 
 def step_ranks(job):
-    """Two processes on the one device by gloo, killed and resumed, and one alike, first those that must be the same to
-    the byte. The same seed twice without a kill says whether rounding alone makes the others differ. Then a recipe."""
+    """Two processes on the one device by gloo, killed and resumed, and one alike, first those that must be
+    the same to the byte. The same seed twice without a kill says whether rounding alone makes the others
+    differ. Then a recipe."""
     exact, plain = dict(deterministic=True), dict(world=2)
-    cases = {} if job.toy else {"one process, deterministic": exact, "two ranks, deterministic": plain | exact,
-                                "one process, captured, deterministic": exact | dict(mode="graph"),
-                                "one process, the same twice, not killed": dict(killed=False)}
-    cases |= {"one process": {}, "two ranks": plain, "two ranks, compile default": plain | dict(mode="default")}
+    cases = {}
+    if not job.toy:
+        cases = {"one process, deterministic": exact, "two ranks, deterministic": plain | exact,
+                 "one process, captured, deterministic": exact | dict(mode="graph"),
+                 "one process, the same twice, not killed": dict(killed=False)}
+    cases |= {"one process": {}, "two ranks": plain}
+    cases |= {"two ranks, compile default": plain | dict(mode="default")}
     with ThreadPoolExecutor(1 if job.toy else 4) as pool:
         def start(folder, check, **given):
             (job.work / folder).mkdir()
@@ -102,8 +112,9 @@ def step_ranks(job):
             job.attempt(names[future], future.result)
 
 
-STUDENTS = {"timm's stem": ({}, "<= 0.6"), "CIFAR stem": (dict(stem="cifar"), "<= 4.5"),  # goals: seconds an epoch
-            "ViT-Tiny": (dict(student="vit_tiny_patch16_224", student_kwargs=dict(img_size=32, patch_size=4)), "")}
+PATCHES = dict(img_size=32, patch_size=4)
+STUDENTS = {"timm's stem": ({}, "<= 0.6"), "CIFAR stem": (dict(stem="cifar"), "<= 4.5"),  # goals: s an epoch
+            "ViT-Tiny": (dict(student="vit_tiny_patch16_224", student_kwargs=PATCHES), "")}
 
 
 def bench_of(job, name, mode):
@@ -135,7 +146,8 @@ def timed(job, name, mode, times=3, start=""):
 
 
 def kernels(job, turn, seconds, steps=20):
-    """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest kernels."""
+    """Milliseconds a step that the device was busy, how often the host gave it work, and its ten largest
+    kernels."""
     run, on_gpu = turn(steps), torch.autograd.DeviceType.CUDA
     with torch.profiler.profile() as seen:
         run()
@@ -146,11 +158,13 @@ def kernels(job, turn, seconds, steps=20):
     else:
         of = {e.key: e.self_cpu_time_total / 1000 / steps for e in events}
     marks = "LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync"
-    calls = {mark: sum(e.count for e in events if mark in e.key and e.key.startswith("cu")) / steps for mark in marks}
+    own = [e for e in events if e.key.startswith("cu")]
+    calls = {mark: sum(e.count for e in own if mark in e.key) / steps for mark in marks}
     largest = sorted(of.items(), key=lambda item: -item[1])[:10]
-    return (f"busy for {sum(of.values()):.3f} ms of a step's {1000 * seconds:.3f}; calls a step: "
-            + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()) + "; ms a step of the largest kernels: "
-            + "; ".join(f"{name[:70]} {ms:.3f}" for name, ms in largest))
+    rates = ", ".join(f"{name} {count:.1f}" for name, count in calls.items())
+    kernels = "; ".join(f"{name[:70]} {ms:.3f}" for name, ms in largest)
+    return (f"busy for {sum(of.values()):.3f} ms of a step's {1000 * seconds:.3f}; calls a step: {rates}; "
+            f"ms a step of the largest kernels: {kernels}")
 
 
 def step_profile(job):
@@ -164,9 +178,9 @@ def step_profile(job):
 
 
 def step_modes(job):
-    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step. `profile` has the others'.
-    A second start finds the first's programs on disk. A ViT's `default` compiles its blocks, the other modes all of it.
-    On a CPU: `python tests/gpu/steps.py modes --work DIR --toy --device cpu`."""
+    """Seconds of the first epoch, and of a warm one, as torch.compile makes the step. `profile` has the
+    others'. A second start finds the first's programs on disk. A ViT's `default` compiles its blocks, the
+    other modes all of it. On a CPU: `python tests/gpu/steps.py modes --work DIR --toy --device cpu`."""
     for mode, start in (("reduce-overhead", ""), ("reduce-overhead", ", second start"), ("default", "")):
         for name in STUDENTS:
             try:
@@ -179,11 +193,11 @@ def step_modes(job):
 def adopted(job, weights):
     """The folder of a teacher whose weights were trained elsewhere."""
     if job.toy:
-        config = pair(job.device, job.work, distillation="none", teacher="", teacher_kwargs={}, student_size=32,
-                      student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.2)
+        config = pair(job.device, job.work, distillation="none", teacher="", teacher_kwargs={},
+                      student_size=32, student="vit_tiny_patch16_224", student_kwargs=TINY, data_fraction=0.2)
     else:
-        config = preset("small", "teacher", data_root=str(job.data), padding=4, student_size=224, device=job.device,
-                        work_dir=str(job.work / "work"))
+        config = preset("small", "teacher", data_root=str(job.data), padding=4, student_size=224,
+                        device=job.device, work_dir=str(job.work / "work"))
     config, folder = resolve(config), job.work / "teacher/model"
     card = adopt(config, weights, folder, load_data(config), config.device, config.precision)
     return str(folder), f"top-1 {card.top1_held_out:.1%} on images that it held out"
@@ -203,23 +217,27 @@ def wait_for_data(job):
     wanted = [Path(job.data or "nowhere") / name for name in names]
     while missing := [str(file) for file in wanted if not file.is_file()]:
         if job.left() < 15:
-            raise FileNotFoundError(f"{missing[0]} has not come: give --data a folder with CIFAR-100 and the weights")
+            raise FileNotFoundError(f"{missing[0]} has not come: give --data a folder with CIFAR-100 and the "
+                                    "weights")
         time.sleep(1)
     return wanted[2]
 
 
 def pair_of(job):
     """Name -> config of the paper's pair with the CIFAR stem: labels alone, and taught."""
-    places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"), device=job.device, seed=job.seed)
+    places = dict(runs_dir=str(job.work / "runs"), work_dir=str(job.work / "work"))
+    places |= dict(device=job.device, seed=job.seed)
     if job.toy:
-        weights, taught = toy_weights(job), pair(job.device, job.work, epochs=2, experiment="distilled", batch_size=32)
+        weights = toy_weights(job)
+        taught = pair(job.device, job.work, epochs=2, experiment="distilled", batch_size=32)
         taught = replace(taught, keep_checkpoints=[1], allow_untrained=True)
         plain = replace(taught, distillation="none", teacher="", teacher_kwargs={}, experiment="baseline")
     else:
         weights, length = wait_for_data(job), 60 if job.annealed else 2000
-        places |= dict(data_root=str(job.data), epochs=length, t_max=length, nproc=1, precision="bf16", stem="cifar",
-                       compile="graph", keep_checkpoints=list(range(DECIDED, length, DECIDED)))
-        plain, kwargs = preset("paper", "baseline", **places), dict(img_size=224, dynamic_img_size=True)
+        places |= dict(data_root=str(job.data), epochs=length, t_max=length, nproc=1, precision="bf16",
+                       stem="cifar", compile="graph", keep_checkpoints=list(range(DECIDED, length, DECIDED)))
+        plain = preset("paper", "baseline", **places)
+        kwargs = dict(img_size=224, dynamic_img_size=True)
         taught = preset("paper", "distilled", teacher="vit_tiny_patch16_224", teacher_kwargs=kwargs, **places)
     folder, said = adopted(job, weights)
     job.found("the teacher", said)
@@ -229,12 +247,15 @@ def pair_of(job):
 def run_of(config):
     """The run folder of a config that may not be resolved here; None where it isn't begun."""
     same = "seed", "stem", "epochs", "t_max", "teacher_weights"
-    fits = lambda run: all(getattr(run.config, name) == getattr(config, name) for name in same)
-    return next(filter(fits, find_runs(config.runs_dir)), None)
+    for run in find_runs(config.runs_dir):
+        if all(getattr(run.config, name) == getattr(config, name) for name in same):
+            return run
+    return None
 
 
 def step_study(job):
-    """The pair side by side until its time is over. Decisions about the test images are kept every ten epochs."""
+    """The pair side by side until its time is over. Decisions about the test images are kept every ten
+    epochs."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut"))
     running = {}
     try:
@@ -269,10 +290,13 @@ def close(job, name, process, config):
         log = checks.log_end(job.work / f"{name}.log")
         assert run and run.epochs_done and process.returncode in ENDED, f"status {process.returncode}: {log}"
         metrics = run.metrics()
-        memo, middle = metrics.memo_hit_rate.iloc[-1], metrics.median(numeric_only=True)
+        middle = metrics.median(numeric_only=True)
+        memo = metrics.memo_hit_rate.iloc[-1]
+        hits = "" if math.isnan(memo) else f", memo hits {memo:.0%}"
+        first = metrics.seconds.iloc[0]
         return (f"{len(metrics)} epochs, test top-1 {metrics.test_top1.iloc[-1]:.1%}; first epoch "
-                f"{metrics.seconds.iloc[0]:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side), "
-                f"{middle.images_per_second:,.0f} images/s" + (f", memo hits {memo:.0%}" if memo == memo else ""))
+                f"{first:.1f} s, then {middle.seconds:.2f} s an epoch (median, side by side)"
+                f", {middle.images_per_second:,.0f} images/s{hits}")
     job.attempt(name, far)
 
 
@@ -286,7 +310,7 @@ def keep_decisions(job, name, config):
             job.attempt(f"{name}, decisions at {epochs}", lambda: predictions_at(run, epochs).name)
 
 
-STEPS = {name.removeprefix("step_"): step for name, step in list(globals().items()) if name.startswith("step_")}
+STEPS = dict(checks=step_checks, ranks=step_ranks, profile=step_profile, modes=step_modes, study=step_study)
 
 
 def main():

@@ -1,4 +1,5 @@
-"""Cells of notebooks that need a GPU (`#| cuda`, run by `nbdev_test --flags cuda`) call the checks by their names."""
+"""Cells of notebooks that need a GPU (`#| cuda`, run by `nbdev_test --flags cuda`) call the checks by their
+names."""
 import json
 import sys
 

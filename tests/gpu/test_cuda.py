@@ -7,7 +7,8 @@ import torch
 
 from checks import CHECKS, check_resume
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")]
+without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+pytestmark = [pytest.mark.cuda, without_gpu]
 
 
 @pytest.mark.parametrize("name", CHECKS)

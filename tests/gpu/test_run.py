@@ -1,4 +1,5 @@
-"""`make gpu` itself: it goes on after a step that fails or takes too long, says which, and leaves few small files."""
+"""`make gpu` itself: it goes on after a step that fails or takes too long, says which, and leaves few small
+files."""
 import json
 import os
 import subprocess
@@ -16,7 +17,8 @@ open(work / "found.jsonl", "a").write(json.dumps(row) + chr(10))
 (work / sys.argv[1]).mkdir(exist_ok=True)
 (work / sys.argv[1] / f"{time.time_ns()}.csv").touch()
 """
-SCRIPTS = dict(checks=GOOD, profile="raise SystemExit(3)", ranks="import time; time.sleep(60)", modes=GOOD, study=GOOD)
+SCRIPTS = dict(checks=GOOD, profile="raise SystemExit(3)", ranks="import time; time.sleep(60)", modes=GOOD,
+               study=GOOD)
 
 
 @pytest.fixture
@@ -24,8 +26,8 @@ def short(monkeypatch):
     """Steps that are a line of Python each, and seconds for them."""
     def start(step, work, dry, seconds, given):
         with open(work / f"{step}.log", "w") as log:
-            return subprocess.Popen([sys.executable, "-c", SCRIPTS[step], step, str(work)], stdout=log, stderr=log,
-                                    start_new_session=True)
+            command = [sys.executable, "-c", SCRIPTS[step], step, str(work)]
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     monkeypatch.setattr(run, "start", start)
     monkeypatch.setattr(run, "GRACE", 1)
@@ -40,7 +42,7 @@ def test_it_goes_on_and_says_which_failed(short, monkeypatch, tmp_path, capsys):
     seen, tell = [], run.tell
     monkeypatch.setattr(run, "tell", lambda *given: seen.append(tell(*given)) or seen[-1])
     assert run.main(["--out", str(tmp_path)]) == 1
-    assert any("| ranks |" in page and "| running |" in page for page in seen)  # a cut would have left this much
+    assert any("| ranks |" in page and "| running |" in page for page in seen)  # what a cut would have left
     found = json.loads((tmp_path / "found.json").read_text())
     ended = {step["step"]: step["ended"] for step in found["steps"]}
     assert ended == dict.fromkeys(SCRIPTS, "done") | dict(profile="failed", ranks="cut")
@@ -53,7 +55,8 @@ ENDLESS = """
 import subprocess, sys, run
 def start(step, *_):
     seconds = 0 if step == "study" else 60
-    process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"], start_new_session=True)
+    code = f"import time; time.sleep({seconds})"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     print(process.pid, flush=True)
     return process
 run.start, run.has_gpu, run.about_here = start, lambda: True, lambda dry: dict(title="Title", what="What.")
@@ -74,14 +77,17 @@ def test_told_to_end_it_ends_its_steps_and_keeps_what_was_found(tmp_path):
     time.sleep(0.3)  # and is noted
     whole.terminate()
     assert whole.wait(60) == 1
-    ended = {step["step"]: step["ended"] for step in json.loads((tmp_path / "found.json").read_text())["steps"]}
-    assert ended == dict(checks="cut", study="done") and "No step failed" in (tmp_path / "page.md").read_text()
+    found = json.loads((tmp_path / "found.json").read_text())
+    ended = {step["step"]: step["ended"] for step in found["steps"]}
+    assert ended == dict(checks="cut", study="done")
+    assert "No step failed" in (tmp_path / "page.md").read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(steps[0], 0)
 
 
 def test_a_second_call_finds_what_the_first_left(short, monkeypatch, tmp_path):
-    """The study's checkpoints; other steps begin anew, and a call tells of its own steps, each finding once."""
+    """The study's checkpoints; other steps begin anew, and a call tells of its own steps, each finding
+    once."""
     work, out = tmp_path / "work", tmp_path / "out"
     def call(steps):
         status = run.main(["--dry", "--out", str(out), "--work", str(work), "--steps", steps])

@@ -45,8 +45,13 @@ def test_a_gradient_that_differs_between_devices_is_seen(monkeypatch, tmp_path):
     def uneven(config):
         own = made(config)
         forward = own.forward
-        more = lambda heads: next(calls) * (heads[0].sum() - heads[0].sum().detach())  # 0, and another slope each time
-        own.forward = lambda heads, batch: (forward(heads, batch)[0] + more(heads), {})
+
+        def with_another_slope(heads, batch):
+            total = heads[0].sum()
+            zero = next(calls) * (total - total.detach())
+            return forward(heads, batch)[0] + zero, {}
+
+        own.forward = with_another_slope
         return own
 
     assert "objectives differ" in checks.check_losses("cpu", tmp_path)
@@ -65,7 +70,8 @@ def job(tmp_path):
 
 def ran(job, monkeypatch, script, epochs_done=3, status="interrupted"):
     """What the study found of a pair whose processes are these scripts and whose records say so."""
-    metrics = pd.DataFrame(dict(test_top1=0.1, seconds=2.0, images_per_second=10.0, memo_hit_rate=float("nan")), [0])
+    row = dict(test_top1=0.1, seconds=2.0, images_per_second=10.0, memo_hit_rate=float("nan"))
+    metrics = pd.DataFrame([row])
     record = SimpleNamespace(epochs_done=epochs_done, status=status, folder=job.work, metrics=lambda: metrics)
     monkeypatch.setattr(steps, "run_of", lambda _: record)
     monkeypatch.setattr(steps, "pair_of", lambda job: {"plain": SimpleNamespace(keep_checkpoints=[2, 8])})

@@ -30,22 +30,24 @@ from ..train.optimize import create_optimizer
 from ..train.ranks import Ranks
 from ..base import cores
 from ..train.setup import Setup, auto_values, image_device, loading_processes, place_model
-from ..teachers.teacher import load_teacher
+from ..teachers.teacher import teacher_and_card
 from ..train.step import create_step
 from ..train.loop import Progress, create_objective, train_epoch
 
 # %% ../../nbs/bench/01_contenders.ipynb #a0af9b2a
 def bench_config(device:str, recipe:bool=False, **given)->Config:
-    "Returns the config that is timed: the paper's pair, with a larger teacher on a GPU, or a small DeiT's recipe."
+    "Returns the timed config: the paper's pair, with a larger teacher on a GPU, or a small DeiT's recipe."
     if recipe:
         full = vars(preset('deit', 'deit'))
-        values = {name: full[name] for name in (*AUGMENTATIONS, 'mixup', 'cutmix', 'label_smoothing', 'padding')}
+        names = *AUGMENTATIONS, 'mixup', 'cutmix', 'label_smoothing', 'padding'
+        values = {name: full[name] for name in names}
         if device == 'cuda': values['batch_size'] = 512
         values |= dict(device=device, data_fraction=1.) # all of the random images
         config = preset('small_deit', 'deit', **values | given)
     else:
         teacher = 'deit_base_patch16_224' if device == 'cuda' else 'vit_tiny_patch16_224'
-        values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard', device=device)
+        values = dict(dataset='cifar100', val_fraction=0., teacher=teacher, distillation='hard',
+                      device=device)
         config = from_dict(values | given)
     return replace(config, **auto_values(config))
 
@@ -61,15 +63,20 @@ def random_data(n:int=50_000)->Data: # n: number of training images
 # %% ../../nbs/bench/01_contenders.ipynb #40edc69a
 def bench_setup(config:Config, ranks:Ranks, data:Data)->Setup:
     "Returns a `Setup` as `prepare` does, for data in memory and without a check of the teacher."
-    student = place_model(create_student(config, len(data.classes), 32), ranks.device, precision=config.precision)
+    student = create_student(config, len(data.classes), 32)
+    student = place_model(student, ranks.device, precision=config.precision)
     place = image_device(config, data.train_images.shape, ranks.device)
-    views, rows = Views(data.train_images, config.padding, place), torch.arange(len(data.train_labels))
-    answers = Answers(load_teacher(config, data, ranks.device)[0], views) if config.distillation != 'none' else None
-    if answers and unnumbered(config): # it answers batch by batch
-        answers.teacher.chunk = config.batch_size
+    views = Views(data.train_images, config.padding, place)
     test_views = Views(data.test_images, 0, place)
+    rows = torch.arange(len(data.train_labels))
+    answers = None
+    if config.distillation != 'none':
+        answers = Answers(teacher_and_card(config, data, ranks.device)[0], views)
+        if unnumbered(config): # it answers batch by batch
+            answers.teacher.chunk = config.batch_size
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views, test_views=test_views,
-                 train_rows=rows, val_rows=rows[:0], criterion=criterion(config).to(ranks.device), answers=answers)
+                 train_rows=rows, val_rows=rows[:0], criterion=criterion(config).to(ranks.device),
+                 answers=answers)
 
 # %% ../../nbs/bench/01_contenders.ipynb #da5a1b41
 def trainer(config:Config, optimizer:torch.optim.Optimizer, loss:Callable)->Callable:
@@ -81,14 +88,16 @@ def trainer(config:Config, optimizer:torch.optim.Optimizer, loss:Callable)->Call
             value.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
     def turn(steps:int)->Callable: return functools.partial(run, steps)
     return turn
 
 # %% ../../nbs/bench/01_contenders.ipynb #00bc5cae
 def bare(config:Config, ranks:Ranks, data:Data)->Callable:
     "Returns the contender of a student's step on a ready batch."
-    setup, rows = bench_setup(config, ranks, data), torch.arange(config.batch_size)
+    setup = bench_setup(config, ranks, data)
     objective = create_objective(setup.student, setup.criterion, config.compile, ranks).train()
+    rows = torch.arange(config.batch_size)
     pixels = setup.input(setup.views(rows)).contiguous(memory_format=torch.channels_last)
     batch = Batch(pixels, data.train_labels[rows].to(ranks.device))
     return trainer(config, create_optimizer(config, setup.student.model), lambda: objective(batch).loss)
@@ -110,49 +119,62 @@ def frozen_teacher(config:Config, data:Data, device:str)->nn.Module:
 # %% ../../nbs/bench/01_contenders.ipynb #e217e9f6
 def naive(config:Config, ranks:Ranks, data:Data)->Callable:
     "Returns the contender of the paper's loop, with the teacher at each step."
-    augment = transforms.Compose([transforms.RandomCrop(32, padding=config.padding), transforms.RandomHorizontalFlip(),
+    augment = transforms.Compose([
+        transforms.RandomCrop(32, padding=config.padding), transforms.RandomHorizontalFlip(),
         transforms.ToTensor(), transforms.Normalize(*data.mean_std)])
-    loader = DataLoader(PilImages(data, augment), config.batch_size, shuffle=True, drop_last=True, num_workers=1,
-                        persistent_workers=True, pin_memory=config.device == 'cuda')
+    loader = DataLoader(PilImages(data, augment), config.batch_size, shuffle=True, drop_last=True,
+                        num_workers=1, persistent_workers=True, pin_memory=config.device == 'cuda')
     batches = chain.from_iterable(repeat(loader)) # epoch after epoch
     student = create(config.student, len(data.classes), 32, config.stem, **config.student_kwargs)
-    student, teacher = student.to(ranks.device).train(), frozen_teacher(config, data, ranks.device)
-    optimizer = torch.optim.SGD(student.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    student = student.to(ranks.device).train()
+    teacher = frozen_teacher(config, data, ranks.device)
+    optimizer = torch.optim.SGD(student.parameters(), config.lr, config.momentum,
+                                weight_decay=config.weight_decay)
+
     def loss():
-        images, labels = (t.to(ranks.device, non_blocking=True) for t in next(batches))
+        images, labels = next(batches)
+        images = images.to(ranks.device, non_blocking=True)
+        labels = labels.to(ranks.device, non_blocking=True)
         logits = student(images)
         with torch.no_grad(): decision = teacher(images).argmax(-1)
-        return (1 - config.alpha)*F.cross_entropy(logits, labels) + config.alpha*F.cross_entropy(logits, decision)
+        on_labels = F.cross_entropy(logits, labels)
+        on_teacher = F.cross_entropy(logits, decision)
+        return (1 - config.alpha)*on_labels + config.alpha*on_teacher
     return trainer(replace(config, precision='fp32'), optimizer, loss)
 
 # %% ../../nbs/bench/01_contenders.ipynb #fa6bc236
 def timm_parts(config:Config, ranks:Ranks, data:Data)->tuple: # (class of the task, arguments of the loader)
-    "Returns timm's distillation task and the arguments of `create_loader`, for plain images or for DeiT's recipe."
+    "Returns timm's distillation task and arguments of `create_loader`, for plain images or DeiT's recipe."
     from timm import task # older versions of timm lack it
-    c = config
-    if not unnumbered(c):
-        how = functools.partial(task.LogitDistillationTask, criterion=nn.CrossEntropyLoss())
-        return how, dict(num_workers=min(4, cores()))
-    mix = FastCollateMixup(c.mixup, c.cutmix, label_smoothing=c.label_smoothing, num_classes=len(data.classes))
-    how = functools.partial(task.TokenDistillationTask, criterion=SoftTargetCrossEntropy(), distill_type='hard')
-    return how, dict(collate_fn=mix, auto_augment=c.randaugment, scale=(c.resized_crop or 1., 1.),
-        interpolation='bicubic', re_prob=c.random_erasing, re_mode='pixel', num_workers=loading_processes(c, ranks))
+    if not unnumbered(config):
+        plain_task = functools.partial(task.LogitDistillationTask, criterion=nn.CrossEntropyLoss())
+        return plain_task, dict(num_workers=min(4, cores()))
+    mix = FastCollateMixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                           num_classes=len(data.classes))
+    token_task = functools.partial(task.TokenDistillationTask, criterion=SoftTargetCrossEntropy(),
+                                   distill_type='hard')
+    return token_task, dict(
+        collate_fn=mix, auto_augment=config.randaugment, scale=(config.resized_crop or 1., 1.),
+        interpolation='bicubic', re_prob=config.random_erasing, re_mode='pixel',
+        num_workers=loading_processes(config, ranks))
 
 # %% ../../nbs/bench/01_contenders.ipynb #8673a493
 def timm_way(config:Config, ranks:Ranks, data:Data)->Callable:
     "Returns the contender of timm's loader, optimizer and distillation task."
-    size, device = student_size(config, 32), torch.device(ranks.device)
+    size = student_size(config, 32)
+    device = torch.device(ranks.device)
     task, loading = timm_parts(config, ranks, data)
     student = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     student = student.to(device, memory_format=torch.channels_last)
-    task = task(student, frozen_teacher(config, data, ranks.device), task_loss_weight=1 - config.alpha, device=device,
-                verbose=False).train()
+    teacher = frozen_teacher(config, data, ranks.device)
+    task = task(student, teacher, task_loss_weight=1 - config.alpha, device=device, verbose=False).train()
     optimizer = create_optimizer_v2(student, config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
                                     momentum=config.momentum)
-    loader = create_loader(PilImages(data), (3, size, size), config.batch_size, is_training=True, device=device,
-                           mean=data.mean_std[0], std=data.mean_std[1], color_jitter=None,
+    loader = create_loader(PilImages(data), (3, size, size), config.batch_size, is_training=True,
+                           device=device, mean=data.mean_std[0], std=data.mean_std[1], color_jitter=None,
                            pin_memory=config.device == 'cuda', **loading)
     batches = chain.from_iterable(repeat(loader)) # epoch after epoch
+
     def loss():
         pixels, labels = next(batches)
         return task(pixels.contiguous(memory_format=torch.channels_last), labels)['loss']
@@ -161,12 +183,13 @@ def timm_way(config:Config, ranks:Ranks, data:Data)->Callable:
 # %% ../../nbs/bench/01_contenders.ipynb #34de6c24
 def fill_randomly(memo:Memo)->None: # memo: of hard labels
     "Fills a memo with random answers, always the same, for all views of all images."
-    memo.stored[:] = np.random.default_rng(0).integers(memo.key['classes'], size=memo.stored.shape,
-                                                           dtype=memo.stored.dtype)
+    stored = memo.stored
+    generator = np.random.default_rng(0)
+    stored[:] = generator.integers(memo.key['classes'], size=stored.shape, dtype=stored.dtype)
 
 # %% ../../nbs/bench/01_contenders.ipynb #016f6cad
 def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
-    "Returns the teacher's answers for a turn, from an empty or `full` memo; mixed images have a full memo or none."
+    "Returns the teacher's answers for a turn, from an empty or `full` memo; of mixed images a full or none."
     config, data, teacher = setup.config, setup.data, setup.answers.teacher
     if not unnumbered(config):
         memo = open_memo(folder, memo_key(teacher, config, data) | {'turn': turn})
@@ -175,29 +198,36 @@ def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
         memo = open_memo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
         answers = Planned(teacher, setup.views, memo=memo)
         answers.checks = False # of a few rows, once an epoch: random ones would be refused
-    else: return Answers(teacher, setup.views)
+    else:
+        return Answers(teacher, setup.views)
     if full: fill_randomly(memo)
     return answers
 
 # %% ../../nbs/bench/01_contenders.ipynb #07f65c8b
 def vitdistill(config:Config, ranks:Ranks, data:Data, full:bool=False)->Callable: # full: of `bench_answers`
     "Returns the contender of this package's epoch."
-    setup, folder, numbers = bench_setup(config, ranks, data), tempfile.TemporaryDirectory(), count()
+    setup = bench_setup(config, ranks, data)
+    folder = tempfile.TemporaryDirectory()
     optimizer = create_optimizer(config, setup.student.model, setup.criterion)
-    step = create_step(setup, create_objective(setup.student, setup.criterion, config.compile, ranks), optimizer)
+    objective = create_objective(setup.student, setup.criterion, config.compile, ranks)
+    step = create_step(setup, objective, optimizer)
     progress = Progress(config, len(data.train_labels), 0, shown=False)
+    numbers = count()
+
     def turn(steps:int)->Callable:
         number = next(numbers)
         setup.train_rows = torch.arange(steps*config.batch_size)
         if setup.answers and not (full and number):
             setup.answers = bench_answers(setup, folder.name, number, full)
-        return functools.partial(train_epoch, step, number % config.epochs, progress) # a plan has this many epochs
+        epoch = number % config.epochs # a plan has this many
+        return functools.partial(train_epoch, step, epoch, progress)
     return turn
 
 # %% ../../nbs/bench/01_contenders.ipynb #20429914
 def teacher_alone(config:Config, ranks:Ranks, data:Data)->Callable:
     "Returns the contender of the teacher's answers about an epoch's views, without a student."
-    setup, numbers = bench_setup(config, ranks, data), count()
+    setup = bench_setup(config, ranks, data)
+    numbers = count()
     def turn(steps:int)->Callable:
         rows = torch.arange(steps*config.batch_size)
         plan = epoch_plan(rows, len(data.train_labels), view_count(config), config.seed, next(numbers))
@@ -207,7 +237,7 @@ def teacher_alone(config:Config, ranks:Ranks, data:Data)->Callable:
 # %% ../../nbs/bench/01_contenders.ipynb #e93402d7
 class Contender(typing.NamedTuple):
     "A training loop that the bench times."
-    build:Callable   # (config, ranks, data) -> function of steps that prepares a turn and returns what is timed
+    build:Callable   # (config, ranks, data) -> function of steps that prepares a turn, returns what is timed
     what:str         # one line for the table
     taught:bool=True # False: learns from labels alone
     recipe:bool=True # False: can't run on mixed and randomly augmented images
@@ -215,18 +245,22 @@ class Contender(typing.NamedTuple):
 CONTENDERS = { # in the order of their turns
     'bare': Contender(bare, 'student and optimizer on one ready batch', taught=False, recipe=False),
     'naive distilled': Contender(
-        naive, 'torchvision CIFAR100 and PIL transforms, 1 loading process, teacher at each step, fp32', recipe=False),
+        naive, 'torchvision CIFAR100 and PIL transforms, 1 loading process, teacher at each step, fp32',
+        recipe=False),
     'timm two sizes': Contender(timm_way, "timm's loader and distillation task, teacher at each step"),
     'vitdistill plain': Contender(vitdistill, 'train_epoch, labels alone', taught=False),
     'vitdistill empty memo': Contender(vitdistill, 'train_epoch, the teacher answers about every image'),
-    'vitdistill full memo': Contender(functools.partial(vitdistill, full=True), 'train_epoch, every answer known'),
+    'vitdistill full memo': Contender(
+        functools.partial(vitdistill, full=True), 'train_epoch, every answer known'),
     'teacher alone': Contender(teacher_alone, 'answers for an epoch of views', recipe=False)}
 
 def contenders(config:Config)->list: # names in `CONTENDERS`
     "Returns the names of the contenders that can train on a config's images, in the order of their turns."
-    return [name for name, entry in CONTENDERS.items() if entry.recipe or not unnumbered(config)]
+    return [name for name, contender in CONTENDERS.items() if contender.recipe or not unnumbered(config)]
 
 def built(name:str, config:Config, ranks:Ranks, data:Data)->Callable: # name: in `CONTENDERS`
     "Returns a contender, ready for its turns."
-    entry, labels_alone = CONTENDERS[name], dict(distillation='none', teacher='', token='auto')
-    return entry.build(config if entry.taught else replace(config, **labels_alone), ranks, data)
+    contender = CONTENDERS[name]
+    if not contender.taught:
+        config = replace(config, distillation='none', teacher='', token='auto')
+    return contender.build(config, ranks, data)

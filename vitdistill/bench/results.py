@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVER_ROUNDS', 'over_rounds', 'other_work', 'noise_sentence', 'device_and_noise', 'instruction_set', 'machine_name',
-           'headline', 'show', 'record']
+           'headline', 'table_text', 'record']
 
 # %% ../../nbs/bench/00_results.ipynb #67819b7f
 import os, re, shutil, subprocess, time
@@ -15,42 +15,43 @@ from ..train.ranks import check_device
 from ..runs import environment
 
 # %% ../../nbs/bench/00_results.ipynb #81eda036
-OVER_ROUNDS = ('Ratios are taken within each round. median: over the rounds; low, high: its distribution-free 95% '
-               'interval (none below 6 rounds).')
+OVER_ROUNDS = ('Ratios are taken within each round. median: over the rounds; low, high: its '
+               'distribution-free 95% interval (none below 6 rounds).')
 
 def over_rounds(values:pd.Series)->dict: # values: by round
     "Returns median, low, high, rounds: the ends of a 95% interval are NaN below 6 rounds."
     from scipy.stats import quantile_test # here, so that workers start faster
-    known = values.dropna()
-    low, high = quantile_test(known, p=.5).confidence_interval(.95)
-    return dict(median=known.median(), low=low, high=high, rounds=len(known))
+    values = values.dropna()
+    low, high = quantile_test(values, p=.5).confidence_interval(.95)
+    return dict(median=values.median(), low=low, high=high, rounds=len(values))
 
 # %% ../../nbs/bench/00_results.ipynb #67f5417e
 def other_work(seconds:float=1.)->list:
     "Returns (busy cores, name) of every other process that computes, the busiest first."
     import psutil
     for pause in (seconds, 0): # psutil counts from one look to the next
-        others = [p.info for p in psutil.process_iter(['name', 'cpu_percent']) if p.pid != os.getpid()]
+        processes = [p.info for p in psutil.process_iter(['name', 'cpu_percent']) if p.pid != os.getpid()]
         time.sleep(pause)
-    work = [((one['cpu_percent'] or 0)/100, one['name']) for one in others]
-    return sorted((one for one in work if one[0] > .01), reverse=True)
+    work = [((process['cpu_percent'] or 0)/100, process['name']) for process in processes]
+    return sorted([(cores, name) for cores, name in work if cores > .01], reverse=True)
 
 # %% ../../nbs/bench/00_results.ipynb #105d0ea3
 def noise_sentence(device:str, most:float=.2)->str: # most: cores that other processes may use
     "Returns a sentence on other work on this machine, '' if it is quiet."
-    work, use_of_gpus = other_work(), ''
-    cores, names = sum(use for use, _ in work), ', '.join(name for _, name in work[:3])
+    work = other_work()
+    cores = sum(use for use, _ in work)
     if cores > most:
+        names = ', '.join(name for _, name in work[:3])
         return f'other processes keep {cores:.1f} cores busy ({names})'
-    if device == 'cuda' and shutil.which('nvidia-smi'):
-        question = ['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits']
-        use_of_gpus = subprocess.run(question, capture_output=True, text=True).stdout
-    busiest = max((int(line) for line in use_of_gpus.split() if line.isdigit()), default=0)
+    if device != 'cuda' or not shutil.which('nvidia-smi'): return ''
+    query = ['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits']
+    text = subprocess.run(query, capture_output=True, text=True).stdout
+    busiest = max([int(line) for line in text.split() if line.isdigit()], default=0)
     return f'a GPU is {busiest}% busy' if busiest > 5 else ''
 
 # %% ../../nbs/bench/00_results.ipynb #aa0ecf4b
-def device_and_noise(device:str, anyway:bool)->tuple: # device: may be 'auto'; anyway: measure beside other work
-    "Returns (device, sentence on other work); a busy machine raises `VitdistillError` unless `anyway` is set."
+def device_and_noise(device:str, anyway:bool)->tuple: # device: may be 'auto'; anyway: beside other work
+    "Returns (device, sentence on other work); a busy machine is a `VitdistillError` unless `anyway` is set."
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     check_device(device)
@@ -61,12 +62,14 @@ def device_and_noise(device:str, anyway:bool)->tuple: # device: may be 'auto'; a
 
 # %% ../../nbs/bench/00_results.ipynb #6004fd0f
 def instruction_set()->str:
-    "Returns the widest instructions that torch uses on this CPU, such as 'avx2', 'avx512', 'avx512-bf16' or 'amx'."
-    found, limit = torch.backends.cpu.get_cpu_capability().lower(), os.environ.get('ONEDNN_MAX_CPU_ISA', '')
-    if found.startswith('avx512'):
-        bf16, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
-        found = 'amx' if amx else 'avx512-bf16' if bf16 else 'avx512'
-    return f'{found} oneDNN {limit}' if limit else found
+    "Returns the widest instructions that torch uses on this CPU, such as 'avx2', 'avx512-bf16' or 'amx'."
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    if name.startswith('avx512'):
+        name = 'avx512'
+        if torch.cpu._is_avx512_bf16_supported(): name = 'avx512-bf16'
+        if torch.cpu._is_amx_tile_supported(): name = 'amx'
+    limit = os.environ.get('ONEDNN_MAX_CPU_ISA', '')
+    return f'{name} oneDNN {limit}' if limit else name
 
 # %% ../../nbs/bench/00_results.ipynb #eef77522
 def machine_name(device:str)->str:
@@ -84,13 +87,14 @@ def headline(device:str, noise:str='')->str: # noise: of `noise_sentence`
     about = environment()
     processor = about['gpus'][0] if device == 'cuda' else f"{about['processor']} ({instruction_set()})"
     versions = ', '.join(f'{name} {about[name]}' for name in ('torch', 'torchvision', 'timm'))
-    changed = ' with uncommitted changes' if about['uncommitted'] else ''
-    loud = f'; NOT A QUIET MACHINE: {noise}' if noise else ''
-    return f"{processor}, {about['cores']} cores, {versions}, commit {about['commit'][:8]}{changed}{loud}"
+    commit = f"commit {about['commit'][:8]}"
+    if about['uncommitted']: commit += ' with uncommitted changes'
+    if noise: commit += f'; NOT A QUIET MACHINE: {noise}'
+    return f"{processor}, {about['cores']} cores, {versions}, {commit}"
 
 # %% ../../nbs/bench/00_results.ipynb #931af17d
-def show(frame:pd.DataFrame)->str:
-    "Returns a table for a terminal."
+def table_text(frame:pd.DataFrame)->str:
+    "Returns a table as text for a terminal."
     def number(value):
         return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
     return frame.to_string(index=False, na_rep='–', float_format=number)
@@ -106,8 +110,14 @@ def record(
 )->str:
     "Writes <machine>[-<kind>].txt, a CSV file for each table and a picture; returns the text."
     from vitdistill.study.figures import save_figure # here, so that workers start faster
-    name, head = '-'.join(filter(None, [machine_name(device), kind])), headline(device, noise)
-    text = '\n\n'.join([head, *(show(part) if isinstance(part, pd.DataFrame) else part for part in parts if len(part))])
+    name = machine_name(device)
+    if kind: name += f'-{kind}'
+    head = headline(device, noise)
+    texts = [head]
+    for part in parts:
+        if not len(part): continue
+        texts.append(table_text(part) if isinstance(part, pd.DataFrame) else part)
+    text = '\n\n'.join(texts)
     for end, table in tables.items():
         write_atomic(Path(out)/f'{name}{end}.csv', table.to_csv(index=False))
     write_atomic(Path(out)/f'{name}.txt', text + '\n')

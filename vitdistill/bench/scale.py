@@ -38,45 +38,53 @@ def of_split(n:int, folder:Path)->typing.Callable:
 
 def of_duplicates(n:int, folder:Path)->typing.Callable:
     "Prepares n JPEGs of 500 px, random shapes of 16 x 16 points, to compare each with the others."
-    def draw(row):
+    def jpeg(row):
         points = np.random.default_rng(row).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(points).resize((500, 500), Image.Resampling.BICUBIC).save(file := io.BytesIO(), 'JPEG')
+        file = io.BytesIO()
+        Image.fromarray(points).resize((500, 500), Image.Resampling.BICUBIC).save(file, 'JPEG')
         return file.getvalue()
-    contents = [draw(row) for row in range(n)]
-    files = [(f'{row}.jpg', len(content), 0) for row, content in enumerate(contents)]
-    listed = ImageFiles(str(folder), files, lambda row: io.BytesIO(contents[row]))
-    return lambda: same_images(listed)
+    contents = [jpeg(row) for row in range(n)]
+    names = [(f'{row}.jpg', len(content), 0) for row, content in enumerate(contents)]
+    files = ImageFiles(str(folder), names, lambda row: io.BytesIO(contents[row]))
+    return lambda: same_images(files)
 
-SIZES = {'list files': (of_folders, (1_000, 10_000, 100_000)), # what -> (function, numbers of images)
-         'plan an epoch': (of_plan, (128_000, 1_280_000, 12_800_000)),
-         'split by class': (of_split, (128_000, 1_280_000, 12_800_000)),
-         'find the same image twice': (of_duplicates, (1_000, 3_000, 10_000))}
+SIZES = { # what -> (function, numbers of images)
+    'list files': (of_folders, (1_000, 10_000, 100_000)),
+    'plan an epoch': (of_plan, (128_000, 1_280_000, 12_800_000)),
+    'split by class': (of_split, (128_000, 1_280_000, 12_800_000)),
+    'find the same image twice': (of_duplicates, (1_000, 3_000, 10_000))}
 
 # %% ../../nbs/bench/04_scale.ipynb #34e40b32
 def growth(sizes:dict=SIZES, say:typing.Callable=print)->pd.DataFrame:
-    "Returns the seconds of each cost by number of images, and the power of the number by which it grows: 1 is linear."
-    found = []
-    for what, (prepare, numbers) in sizes.items():
+    "Returns the seconds of each cost by number of images, and the power of the number by which it grows."
+    rows = []
+    for cost, (prepare, numbers) in sizes.items():
+        before = None # (images, seconds) of the row above
         for n in numbers:
             with tempfile.TemporaryDirectory() as folder:
                 call = prepare(n, Path(folder))
                 begun = time.perf_counter()
                 call()
                 seconds = time.perf_counter() - begun
-            before = found[-1] if n != numbers[0] else None
-            power = math.log(seconds/before['seconds'])/math.log(n/before['images']) if before else math.nan
-            found.append(dict(cost=what, images=n, seconds=seconds, microseconds_an_image=1e6*seconds/n, power=power))
-            say(f'{what}, {n:,} images: {seconds:.2f} s')
-    return pd.DataFrame(found)
+            power = math.nan # 1: linear
+            if before:
+                power = math.log(seconds/before[1])/math.log(n/before[0])
+            before = n, seconds
+            rows.append(dict(cost=cost, images=n, seconds=seconds, microseconds_an_image=1e6*seconds/n,
+                             power=power))
+            say(f'{cost}, {n:,} images: {seconds:.2f} s')
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/bench/04_scale.ipynb #e41fb586
-MEASURED = dict(images=50_000, seconds=2.803, student='resnet50_cifar', side=32) # reports/bench/gpu/nvidia-h200.md
+# of reports/bench/gpu/nvidia-h200.md
+MEASURED = dict(images=50_000, seconds=2.803, student='resnet50_cifar', side=32)
 
 def calculated_rates(student:str='resnet50', teacher:str='vit_tiny_patch16_224', side:int=224)->tuple:
-    "Returns images a second of a GPU: training steps of the student, answers of the teacher. Calculated, not measured."
-    def work(name, px): return complexity(name, px).multiply_adds.sum()
-    a_second = 3*work(MEASURED['student'], MEASURED['side'])*MEASURED['images']/MEASURED['seconds'] # back: twice
-    return a_second/(3*work(student, side)), a_second/work(teacher, side)
+    "Returns images a second of a GPU, calculated: training steps of the student, answers of the teacher."
+    def multiply_adds(name, px): return complexity(name, px).multiply_adds.sum()
+    step = 3*multiply_adds(MEASURED['student'], MEASURED['side']) # of an image: forward once, back twice
+    a_second = step*MEASURED['images']/MEASURED['seconds']
+    return a_second/(3*multiply_adds(student, side)), a_second/multiply_adds(teacher, side)
 
 def on_paper(
     images:int,               # training images
@@ -87,22 +95,35 @@ def on_paper(
     bytes_an_image:int=110_000, # of a file: ImageNet's mean
     rates:tuple=None          # of `calculated_rates`
 )->dict:
-    "Returns what training on so many images takes, calculated: hours, memos in GB, what disks and loaders must give."
+    "Returns what training on so many images takes, calculated: hours, memos in GB, what disks must give."
     student, teacher = rates or calculated_rates()
-    asked = images*views*(1 - (1 - 1/views)**epochs) # different views that come up
-    hours = (images*epochs/student + asked/teacher)/gpus/3600
-    label, top = np.min_scalar_type(classes + 1).itemsize, (2*10 + 1)*2 # bytes: a hard label; the 10 likeliest, fp16
-    sizes = {f'{what} by {how}': number*each/1e9 for how, number in (('view', images*views), ('plan', images*epochs))
-             for what, each in (('labels', label), ('top 10', top), ('logits', 2*classes))}
-    return dict(images=images, GPUs=gpus, hours=hours, images_a_second=student*gpus,
-                disk_GB_a_second=student*gpus*bytes_an_image/1e9, files_TB=images*bytes_an_image/1e12, **sizes)
+    different_views = images*views*(1 - (1 - 1/views)**epochs) # that come up
+    hours = (images*epochs/student + different_views/teacher)/gpus/3600
+    images_a_second = student*gpus
+    row = dict(images=images, GPUs=gpus, hours=hours, images_a_second=images_a_second,
+               disk_GB_a_second=images_a_second*bytes_an_image/1e9, files_TB=images*bytes_an_image/1e12)
+
+    bytes_of = { # an answer
+        'labels': np.min_scalar_type(classes + 1).itemsize,
+        'top 10': (2*10 + 1)*2, # fp16
+        'logits': 2*classes}
+    for memo, answers in (('view', images*views), ('plan', images*epochs)):
+        for kind, size in bytes_of.items(): row[f'{kind} by {memo}'] = answers*size/1e9
+    return row
 
 # %% ../../nbs/bench/04_scale.ipynb #59c6e534
 def scale_record(out:Path, noise:str='', say:typing.Callable=print)->str: # noise: sentence on other work
-    "Measures how costs grow, calculates what ImageNet-1k and a hundred of it take, writes both; returns the text."
-    measured, rates = growth(say=say), calculated_rates()
-    paper = pd.DataFrame([on_paper(n, gpus, rates=rates) for n in (1_281_167, 128_116_700) for gpus in (1, 8, 64)])
-    parts = ['Measured. power: the power of the number of images by which a cost grows since the row above.', measured,
-             f'Calculated, not measured: ResNet-50 at 224 px, {rates[0]:,.0f} images/s a GPU; ViT-Tiny, '
-             f'{rates[1]:,.0f} answers/s; 100 epochs, 50 views, GB of memos.', paper.T.reset_index()]
+    "Measures how costs grow, calculates what ImageNet-1k and a hundred of it take; returns the text."
+    measured = growth(say=say)
+    rates = calculated_rates()
+    rows = []
+    for images in (1_281_167, 128_116_700):
+        for gpus in (1, 8, 64): rows.append(on_paper(images, gpus, rates=rates))
+    paper = pd.DataFrame(rows)
+    student, teacher = rates
+    parts = ['Measured. power: the power of the number of images by which a cost grows since the row above.',
+             measured,
+             f'Calculated, not measured: ResNet-50 at 224 px, {student:,.0f} images/s a GPU; ViT-Tiny, '
+             f'{teacher:,.0f} answers/s; 100 epochs, 50 views, GB of memos.',
+             paper.T.reset_index()]
     return record(parts, {'': measured, '-paper': paper}, 'cpu', out, noise, 'scale')

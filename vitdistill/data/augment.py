@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'augments', 'unnumbered', 'posterized', 'blurred', 'resized_crop', 'image_parts', 'Augment', 'Mix',
-           'drawn_mix', 'mixed', 'mixed_targets', 'splitmix64', 'uniform', 'normal', 'crops', 'cropped', 'coloured']
+           'drawn_mix', 'mixed', 'mixed_targets', 'splitmix64', 'uniform', 'normal', 'crops', 'cropped', 'grey_values',
+           'coloured']
 
 # %% ../../nbs/data/03_augment.ipynb #5ce70f13
 import math, random, re, typing
@@ -20,7 +21,7 @@ from ..config import Config
 from .files import DiskImages, centred
 
 # %% ../../nbs/data/03_augment.ipynb #5a9e485a
-AUGMENTATIONS = 'resized_crop', 'randaugment', 'three_augment', 'color_jitter', 'random_erasing' # of one image
+AUGMENTATIONS = 'resized_crop', 'randaugment', 'three_augment', 'color_jitter', 'random_erasing' # of an image
 
 def augments(config:Config)->bool:
     "Returns whether a config augments single images in ways that are not numbered views."
@@ -31,17 +32,23 @@ def unnumbered(config:Config)->bool:
     return bool(config.mixup or config.cutmix) or augments(config)
 
 # %% ../../nbs/data/03_augment.ipynb #c41e7f02
-def posterized(image:Image.Image, bits:int, **_)->Image.Image: # timm gives further arguments to all operations
-    "Keeps the first bits of each pixel; 0 or fewer make it black."
-    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+def posterized(image:Image.Image, bits:int, **_)->Image.Image: # timm gives all its operations further ones
+    "Returns an image with the first bits of each pixel; 0 or fewer make it black."
+    if bits > 0:
+        return posterize(image, bits)
+    return Image.new(image.mode, image.size)
 
-NAME_TO_OP.update({name: posterized for name, operation in NAME_TO_OP.items() if operation is posterize})
+for name, operation in list(NAME_TO_OP.items()):
+    if operation is posterize:
+        NAME_TO_OP[name] = posterized
 
 # %% ../../nbs/data/03_augment.ipynb #d9fe4fcd
-_whole, _real = r'-(m|n|mmax|inc)[0-9]+', r'-(p|mstd)[0-9]+([.][0-9]*)?'
+_whole = r'-(m|n|mmax|inc)[0-9]+'
+_real = r'-(p|mstd)[0-9]+([.][0-9]*)?'
 _policy = rf'rand({_whole}|{_real}|-t(weights|3a|3aw))*' # timm ignores parts that it doesn't know
 
 def blurred(image:Image.Image)->Image.Image: # draws from Python's `random`
+    "Returns an image blurred by a random radius in [0.1, 2]."
     return image.filter(ImageFilter.GaussianBlur(random.uniform(.1, 2.)))
 
 def resized_crop(config:Config, side:int)->typing.Callable: # side: of the result, px
@@ -53,20 +60,23 @@ def image_parts(
     side:int,       # of the images, px
     mean:tuple      # per channel, in [0, 1]: fills what a rotation or a shift leaves empty
 )->list:            # functions of a PIL image
-    "Returns the augmentations of a config, in order; a RandAugment unknown to timm raises a `VitdistillError`."
-    c, parts = config, []
-    if c.resized_crop and not c.whole_image:
-        parts.append(resized_crop(c, side))
-    if c.randaugment:
-        if not re.fullmatch(_policy, c.randaugment):
-            raise VitdistillError(f'randaugment = {c.randaugment!r} is not known to timm: '
+    "Returns the augmentations of a config, in order; a RandAugment that timm lacks is a `VitdistillError`."
+    parts = []
+    if config.resized_crop and not config.whole_image:
+        parts.append(resized_crop(config, side))
+    policy = config.randaugment
+    if policy:
+        if not re.fullmatch(_policy, policy):
+            raise VitdistillError(f'randaugment = {policy!r} is not known to timm: '
                                   "write it like 'rand-m9-mstd0.5-inc1'.")
-        grey = tuple(round(255*m) for m in mean)
-        how = dict(translate_const=int(side*.45), img_mean=grey, interpolation=Image.BICUBIC)
-        parts.append(rand_augment_transform(c.randaugment, how))
-    if c.three_augment:
+        fill = tuple(round(255*channel) for channel in mean)
+        how = dict(translate_const=int(side*.45), img_mean=fill, interpolation=Image.BICUBIC)
+        parts.append(rand_augment_transform(policy, how))
+    if config.three_augment:
         parts.append(RandomChoice([Grayscale(3), RandomSolarize(128, 1.), blurred]))
-    if c.color_jitter: parts.append(ColorJitter(*[c.color_jitter]*3))
+    if config.color_jitter:
+        strength = config.color_jitter
+        parts.append(ColorJitter(strength, strength, strength)) # brightness, contrast, saturation
     return parts
 
 # %% ../../nbs/data/03_augment.ipynb #8178d9dd
@@ -76,18 +86,24 @@ class Augment:
         config:Config,
         side:int,          # of the images, px
         constants:tuple):  # (mean, std) per channel in [0, 1], which scale the noise of erasing
-        self.seed, self.parts = config.seed, image_parts(config, side, constants[0])
+        mean, std = constants
+        self.seed = config.seed
+        self.parts = image_parts(config, side, mean)
         self.crop = resized_crop(config, side) if config.resized_crop else None # of whole images
-        self.mean, self.std = (torch.tensor(c)[:, None, None]*255 for c in constants)
+        self.mean = torch.tensor(mean)[:, None, None]*255
+        self.std = torch.tensor(std)[:, None, None]*255
         rate = config.random_erasing
         self.erase = RandomErasing(rate, mode='pixel', device='cpu') if rate else None
 
-    def row(self, pixels:torch.Tensor)->torch.Tensor: # (3, H, W) uint8; returns float32 if erasing is on
+    def row(self, pixels:torch.Tensor)->torch.Tensor: # (3, H, W) uint8
+        "Returns an augmented image, of float32 if erasing is on."
         if self.parts:
             image = to_pil_image(pixels)
-            for part in self.parts: image = part(image)
+            for part in self.parts:
+                image = part(image)
             pixels = pil_to_tensor(image)
-        if not self.erase: return pixels
+        if not self.erase:
+            return pixels
         noise = self.erase(torch.full(pixels.shape, torch.nan)) # noise for normalized pixels, as in timm
         return torch.where(noise.isnan(), pixels.float(), noise*self.std + self.mean)
 
@@ -95,27 +111,32 @@ class Augment:
         pixels:torch.Tensor, # (B, 3, H, W) uint8 on the CPU
         image:torch.Tensor,  # (B,) int64, rows of the dataset
         copy:torch.Tensor,   # (B,) int64, number of the copy of the image
-        epoch:int
-    )->torch.Tensor:         # (B, 3, H, W) in channels_last memory; float32, perhaps outside [0, 255], with erasing
+        epoch:int            # from 0
+    )->torch.Tensor: # (B, 3, H, W) in channels_last memory; with erasing float32, perhaps outside [0, 255]
         rows = []
-        for pixel, *number in zip(pixels, image.tolist(), copy.tolist()):
-            seed_host(self.seed, epoch, *number, 5) # 5 keeps these apart from the four numbers of `seed_step`
-            rows.append(self.row(pixel))
+        for row, number, copy_number in zip(pixels, image.tolist(), copy.tolist()):
+            seed_host(self.seed, epoch, number, copy_number, 5) # 5: other draws than those of `seed_step`
+            rows.append(self.row(row))
         return torch.stack(rows).contiguous(memory_format=torch.channels_last)
 
     def squares(self,
         images:DiskImages,
-        image:torch.Tensor, copy:torch.Tensor, epoch:int # as in `__call__`
-    )->torch.Tensor:         # (B, H, W, 3) uint8
-        "Decodes a random square of each whole image: a random resized crop, or one anywhere along the longer side."
+        image:torch.Tensor, # (B,) int64, rows of the dataset
+        copy:torch.Tensor,  # (B,) int64, number of the copy of the image
+        epoch:int           # from 0
+    )->torch.Tensor:        # (B, H, W, 3) uint8
+        "Returns a random square of each whole image: a resized crop, or one anywhere along the longer side."
         rows = []
-        for number in zip(image.tolist(), copy.tolist()):
-            seed_host(self.seed, epoch, *number, 6) # 6: another draw than that of `__call__`
-            rows.append(images.square(number[0], self.cut))
+        for number, copy_number in zip(image.tolist(), copy.tolist()):
+            seed_host(self.seed, epoch, number, copy_number, 6) # 6: another draw than that of `__call__`
+            rows.append(images.square(number, self.cut))
         return torch.from_numpy(np.stack(rows))
 
-    def cut(self, image:Image.Image, side:int)->Image.Image: # a square of `side` px
-        return self.crop(image) if self.crop else centred(image, side, random.random())
+    def cut(self, image:Image.Image, side:int)->Image.Image: # side: px
+        "Returns a random square of an image."
+        if self.crop:
+            return self.crop(image)
+        return centred(image, side, random.random())
 
 # %% ../../nbs/data/03_augment.ipynb #d1f60b48
 class Mix(typing.NamedTuple):
@@ -127,18 +148,22 @@ class Mix(typing.NamedTuple):
 def drawn_mix(
     config:Config, # with `mixup` and `cutmix`, alphas of Beta distributions; if both, each step draws one
     side:int,      # of the images, px
-    epoch:int, step:int
+    epoch:int,     # from 0
+    step:int       # of the epoch, from 0
 )->Mix|None:       # None if nothing is mixed
-    "Draws how a step mixes images, as a function of (seed, epoch, step)."
+    "Returns how a step mixes images, as a function of (seed, epoch, step)."
     if not (config.mixup or config.cutmix): return None
     draw = np.random.default_rng([config.seed, epoch, step, 2**31]) # 2**31: no rank has this number
     cut = bool(config.cutmix) and (not config.mixup or draw.random() < .5)
     alpha = config.cutmix if cut else config.mixup
     share = draw.beta(alpha, alpha)
-    if not cut: return Mix(share)
-    half, (y, x) = int(side*(1 - share)**.5)//2, draw.integers(0, side, 2)
+    if not cut:
+        return Mix(share)
+    half = int(side*(1 - share)**.5)//2 # of the box's side
+    y, x = draw.integers(0, side, 2)    # its middle
     top, bottom, left, right = np.clip([y - half, y + half, x - half, x + half], 0, side).tolist()
-    return Mix(1 - (bottom - top)*(right - left)/side**2, (top, bottom, left, right))
+    area = (bottom - top)*(right - left)
+    return Mix(1 - area/side**2, (top, bottom, left, right))
 
 # %% ../../nbs/data/03_augment.ipynb #f94a6c18
 def mixed(
@@ -159,11 +184,12 @@ def mixed_targets(
     mix:Mix,
     labels:torch.Tensor,  # (B,) int64; -1: no label, which is a share of no class
     partner:torch.Tensor, # (B,) int64, labels of the images to mix with
-    classes:int
+    classes:int           # number of classes
 )->torch.Tensor:          # (B, C) float32
     "Returns the share of each class in the mixed images."
-    shares = (F.one_hot(part + 1, classes + 1)[:, 1:] for part in (labels, partner))
-    return mixed(Mix(mix.share), *shares)
+    def shares(labels): # (B, C); a row of zeros for -1
+        return F.one_hot(labels + 1, classes + 1)[:, 1:]
+    return mixed(Mix(mix.share), shares(labels), shares(partner))
 
 # %% ../../nbs/data/03_augment.ipynb #c0a07057
 def splitmix64(state:torch.Tensor)->torch.Tensor: # int64 -> int64 of the same shape
@@ -181,14 +207,19 @@ def uniform(
     *keys:tuple         # a key for each copy: seed, epoch, copy and a number for the purpose
 )->torch.Tensor:        # (copies*B, numbers) float32 in (0, 1), on the images' device: copy after copy
     "Returns random numbers that are a function of (key, image, position) only."
-    starts = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0].astype(np.int64)) for key in keys]
-    stream = splitmix64(torch.cat([start + image*_golden for start in starts]))
-    bits = splitmix64(stream[:, None] + torch.arange(1, numbers + 1, device=image.device)*_golden)
-    return (((bits >> 41) & (2**23 - 1)) + .5)/2**23
+    counters = []
+    for key in keys:
+        start = np.random.SeedSequence(key).generate_state(1, np.uint64)[0].astype(np.int64)
+        counters.append(int(start) + image*_golden)
+    stream = splitmix64(torch.cat(counters)) # a start for each image of each copy
+    positions = torch.arange(1, numbers + 1, device=image.device)
+    bits = splitmix64(stream[:, None] + positions*_golden)
+    first_bits = (bits >> 41) & (2**23 - 1) # 23 of them: exact in float32
+    return (first_bits + .5)/2**23
 
 # %% ../../nbs/data/03_augment.ipynb #9fcdff1a
-def normal(u:torch.Tensor)->torch.Tensor: # in (0, 1)
-    "Turns uniform numbers into standard normal ones."
+def normal(u:torch.Tensor)->torch.Tensor: # u: in (0, 1)
+    "Returns standard normal numbers made of uniform ones."
     return torch.erfinv(2*u - 1)*2**.5
 
 # %% ../../nbs/data/03_augment.ipynb #cff3fa6b
@@ -196,32 +227,42 @@ def crops(
     u:torch.Tensor,       # (B, 4) uniform numbers in (0, 1)
     area:float,           # smallest share of the image that is kept, in (0, 1]
 )->torch.Tensor:          # (B, 4): top, left, height, width as shares of the sides
-    "Draws boxes as RandomResizedCrop does, with sides between 3:4 and 4:3; a box that is too wide or high is cut."
-    size, ratio = area + (1 - area)*u[:, 0], torch.exp((2*u[:, 1] - 1)*math.log(4/3))
-    height, width = ((size*r).sqrt().clamp(max=1) for r in (1/ratio, ratio))
-    return torch.stack([(1 - height)*u[:, 2], (1 - width)*u[:, 3], height, width], -1)
+    "Returns boxes as RandomResizedCrop draws them: sides from 3:4 to 4:3; one that is too long is cut."
+    size = area + (1 - area)*u[:, 0]
+    ratio = torch.exp((2*u[:, 1] - 1)*math.log(4/3))
+    height = (size*(1/ratio)).sqrt().clamp(max=1)
+    width = (size*ratio).sqrt().clamp(max=1)
+    top = (1 - height)*u[:, 2]
+    left = (1 - width)*u[:, 3]
+    return torch.stack([top, left, height, width], -1)
 
 # %% ../../nbs/data/03_augment.ipynb #30d34f4c
 def cropped(
     pixels:torch.Tensor, # (B, 3, H, W) float32
     box:torch.Tensor     # (B, 4), boxes from `crops`
 )->torch.Tensor:         # (B, 3, H, W)
-    "Cuts each image's box and resizes it to the image's size, bilinearly."
-    (top, left), (height, width) = box[:, :2].unbind(-1), box[:, 2:].unbind(-1)
-    none = torch.zeros_like(top)
-    theta = torch.stack([width, none, 2*left + width - 1, none, height, 2*top + height - 1], -1).view(-1, 2, 3)
+    "Returns each image's box, resized to the image's size, bilinearly."
+    top, left, height, width = box.unbind(-1)
+    zero = torch.zeros_like(top)
+    to_x = [width, zero, 2*left + width - 1] # places from -1 to 1, as `affine_grid` counts them
+    to_y = [zero, height, 2*top + height - 1]
+    theta = torch.stack(to_x + to_y, -1).view(-1, 2, 3)
     grid = F.affine_grid(theta, pixels.shape, align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode='border', align_corners=False)
 
 # %% ../../nbs/data/03_augment.ipynb #a7d0bfda
+def grey_values(pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W)
+    "Returns the grey value of each pixel, (B, 1, H, W), weighed as torchvision does."
+    return (pixels*pixels.new_tensor([.2989, .587, .114])[:, None, None]).sum(1, keepdim=True)
+
 def coloured(
     pixels:torch.Tensor, # (B, 3, H, W) float32 in [0, 255]
     factors:torch.Tensor # (B, 4): factors of brightness, contrast and saturation, and 1 for grey, else 0
-)->torch.Tensor:
-    "Changes brightness, contrast and saturation in this order, then turns some images grey."
+)->torch.Tensor:         # (B, 3, H, W) float32 in [0, 255]
+    "Returns images with another brightness, contrast and saturation, in this order, and some of them grey."
     bright, contrast, saturation, grey = factors[..., None, None, None].unbind(1)
-    light = lambda x: (x*x.new_tensor([.2989, .587, .114])[:, None, None]).sum(1, keepdim=True)
     x = (pixels*bright).clamp(0, 255)
-    x = (x*contrast + light(x).mean((2, 3), keepdim=True)*(1 - contrast)).clamp(0, 255)
-    x = (x*saturation + light(x)*(1 - saturation)).clamp(0, 255)
-    return torch.where(grey > 0, light(x), x)
+    mean = grey_values(x).mean((2, 3), keepdim=True)
+    x = (x*contrast + mean*(1 - contrast)).clamp(0, 255)
+    x = (x*saturation + grey_values(x)*(1 - saturation)).clamp(0, 255)
+    return torch.where(grey > 0, grey_values(x), x)

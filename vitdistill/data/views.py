@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['n_views', 'view_count', 'centre_view', 'expected_views', 'plan_rows', 'view_parts', 'cut_views', 'Views', 'scaled',
-           'normalize', 'Plan', 'epoch_plan', 'stretch', 'unlabelled_places', 'plan_with_unlabelled']
+           'normalize', 'Plan', 'repeated', 'epoch_plan', 'stretch', 'unlabelled_places', 'plan_with_unlabelled']
 
 # %% ../../nbs/data/02_views.ipynb #3ceba16c
 import functools, typing
@@ -29,19 +29,33 @@ def centre_view(padding:int)->int:
     return ((2*padding + 1)**2)//2
 
 # %% ../../nbs/data/02_views.ipynb #1097fc43
-def expected_views(n_views:int, epochs:int)->float:
+def expected_views(
+    n_views:int, # views of an image
+    epochs:int   # draws, one an epoch
+)->float:
     "Returns the expected number of different views of an image after `epochs` draws."
     return n_views*(1 - (1 - 1/n_views)**epochs)
 
-def plan_rows(config:Config, images:int)->int: # images: number of training images
+def plan_rows(
+    config:Config,
+    images:int # number of training images
+)->int:
     "Returns the number of rows in an epoch's plan."
-    return images*(config.repeats if config.repeats_mode == 'longer' else 1)
+    if config.repeats_mode == 'longer':
+        return images*config.repeats
+    return images
 
 # %% ../../nbs/data/02_views.ipynb #74e18b4d
-def view_parts(view:torch.Tensor, padding:int)->tuple:
-    "Returns (dx, dy, flip) of view numbers: the crop's offsets in the padded image, in [0, 2 padding], and the flip."
+def view_parts(
+    view:torch.Tensor, # view numbers, of any shape
+    padding:int        # px
+)->tuple: # three tensors of that shape
+    "Returns (dx, dy, flip): left and top of the crop in the padded image, in [0, 2 padding], and the flip."
     side = 2*padding + 1
-    return view % side, view//side % side, view//side**2
+    dx = view % side
+    dy = view//side % side
+    flip = view//side**2
+    return dx, dy, flip
 
 # %% ../../nbs/data/02_views.ipynb #972b6c17
 def cut_views(
@@ -50,12 +64,17 @@ def cut_views(
     view:torch.Tensor,   # (B,) int64, view numbers
     padding:int          # px
 )->torch.Tensor: # (B, 3, H, W) uint8 in channels_last memory
-    "Cuts views of a batch: pads with zeros before normalization as torchvision does, crops, and flips."
-    (h, w), (dx, dy, flip) = images.shape[1:3], view_parts(view[:, None], padding)
-    batch, y, x = [torch.arange(n, device=rows.device) for n in (len(rows), h, w)]
-    y, x = dy + y, dx + torch.where(flip.bool(), w - 1 - x, x)
-    padded = F.pad(images[rows], (0, 0, *[padding]*4))
-    return padded[batch[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    "Returns views of a batch: images padded with zeros (before normalization), cropped and flipped."
+    height, width = images.shape[1:3]
+    dx, dy, flip = view_parts(view[:, None], padding)
+    batch = torch.arange(len(rows), device=rows.device)
+    y = torch.arange(height, device=rows.device)
+    x = torch.arange(width, device=rows.device)
+    x = torch.where(flip.bool(), width - 1 - x, x) # (B, W): read backwards if mirrored
+    y, x = dy + y, dx + x                          # places in the padded image
+    padded = F.pad(images[rows], (0, 0, padding, padding, padding, padding))
+    cut = padded[batch[:, None, None], y[:, :, None], x[:, None, :]] # (B, H, W, 3)
+    return cut.permute(0, 3, 1, 2)
 
 # %% ../../nbs/data/02_views.ipynb #45f36b8a
 class Views:
@@ -65,23 +84,31 @@ class Views:
         padding:int=0,       # px
         device='cpu'):       # device that keeps images from memory and cuts their views
         self.padding = padding
-        self.images = images if isinstance(images, DiskImages) else images.to(device)
-        self.device, self.resident = self.images.device, isinstance(self.images, torch.Tensor)
-    def on(self, device:str)->bool: # whether images are on the student's device
+        self.resident = not isinstance(images, DiskImages) # in memory, and not read from disk for each batch
+        self.images = images.to(device) if self.resident else images
+        self.device = self.images.device
+
+    def on(self, device:str)->bool:
+        "Returns whether images are kept on the student's device."
         return self.resident and self.device.type == torch.device(device).type
+
     def __call__(self,
         rows:torch.Tensor,      # (B,) int64, rows of the dataset
         view:torch.Tensor=None, # (B,) int64, view numbers; None: the centre view
         cut:typing.Callable=cut_views # or the same compiled, for training steps
     )->torch.Tensor: # (B, 3, H, W) uint8 in channels_last memory, on the images' device
         rows = rows.to(self.device)
-        if view is None: return self.images[rows].permute(0, 3, 1, 2)
+        if view is None:
+            return self.images[rows].permute(0, 3, 1, 2)
         return cut(self.images, rows, view.to(self.device), self.padding)
 
 # %% ../../nbs/data/02_views.ipynb #c2d218f6
 @functools.cache
-def _constants(values:tuple, device)->torch.Tensor: # (3, 1, 1), scaled to bytes, copied to the device once
-    with torch.inference_mode(False): # for training too
+def _byte_constants(
+    values:tuple, # of each channel, for pixels in [0, 1]
+    device
+)->torch.Tensor: # (3, 1, 1), for pixels in [0, 255]
+    with torch.inference_mode(False): # an inference tensor could not be used in training
         return torch.tensor(values, device=device)[:, None, None]*255
 
 # %% ../../nbs/data/02_views.ipynb #1f335891
@@ -90,9 +117,11 @@ def scaled(
     mean:torch.Tensor, std:torch.Tensor, # (3, 1, 1) each, scaled to bytes
     size:int             # side in px to resize to, bilinearly; 0: no resizing
 )->torch.Tensor: # (B, 3, size, size) float32
-    "Subtracts the mean and divides by the std of each channel, then resizes; keeps the memory format."
+    "Returns pixels normalized by each channel's mean and std, then resized, in the same memory format."
     x = (pixels - mean)/std
-    return F.interpolate(x, size=(size, size), mode='bilinear') if size and x.shape[-1] != size else x
+    if size and x.shape[-1] != size:
+        return F.interpolate(x, size=(size, size), mode='bilinear')
+    return x
 
 # %% ../../nbs/data/02_views.ipynb #469f7074
 def normalize(
@@ -101,15 +130,31 @@ def normalize(
     size:int=0,          # side in px to resize to, bilinearly; 0: no resizing
     scale:typing.Callable=scaled # or the same compiled, for training steps
 )->torch.Tensor: # (B, 3, size, size) float32
-    "Normalizes pixels for a model; keeps the memory format."
-    return scale(pixels, *(_constants(tuple(c), pixels.device) for c in (mean, std)), size)
+    "Returns pixels normalized for a model, in the same memory format."
+    byte_mean = _byte_constants(tuple(mean), pixels.device)
+    byte_std = _byte_constants(tuple(std), pixels.device)
+    return scale(pixels, byte_mean, byte_std, size)
 
 # %% ../../nbs/data/02_views.ipynb #37676e7d
 class Plan(typing.NamedTuple):
-    "Holds the rows of an epoch in order: three (n,) int64 tensors."
-    image:torch.Tensor # row of the dataset
-    copy:torch.Tensor  # number of the copy of the image
-    view:torch.Tensor
+    "Holds the rows of an epoch in order."
+    image:torch.Tensor # (n,) int64, row of the dataset
+    copy:torch.Tensor  # (n,) int64, number of the copy of the image, from 0
+    view:torch.Tensor  # (n,) int64, view number
+
+# %% ../../nbs/data/02_views.ipynb #8b7f76d9
+def repeated(
+    image:torch.Tensor, # (n,) int64, in order
+    copies:int,         # of an image in a batch
+    batch:int           # rows of a batch
+)->tuple[torch.Tensor, torch.Tensor]: # (n,) int64 each
+    "Returns as many rows (image, copy): the first images, in a batch all first copies before all second."
+    n = len(image)
+    image = image.repeat_interleave(copies)[:n]
+    copy = torch.arange(n) % copies
+    batch_number = torch.arange(n)//batch
+    order = (batch_number*copies + copy).argsort(stable=True)
+    return image[order], copy[order]
 
 # %% ../../nbs/data/02_views.ipynb #f7f6e00f
 def epoch_plan(
@@ -119,57 +164,76 @@ def epoch_plan(
     seed:int,
     epoch:int,         # from 0
     copies:int=1,      # copies of each image (repeated augmentation)
-    together:int=0     # rows of a batch that holds all copies of its images; 0: the epoch is `copies` times longer
+    together:int=0     # rows of a batch, which holds all copies of its images; 0: a longer epoch has them
 )->Plan:
     "Returns the epoch's images, copies and views in order."
-    g, n = generator(seed, epoch), len(rows)
-    views = torch.randint(n_views, (copies, n_images), generator=g)
-    order = torch.randperm(n if together else n*copies, generator=g)
-    image, copy = rows[order % n], order//n
+    draw = generator(seed, epoch)
+    n = len(rows)
+    views = torch.randint(n_views, (copies, n_images), generator=draw) # of all images, trained on or not
+    order = torch.randperm(n if together else n*copies, generator=draw)
+    image = rows[order % n]
+    copy = order//n
     if together:
-        image, copy = image.repeat_interleave(copies)[:n], torch.arange(n) % copies
-        apart = (torch.arange(n)//together*copies + copy).argsort(stable=True) # the first copies come first in a batch
-        image, copy = image[apart], copy[apart]
+        image, copy = repeated(image, copies, batch=together)
     return Plan(image, copy, views[copy, image])
 
 # %% ../../nbs/data/02_views.ipynb #9bc4f9ab
 def stretch(
-    of_pass:typing.Callable[[int], Plan], # number of a pass, from 0 -> its plan
+    pass_plan:typing.Callable[[int], Plan], # number of a pass, from 0 -> its plan
     length:int,  # rows of a pass
-    begin:int, rows:int, # rows that were shown before, and that are wanted
+    begin:int,   # rows that were shown before
+    rows:int,    # rows that are wanted
     copies:int=1 # of an image in a pass
 )->Plan:
     "Returns rows of passes that follow each other; an image of a later pass has further copy numbers."
     first = begin//length
-    numbers = range(first, max(first + 1, -(-(begin + rows)//length)))
-    plans = [of_pass(number) for number in numbers]
-    parts = [plan._replace(copy=plan.copy + copies*i) for i, plan in enumerate(plans)]
+    last = max(first, (begin + rows - 1)//length)
+    plans = []
+    for number in range(first, last + 1):
+        plan = pass_plan(number)
+        copy = plan.copy + copies*(number - first)
+        plans.append(Plan(plan.image, copy, plan.view))
     start = begin - first*length
-    return Plan(*(torch.cat(columns)[start:start + rows] for columns in zip(*parts)))
+    stop = start + rows
+    image = torch.cat([plan.image for plan in plans])
+    copy = torch.cat([plan.copy for plan in plans])
+    view = torch.cat([plan.view for plan in plans])
+    return Plan(image[start:stop], copy[start:stop], view[start:stop])
 
 # %% ../../nbs/data/02_views.ipynb #861fff88
-def unlabelled_places(rows:int, batch:int, share:float, seed:int, epoch:int)->torch.Tensor: # (rows,) bool
-    "Returns which rows of an epoch are unlabelled: of each batch the share, rounded, at places that are drawn."
-    g = generator(seed, epoch, 7) # 7: other numbers than those of `epoch_plan`
-    sizes = [min(batch, rows - start) for start in range(0, rows, batch)]
-    return torch.cat([torch.randperm(n, generator=g) < round(share*n) for n in sizes])
+def unlabelled_places(
+    rows:int,    # rows of the epoch
+    batch:int,   # rows of a batch
+    share:float, # of a batch that is unlabelled, in (0, 1]
+    seed:int,
+    epoch:int    # from 0
+)->torch.Tensor: # (rows,) bool
+    "Returns which rows of an epoch are unlabelled: the share of each batch, rounded, at drawn places."
+    draw = generator(seed, epoch, 7) # 7: other numbers than those of `epoch_plan`
+    places = []
+    for start in range(0, rows, batch):
+        size = min(batch, rows - start)
+        places.append(torch.randperm(size, generator=draw) < round(share*size))
+    return torch.cat(places)
 
 # %% ../../nbs/data/02_views.ipynb #c0f782b9
 def plan_with_unlabelled(
-    labelled:typing.Callable[[int], Plan],   # number of a pass -> its plan
-    unlabelled:typing.Callable[[int], Plan],
-    lengths:tuple,      # rows in a pass of each
+    labelled:typing.Callable[[int], Plan],   # number of a pass, from 0 -> its plan
+    unlabelled:typing.Callable[[int], Plan], # the same for unlabelled images
+    lengths:tuple,       # rows in a pass over labelled, over unlabelled images
     places:torch.Tensor, # (n,) bool: which rows of the epoch are unlabelled; as many in each epoch
-    epoch:int,
-    copies:int=1        # of a labelled image in a pass
+    epoch:int,           # from 0
+    copies:int=1         # of a labelled image in a pass
 )->Plan:
-    "Returns an epoch's plan in which these rows are unlabelled images."
-    n = int(places.sum())
-    kinds = (stretch(labelled, lengths[0], epoch*(len(places) - n), len(places) - n, copies),
-             stretch(unlabelled, lengths[1], epoch*n, n))
+    "Returns an epoch's plan in which the rows at these places are unlabelled images."
+    n_unlabelled = int(places.sum())
+    n_labelled = len(places) - n_unlabelled
+    first = stretch(labelled, lengths[0], epoch*n_labelled, n_labelled, copies)
+    second = stretch(unlabelled, lengths[1], epoch*n_unlabelled, n_unlabelled)
     columns = []
-    for parts in zip(*kinds):
-        columns.append(torch.empty(len(places), dtype=torch.long))
-        for where, part in zip((~places, places), parts):
-            columns[-1][where] = part
+    for labelled_column, unlabelled_column in zip(first, second):
+        column = torch.empty(len(places), dtype=torch.long)
+        column[~places] = labelled_column
+        column[places] = unlabelled_column
+        columns.append(column)
     return Plan(*columns)

@@ -38,61 +38,71 @@ def read_ask(
     **given        # fields that replace the file's; None keeps the file's value
 )->Ask:
     "Returns what jobs request; an unknown or ill-typed name is a `VitdistillError`."
-    values = read_yaml(from_root(path), yaml.BaseLoader) if path else {} # another loader reads 1:00:00 as 3600
+    # another loader reads 1:00:00 as 3600
+    values = read_yaml(from_root(path), yaml.BaseLoader) if path else {}
     values |= {name: value for name, value in given.items() if value is not None}
-    known = {f.name: f.type for f in fields(Ask)}
+    kinds = {f.name: f.type for f in fields(Ask)}
     for name, value in values.items():
-        if name not in known:
-            raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, known)}')
-        kind = known[name]
-        number = kind in (int, float)
-        try:
-            fits = kind(value) >= 0 if number else isinstance(value, kind)
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            wanted = 'number of 0 or more' if number else kind.__name__
-            raise VitdistillError(f'{name} = {value!r} of a cluster: give a {wanted}.')
-        values[name] = kind(value)
-    more = {name: True if value == 'true' else value for name, value in values.get('more', {}).items()}
+        if name not in kinds:
+            raise VitdistillError(f'unknown key {name!r} of a cluster: {nearest(name, kinds)}')
+        values[name] = _as_kind(name, value, kinds[name])
+    more = dict(values.get('more', {}))
+    for name, value in more.items():
+        if value == 'true': more[name] = True # an option without a value
     return Ask(**values | dict(more=more))
 
+def _as_kind(name:str, value, kind:type): # a value of a file or an option, as text
+    number = kind in (int, float)
+    try:
+        fits = kind(value) >= 0 if number else isinstance(value, kind)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        form = 'number of 0 or more' if number else kind.__name__
+        raise VitdistillError(f'{name} = {value!r} of a cluster: give a {form}.')
+    return kind(value)
+
 # %% ../../nbs/launch/02_cluster.ipynb #adf4be25
-def _slurm(*command:str)->list|None: # lines of a Slurm command's answer; None where there is none
+def _answer_of(*command:str)->list|None: # lines of a Slurm command's answer; None where there is none
     if not shutil.which(command[0]): return None
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return None
-    return None if asked.returncode else asked.stdout.splitlines()
+    return process.stdout.splitlines() if process.returncode == 0 else None
 
 def check_slurm(ask:Ask)->None:
     "Raises `VitdistillError` if jobs cannot be submitted to Slurm from here."
     if not shutil.which('sbatch') or not shutil.which('srun'):
-        raise VitdistillError('there is no Slurm here (no sbatch on the PATH): start this on a login node of one, '
-                              'or leave --on slurm out.')
+        raise VitdistillError('there is no Slurm here (no sbatch on the PATH): start this on a login node of '
+                              'one, or leave --on slurm out.')
     require('submitit', 'cluster', '--on slurm')
-    known = _slurm('sinfo', '-h', '-o', '%R')
-    if known is None:
+    partitions = _answer_of('sinfo', '-h', '-o', '%R')
+    if partitions is None:
         raise VitdistillError('Slurm does not answer (sinfo fails): try again when its controller is up.')
-    if ask.partition and not set(ask.partition.split(',')) <= set(known):
-        raise VitdistillError(f'unknown partition {ask.partition!r}: {nearest(ask.partition, known)}')
+    if ask.partition and not set(ask.partition.split(',')) <= set(partitions):
+        raise VitdistillError(f'unknown partition {ask.partition!r}: {nearest(ask.partition, partitions)}')
 
 # %% ../../nbs/launch/02_cluster.ipynb #ed67a1ae
 def queued()->dict|None: # id, such as '12' or '12_3' -> whether it is running
     "Returns the user's jobs that run or wait in Slurm; None if Slurm does not answer."
-    lines = _slurm('squeue', '--me', '-h', '-r', '-o', '%T %A %F_%K')
+    lines = _answer_of('squeue', '--me', '-h', '-r', '-o', '%T %A %F_%K') # state, id, array's id_index
     if lines is None: return None
-    return {name: line.startswith('RUNNING') for line in lines for name in line.split()[1:]}
+    jobs = {}
+    for line in lines:
+        state, *names = line.split()
+        for name in names: jobs[name] = state.startswith('RUNNING')
+    return jobs
 
 # %% ../../nbs/launch/02_cluster.ipynb #38529127
 def rendezvous(environment:dict)->tuple[int, dict]:
     "Returns this node's number in its job, and the parameters of a run on the job's nodes: {} on one node."
     nodes = int(environment.get('SLURM_NTASKS', 1))
     if nodes == 1: return 0, {}
-    if not (host := environment.get('SLURM_LAUNCH_NODE_IPADDR')): # where srun started
-        raise VitdistillError(f'{nodes} nodes have no address to meet at, for SLURM_LAUNCH_NODE_IPADDR is not set: '
-                              'start their tasks by srun, as --on slurm does.')
+    host = environment.get('SLURM_LAUNCH_NODE_IPADDR') # where srun started
+    if not host:
+        raise VitdistillError(f'{nodes} nodes have no address to meet at, for SLURM_LAUNCH_NODE_IPADDR is '
+                              'not set: start their tasks by srun, as --on slurm does.')
     port = 20_000 + int(environment['SLURM_JOB_ID']) % 10_000
     return int(environment['SLURM_PROCID']), dict(nnodes=nodes, rdzv_endpoint=f'{host}:{port}')
 
@@ -106,25 +116,29 @@ def obey_only_sigterm()->None:
 # %% ../../nbs/launch/02_cluster.ipynb #56ce8808
 @dataclass
 class Job:
-    "A command that submitit runs on a node; near its time limit the job ends the command and is queued again."
+    "A command that submitit runs on a node; near its time limit the job ends it and is queued again."
     command:list
     log:str       # file for what the command prints
     patience = 90 # seconds that ranks have to save
 
     def __call__(self)->None:
+        first = int(os.environ.get('SLURM_PROCID', 0)) == 0 # the first node
+        environment = dict(os.environ)
         threads = os.environ.get('SLURM_CPUS_PER_TASK') # may be fewer than the cores that the job sees
-        environment = os.environ | ({'OMP_NUM_THREADS': threads} if threads else {})
-        first = not int(os.environ.get('SLURM_PROCID', 0))
+        if threads: environment['OMP_NUM_THREADS'] = threads
         with open(self.log if first else os.devnull, 'a') as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT,
                                             env=environment, cwd=repo_root(), preexec_fn=obey_only_sigterm)
-        signal.signal(signal.SIGTERM, lambda *_: self.process.terminate())
+        signal.signal(signal.SIGTERM, self._end)
         if not first: # the first node queues the job again
-            signal.signal(signal.SIGUSR2, lambda *_: self.process.terminate())
-        while (rc := self.process.poll()) is None: # so that signals are handled
+            signal.signal(signal.SIGUSR2, self._end)
+        while self.process.poll() is None: # so that signals are handled
             time.sleep(.1)
-        if rc:
-            raise VitdistillError(f"the job's command ended with status {rc}: see {self.log}.")
+        status = self.process.returncode
+        if status:
+            raise VitdistillError(f"the job's command ended with status {status}: see {self.log}.")
+
+    def _end(self, *_): self.process.terminate() # handler of a signal
 
     def checkpoint(self): # submitit's hook, on SIGUSR2
         import submitit
@@ -134,13 +148,16 @@ class Job:
 # %% ../../nbs/launch/02_cluster.ipynb #f16a729b
 def sbatch_parameters(ask:Ask, name:str, after:list)->dict: # after: ids of jobs that have to succeed first
     "Returns submitit's parameters for an array."
-    asked = dict(slurm_partition=ask.partition, slurm_account=ask.account, gpus_per_node=ask.gpus_per_node,
-                 cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup,
-                 slurm_dependency=':'.join(['afterok', *after]) if after else '')
-    more = {'requeue': True, 'kill-on-invalid-dep': 'yes', 'chdir': str(repo_root()), **ask.more}
-    return dict(name=name, timeout_min=ask.time, nodes=ask.nodes, tasks_per_node=1, slurm_signal_delay_s=ask.notice,
-                slurm_array_parallelism=max(1, ask.at_once), slurm_additional_parameters=more,
-                **{key: value for key, value in asked.items() if value})
+    parameters = dict(name=name, timeout_min=ask.time, nodes=ask.nodes, tasks_per_node=1,
+                      slurm_signal_delay_s=ask.notice, slurm_array_parallelism=max(1, ask.at_once))
+    more = {'requeue': True, 'kill-on-invalid-dep': 'yes', 'chdir': str(repo_root())}
+    parameters['slurm_additional_parameters'] = more | ask.more
+    optional = dict(slurm_partition=ask.partition, slurm_account=ask.account, gpus_per_node=ask.gpus_per_node,
+                    cpus_per_task=ask.cpus_per_task, mem_gb=ask.mem_gb, slurm_setup=ask.setup)
+    if after:
+        optional['slurm_dependency'] = ':'.join(['afterok', *after])
+    # all else is the cluster's default
+    return parameters | {key: value for key, value in optional.items() if value}
 
 # %% ../../nbs/launch/02_cluster.ipynb #90e8eaea
 def submit(
@@ -158,11 +175,15 @@ def submit(
         executor.update_parameters(**sbatch_parameters(ask, name, [ids[key] for key in after]))
         try:
             with redirect_stderr(io.StringIO()), executor.batch(): # submitit repeats what sbatch says
-                jobs = [executor.submit(Job(*commands[key])) for key in keys]
-            ids |= {key: job.job_id for key, job in zip(keys, jobs)}
+                jobs = {key: executor.submit(Job(*commands[key])) for key in keys}
+            ids |= {key: job.job_id for key, job in jobs.items()} # known when the batch has ended
         except submitit.core.utils.FailedJobError as e:
             if ids:
                 subprocess.run(['scancel', *ids.values()], check=False)
-            found = re.findall(r'error: (.*)', str(e)) or str(e).strip().splitlines()[-1:] or [first_line(e)]
-            raise VitdistillError(f"Slurm refuses the jobs ({found[0].rstrip('.')}): mend what they ask for.") from None
+            raise VitdistillError(f'Slurm refuses the jobs ({_reason(e)}): mend what they ask for.') from None
     return ids
+
+def _reason(error:Exception)->str: # of a submission that failed, as sbatch says it
+    lines = str(error).strip().splitlines()
+    reasons = re.findall(r'error: (.*)', str(error)) or lines[-1:] or [first_line(error)]
+    return reasons[0].rstrip('.')

@@ -9,8 +9,8 @@ __all__ = ['push', 'weights_place', 'LITv2', 'published_flops', 'create', 'creat
 # %% ../../nbs/models/09_package.ipynb #f3dda605
 from .hub import push, weights_place
 from .layers import LITv2, published_flops
-from .create import (create, create_student, load_weights, pretrained_constants, read_weights,
-    resampled_norm, started_from, student_size)
+from .create import create, create_student, load_weights, pretrained_constants, read_weights
+from .create import resampled_norm, started_from, student_size
 
 # %% ../../nbs/models/09_package.ipynb #32644e11
 _all_ = ['push', 'weights_place', 'LITv2', 'published_flops', 'create', 'create_student', 'load_weights',

@@ -11,7 +11,7 @@ import pandas as pd, torch, torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, register_flop_formula
-from ..base import VitdistillError, first_line, nearest
+from ..base import VitdistillError, explained, first_line, nearest
 from .create import create
 
 # %% ../../nbs/models/03_complexity.ipynb #a450c183
@@ -20,13 +20,13 @@ def build(
     image_size:int=224, # side of the input, px
     **kwargs            # for the library's constructor, such as aux_logits=False
 )->nn.Module:
-    "Builds a model of 1,000 classes with random weights, in eval mode; an unknown name raises a `VitdistillError`."
+    "Returns a model of 1,000 classes with random weights, in eval mode; an unknown one is an error."
     library, _, architecture = name.rpartition('/')
     if library != 'torchvision':
         return create(name, 1000, image_size, **kwargs).eval()
-    known = torchvision.models.list_models(torchvision.models)
-    if architecture not in known:
-        raise VitdistillError(f'torchvision has no model {architecture!r}: {nearest(architecture, known)}')
+    names = torchvision.models.list_models(torchvision.models)
+    if architecture not in names:
+        raise VitdistillError(f'torchvision has no model {architecture!r}: {nearest(architecture, names)}')
     if architecture.startswith('vit_'):
         kwargs = {'image_size': image_size, **kwargs}
     return torchvision.models.get_model(architecture, weights=None, **kwargs).eval()
@@ -43,31 +43,45 @@ for operator, formula in ((torch.ops.torchvision.deform_conv2d, _deformable_flop
         register_flop_formula(operator)(formula)
 
 # %% ../../nbs/models/03_complexity.ipynb #2109df8d
-def _owner(name, called): # the nearest module, from `name` upwards, that ran
-    while name not in called: name = name.rpartition('.')[0]
+def _owner(name, calls): # the nearest module, from `name` upwards, that ran; calls: names of modules that ran
+    while name not in calls:
+        name = name.rpartition('.')[0]
     return name
 
 # %% ../../nbs/models/03_complexity.ipynb #6686c297
+def _memory(x): # names the memory of a tensor
+    return x.untyped_storage()._cdata
+
 def _new_bytes(output, inputs): # bytes of an output at fp32; 0 if it lies in the memory of an input
-    memory = lambda x: x.untyped_storage()._cdata
-    return 0 if memory(output) in [memory(x) for x in inputs if isinstance(x, torch.Tensor)] else 4*output.numel()
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and _memory(x) == _memory(output):
+            return 0
+    return 4*output.numel()
 
 # %% ../../nbs/models/03_complexity.ipynb #da160f94
-def _forward(model, shape): # {name: (output's shape, bytes of all calls)} in order; flops by name, with the children's
-    calls, root = {}, type(model).__name__
+def _forward(model, shape): # {name: (output's shape, bytes of all calls)}, {name: flops, children too}
+    calls = {}
     def watch(name, module):
-        def leave(_, inputs, output):
-            output = output[0] if isinstance(output, (tuple, list)) else output
-            calls[name] = tuple(output.shape[1:]), calls[name][1] + _new_bytes(output, inputs)
         def enter(*_): # a hook must return None
             calls.setdefault(name, (None, 0))
+        def leave(_, inputs, output):
+            if isinstance(output, (tuple, list)):
+                output = output[0]
+            size = calls[name][1] + _new_bytes(output, inputs)
+            calls[name] = tuple(output.shape[1:]), size
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
-    for name, module in model.named_modules(): watch(name, module)
+    for name, module in model.named_modules():
+        watch(name, module)
+    dtype = next(model.parameters(), torch.empty(0)).dtype
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *shape, device='meta', dtype=next(model.parameters(), torch.empty(0)).dtype))
-    counts = counter.get_flop_counts()
-    return calls, {name: sum(counts.get(f'{root}.{name}'.rstrip('.'), {}).values()) for name in calls}
+        model(torch.empty(1, *shape, device='meta', dtype=dtype))
+    counts = counter.get_flop_counts() # by names that begin with the model's type
+    flops = {}
+    for name in calls:
+        full_name = f'{type(model).__name__}.{name}'.rstrip('.')
+        flops[name] = sum(counts.get(full_name, {}).values())
+    return calls, flops
 
 # %% ../../nbs/models/03_complexity.ipynb #bf99ce5c
 COSTS = ['parameters', 'multiply_adds', 'activation_bytes']
@@ -80,17 +94,22 @@ def layers(
     "Returns the cost of each layer of a model for one input, in the order in which the layers begin."
     model = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     calls, flops = _forward(model, shape)
-    own, parameters, rows = dict(flops), dict.fromkeys(calls, 0), []
-    for name in filter(None, calls):
-        own[_owner(name.rpartition('.')[0], calls)] -= flops[name]
+    def parent(name): # of a module or parameter
+        return _owner(name.rpartition('.')[0], calls)
+    own_flops = dict(flops) # without the children's
+    for name in calls:
+        if name:
+            own_flops[parent(name)] -= flops[name]
+    parameters = dict.fromkeys(calls, 0)
     for name, p in model.named_parameters():
-        parameters[_owner(name.rpartition('.')[0], calls)] += p.numel()
+        parameters[parent(name)] += p.numel()
+    rows = []
     for name, (output, size) in calls.items():
         module = model.get_submodule(name)
-        computes = own[name] > 0 or not any(module.children()) or isinstance(module, _NORMS)
+        computes = own_flops[name] > 0 or not any(module.children()) or isinstance(module, _NORMS)
         if computes or parameters[name]:
-            rows.append([name or '(model)', type(module).__name__, output, parameters[name], own[name]//2,
-                         size if computes else 0])
+            rows.append([name or '(model)', type(module).__name__, output, parameters[name],
+                         own_flops[name]//2, size if computes else 0])
     return pd.DataFrame(rows, columns=['layer', 'kind', 'output', *COSTS])
 
 # %% ../../nbs/models/03_complexity.ipynb #943c16fc
@@ -99,16 +118,15 @@ def complexity(
     image_size:int=224, # side of the input, px
     **kwargs            # for the library's constructor
 )->pd.DataFrame:        # as `layers` returns it
-    "Returns the cost of each layer of a named model for one image; an impossible size raises a `VitdistillError`."
+    "Returns the cost of each layer of a model for one image; an impossible size is a `VitdistillError`."
     try:
         with torch.device('meta'):
             model = build(name, image_size, **kwargs)
     except NotImplementedError: # torchvision's RegNets compute their widths with tensors
         model = build(name, image_size, **kwargs)
-    try: return layers(model, (3, image_size, image_size))
-    except RuntimeError as e:
-        raise VitdistillError(f'{name} cannot take images of {image_size} px ({first_line(e)}): '
-                              'choose a larger image_size.') from None
+    failure = f'{name} cannot take images of {image_size} px'
+    with explained(failure, 'choose a larger image_size', RuntimeError, reason=first_line):
+        return layers(model, (3, image_size, image_size))
 
 # %% ../../nbs/models/03_complexity.ipynb #27af3c73
 def images_per_second(
@@ -136,13 +154,18 @@ def largest_batch(
     most:int=2048       # limit in images, a power of two
 )->int:
     "Returns the largest power of two of images that a forward pass has memory for."
-    fits, asked = 0, 1
-    while asked <= most:
+    fits = 0
+    batch = 1
+    while batch <= most:
         try:
-            with torch.inference_mode(): model(_copies(image, asked))
-        except torch.OutOfMemoryError: break
-        fits, asked = asked, 2*asked
-    if image.is_cuda: torch.cuda.empty_cache() # free what was tried
+            with torch.inference_mode():
+                model(_copies(image, batch))
+        except torch.OutOfMemoryError:
+            break
+        fits = batch
+        batch *= 2
+    if image.is_cuda:
+        torch.cuda.empty_cache() # free what was tried
     if fits: return fits
     raise VitdistillError(f'{image.device} has no memory for one image of {image.shape[-1]} px: '
                           'stop what else uses it, or take a smaller image_size.')

@@ -26,7 +26,7 @@ from ..base import VitdistillError
 FEW = 128 # up to this many tokens, attention step by step trains faster in bf16 on a CPU
 
 class Heads(nn.Module):
-    "Holds the linear layers of some attention heads; a subclass names those that compute queries, keys and values."
+    "Holds the linear layers of some attention heads; a subclass names those of queries, keys and values."
     linear = dict(qkv=3) # name of a layer -> how many of the three it computes
     def __init__(self,
         dim:int,   # channels of the input
@@ -35,37 +35,53 @@ class Heads(nn.Module):
         window:int # s, which divides H and W
     ):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads = heads
+        self.window = window
         self.fused_attn = True # use torch's kernel; False: step by step for few tokens, as in timm
         for name, parts in self.linear.items():
             setattr(self, name, nn.Linear(dim, parts*heads*width))
         self.proj = nn.Linear(heads*width, heads*width)
 
-    def attend(self, q, k, v): # (B, windows, tokens, heads*width) each; in each window softmax(q k / sqrt(width)) v
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2) for x in (q, k, v))
+    def split(self, x): # (B, windows, tokens, heads*width) -> (B, windows*heads, tokens, width)
+        "Returns the channels of each head as a map of its own."
+        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
+
+    def attend(self, q, k, v): # (B, windows, tokens, heads*width) each
+        "Returns softmax(q k / sqrt(width)) v of each head in each window."
+        q = self.split(q)
+        k = self.split(k)
+        v = self.split(v)
         if self.fused_attn or q.shape[2]*k.shape[2] > FEW**2:
             x = F.scaled_dot_product_attention(q, k, v)
         else:
-            x = (q*q.shape[-1]**-.5@k.mT).softmax(-1)@v
+            scale = q.shape[-1]**-.5
+            x = (q*scale@k.mT).softmax(-1)@v
         return x.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)
 
 # %% ../../nbs/models/01_layers.ipynb #7dff49ba
 class HiFi(Heads):
-    "Computes self-attention inside s x s windows that don't overlap: (B, H, W, dim) -> (B, H, W, heads*width)."
+    "Computes self-attention inside separate s x s windows: (B, H, W, dim) -> (B, H, W, heads*width)."
     def forward(self, x):
-        (_, H, W, _), s = x.shape, self.window
-        windows = window_partition(self.qkv(x), (s, s)).flatten(1, 2).unflatten(0, (-1, H//s*W//s))
+        _, H, W, _ = x.shape
+        s = self.window
+        n_windows = (H//s)*(W//s)
+        windows = window_partition(self.qkv(x), (s, s)) # (B*windows, s, s, 3*heads*width)
+        windows = windows.flatten(1, 2).unflatten(0, (-1, n_windows))
         attended = self.attend(*windows.chunk(3, -1)) # (B, windows, s*s, heads*width)
         return self.proj(window_reverse(attended, (s, s), H, W))
 
 # %% ../../nbs/models/01_layers.ipynb #5e35a389
 class LoFi(Heads):
-    "Computes attention of all tokens to the averages of s x s windows: (B, H, W, dim) -> (B, H, W, heads*width)."
+    "Computes attention of tokens to the averages of s x s windows: (B, H, W, dim) -> (B, H, W, heads*width)."
     linear = dict(q=1, kv=2)
-    def forward(self, x): # with s = 1: plain attention
-        pooled = x if self.window == 1 else F.avg_pool2d(x.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
-        q, kv = (y.flatten(1, 2)[:, None] for y in (self.q(x), self.kv(pooled))) # one window: the whole map
-        attended = self.attend(q, *kv.chunk(2, -1)) # (B, 1, H*W, heads*width)
+    def forward(self, x):
+        pooled = x
+        if self.window > 1: # else plain attention
+            pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
+        q = self.q(x).flatten(1, 2)[:, None] # one window: the whole map
+        kv = self.kv(pooled).flatten(1, 2)[:, None]
+        k, v = kv.chunk(2, -1)
+        attended = self.attend(q, k, v) # (B, 1, H*W, heads*width)
         return self.proj(attended.unflatten(2, x.shape[1:3]).squeeze(1))
 
 # %% ../../nbs/models/01_layers.ipynb #849b93ad
@@ -81,21 +97,29 @@ class HiLo(nn.Module):
         if not 0 <= alpha <= 1:
             raise VitdistillError(f'alpha = {alpha} is no share of heads: choose it in [0, 1].')
         if window < 1 or window % 1:
-            raise VitdistillError(f'a window has a side of {window} tokens: choose a whole number, 1 or more.')
+            raise VitdistillError(f'a window has a side of {window} tokens: choose a whole number, '
+                                  '1 or more.')
         if heads < 1 or dim % heads:
             raise VitdistillError(f'{heads} heads do not divide {dim} channels: choose a number that does.')
-        low = heads if window == 1 else int(heads*alpha)
-        self.dim, self.window, self.low_heads = dim, window, low
-        self.high = HiFi(dim, heads - low, dim//heads, window) if low < heads else None
-        self.low = LoFi(dim, low, dim//heads, window) if low else None
+        width = dim//heads
+        self.dim = dim
+        self.window = window
+        self.low_heads = heads if window == 1 else int(heads*alpha)
+        high_heads = heads - self.low_heads
+        self.high = HiFi(dim, high_heads, width, window) if high_heads else None
+        self.low = LoFi(dim, self.low_heads, width, window) if self.low_heads else None
 
     def forward(self, x):
         _, H, W, _ = x.shape
         if self.window > min(H, W):
-            raise VitdistillError(f'a window of {self.window} x {self.window} tokens is larger than the map of '
-                                  f'{H} x {W}: take a smaller window, or larger images.')
+            raise VitdistillError(f'a window of {self.window} x {self.window} tokens is larger than the map '
+                                  f'of {H} x {W}: take a smaller window, or larger images.')
         x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))
-        return torch.cat([part(x)[:, :H, :W] for part in (self.high, self.low) if part is not None], -1)
+        parts = []
+        for part in (self.high, self.low):
+            if part is not None:
+                parts.append(part(x)[:, :H, :W])
+        return torch.cat(parts, -1)
 
 # %% ../../nbs/models/01_layers.ipynb #bd9ff533
 def hilo_flops(
@@ -103,11 +127,15 @@ def hilo_flops(
     height:int, width:int # sides of the map, in tokens
 )->int: # multiply-adds for one image (FLOPs in the paper)
     "Returns the published cost of HiLo: projections, and the two products of attention."
-    s, D, low = attention.window, attention.dim, attention.low.proj.in_features if attention.low else 0
-    windows, high = -(-height//s)*-(-width//s), D - low
+    s = attention.window
+    dim = attention.dim
+    low = attention.low.proj.in_features if attention.low else 0 # channels of Lo-Fi heads
+    high = dim - low
+    windows = -(-height//s)*-(-width//s) # rounded up
     tokens = windows*s*s
-    hi_fi = tokens*D*3*high + windows*s**4*high*2 + tokens*high**2
-    return hi_fi + tokens*D*low + windows*D*2*low + tokens*windows*low*2 + tokens*low**2
+    hi_fi = tokens*dim*3*high + windows*s**4*high*2 + tokens*high**2
+    lo_fi = tokens*dim*low + windows*dim*2*low + tokens*windows*low*2 + tokens*low**2
+    return hi_fi + lo_fi
 
 # %% ../../nbs/models/01_layers.ipynb #4d5d3bec
 class ConvFFN(MlpWithDepthwiseConv):
@@ -125,7 +153,9 @@ class ConvFFN(MlpWithDepthwiseConv):
 
 # %% ../../nbs/models/01_layers.ipynb #faa18790
 def _without_autocast(device:str): # 'cpu', 'cuda' or another; 'meta' has no autocast
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 # %% ../../nbs/models/01_layers.ipynb #e5331f28
 class DeformableMerging(nn.Module):
@@ -135,25 +165,30 @@ class DeformableMerging(nn.Module):
         out:int  # channels of the output
     ):
         super().__init__()
-        self.offset = nn.Conv2d(dim, 2*2*2, 2, stride=2) # a shift down and right for each of 2 x 2 samples, in tokens
+        self.offset = nn.Conv2d(dim, 2*2*2, 2, stride=2) # shifts of 2 x 2 samples, down and right, in tokens
         self.conv = DeformConv2d(dim, out, 2, stride=2)
         self.norm = nn.BatchNorm2d(out)
         self.act = nn.GELU()
-        for p in self.offset.parameters(): nn.init.zeros_(p)
+        for p in self.offset.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x):
         with _without_autocast(x.device.type):
-            x = x.permute(0, 3, 1, 2).to(own := self.conv.weight.dtype)
+            own = self.conv.weight.dtype
             wide = torch.promote_types(own, torch.float32) # deform_conv2d has no bf16
-            parts = (t.to(wide) for t in (x, self.offset(x), self.conv.weight, self.conv.bias))
-            x = deform_conv2d(*parts, stride=self.conv.stride).to(own)
+            x = x.permute(0, 3, 1, 2).to(own)
+            offset = self.offset(x).to(wide)
+            weight = self.conv.weight.to(wide)
+            bias = self.conv.bias.to(wide)
+            x = deform_conv2d(x.to(wide), offset, weight, bias, stride=self.conv.stride).to(own)
             return self.act(self.norm(x)).permute(0, 2, 3, 1)
 
 # %% ../../nbs/models/01_layers.ipynb #cc36c2ee
 class LITBlock(nn.Module):
-    "Applies HiLo attention (unless the window is 0) and a convolutional feed-forward network, each with a shortcut."
+    "Applies HiLo attention, unless the window is 0, and a convolutional network, each with a shortcut."
     def __init__(self,
-        dim:int, heads:int,
+        dim:int,            # channels
+        heads:int,          # number of attention heads
         window:int=2,       # of `HiLo`; 0: no attention
         alpha:float=.9,     # share of Lo-Fi heads, in [0, 1]
         mlp_ratio:float=4., # hidden channels of the feed-forward network, as a multiple of dim
@@ -172,12 +207,16 @@ class LITBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/models/01_layers.ipynb #cedc2370
-def _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate): # LITv2's stages, each a sequence
-    rates, stages = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True), []
-    for i, (width, heads, window, of_stage) in enumerate(zip(widths, num_heads, windows, rates, strict=True)):
-        merging = [DeformableMerging(widths[i - 1], width)] if i else []
-        blocks = [LITBlock(width, heads, window, alpha, mlp_ratio, rate) for rate in of_stage]
-        stages.append(nn.Sequential(*merging, *blocks))
+def _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate): # LITv2's stages
+    drop_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+    stages = []
+    before = None # channels of the stage before
+    for width, heads, window, stage_rates in zip(widths, num_heads, windows, drop_rates, strict=True):
+        layers = [DeformableMerging(before, width)] if before else []
+        for rate in stage_rates:
+            layers.append(LITBlock(width, heads, window, alpha, mlp_ratio, rate))
+        stages.append(nn.Sequential(*layers))
+        before = width
     return nn.Sequential(*stages)
 
 # %% ../../nbs/models/01_layers.ipynb #230f9993
@@ -190,7 +229,7 @@ class LITv2(nn.Module):
         embed_dim:int=96, # channels of the first stage; each next stage doubles them
         depths:tuple=(2, 2, 6, 2),     # blocks of each stage
         num_heads:tuple=(3, 6, 12, 24),
-        windows:tuple=(0, 0, 2, 1),    # of each stage; 0: no attention; 1: plain attention; else HiLo's window
+        windows:tuple=(0, 0, 2, 1),    # of each stage, HiLo's; 0: no attention; 1: plain attention
         alpha:float=.9,   # share of Lo-Fi heads, in [0, 1]
         mlp_ratio:float=4., drop_rate:float=0.,
         drop_path_rate:float=0., # stochastic depth of the last block; it grows with depth, from 0
@@ -198,13 +237,19 @@ class LITv2(nn.Module):
     ):
         super().__init__()
         if not len(depths) == len(num_heads) == len(windows):
-            raise VitdistillError(f'depths {depths}, num_heads {num_heads} and windows {windows} are of different '
-                                  'numbers of stages: give each a value a stage.')
-        widths = [embed_dim*2**i for i in range(len(depths))]
-        self.num_classes, self.num_features, self.offset_lr = num_classes, widths[-1], offset_lr
-        self.dynamic_img_size, self.output_fmt = True, 'NHWC' # as timm names them
-        self.feature_info = [dict(num_chs=width, reduction=patch_size*2**i, module=f'stages.{i}')
-                             for i, width in enumerate(widths)]
+            raise VitdistillError(f'depths {depths}, num_heads {num_heads} and windows {windows} are of '
+                                  'different numbers of stages: give each a value a stage.')
+        widths = []
+        self.feature_info = [] # as timm describes the maps of a model
+        for stage in range(len(depths)):
+            width, scale = embed_dim*2**stage, patch_size*2**stage
+            widths.append(width)
+            self.feature_info.append(dict(num_chs=width, reduction=scale, module=f'stages.{stage}'))
+        self.num_classes = num_classes
+        self.num_features = widths[-1]
+        self.offset_lr = offset_lr
+        self.dynamic_img_size = True # as timm names it
+        self.output_fmt = 'NHWC'
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, nn.LayerNorm, flatten=False,
                                       output_fmt='NHWC', strict_img_size=False)
         self.stages = _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate)
@@ -217,12 +262,16 @@ class LITv2(nn.Module):
 
     def forward_features(self, x):
         return self.norm(self.stages(self.patch_embed(x)))
+
     def forward_head(self, x, pre_logits:bool=False):
         return self.head(x, pre_logits=pre_logits)
+
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self): return self.head.fc
+    def get_classifier(self):
+        return self.head.fc
+
     def reset_classifier(self, num_classes, global_pool=None):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
@@ -239,39 +288,52 @@ def published_flops(
     size:int # side of the image, px
 )->int: # multiply-adds, plus what the public code adds, for one image
     "Returns the FLOPs of a model as LITv2's public code counts them."
-    conv = model.patch_embed.proj
-    patch, C = conv.kernel_size[0], conv.out_channels
-    side = patches = size//patch
-    flops = side**2*C*(conv.in_channels*patch**2 + 1)
+    embed = model.patch_embed.proj
+    patch = embed.kernel_size[0]
+    patches = size//patch # along a side
+    side = patches
+    channels = embed.out_channels
+    flops = side**2*channels*(embed.in_channels*patch**2 + 1)
     for layer in model.stages.modules():
         if isinstance(layer, DeformableMerging):
-            side, taps, C = side//2, 4*C, layer.conv.out_channels
-            flops += side**2*(12*(taps + 1) + C*(taps + 1) + C)
+            side //= 2
+            taps = 4*channels # weights of an output channel
+            channels = layer.conv.out_channels
+            flops += side**2*(12*(taps + 1) + channels*(taps + 1) + channels)
         elif isinstance(layer, HiLo):
-            flops += side**2*C + hilo_flops(layer, side, side) # with the norm before it
-        elif isinstance(layer, ConvFFN):
+            flops += side**2*channels + hilo_flops(layer, side, side) # with the norm before it
+        elif isinstance(layer, ConvFFN): # two linear layers, depthwise convolution and its bias, norm
             hidden = layer.fc1.out_features
-            flops += side**2*(2*C*hidden + 10*hidden + C) # two linear layers, depthwise convolution and its bias, norm
-    return flops + C*patches**2//2**len(model.stages) + C*model.num_classes
+            flops += side**2*(2*channels*hidden + 10*hidden + channels)
+    pooling = channels*patches**2//2**len(model.stages)
+    return flops + pooling + channels*model.num_classes
 
 # %% ../../nbs/models/01_layers.ipynb #6cf097c6
 class MatrixConv2d(nn.Conv2d):
-    "Computes a convolution as one matrix product if its output has few pixels: 64 for a 1 x 1 kernel, else 4."
+    "Computes a convolution as one matrix product where its output has few pixels."
     def forward(self, x): # (B, C, H, W), fastest in channels_last memory
         (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
-        H, W = (x.shape[2] + 2*ph - kh)//sh + 1, (x.shape[3] + 2*pw - kw)//sw + 1 # of the output
-        if H*W > (64 if kh*kw == 1 else 4): return super().forward(x)
+        H = (x.shape[2] + 2*ph - kh)//sh + 1 # of the output
+        W = (x.shape[3] + 2*pw - kw)//sw + 1
+        few = 64 if kh*kw == 1 else 4 # up to so many pixels it is faster
+        if H*W > few:
+            return super().forward(x)
         rows, columns = range(kh), range(kw) # of the kernel
         if H*W == 1: # the rest meets padding
-            rows, columns = rows[ph:ph + x.shape[2]], columns[pw:pw + x.shape[3]]
+            rows = rows[ph:ph + x.shape[2]]
+            columns = columns[pw:pw + x.shape[3]]
         x = F.pad(x, (pw, pw, ph, ph)).permute(0, 2, 3, 1)
-        seen = [x[:, i:i + sh*(H - 1) + 1:sh, j:j + sw*(W - 1) + 1:sw] for i in rows for j in columns]
-        weight = self.weight.permute(0, 2, 3, 1)[:, rows.start:rows.stop, columns.start:columns.stop].flatten(1)
+        seen = [] # for each place of the kernel, the input of all outputs
+        for i in rows:
+            for j in columns:
+                seen.append(x[:, i:i + sh*(H - 1) + 1:sh, j:j + sw*(W - 1) + 1:sw])
+        weight = self.weight.permute(0, 2, 3, 1)
+        weight = weight[:, rows.start:rows.stop, columns.start:columns.stop].flatten(1)
         return F.linear(torch.cat(seen, -1), weight, self.bias).permute(0, 3, 1, 2)
 
 # %% ../../nbs/models/01_layers.ipynb #7e6c57db
 def with_matrix_products(model:nn.Module)->nn.Module:
-    "Turns a model's plain convolutions into `MatrixConv2d`, in place; function, weights and names stay the same."
+    "Turns a model's plain convolutions into `MatrixConv2d`, in place; weights and names stay the same."
     for conv in model.modules():
         plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.dilation == (1, 1)
         if plain and conv.padding_mode == 'zeros' and isinstance(conv.padding, tuple):
@@ -283,39 +345,52 @@ def with_plain_attention(
     model:nn.Module # model whose attention has `fused_attn`, as in timm and in this module
 )->nn.Module:
     "Makes few tokens attend step by step, in place; HiLo with many tokens still uses torch's kernel."
-    def many(part):
-        return isinstance(part, VisionTransformer) and part.patch_embed.num_patches > FEW
-    if not any(map(many, model.modules())):
-        for part in model.modules():
-            if hasattr(part, 'fused_attn'): part.fused_attn = False
+    for part in model.modules():
+        if isinstance(part, VisionTransformer) and part.patch_embed.num_patches > FEW:
+            return model
+    for part in model.modules():
+        if hasattr(part, 'fused_attn'):
+            part.fused_attn = False
     return model
 
 # %% ../../nbs/models/01_layers.ipynb #5f67f29f
+def _size(part): # number of its parameters
+    return sum(p.numel() for p in part.parameters())
+
+def _form(block): # its type, and the names and shapes of its parameters
+    return type(block), *((name, p.shape) for name, p in block.named_parameters())
+
 def equal_blocks(model:nn.Module)->list:
-    "Returns the blocks of equal shape that hold most of a model's parameters, as in a ViT; [] if it has none."
-    size = lambda part: sum(p.numel() for p in part.parameters())
+    "Returns the equal blocks that hold most of a model's parameters, as in a ViT; [] if it has none."
     for part in model.modules():
-        if isinstance(part, (nn.Sequential, nn.ModuleList)) and len(part) > 1 and size(part) > size(model)/2:
-            shapes = {(type(block), *((name, p.shape) for name, p in block.named_parameters())) for block in part}
-            if len(shapes) == 1: return list(part)
+        sequence = isinstance(part, (nn.Sequential, nn.ModuleList)) and len(part) > 1
+        if sequence and _size(part) > _size(model)/2:
+            forms = {_form(block) for block in part}
+            if len(forms) == 1:
+                return list(part)
     return []
 
 def with_compiled_blocks(model:nn.Module)->nn.Module:
     "Returns a model with the same parameters and buffers, whose `equal_blocks` share a compiled program."
     same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, same)
-    for block in equal_blocks(twin): block.compile(dynamic=False)
+    for block in equal_blocks(twin):
+        block.compile(dynamic=False)
     return twin
 
 # %% ../../nbs/models/01_layers.ipynb #f3ac6674
 def compiler_missing(device:str)->str: # 'cpu', 'cuda', 'cuda:0', ...
     "Returns the name of what torch.compile needs for a device and this machine lacks; '' if nothing."
-    if not str(device).startswith('cuda'):
-        if not shutil.which(os.environ.get('CXX', 'g++')):
-            return 'a C++ compiler (g++)'
-    elif not find_spec('triton'): return 'Triton (pip install triton)'
-    elif not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
-        return 'a C compiler (gcc)'
-    headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default is /usr/local, without headers
-    there = platform.system() != 'Linux' or (headers/'Python.h').is_file()
-    return '' if there else "Python.h, of Python's headers (python3-dev)"
+    if str(device).startswith('cuda'):
+        if not find_spec('triton'):
+            return 'Triton (pip install triton)'
+        if not (os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')):
+            return 'a C compiler (gcc)'
+    elif not shutil.which(os.environ.get('CXX', 'g++')):
+        return 'a C++ compiler (g++)'
+    if platform.system() != 'Linux': # a framework's headers lie elsewhere
+        return ''
+    headers = Path(sysconfig.get_path('include', 'posix_prefix')) # Debian's default has no headers
+    if (headers/'Python.h').is_file():
+        return ''
+    return "Python.h, of Python's headers (python3-dev)"

@@ -23,9 +23,16 @@ def answers_given(
     teachers:list[Run],   # one, or those of two folds
     part:str='train',     # of the student's images: 'train', 'test' or 'val'
 )->pd.DataFrame:          # image, label, decision; two rows for an image that two teachers answer
-    "Returns the teachers' decisions; of two teachers, for a training image, that of the one that had not seen it."
-    parts = [part] if part != 'train' else ['val'] if len(teachers) > 1 else ['train', 'val']
-    frames = [read_predictions(run, p) for run in teachers for p in parts if f'{p}_image' in prediction_arrays(run, p)]
+    "Returns the teachers' decisions; of two, for a training image, that of the one that had not seen it."
+    if part != 'train':
+        parts = [part]
+    else:
+        parts = ['val'] if len(teachers) > 1 else ['train', 'val']
+    frames = []
+    for run in teachers:
+        for name in parts:
+            if f'{name}_image' in prediction_arrays(run, name):
+                frames.append(read_predictions(run, name))
     if not frames:
         raise VitdistillError(f'{teachers[0].name} has no predictions on {part}: train or adopt it again.')
     return pd.concat(frames, ignore_index=True)[['image', 'label', 'decision']]
@@ -36,17 +43,21 @@ def agreements(
     student:Run,        # taught by it or not
     part:str='test',    # 'test', 'val' or 'train', of the student
 )->dict:                # images, contradicted (teacher and label differ): counts; the rest shares in [0, 1]
-    "Returns how often student and teacher agree, and with whom the student sides where teacher and label differ."
+    "Returns how often student and teacher agree, and with whom it sides where teacher and label differ."
     same_data([*teachers, student])
-    both = answers_given(teachers, part).merge(read_predictions(student, part), on='image', suffixes=('_given', ''))
+    given = answers_given(teachers, part)
+    both = given.merge(read_predictions(student, part), on='image', suffixes=('_given', ''))
     if not len(both):
         raise VitdistillError(f'{teachers[0].name} and {student.name} have no image of {part} in common.')
-    equal = pd.DataFrame(dict(teacher_top1=both.decision_given == both.label, student_top1=both.decision == both.label,
-                              agree=both.decision == both.decision_given))
-    apart = equal[~equal.teacher_top1] # shares of these are NaN without rows
-    return dict(part=part, images=len(both), **equal.mean(), contradicted=len(apart),
-                with_label=apart.student_top1.mean(), with_teacher=apart.agree.mean(),
-                with_neither=(~(apart.student_top1 | apart.agree)).mean())
+    equal = pd.DataFrame(dict(
+        teacher_top1=both.decision_given == both.label,
+        student_top1=both.decision == both.label,
+        agree=both.decision == both.decision_given))
+    contradicted = equal[~equal.teacher_top1] # shares of these are NaN without rows
+    neither = ~(contradicted.student_top1 | contradicted.agree)
+    return dict(part=part, images=len(both), **equal.mean(), contradicted=len(contradicted),
+                with_label=contradicted.student_top1.mean(), with_teacher=contradicted.agree.mean(),
+                with_neither=neither.mean())
 
 # %% ../../nbs/study/04_agreement.ipynb #985edfcf
 def ece(
@@ -54,16 +65,19 @@ def ece(
     right,      # (n,) bool
     bins:int=15 # of equal width; each holds its upper edge
 )->float:       # NaN without images, or if a confidence is NaN
-    "Returns the expected calibration error, a fraction: the mean over images of |accuracy - confidence| of their bin."
-    confidence, right = np.asarray(confidence, float), np.asarray(right, float)
+    "Returns the expected calibration error: the mean over images of |accuracy - confidence| of their bin."
+    confidence = np.asarray(confidence, float)
+    right = np.asarray(right, float)
     outside = (confidence < 0) | (confidence > 1 + 1e-6) # sums of a softmax may round to a little more than 1
     if outside.any():
-        raise VitdistillError(f'a confidence is {confidence[outside][0]:g}: give probabilities from 0 to 1, such as '
-                              'the largest of softmax(logits).')
+        raise VitdistillError(f'a confidence is {confidence[outside][0]:g}: give probabilities from 0 to 1, '
+                              'such as the largest of softmax(logits).')
     if not len(confidence) or np.isnan(confidence).any():
         return float('nan')
-    which = pd.cut(confidence.clip(0, 1), np.linspace(0, 1, bins + 1), include_lowest=True).codes
-    return float(np.abs(np.bincount(which, right - confidence)).sum()/len(right))
+    edges = np.linspace(0, 1, bins + 1)
+    bin_of_each = pd.cut(confidence.clip(0, 1), edges, include_lowest=True).codes
+    gap_of_bins = np.bincount(bin_of_each, right - confidence) # summed over their images
+    return float(np.abs(gap_of_bins).sum()/len(right))
 
 # %% ../../nbs/study/04_agreement.ipynb #f5f18b3e
 def class_names(dataset:str, classes:int)->pd.DataFrame: # classes: their number
@@ -77,15 +91,21 @@ def class_gains(
     pairs:list[tuple[Run, Run]], # at least one: plain and taught of a seed
     groups:pd.Series,            # by label: name of its class or superclass
 )->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high
-    "Returns accuracies per group of classes, plain and taught, and the difference over seeds; largest gain first."
-    frame = decisions([run for pair in pairs for run in pair])
-    group, right = frame.label.map(groups).rename('group'), frame.iloc[:, 1:].eq(frame.label, axis=0).to_numpy()
-    plain, taught = right[:, 0::2], right[:, 1::2]
+    "Returns accuracies per group of classes, plain and taught, and their difference; largest gain first."
+    runs = []
+    for plain_run, taught_run in pairs: runs += [plain_run, taught_run]
+    frame = decisions(runs)
+    group = frame.label.map(groups).rename('group')
     images = group.value_counts().sort_index().rename('images')
-    by_group = lambda values: pd.DataFrame(values, frame.index).groupby(group).sum().div(images, axis=0)
+    def share_by_group(values): # values: (images, pairs)
+        return pd.DataFrame(values, frame.index).groupby(group).sum().div(images, axis=0)
+
+    right = frame.iloc[:, 1:].eq(frame.label, axis=0).to_numpy()
+    plain, taught = right[:, 0::2], right[:, 1::2]
     shares = dict(plain=plain, taught=taught, won=taught & ~plain, lost=plain & ~taught)
-    share = pd.DataFrame({name: by_group(values).mean(axis=1) for name, values in shares.items()})
-    gains = by_group(taught.astype(int) - plain)
-    gains = pd.DataFrame([seed_interval(row) for row in gains.to_numpy()], gains.index, ['gain', 'low', 'high'])
-    table = pd.concat([images, share, gains], axis=1)
+    means = pd.DataFrame({name: share_by_group(values).mean(axis=1) for name, values in shares.items()})
+    gains = share_by_group(taught.astype(int) - plain)
+    intervals = [seed_interval(row) for row in gains.to_numpy()]
+    intervals = pd.DataFrame(intervals, gains.index, ['gain', 'low', 'high'])
+    table = pd.concat([images, means, intervals], axis=1)
     return table.sort_values('gain', ascending=False, kind='stable')

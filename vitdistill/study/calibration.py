@@ -24,8 +24,10 @@ def likelihood_loss(log_p, label)->float: # (n, C) log-probabilities, (n,) class
 
 def scores(log_p, label)->dict: # as in `likelihood_loss`
     "Returns mean negative log-likelihood in nats, Brier score, and expected calibration error in 15 bins."
-    p, right = np.exp(log_p), log_p.argmax(1) == label
-    brier = np.square(p - np.eye(p.shape[1])[label]).sum(1).mean()
+    p = np.exp(log_p)
+    right = log_p.argmax(1) == label
+    true = np.eye(p.shape[1])[label]
+    brier = np.square(p - true).sum(1).mean()
     return dict(nll=likelihood_loss(log_p, label), brier=float(brier), ece=ece(p.max(1), right))
 
 # %% ../../nbs/study/05_calibration.ipynb #2c4f9cd7
@@ -36,22 +38,30 @@ def fit_temperature(log_p, label)->float: # log-probabilities and labels of held
     return float(np.exp(minimize_scalar(loss, bounds=np.log([.05, 20.]), options=dict(xatol=1e-4)).x))
 
 # %% ../../nbs/study/05_calibration.ipynb #4dca04fa
-def log_probabilities(run:Run, part:str='test')->tuple|None: # part: 'test' or 'val' -> (n, C) float64, (n,) labels
-    "Returns log-probabilities and labels, from the logits of a run's predictions; None without logits of that part."
+def log_probabilities(run:Run, part:str='test')->tuple|None: # part: 'test' or 'val' -> (n, C), (n,) labels
+    "Returns log-probabilities and labels, from the logits of a run's predictions; None without logits."
     arrays = prediction_arrays(run, part)
-    heads = [log_softmax(array.astype(float), axis=1) for name, array in arrays.items() if name.endswith('_logits')]
-    if heads:
-        return logsumexp(heads, axis=0) - np.log(len(heads)), arrays[f'{part}_label'].astype(int)
+    logits = [array.astype(float) for name, array in arrays.items() if name.endswith('_logits')]
+    heads = [log_softmax(array, axis=1) for array in logits]
+    if not heads: return None
+    mean = logsumexp(heads, axis=0) - np.log(len(heads)) # of the probabilities
+    return mean, arrays[f'{part}_label'].astype(int)
 
 # %% ../../nbs/study/05_calibration.ipynb #18aa95ce
-def held_out_temperature(log_p, label, held_out:tuple|None)->tuple: # held_out: log-probabilities, labels
+def held_out_temperature(
+    log_p, label,        # of test images
+    held_out:tuple|None  # log-probabilities and labels of validation images
+)->tuple:
     "Returns test log-probabilities at a temperature of other images, and the temperature."
-    even = np.arange(len(label)) % 2 == 0
-    fits = [(slice(None), held_out)] if held_out else [(rows, (log_p[~rows], label[~rows])) for rows in (even, ~even)]
+    if held_out:
+        temperature = fit_temperature(*held_out)
+        return log_softmax(log_p/temperature, axis=1), temperature
     scaled, temperatures = np.empty_like(log_p), []
-    for rows, images in fits:
-        temperatures.append(fit_temperature(*images))
-        scaled[rows] = log_softmax(log_p[rows]/temperatures[-1], axis=1)
+    even = np.arange(len(label)) % 2 == 0
+    for half in (even, ~even):
+        temperature = fit_temperature(log_p[~half], label[~half])
+        scaled[half] = log_softmax(log_p[half]/temperature, axis=1)
+        temperatures.append(temperature)
     return scaled, float(gmean(temperatures))
 
 # %% ../../nbs/study/05_calibration.ipynb #e28d43bc
@@ -59,13 +69,18 @@ SCORES = 'calibration.json' # file in a record without logits
 
 def calibration(run:Run)->dict: # nll, brier, ece, each also _scaled; temperature, fitted_on; {} if unknown
     "Returns a row of the calibration table: scores at temperature 1, and at the held-out temperature."
-    test, val = log_probabilities(run), log_probabilities(run, 'val')
+    test = log_probabilities(run)
     if test is None:
-        return json.loads((run.folder/SCORES).read_text()) if (run.folder/SCORES).is_file() else {}
+        file = run.folder/SCORES
+        return json.loads(file.read_text()) if file.is_file() else {}
+    val = log_probabilities(run, 'val')
+    _, label = test
     scaled, temperature = held_out_temperature(*test, val)
-    return dict(scores(*test), temperature=temperature,
-                fitted_on='validation images' if val else 'the other half of the test images',
-                **{f'{name}_scaled': score for name, score in scores(scaled, test[1]).items()})
+    row = scores(*test)
+    row['temperature'] = temperature
+    row['fitted_on'] = 'validation images' if val else 'the other half of the test images'
+    for name, score in scores(scaled, label).items(): row[f'{name}_scaled'] = score
+    return row
 
 # %% ../../nbs/study/05_calibration.ipynb #19101e54
 def keep_scores(run:Run)->list: # names of the written files
@@ -75,23 +90,27 @@ def keep_scores(run:Run)->list: # names of the written files
     if log_probabilities(run) is None: return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     arrays = read_arrays(run.folder/'predictions.npz')
-    RunWriter(run.folder).save_predictions(**{name: array for name, array in arrays.items() if '_logits' not in name})
+    without_logits = {name: array for name, array in arrays.items() if '_logits' not in name}
+    RunWriter(run.folder).save_predictions(**without_logits)
     return [SCORES, 'predictions.npz']
 
 # %% ../../nbs/study/05_calibration.ipynb #36415f0a
 def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
-    parser = argparse.ArgumentParser(prog='python -m vitdistill.study.calibration',
-                                     description='Writes calibration.json into run folders and removes their logits.')
+    parser = argparse.ArgumentParser(
+        prog='python -m vitdistill.study.calibration',
+        description='Writes calibration.json into run folders and removes their logits.')
     parser.add_argument('folder', nargs='+', help='run folder')
-    refused = 0
-    for run in map(Run, map(from_here, parser.parse_args(arguments).folder)):
+    status = 0
+    for folder in parser.parse_args(arguments).folder:
+        run = Run(from_here(folder))
         try:
-            print(f"{run.name}: {', '.join(keep_scores(run)) or 'nothing to do'}")
-        except VitdistillError as e:
-            refused = 1
-            print(e, file=sys.stderr)
-    return refused
+            files = keep_scores(run)
+            print(f"{run.name}: {', '.join(files) or 'nothing to do'}")
+        except VitdistillError as error:
+            status = 1
+            print(error, file=sys.stderr)
+    return status
 
 # %% ../../nbs/study/05_calibration.ipynb #973e87c2
 #| eval: false

@@ -22,31 +22,36 @@ from .watch import run_state
 def read_picture(path:Path)->dict: # an SVG
     "Returns the caption and the bytes (base64) of a picture."
     text = path.read_text(encoding='utf-8', errors='replace')
-    about = re.search('<dc:description>(.*?)</dc:description>', text, re.S)
-    caption = Markup(about[1]).unescape().strip() if about else path.stem
+    description = re.search('<dc:description>(.*?)</dc:description>', text, re.S)
+    caption = Markup(description[1]).unescape().strip() if description else path.stem
     return dict(caption=caption, picture=base64.b64encode(path.read_bytes()).decode())
 
 # %% ../../nbs/study/07_page.ipynb #fd0cd7b2
 def read_table(path:Path, most:int=60)->dict: # path: CSV, or the Markdown beside it; most: rows shown
     "Returns the caption of a table, and head and rows of the columns that are not empty."
-    caption, file = path.stem, path.with_suffix('.csv')
-    if (text := path.with_suffix('.md')).is_file():
-        caption = re.split(r'^\| ', text.read_text(encoding='utf-8'), maxsplit=1, flags=re.M)[0].strip()
+    file = path.with_suffix('.csv')
+    markdown = path.with_suffix('.md')
+    caption = path.stem
+    if markdown.is_file():
+        text = markdown.read_text(encoding='utf-8')
+        caption = re.split(r'^\| ', text, maxsplit=1, flags=re.M)[0].strip() # before the first row
     try:
         frame = pd.read_csv(file, keep_default_na=False, na_values=['']).dropna(axis=1, how='all')
-    except (OSError, ValueError) as e:
-        return dict(caption=f'{file.name} can not be read ({e}): write it anew.')
-    if (left := len(frame) - most) > 0:
-        caption = f'{caption} The first {most} rows; {left} more are in the file.'
+    except (OSError, ValueError) as error:
+        return dict(caption=f'{file.name} can not be read ({error}): write it anew.')
+    if len(frame) > most:
+        caption = f'{caption} The first {most} rows; {len(frame) - most} more are in the file.'
     return dict(caption=caption, head=[*frame], rows=frame.head(most).map(format_cell).values.tolist())
 
 # %% ../../nbs/study/07_page.ipynb #72e10709
 def item(path:Path, here:Path)->dict: # path: SVG, CSV or Markdown; here: the page's folder
     "Returns a picture or a table, its id on the page, and links to all files of its name."
-    shown = read_picture(path) if path.suffix == '.svg' else read_table(path)
-    forms = [path.with_suffix(suffix) for suffix in ('.svg', '.csv', '.md', '.txt')]
-    return dict(shown, id=f"{'figure' if path.suffix == '.svg' else 'table'}-{quote(path.stem)}",
-                links={form.suffix[1:].upper(): address(form, here) for form in forms if form.exists()})
+    kind, content = ('figure', read_picture(path)) if path.suffix == '.svg' else ('table', read_table(path))
+    links = {}
+    for suffix in ('.svg', '.csv', '.md', '.txt'):
+        file = path.with_suffix(suffix)
+        if file.exists(): links[suffix[1:].upper()] = address(file, here)
+    return dict(content, id=f'{kind}-{quote(path.stem)}', links=links)
 
 def address(path:Path, here:Path)->str:
     "Returns the address of a file for a link on a page in the folder `here`."
@@ -54,7 +59,8 @@ def address(path:Path, here:Path)->str:
 
 # %% ../../nbs/study/07_page.ipynb #8689168c
 _page = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>
 :root { color-scheme: light dark }
 body { margin: auto; max-width: 60rem; padding: 1.5rem 1rem; font: 1rem/1.55 system-ui, sans-serif;
@@ -62,7 +68,8 @@ body { margin: auto; max-width: 60rem; padding: 1.5rem 1rem; font: 1rem/1.55 sys
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin-top: 2.5rem; break-after: avoid }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; border-block: 1px solid #8886 }
 figure { margin: 1.5rem 0 2.2rem; overflow-x: auto; break-inside: avoid }
-img { box-sizing: border-box; width: 100%; min-width: 36rem; padding: .5rem; background: #fff; border-radius: 6px }
+img { box-sizing: border-box; width: 100%; min-width: 36rem; padding: .5rem; background: #fff;
+  border-radius: 6px }
 figcaption { margin: .5rem 0; opacity: .8; font-size: .9rem; white-space: pre-line }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; padding: 0;
@@ -101,21 +108,25 @@ def write_page(
     file:str|Path,     # HTML
     title:str,
     lead:list[str]=(), # opening paragraphs, plain text
-    parts:dict=(),     # heading -> SVG files and tables (CSV or Markdown), in order
+    parts:dict=(),     # heading -> SVG files and tables (CSV or Markdown), or ready items, in order
 )->Path:
     "Writes a page of pictures and tables that needs no other file; returns its path."
-    here, shown = Path(file).parent, {}
-    for name, paths in dict(parts).items():
-        items = [path if isinstance(path, dict) else item(Path(path), here) for path in paths] # or ready items
-        shown[name] = [it for it in items if it.get('rows') or 'head' not in it] # no table without rows
-    parts = {name: items for name, items in shown.items() if items}
+    file = Path(file)
+    items_of = {}
+    for heading, contents in dict(parts).items():
+        items = []
+        for content in contents:
+            shown = content if isinstance(content, dict) else item(Path(content), file.parent)
+            if shown.get('rows') or 'head' not in shown: items.append(shown) # no table without rows
+        if items: items_of[heading] = items
     page = Template(_page, autoescape=True) # escapes all text but `Markup`
-    return write_atomic(file, page.render(title=title, lead=lead, parts=parts))
+    return write_atomic(file, page.render(title=title, lead=lead, parts=items_of))
 
 # %% ../../nbs/study/07_page.ipynb #34ff0fea
 def order(path:Path, first:list[str]=())->tuple: # first: patterns of names
     "Returns a sort key: the first pattern that fits, then the name with its numbers, figures before tables."
-    place = next((i for i, pattern in enumerate(first) if fnmatch(path.stem, pattern)), len(first))
+    fitting = [place for place, pattern in enumerate(first) if fnmatch(path.stem, pattern)]
+    place = fitting[0] if fitting else len(first)
     name = [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', path.stem)]
     return place, name, path.suffix != '.svg'
 
@@ -124,11 +135,15 @@ RECORD = 'run', 'status', 'epochs', 'last test top-1 (%)', 'commit', 'machine', 
 
 def record(run:Run, here:Path)->list: # here: the page's folder
     "Returns the cells of `RECORD` for a run, the first linked to its folder."
-    row, about = run_state(run), run.environment
-    device = '' if row['status'] == 'unreadable' else run.config.device
-    cells = [row['status'], f"{row['epochs_done']}/{row['epochs'] or '?'}", format_cell(100*row['test_top1']),
-             about.get('commit', '')[:8] + (' and changes' if about.get('uncommitted') else ''),
-             machine_in_words(about, device) if about else '', about.get('command', '')]
+    state = run_state(run)
+    about = run.environment
+    commit = about.get('commit', '')[:8]
+    if about.get('uncommitted'): commit += ' and changes'
+    device = '' if state['status'] == 'unreadable' else run.config.device
+    machine = machine_in_words(about, device) if about else ''
+    epochs = f"{state['epochs_done']}/{state['epochs'] or '?'}"
+    top1 = format_cell(100*state['test_top1'])
+    cells = [state['status'], epochs, top1, commit, machine, about.get('command', '')]
     link = Markup('<a href="{}">{}</a>').format(address(run.folder, here), run.name)
     return [link, *(cell or '–' for cell in cells)]
 
@@ -142,16 +157,20 @@ def write_index(
     runs:list[Run]=(),   # whose records are listed
     pages:list[Path]=(), # of single studies
 )->Path:
-    "Writes index.html: figures, tables and run records, links to pages and to executed notebooks below `out`."
-    out, rank = Path(out), lambda path: order(path, first)
-    shown = Path(source or out)
+    "Writes index.html: figures, tables, run records, links to pages and to executed notebooks below `out`."
+    out = Path(out)
+    source = Path(source or out)
+    def files(*patterns):
+        paths = []
+        for pattern in patterns: paths += source.glob(pattern)
+        return sorted(paths, key=lambda path: order(path, first))
     def linked(paths):
         links = {Path(os.path.relpath(path, out)).as_posix(): address(path, out) for path in paths}
         return [dict(links=links)] if links else []
     return write_page(out/'index.html', title, lead, {
         'Studies': linked(pages),
-        'Figures': sorted(shown.glob('figures/*.svg'), key=rank),
-        'Tables': sorted(shown.glob('tables/*.md'), key=rank),
+        'Figures': files('figures/*.svg'),
+        'Tables': files('tables/*.md'),
         'Executed notebooks': linked([*sorted(out.glob('*.ipynb')), *sorted(out.glob('*/*.ipynb'))]),
-        'Bench': sorted([*shown.glob('bench/figures/*.svg'), *shown.glob('bench/*.csv')], key=rank),
+        'Bench': files('bench/figures/*.svg', 'bench/*.csv'),
         'Run records': [dict(links={}, rows=[record(run, out) for run in runs], head=RECORD)]})

@@ -20,11 +20,15 @@ from ..data.views import expected_views, plan_rows, view_count
 # %% ../../nbs/study/00_results.ipynb #2499a97a
 def curves(runs:list[Run])->pd.DataFrame: # run, seed, epoch, columns of metrics.csv
     "Returns a row per epoch, counted from 1, of each readable run; top-1 and top-5 are fractions."
-    parts = [frame.assign(epoch=frame.epoch + 1, run=run.name, seed=run.config.seed)
-             for run in runs if run.status not in ('new', 'unreadable') and len(frame := run.metrics())]
-    if not parts:
+    frames = []
+    for run in runs:
+        if run.status in ('new', 'unreadable'): continue
+        frame = run.metrics()
+        if len(frame):
+            frames.append(frame.assign(epoch=frame.epoch + 1, run=run.name, seed=run.config.seed))
+    if not frames:
         return pd.DataFrame(columns=['run', 'seed', 'epoch', 'test_top1'])
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/study/00_results.ipynb #e9453600
 def mean_curve(frame:pd.DataFrame, column:str='test_top1')->pd.Series: # frame: of `curves`, one group's runs
@@ -38,7 +42,7 @@ def mean_top1(arm:list[Run])->pd.Series: # index: epoch, from 1
     return mean_curve(curves(arm))
 
 # %% ../../nbs/study/00_results.ipynb #bb427144
-def published(reference=None)->pd.DataFrame: # reference: a CSV file with the same columns; None: the repository's
+def published(reference=None)->pd.DataFrame: # reference: a CSV file; None: the repository's
     "Returns the published numbers, all as text: source, where, item, quantity, value, unit."
     path = Path(reference or shipped('reports/reference/published.csv'))
     if not path.is_file():
@@ -53,21 +57,25 @@ def published_value(
     quantity:str,       # such as 'wall time'
     where:str='',       # place in the source; needed if the quantity stands in two
 )->float|str:
-    "Returns one published value, a number if it is one; raises a `VitdistillError` if it is missing or ambiguous."
-    asked = dict(source=source, item=item, quantity=quantity) | (dict(where=where) if where else {})
-    for column, wanted in asked.items():
-        known, table = table[column].unique(), table[table[column] == wanted]
-        if not len(table):
-            raise VitdistillError(f'published.csv has no {column} {wanted!r}: {nearest(wanted, known)}')
-    if len(table) > 1:
-        raise VitdistillError(f"{quantity!r} of {item!r} is published in {len(table)} places: give where, "
-                              f"{' or '.join(table['where'])}.")
-    value = table['value'].item()
+    "Returns one published value, a number if it is one; a `VitdistillError` if it is missing or ambiguous."
+    wanted = dict(source=source, item=item, quantity=quantity)
+    if where: wanted['where'] = where
+    rows = table
+    for column, name in wanted.items():
+        names = rows[column].unique()
+        rows = rows[rows[column] == name]
+        if not len(rows):
+            raise VitdistillError(f'published.csv has no {column} {name!r}: {nearest(name, names)}')
+    if len(rows) > 1:
+        places = ' or '.join(rows['where'])
+        raise VitdistillError(f'{quantity!r} of {item!r} is published in {len(rows)} places: '
+                              f'give where, {places}.')
+    value = rows['value'].item()
     try: return float(value)
     except ValueError: return value
 
 # %% ../../nbs/study/00_results.ipynb #24109f75
-def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay as they are
+def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay
     "Returns the values rounded to `digits` significant digits."
     if isinstance(values, (pd.DataFrame, pd.Series)):
         return values.map(lambda value: significant(value, digits))
@@ -79,10 +87,11 @@ def significant(values, digits:int=4): # values: a number, array, Series or fram
 
 # %% ../../nbs/study/00_results.ipynb #ba52a4b1
 PARTS = 'test', 'val', 'train'
-_missing = dict(
+_reason_without_file = dict( # by status
     running='for it is still running ({}): wait for its end.',
     interrupted='for it was cut short ({}): start it again and it goes on from its checkpoint.',
-    done="although it is done ({}): copy it anew, or remove the folder's result.json and start the run again.")
+    done=('although it is done ({}): copy it anew, or remove the folder\'s result.json '
+          'and start the run again.'))
 
 def prediction_arrays(
     run:Run,                    # ended or not
@@ -90,10 +99,13 @@ def prediction_arrays(
     file:str='predictions.npz', # of `prediction_files`
 )->dict:                        # name, such as 'test_class_decision' -> array; {} for a part without images
     "Returns the arrays of a run's predictions; raises a `VitdistillError` if the file is missing or damaged."
-    try: return read_arrays(run.folder/file, part)
+    try:
+        return read_arrays(run.folder/file, part)
     except FileNotFoundError:
-        came = f'{run.epochs_done} of {run.config.epochs} epochs'
-        raise VitdistillError(f'{run.name} has no {file}, {_missing[run.status].format(came)}') from None
+        # a folder without a config is an error here
+        epochs = f'{run.epochs_done} of {run.config.epochs} epochs'
+        reason = _reason_without_file[run.status].format(epochs)
+        raise VitdistillError(f'{run.name} has no {file}, {reason}') from None
 
 # %% ../../nbs/study/00_results.ipynb #ae841144
 def read_predictions(
@@ -101,33 +113,41 @@ def read_predictions(
     part:str='test',            # 'test', 'val' or 'train'
     head:str='',                # 'class', 'distillation', 'softmax' or 'logits'; '': the one that decides
     file:str='predictions.npz', # of `prediction_files`
-)->pd.DataFrame:                # image (id), label and decision (class), confidence (probability of the decision)
+)->pd.DataFrame: # image (id), label, decision (class), confidence (probability of the decision)
     "Returns a run's predictions, a row per image."
     if part not in PARTS:
         raise VitdistillError(f'no part {part!r}: {nearest(part, PARTS)}')
     arrays = prediction_arrays(run, part, file)
     if f'{part}_image' not in arrays:
-        raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there (val_fraction '
-                              f'{run.config.val_fraction:g}).')
-    known = [name.split('_')[1] for name in arrays if name.endswith('_decision')]
-    head = head or ('softmax' if 'softmax' in known else 'class')
-    if head not in known:
-        raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, known)}')
-    names = dict(image='image', label='label', decision=f'{head}_decision', confidence=f'{head}_confidence')
-    frame = pd.DataFrame({column: arrays[f'{part}_{name}'] for column, name in names.items()})
-    return frame.astype(dict(image=int, label=int, decision=int, confidence=float))
+        raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there '
+                              f'(val_fraction {run.config.val_fraction:g}).')
+
+    heads = [name.split('_')[1] for name in arrays if name.endswith('_decision')]
+    if not head:
+        head = 'softmax' if 'softmax' in heads else 'class'
+    if head not in heads:
+        raise VitdistillError(f'{run.name} has no head {head!r}: {nearest(head, heads)}')
+    return pd.DataFrame(dict(
+        image=arrays[f'{part}_image'].astype(int),
+        label=arrays[f'{part}_label'].astype(int),
+        decision=arrays[f'{part}_{head}_decision'].astype(int),
+        confidence=arrays[f'{part}_{head}_confidence'].astype(float)))
 
 # %% ../../nbs/study/00_results.ipynb #e316a9ac
 def prediction_files(run:Run)->dict[int, str]:
     "Returns the names of the files with test decisions that a record holds, by the number of epochs done."
-    files = {int(file.stem.split('-')[1]): file.name for file in run.folder.glob('predictions-*.npz')}
-    ended = run.status == 'done' and (run.folder/'predictions.npz').is_file()
-    return files | ({run.epochs_done: 'predictions.npz'} if ended else {})
+    files = {}
+    for file in run.folder.glob('predictions-*.npz'):
+        files[int(file.stem.split('-')[1])] = file.name
+    if run.status == 'done' and (run.folder/'predictions.npz').is_file():
+        files[run.epochs_done] = 'predictions.npz'
+    return files
 
 # %% ../../nbs/study/00_results.ipynb #33774034
 def training_images(run:Run)->float:
     "Returns the number of training images; NaN if the record does not have it."
-    if known := (run.result or {}).get('n_train'): return known
+    recorded = (run.result or {}).get('n_train')
+    if recorded: return recorded
     file = run.folder/'predictions.npz'
     if not file.is_file(): return np.nan
     return len(read_arrays(file, 'train').get('train_image', [])) or np.nan
@@ -135,56 +155,62 @@ def training_images(run:Run)->float:
 # %% ../../nbs/study/00_results.ipynb #b56adcbb
 def with_predictions(runs:list[Run])->tuple[list[Run], list[str]]:
     "Returns the runs whose test predictions can be read, and an error message for each of the others."
-    whole, notes = [], []
+    readable, notes = [], []
     for run in runs:
         try:
             run.config # raises for another layout
             read_predictions(run)
-            whole.append(run)
-        except VitdistillError as e: notes.append(str(e))
-    return whole, notes
+        except VitdistillError as error:
+            notes.append(str(error))
+        else:
+            readable.append(run)
+    return readable, notes
 
 # %% ../../nbs/study/00_results.ipynb #0a3df1c0
 def same_data(runs:list[Run])->None:
     "Raises a `VitdistillError` if the runs are on different data."
-    seen = {run.config.data_hash: run for run in runs}
-    if len(seen) > 1:
-        raise VitdistillError(f"different data under {' and '.join(run.name for run in seen.values())}: compare runs "
-                              "whose config.yaml has the same data_hash.")
+    by_data = {run.config.data_hash: run for run in runs}
+    if len(by_data) > 1:
+        names = ' and '.join(run.name for run in by_data.values())
+        raise VitdistillError(f'different data under {names}: compare runs whose config.yaml has the same '
+                              'data_hash.')
 
 # %% ../../nbs/study/00_results.ipynb #8f21ce42
 def decisions(
     answers:list[Run|tuple[Run, str]], # runs, or (run, head)
-)->pd.DataFrame:                       # index image; column label, then one per answer, named by run (and head)
+)->pd.DataFrame: # index image; column label, then one per answer, named by run (and head)
     "Returns the decisions of several runs on the test images that all of them have."
-    asked = [answer if isinstance(answer, tuple) else (answer, '') for answer in answers]
-    same_data([run for run, _ in asked])
-    names = [f'{run.name} {head}'.strip() for run, head in asked]
-    frames = [read_predictions(run, head=head).set_index('image') for run, head in asked]
-    joined = pd.concat([frames[0].label, *(frame.decision for frame in frames)], axis=1, join='inner',
-                       keys=['label', *names])
+    answers = [answer if isinstance(answer, tuple) else (answer, '') for answer in answers]
+    same_data([run for run, _ in answers])
+    names = [f'{run.name} {head}'.strip() for run, head in answers]
+    frames = [read_predictions(run, head=head).set_index('image') for run, head in answers]
+    columns = [frames[0].label, *(frame.decision for frame in frames)]
+    joined = pd.concat(columns, axis=1, join='inner', keys=['label', *names])
     if not len(joined):
-        raise VitdistillError(f"{' and '.join(names)} have no image of test in common: give them the same split.")
+        raise VitdistillError(f"{' and '.join(names)} have no image of test in common: "
+                              'give them the same split.')
     return joined
 
 # %% ../../nbs/study/00_results.ipynb #c83a5458
 def teacher_calls(
     config:Config,
-    images:float, # number of training images
-    sharing:int=1, # number of runs of different seeds that share the memo
+    images:float,    # number of training images
+    sharing:int=1,   # number of runs of different seeds that share the memo
     unlabelled:int=0 # number of unlabelled images
-)->dict:          # heard: answers used; online: passes without a memo; memo, shared: passes per run with one
+)->dict: # heard: answers used; online: passes without a memo; memo, shared: passes per run with one
     "Returns the number of teacher answers that a run uses, and the expected number of teacher passes."
     seen = config.epochs*plan_rows(config, 1) # how often a run sees an image
     heard = images*seen if config.teacher else 0.
     if config.fold_answers == 'drawn': # centre views, once
         return dict(heard=heard, online=images, memo=images, shared=images/sharing)
     if unnumbered(config) or not heard:
-        return dict.fromkeys(['heard', 'online', 'memo', 'shared'], heard)
+        return dict(heard=heard, online=heard, memo=heard, shared=heard)
+
     parts = [(images, seen)] # images, and how often a run sees one of them
     if unlabelled:
         share = config.unlabelled_share
         parts = [(images, seen*(1 - share)), (unlabelled, images*seen*share/unlabelled)]
-    alone, shared = (sum(number*expected_views(view_count(config), often*n)/n for number, often in parts)
-                     for n in (1, sharing))
-    return dict(heard=heard, online=heard, memo=alone, shared=shared)
+    def passes(runs): # of each of so many runs that share a memo
+        views = view_count(config)
+        return sum(number*expected_views(views, often*runs)/runs for number, often in parts)
+    return dict(heard=heard, online=heard, memo=passes(1), shared=passes(sharing))

@@ -17,16 +17,19 @@ from scipy.stats import binomtest, norm, t as student_t, ttest_1samp, ttest_ind
 def seed_interval(differences)->tuple: # (n,) one per pair of runs -> mean, low, high
     "Returns the mean difference over seeds with its 95% t interval; NaN if it has none."
     differences = np.asarray(differences, float)
-    mean = round(float(differences.mean()), 12) if len(differences) else np.nan # .0415 prints as 4.2, not as 4.1
+    # .0415 prints as 4.2, not as 4.1
+    mean = round(float(differences.mean()), 12) if len(differences) else np.nan
     if len(differences) < 2 or np.ptp(differences) < 1e-9:
         return mean, np.nan, np.nan
-    found = ttest_1samp(differences, 0).confidence_interval()
-    return mean, round(float(found.low), 12), round(float(found.high), 12)
+    interval = ttest_1samp(differences, 0).confidence_interval()
+    return mean, round(float(interval.low), 12), round(float(interval.high), 12)
 
 # %% ../../nbs/study/01_stats.ipynb #de722af3
 def detectable(std:float, pairs:int)->float: # std: of the paired differences
     "Returns the smallest true difference that a t test at 5% detects with a power of 80%."
-    return float(nctdtrinc(pairs - 1, .2, student_t.ppf(.975, pairs - 1))*std/np.sqrt(pairs))
+    freedom = pairs - 1
+    shift = nctdtrinc(freedom, .2, student_t.ppf(.975, freedom)) # in standard errors
+    return float(shift*std/np.sqrt(pairs))
 
 # %% ../../nbs/study/01_stats.ipynb #1e300e2f
 def power(
@@ -37,49 +40,68 @@ def power(
 )->float:             # in [0, 1]
     "Returns the probability that a paired t test finds this difference."
     freedom = pairs - 1
-    bound, shift = float(student_t.ppf(1 - level/2, freedom)), difference/std*np.sqrt(pairs)
-    return float(1 - nctdtr(freedom, shift, bound) + nctdtr(freedom, shift, -bound))
+    bound = float(student_t.ppf(1 - level/2, freedom))
+    shift = difference/std*np.sqrt(pairs)
+    below = nctdtr(freedom, shift, -bound)
+    above = 1 - nctdtr(freedom, shift, bound)
+    return float(above + below)
 
 # %% ../../nbs/study/01_stats.ipynb #c0409ee4
 def paired_difference(
     one,   # (n,) accuracies of an arm, fractions
     other, # (n,) of another, with the same seeds
-)->dict:   # difference, low, high; with enough seeds p, std, detectable, correlation; ends of Welch's interval
+)->dict:   # difference, low, high; with enough seeds p, std, detectable, correlation, welch_low, welch_high
     "Returns the mean of `one` minus `other` with its 95% t interval over pairs, and Welch's."
-    one, other = (np.asarray(values, float) for values in (one, other))
+    one = np.asarray(one, float)
+    other = np.asarray(other, float)
     mean, low, high = seed_interval(one - other)
     row = dict(difference=mean, low=low, high=high)
     if np.isnan(low): return row
+
     std = float(np.std(one - other, ddof=1))
-    row |= dict(p=float(ttest_1samp(one - other, 0).pvalue), std=std, detectable=detectable(std, len(one)))
-    if min(np.ptp(one), np.ptp(other)) > 1e-9: # six decimals and no -0.0: processors agree
-        row |= dict(correlation=round(float(np.corrcoef(one, other)[0, 1]), 6) + 0)
-    with warnings.catch_warnings(action='ignore', category=RuntimeWarning): # scipy warns of an arm without scatter
+    row['p'] = float(ttest_1samp(one - other, 0).pvalue)
+    row['std'] = std
+    row['detectable'] = detectable(std, len(one))
+    if min(np.ptp(one), np.ptp(other)) > 1e-9:
+        correlation = float(np.corrcoef(one, other)[0, 1])
+        row['correlation'] = round(correlation, 6) + 0 # six decimals and no -0.0: processors agree
+    with warnings.catch_warnings(action='ignore', category=RuntimeWarning): # of an arm without scatter
         welch = ttest_ind(one, other, equal_var=False).confidence_interval()
-    return row | dict(welch_low=float(welch.low), welch_high=float(welch.high))
+    row['welch_low'] = float(welch.low)
+    row['welch_high'] = float(welch.high)
+    return row
 
 # %% ../../nbs/study/01_stats.ipynb #387fe8f9
 def pooled_scatter(tops:pd.DataFrame)->tuple[float, int]: # a row a seed, a column an arm; NaN: no run
-    "Returns the standard deviation of one run around arm + seed, and its degrees of freedom; NaN and 0 without any."
-    rows, columns = np.nonzero(tops.notna().to_numpy())
-    design = np.concatenate([np.eye(len(tops))[rows], np.eye(len(tops.columns))[columns]], 1)
+    "Returns a run's standard deviation around arm + seed, and its degrees of freedom; NaN and 0 without."
+    rows, columns = np.nonzero(tops.notna().to_numpy()) # a pair of numbers for each run
+    of_seed = np.eye(len(tops))[rows]
+    of_arm = np.eye(len(tops.columns))[columns]
+    design = np.concatenate([of_seed, of_arm], 1)
     freedom = len(rows) - int(np.linalg.matrix_rank(design)) if len(rows) else 0
     if freedom < 1: return np.nan, 0
     values = tops.to_numpy(float)[rows, columns]
     residuals = values - design@np.linalg.lstsq(design, values)[0]
     return float(np.sqrt(residuals@residuals/freedom)), freedom
 
-def pooled_interval(difference:float, pairs:int, scatter:float, freedom:int)->tuple[float, float]: # of `pooled_scatter`
-    "Returns the ends of the 95% interval of a mean difference over pairs of runs, at the study's pooled scatter."
-    half = float(student_t.ppf(.975, freedom))*scatter*np.sqrt(2/pairs) if pairs and freedom else np.nan
+def pooled_interval(
+    difference:float, # mean over pairs of runs
+    pairs:int,
+    scatter:float,    # of `pooled_scatter`
+    freedom:int,
+)->tuple[float, float]:
+    "Returns the ends of the 95% interval of a mean difference, at the study's pooled scatter."
+    if not pairs or not freedom: return np.nan, np.nan
+    half = float(student_t.ppf(.975, freedom))*scatter*np.sqrt(2/pairs)
     return difference - half, difference + half
 
 # %% ../../nbs/study/01_stats.ipynb #846a0cd0
 def holm(p:pd.Series)->pd.Series:
     "Returns p adjusted for their number by Holm; NaN stays NaN and does not count."
-    known = p.dropna().astype(float).sort_values()
-    steps = (known*np.arange(len(known), 0, -1)).cummax().clip(upper=1)
-    return steps.reindex(p.index)
+    ordered = p.dropna().astype(float).sort_values()
+    hypotheses_left = np.arange(len(ordered), 0, -1)
+    adjusted = (ordered*hypotheses_left).cummax().clip(upper=1)
+    return adjusted.reindex(p.index)
 
 # %% ../../nbs/study/01_stats.ipynb #fa389c3a
 def mcnemar(
@@ -87,9 +109,11 @@ def mcnemar(
     other, # (n,) bool: the second, on the same images
 )->dict:   # images that only one of them has right, and the two-sided p-value
     "Returns McNemar's exact test of two classifiers on the same images."
-    only_one, only_other = int(np.sum(np.greater(one, other))), int(np.sum(np.less(one, other)))
+    only_one = int(np.sum(np.greater(one, other)))
+    only_other = int(np.sum(np.less(one, other)))
     n = only_one + only_other
-    return dict(only_one=only_one, only_other=only_other, p=float(binomtest(only_one, n).pvalue) if n else 1.)
+    p = float(binomtest(only_one, n).pvalue) if n else 1.
+    return dict(only_one=only_one, only_other=only_other, p=p)
 
 # %% ../../nbs/study/01_stats.ipynb #cc497640
 def paired_score(
@@ -97,14 +121,21 @@ def paired_score(
     other,           # (n,) bool: the second, on the same images
     level:float=.95, # of the interval
 )->tuple:            # (difference, low, high), shares in [-1, 1]
-    "Returns the second classifier's accuracy minus the first's, with Tango's score interval (1998) over images."
-    n, won, lost = len(one), int(np.sum(np.less(one, other))), int(np.sum(np.greater(one, other)))
-    wide = norm.ppf((1 + level)/2)
+    "Returns the second accuracy minus the first, with Tango's score interval (1998) over images."
+    n = len(one)
+    won = int(np.sum(np.less(one, other)))
+    lost = int(np.sum(np.greater(one, other)))
+    z = norm.ppf((1 + level)/2)
+
     def beyond(gap, sign): # distance of the difference from `gap`, minus the distance allowed at this level
         b = (2*n - won + lost)*gap - won - lost
-        q = (np.sqrt(max(0, b*b + 8*n*lost*gap*(1 - gap))) - b)/(4*n) # most likely share of `lost` at that gap
-        return sign*(won - lost - n*gap) - wide*np.sqrt(max(0, n*(2*q + gap*(1 - gap))))
-    gap, tiny = (won - lost)/n, 1e-9 # just off the difference, where both are 0 if nothing differs
-    low = -1. if beyond(tiny - 1, 1) <= 0 else brentq(beyond, tiny - 1, gap - tiny, (1,))
-    high = 1. if beyond(1 - tiny, -1) <= 0 else brentq(beyond, gap + tiny, 1 - tiny, (-1,))
+        root = np.sqrt(max(0, b*b + 8*n*lost*gap*(1 - gap)))
+        q = (root - b)/(4*n) # most likely share of `lost` at that gap
+        return sign*(won - lost - n*gap) - z*np.sqrt(max(0, n*(2*q + gap*(1 - gap))))
+
+    gap = (won - lost)/n
+    tiny = 1e-9 # just off the difference, where both are 0 if nothing differs
+    low, high = -1., 1.
+    if beyond(tiny - 1, 1) > 0: low = brentq(beyond, tiny - 1, gap - tiny, (1,))
+    if beyond(1 - tiny, -1) > 0: high = brentq(beyond, gap + tiny, 1 - tiny, (-1,))
     return gap, low, high

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
            'block_length', 'noise', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'fit_early', 'forecast_error', 'back_test', 'explained']
+           'measured_crossover', 'fit_early', 'forecast_error', 'back_test', 'share_explained']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
-import math
+import itertools, math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
@@ -25,24 +25,32 @@ class Law:
     symbols:str    # a letter for each parameter: the linear ones, then the shape
     linear:int     # number of linear parameters
     basis:Callable=field(repr=False) # epochs, shape -> an array with one more axis, of length `linear`
-    shapes:Callable=field(default=lambda epoch: [()], repr=False) # epochs -> shapes from which a fit may start
+    shapes:Callable=field(default=lambda epoch: [()], repr=False) # epochs -> shapes where a fit may start
+
     def __call__(self, epoch, parameters):
+        linear, shape = parameters[:self.linear], parameters[self.linear:]
         with np.errstate(over='ignore'):
-            basis = self.basis(np.asarray(epoch, float), *parameters[self.linear:])
-        return basis @ np.asarray(parameters[:self.linear], float)
+            basis = self.basis(np.asarray(epoch, float), *shape)
+        return basis @ np.asarray(linear, float)
 
 # %% ../../nbs/study/02_trends.ipynb #9e05059c
 def _columns(*columns):
     return np.stack(np.broadcast_arrays(*columns), -1)
 
 LOG = Law('logarithm', '{} + {} ln(epoch)', 'ab', 2, lambda x: _columns(1., np.log(x)))
-POWER = Law('power law', '{} - {} epoch^-{}', 'cab', 2, lambda x, b: _columns(1., -x**-b),
-    lambda x: [(b,) for b in np.geomspace(.03, 3, 12)])
-EXPONENTIAL = Law('exponential', '{} - {} exp(-epoch/{})', 'cab', 2, lambda x, b: _columns(1., -np.exp(-x/b)),
-    lambda x: [(b,) for b in np.geomspace(.5, 3*x.max(), 16)])
+
+POWER = Law('power law', '{} - {} epoch^-{}', 'cab', 2,
+    basis=lambda x, b: _columns(1., -x**-b),
+    shapes=lambda x: [(b,) for b in np.geomspace(.03, 3, 12)])
+
+EXPONENTIAL = Law('exponential', '{} - {} exp(-epoch/{})', 'cab', 2,
+    basis=lambda x, b: _columns(1., -np.exp(-x/b)),
+    shapes=lambda x: [(b,) for b in np.geomspace(.5, 3*x.max(), 16)])
+
 LOGISTIC = Law('logistic in ln(epoch)', '{}/(1 + ({}/epoch)^{})', 'cab', 1,
-    lambda x, a, b: _columns(expit(b*(np.log(x) - np.log(a)))),
-    lambda x: [(a, b) for a in np.geomspace(.5, 4*x.max(), 8) for b in np.geomspace(.3, 8, 6)])
+    basis=lambda x, a, b: _columns(expit(b*(np.log(x) - np.log(a)))),
+    shapes=lambda x: [*itertools.product(np.geomspace(.5, 4*x.max(), 8), np.geomspace(.3, 8, 6))])
+
 LAWS = LOG, POWER, EXPONENTIAL, LOGISTIC
 PLATEAU = Law('plateau', '{}', 'a', 1, lambda x: _columns(np.ones_like(x)))
 
@@ -57,25 +65,32 @@ class Trend:
     autocorrelation:float=math.nan # of the residuals at lag 1
     epoch:np.ndarray=field(default=(), repr=False, compare=False)     # (n,) epochs fitted
     residuals:np.ndarray=field(default=(), repr=False, compare=False) # (n,) measured less fitted
+
     def __call__(self, epoch): return self.law(epoch, self.parameters)
+
     @property
     def n(self)->int: return len(self.epoch)
+
     @property
     def last(self)->float: # fitted epoch
         return float(max(self.epoch, default=1))
+
     @property
     def passes_one(self)->float: # `last` if it is above 1 there
         return self.epoch_of(1, after=self.last)
+
     def epoch_of(self, accuracy:float, after:float=1)->float:
         "Returns the first epoch from `after` on at which the law reaches `accuracy`; inf if it never does."
         def above(log_epoch): # monotone
             return self(np.exp(log_epoch)) - accuracy
         if above(math.log(after)) >= 0: return float(after)
-        return math.exp(brentq(above, math.log(after), 700)) if above(700) > 0 else math.inf
+        if not above(700) > 0: return math.inf
+        return math.exp(brentq(above, math.log(after), 700))
+
     def equation(self)->str:
         "Returns the law as text."
-        text = self.law.formula.format(*(f'{p:.3g}' if abs(p) < 1000 else f'{p:,.0f}' for p in self.parameters))
-        return text.replace('+ -', '- ').replace('- -', '+ ')
+        numbers = [f'{p:.3g}' if abs(p) < 1000 else f'{p:,.0f}' for p in self.parameters]
+        return self.law.formula.format(*numbers).replace('+ -', '- ').replace('- -', '+ ')
 
 # %% ../../nbs/study/02_trends.ipynb #a9e4d207
 def plateau(accuracy:float)->Trend: # a fraction
@@ -83,65 +98,80 @@ def plateau(accuracy:float)->Trend: # a fraction
     return Trend(PLATEAU, (float(accuracy),))
 
 # %% ../../nbs/study/02_trends.ipynb #6258841e
-def _solved(law, epoch, accuracy, shape): # -> the best parameters with this shape, residuals
+def _linear_fit(law, epoch, accuracy, shape): # -> the best parameters with this shape, residuals
     basis = law.basis(epoch, *shape)
     linear = np.linalg.lstsq(basis, accuracy, rcond=None)[0]
-    return (*map(float, linear), *map(float, shape)), accuracy - basis @ linear
+    parameters = *map(float, linear), *map(float, shape)
+    return parameters, accuracy - basis @ linear
 
 # %% ../../nbs/study/02_trends.ipynb #cc9db763
-def _least_squares(law, epoch, accuracy, shapes): # shapes: a search starts from the best -> parameters, residuals
+def _shape_fit(law, epoch, accuracy, shapes): # shapes: a search starts from the best -> parameters, residuals
     def residuals(logs):
-        return _solved(law, epoch, accuracy, np.exp(logs))[1]
+        return _linear_fit(law, epoch, accuracy, np.exp(logs))[1]
+    def error(logs):
+        return (residuals(logs)**2).sum()
     with np.errstate(all='ignore'):
-        logs = min(np.log(shapes), key=lambda logs: (residuals(logs)**2).sum())
-        if not len(logs): return _solved(law, epoch, accuracy, logs)
-        found = least_squares(residuals, logs, '3-point', ftol=1e-15, xtol=1e-15, gtol=1e-15) # tight: processors agree
-        # a shape far beyond the grid has no optimum: the law approaches another, such as a power law the logarithm
+        start = min(np.log(shapes), key=error)
+        if not len(start): return _linear_fit(law, epoch, accuracy, start)
+        # tight tolerances: processors agree
+        best = least_squares(residuals, start, '3-point', ftol=1e-15, xtol=1e-15, gtol=1e-15)
+        # a shape far beyond the grid has no optimum: the law approaches another, as a power law the logarithm
         grid = np.log(law.shapes(epoch))
-        beyond = np.abs(found.x - np.clip(found.x, grid.min(0), grid.max(0)))
+        beyond = np.abs(best.x - np.clip(best.x, grid.min(0), grid.max(0)))
         flat = np.ptp(accuracy) < 1e-9 # a flat curve has no shape
-        if found.success and not flat and (beyond < np.log(10)).all():
-            return _solved(law, epoch, accuracy, np.exp(found.x))
+        if best.success and not flat and (beyond < np.log(10)).all():
+            return _linear_fit(law, epoch, accuracy, np.exp(best.x))
     raise VitdistillError(f'the {law.name} does not converge on these {len(epoch)} epochs: '
                           'read another law, or train longer.')
 
 # %% ../../nbs/study/02_trends.ipynb #fda2c6a0
-def _quality(residuals, accuracy, parameters): # -> r2, aicc, autocorrelation; parameters: their number
-    n, k, left = len(residuals), parameters + 1, float((residuals**2).sum())
-    varied = float(((accuracy - accuracy.mean())**2).sum())
+def _quality(residuals, accuracy, parameters): # parameters: their number -> fields of a `Trend`
+    n = len(residuals)
+    k = parameters + 1
     penalty = 2*k + 2*k*(k + 1)/(n - k - 1) if n > k + 1 else math.inf
-    return dict(r2=1 - left/varied if varied else math.nan, aicc=(n*math.log(left/n) if left else -math.inf) + penalty,
-                autocorrelation=float(residuals[1:] @ residuals[:-1])/left if left else math.nan)
+    error = float((residuals**2).sum())
+    variation = float(((accuracy - accuracy.mean())**2).sum())
+    lag_product = float(residuals[1:] @ residuals[:-1])
+    return dict(r2=1 - error/variation if variation else math.nan,
+                aicc=(n*math.log(error/n) if error else -math.inf) + penalty,
+                autocorrelation=lag_product/error if error else math.nan)
 
 # %% ../../nbs/study/02_trends.ipynb #ea431030
 def fit(law:Law, epoch, accuracy)->Trend: # epoch: (n,) counted from 1; accuracy: (n,) fractions
-    "Returns the least-squares `Trend` of a curve; raises a `VitdistillError` without enough epochs or convergence."
-    epoch, accuracy = np.asarray(epoch, float), np.asarray(accuracy, float)
+    "Returns the least-squares `Trend` of a curve; a `VitdistillError` without enough epochs or convergence."
+    epoch = np.asarray(epoch, float)
+    accuracy = np.asarray(accuracy, float)
     need = len(law.symbols) + 1
     if len(np.unique(epoch)) < need:
-        raise VitdistillError(f'the {law.name} needs {need} epochs, this curve has {len(epoch)}: train it longer.')
-    parameters, residuals = _least_squares(law, epoch, accuracy, law.shapes(epoch))
-    return Trend(law, parameters, **_quality(residuals, accuracy, len(parameters)), epoch=epoch, residuals=residuals)
+        raise VitdistillError(f'the {law.name} needs {need} epochs, this curve has {len(epoch)}: '
+                              'train it longer.')
+    parameters, residuals = _shape_fit(law, epoch, accuracy, law.shapes(epoch))
+    quality = _quality(residuals, accuracy, len(parameters))
+    return Trend(law, parameters, **quality, epoch=epoch, residuals=residuals)
 
 # %% ../../nbs/study/02_trends.ipynb #22c406b5
 def fit_laws(epoch, accuracy, laws=LAWS)->tuple[list[Trend], list[str]]: # as `fit` takes them
     "Returns the trends that can be fitted, and the error message of each that cannot."
     trends, notes = [], []
     for law in laws:
-        try: trends.append(fit(law, epoch, accuracy))
-        except VitdistillError as error: notes.append(str(error))
+        try:
+            trends.append(fit(law, epoch, accuracy))
+        except VitdistillError as error:
+            notes.append(str(error))
     return trends, notes
 
 # %% ../../nbs/study/02_trends.ipynb #df9ea759
 def block_length(trend:Trend)->int: # epochs, from 1 to a third of those fitted
     "Returns the length of residual blocks, by Andrews' rule for Bartlett's kernel."
     rho = np.clip(np.nan_to_num(trend.autocorrelation), 0, .99)
-    return max(1, min(round((6*trend.n*rho**2/(1 - rho**2)**2)**(1/3)), trend.n//3))
+    length = round((6*trend.n*rho**2/(1 - rho**2)**2)**(1/3))
+    return max(1, min(length, trend.n//3))
 
 # %% ../../nbs/study/02_trends.ipynb #066bbb27
 def noise(trend:Trend)->np.ndarray: # (n,)
-    "Returns the residuals about their mean, rescaled to the noise: p parameters use p of n degrees of freedom."
-    return (trend.residuals - trend.residuals.mean())*math.sqrt(trend.n/(trend.n - len(trend.parameters)))
+    "Returns the residuals about their mean, rescaled: p parameters use p of n degrees of freedom."
+    scale = math.sqrt(trend.n/(trend.n - len(trend.parameters)))
+    return (trend.residuals - trend.residuals.mean())*scale
 
 def bootstrap(
     trend:Trend,      # a fitted one
@@ -149,17 +179,23 @@ def bootstrap(
     repeats:int=200,  # refits
 )->list[Trend]:       # those that converged
     "Returns refits of the law to curves whose residuals are drawn anew, in moving blocks."
-    n, law, block, residuals = trend.n, trend.law, block_length(trend), noise(trend)
-    fitted, shape, refits = trend(trend.epoch), trend.parameters[law.linear:], []
-    for first in generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))):
-        drawn = residuals[(first[:, None] + np.arange(block)).ravel()[:n]]
+    law, n = trend.law, trend.n
+    shape = trend.parameters[law.linear:]
+    curve = trend(trend.epoch)
+    residuals = noise(trend)
+    block = block_length(trend)
+    starts = generator.integers(0, n - block + 1, (repeats, math.ceil(n/block))) # of the blocks of each refit
+    refits = []
+    for start in starts:
+        places = (start[:, None] + np.arange(block)).ravel()[:n]
         try:
-            refits.append(Trend(law, _least_squares(law, trend.epoch, fitted + drawn, [shape])[0], epoch=trend.epoch))
+            parameters, _ = _shape_fit(law, trend.epoch, curve + residuals[places], [shape])
         except VitdistillError:
             continue
+        refits.append(Trend(law, parameters, epoch=trend.epoch))
     if len(refits) < repeats/2:
-        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {law.name} converge: its forecast '
-                              'has no interval, read another law.')
+        raise VitdistillError(f'only {len(refits)} of {repeats} refits of the {law.name} converge: '
+                              'its forecast has no interval, read another law.')
     return refits
 
 # %% ../../nbs/study/02_trends.ipynb #bcf9d08f
@@ -171,19 +207,21 @@ def forecast_band(
 )->np.ndarray:          # (2, m): low, high
     "Returns the 95% band in which accuracies measured at these epochs should lie, if the law holds."
     curves = np.stack([refit(epoch) for refit in refits])
-    curves = curves + generator.choice(noise(trend), len(refits))[:, None]
-    return np.quantile(curves, [.025, .975], axis=0)
+    residual_of_each = generator.choice(noise(trend), len(refits))
+    return np.quantile(curves + residual_of_each[:, None], [.025, .975], axis=0)
 
 # %% ../../nbs/study/02_trends.ipynb #8787c1f9
 def crossover(one:Trend, other:Trend)->float:
     "Returns the epoch from which `other` stays above `one` while both are at most 1; inf if it does not."
     def lead(log_epoch):
         return other(np.exp(log_epoch)) - one(np.exp(log_epoch))
-    grid = np.linspace(0, math.log(min(1e6, one.epoch_of(1), other.epoch_of(1))), 1000)
+    end = min(1e6, one.epoch_of(1), other.epoch_of(1))
+    grid = np.linspace(0, math.log(end), 1000)
     behind = np.flatnonzero(lead(grid) <= 0)
     if not len(behind): return 1.
-    if behind[-1] == len(grid) - 1: return math.inf
-    return math.exp(brentq(lead, grid[behind[-1]], grid[behind[-1] + 1]))
+    last = behind[-1]
+    if last == len(grid) - 1: return math.inf
+    return math.exp(brentq(lead, grid[last], grid[last + 1]))
 
 # %% ../../nbs/study/02_trends.ipynb #3c1dff88
 def crossover_interval(
@@ -191,11 +229,12 @@ def crossover_interval(
     others:list[Trend], # refits of the second
 )->np.ndarray:          # low, high; inf for none
     "Returns the 95% interval of `crossover` over pairs of bootstrap refits."
-    return np.quantile([*map(crossover, ones, others)], [(1 - .95)/2, (1 + .95)/2], method='inverted_cdf')
+    epochs = [crossover(one, other) for one, other in zip(ones, others)]
+    return np.quantile(epochs, [(1 - .95)/2, (1 + .95)/2], method='inverted_cdf')
 
 # %% ../../nbs/study/02_trends.ipynb #26811bd1
-def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # accuracies by epoch; window: epochs
-    "Returns `other` minus `one` at the epochs that both have, as a centred rolling mean, shorter at both ends."
+def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # by epoch; window: epochs
+    "Returns `other` minus `one` at the epochs of both, as a centred rolling mean, shorter at both ends."
     return (other - one).dropna().rolling(window, center=True, min_periods=1).mean()
 
 # %% ../../nbs/study/02_trends.ipynb #3b32339d
@@ -207,13 +246,13 @@ def measured_crossover(lead:pd.Series)->int|None: # of `smooth_lead`
 # %% ../../nbs/study/02_trends.ipynb #cad20c35
 def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: accuracies by epoch
     "Returns a law fitted to the epochs up to `last`; its parameters are NaN if it can't be fitted."
-    known = curve[curve.index <= last]
-    try: return fit(law, known.index, known)
+    early = curve[curve.index <= last]
+    try: return fit(law, early.index, early)
     except VitdistillError:
         return Trend(law, (math.nan,)*len(law.symbols))
 
 def forecast_error(law:Law, curve:pd.Series, share:float)->float: # curve: accuracies by epoch; NaN: no fit
-    "Returns a law's forecast of the last epoch from the first `share` of the epochs, minus what was measured."
+    "Returns a forecast of the last epoch, from the first `share` of the epochs, minus the measurement."
     last = curve.index[-1]
     return fit_early(law, curve, last*share)(last) - curve.iloc[-1]
 
@@ -221,18 +260,22 @@ def back_test(curve:pd.Series)->pd.DataFrame: # curve: accuracies by epoch -> la
     "Returns the errors of forecasts of the last epoch from the first k, a row per law and k; at most 60 k."
     n = len(curve)
     splits = range(2, n) if n <= 62 else np.unique(np.geomspace(2, n - 1, 60).astype(int))
-    rows = [(law.name, int(k), fit_early(law, curve.iloc[:k])(curve.index[-1]) - curve.iloc[-1])
-            for k in splits for law in LAWS]
+    rows = []
+    for k in splits:
+        for law in LAWS:
+            forecast = fit_early(law, curve.iloc[:k])(curve.index[-1])
+            rows.append((law.name, int(k), forecast - curve.iloc[-1]))
     return pd.DataFrame(rows, columns=['law', 'k', 'error'])
 
 # %% ../../nbs/study/02_trends.ipynb #0153a04c
-def explained(
+def share_explained(
     values, # (n,) such as errors of forecasts
     groups, # (n,) the group of each
 )->float:   # 1: all; about 0, or below: no more than chance; NaN for one group, or as many as values
     "Returns the share of the values' variance that lies between groups, adjusted for their number."
-    groups = pd.Series(np.asarray(values, float)).groupby(list(groups))
-    n, k, varied = len(values), len(groups), np.var(values, ddof=1)
-    if not 1 < k < n or not varied: return math.nan
-    within = (groups.var(ddof=0)*groups.size()).sum()
-    return 1 - within/(n - k)/varied
+    by_group = pd.Series(np.asarray(values, float)).groupby(list(groups))
+    n, k = len(values), len(by_group)
+    variance = np.var(values, ddof=1)
+    if not 1 < k < n or not variance: return math.nan
+    within = (by_group.var(ddof=0)*by_group.size()).sum()
+    return 1 - within/(n - k)/variance

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATCH_EPS', 'PARTS', 'PRETRAINING', 'pick', 'VisiblePatches', 'split_patches', 'positions', 'MaskedEncoder',
-           'to_patches', 'sines', 'Decoder', 'nt_xent', 'MaskedViews', 'draw_views', 'augmented', 'patch_scale',
+           'to_patches', 'sines', 'Decoder', 'nt_xent', 'MaskedViews', 'draw_views', 'augmented_views', 'patch_scale',
            'patch_error', 'silent_error', 'whole_numbers', 'CanTerms', 'can_faults', 'Pretraining',
-           'ContrastiveMaskedNoise', 'refuse_unfit', 'refuse_another_model', 'reconstructions', 'pictures', 'knn_probe',
-           'linear_probe', 'features', 'probed', 'prepare_encoder', 'encoder_outcome']
+           'ContrastiveMaskedNoise', 'refuse_unfit', 'refuse_another_model', 'weight_shapes', 'reconstructions',
+           'pictures', 'knn_probe', 'linear_probe', 'features', 'probe_accuracies', 'prepare_encoder',
+           'encoder_outcome']
 
 # %% ../../nbs/tasks/00_can.ipynb #50150e2a
 import dataclasses, math, typing, warnings
@@ -16,9 +17,9 @@ from timm.layers import Mlp, PatchEmbed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed, freq_bands
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from ..data.augment import coloured, cropped, crops, normal, uniform
 from ..base import VitdistillError, generator, require
 from ..config import Config
+from ..data.augment import coloured, cropped, crops, normal, uniform
 from ..data.datasets import image_side
 from ..losses import OBJECTIVES, Batch, Output, whole_batch, check_range
 from ..models.create import Student, create, student_size
@@ -36,10 +37,13 @@ class VisiblePatches(nn.Module):
     "Replaces timm's dropping of patches: keeps those in `keep`, (B, K), or all if it is None."
     def __init__(self, prefix:int): # number of class, distillation and register tokens, which are always kept
         super().__init__()
-        self.prefix, self.keep = prefix, None
+        self.prefix = prefix
+        self.keep = None
+
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B, prefix + N, D) -> (B, prefix + K, D)
         if self.keep is None: return x
-        return torch.cat([x[:, :self.prefix], pick(x[:, self.prefix:], self.keep)], 1)
+        patches = pick(x[:, self.prefix:], self.keep)
+        return torch.cat([x[:, :self.prefix], patches], 1)
 
 # %% ../../nbs/tasks/00_can.ipynb #53688cd2
 def split_patches(
@@ -47,7 +51,8 @@ def split_patches(
     mask:float      # share of the patches to hide, in [0, 1)
 )->tuple:           # (B, K) kept patches, (B, N - K) hidden patches
     "Draws which patches are kept: at least one, rounded as in MAE."
-    order, kept = u.argsort(dim=1, stable=True), max(1, int(u.shape[1]*(1 - mask)))
+    order = u.argsort(dim=1, stable=True)
+    kept = max(1, int(u.shape[1]*(1 - mask)))
     return order[:, :kept], order[:, kept:]
 
 # %% ../../nbs/tasks/00_can.ipynb #1ac9e00e
@@ -64,22 +69,31 @@ def positions(
 class MaskedEncoder(nn.Module):
     "Runs a student's vision transformer on some patches; its heads and positions are not trained."
     heads = ()
+
     def __init__(self, student:Student):
         super().__init__()
         self.model = model = student.model
         if not isinstance(model, VisionTransformer) or not isinstance(model.patch_embed, PatchEmbed):
-            raise VitdistillError(f"{model.pretrained_cfg.get('architecture', type(model).__name__)} has no patches to "
-                                  'hide: pre-train one of timm\'s vision transformers, such as vit_tiny_patch16_224.')
+            name = model.pretrained_cfg.get('architecture', type(model).__name__)
+            raise VitdistillError(f"{name} has no patches to hide: pre-train one of timm's vision "
+                                  'transformers, such as vit_tiny_patch16_224.')
         model.patch_drop = VisiblePatches(model.num_prefix_tokens)
         if model.pos_embed is not None:
             fixed = positions(model.patch_embed.grid_size, model.embed_dim)
-            model.pos_embed.data = torch.cat([fixed.new_zeros(model.pos_embed.shape[1] - len(fixed), model.embed_dim),
-                                              fixed])[None]
-        self.norms_pooled = isinstance(model.norm, nn.Identity) # fc_norm is for means in timm, for tokens here
-        unused = 'pos_embed', 'head', 'attn_pool', *(() if self.norms_pooled else ('fc_norm',))
+            # tokens before the patches; they have no position
+            n_prefix = model.pos_embed.shape[1] - len(fixed)
+            model.pos_embed.data = torch.cat([fixed.new_zeros(n_prefix, model.embed_dim), fixed])[None]
+        # fc_norm is for means in timm, for tokens here
+        self.norms_pooled = isinstance(model.norm, nn.Identity)
+        unused = ['pos_embed', 'head', 'attn_pool']
+        if not self.norms_pooled: unused.append('fc_norm')
         for name, parameter in model.named_parameters(): # DDP stops at parameters without a gradient
-            parameter.requires_grad_(not name.startswith(unused))
-    def forward(self, pixels:torch.Tensor, keep:torch.Tensor=None)->torch.Tensor: # (B, K, D); keep: (B, K), None: all
+            parameter.requires_grad_(not name.startswith(tuple(unused)))
+
+    def forward(self,
+        pixels:torch.Tensor,   # (B, 3, S, S)
+        keep:torch.Tensor=None # (B, K) indices of the patches that it sees; None: all
+    )->torch.Tensor:           # (B, K, D)
         self.model.patch_drop.keep = keep
         tokens = self.model.forward_features(pixels)
         self.model.patch_drop.keep = None
@@ -87,7 +101,10 @@ class MaskedEncoder(nn.Module):
         return tokens[:, self.model.num_prefix_tokens:]
 
 # %% ../../nbs/tasks/00_can.ipynb #a8cd62cc
-def to_patches(pixels:torch.Tensor, side:tuple)->torch.Tensor: # (B, 3, H, W) -> (B, N, 3*h*w); side: (h, w) of a patch
+def to_patches(
+    pixels:torch.Tensor, # (B, 3, H, W)
+    side:tuple           # (h, w) of a patch, px
+)->torch.Tensor:         # (B, N, 3*h*w)
     "Cuts images into patches, a row for each."
     return F.unfold(pixels, side, stride=side).transpose(1, 2)
 
@@ -107,12 +124,17 @@ class Decoder(nn.Module):
         encoder:int,       # width of the encoder's tokens
         grid:tuple,        # patches in a column and in a row
         values:int,        # numbers per patch: channels x pixels
-        width:int, depth:int, heads:int,
+        width:int,         # of its own tokens
+        depth:int,         # number of blocks
+        heads:int,         # of a block
         embed_sigma:bool): # does the decoder get sigma?
         super().__init__()
         if width % heads:
-            raise VitdistillError(f'decoder = {[width, depth, heads]}: {heads} heads do not divide width {width}.')
-        self.enter, self.leave, self.norm = nn.Linear(encoder, width), nn.Linear(width, values), nn.LayerNorm(width)
+            raise VitdistillError(f'decoder = {[width, depth, heads]}: {heads} heads do not divide width '
+                                  f'{width}.')
+        self.enter = nn.Linear(encoder, width)
+        self.leave = nn.Linear(width, values)
+        self.norm = nn.LayerNorm(width)
         self.hidden = nn.Parameter(torch.randn(1, 1, width)*.02)
         self.register_buffer('positions', positions(grid, width), persistent=False)
         self.level = Mlp(width, width, width) if embed_sigma else None
@@ -121,7 +143,12 @@ class Decoder(nn.Module):
             if isinstance(part, nn.Linear):
                 nn.init.xavier_uniform_(part.weight)
                 nn.init.zeros_(part.bias)
-    def forward(self, tokens:torch.Tensor, keep:torch.Tensor, share:torch.Tensor)->torch.Tensor: # -> (B, N, values)
+
+    def forward(self,
+        tokens:torch.Tensor, # (B, K, D) of the encoder
+        keep:torch.Tensor,   # (B, K) places of these tokens
+        share:torch.Tensor   # (B,) in [0, 1]: sigma over its largest value
+    )->torch.Tensor:         # (B, N, values)
         x = self.enter(tokens)
         everywhere = self.hidden.to(x.dtype).expand(len(x), len(self.positions), -1)
         x = everywhere.scatter(1, keep[..., None].expand_as(x), x) + self.positions
@@ -138,9 +165,11 @@ def nt_xent(
     "Returns the normalized temperature-scaled cross-entropy, the mean over all 2N views."
     with torch.autocast(first.device.type, enabled=False):
         z = F.normalize(torch.cat([first, second]).float(), dim=-1)
-        n, logits = len(first), z@z.T/tau
-        logits = logits.masked_fill(torch.eye(2*n, dtype=torch.bool, device=z.device), -torch.inf)
-        return F.cross_entropy(logits, torch.arange(2*n, device=z.device).roll(n))
+        n = len(first)
+        similarity = z@z.T/tau
+        itself = torch.eye(2*n, dtype=torch.bool, device=z.device)
+        partner = torch.arange(2*n, device=z.device).roll(n) # view i and view i + n show the same image
+        return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), partner)
 
 # %% ../../nbs/tasks/00_can.ipynb #83624549
 class MaskedViews(typing.NamedTuple):
@@ -160,28 +189,33 @@ def draw_views(
     sigma:float,         # largest standard deviation of the noise, >= 0
     *key:int             # seed and epoch
 )->MaskedViews:
-    "Draws hidden patches and noise for each view, and returns them; a view's sigma is uniform in [0, `sigma`]."
-    def numbers(n, purpose):
-        return uniform(image, n, *((*key, copy, purpose) for copy in range(len(pixels)//len(image))))
-    share, order = numbers(1 + patches, 1).split([1, patches], 1)
+    "Returns views with hidden patches and noise, both drawn; a view's sigma is uniform in [0, `sigma`]."
+    share, order = uniform(image, 1 + patches, *_keys(pixels, image, key, 1)).split([1, patches], 1)
     noise = torch.zeros_like(pixels)
     if sigma:
-        noise = (sigma*share*normal(numbers(pixels[0].numel(), 2))).view(pixels.shape)
-    return MaskedViews(pixels + noise, noise, share[:, 0], *split_patches(order, mask))
+        standard = normal(uniform(image, pixels[0].numel(), *_keys(pixels, image, key, 2)))
+        noise = (sigma*share*standard).view(pixels.shape)
+    keep, hidden = split_patches(order, mask)
+    return MaskedViews(pixels + noise, noise, share[:, 0], keep, hidden)
+
+def _keys(views, image, key:tuple, purpose:int)->list: # of the random numbers of each copy of the images
+    return [(*key, copy, purpose) for copy in range(len(views)//len(image))]
 
 # %% ../../nbs/tasks/00_can.ipynb #6cc6d2b0
-def augmented(
+def augmented_views(
     pixels:torch.Tensor, # (copies*B, 3, H, W) in [0, 255], in the order of `draw_views`
     image:torch.Tensor,  # (B,) rows of the dataset
     area:float,          # smallest share of the image that a crop keeps, in (0, 1]; 1: no crop
-    jitter:float,        # colour factors are drawn from 1 +- jitter, and a fifth of the views turns grey; 0: neither
+    jitter:float,        # colour factors lie in 1 +- jitter, and a fifth of the views turns grey; 0: neither
     *key:int             # seed and epoch
 )->torch.Tensor:         # (copies*B, 3, H, W): float32 if changed, else the input itself
     "Returns the views, randomly cropped and coloured."
-    u = uniform(image, 8, *((*key, copy, 0) for copy in range(len(pixels)//len(image))))
+    u = uniform(image, 8, *_keys(pixels, image, key, 0))
     if area < 1: pixels = cropped(pixels.float(), crops(u[:, :4], area))
     if not jitter: return pixels
-    return coloured(pixels.float(), torch.cat([1 + jitter*(2*u[:, 4:7] - 1), (u[:, 7:] < .2).float()], -1))
+    factors = 1 + jitter*(2*u[:, 4:7] - 1) # of brightness, contrast, saturation
+    grey = (u[:, 7:] < .2).float()
+    return coloured(pixels.float(), torch.cat([factors, grey], -1))
 
 # %% ../../nbs/tasks/00_can.ipynb #54ed21f0
 PATCH_EPS = 1e-6 # added to a patch's variance
@@ -212,15 +246,15 @@ def silent_error(
     "Returns the expected `patch_error` of a decoder that predicts no noise: the variance of the noise."
     if not normalize: # standard deviations are uniform in [0, sigma]
         return sigma**2/3
-    values, least = 3*math.prod(side), PATCH_EPS**.5
+    values = 3*math.prod(side)
+    least = PATCH_EPS**.5
     return (1 - 1/values)*(1 - least/sigma*math.atan(sigma/least)) # weak noise stays below variance 1
 
 # %% ../../nbs/tasks/00_can.ipynb #a1d9e302
 def whole_numbers(name:str, value, *parts:str)->tuple: # parts: the numbers' names
-    "Returns the value as a tuple; raises `VitdistillError` unless it is a whole number above 0 for each of `parts`."
-    fits = isinstance(value, (list, tuple)) and len(value) == len(parts) and \
-        all(type(number) is int and number > 0 for number in value)
-    if fits: return tuple(value)
+    "Returns the value as a tuple; refuses all but whole numbers above 0, one for each of `parts`."
+    if isinstance(value, (list, tuple)) and len(value) == len(parts):
+        if all(type(number) is int and number > 0 for number in value): return tuple(value)
     raise VitdistillError(f'{name} = {value}: give a list of whole numbers above 0: {", ".join(parts)}.')
 
 # %% ../../nbs/tasks/00_can.ipynb #cd09f6f9
@@ -236,28 +270,37 @@ class CanTerms(nn.Module):
         if any(self.weights[1:]):
             sizes = whole_numbers('decoder', self.decoder_sizes, 'width', 'depth', 'heads')
             values = 3*math.prod(self.side)
-            self.decoder = Decoder(model.embed_dim, model.patch_embed.grid_size, values, *sizes, self.embed_sigma)
+            grid = model.patch_embed.grid_size
+            self.decoder = Decoder(model.embed_dim, grid, values, *sizes, self.embed_sigma)
 
-    def forward(self, tokens:torch.Tensor, batch:Batch, views:MaskedViews)->tuple: # tokens: (copies*B, K, D)
-        weights, parts = dict(zip(PARTS, self.weights)), {}
-        if weights['contrast']:
-            pooled = self.projector(tokens.mean(1)).chunk(2) # one part per view
-            parts['contrast'] = nt_xent(*(whole_batch(z, batch.weight > 0) for z in pooled), self.tau)
-        if any(self.weights[1:]):
+    def forward(self,
+        tokens:torch.Tensor, # (copies*B, K, D) of the visible patches
+        batch:Batch,
+        views:MaskedViews
+    )->tuple:                # the loss, and its parts by name
+        contrast, reconstruction, denoising = self.weights
+        parts = {}
+        if contrast:
+            first, second = self.projector(tokens.mean(1)).chunk(2) # of the two views
+            real = batch.weight > 0
+            parts['contrast'] = nt_xent(whole_batch(first, real), whole_batch(second, real), self.tau)
+        if reconstruction or denoising:
             decoded = self.decoder(tokens, views.keep, views.share).float()
-        if weights['reconstruction']:
+        if reconstruction:
             parts['reconstruction'] = patch_error(decoded, batch.pixels, views.hidden, self.side,
                                                   self.normalize_targets)
-        if weights['denoising']:
-            parts['denoising'] = patch_error(decoded, views.noise, views.keep, self.side, self.normalize_noise)
+        if denoising:
+            parts['denoising'] = patch_error(decoded, views.noise, views.keep, self.side,
+                                             self.normalize_noise)
+        weights = dict(zip(PARTS, self.weights))
         return sum(weights[name]*part for name, part in parts.items()), parts
 
 # %% ../../nbs/tasks/00_can.ipynb #48c8a097
 def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterator[str]:
     "Yields a sentence for each setting of `can` that is wrong."
     if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        yield (f'weights = {list(weights)}: give three, of contrast, reconstruction and denoising, each finite, 0 '
-               'or more, and not all 0.')
+        yield (f'weights = {list(weights)}: give three, of contrast, reconstruction and denoising, each '
+               'finite, 0 or more, and not all 0.')
         return
     contrast, reconstruction, denoising = weights
     if type(views) is not int or views not in (1, 2):
@@ -265,7 +308,8 @@ def can_faults(views:int, mask:float, sigma:float, weights:tuple)->typing.Iterat
     if views == 1 and contrast:
         yield 'a contrast needs two views of an image: set views to 2, or its weight to 0.'
     if not 0 < mask < 1 and (mask or reconstruction):
-        yield f'mask = {mask} is out of range: hide a share of the patches in (0, 1), or 0 without reconstruction.'
+        yield (f'mask = {mask} is out of range: hide a share of the patches in (0, 1), or 0 without '
+               'reconstruction.')
     if not 0 <= sigma < math.inf or not sigma and denoising:
         yield f'sigma = {sigma} is out of range: give noise above 0, or 0 without denoising.'
 
@@ -274,20 +318,27 @@ class Pretraining(nn.Module):
     "An encoder with its criterion; maps a `Batch` that has `image` to an `Output` without logits."
     def __init__(self, student:nn.Module, criterion:nn.Module, draw:typing.Callable[[Batch], MaskedViews]):
         super().__init__()
-        self.student, self.criterion, self.draw = student, criterion, draw
+        self.student = student
+        self.criterion = criterion
+        self.draw = draw
+
     def forward(self, batch:Batch)->Output:
         views = self.draw(batch)
-        loss, parts = self.criterion(self.student(views.pixels, views.keep), batch, views)
+        tokens = self.student(views.pixels, views.keep)
+        loss, parts = self.criterion(tokens, batch, views)
         return Output(loss, (), {name: part.detach() for name, part in parts.items()})
 
 # %% ../../nbs/tasks/00_can.ipynb #7396c938
 class ContrastiveMaskedNoise(CanTerms):
     "CAN: NT-Xent of pooled visible tokens, MSE of hidden patches, MSE of the noise on visible patches."
-    wants, labelled, compiles = None, False, False # no teacher, no labels, no torch.compile: random draws run eagerly
+    wants = None     # no teacher
+    labelled = False # no labels
+    compiles = False # no torch.compile: random draws run eagerly
+
     def __init__(self,
         seed:int=1,                # of all random draws
         views:int=2,               # views of an image in a step, 1 or 2
-        mask:float=.5,             # share of hidden patches, in (0, 1); 0: none, if reconstruction has weight 0
+        mask:float=.5,             # share of hidden patches, in (0, 1); 0, without reconstruction: none
         sigma:float=.05,           # largest standard deviation of the noise, of normalized pixels
         weights:tuple=(.03, .67, .3), # of contrast, reconstruction, denoising
         tau:float=.1,              # temperature of the contrast
@@ -299,27 +350,40 @@ class ContrastiveMaskedNoise(CanTerms):
         projector:tuple=(4096, 128), # widths of the contrast's MLP: hidden, output
         decoder:tuple=(512, 8, 16)): # width, depth, heads
         super().__init__()
-        for fault in can_faults(views, mask, sigma, weights):
-            raise VitdistillError(fault)
-        self.seed, self.copies, self.mask, self.sigma, self.weights = seed, views, mask, sigma, weights
+        fault = next(can_faults(views, mask, sigma, weights), None)
+        if fault: raise VitdistillError(fault)
+        self.seed = seed
+        self.copies = views
+        self.mask = mask
+        self.sigma = sigma
+        self.weights = weights
         self.needs_two = weights[0] > 0 # a contrast needs two images in a batch
-        self.area, self.jitter = check_range('crop_area', crop_area, 1e-6), check_range('colour_jitter', colour_jitter)
-        self.tau, self.embed_sigma = check_range('tau', tau, 1e-6, math.inf), embed_sigma and sigma > 0
-        self.normalize_targets, self.normalize_noise = normalize_targets, normalize_noise
-        self.projector_widths, self.decoder_sizes = projector, decoder
-    def fit(self, student:Student)->MaskedEncoder: # the encoder to train; builds projector and decoder of its size
+        self.area = check_range('crop_area', crop_area, 1e-6)
+        self.jitter = check_range('colour_jitter', colour_jitter)
+        self.tau = check_range('tau', tau, 1e-6, math.inf)
+        self.embed_sigma = embed_sigma and sigma > 0
+        self.normalize_targets = normalize_targets
+        self.normalize_noise = normalize_noise
+        self.projector_widths = projector
+        self.decoder_sizes = decoder
+
+    def fit(self, student:Student)->MaskedEncoder: # what is trained; builds projector and decoder of its size
         encoder = MaskedEncoder(student)
         self.patches = encoder.model.patch_embed.num_patches
         if self.mask and self.patches < 2:
-            raise VitdistillError(f'mask = {self.mask} of {self.patches} patch hides none: take smaller patches '
-                                  '(patch_size in student_kwargs), or a mask of 0.')
+            raise VitdistillError(f'mask = {self.mask} of {self.patches} patch hides none: take smaller '
+                                  'patches (patch_size in student_kwargs), or a mask of 0.')
         torch.manual_seed(generator(self.seed, 3).initial_seed()) # other numbers than the encoder began with
         self.build(encoder.model)
         return encoder
-    def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: # (copies*B, ...), (B,)
-        return augmented(pixels, image, self.area, self.jitter, self.seed, epoch)
+
+    def augment(self, pixels:torch.Tensor, image:torch.Tensor, epoch:int)->torch.Tensor: # (copies*B, ...)
+        return augmented_views(pixels, image, self.area, self.jitter, self.seed, epoch)
+
     def draw(self, batch:Batch)->MaskedViews:
-        return draw_views(batch.pixels, batch.image, self.patches, self.mask, self.sigma, self.seed, batch.epoch)
+        return draw_views(batch.pixels, batch.image, self.patches, self.mask, self.sigma,
+                          self.seed, batch.epoch)
+
     def objective(self, student:nn.Module, criterion:nn.Module)->Pretraining: # either may be wrapped by DDP
         return Pretraining(student, criterion, self.draw)
 
@@ -330,12 +394,13 @@ def refuse_unfit(
     config:Config,
     size:int # side of the student's input, px
 )->None:
-    "Raises `VitdistillError` if the transformer is built for another size, or the library of the probes is missing."
-    if (built := config.student_kwargs.get('img_size', size)) != size:
-        raise VitdistillError(f'student_kwargs build a transformer for {built} px, and it would see {size} px: '
-                              f'pre-training has a position for each patch, so set img_size to {size}.')
+    "Raises `VitdistillError` if the transformer is built for another size, or the probes lack their library."
+    built_for = config.student_kwargs.get('img_size', size)
+    if built_for != size:
+        raise VitdistillError(f'student_kwargs build a transformer for {built_for} px, and it would see '
+                              f'{size} px: pre-training has a position for each patch, so set img_size to '
+                              f'{size}.')
     require('sklearn', who='the probe of a pre-trained encoder')
-
 
 # %% ../../nbs/tasks/00_can.ipynb #604c1c7b
 def refuse_another_model(
@@ -346,48 +411,68 @@ def refuse_another_model(
     if tuning.student != config.student:
         raise VitdistillError(f'{tuning.experiment!r} trains a {tuning.student}, and a {config.student} is '
                               'pre-trained: name a part of the preset that has the same student.')
-    def shapes(c): # of all weights but head and positions, which may differ
-        with torch.device('meta'):
-            model = create(c.student, 1, student_size(c, image_side(c)), **c.student_kwargs)
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != 'pos_embed'}
-    before, after = shapes(config), shapes(tuning)
+    before = weight_shapes(config)
+    after = weight_shapes(tuning)
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             raise VitdistillError(f'{name} is {before.get(name, "missing")} in the encoder and '
-                                  f'{after.get(name, "missing")} in the model that begins with it: give both parts '
-                                  'of the preset the same student_kwargs.')
+                                  f'{after.get(name, "missing")} in the model that begins with it: give both '
+                                  'parts of the preset the same student_kwargs.')
+
+def weight_shapes(config:Config)->dict: # name -> shape
+    "Returns the shapes of a student's weights but for head and positions, which may differ."
+    with torch.device('meta'):
+        size = student_size(config, image_side(config))
+        model = create(config.student, 1, size, **config.student_kwargs)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != 'pos_embed'}
 
 # %% ../../nbs/tasks/00_can.ipynb #290a4c4f
 @torch.inference_mode()
 def reconstructions(
-    encoder:MaskedEncoder, can:CanTerms,
+    encoder:MaskedEncoder,
+    can:CanTerms,
     pixels:torch.Tensor, # (B, 3, S, S), normalized
-    views:MaskedViews          # drawn from `pixels`
+    views:MaskedViews    # drawn from `pixels`
 )->tuple:                # (input of the encoder, result of the decoder), each (B, 3, S, S), normalized
-    "Returns pictures before and after the decoder; patches that were normalized get their mean and deviation back."
+    "Returns pictures before and after the decoder; normalized patches get their mean and deviation back."
     encoder.eval()
-    decoded = can.eval().decoder(encoder(views.pixels, views.keep), views.keep, views.share).float()
-    clean, noise, noisy = (to_patches(x, can.side) for x in (pixels, views.noise, views.pixels))
-    visible = torch.zeros(decoded.shape[:2] + (1,), device=decoded.device).scatter(1, views.keep[..., None], 1.).bool()
-    for where, target, normalized in ((~visible, clean, can.normalize_targets), (visible, noise, can.normalize_noise)):
-        if not normalized: continue
-        mean, deviation = patch_scale(target)
-        decoded = torch.where(where, decoded*deviation + mean, decoded)
-    if not can.weights[2]:
-        noisy, decoded = clean, torch.where(visible, 0., decoded)
-    pictures = torch.where(visible, noisy, 0.), torch.where(visible, noisy - decoded, decoded)
-    return tuple(F.fold(x.transpose(1, 2), pixels.shape[-2:], can.side, stride=can.side) for x in pictures)
+    tokens = encoder(views.pixels, views.keep)
+    decoded = can.eval().decoder(tokens, views.keep, views.share).float()
+    clean = to_patches(pixels, can.side)
+    noise = to_patches(views.noise, can.side)
+    noisy = to_patches(views.pixels, can.side)
+    visible = torch.zeros(decoded.shape[:2] + (1,), device=decoded.device)
+    visible = visible.scatter(1, views.keep[..., None], 1.).bool()
+    if can.normalize_targets:
+        mean, deviation = patch_scale(clean)
+        decoded = torch.where(~visible, decoded*deviation + mean, decoded)
+    if can.normalize_noise:
+        mean, deviation = patch_scale(noise)
+        decoded = torch.where(visible, decoded*deviation + mean, decoded)
+    if not can.weights[2]: # no noise is predicted
+        noisy = clean
+        decoded = torch.where(visible, 0., decoded)
+
+    def as_picture(patches): # (B, N, P) -> (B, 3, S, S)
+        return F.fold(patches.transpose(1, 2), pixels.shape[-2:], can.side, stride=can.side)
+
+    seen = torch.where(visible, noisy, 0.)
+    filled = torch.where(visible, noisy - decoded, decoded)
+    return as_picture(seen), as_picture(filled)
 
 # %% ../../nbs/tasks/00_can.ipynb #bbbd018e
 def pictures(setup, images:int=8)->dict: # setup: a `Setup`
-    "Returns the arrays of reconstructions.npz: test images, the encoder's input and the reconstructions, as uint8."
+    "Returns the arrays of reconstructions.npz: test images, the encoder's input, reconstructions, as uint8."
     rows = torch.arange(len(setup.data.test_labels))[:images]
     clean = setup.input(setup.test_views(rows))
     drawn = setup.criterion.draw(Batch(clean, None, epoch=setup.config.epochs, image=rows.to(clean.device)))
-    views = clean, *reconstructions(setup.student, setup.criterion, clean, drawn)
+    seen, filled = reconstructions(setup.student, setup.criterion, clean, drawn)
     mean, std = (torch.tensor(c, device=clean.device)[:, None, None] for c in setup.constants)
-    as_bytes = lambda x: ((x*std + mean)*255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return dict(zip(('clean', 'seen', 'filled'), map(as_bytes, views)))
+
+    def as_bytes(x): # normalized (B, 3, S, S) -> uint8 (B, S, S, 3)
+        return ((x*std + mean)*255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    return dict(clean=as_bytes(clean), seen=as_bytes(seen), filled=as_bytes(filled))
 
 # %% ../../nbs/tasks/00_can.ipynb #6d693ce0
 def knn_probe(train:np.ndarray, labels:np.ndarray): # (n, D), (n,)
@@ -408,27 +493,40 @@ def linear_probe(train:np.ndarray, labels:np.ndarray): # (n, D), (n,)
 
 # %% ../../nbs/tasks/00_can.ipynb #3d16dc33
 @torch.inference_mode()
-def features(setup, views, rows:torch.Tensor, encoder:nn.Module)->np.ndarray: # setup: a `Setup`; views: `Views`
-    "Returns mean patch tokens of the centre views of `rows`, (n, D) float32, in order; each rank computes a part."
-    encoder, mine, parts = encoder.eval(), rows.tensor_split(setup.ranks.world)[setup.ranks.rank], []
-    for part in mine.split(setup.images_a_pass):
+def features(
+    setup,             # a `Setup`
+    views,             # `Views` of the images
+    rows:torch.Tensor, # (n,) of the images
+    encoder:nn.Module
+)->np.ndarray:         # (n, D) float32, in the order of `rows`
+    "Returns mean patch tokens of the centre views of images; each rank computes a part."
+    encoder.eval()
+    own_rows = rows.tensor_split(setup.ranks.world)[setup.ranks.rank]
+    means = []
+    for part in own_rows.split(setup.images_a_pass):
         with setup.autocast():
-            parts.append(encoder(setup.input(views(part))).mean(1).float())
-    return whole_batch(torch.cat(parts)).cpu().numpy()
+            means.append(encoder(setup.input(views(part))).mean(1).float())
+    return whole_batch(torch.cat(means)).cpu().numpy()
 
 # %% ../../nbs/tasks/00_can.ipynb #9f86d98c
-def probed(setup, average:nn.Module|None=None)->dict: # setup: a `Setup`; average: timm's average of the weights
-    "Returns validation and test top-1 of both probes, also for `average`, as columns of metrics; {} off rank 0."
-    parts, row = {part: where for part, where in setup.parts.items() if len(where[2])}, {}
-    for prefix, encoder in (('', setup.student), *([('ema_', average.module)] if average else [])):
-        seen = {part: (features(setup, views, rows, encoder), labels[rows].numpy())
-                for part, (views, labels, rows) in parts.items()}
-        known = seen.pop('train')
+def probe_accuracies(
+    setup,                       # a `Setup`
+    average:nn.Module|None=None  # timm's average of the weights
+)->dict:                         # column of metrics, such as knn_val_top1 -> accuracy; {} off rank 0
+    "Returns validation and test top-1 of both probes, also for `average`."
+    encoders = {'': setup.student} # prefix of the columns -> encoder
+    if average: encoders['ema_'] = average.module
+    columns = {}
+    for prefix, encoder in encoders.items():
+        images = {} # part -> features, labels
+        for part, (views, labels, rows) in setup.parts.items():
+            if len(rows): images[part] = features(setup, views, rows, encoder), labels[rows].numpy()
+        train = images.pop('train')
         if setup.ranks.rank: continue
         for name, probe in (('knn', knn_probe), ('linear', linear_probe)):
-            classifier = probe(*known)
-            row |= {f'{prefix}{name}_{part}_top1': classifier.score(*images) for part, images in seen.items()}
-    return row
+            classifier = probe(*train)
+            for part in images: columns[f'{prefix}{name}_{part}_top1'] = classifier.score(*images[part])
+    return columns
 
 # %% ../../nbs/tasks/00_can.ipynb #ff0485f5
 def prepare_encoder(config:Config, ranks:Ranks)->Setup:
@@ -441,10 +539,10 @@ def encoder_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
     c, data = setup.config, setup.data
     if c.dataset == 'digits' and hasattr(setup.criterion, 'decoder'):
         run.save_predictions('reconstructions.npz', **pictures(setup))
-    card = dataclasses.replace(Card.of(c, data, student_size(c, data.side), setup.constants),
-                               pretrained_by=c.distillation, objective=c.objective_kwargs)
-    readme = f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '\
-             f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n'
+    card = Card.of(c, data, student_size(c, data.side), setup.constants)
+    card = dataclasses.replace(card, pretrained_by=c.distillation, objective=c.objective_kwargs)
+    readme = (f'# {run.name}\n\n{c.student} on {c.dataset}, pre-trained without labels ({c.distillation}), '
+              f'seed {c.seed}. Its head was never trained: fine-tune it (e00_teacher, student_weights).\n')
     result = measured | dict(n_train=card.n_train)
     save_student(setup, run, result, card, readme)
     return result | dict(encoder_hash=file_hash(str(run.model))) # fine-tuned runs name it by this hash
@@ -452,6 +550,6 @@ def encoder_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
 _random = 'it begins with random weights: others may have seen labels, and its positions would replace theirs'
 PRETRAINING = dataclasses.replace(
     DISTILLATION, name='pre-training', reads=(*EVERY, 'distillation', 'objective_kwargs'),
-    unused=dict(test_size='its probes see the size of training', student_weights=_random, student_pretrained=_random),
-    prepare=prepare_encoder, measure=probed, finish=encoder_outcome)
-
+    unused=dict(test_size='its probes see the size of training', student_weights=_random,
+                student_pretrained=_random),
+    prepare=prepare_encoder, measure=probe_accuracies, finish=encoder_outcome)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOWER_TEMPLATES', 'PAIRS', 'CAPTIONS', 'image_facts', 'Part', 'own_encoder', 'create_encoder', 'Captioning',
-           'centred', 'labelled_parts', 'unlabelled_parts', 'noise_facts', 'prepare_captions', 'caption_epoch',
-           'text_loss', 'measured', 'describe_captions', 'captions_epoch', 'measure_captions', 'plane', 'test_arrays',
-           'save_captioner', 'captions_outcome', 'load_captioner', 'caption_files', 'own_config']
+           'centred_embeddings', 'labelled_parts', 'caption_rows', 'unlabelled_parts', 'noise_facts',
+           'prepare_captions', 'caption_epoch', 'text_loss', 'measure_part', 'describe_captions', 'captions_epoch',
+           'measure_captions', 'plane', 'test_arrays', 'save_captioner', 'captions_outcome', 'load_captioner',
+           'caption_files', 'own_config']
 
 # %% ../../nbs/tasks/03_captioning.ipynb #5a9b6589
 import csv, functools, json, time, typing
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, safetensors.torch, torch, torch.nn.functional as F
 from filelock import FileLock
-from .captions import Captioner, Facts, add_noise, bleu, check_templates, create_decoder, gap
-from .captions import noise_rule
-from .captions import parse_caption, share_right, tokens_of, build_tokenizer, write_captions
+from .captions import Captioner, Facts, add_noise, bleu, build_tokenizer, check_templates
+from .captions import create_decoder, gap, noise_rule, parse_caption, share_right, tokens_of
+from .captions import write_captions
 from ..base import VitdistillError, from_here, from_root, generator, shipped, write_atomic
 from ..config import Config, preset
 from ..data.datasets import Data, digest, image_words, load_data, read_texts, split_rows, stratified
@@ -31,7 +32,8 @@ from ..train import EVERY, BaseSetup, Progress, Task
 from ..data.views import epoch_plan
 
 # %% ../../nbs/tasks/03_captioning.ipynb #7ff23311
-TOWER_TEMPLATES, PAIRS = 'plain', 5/6 # texts that a text tower is fitted to; share of held-out images that it gets
+TOWER_TEMPLATES = 'plain' # of the texts that a text tower is fitted to
+PAIRS = 5/6               # share of the held-out images that it is fitted to
 
 def image_facts(config:Config, data:Data)->tuple: # two lists of `Facts`
     "Returns what captions say of each training and each test image."
@@ -39,9 +41,16 @@ def image_facts(config:Config, data:Data)->tuple: # two lists of `Facts`
     if config.dataset == 'cifar100':
         with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
             group |= {row['class']: row['superclass'] for row in csv.DictReader(file)}
-    return tuple([Facts(*(text.replace('_', ' ') for text in (word, name, group[name])))
-                  for word, name in zip(words, (data.classes[label] for label in labels.tolist()))]
-                 for words, labels in zip(image_words(config, data), (data.train_labels, data.test_labels)))
+
+    def facts_of(words, labels):
+        facts = []
+        for word, label in zip(words, labels.tolist()):
+            name = data.classes[label]
+            facts.append(Facts(*[text.replace('_', ' ') for text in (word, name, group[name])]))
+        return facts
+
+    train_words, test_words = image_words(config, data)
+    return facts_of(train_words, data.train_labels), facts_of(test_words, data.test_labels)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #39a83016
 @dataclass
@@ -52,31 +61,34 @@ class Part:
     facts:list[Facts]   # [] where texts are not about images
     image:torch.Tensor|None # (N, D); None without images
     text:torch.Tensor       # (N, D)
-    wanted:list[str]        # captions in the words of the training texts
+    references:list[str]    # captions in the words of the training texts
 
 def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tuple)->DualEncoder: # as below
-    "Returns the student with a text tower; the tower is fitted to pairs once, by the process that comes first."
-    settings, facts = tower_settings(config.text_tower), tower_facts(config, data)
+    "Returns the student with a text tower, which is fitted to pairs once, by the process that comes first."
+    settings = tower_settings(config.text_tower)
+    facts = tower_facts(config, data)
     image = image_tower(facts, config.student_weights, config.teacher_precision, device)
-    alone = DualEncoder(image, facts, None)
-    about = json.dumps([alone.image_key, settings], sort_keys=True)
-    key = digest([about, '\n'.join([*pairs[0], *texts]), pairs[1]])
+    images_only = DualEncoder(image, facts, None)
+    pair_texts, pair_images = pairs
+    about = json.dumps([images_only.image_key, settings], sort_keys=True)
+    key = digest([about, '\n'.join([*pair_texts, *texts]), pair_images])
     folder = from_root(config.work_dir)/'encoders'/key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/'lock'):
         if (folder/'dual.json').is_file():
             return load_dual(folder, config.teacher_precision, device)
-        embeddings = alone.kept_images(pairs[1], from_root(config.work_dir)/'embeddings')
+        embeddings = images_only.kept_images(pair_images, from_root(config.work_dir)/'embeddings')
         torch.manual_seed(settings['seed'])
-        tower = TextTower(build_tokenizer([*texts, *pairs[0]]), alone.width, settings)
-        losses = fit_text_tower(tower, pairs[0], embeddings, settings)
+        tower = TextTower(build_tokenizer([*texts, *pair_texts]), images_only.width, settings)
+        losses = fit_text_tower(tower, pair_texts, embeddings, settings)
         print(f'text tower: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last, in {folder}', flush=True)
         encoder = DualEncoder(image, facts, tower.to(device))
         save_dual(encoder, folder, dict(settings=settings, losses=losses))
     return encoder
 
 def create_encoder(
-    config:Config, device:str,
+    config:Config,
+    device:str,
     data:Data=None,        # with images, for an encoder of our own
     texts:list[str]=(),    # from which its tokens are made, beside those of the pairs
     pairs:tuple=()         # (texts, images) that it is fitted to
@@ -84,8 +96,9 @@ def create_encoder(
     "Returns the encoder that a config names; one of our own is fitted to pairs, or is there already."
     if config.clip == 'own':
         if not pairs:
-            raise VitdistillError("clip = 'own' fits a text tower to images with captions, and dataset = 'texts' has "
-                                  'no images: give the folder of a dual encoder as clip, or a model of open_clip.')
+            raise VitdistillError("clip = 'own' fits a text tower to images with captions, and dataset = "
+                                  "'texts' has no images: give the folder of a dual encoder as clip, or a "
+                                  'model of open_clip.')
         return own_encoder(config, device, data, texts, pairs)
     if from_root(config.clip).is_dir():
         return load_dual(config.clip, config.teacher_precision, device)
@@ -116,81 +129,100 @@ class Captioning(BaseSetup):
         "Returns what the decoder writes, or the training caption with the nearest embedding."
         if self.student:
             return self.student.captions(embeddings, self.config.beams)
-        nearest = [(part@self.embeddings.T).argmax(1) for part in embeddings.split(500)]
-        return [self.texts[i] for i in torch.cat(nearest).tolist()]
+        nearest = torch.cat([(part@self.embeddings.T).argmax(1) for part in embeddings.split(500)])
+        return [self.texts[i] for i in nearest.tolist()]
 
-def centred(embeddings:torch.Tensor, mean:list)->torch.Tensor: # mean: [] leaves them as they are
+def centred_embeddings(embeddings:torch.Tensor, mean:list)->torch.Tensor: # mean: [] leaves them as they are
     "Returns normalized embeddings, from which a mean was subtracted."
-    return F.normalize(embeddings - torch.tensor(mean), dim=-1) if mean else embeddings
+    if not mean: return embeddings
+    return F.normalize(embeddings - torch.tensor(mean), dim=-1)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #ea6d617a
-def labelled_parts(config:Config, device:str)->tuple: # (encoder, training texts, their embeddings, parts, means)
+def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts, embeddings, parts, means
     "Loads a dataset of images with classes, and embeds its images and captions."
-    data, kept = load_data(config), from_root(config.work_dir)/'embeddings'
+    data = load_data(config)
     refuse_start_overlap(config, data)
+    train, pairs, choice = caption_rows(config, data)
+    test = torch.arange(len(data.test_labels))
+    facts = image_facts(config, data)
+    folder = from_root(config.work_dir)/'embeddings'
+
+    def captions(part, rows, templates=config.templates): # part: 0, training images; 1, test images
+        lines = write_captions(facts[part], templates, config.split_seed, part)
+        return [lines[row] for row in rows.tolist()]
+
+    tower_pairs = captions(0, pairs, TOWER_TEMPLATES), data.train_images[pairs]
+    encoder = create_encoder(config, device, data, captions(0, train, TOWER_TEMPLATES), tower_pairs)
+    texts = captions(0, train)
+    source = encoder.kept_texts(texts, folder)
+    pair_images = encoder.kept_images(data.train_images[pairs], folder)
+    means = {}
+    if config.center:
+        means = dict(text=source.mean(0).tolist(), image=pair_images.mean(0).tolist())
+    if config.learn_from == 'image':
+        source = encoder.kept_images(data.train_images[train], folder)
+    source = centred_embeddings(source, means.get('image' if config.learn_from == 'image' else 'text', []))
+
+    def make_part(number, rows, images, labels):
+        image = encoder.kept_images(images[rows], folder)
+        text = encoder.kept_texts(captions(number, rows, TOWER_TEMPLATES), folder)
+        return Part(rows, labels[rows], [facts[number][row] for row in rows.tolist()],
+                    centred_embeddings(image, means.get('image', [])),
+                    centred_embeddings(text, means.get('text', [])), captions(number, rows))
+
+    parts = dict(val=make_part(0, choice, data.train_images, data.train_labels),
+                 test=make_part(1, test, data.test_images, data.test_labels))
+    return encoder, texts, source, parts, means
+
+def caption_rows(config:Config, data:Data)->tuple: # three of (N,) int64
+    "Returns the images to learn from, those that a text tower is fitted to, and those to choose settings by."
     train, val = split_rows(data.train_labels, config)
     if not len(val):
         raise VitdistillError('no image is held out to choose settings by: give val_fraction or val_rows.')
-    facts = image_facts(config, data)
     pairs, choice = (val[part] for part in stratified(data.train_labels[val], 1 - PAIRS, config.split_seed))
     if not (len(pairs) and len(choice)):
-        raise VitdistillError(f'{len(val)} images are held out, too few to fit an encoder on and to choose by: give a '
-                              'larger val_fraction or val_rows.')
-    def say(part, rows, templates=config.templates): # its captions
-        lines = write_captions(facts[part], templates, config.split_seed, part)
-        return [lines[row] for row in rows.tolist()]
-    seen = say(0, train, TOWER_TEMPLATES)
-    encoder = create_encoder(config, device, data, seen, (say(0, pairs, TOWER_TEMPLATES), data.train_images[pairs]))
-    texts, test = say(0, train), torch.arange(len(data.test_labels))
-    def pictured(images, rows):
-        return encoder.kept_images(images[rows], kept)
-    image = {'pairs': pictured(data.train_images, pairs), 'val': pictured(data.train_images, choice),
-             'test': pictured(data.test_images, test)}
-    source = encoder.kept_texts(texts, kept)
-    means = dict(text=source.mean(0).tolist(), image=image['pairs'].mean(0).tolist()) if config.center else {}
-    if config.learn_from == 'image':
-        source = pictured(data.train_images, train)
-    source = centred(source, means.get('image' if config.learn_from == 'image' else 'text', []))
-    def part(number, rows, labels, name):
-        text = encoder.kept_texts(say(number, rows, TOWER_TEMPLATES), kept)
-        return Part(rows, labels[rows], [facts[number][row] for row in rows.tolist()],
-                    centred(image[name], means.get('image', [])), centred(text, means.get('text', [])),
-                    say(number, rows))
-    parts = dict(val=part(0, choice, data.train_labels, 'val'), test=part(1, test, data.test_labels, 'test'))
-    return encoder, texts, source, parts, means
+        raise VitdistillError(f'{len(val)} images are held out, too few to fit an encoder on and to choose '
+                              'by: give a larger val_fraction or val_rows.')
+    return train, pairs, choice
 
 def unlabelled_parts(config:Config, device:str)->tuple: # as `labelled_parts`
     "Reads texts of one's own and embeds them; a share of them is held out."
-    texts, encoder = read_texts(config.data_root), create_encoder(config, device)
+    texts = read_texts(config.data_root)
+    encoder = create_encoder(config, device)
     if config.center or config.learn_from != 'text':
-        raise VitdistillError(f'center = {config.center}, learn_from = {config.learn_from!r}: a file of texts has no '
-                              'images for either: leave them out.')
+        raise VitdistillError(f'center = {config.center}, learn_from = {config.learn_from!r}: a file of '
+                              'texts has no images for either: leave them out.')
     order = torch.randperm(len(texts), generator=generator(config.split_seed)).tolist()
-    held = [texts[i] for i in sorted(order[:round(config.val_fraction*len(texts))])]
-    kept = [texts[i] for i in sorted(order[len(held):])]
+    n_val = round(config.val_fraction*len(texts))
+    val_texts = [texts[i] for i in sorted(order[:n_val])]
+    train_texts = [texts[i] for i in sorted(order[n_val:])]
+    val_texts = val_texts or train_texts[:100]
     folder = from_root(config.work_dir)/'embeddings'
-    held = held or kept[:100]
-    val = Part(torch.arange(len(held)), torch.zeros(len(held)), [], None, encoder.kept_texts(held, folder), held)
-    return encoder, kept, encoder.kept_texts(kept, folder), dict(val=val), {}
+    n = len(val_texts)
+    val = Part(torch.arange(n), torch.zeros(n), [], None, encoder.kept_texts(val_texts, folder), val_texts)
+    return encoder, train_texts, encoder.kept_texts(train_texts, folder), dict(val=val), {}
 
 # %% ../../nbs/tasks/03_captioning.ipynb #9c866fb8
 def noise_facts(config:Config, val:Part)->dict: # noise_std, and how it was found
-    "Returns the deviation of the noise, what the rule says of pairs that are drawn, and the gap of the held-out pairs."
+    "Returns the deviation of the noise, what the rule says of drawn pairs, and the gap of held-out pairs."
     if val.image is None:
         if config.noise_std == 'auto':
-            raise VitdistillError("noise_std = 'auto' reads the deviation off pairs of image and text, and a file of "
-                                  'texts has none: give a number, such as 0.1.')
+            raise VitdistillError("noise_std = 'auto' reads the deviation off pairs of image and text, and a "
+                                  'file of texts has none: give a number, such as 0.1.')
         return dict(noise_std=config.noise_std*config.noise_factor)
     if config.noise_pairs > len(val.rows):
-        raise VitdistillError(f'noise_pairs = {config.noise_pairs}, and {len(val.rows)} pairs are held out: give '
-                              'fewer.')
-    def rule(draw): # of pairs -> (what it says, their numbers)
-        rows = torch.randperm(len(val.rows), generator=generator(config.split_seed, draw))[:config.noise_pairs]
+        raise VitdistillError(f'noise_pairs = {config.noise_pairs}, and {len(val.rows)} pairs are held out: '
+                              'give fewer.')
+
+    def rule(draw): # number of a draw of pairs -> (what the rule says, numbers of the images)
+        order = torch.randperm(len(val.rows), generator=generator(config.split_seed, draw))
+        rows = order[:config.noise_pairs]
         return noise_rule(val.text[rows], val.image[rows]), val.rows[rows].tolist()
-    value, pairs = rule(0)
+
+    value, images = rule(0)
     std = config.noise_factor*(value if config.noise_std == 'auto' else config.noise_std)
     noisy = add_noise(val.text, std, generator(config.split_seed, 1, 1))
-    return dict(noise_std=std, noise_rule=value, noise_rule_images=pairs,
+    return dict(noise_std=std, noise_rule=value, noise_rule_images=images,
                 noise_rule_draws=[round(rule(draw)[0], 6) for draw in range(1, 101)],
                 gap=gap(val.text, val.image), gap_with_noise=gap(noisy, val.image))
 
@@ -204,30 +236,37 @@ def prepare_captions(config:Config, ranks:Ranks)->Captioning:
     about = noise_facts(config, parts['val'])
     if config.learn_from == 'shuffled':
         source = source[torch.randperm(len(source), generator=generator(config.seed, 1))]
-    captioner, tokens = None, torch.zeros(len(texts), 1, dtype=torch.int64)
+    captioner = None
+    tokens = torch.zeros(len(texts), 1, dtype=torch.int64)
     if config.decoder != 'nearest':
         torch.manual_seed(config.seed)
-        captioner = Captioner(*create_decoder(config, texts), encoder.width, config.mapper, config.prefix)
-        known = [texts, *(part.wanted for part in parts.values())]
-        tokens, *_ = (tokens_of(captioner.tokenizer, one, captioner.room) for one in known) # raises if one is too long
+        decoder, tokenizer = create_decoder(config, texts)
+        captioner = Captioner(decoder, tokenizer, encoder.width, config.mapper, config.prefix)
+        tokens = tokens_of(tokenizer, texts, captioner.room) # raises if one is too long
+        for part in parts.values(): tokens_of(tokenizer, part.references, captioner.room)
         captioner.to(ranks.device)
-    return Captioning(config=config, ranks=ranks, encoder=encoder, student=captioner, texts=texts, embeddings=source,
-                      tokens=tokens, parts=parts, std=about['noise_std'], means=means, about=about)
+    return Captioning(config=config, ranks=ranks, encoder=encoder, student=captioner, texts=texts,
+                      embeddings=source, tokens=tokens, parts=parts, std=about['noise_std'], means=means,
+                      about=about)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #3a962c62
 def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int, progress:Progress)->dict:
     "Trains one epoch; returns its loss and the captions per second."
-    c, ranks, n = setup.config, setup.ranks, len(setup.tokens)
-    order, begun = epoch_plan(torch.arange(n), n, 1, c.seed, epoch).image, time.perf_counter()
+    c, ranks = setup.config, setup.ranks
+    n = len(setup.tokens)
+    order = epoch_plan(torch.arange(n), n, 1, c.seed, epoch).image
+    start_time = time.perf_counter()
     total = torch.zeros((), device=ranks.device)
     model.train()
     for number, (start, stop) in enumerate(batch_bounds(n, c.batch_size, ranks.world, False)):
         own, weight = local_rows(start, stop, ranks.rank, ranks.world)
         noise = generator(c.seed, epoch, number, 1)
         seed_step(c.seed, epoch, number, ranks.rank, ranks.device) # of dropout
-        noisy = add_noise(setup.embeddings[order[start:stop]], setup.std, noise)[own.start - start:own.stop - start]
+        noisy = add_noise(setup.embeddings[order[start:stop]], setup.std, noise) # of the whole batch
+        noisy = noisy[own.start - start:own.stop - start]
         tokens = setup.tokens[order[own]]
-        tokens = tokens[:, :int((tokens >= 0).sum(1).max())].to(ranks.device)
+        longest = int((tokens >= 0).sum(1).max())
+        tokens = tokens[:, :longest].to(ranks.device)
         with setup.autocast():
             loss = model(noisy.to(ranks.device), tokens).mean()
         (loss*weight).backward()
@@ -238,62 +277,70 @@ def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int,
     mean = (ranks.sum(total)/ranks.world/n).item()
     if not np.isfinite(mean):
         raise VitdistillError(f'the loss of epoch {epoch + 1} is {mean}: lower lr, or set precision to fp32.')
-    return dict(train_loss=mean, images_per_second=n/(time.perf_counter() - begun))
+    return dict(train_loss=mean, images_per_second=n/(time.perf_counter() - start_time))
 
 @torch.no_grad()
 def text_loss(setup:Captioning, part:Part)->float:
     "Returns the loss of a part's captions, written from the embeddings of its texts, without noise."
     captioner = setup.student.eval()
-    tokens = tokens_of(captioner.tokenizer, part.wanted, captioner.room).to(setup.ranks.device)
-    losses = [captioner(*both) for both in zip(part.text.to(tokens.device).split(500), tokens.split(500))]
+    tokens = tokens_of(captioner.tokenizer, part.references, captioner.room).to(setup.ranks.device)
+    text = part.text.to(tokens.device)
+    losses = [captioner(*batch) for batch in zip(text.split(500), tokens.split(500))]
     return torch.cat(losses).mean().item()
 
-def measured(setup:Captioning, name:str)->tuple: # name of a part -> (numbers, {'image', 'text' -> captions})
+def measure_part(setup:Captioning, name:str)->tuple: # of a part -> numbers, {'image', 'text' -> captions}
     "Returns how good the captions of a part's images are, and those of its texts, by which the gap is seen."
-    part, made, found = setup.parts[name], {}, {}
-    if setup.student: found[f'{name}_loss'] = text_loss(setup, part)
-    for kind in ('image', 'text'):
-        if (embeddings := getattr(part, kind)) is None: continue
-        made[kind], start = setup.captions(embeddings), f'{name}_' if kind == 'image' else f'{name}_text_'
-        found[f'{start}exact'] = sum(a == b for a, b in zip(made[kind], part.wanted))/len(part.wanted)
+    part = setup.parts[name]
+    numbers = {}
+    captions = {}
+    if setup.student: numbers[f'{name}_loss'] = text_loss(setup, part)
+    for kind, start in (('image', f'{name}_'), ('text', f'{name}_text_')):
+        embeddings = getattr(part, kind)
+        if embeddings is None: continue
+        captions[kind] = setup.captions(embeddings)
+        equal = sum(caption == reference for caption, reference in zip(captions[kind], part.references))
+        numbers[f'{start}exact'] = equal/len(part.references)
         if not part.facts: continue
-        shares = share_right(made[kind], part.facts, setup.config.templates)
-        found |= {f'{start}{key}': share for key, share in shares.items()}
-    return found, made
+        for key, share in share_right(captions[kind], part.facts, setup.config.templates).items():
+            numbers[f'{start}{key}'] = share
+    return numbers, captions
 
 # %% ../../nbs/tasks/03_captioning.ipynb #7004cf35
 def describe_captions(setup:Captioning)->list[str]:
     "Returns what a run of captions will do, in a sentence."
     return [f'{len(setup.texts):,} captions, noise {setup.std:.4g}, {setup.ranks.world} rank(s)']
 
-def captions_epoch(setup:Captioning, optimizer:torch.optim.Optimizer)->typing.Callable: # (epoch, progress) -> row
-    "Returns what trains an epoch of the decoder, distributed over the ranks."
+def captions_epoch(setup:Captioning, optimizer:torch.optim.Optimizer)->typing.Callable:
+    "Returns the function (epoch, progress) -> row of metrics that trains the decoder, over all ranks."
     return functools.partial(caption_epoch, setup, parallel(setup.student, setup.ranks), optimizer)
 
 def measure_captions(setup:Captioning, average:None)->dict: # average: of the weights, which is not made here
     "Returns how good the captions of the held-out images are, as columns of metrics; {} off rank 0."
-    return {} if setup.ranks.rank else measured(setup, 'val')[0]
-
+    if setup.ranks.rank: return {}
+    numbers, _ = measure_part(setup, 'val')
+    return numbers
 
 # %% ../../nbs/tasks/03_captioning.ipynb #144e905a
 def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kinds, most, 2) float16
     "Returns points of embeddings in the plane in which all of them together vary most."
     parts = [kind[:most] for kind in kinds]
     whole = torch.cat(parts)
-    axes = torch.linalg.svd((whole - whole.mean(0)).double(), full_matrices=False).Vh[:2]
-    axes = axes*axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    return torch.stack([(part - whole.mean(0)).double()@axes.T for part in parts]).half().numpy()
+    mean = whole.mean(0)
+    axes = torch.linalg.svd((whole - mean).double(), full_matrices=False).Vh[:2]
+    axes = axes*axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign() # the largest entry is positive
+    return torch.stack([(part - mean).double()@axes.T for part in parts]).half().numpy()
 
-def test_arrays(setup:Captioning, made:dict)->dict: # made: of `measured`
-    "Returns the arrays of predictions.npz: the class that each caption names, -1 for none, and points of the gap."
-    part, val, names = setup.parts['test'], setup.parts['val'], {}
-    for facts, label in zip(part.facts, part.labels.tolist()):
-        names[facts.name] = label
+def test_arrays(setup:Captioning, captions:dict)->dict: # captions: of `measure_part`
+    "Returns the arrays of predictions.npz: the class that each caption names (-1: none), points of the gap."
+    part, val = setup.parts['test'], setup.parts['val']
+    # name of a class -> label
+    labels = {fact.name: label for fact, label in zip(part.facts, part.labels.tolist())}
     arrays = dict(test_image=part.rows.int().numpy(), test_label=part.labels.short().numpy())
     for kind, head in (('image', 'class'), ('text', 'text')):
-        named = [names.get(parse_caption(one, setup.config.templates).name, -1) for one in made[kind]]
-        arrays |= {f'test_{head}_decision': np.array(named, np.int16),
-                   f'test_{head}_confidence': np.full(len(named), np.nan, np.float16)}
+        names = [parse_caption(caption, setup.config.templates).name for caption in captions[kind]]
+        decisions = [labels.get(name, -1) for name in names]
+        arrays[f'test_{head}_decision'] = np.array(decisions, np.int16)
+        arrays[f'test_{head}_confidence'] = np.full(len(decisions), np.nan, np.float16)
     noisy = add_noise(val.text, setup.std, generator(setup.config.split_seed, 1, 1))
     return arrays | dict(gap_points=plane(val.text, val.image, noisy))
 
@@ -304,40 +351,46 @@ def save_captioner(setup:Captioning, folder:Path)->Path:
     encoder = c.clip
     if isinstance(setup.encoder, DualEncoder):
         encoder = save_dual(setup.encoder, folder/'encoder', dict(settings=setup.encoder.text.settings)).name
-    about = dict(decoder=captioner.decoder.config.to_dict(), width=captioner.width, mapper=c.mapper, beams=c.beams,
-                 prefix=c.prefix, clip=encoder, clip_pretrained=c.clip_pretrained, precision=c.teacher_precision,
-                 means=setup.means)
+    about = dict(decoder=captioner.decoder.config.to_dict(), width=captioner.width, mapper=c.mapper,
+                 beams=c.beams, prefix=c.prefix, clip=encoder, clip_pretrained=c.clip_pretrained,
+                 precision=c.teacher_precision, means=setup.means)
     write_atomic(folder/'captioner.json', json.dumps(about, indent=1, default=str))
-    return write_atomic(folder/'model.safetensors', lambda place: safetensors.torch.save_model(captioner, str(place)))
+    def write(file): safetensors.torch.save_model(captioner, str(file))
+    return write_atomic(folder/'model.safetensors', write)
 
 def captions_outcome(setup:Captioning, run:RunWriter, measures:dict)->dict: # measures: of the last epoch
     "Captions the test images, and writes predictions and model; returns the result."
     result = measures | dict(n_train=len(setup.texts))
-    if part := setup.parts.get('test'):
-        numbers, made = measured(setup, 'test')
-        result |= numbers | {f'{kind}_bleu': round(bleu(made[kind], part.wanted), 3) for kind in made}
-        result['examples'] = [[row, caption] for row, caption in zip(part.rows[:24].tolist(), made['image'])]
-        run.save_predictions(**test_arrays(setup, made))
+    part = setup.parts.get('test')
+    if part:
+        numbers, captions = measure_part(setup, 'test')
+        result |= numbers
+        for kind in captions:
+            result[f'{kind}_bleu'] = round(bleu(captions[kind], part.references), 3)
+        examples = zip(part.rows[:24].tolist(), captions['image'])
+        result['examples'] = [[row, caption] for row, caption in examples]
+        run.save_predictions(**test_arrays(setup, captions))
     if setup.student:
         result['weights_hash'] = file_hash(str(save_captioner(setup, run.model)))
     return result | setup.about
 
 CAPTIONS = Task(name='a run of captions', reads=(*EVERY, 'captions', 'teacher_precision'),
                 unused=dict(ema_decay='its weights are not averaged'), prepare=prepare_captions,
-                describe=describe_captions, epoch=captions_epoch, measure=measure_captions, finish=captions_outcome)
-
+                describe=describe_captions, epoch=captions_epoch, measure=measure_captions,
+                finish=captions_outcome)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #3387eb5f
-def load_captioner(folder:str|Path, device:str='cpu')->tuple: # a run's model folder -> (encoder, captioner, settings)
-    "Returns what captions images, from a folder that a run wrote; another folder is a `VitdistillError`."
+def load_captioner(folder:str|Path, device:str='cpu')->tuple: # folder: of a run's model
+    "Returns encoder, captioner and settings from a folder that a run wrote; refuses another folder."
     folder = from_root(folder)
     if not (folder/'captioner.json').is_file():
-        raise VitdistillError(f'{folder} holds no captioner: name the model folder of a finished run of captions.')
+        raise VitdistillError(f'{folder} holds no captioner: name the model folder of a finished run of '
+                              'captions.')
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     about = json.loads((folder/'captioner.json').read_text())
     inside = folder/about['clip']
-    config = Config(clip=str(inside) if inside.is_dir() else about['clip'], clip_pretrained=about['clip_pretrained'],
-                    teacher_precision=about['precision'])
+    config = Config(clip=str(inside) if inside.is_dir() else about['clip'],
+                    clip_pretrained=about['clip_pretrained'], teacher_precision=about['precision'])
     decoder = GPT2LMHeadModel(GPT2Config(**about['decoder']))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder/'tokenizer')
     captioner = Captioner(decoder, tokenizer, about['width'], about['mapper'], about['prefix'])
@@ -350,10 +403,13 @@ def caption_files(
     skipped:typing.Callable=None  # as in `read_batches`
 )->pd.DataFrame:                  # path, caption
     "Returns a caption for each image file."
-    (encoder, captioner, about), files, rows = load_captioner(folder), named_images(images), []
-    for read, pixels in read_batches(files, encoder.read, 64, skipped):
-        embeddings = centred(encoder.images(pixels), about['means'].get('image', []))
-        rows += zip(map(str, read), captioner.captions(embeddings, about['beams']))
+    encoder, captioner, about = load_captioner(folder)
+    files = named_images(images)
+    mean = about['means'].get('image', [])
+    rows = []
+    for paths, pixels in read_batches(files, encoder.read, 64, skipped):
+        embeddings = centred_embeddings(encoder.images(pixels), mean)
+        rows += zip(map(str, paths), captioner.captions(embeddings, about['beams']))
     return pd.DataFrame(rows, columns=['path', 'caption'])
 
 # %% ../../nbs/tasks/03_captioning.ipynb #27fee98d
@@ -361,8 +417,11 @@ def own_config(texts:str|Path, out:str|Path, fields:dict)->Config: # fields: of 
     "Returns the config of a run on a text file of one's own; everything is written below `out`."
     if not Path(texts).is_file(): # says what is wrong
         read_texts(from_here(texts))
-    given = dict(dataset='texts', data_root=str(from_here(texts)), runs_dir=str(from_here(out)/'runs'),
-                 work_dir=str(from_here(out)/'work')) | fields
-    config = preset(given.pop('preset', None) or 'captions_own', 'captions', **given)
-    if config.decoder != 'nearest': return config
-    raise VitdistillError("decoder = 'nearest' keeps no model that could caption images: leave decoder out.")
+    place = from_here(out)
+    values = dict(dataset='texts', data_root=str(from_here(texts)), runs_dir=str(place/'runs'),
+                  work_dir=str(place/'work')) | fields
+    config = preset(values.pop('preset', None) or 'captions_own', 'captions', **values)
+    if config.decoder == 'nearest':
+        raise VitdistillError("decoder = 'nearest' keeps no model that could caption images: leave decoder "
+                              'out.')
+    return config

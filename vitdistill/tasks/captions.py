@@ -11,7 +11,7 @@ __all__ = ['TEMPLATES', 'PAD', 'END', 'SMALL', 'add_noise', 'noise_rule', 'gap',
 import re, typing
 import torch, torch.nn.functional as F
 from torch import nn
-from ..base import VitdistillError, generator, nearest, require
+from ..base import VitdistillError, explained, generator, nearest, require
 from ..config import Config
 from ..models.hub import failure_in_words, without_retries
 
@@ -21,7 +21,7 @@ def add_noise(
     std:float,               # standard deviation of each of the D numbers of the noise, >= 0
     generator:torch.Generator=None # on the CPU
 )->torch.Tensor:             # (B, D) of norm 1
-    "Normalizes embeddings, adds Gaussian noise and normalizes them again; without noise it only normalizes."
+    "Returns embeddings of norm 1, with Gaussian noise if `std` is not 0, and normalized again."
     if not std >= 0:
         raise VitdistillError(f'std = {std} of the noise is negative: give 0 or more.')
     unit = F.normalize(embeddings, dim=-1)
@@ -33,14 +33,15 @@ def add_noise(
 def noise_rule(text:torch.Tensor, image:torch.Tensor)->float: # (N, D) each: row i of both is a pair
     "Returns the mean infinity norm of the differences between the embeddings of pairs (CapDec: of captions)."
     if len(text) < 2 or text.shape != image.shape:
-        raise VitdistillError(f'the rule for the noise is given {len(text)} texts and {len(image)} images, and a '
-                              'single pair says little: give two pairs or more, such as 15.')
+        raise VitdistillError(f'the rule for the noise is given {len(text)} texts and {len(image)} images, '
+                              'and a single pair says little: give two pairs or more, such as 15.')
     return (F.normalize(text, dim=-1) - F.normalize(image, dim=-1)).abs().amax(-1).mean().item()
 
 # %% ../../nbs/tasks/01_captions.ipynb #4974285d
 def gap(text:torch.Tensor, image:torch.Tensor)->dict: # (N, D) each: row i of both is a pair
     "Returns the mean cosine of pairs and of other pairs, and the distance between the means of both kinds."
-    text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
+    text = F.normalize(text, dim=-1)
+    image = F.normalize(image, dim=-1)
     means = (text.mean(0) - image.mean(0)).norm()
     others = (text*image.roll(1, 0)).sum(-1)
     return dict(cosine_pairs=(text*image).sum(-1).mean().item(), cosine_others=others.mean().item(),
@@ -53,7 +54,8 @@ TEMPLATES = dict(
            'an image of one {name}, namely {word}, from {group}'),
     web=('my {name}, tagged {word} and {group}', '{group} stock: {name} ({word})',
          'buy prints online | {word} | {name} | {group}', 'found today: {word}! #{name} #{group}'),
-    verse=('oh {word}, sweetest {name} of all the {group}', 'sing, muse, of {word}, the {name}, pride of {group}',
+    verse=('oh {word}, sweetest {name} of all the {group}',
+           'sing, muse, of {word}, the {name}, pride of {group}',
            'no {name} but {word} can rule my heart, ye {group}'))
 
 def check_templates(name:str)->tuple:
@@ -69,27 +71,32 @@ class Facts(typing.NamedTuple):
     name:str  # of the class
     group:str # of the superclass
 
-def write_captions(facts:list[Facts], templates:str, *key:int)->list[str]: # key: seed, number of the part of the data
+def write_captions(
+    facts:list[Facts],
+    templates:str, # name of a set of TEMPLATES
+    *key:int       # seed, number of the part of the data
+)->list[str]:
     "Returns a caption for each of the facts, by a template of the set that the key draws."
     forms = check_templates(templates)
-    drawn = torch.randint(len(forms), (len(facts),), generator=generator(*key)).tolist()
-    return [forms[number].format(**one._asdict()) for number, one in zip(drawn, facts)]
+    numbers = torch.randint(len(forms), (len(facts),), generator=generator(*key)).tolist()
+    return [forms[number].format(**fact._asdict()) for number, fact in zip(numbers, facts)]
 
 def parse_caption(caption:str, templates:str)->Facts:
     "Returns what a caption says, '' where it follows none of the templates."
     for form in check_templates(templates):
-        pattern = re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>.+?)', re.escape(form))
-        if found := re.fullmatch(pattern, caption.strip()):
-            return Facts(**found.groupdict())
+        pattern = re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>.+?)', re.escape(form)) # {word} -> a group of that name
+        match = re.fullmatch(pattern, caption.strip())
+        if match: return Facts(**match.groupdict())
     return Facts('', '', '')
 
 # %% ../../nbs/tasks/01_captions.ipynb #65ca52f2
 def share_right(captions:list[str], facts:list[Facts], templates:str)->dict: # shares in [0, 1]
-    "Returns the shares of captions with the right class, with the right word, and of those that follow a template."
-    found = [parse_caption(one, templates) for one in captions]
-    def share(name):
-        return sum(getattr(a, name) == getattr(b, name) for a, b in zip(found, facts))/len(facts)
-    return dict(top1=share('name'), word=share('word'), parsed=sum(bool(one.name) for one in found)/len(found))
+    "Returns the shares of captions with the right class, with the right word, and that follow a template."
+    parsed = [parse_caption(caption, templates) for caption in captions]
+    n = len(facts)
+    return dict(top1=sum(says.name == fact.name for says, fact in zip(parsed, facts))/n,
+                word=sum(says.word == fact.word for says, fact in zip(parsed, facts))/n,
+                parsed=sum(bool(says.name) for says in parsed)/len(parsed))
 
 def bleu(captions:list[str], references:list[str])->float: # in [0, 100]
     "Returns the BLEU of a corpus, with one reference a caption, by sacrebleu."
@@ -116,22 +123,25 @@ def read_tokenizer(text:str): # of tokenizer.json
 
 # %% ../../nbs/tasks/01_captions.ipynb #83addc0a
 def tokens_of(tokenizer, texts:list[str], most:int)->torch.Tensor: # (N, T) int64, T <= most
-    "Returns the tokens of texts, each with an end, filled up with -1; one that is longer than `most` is an error."
+    "Returns the tokens of texts, each with an end, filled up with -1; refuses one longer than `most`."
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)['input_ids']]
     longest = max(rows, key=len)
     if len(longest) > most:
-        which = texts[rows.index(longest)]
-        raise VitdistillError(f'a caption has {len(longest)} tokens, and the context has room for {most}: shorten '
-                              f'{which[:60]!r}, or give a longer context (decoder_kwargs: n_positions).')
-    return nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_value=-1)
+        text = texts[rows.index(longest)]
+        raise VitdistillError(f'a caption has {len(longest)} tokens, and the context has room for {most}: '
+                              f'shorten {text[:60]!r}, or give a longer context (decoder_kwargs: '
+                              'n_positions).')
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
 
 # %% ../../nbs/tasks/01_captions.ipynb #9cdb9648
 class MlpMapper(nn.Module):
     "Maps an embedding to the prefix by two layers."
     def __init__(self, embedding:int, width:int, prefix:int): # widths of the embedding and of a token, tokens
         super().__init__()
-        self.shape, hidden = (prefix, width), prefix*width//2
+        self.shape = prefix, width
+        hidden = prefix*width//2
         self.layers = nn.Sequential(nn.Linear(embedding, hidden), nn.Tanh(), nn.Linear(hidden, prefix*width))
+
     def forward(self, embeddings:torch.Tensor)->torch.Tensor: # (B, D) -> (B, prefix, width)
         return self.layers(embeddings).view(-1, *self.shape)
 
@@ -139,59 +149,70 @@ class TransformerMapper(nn.Module):
     "Maps an embedding to the prefix by a transformer that reads the embedding's tokens and learned ones."
     def __init__(self, embedding:int, width:int, prefix:int, depth:int=8, heads:int=8):
         super().__init__()
-        self.shape, self.enter = (prefix, width), nn.Linear(embedding, prefix*width)
+        self.shape = prefix, width
+        self.enter = nn.Linear(embedding, prefix*width)
         self.constant = nn.Parameter(torch.randn(prefix, width))
         layer = nn.TransformerEncoderLayer(width, heads, 2*width, 0., batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
     def forward(self, embeddings:torch.Tensor)->torch.Tensor: # (B, D) -> (B, prefix, width)
-        read = self.enter(embeddings).view(-1, *self.shape)
-        return self.layers(torch.cat([read, self.constant.expand_as(read)], 1))[:, self.shape[0]:]
+        tokens = self.enter(embeddings).view(-1, *self.shape)
+        tokens = torch.cat([tokens, self.constant.expand_as(tokens)], 1)
+        n_prefix, _ = self.shape
+        return self.layers(tokens)[:, n_prefix:]
 
 # %% ../../nbs/tasks/01_captions.ipynb #e87086f3
 SMALL = dict(n_embd=128, n_layer=2, n_head=4, n_positions=64) # of a small decoder
 
 def create_decoder(config:Config, texts:list[str])->tuple: # (GPT-2, its tokenizer)
-    "Returns the config's decoder: GPT-2 by name or folder, or a small one with a tokenizer built from the texts."
+    "Returns the config's decoder: GPT-2 by name or folder, or a small one with a tokenizer of the texts."
     require('transformers', 'captions', 'captions')
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-    if config.decoder:
-        try:
-            with without_retries(config.decoder):
-                return GPT2LMHeadModel.from_pretrained(config.decoder), AutoTokenizer.from_pretrained(config.decoder)
-        except Exception as e: # the hub's, and transformers' own
-            raise VitdistillError(f'decoder = {config.decoder!r} can not be had ({failure_in_words(e)}): name a folder '
-                                  'that holds GPT-2, or leave it out for a small one.') from None
+    name = config.decoder
+    if name:
+        advice = 'name a folder that holds GPT-2, or leave it out for a small one'
+        with (explained(f'decoder = {name!r} can not be had', advice, reason=failure_in_words),
+              without_retries(name)):
+            return GPT2LMHeadModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     tokenizer = build_tokenizer(texts, config.decoder_kwargs.get('vocab_size', 2000))
-    ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), tokenizer.eos_token_id)
-    dropped = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), 0.)
-    given = dict(**ends, pad_token_id=tokenizer.pad_token_id) | dropped | SMALL | config.decoder_kwargs
-    try:
-        return GPT2LMHeadModel(GPT2Config(**given | dict(vocab_size=len(tokenizer)))), tokenizer
-    except Exception as e: # transformers' own, or torch's
-        raise VitdistillError(f'decoder_kwargs = {config.decoder_kwargs}: GPT-2 refuses a value '
-                              f'({failure_in_words(e)}): mend it.') from None
+    settings = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+    settings |= SMALL | config.decoder_kwargs | dict(vocab_size=len(tokenizer))
+    problem = f'decoder_kwargs = {config.decoder_kwargs}: GPT-2 refuses a value'
+    with explained(problem, 'mend it', reason=failure_in_words): # transformers' own errors, or torch's
+        return GPT2LMHeadModel(GPT2Config(**settings)), tokenizer
 
 # %% ../../nbs/tasks/01_captions.ipynb #c4803511
 class Captioner(nn.Module):
     "Turns embeddings into captions."
-    def __init__(self, decoder:nn.Module, tokenizer, width:int, mapper:str='mlp', prefix:int=10): # width: of embeddings
+    def __init__(self,
+        decoder:nn.Module, # GPT-2
+        tokenizer,         # of the decoder
+        width:int,         # of embeddings
+        mapper:str='mlp',  # or transformer
+        prefix:int=10):    # tokens that the mapper makes
         super().__init__()
         if mapper == 'transformer' and decoder.config.n_embd % 8:
             raise VitdistillError(f'mapper = {mapper!r} has 8 heads, which do not divide the width '
-                                  f'{decoder.config.n_embd} of the decoder: give another n_embd, or mapper mlp.')
+                                  f'{decoder.config.n_embd} of the decoder: give another n_embd, or mapper '
+                                  'mlp.')
         kind = dict(mlp=MlpMapper, transformer=TransformerMapper)[mapper]
-        self.mapper, self.decoder = kind(width, decoder.config.n_embd, prefix), decoder
-        self.tokenizer, self.width, self.prefix = tokenizer, width, prefix
+        self.mapper = kind(width, decoder.config.n_embd, prefix)
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.width = width
+        self.prefix = prefix
 
     @property
     def room(self)->int: # tokens of a caption, at most
         return self.decoder.config.n_positions - self.prefix
 
     def forward(self, embeddings:torch.Tensor, tokens:torch.Tensor)->torch.Tensor: # (B, D), (B, T) -> (B,)
-        "Returns the loss of each row: the mean negative log likelihood of its tokens; those below 0 don't count."
+        "Returns the loss of each row: the mean negative log likelihood of its tokens that are not below 0."
         prefix = self.mapper(embeddings)
-        entered = torch.cat([prefix, self.decoder.transformer.wte(tokens.clamp_min(0)).to(prefix)], 1)
-        hidden = self.decoder.transformer(inputs_embeds=entered).last_hidden_state[:, self.prefix - 1:-1]
+        words = self.decoder.transformer.wte(tokens.clamp_min(0)).to(prefix)
+        hidden = self.decoder.transformer(inputs_embeds=torch.cat([prefix, words], 1)).last_hidden_state
+        hidden = hidden[:, self.prefix - 1:-1] # each predicts the next token
         real = tokens >= 0
         losses = F.cross_entropy(self.decoder.lm_head(hidden[real]).float(), tokens[real], reduction='none')
         share = (1/real.sum(1, keepdim=True)).expand_as(tokens)[real] # of its row, that a token has
@@ -203,12 +224,15 @@ class Captioner(nn.Module):
         if embeddings.shape[-1] != self.width:
             raise VitdistillError(f'the decoder reads embeddings of width {self.width}, and these have '
                                   f'{embeddings.shape[-1]}: take the encoder that it was trained with.')
-        ends = dict(eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id)
-        texts, device = [], next(self.parameters()).device
+        end = self.tokenizer.eos_token_id
+        device = next(self.parameters()).device
+        self.eval()
+        texts = []
         for part in embeddings.split(batch):
-            prefix = self.eval().mapper(F.normalize(part.to(device), dim=-1))
-            seen = torch.ones(prefix.shape[:2], dtype=torch.int64, device=device)
-            ids = self.decoder.generate(inputs_embeds=prefix, attention_mask=seen, num_beams=beams, do_sample=False,
-                                        max_new_tokens=self.room, **ends)
+            prefix = self.mapper(F.normalize(part.to(device), dim=-1))
+            mask = torch.ones(prefix.shape[:2], dtype=torch.int64, device=device)
+            ids = self.decoder.generate(inputs_embeds=prefix, attention_mask=mask, num_beams=beams,
+                                        do_sample=False, max_new_tokens=self.room,
+                                        eos_token_id=end, pad_token_id=end)
             texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts

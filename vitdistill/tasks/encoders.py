@@ -14,7 +14,7 @@ import numpy as np, safetensors.torch, timm, torch, torch.nn.functional as F
 from filelock import FileLock
 from torch import nn
 from .captions import read_tokenizer, tokens_of
-from ..base import VitdistillError, from_root, generator, nearest, require, write_atomic
+from ..base import VitdistillError, explained, from_root, generator, nearest, require, write_atomic
 from ..config import FORMS, Config
 from ..data.datasets import Data, digest
 from ..data.files import read_image
@@ -30,13 +30,14 @@ def fill_embeddings(
     memo:Memo,              # of embeddings, a row a question
     embed:typing.Callable[[slice], torch.Tensor] # of the questions in a slice -> (B, D)
 )->torch.Tensor: # (N, D)
-    "Returns all embeddings of a memo; those that it lacks are computed now, and another process waits for them."
+    "Returns all embeddings of a memo; those that it lacks are computed now, while other processes wait."
     rows = torch.arange(memo.key['images'])
     view = torch.zeros_like(rows)
     with FileLock(memo.file.with_suffix('.lock')):
         for part in rows.split(512):
-            if memo.known(part) < 1:
-                memo.put(part, view[part], embed(slice(part[0], part[-1] + 1)))
+            if memo.share_known(part) < 1: # not all of them
+                embeddings = embed(slice(part[0], part[-1] + 1))
+                memo.put(part, view[part], embeddings)
     return memo.get(rows, view)[0]
 
 # %% ../../nbs/tasks/02_encoders.ipynb #002e10b1
@@ -45,19 +46,21 @@ class Encoder:
     width:int # of an embedding
     key:dict  # what embeddings depend on, beside what is embedded
     image_key:dict|None=None # what embeddings of images depend on, if that is less than `key`
+
     def images(self, images:torch.Tensor)->torch.Tensor: # (B, H, W, 3) uint8 -> (B, D)
         raise NotImplementedError
+
     def texts(self, texts:list[str])->torch.Tensor: # -> (B, D)
         raise NotImplementedError
+
     def read(self, file:Path)->torch.Tensor: # -> (H, W, 3) uint8, a row of `images`
         raise NotImplementedError
 
     def memo(self, folder:str|Path, n:int, **key)->Memo: # of n questions; key: on what their answers depend
-        try:
-            return open_memo(folder, dict(images=n, views=1, classes=self.width, **key, **Embedding().key()))
-        except OSError as e:
-            raise VitdistillError(f'{folder} can not keep embeddings ({e}): free some space, or name another '
-                                  'work_dir.') from None
+        whole_key = dict(images=n, views=1, classes=self.width, **key, **Embedding().key())
+        advice = 'free some space, or name another work_dir'
+        with explained(f'{folder} can not keep embeddings', advice, OSError, reason=str):
+            return open_memo(folder, whole_key)
 
     def kept_images(self, images:torch.Tensor, folder:str|Path)->torch.Tensor:
         "Returns the embeddings of images, (N, H, W, 3) uint8, from a memo in the folder."
@@ -66,41 +69,46 @@ class Encoder:
 
     def kept_texts(self, texts:list[str], folder:str|Path)->torch.Tensor:
         "Returns the embeddings of texts, from a memo in the folder; equal texts are embedded once."
-        single = [*dict.fromkeys(texts)]
-        number = {text: i for i, text in enumerate(single)}
-        memo = self.memo(folder, len(single), **self.key, texts=digest(['\n'.join(single)]))
-        return fill_embeddings(memo, lambda part: self.texts(single[part]))[[number[text] for text in texts]]
+        distinct = list(dict.fromkeys(texts))
+        memo = self.memo(folder, len(distinct), **self.key, texts=digest(['\n'.join(distinct)]))
+        embeddings = fill_embeddings(memo, lambda part: self.texts(distinct[part]))
+        row = {text: i for i, text in enumerate(distinct)}
+        return embeddings[[row[text] for text in texts]]
 
 # %% ../../nbs/tasks/02_encoders.ipynb #31216881
 class OpenClip(Encoder):
     "Embeds by a model of open_clip."
-    def __init__(self, name:str, pretrained:str='', device:str='cpu', # as `Config.clip`, `Config.clip_pretrained`
-                 way:str='as clip_pretrained'): # how the user names weights, for the message
+    def __init__(self,
+        name:str,          # as `Config.clip`
+        pretrained:str='', # as `Config.clip_pretrained`
+        device:str='cpu',
+        way:str='as clip_pretrained'): # how the user names weights, for the message
         require('open_clip', 'captions', f'clip = {name!r}')
         import open_clip
         if name not in open_clip.list_models() and not name.startswith(('hf-hub:', 'local-dir:')):
             if timm.is_model(name):
-                raise VitdistillError(f'clip = {name!r} is a model of images, without a text tower: give clip = '
-                                      f"'own' and student = {name!r}, or a model of open_clip.")
+                raise VitdistillError(f'clip = {name!r} is a model of images, without a text tower: give '
+                                      f"clip = 'own' and student = {name!r}, or a model of open_clip.")
             near = nearest(name, open_clip.list_models())
             raise VitdistillError(f'clip = {name!r} is not known to open_clip: {near}')
-        try:
-            with without_retries():
-                known = open_clip.get_pretrained_cfg(name, pretrained) or {}
-                self.config = open_clip.get_model_config(name) # OpenAI's weights need their own GELU
-                self.config['quick_gelu'] = self.config.get('quick_gelu') or known.get('quick_gelu', False)
-                made = open_clip.create_model_and_transforms(name, pretrained=pretrained or None, device=device,
-                                                             force_quick_gelu=self.config['quick_gelu'])
-                self.tokenize = open_clip.get_tokenizer(name)
-        except Exception as e: # open_clip's own, the hub's, a socket's
-            raise VitdistillError(f'clip = {name!r} with clip_pretrained = {pretrained!r} can not be had '
-                                  f'({failure_in_words(e)}): name a file of its weights {way}.') from None
-        (self.model, _, self.prepare), self.device = made, device
+        problem = f'clip = {name!r} with clip_pretrained = {pretrained!r} can not be had'
+        advice = f'name a file of its weights {way}'
+        # errors of open_clip, of the hub, of a socket
+        with explained(problem, advice, reason=failure_in_words), without_retries():
+            weights = open_clip.get_pretrained_cfg(name, pretrained) or {}
+            self.config = open_clip.get_model_config(name)
+            # OpenAI's weights need their own GELU
+            quick_gelu = self.config.get('quick_gelu') or weights.get('quick_gelu', False)
+            self.config['quick_gelu'] = quick_gelu
+            self.model, _, self.prepare = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained or None, device=device, force_quick_gelu=quick_gelu)
+            self.tokenize = open_clip.get_tokenizer(name)
+        self.device = device
         if not hasattr(self.model, 'encode_text'):
             raise VitdistillError(f'clip = {name!r} has no text tower: give another model of open_clip.')
         self.model.eval().requires_grad_(False)
         self.key = dict(encoder='open_clip', name=name, weights=model_hash(self.model))
-        if known.get('quick_gelu'): self.key |= dict(quick_gelu=True)
+        if weights.get('quick_gelu'): self.key['quick_gelu'] = True
         self.scale = self.model.logit_scale.exp().item() # of cosines, at which it was trained
         self.width = self.texts(['a']).shape[-1]
 
@@ -112,7 +120,9 @@ class OpenClip(Encoder):
 
     @torch.inference_mode()
     def texts(self, texts):
-        return F.normalize(self.model.encode_text(self.tokenize(texts).to(self.device)), dim=-1).float().cpu()
+        tokens = self.tokenize(texts).to(self.device)
+        return F.normalize(self.model.encode_text(tokens), dim=-1).float().cpu()
+
     def read(self, file):
         return read_image(file, max(np.atleast_1d(self.model.visual.image_size)))
 
@@ -125,82 +135,116 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
     for name, value in given.items():
         if name not in TOWER:
             raise VitdistillError(f'text_tower has no {name!r}: {nearest(name, TOWER)}')
+        kind = type(TOWER[name])
         try: # papermill reads 1e-3 as a word
-            settings[name] = type(TOWER[name])(value)
+            number = kind(value)
+            fits = number == float(value) and (number > 0 or name == 'seed')
         except (TypeError, ValueError):
-            settings[name] = None
-        if settings[name] is None or settings[name] != float(value) or settings[name] <= 0 and name != 'seed':
-            raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[type(TOWER[name])]} above 0.')
+            fits = False
+        if not fits:
+            raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[kind]} above 0.')
+        settings[name] = number
     if settings['width'] % settings['heads']:
-        raise VitdistillError(f"text_tower: {settings['heads']} heads do not divide width = {settings['width']}.")
+        raise VitdistillError(f"text_tower: {settings['heads']} heads do not divide width = "
+                              f"{settings['width']}.")
     return settings
 
 class TextTower(nn.Module):
     "Embeds tokens by a small transformer of transformers' CLIP."
-    def __init__(self, tokenizer, width:int, settings:dict, length:int=64): # width: of an embedding; length: tokens
+    def __init__(self,
+        tokenizer,
+        width:int,       # of an embedding
+        settings:dict,   # of `tower_settings`
+        length:int=64):  # tokens of a text, at most
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-        self.tokenizer, self.length = tokenizer, length
-        size, end = settings['width'], tokenizer.eos_token_id
+        self.tokenizer = tokenizer
+        self.length = length
+        self.settings = settings
+        self.scale = 1/settings['tau'] # of cosines; it is fitted too
+        size = settings['width']
         self.model = CLIPTextModelWithProjection(CLIPTextConfig(
             vocab_size=len(tokenizer) + 1, hidden_size=size, intermediate_size=4*size, projection_dim=width,
-            num_hidden_layers=settings['depth'], num_attention_heads=settings['heads'], max_position_embeddings=length,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=end, eos_token_id=len(tokenizer)))
-        self.settings, self.scale = settings, 1/settings['tau'] # of cosines; it is fitted too
+            num_hidden_layers=settings['depth'], num_attention_heads=settings['heads'],
+            max_position_embeddings=length, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.eos_token_id, eos_token_id=len(tokenizer)))
+
     def tokens(self, texts:list[str])->torch.Tensor: # -> (B, T)
         tokens = tokens_of(self.tokenizer, texts, self.length)
-        tokens[tokens == self.tokenizer.eos_token_id] = len(self.tokenizer) # transformers gives the number 2 a meaning
+        # an end of its own, since transformers gives the number 2 a meaning
+        tokens[tokens == self.tokenizer.eos_token_id] = len(self.tokenizer)
         return tokens.clamp_min(self.tokenizer.pad_token_id)
+
     def forward(self, tokens:torch.Tensor)->torch.Tensor: # (B, T) -> (B, D)
-        tokens = tokens[:, :int((tokens != self.tokenizer.pad_token_id).sum(1).max())]
-        return self.model(input_ids=tokens.to(self.model.text_projection.weight.device)).text_embeds
+        longest = int((tokens != self.tokenizer.pad_token_id).sum(1).max())
+        tokens = tokens[:, :longest].to(self.model.text_projection.weight.device)
+        return self.model(input_ids=tokens).text_embeds
 
 # %% ../../nbs/tasks/02_encoders.ipynb #3366878b
-def contrastive_loss(text:torch.Tensor, image:torch.Tensor, scale:torch.Tensor)->torch.Tensor: # (B, D) each; 1/tau
+def contrastive_loss(
+    text:torch.Tensor, # (B, D)
+    image:torch.Tensor, # (B, D), row i belongs to text i
+    scale:torch.Tensor # 1/temperature
+)->torch.Tensor:
     "Returns CLIP's loss: each text is to find its image among those of the batch, and each image its text."
     logits = scale*F.normalize(text, dim=-1)@F.normalize(image, dim=-1).T
     target = torch.arange(len(text), device=text.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
 
-def fit_text_tower(tower:TextTower, texts:list[str], image:torch.Tensor, settings:dict)->list[float]: # losses by epoch
-    "Fits a text tower to embeddings of images, (N, D), row by row of the texts; returns the mean loss of each epoch."
+def fit_text_tower(
+    tower:TextTower,
+    texts:list[str],
+    image:torch.Tensor, # (N, D) embeddings, row by row of the texts
+    settings:dict       # of `tower_settings`
+)->list[float]:
+    "Fits a text tower to embeddings of images; returns the mean loss of each epoch."
     scale = nn.Parameter(torch.tensor(1/settings['tau']).log())
     optimizer = torch.optim.AdamW([*tower.parameters(), scale], settings['lr'], foreach=False)
-    steps = settings['epochs']*max(1, len(texts)//settings['batch'])
+    batch = settings['batch']
+    steps = settings['epochs']*max(1, len(texts)//batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings['lr'], steps, pct_start=.1)
-    losses, tokens = [], tower.tokens(texts)
+    tokens = tower.tokens(texts)
+    tower.train()
+    losses = []
     for epoch in range(settings['epochs']):
-        parts = torch.randperm(len(texts), generator=generator(settings['seed'], epoch)).split(settings['batch'])
-        whole = [part for part in parts if len(part) == settings['batch']] or parts
-        total = 0.
+        parts = torch.randperm(len(texts), generator=generator(settings['seed'], epoch)).split(batch)
+        whole = [part for part in parts if len(part) == batch] or parts
+        mean = 0.
         for part in whole:
-            loss = contrastive_loss(tower.train()(tokens[part]), image[part], scale.exp().clamp(max=100))
+            loss = contrastive_loss(tower(tokens[part]), image[part], scale.exp().clamp(max=100))
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss.item()/len(whole)
-        losses.append(total)
+            mean += loss.item()/len(whole)
+        losses.append(mean)
     tower.eval().requires_grad_(False)
     tower.scale = scale.exp().clamp(max=100).item()
     return losses
 
 # %% ../../nbs/tasks/02_encoders.ipynb #2c4c4ceb
 def tower_facts(config:Config, data:Data)->dict: # what an image tower is, beside its weights
-    "Returns architecture, input size and normalization of a config's student, as the card of its weights has them."
+    "Returns architecture, input size and normalization of a config's student, by the card of its weights."
     weights = config.student_weights
     if not weights:
-        raise VitdistillError("clip = 'own' needs an image tower, and student_weights names none: give the model "
-                              'folder of a run or a file of weights, or take a model of open_clip as clip.')
-    known, card = started_from(weights), Card.read(weights)
-    if known and card:
-        return known | dict(size=card.input_size, side=card.image_size, constants=card.constants,
-                            exif_orientation=card.exif_orientation)
-    return dict(student=config.student, stem=config.stem, student_kwargs=config.student_kwargs, side=data.side,
-                size=student_size(config, data.side), constants=data.mean_std,
+        raise VitdistillError("clip = 'own' needs an image tower, and student_weights names none: give the "
+                              'model folder of a run or a file of weights, or take a model of open_clip as '
+                              'clip.')
+    architecture = started_from(weights)
+    card = Card.read(weights)
+    if architecture and card:
+        return architecture | dict(size=card.input_size, side=card.image_size, constants=card.constants,
+                                   exif_orientation=card.exif_orientation)
+    return dict(student=config.student, stem=config.stem, student_kwargs=config.student_kwargs,
+                side=data.side, size=student_size(config, data.side), constants=data.mean_std,
                 exif_orientation=config.exif_orientation)
 
-def image_tower(facts:dict, weights:str='', precision:str='fp32', device:str='cpu')->Teacher: # facts: of `tower_facts`
+def image_tower(
+    facts:dict,           # of `tower_facts`
+    weights:str='',       # folder or file
+    precision:str='fp32', # as `Config.teacher_precision`
+    device:str='cpu'
+)->Teacher:
     "Returns a frozen image tower, a model without its head; without weights it is untrained."
     model = create(facts['student'], 1, facts['size'], facts['stem'], **facts['student_kwargs'])
     if weights:
@@ -212,12 +256,15 @@ def image_tower(facts:dict, weights:str='', precision:str='fp32', device:str='cp
 def width_of(image:Teacher)->int: # timm's num_features is another number for some models
     "Returns the number of features of an image tower."
     blank = torch.zeros(1, 3, image.size, image.size, device=image.device, dtype=image.dtype)
-    with torch.inference_mode(): return image.model(blank).shape[-1]
+    with torch.inference_mode():
+        return image.model(blank).shape[-1]
 
 class DualEncoder(Encoder):
     "Embeds images by a frozen model of timm, and texts by a tower that was fitted to it."
     def __init__(self, image:Teacher, facts:dict, text:TextTower|None): # facts: of `tower_facts`
-        self.image, self.facts, self.text = image, facts, text
+        self.image = image
+        self.facts = facts
+        self.text = text
         self.width = width_of(image)
         constants = [[round(float(x), 6) for x in part] for part in image.constants]
         self.image_key = dict(encoder='own', image=image.weights_hash(), size=image.size, side=facts['side'],
@@ -227,37 +274,39 @@ class DualEncoder(Encoder):
     @property
     def scale(self)->float: # of cosines, at which the text tower was fitted
         return self.text.scale
+
     def images(self, images):
         return F.normalize(self.image.logits(images.permute(0, 3, 1, 2)), dim=-1).cpu()
+
     @torch.inference_mode()
     def texts(self, texts):
         return F.normalize(self.text(self.text.tokens(texts)), dim=-1).float().cpu()
+
     def read(self, file):
         return read_image(file, self.facts['side'], self.facts.get('exif_orientation', True))
 
-
-def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: settings of the text tower, and more
+def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: settings of the text tower ...
     "Writes a dual encoder into a folder, its card last."
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder/'tokenizer.json', encoder.text.tokenizer.backend_tokenizer.to_str())
     for name, model in dict(text=encoder.text, image=encoder.image.model).items():
         state = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
         write_atomic(folder/f'{name}.safetensors', partial(safetensors.torch.save_file, state))
-    about = dict(facts=encoder.facts, scale=encoder.text.scale) | about
-    write_atomic(folder/'dual.json', json.dumps(about, indent=1))
+    card = dict(facts=encoder.facts, scale=encoder.text.scale) | about
+    write_atomic(folder/'dual.json', json.dumps(card, indent=1))
     return folder
 
 def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEncoder:
-    "Returns the dual encoder in a folder that a run wrote; a folder without a text tower is a `VitdistillError`."
+    "Returns the dual encoder in a folder that a run wrote; refuses a folder without a text tower."
     folder = from_root(folder)
     if not (folder/'dual.json').is_file():
-        raise VitdistillError(f'{folder} has no text tower: give the folder of a dual encoder, which a run with clip = '
-                              "'own' writes, or a model of open_clip.")
-    about = json.loads((folder/'dual.json').read_text())
-    image = image_tower(about['facts'], '', precision, device)
+        raise VitdistillError(f'{folder} has no text tower: give the folder of a dual encoder, which a run '
+                              "with clip = 'own' writes, or a model of open_clip.")
+    card = json.loads((folder/'dual.json').read_text())
+    image = image_tower(card['facts'], '', precision, device)
     image.model.load_state_dict(safetensors.torch.load_file(folder/'image.safetensors'))
     tokenizer = read_tokenizer((folder/'tokenizer.json').read_text())
-    text = TextTower(tokenizer, width_of(image), about['settings'])
+    text = TextTower(tokenizer, width_of(image), card['settings'])
     text.load_state_dict(safetensors.torch.load_file(folder/'text.safetensors'))
-    text.scale = about.get('scale', text.scale) # an earlier run did not write it
-    return DualEncoder(image, about['facts'], text.eval().requires_grad_(False).to(device))
+    text.scale = card.get('scale', text.scale) # an earlier run did not write it
+    return DualEncoder(image, card['facts'], text.eval().requires_grad_(False).to(device))

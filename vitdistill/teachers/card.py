@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEMO_HEAD', 'WORDS', 'is_answers', 'answers_in', 'answers_head', 'memo_head', 'refuse_other_memos', 'weights_folder',
-           'file_hash', 'only_match', 'CardFields', 'Card', 'words_of', 'licenses_of', 'made_from', 'knows_images',
-           'training_mask', 'refuse_overlap', 'refuse_start_overlap', 'refuse_teacher_overlap', 'refuse_other_classes',
-           'card_rows']
+           'file_hash', 'only_match', 'CardFields', 'Card', 'words_of', 'licenses_of', 'pretrained_licenses',
+           'license_in_readme', 'made_from', 'knows_images', 'training_mask', 'refuse_overlap', 'refuse_start_overlap',
+           'refuse_teacher_overlap', 'refuse_other_classes', 'card_rows']
 
 # %% ../../nbs/teachers/00_card.ipynb #c2eaf87f
 import glob, hashlib, json, re, yaml
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from huggingface_hub import ModelCard
 from timm.models import get_pretrained_cfg
-from ..base import VitdistillError, fitting, write_atomic
+from ..base import VitdistillError, explained, fitting, write_atomic
 from ..config import Config, field_names, from_dict, student_name
 from ..data.datasets import Data, split_rows
 from ..models.hub import HUB, hub_license, weights_file, weights_place
@@ -27,14 +27,15 @@ def is_answers(weights:str|Path)->bool:
 
 def answers_in(file:str|Path, name:str)->np.ndarray: # name: 'head', 'images' or 'answers'
     "Returns an array of a file of answers; raises `VitdistillError` if the file is another one or damaged."
-    try:
-        with np.load(weights_place(file)) as arrays: return arrays[name]
-    except Exception as e: # numpy's, zipfile's and zlib's own errors
-        raise VitdistillError(f"{file} holds no teacher's answers ({type(e).__name__}): name a file that keep_answers "
-                              'of e00 or e04 has written, or weights.') from None
+    def error_name(error): # of numpy, zipfile or zlib
+        return type(error).__name__
+    advice = 'name a file that keep_answers of e00 or e04 has written, or weights'
+    with explained(f"{file} holds no teacher's answers", advice, reason=error_name):
+        with np.load(weights_place(file)) as arrays:
+            return arrays[name]
 
-def answers_head(file:str|Path)->dict: # key (of the memo), card, teacher_hash (of the weights file)
-    "Returns a file of answers' description of its teacher."
+def answers_head(file:str|Path)->dict:
+    "Returns what a file of answers says of its teacher: key (of the memo), card, teacher_hash (of weights)."
     return json.loads(str(answers_in(file, 'head')))
 
 # %% ../../nbs/teachers/00_card.ipynb #bbba9523
@@ -43,8 +44,10 @@ MEMO_HEAD = 4096 # bytes of a memo before its answers: what they depend on, as J
 def memo_head(file:Path)->dict: # path of a memo
     "Returns what a memo's answers depend on, from the head of the file; {} if it is no memo."
     try:
-        with open(file, 'rb') as f: return json.loads(f.read(MEMO_HEAD))
-    except (OSError, ValueError): return {}
+        with open(file, 'rb') as f:
+            return json.loads(f.read(MEMO_HEAD))
+    except (OSError, ValueError):
+        return {}
 
 # %% ../../nbs/teachers/00_card.ipynb #e42f36af
 def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for the message
@@ -53,9 +56,13 @@ def refuse_other_memos(folder:Path, name:str)->None: # name: of the model, for t
     weights = card.weights_hash if card else None # an encoder's card has none
     for file in sorted(folder.glob('memo-*.bin')):
         head = memo_head(file)
-        changed = weights and (head.get('dtype', '').startswith('bf16-weights') # rounded
-                               or head.get('teacher_size') != card.input_size)  # resampled: its hash is another
-        if not head or weights and not changed and head.get('weights') != weights:
+        is_other = not head
+        if head and weights:
+            rounded = head.get('dtype', '').startswith('bf16-weights')
+            resampled = head.get('teacher_size') != card.input_size
+            can_differ = rounded or resampled # the memo names the hash of the weights as they answered
+            is_other = not can_differ and head.get('weights') != weights
+        if is_other:
             raise VitdistillError(f'{file.name} of {name} is the memo of another teacher (weights '
                                   f"{head.get('weights', 'unknown')}, here {weights}): remove it there, "
                                   'and the teacher answers again.')
@@ -66,7 +73,7 @@ def weights_folder(weights:str|Path)->Path:
     return place if place.is_dir() else place.parent
 
 def file_hash(path:str)->str: # path: of a weights file, a model folder or a file of answers
-    "Returns sixteen hexadecimal digits that identify the weights, or those behind the answers; '' without a path."
+    "Returns sixteen hexadecimal digits of the weights, or of those behind answers; '' without a path."
     if not path: return ''
     if is_answers(path): return answers_head(path)['teacher_hash']
     file = weights_file(weights_place(path, refuse_other_memos))
@@ -74,8 +81,8 @@ def file_hash(path:str)->str: # path: of a weights file, a model folder or a fil
         return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 # %% ../../nbs/teachers/00_card.ipynb #72bebf01
-def only_match(pattern:str)->str: # pattern: such as out/work/teacher-vit_base-labels-s1-*/model, or a plain path
-    "Returns the one path that fits a pattern, a plain path unchanged; raises `VitdistillError` if none or several fit."
+def only_match(pattern:str)->str: # such as out/work/teacher-vit_base-labels-s1-*/model; or a plain path
+    "Returns the one path that fits a pattern, or a plain path; none or several are a `VitdistillError`."
     if not glob.has_magic(pattern): return pattern
     match fitting(pattern):
         case [path]: return path
@@ -113,7 +120,7 @@ class CardFields:
     run:str=None               # name of the run that trained it
     result:dict=None           # of that run
     words:dict=None            # of a teacher by words: its name, templates, words of the classes, scale
-    made_from:dict=None        # weights that it began with or learned from -> their licence; None: not recorded
+    made_from:dict=None        # weights that it began with or learned from -> licence; None: not recorded
     further:dict=field(default_factory=dict) # entries of a file that are none of these, kept as they are
 
     def __post_init__(self):
@@ -121,17 +128,25 @@ class CardFields:
 
     @classmethod
     def from_dict(cls, entries:dict):
-        known = dict(image_size=entries.get('input_size'))
-        if 'top1_held_out' in entries:
-            known['n_measured'] = entries.get('n_held_out')
+        "Returns the card of a file's entries."
         names = {f.name for f in fields(cls)} - {'further'}
-        further = {name: value for name, value in entries.items() if name not in names}
-        known |= {name: value for name, value in entries.items() if name in names}
-        return cls(**known, further=further)
+        values = dict(image_size=entries.get('input_size')) # of files without these entries
+        if 'top1_held_out' in entries:
+            values['n_measured'] = entries.get('n_held_out')
+        further = {}
+        for name, value in entries.items():
+            if name in names: values[name] = value
+            else: further[name] = value
+        return cls(**values, further=further)
 
     def to_dict(self)->dict:
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'further'}
-        return {name: value for name, value in known.items() if value is not None} | self.further
+        "Returns the entries of the file."
+        entries = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if name != 'further' and value is not None:
+                entries[name] = value
+        return entries | self.further
 
 # %% ../../nbs/teachers/00_card.ipynb #3c978958
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +161,19 @@ class Card(CardFields):
     ):
         "Returns the card of a run's model, without what must be measured."
         train, val = split_rows(data.train_labels, config)
-        return cls(architecture=config.student, kwargs=config.student_kwargs, stem=config.stem, classes=data.classes,
-                   input_size=size, image_size=data.side, normalization=config.student_normalization,
-                   constants=constants, exif_orientation=config.exif_orientation, train_hash=data.train_hash,
-                   images_hash=data.images_hash, n_train=len(train), n_held_out=len(val),
+        return cls(architecture=config.student,
+                   kwargs=config.student_kwargs,
+                   stem=config.stem,
+                   classes=data.classes,
+                   input_size=size,
+                   image_size=data.side,
+                   normalization=config.student_normalization,
+                   constants=constants,
+                   exif_orientation=config.exif_orientation,
+                   train_hash=data.train_hash,
+                   images_hash=data.images_hash,
+                   n_train=len(train),
+                   n_held_out=len(val),
                    split={name: getattr(config, name) for name in field_names(split=True)})
 
     @classmethod
@@ -157,21 +181,27 @@ class Card(CardFields):
         "Returns the card beside a model's weights, or in a file of its answers; None if there is none."
         if is_answers(weights):
             return cls.from_dict(answers_head(weights)['card'])
-        if not weights or not (file := weights_folder(weights)/'card.json').is_file():
-            return None
-        try: return cls.from_dict(json.loads(file.read_text()))
+        if not weights: return None
+        file = weights_folder(weights)/'card.json'
+        if not file.is_file(): return None
+        try:
+            return cls.from_dict(json.loads(file.read_text()))
         except (ValueError, TypeError, AttributeError): # it is no JSON, or entries are missing
             raise VitdistillError(f'{file} is damaged: train the teacher again, or write its card anew with '
                                   '`vitdistill.teachers.adopt`.') from None
 
-    def write(self, folder:str|Path)->Path:
+    def write(self, folder:str|Path)->Path: # a model folder
+        "Writes card.json; returns its path."
         return write_atomic(Path(folder)/'card.json', json.dumps(self.to_dict(), indent=1))
 
     def teacher_fields(self)->dict:
         "Returns the model as the teacher fields of a student's config."
-        how = {} if self.normalization is None else dict(teacher_normalization=self.normalization)
-        return dict(teacher=student_name(Config(student=self.architecture, stem=self.stem)),
-                    teacher_kwargs=self.kwargs, teacher_size=self.input_size) | how
+        values = dict(teacher=student_name(Config(student=self.architecture, stem=self.stem)),
+                      teacher_kwargs=self.kwargs,
+                      teacher_size=self.input_size)
+        if self.normalization is not None:
+            values['teacher_normalization'] = self.normalization
+        return values
 
     def differences(self, other)->list: # other: a card
         "Returns the names of the entries by which this is the card of another teacher; [] for the same one."
@@ -182,9 +212,10 @@ class Card(CardFields):
 WORDS = 'words.json' # beside the weights of a teacher by words that is not yet measured
 
 def words_of(weights:str|Path)->dict|None: # path of a model
-    "Returns what a teacher by words is, from its card or the file beside its weights; None for another model."
+    "Returns what a teacher by words is, from its card or the file beside its weights; else None."
     if is_answers(weights): return None
-    if card := Card.read(weights): return card.words
+    card = Card.read(weights)
+    if card: return card.words
     file = weights_folder(weights)/WORDS
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -194,25 +225,41 @@ def licenses_of(
     weights:str|list='', # its file or model folder, or on the hub; of a mixture a list
     pretrained:bool=False # begins with timm's weights where no others are given
 )->dict: # name of weights -> licence, or 'unknown'
-    "Returns the licences of a model's weights and of those that they were made from; {} for a model from nothing."
+    "Returns the licences of a model's weights and of those they were made from; {} for a model from nothing."
     if isinstance(weights, list):
-        return {key: said for one in weights for key, said in licenses_of(name, one).items()}
+        licenses = {}
+        for member in weights:
+            licenses |= licenses_of(name, member)
+        return licenses
     if not weights:
-        if not pretrained: return {}
-        if name.startswith(HUB):
-            return {name: hub_license(name) or 'unknown'}
-        about = get_pretrained_cfg(name)
-        return {f'{about.architecture}.{about.tag}': about.license or 'unknown'} if about else {}
-    if words := words_of(weights):
+        return pretrained_licenses(name) if pretrained else {}
+    words = words_of(weights)
+    if words:
         return {words['teacher']: words.get('license', 'unknown')}
     card = Card.read(weights)
-    if card and card.made_from is not None: return card.made_from
+    if card and card.made_from is not None:
+        return card.made_from
+    if card and card.run: source = card.run
+    elif str(weights).startswith(HUB): source = weights
+    else: source = Path(weights).name
+    return {source: license_in_readme(weights) or 'unknown'}
+
+def pretrained_licenses(name:str)->dict: # timm name of a model, or hf-hub:OWNER/MODEL
+    "Returns the licences of a model's pretrained weights, {} if timm has none."
+    if name.startswith(HUB):
+        return {name: hub_license(name) or 'unknown'}
+    pretrained = get_pretrained_cfg(name)
+    if not pretrained: return {}
+    return {f'{pretrained.architecture}.{pretrained.tag}': pretrained.license or 'unknown'}
+
+def license_in_readme(weights:str)->str|None: # file or model folder
+    "Returns the licence that the README.md beside weights names, if it does."
     readme = weights_folder(weights)/'README.md'
+    if not readme.is_file(): return None
     try:
-        said = ModelCard(readme.read_text()).data.license if readme.is_file() else None
+        return ModelCard(readme.read_text()).data.license
     except (ValueError, OSError, yaml.YAMLError): # of another form
-        said = None
-    return {card and card.run or (weights if str(weights).startswith(HUB) else Path(weights).name): said or 'unknown'}
+        return None
 
 def made_from(config:Config)->dict: # of a run
     "Returns the licences of the weights that a run's student begins with and learns from."
@@ -233,57 +280,65 @@ def training_mask(card:Card, data:Data)->torch.Tensor: # (N,) bool; data: whose 
 
 def refuse_overlap(
     card:Card, # of a model trained on this dataset
-    config:Config, data:Data,
+    config:Config,
+    data:Data,
     owner:str  # the model as a possessive, for the message
 )->None:
     "Raises `VitdistillError` if the run would validate on images that a model was trained on."
     _, val = split_rows(data.train_labels, config)
-    if not (seen := int(training_mask(card, data)[val].sum())): return
-    split = ', '.join(f'{k}={v}' for k, v in card.split.items() if k in ('val_fraction', 'val_rows', 'split_seed'))
+    seen = int(training_mask(card, data)[val].sum())
+    if not seen: return
+    split = ', '.join(f'{name}={card.split[name]}' for name in card.split
+                      if name in ('val_fraction', 'val_rows', 'split_seed'))
     raise VitdistillError(f"{seen} of the run's {len(val)} validation images were in {owner} training set: "
                           f'give the run the same split ({split}).')
 
 def refuse_start_overlap(config:Config, data:Data)->None:
-    "Raises `VitdistillError` if the run would validate on images whose labels its starting weights were trained on."
+    "Raises `VitdistillError` if the run would validate on images that its starting weights saw labelled."
     card = Card.read(config.student_weights)
     if card and not card.pretrained_by and knows_images(card, data):
         refuse_overlap(card, config, data, "its student_weights'")
 
 # %% ../../nbs/teachers/00_card.ipynb #98887dbc
 def refuse_teacher_overlap(config:Config, data:Data, card:Card|None)->None: # card: of the teacher
-    "Raises `VitdistillError` if the run would validate on images that its teacher was, or may have been, trained on."
+    "Raises `VitdistillError` if the run would validate on images that its teacher saw, or may have seen."
     if not len(split_rows(data.train_labels, config)[1]) or not config.teacher_weights:
         return
     if card is None:
-        raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the teacher has '
-                              'seen the validation images: write one with `vitdistill.teachers.adopt`, '
-                              'or set val_fraction to 0.')
+        raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the '
+                              'teacher has seen the validation images: write one with '
+                              '`vitdistill.teachers.adopt`, or set val_fraction to 0.')
     if card.split['dataset'] != config.dataset: return
     if not knows_images(card, data):
         raise VitdistillError(f"the teacher's card names other training data ({card.train_hash}, here "
-                              f'{data.train_hash}), so its held-out rows mean nothing here: use the data that it was '
-                              'trained on, or set val_fraction to 0.')
+                              f'{data.train_hash}), so its held-out rows mean nothing here: use the data '
+                              'that it was trained on, or set val_fraction to 0.')
     refuse_overlap(card, config, data, "its teacher's")
 
 def refuse_other_classes(card:Card, data:Data)->None:
     "Raises `VitdistillError` if the classes on a teacher's card differ from those of the data."
-    if (known := card.classes) != data.classes:
-        raise VitdistillError(f'the teacher knows {len(known)} classes ({known[0]}, ...), {data.name} has '
-                              f'{len(data.classes)} ({data.classes[0]}, ...): fine-tune the teacher on {data.name} '
-                              'with e00_teacher.')
+    if card.classes == data.classes: return
+    raise VitdistillError(f'the teacher knows {len(card.classes)} classes ({card.classes[0]}, ...), '
+                          f'{data.name} has {len(data.classes)} ({data.classes[0]}, ...): fine-tune the '
+                          f'teacher on {data.name} with e00_teacher.')
 
 # %% ../../nbs/teachers/00_card.ipynb #7e86c6b4
 def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
-    "Returns what a card says as rows of a Markdown table, name -> text: classes, images, accuracy on held-out ones."
+    "Returns what a card says as rows of a Markdown table, name -> text: classes, images, held-out accuracy."
     names = [re.sub(r'([\\`*_<>|\[\]])', r'\\\1', name) for name in card.classes[:10]]
-    held_out = f"; {card.n_held_out:,} more were held out" if card.n_held_out else ''
-    unlabelled = f' and {card.n_unlabelled:,} without labels' if card.n_unlabelled else ''
-    rows = {'classes': f"{len(card.classes)}: {', '.join(names)}{', ...' if card.classes[10:] else ''}",
-            'trained on': f"{card.n_train:,} images of {dataset}{unlabelled}{held_out}"}
+    if len(card.classes) > 10:
+        names.append('...')
+    images = f'{card.n_train:,} images of {dataset}'
+    if card.n_unlabelled:
+        images += f' and {card.n_unlabelled:,} without labels'
+    if card.n_held_out:
+        images += f'; {card.n_held_out:,} more were held out'
+    rows = {'classes': f"{len(card.classes)}: {', '.join(names)}", 'trained on': images}
     if card.words:
         text = card.words['templates'][0].replace('{}', next(iter(card.words['words'].values())))
         rows['words'] = f"{card.words['teacher']} compares an image with texts such as \"{text}\""
     if card.made_from:
-        rows['made from'] = ', '.join(f'{name} ({said})' for name, said in card.made_from.items())
-    if card.top1_held_out is None: return rows
-    return rows | {'held-out accuracy': f"{card.top1_held_out:.1%} of {card.n_measured:,} images"}
+        rows['made from'] = ', '.join(f'{name} ({license})' for name, license in card.made_from.items())
+    if card.top1_held_out is not None:
+        rows['held-out accuracy'] = f'{card.top1_held_out:.1%} of {card.n_measured:,} images'
+    return rows

@@ -20,42 +20,53 @@ class OutOfFold(Answers):
         seen:list,         # (N,) bool for each teacher: the images it was trained on
         rows:torch.Tensor, # the images that need answers
         about:str='unseen'): # or 'seen': the first teacher that was trained on an image answers it
-        may = torch.stack(seen) if about == 'seen' else ~torch.stack(seen)
-        if missed := int((~may[:, rows].any(0)).sum()):
+        may_answer = torch.stack(seen) if about == 'seen' else ~torch.stack(seen) # (teachers, N)
+        missing = int((~may_answer[:, rows].any(0)).sum())
+        if missing:
             by = 'neither teacher' if about == 'seen' else 'both teachers'
-            raise VitdistillError(f'{missed} of {len(rows)} training images were seen by {by}: train them '
-                                  "with complementary folds (fold = '1/2' and '2/2') of the same data_fraction "
-                                  'and split.')
+            raise VitdistillError(f'{missing} of {len(rows)} training images were seen by {by}: train them '
+                                  "with complementary folds (fold = '1/2' and '2/2') of the same "
+                                  'data_fraction and split.')
         super().__init__(parts[0].teacher, parts[0].views, parts[0].kind)
-        self.parts, self.which = parts, may.int().argmax(0) # which: number of the part, by row of the dataset
+        self.parts = parts
+        self.which = may_answer.int().argmax(0) # (N,) number of the part that answers
         self.by_view = all(part.by_view for part in parts)
-        for part in parts: part.work = self.work # all add up here
+        for part in parts:
+            part.work = self.work # all add up here
 
     def parts_of(self, image:torch.Tensor)->typing.Iterator[tuple]: # as in `Online`
-        for i, part in enumerate(self.parts):
-            where = torch.nonzero(self.which[image] == i).flatten()
-            if len(where): yield part, where
+        "Yields each part with the positions of the images that it answers."
+        for number, part in enumerate(self.parts):
+            place = torch.nonzero(self.which[image] == number).flatten()
+            if len(place): yield part, place
 
-    def __call__(self, plan:Plan, progress:typing.Callable=lambda done, total: None)->torch.Tensor: # as in `Answers`
+    def __call__(self,
+        plan:Plan,
+        progress:typing.Callable=lambda done, total: None
+    )->torch.Tensor: # as in `Answers`
         answers = self.blanks(len(plan.image))
-        for part, where in self.parts_of(plan.image):
-            answers[where] = part(Plan(*(column[where] for column in plan)), progress)
+        for part, place in self.parts_of(plan.image):
+            answers[place] = part(Plan(*(column[place] for column in plan)), progress)
         return answers
 
     def online(self, pixels:torch.Tensor, image:torch.Tensor)->torch.Tensor: # as in `Online`
         answers = self.blanks(len(image)).to(self.teacher.device)
-        for part, where in self.parts_of(image):
-            answers[where] = part.online(pixels[where], image[where])
+        for part, place in self.parts_of(image):
+            answers[place] = part.online(pixels[place], image[place])
         return answers
 
-    def kept(self, image:torch.Tensor, view:torch.Tensor)->tuple:
-        answers, known = self.blanks(len(image)), torch.zeros(len(image), dtype=torch.bool)
-        for part, where in self.parts_of(image):
-            answers[where], known[where] = part.kept(image[where], view[where])
-        return answers, known
+    def memo_answers(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as in `Answers`
+        answers = self.blanks(len(image))
+        is_known = torch.zeros(len(image), dtype=torch.bool)
+        for part, place in self.parts_of(image):
+            answers[place], is_known[place] = part.memo_answers(image[place], view[place])
+        return answers, is_known
 
-    def known(self, rows:torch.Tensor)->float:
-        return sum(part.known(rows[where])*len(where) for part, where in self.parts_of(rows))/len(rows)
+    def share_known(self, rows:torch.Tensor)->float: # as in `Answers`
+        known = 0.
+        for part, place in self.parts_of(rows):
+            known += part.share_known(rows[place])*len(place)
+        return known/len(rows)
 
 # %% ../../nbs/teachers/03_folds.ipynb #a44eb8ae
 def answer_counts(
@@ -64,9 +75,11 @@ def answer_counts(
     rows:torch.Tensor    # the images to count
 )->torch.Tensor: # (C, C)
     "Returns how often each true class (row) got each answer (column)."
+    classes = answers.teacher.model.num_classes
     centre = torch.full_like(rows, centre_view(answers.views.padding))
-    given, classes = answers(Plan(rows, torch.zeros_like(rows), centre)), answers.teacher.model.num_classes
-    return torch.bincount(labels[rows]*classes + given, minlength=classes**2).view(classes, classes)
+    decisions = answers(Plan(rows, torch.zeros_like(rows), centre))
+    pairs = labels[rows]*classes + decisions
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 def drawn_labels(
     labels:torch.Tensor, # (N,) int64, true labels

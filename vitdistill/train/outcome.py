@@ -21,7 +21,7 @@ from ..losses import OBJECTIVES
 from ..models.create import combine, load_weights, readme_head, save_model, token_cosines
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint
-from .setup import BaseSetup, Setup, auto_device, predict, prepare, resolve
+from .setup import BaseSetup, Setup, auto_device, prepare, resolve, student_logits
 from ..teachers.card import Card, card_rows, knows_images, training_mask
 from ..teachers.teacher import Teacher, make_card
 
@@ -31,18 +31,21 @@ def reduced(
     heads:list,       # their logits, (n, C) each
     keep_logits:bool  # whether logits are returned too, as float16
 )->dict:
-    "Returns decision, confidence and, if asked for, logits of each head and of combined heads, as numpy arrays."
-    answers, arrays = dict(zip(names, (h.softmax(-1) for h in heads))), {}
+    "Returns decision and confidence of each head and of combined heads, logits of each, as numpy arrays."
+    probabilities = {name: logits.softmax(-1) for name, logits in zip(names, heads)}
     if len(heads) > 1:
-        answers |= {'softmax': combine(heads), 'logits': combine(heads, 'logits')}
-    for head, p in answers.items():
+        probabilities['softmax'] = combine(heads)
+        probabilities['logits'] = combine(heads, 'logits')
+    arrays = {}
+    for name, p in probabilities.items():
         classes = p.shape[-1]
-        # five, as `evaluate` asks for: of equal probabilities both choose the same
-        confidence, top = (x[:, 0].numpy() for x in p.cpu().topk(min(5, classes)))
-        arrays |= {f'{head}_decision': top.astype(np.min_scalar_type(classes - 1)),
-                   f'{head}_confidence': confidence.astype(np.float16)}
+        # five, as `accuracy_on` asks for: of equal probabilities both choose the same
+        confidence, top = p.cpu().topk(min(5, classes))
+        arrays[f'{name}_decision'] = top[:, 0].numpy().astype(np.min_scalar_type(classes - 1))
+        arrays[f'{name}_confidence'] = confidence[:, 0].numpy().astype(np.float16)
     if keep_logits:
-        arrays |= {f'{head}_logits': h.half().cpu().numpy() for head, h in zip(names, heads)}
+        for name, logits in zip(names, heads):
+            arrays[f'{name}_logits'] = logits.half().cpu().numpy()
     return arrays
 
 # %% ../../nbs/train/04_outcome.ipynb #33a84427
@@ -51,34 +54,43 @@ def predictions(
     parts:tuple=('test', 'val', 'train') # which images
 )->dict:
     "Returns the arrays of predictions.npz: image number and label, and per head decision and confidence."
-    arrays, keep, few = {}, setup.config.keep_logits and len(setup.data.classes) <= 100, 16*setup.images_a_pass
+    classes = len(setup.data.classes)
+    integer = torch.int16 if classes <= 2**15 else torch.int32
+    arrays = {}
     for part in parts:
-        views, labels, mine = setup.parts[part]
-        if not len(mine): continue
-        kind = torch.int16 if len(setup.data.classes) <= 2**15 else torch.int32
-        arrays[f'{part}_image'], arrays[f'{part}_label'] = mine.int().numpy(), labels[mine].to(kind).numpy()
-        pieces = [reduced(setup.student.heads, predict(setup, views, some), keep and part != 'train')
-                  for some in mine.split(few)]
-        arrays |= {f'{part}_{name}': np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        views, labels, rows = setup.parts[part]
+        if not len(rows): continue
+        arrays[f'{part}_image'] = rows.int().numpy()
+        arrays[f'{part}_label'] = labels[rows].to(integer).numpy()
+        keep_logits = setup.config.keep_logits and classes <= 100 and part != 'train'
+        pieces = []
+        for some in rows.split(16*setup.images_a_pass):
+            pieces.append(reduced(setup.student.heads, student_logits(setup, views, some), keep_logits))
+        for name in pieces[0]:
+            arrays[f'{part}_{name}'] = np.concatenate([piece[name] for piece in pieces])
     return arrays
 
 # %% ../../nbs/train/04_outcome.ipynb #a74ee767
 def head_accuracies(arrays:dict)->dict:
     "Returns test top-1 per head and per way of combining heads, from `predictions`."
-    part, end = 'test_', '_decision'
-    return {name[len(part):-len(end)]: round(float((array == arrays['test_label']).mean()), 5)
-            for name, array in arrays.items() if name.startswith(part) and name.endswith(end)}
+    accuracies = {}
+    for name, decisions in arrays.items():
+        if name.startswith('test_') and name.endswith('_decision'):
+            head = name.removeprefix('test_').removesuffix('_decision')
+            accuracies[head] = round(float((decisions == arrays['test_label']).mean()), 5)
+    return accuracies
 
 # %% ../../nbs/train/04_outcome.ipynb #33be3f00
 def cosines(
     setup:Setup
 )->list|None: # cosine of the learned tokens, then after each block; None for a student with one token
-    "Returns the cosine between class token and distillation token by layer, averaged over the first 256 test images."
-    if not (isinstance(setup.student.model, VisionTransformerDistilled) and len(setup.data.test_labels)):
+    "Returns the cosine of class and distillation token by layer, as a mean over the first 256 test images."
+    two_tokens = isinstance(setup.student.model, VisionTransformerDistilled)
+    if not (two_tokens and len(setup.data.test_labels)):
         return None
     rows = torch.arange(min(256, len(setup.data.test_labels)), device=setup.ranks.device)
-    found = token_cosines(setup.student.model, setup.input(setup.test_views(rows), size=setup.test_size))
-    return [round(cosine, 5) for cosine in found]
+    pixels = setup.input(setup.test_views(rows), size=setup.test_size)
+    return [round(cosine, 5) for cosine in token_cosines(setup.student.model, pixels)]
 
 # %% ../../nbs/train/04_outcome.ipynb #27574bda
 def true_answers(setup:Setup)->float|None:
@@ -86,10 +98,10 @@ def true_answers(setup:Setup)->float|None:
     if not (setup.answers and setup.answers.by_view): return None
     plan = setup.plan(setup.config.epochs - 1)
     labels = setup.labels[plan.image]
-    answers, known = setup.answers.kept(plan.image, plan.view)
-    known &= labels >= 0
-    if answers.ndim > 1 or not known.any(): return None
-    return round((answers == labels)[known].double().mean().item(), 5)
+    answers, is_known = setup.answers.memo_answers(plan.image, plan.view)
+    counts = is_known & (labels >= 0)
+    if answers.ndim > 1 or not counts.any(): return None
+    return round((answers == labels)[counts].double().mean().item(), 5)
 
 # %% ../../nbs/train/04_outcome.ipynb #9b731d57
 def teacher_brief(
@@ -97,24 +109,36 @@ def teacher_brief(
     data,             # a `Data`
     rows:torch.Tensor # (n,) numbers of the student's training images
 )->dict|None:
-    "Returns the main facts of the teacher's card, and how many of the student's images the teacher was trained on."
-    if not (card := Card.read(config.teacher_weights)): return None
-    shared = int(training_mask(card, data)[rows].sum()) if knows_images(card, data) else 0
+    "Returns the main facts of the teacher's card, and how many of the student's images it was trained on."
+    card = Card.read(config.teacher_weights)
+    if not card: return None
     names = 'run', 'architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views'
-    return {name: getattr(card, name) for name in names} | dict(n_shared=shared)
+    brief = {name: getattr(card, name) for name in names}
+    brief['n_shared'] = int(training_mask(card, data)[rows].sum()) if knows_images(card, data) else 0
+    return brief
 
 # %% ../../nbs/train/04_outcome.ipynb #8b275cd5
 def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
     "Returns the head of a model card for the hub: licence, data, tags, and accuracies as evaluation results."
     config = run.config
-    known = bool(check_dataset(config.dataset).side) # images of a user's may have another licence
-    shown = ('test_top1', 'test', 1), ('test_top5', 'test', 5), ('held_out_top1', 'validation', 1)
-    measured = [EvalResult(task_type='image-classification', dataset_type=config.dataset, dataset_name=config.dataset,
-                           dataset_split=split, metric_type='accuracy', metric_name=f'top-{k} accuracy',
-                           metric_value=result[name]) for name, split, k in shown if result.get(name) is not None]
-    return ModelCardData(library_name='timm', license='apache-2.0' if known else None,
-                         tags=['image-classification', 'distillation'], datasets=[config.dataset],
-                         model_name=run.name, eval_results=measured)
+    is_public = bool(check_dataset(config.dataset).side) # images of a user's may have another licence
+    measured = []
+    columns = ('test_top1', 'test', 1), ('test_top5', 'test', 5), ('held_out_top1', 'validation', 1)
+    for name, split, k in columns:
+        if result.get(name) is None: continue
+        measured.append(EvalResult(task_type='image-classification',
+                                   dataset_type=config.dataset,
+                                   dataset_name=config.dataset,
+                                   dataset_split=split,
+                                   metric_type='accuracy',
+                                   metric_name=f'top-{k} accuracy',
+                                   metric_value=result[name]))
+    return ModelCardData(library_name='timm',
+                         license='apache-2.0' if is_public else None,
+                         tags=['image-classification', 'distillation'],
+                         datasets=[config.dataset],
+                         model_name=run.name,
+                         eval_results=measured)
 
 # %% ../../nbs/train/04_outcome.ipynb #852cfa33
 def model_card(
@@ -123,26 +147,31 @@ def model_card(
     card:Card,
     n_test:int   # number of test images
 )->str:
-    "Returns the README.md of a saved model: what it is, how it was trained, how to load it and use it as a teacher."
+    "Returns the README.md of a saved model: what it is, its training, how to load it and teach with it."
     c = run.config
     place = f'hf-hub:{c.hub_repo}' if c.hub_repo else ''
-    teaches = dict(teacher=student_name(c), teacher_kwargs=c.student_kwargs, teacher_size=card.input_size,
-                   teacher_weights=place or 'PATH', teacher_normalization=c.student_normalization)
-    kept = yaml.safe_dump(teaches, sort_keys=False)
-    alone = ' alone, without labels' if c.class_names else ''
-    taught = f'taught by {c.teacher}{alone} ({c.distillation}, alpha {c.alpha})' if c.teacher else \
-        'trained on labels alone'
+    as_teacher = dict(teacher=student_name(c),
+                      teacher_kwargs=c.student_kwargs,
+                      teacher_size=card.input_size,
+                      teacher_weights=place or 'PATH',
+                      teacher_normalization=c.student_normalization)
+    taught = 'trained on labels alone'
+    if c.teacher:
+        alone = ' alone, without labels' if c.class_names else ''
+        taught = f'taught by {c.teacher}{alone} ({c.distillation}, alpha {c.alpha})'
     measured = '\n'.join(f'| {k} | {v:.4f} |' for k, v in result.items() if isinstance(v, float))
     rows = card_rows(card, c.dataset)
-    measured_on = f"{result['test_top1']:.1%} of {n_test:,} images" if n_test else 'unknown, for no image has a label'
-    rows['test accuracy'] = measured_on
+    rows['test accuracy'] = 'unknown, for no image has a label'
+    if n_test:
+        rows['test accuracy'] = f"{result['test_top1']:.1%} of {n_test:,} images"
     if c.teacher and result.get('teacher_top1') is not None:
-        on = result.get('teacher_measured_on') or 'images'
-        rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {on}"
+        images = result.get('teacher_measured_on') or 'images'
+        rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {images}"
     rows['licence'] = 'the weights are yours; the code that trained them, vitdistill, is Apache-2.0'
-    head = readme_head(run.name, f'{c.student} on {c.dataset}, {taught}, seed {c.seed}.', rows, student_name(c), place)
+    summary = f'{c.student} on {c.dataset}, {taught}, seed {c.seed}.'
+    head = readme_head(run.name, summary, rows, student_name(c), place)
     values = clean_config(asdict(c), repo_root()) # the hub has no use for this machine's paths
-    recipe = yaml.safe_dump({k: v for k, v in values.items() if v != getattr(Config(), k)}, sort_keys=False)
+    changed = {name: value for name, value in values.items() if value != getattr(Config(), name)}
     return f"""---
 {card_data(run, result).to_yaml()}
 ---
@@ -156,12 +185,12 @@ Test accuracy is measured after the last epoch; nothing was chosen by it.
 ## As a teacher
 
 ```yaml
-{kept}```
+{yaml.safe_dump(as_teacher, sort_keys=False)}```
 
 ## Recipe (fields that differ from the defaults)
 
 ```yaml
-{recipe}```
+{yaml.safe_dump(changed, sort_keys=False)}```
 """
 
 # %% ../../nbs/train/04_outcome.ipynb #fb5cb9af
@@ -173,24 +202,35 @@ def save_student(
     readme:str
 )->None:
     "Writes the trained model with its card and README.md, and uploads it if the config asks for it."
-    config, model = setup.config, setup.student.model.cpu().to(memory_format=torch.contiguous_format)
-    save_model(model, run.model, config.student_kwargs, card.classes, readme, setup.constants, card.input_size)
+    config = setup.config
+    model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
+    kwargs = config.student_kwargs
+    save_model(model, run.model, kwargs, card.classes, readme, setup.constants, card.input_size)
     replace(card, run=run.name, result=result).write(run.model)
     if config.hub_repo: push(config.hub_repo, run.model, run.name)
 
 def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured: of the last epoch
     "Writes a student's predictions and its model; returns the result."
     config, data = setup.config, setup.data
-    run.save_predictions(**(arrays := predictions(setup)))
-    frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision, setup.ranks.device)
+    arrays = predictions(setup)
+    run.save_predictions(**arrays)
+    frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision,
+                     setup.ranks.device)
     card = make_card(frozen, config, data, setup.views)
     unlabelled = {} if setup.unlabelled is None else dict(n_unlabelled=len(setup.unlabelled))
     card = replace(card, **unlabelled)
-    result = dict(**measured, n_train=card.n_train, **unlabelled, weights_hash=card.weights_hash,
-                  train_views_top1=card.top1_train_views, held_out_top1=card.top1_held_out,
-                  teacher_top1=setup.teacher_top1, teacher_measured_on=setup.teacher_measured_on or None,
-                  true_answers=true_answers(setup), teacher_card=teacher_brief(config, data, setup.train_rows),
-                  heads=head_accuracies(arrays), token_cosines=cosines(setup))
+    result = dict(**measured,
+                  n_train=card.n_train,
+                  **unlabelled,
+                  weights_hash=card.weights_hash,
+                  train_views_top1=card.top1_train_views,
+                  held_out_top1=card.top1_held_out,
+                  teacher_top1=setup.teacher_top1,
+                  teacher_measured_on=setup.teacher_measured_on or None,
+                  true_answers=true_answers(setup),
+                  teacher_card=teacher_brief(config, data, setup.train_rows),
+                  heads=head_accuracies(arrays),
+                  token_cosines=cosines(setup))
     save_student(setup, run, result, card, model_card(run, result, card, len(data.test_labels)))
     return result
 
@@ -210,7 +250,7 @@ def record_adopted(
     config:Config,    # of the adopted teacher, resolved
     folder:str|Path   # the teacher's model folder
 )->RunWriter:
-    "Writes and returns the run record of a teacher that was trained elsewhere: predictions, and its card as result."
+    "Writes and returns the record of a teacher that was trained elsewhere: predictions, its card as result."
     card = Card.read(folder)
     config = resolve(replace(config, experiment='adopted_teacher', student_weights=str(folder)))
     run = RunWriter.of(config)
@@ -219,7 +259,8 @@ def record_adopted(
     load_weights(setup.student.model, weights_place(str(folder))) # with the head
     with run.lock():
         run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
-        run.save_predictions(**(arrays := predictions(setup)))
+        arrays = predictions(setup)
+        run.save_predictions(**arrays)
         heads = head_accuracies(arrays)
         run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.top1_held_out,
                         train_views_top1=card.top1_train_views, weights_hash=card.weights_hash, heads=heads,
@@ -237,9 +278,9 @@ def checkpoint_at(
         if not file.is_file(): continue
         state = read_checkpoint(file)
         if epochs in (None, state['epochs']): return state
-    there = ', '.join(sorted(file.name for file in work.glob('checkpoint*.pt'))) or 'none'
+    names = ', '.join(sorted(file.name for file in work.glob('checkpoint*.pt'))) or 'none'
     which = '' if epochs is None else f' of epoch {epochs}'
-    raise VitdistillError(f'{work} holds no checkpoint{which} (there: {there}): '
+    raise VitdistillError(f'{work} holds no checkpoint{which} (there: {names}): '
                           'name one that is there, or train further.')
 
 # %% ../../nbs/train/04_outcome.ipynb #34bb30db
@@ -248,13 +289,14 @@ def predictions_at(
     epochs:int=None,       # epochs after which the checkpoint was written; None: the last checkpoint
     record:str|Path=None,  # folder to write into; None: the run's own
 )->Path: # the file, predictions-<epochs>.npz
-    "Writes the test predictions of a checkpoint, without logits, into the record of its run, which may still train."
+    "Writes the test predictions of a checkpoint, without logits, into its run's record; the run may go on."
     if not getattr(OBJECTIVES.get(run.config.distillation), 'labelled', False): # unknown here: another task's
-        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so it '
-                              'decides nothing: fine-tune it with e00_teacher, and ask that.')
+        raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so '
+                              'it decides nothing: fine-tune it with e00_teacher, and ask that.')
     state = checkpoint_at(run, epochs)
     alone = dict(distillation='none', teacher='', unlabelled='', objective_kwargs={}, student_weights='',
-                 student_pretrained=False, student_head='new', student_resampling='bicubic', keep_logits=False)
+                 student_pretrained=False, student_head='new', student_resampling='bicubic',
+                 keep_logits=False)
     device = auto_device() if 'device' in run.config.auto else run.config.device # 'auto': chosen anew here
     setup = prepare(replace(run.config, **alone), start_ranks(device))
     setup.student.model.load_state_dict(state['model'])
@@ -264,9 +306,10 @@ def predictions_at(
 # %% ../../nbs/train/04_outcome.ipynb #9857693c
 def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
-    parser = argparse.ArgumentParser(prog='python -m vitdistill.train.outcome',
-                                     description="Write a checkpoint's test predictions into the record of its run.")
-    parser.add_argument('run', metavar='RUN_FOLDER', help='run folder, of this clone or another, finished or not')
+    description = "Write a checkpoint's test predictions into the record of its run."
+    parser = argparse.ArgumentParser(prog='python -m vitdistill.train.outcome', description=description)
+    parser.add_argument('run', metavar='RUN_FOLDER',
+                        help='run folder, of this clone or another, finished or not')
     parser.add_argument('--epochs', type=int, help='epoch of the checkpoint; default: the last checkpoint')
     parser.add_argument('--record', metavar='FOLDER', help="folder to write into; default: the run's own")
     args = parser.parse_args(arguments)

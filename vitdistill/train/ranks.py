@@ -29,11 +29,13 @@ class Ranks:
     local_world:int=1    # number of ranks on this node
     device:str='cpu'
 
-    def sum(self, tensor): # sums over all ranks, in place
+    def sum(self, tensor:torch.Tensor)->torch.Tensor:
+        "Sums a tensor over all ranks, in place; returns it."
         if self.world > 1: dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self):
+    def barrier(self)->None:
+        "Waits until all ranks are here."
         if self.world > 1: dist.barrier()
 
 # %% ../../nbs/train/01_ranks.ipynb #e9329df9
@@ -52,46 +54,50 @@ def place_among_ranks()->tuple:
 PATIENCE = timedelta(hours=2) # how long a rank waits for the others
 
 def start_ranks(device:str)->Ranks:
-    "Joins the process group that torchrun or srun describes in the environment; a single process needs no group."
+    "Joins the process group that torchrun or srun describes in the environment; one process needs no group."
     local, rank, world = place_among_ranks()
     by_srun = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1') if world > 1 else '1' # such as 4, 2(x2) or 3,2
-    here = re.match(r'\d+', os.environ.get('LOCAL_WORLD_SIZE', by_srun))[0]
+    local_world = re.match(r'\d+', os.environ.get('LOCAL_WORLD_SIZE', by_srun))[0]
     if world > 1: # load_images needs it; srun doesn't set it
-        os.environ['LOCAL_WORLD_SIZE'] = here
+        os.environ['LOCAL_WORLD_SIZE'] = local_world
     check_device(device)
     if device == 'cuda':
         device = f'cuda:{local}'
         torch.cuda.set_device(local)
-    on_gpu = dict(backend='nccl', device_id=torch.device(device)) if device.startswith('cuda') else dict(backend='gloo')
+    backend = dict(backend='gloo')
+    if device.startswith('cuda'):
+        backend = dict(backend='nccl', device_id=torch.device(device))
     if world > 1:
-        dist.init_process_group(rank=rank, world_size=world, timeout=PATIENCE, **on_gpu)
-    return Ranks(rank, world, int(here), device)
+        dist.init_process_group(rank=rank, world_size=world, timeout=PATIENCE, **backend)
+    return Ranks(rank, world, int(local_world), device)
 
 # %% ../../nbs/train/01_ranks.ipynb #57670efb
 def timeout_error(rank:int)->VitdistillError:
     "Returns the error of a rank that waited too long for the others."
-    return VitdistillError(f'rank {rank} waited {PATIENCE.total_seconds():,.0f} s for the others and gave up: see in '
-                           'the log what keeps them, a disk or an upload, and start again; the run goes on from its '
-                           'last checkpoint.')
+    seconds = PATIENCE.total_seconds()
+    return VitdistillError(f'rank {rank} waited {seconds:,.0f} s for the others and gave up: see in '
+                           'the log what keeps them, a disk or an upload, and start again; the run goes on '
+                           'from its last checkpoint.')
 
 # %% ../../nbs/train/01_ranks.ipynb #8ab7068b
 def error_of_timeout(error:Exception)->VitdistillError|None:
     "Returns `timeout_error` if `error` is a timeout of this rank; None for other errors."
-    late = dist.is_initialized() and re.search('timed? ?out', str(error), re.IGNORECASE)
-    return timeout_error(dist.get_rank()) if late else None
+    is_timeout = dist.is_initialized() and re.search('timed? ?out', str(error), re.IGNORECASE)
+    return timeout_error(dist.get_rank()) if is_timeout else None
 
 # %% ../../nbs/train/01_ranks.ipynb #a1a884a7
 def error_of_watchdog(lines:list)->VitdistillError|None: # lines: the end of a log
     "Returns `timeout_error` if the log shows that NCCL's watchdog ended a rank after a timeout; else None."
-    found = re.search(r'\[Rank (\d+)\] Watchdog caught collective operation timeout', '\n'.join(lines))
-    return timeout_error(int(found[1])) if found else None
+    match = re.search(r'\[Rank (\d+)\] Watchdog caught collective operation timeout', '\n'.join(lines))
+    return timeout_error(int(match[1])) if match else None
 
 # %% ../../nbs/train/01_ranks.ipynb #dc15f55a
 def end_with_parent()->None:
     "Starts a thread that ends this process when torchrun, or the notebook that launched it, has ended."
     if not {'RANK', 'VITDISTILL_LAUNCHER'} & os.environ.keys(): # a run started by hand may outlive its shell
         return
-    parent, launcher = os.getppid(), environment_number('VITDISTILL_LAUNCHER', 0)
+    parent = os.getppid()
+    launcher = environment_number('VITDISTILL_LAUNCHER', 0)
     def watch():
         with suppress(ProcessLookupError): # raised once the launcher has ended
             while os.getppid() == parent:
@@ -105,24 +111,29 @@ def end_with_parent()->None:
 at_signal = [] # functions to call before a signal ends this process
 
 def end_by_signal()->None:
-    "Makes SIGTERM, SIGINT and SIGHUP (a closed terminal) call the functions in `at_signal` and end this process."
+    "Lets SIGTERM, SIGINT and SIGHUP (a closed terminal) call the functions in `at_signal`, then end it."
     read, write = os.pipe()
     os.set_blocking(write, False)
-    known = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-    signals = [number for number in known if signal.getsignal(number) != signal.SIG_IGN] # nohup and & ignore some
-    for number in signals: signal.signal(number, lambda *_: None)
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN: # nohup and & ignore some
+            signals.append(number)
+            signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write)
     def default(): # in a forked child, signals have their usual effect
         signal.set_wakeup_fd(-1)
-        for number in signals: signal.signal(number, signal.SIG_DFL)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
     os.register_at_fork(after_in_child=default)
     def wait():
         while (number := os.read(read, 1)[0]) not in signals: # such as SIGCHLD, when a loader's process ends
             pass
         try:
-            for call in at_signal: call()
+            for call in at_signal:
+                call()
             sys.stdout.flush()
-        finally: os._exit(128 + number)
+        finally:
+            os._exit(128 + number)
     threading.Thread(target=wait, daemon=True).start()
 
 # %% ../../nbs/train/01_ranks.ipynb #8a918630
@@ -154,18 +165,24 @@ def batch_bounds(
     world:int,       # number of ranks
     needs_two:bool   # each rank needs two images, for batch norm, or for a contrast, which has world = 1
 )->list:
-    "Returns (start, stop) of each global batch; with `needs_two`, without a last batch of fewer than 2 images a rank."
-    if needs_two and (least := min(batch, n))//world < 2:
-        raise VitdistillError(f'batches of {least} are fewer than 2 images a rank, too few for batch norm or a '
-                              'contrast: use a larger batch_size, more images or fewer ranks.')
-    bounds = [(i, min(i + batch, n)) for i in range(0, n, batch)]
-    return bounds[:-1] if needs_two and (bounds[-1][1] - bounds[-1][0])//world < 2 else bounds
+    "Returns (start, stop) of each global batch; with `needs_two` a last one of fewer images is dropped."
+    size = min(batch, n)
+    if needs_two and size//world < 2:
+        raise VitdistillError(f'batches of {size} are fewer than 2 images a rank, too few for batch norm or '
+                              'a contrast: use a larger batch_size, more images or fewer ranks.')
+    bounds = [(start, min(start + batch, n)) for start in range(0, n, batch)]
+    start, stop = bounds[-1]
+    if needs_two and (stop - start)//world < 2:
+        bounds.pop()
+    return bounds
 
 # %% ../../nbs/train/01_ranks.ipynb #37a2e368
 def local_rows(start:int, stop:int, rank:int, world:int)->tuple:
-    "Returns (slice of this rank's rows, its loss weight); a rank without rows takes the first one with weight 0."
-    mine = np.array_split(range(start, stop), world)[rank].tolist() # the first ranks may have one row more
-    return (slice(mine[0], mine[-1] + 1), world*len(mine)/(stop - start)) if mine else (slice(start, start + 1), 0.)
+    "Returns (slice of this rank's rows, its loss weight); a rank without rows takes the first with weight 0."
+    rows = np.array_split(range(start, stop), world)[rank].tolist() # the first ranks may have one row more
+    if not rows:
+        return slice(start, start + 1), 0.
+    return slice(rows[0], rows[-1] + 1), world*len(rows)/(stop - start)
 
 # %% ../../nbs/train/01_ranks.ipynb #f69749a9
 def has_batch_norm(model:nn.Module)->bool:
@@ -174,18 +191,24 @@ def has_batch_norm(model:nn.Module)->bool:
 
 # %% ../../nbs/train/01_ranks.ipynb #309b0d8f
 def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
-    "Returns the model under DDP if there are several ranks, on CUDA with synchronized batch norm (CPUs have none)."
+    "Returns the model under DDP if there are several ranks, on CUDA with synchronized batch norm."
     if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
     on_gpu = ranks.device.startswith('cuda')
     if on_gpu and has_batch_norm(model): # torch's loses fused activations
         model = convert_sync_batchnorm(model)
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    each_step = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers' # in older torch
-    return DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, **{each_step: False})
+    arguments = inspect.signature(DistributedDataParallel.__init__).parameters
+    sends_buffers = 'broadcast_buffers' # in each step; in newer torch under another name
+    if 'forward_sync_buffers' in arguments:
+        sends_buffers = 'forward_sync_buffers'
+    device_ids = [ranks.device] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sends_buffers: False})
 
 # %% ../../nbs/train/01_ranks.ipynb #273e0372
-def seed_step(seed:int, epoch:int, step:int, rank:int, device:str='cpu')->None: # device: seeded as well as the CPU
+def seed_step(
+    seed:int, epoch:int, step:int, rank:int,
+    device:str='cpu' # seeded as well as the CPU
+)->None:
     "Seeds torch, numpy and Python for one step by (seed, epoch, step, rank)."
     state = seed_host(seed, epoch, step, rank)
     if device.startswith('cuda'):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
-           'check_settings', 'resolve', 'compiled', 'program', 'loading_processes', 'refuse_cramped', 'BaseSetup',
-           'run_plan', 'Setup', 'image_device', 'teacher_answers', 'load_answers', 'refuse_share', 'place_model',
-           'prepare', 'pass_size', 'predict', 'evaluate']
+           'check_settings', 'refuse_compilation', 'resolve', 'compiled', 'program', 'loading_processes',
+           'refuse_cramped', 'BaseSetup', 'run_plan', 'Setup', 'image_device', 'refuse_absent_teacher',
+           'teacher_answers', 'load_answers', 'refuse_missing_answers', 'refuse_share', 'place_model',
+           'warn_of_emulation', 'prepare', 'pass_size', 'student_logits', 'accuracy_on']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, math, os, shutil, tempfile, typing
@@ -33,7 +34,7 @@ from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, check_health, load_teacher, use_quickest
+from ..teachers.teacher import Absent, check_health, teacher_and_card, use_quickest
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
@@ -42,7 +43,9 @@ from ..data.views import unlabelled_places, view_count
 # %% ../../nbs/train/02_setup.ipynb #f0417754
 def auto_device()->str:
     "Returns the best device of this machine."
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if torch.cuda.is_available(): return 'cuda'
+    if torch.backends.mps.is_available(): return 'mps'
+    return 'cpu'
 
 # %% ../../nbs/train/02_setup.ipynb #03e2dc43
 def auto_precision(device:str)->str:
@@ -50,7 +53,8 @@ def auto_precision(device:str)->str:
     if device == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        wide = torch.backends.cpu.get_cpu_capability() not in ('DEFAULT', 'AVX2') # the environment may turn it off
+        capability = torch.backends.cpu.get_cpu_capability() # the environment may turn it off
+        wide = capability not in ('DEFAULT', 'AVX2')
         able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast = device == 'cpu' and wide and able
     return 'bf16' if fast else 'fp32'
@@ -69,7 +73,8 @@ def auto_compile(config:Config, device:str)->str:
     "Returns the mode for compile = 'auto': CUDA graphs on one GPU, where kernel launches are the bottleneck."
     if device != 'cuda' or compiler_missing(device): return 'none'
     if place_among_ranks()[2] == 1: return 'reduce-overhead'
-    return 'none' if uses_batch_norm(config) else 'default' # compiled synchronized batch norm hangs or is wrong
+    # compiled synchronized batch norm hangs or is wrong
+    return 'none' if uses_batch_norm(config) else 'default'
 
 # %% ../../nbs/train/02_setup.ipynb #9eb60332
 def auto_values(config:Config)->dict:
@@ -79,78 +84,92 @@ def auto_values(config:Config)->dict:
     values = dict(device=device, precision=precision, teacher_precision=precision)
     if config.compile == 'auto':
         values['compile'] = auto_compile(config, device)
-    if is_answers(file := config.teacher_weights): # the precision of the answers
-        values['teacher_precision'] = answers_head(file)['key']['dtype'].split()[0]
+    if is_answers(config.teacher_weights): # the precision of the answers
+        key = answers_head(config.teacher_weights)['key']
+        values['teacher_precision'] = key['dtype'].split()[0]
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
 
 # %% ../../nbs/train/02_setup.ipynb #45804704
 def refuse_unfit_folds(config:Config)->None:
     "Raises `VitdistillError` if the config's settings don't allow out-of-fold answers, or their controls."
-    how, wants = config.fold_answers, answer_kind(config)
+    how = config.fold_answers
     if how != 'unseen' and not config.fold_weights:
         raise VitdistillError(f'fold_answers = {how!r} needs two fold teachers: give fold_weights beside '
                               "teacher_weights (e02's out_of_fold does), or leave fold_answers out.")
     if not config.fold_weights: return
     if config.unlabelled and how != 'unseen':
-        raise VitdistillError(f'fold_answers = {how!r} is for images that a teacher was trained on, with their labels, '
-                              'and unlabelled ones are none: leave fold_answers out, or unlabelled.')
+        raise VitdistillError(f'fold_answers = {how!r} is for images that a teacher was trained on, with '
+                              'their labels, and unlabelled ones are none: leave fold_answers out, or '
+                              'unlabelled.')
     if config.plan_memo and unnumbered(config):
-        raise VitdistillError('plan_memo keeps the answers of one teacher, and out of fold there are two: leave '
-                              'plan_memo out, or fold_weights.')
+        raise VitdistillError('plan_memo keeps the answers of one teacher, and out of fold there are two: '
+                              'leave plan_memo out, or fold_weights.')
     if config.mixup or config.cutmix:
-        raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both folds: '
-                              'set mixup and cutmix to 0, or leave fold_weights out.')
-    if how == 'drawn' and not isinstance(wants, HardLabel):
-        raise VitdistillError(f"fold_answers = 'drawn' gives hard labels, and distillation = {config.distillation!r} "
-                              "wants other answers: set distillation to 'hard', or leave fold_answers out.")
+        raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both '
+                              'folds: set mixup and cutmix to 0, or leave fold_weights out.')
+    if how == 'drawn' and not isinstance(answer_kind(config), HardLabel):
+        raise VitdistillError("fold_answers = 'drawn' gives hard labels, and distillation = "
+                              f"{config.distillation!r} wants other answers: set distillation to 'hard', or "
+                              'leave fold_answers out.')
 
 # %% ../../nbs/train/02_setup.ipynb #10a3b8ad
 def check_settings(config:Config)->None:
     "Raises `VitdistillError` for models, augmentation, schedule or optimizer that no run can have."
-    for name in filter(None, (config.student, config.teacher)):
-        check_name(name)
+    for name in (config.student, config.teacher):
+        if name: check_name(name)
     fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
-    for whose in ('student', 'teacher'):
-        if given := [name for name in getattr(config, f'{whose}_kwargs') if name in fixed]:
-            raise VitdistillError(f"{whose}_kwargs can't have {', '.join(given)}: give the fields {whose}_size, "
-                                  f'{whose}_pretrained, {whose}_weights or stem instead.')
+    for role in ('student', 'teacher'):
+        doubled = [name for name in getattr(config, f'{role}_kwargs') if name in fixed]
+        if doubled:
+            raise VitdistillError(f"{role}_kwargs can't have {', '.join(doubled)}: give the fields "
+                                  f'{role}_size, {role}_pretrained, {role}_weights or stem instead.')
     check_device(config.device)
     image_side(config)
+    answer_kind(config) # raises if the objective is unknown
     refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
 
+def refuse_compilation(config:Config, device:str)->None: # config: with the user's `compile`
+    "Raises `VitdistillError` if torch.compile was asked for and can't be used."
+    if config.compile in ('auto', 'none', 'graph'): return
+    missing = compiler_missing(device)
+    if missing:
+        raise VitdistillError(f"compile = {config.compile!r} needs {missing}, which is not here: install it, "
+                              "or set compile to 'none'.")
+    if device == 'cuda' and auto_compile(config, device) == 'none':
+        raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, '
+                              "where compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
+
 def resolve(config:Config)->Config:
-    "Returns the config with `auto` values, path patterns and file hashes filled in; a started run keeps its values."
+    "Returns the config with `auto` values, path patterns and file hashes; a started run keeps its values."
     check_settings(config)
     weights = 'student_weights', 'teacher_weights', 'fold_weights'
     config = replace(config, **{name: only_match(getattr(config, name)) for name in weights})
-    device = (chosen := auto_values(config)).get('device', config.device)
-    asked = config.compile not in ('auto', 'none', 'graph')
-    if asked and (lacks := compiler_missing(device)):
-        raise VitdistillError(f"compile = {config.compile!r} needs {lacks}, which is not here: install it, or set "
-                              "compile to 'none'.")
-    if asked and device == 'cuda' and auto_compile(config, device) == 'none':
-        raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, where '
-                              "compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
-    teachers = filter(None, (config.teacher_weights, config.fold_weights))
-    found = dict(data_hash=fingerprint(config), weights_hash=file_hash(config.student_weights),
-                 unlabelled_hash=unlabelled_mark(config),
-                 teacher_hash='+'.join(map(file_hash, teachers)))
-    config = replace(config, **found, **chosen, auto=sorted({*chosen, *config.auto}))
-    begun = Run.of(config)
-    if not (begun.folder/'config.yaml').is_file() or begun.status == 'unreadable':
+    chosen = auto_values(config)
+    refuse_compilation(config, chosen.get('device', config.device))
+    teachers = [path for path in (config.teacher_weights, config.fold_weights) if path]
+    config = replace(config,
+                     data_hash=fingerprint(config),
+                     weights_hash=file_hash(config.student_weights),
+                     unlabelled_hash=unlabelled_mark(config),
+                     teacher_hash='+'.join(map(file_hash, teachers)),
+                     auto=sorted({*chosen, *config.auto}),
+                     **chosen)
+    record = Run.of(config)
+    if not (record.folder/'config.yaml').is_file() or record.status == 'unreadable':
         return config
     kept = [name for name in chosen if name not in ('device', 'compile')] # these depend on machine and ranks
-    return replace(config, **{name: getattr(begun.config, name) for name in kept})
+    return replace(config, **{name: getattr(record.config, name) for name in kept})
 
 # %% ../../nbs/train/02_setup.ipynb #a34e7e26
 def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: as `Config.compile`
     "Returns a model, or function of tensors, under torch.compile, a program per batch size; or unchanged."
     if mode in ('none', 'graph'): return function
-    by_block = mode == 'default' and isinstance(function, Student) and equal_blocks(function)
-    return with_compiled_blocks(function) if by_block else torch.compile(function, mode=mode, dynamic=False)
+    if mode == 'default' and isinstance(function, Student) and equal_blocks(function):
+        return with_compiled_blocks(function)
+    return torch.compile(function, mode=mode, dynamic=False)
 
 # %% ../../nbs/train/02_setup.ipynb #84525528
 def program(function:typing.Callable, mode:str)->typing.Callable: # mode: with which the student is compiled
@@ -169,15 +188,19 @@ def refuse_cramped(
     processes:int, # that augment images, of all ranks on this machine
     batch:int      # bytes of the images that one of them hands over
 )->None:
-    "Raises `VitdistillError` if loading processes lack shared memory, or a folder with a path that sockets can have."
+    "Raises `VitdistillError` if loading processes lack shared memory, or a short path for their sockets."
     if not processes: return
-    shared, needed, path = Path('/dev/shm'), 2*processes*batch, tempfile.gettempdir() # each prepares two batches
-    if shared.is_dir() and (free := shutil.disk_usage(shared).free) < needed:
+    shared = Path('/dev/shm')
+    needed = 2*processes*batch # each prepares two batches
+    free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
+    if free < needed:
         raise VitdistillError(f'{shared} has {free/1e6:,.0f} MB left, and {processes} loading processes need '
-                              f'{needed/1e6:,.0f} MB: give it more (docker run --shm-size), or set workers to fewer.')
+                              f'{needed/1e6:,.0f} MB: give it more (docker run --shm-size), or set workers '
+                              'to fewer.')
+    path = tempfile.gettempdir()
     if len(os.fsencode(path)) > 75: # a socket's path has 107 bytes, and 32 come below this folder
-        raise VitdistillError(f'{path} is too long a path for the sockets of loading processes: set TMPDIR to a '
-                              'shorter one such as /tmp, or workers to 0.')
+        raise VitdistillError(f'{path} is too long a path for the sockets of loading processes: set TMPDIR '
+                              'to a shorter one such as /tmp, or workers to 0.')
 
 # %% ../../nbs/train/02_setup.ipynb #9706ca83
 @dataclass(kw_only=True)
@@ -188,7 +211,7 @@ class BaseSetup:
     ranks:Ranks
     student:nn.Module|None # None: nothing is trained
 
-    def autocast(self):
+    def autocast(self): # a context for forward passes
         device = self.ranks.device.split(':')[0]
         return torch.autocast(device, torch.bfloat16) if self.config.precision == 'bf16' else nullcontext()
 
@@ -201,18 +224,21 @@ def run_plan(
     unlabelled:Unlabelled=None # further images of each epoch
 )->Plan:
     "Returns the plan of an epoch of a run."
-    c, n_views = config, view_count(config)
-    def labelled(number, batch): # a pass over the labelled images; batch: rows of one
+    c = config
+    n_views = view_count(config)
+    def labelled_pass(number, batch): # over the labelled images; batch: rows of one
         together = max(1, batch) if c.repeats > 1 and c.repeats_mode == 'public' else 0
         return epoch_plan(rows, images, n_views, c.seed, number, c.repeats, together)
-    if unlabelled is None: return labelled(epoch, c.batch_size)
-    apart = generator(c.seed, 8).initial_seed() # 8: other draws than those of a seed
-    def others(number):
-        return epoch_plan(unlabelled.rows, int(unlabelled.rows.max()) + 1, n_views, apart, number)
-    length, batch = plan_rows(c, len(rows)), c.batch_size - round(c.unlabelled_share*c.batch_size)
+    if unlabelled is None:
+        return labelled_pass(epoch, c.batch_size)
+    labelled_batch = c.batch_size - round(c.unlabelled_share*c.batch_size)
+    seed = generator(c.seed, 8).initial_seed() # 8: other draws than those of the config's seed
+    def unlabelled_pass(number):
+        return epoch_plan(unlabelled.rows, int(unlabelled.rows.max()) + 1, n_views, seed, number)
+    length = plan_rows(c, len(rows))
     places = unlabelled_places(length, c.batch_size, c.unlabelled_share, c.seed, epoch)
-    return plan_with_unlabelled(lambda number: labelled(number, batch), others, (length, len(unlabelled)), places,
-                                epoch, c.repeats)
+    return plan_with_unlabelled(lambda number: labelled_pass(number, labelled_batch), unlabelled_pass,
+                                (length, len(unlabelled)), places, epoch, c.repeats)
 
 # %% ../../nbs/train/02_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
@@ -231,8 +257,13 @@ class Setup(BaseSetup):
     teacher_measured_on:str='' # 'images that it held out' or 'training images'
     pass_images:int=0 # images in a forward pass of evaluation; 0: `pass_size` chooses
 
-    def input(self, pixels:torch.Tensor, scale=scaled, size:int=0)->torch.Tensor: # [0, 255] -> normalized, resized
-        size = size or student_size(self.config, pixels.shape[-1]) # size: px; 0: the size of training
+    def input(self,
+        pixels:torch.Tensor, # (B, 3, H, W) in [0, 255]
+        scale=scaled,        # or the same compiled
+        size:int=0           # px; 0: the size of training
+    )->torch.Tensor:
+        "Returns the student's input, normalized and resized, on its device."
+        size = size or student_size(self.config, pixels.shape[-1])
         return normalize(pixels.to(self.ranks.device, non_blocking=True), *self.constants, size, scale)
 
     @property
@@ -245,12 +276,14 @@ class Setup(BaseSetup):
 
     @property
     def parts(self)->dict: # name -> (views, labels, rows) of the images that a student is measured on
-        views, labels, test = self.views, self.data.train_labels, self.data.test_labels
-        return dict(train=(views, labels, self.train_rows), val=(views, labels, self.val_rows),
-                    test=(self.test_views, test, torch.arange(len(test))))
+        labels = self.data.train_labels
+        test_labels = self.data.test_labels
+        return dict(train=(self.views, labels, self.train_rows),
+                    val=(self.views, labels, self.val_rows),
+                    test=(self.test_views, test_labels, torch.arange(len(test_labels))))
 
     @property
-    def images_a_pass(self)->int:
+    def images_a_pass(self)->int: # of evaluation
         return self.pass_images or pass_size(self.test_size, self.ranks.device)
 
     def plan(self, epoch:int)->Plan: # rows (image, copy, view), in order
@@ -273,9 +306,10 @@ class Setup(BaseSetup):
         return Augment(self.config, self.data.side, self.constants) if augments(self.config) else None
 
     @property
-    def constants(self)->tuple:
-        own = self.config.student_normalization == 'own'
-        return pretrained_constants(self.student.model) if own else self.data.mean_std
+    def constants(self)->tuple: # mean and std that normalize the student's input
+        if self.config.student_normalization == 'own':
+            return pretrained_constants(self.student.model)
+        return self.data.mean_std
 
 # %% ../../nbs/train/02_setup.ipynb #9598e7e2
 def image_device(
@@ -283,67 +317,84 @@ def image_device(
     shape:tuple, # shape of the dataset's images, a byte per number
     device:str   # of the model
 )->str:
-    "Returns the device to keep images on: a GPU if they fit half its free memory and are not augmented, else 'cpu'."
+    "Returns the device to keep images on: a GPU if half its free memory holds them unaugmented, else 'cpu'."
     if config.data_on in ('host', 'disk') or augments(config):
         return 'cpu'
     if config.data_on == 'device': return device
-    fit = device.startswith('cuda') and math.prod(shape) < torch.cuda.mem_get_info(device)[0]/2
-    return device if fit else 'cpu'
+    if not device.startswith('cuda'): return 'cpu'
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if math.prod(shape) < free/2 else 'cpu'
 
 # %% ../../nbs/train/02_setup.ipynb #ad9e39fe
+def refuse_absent_teacher(config:Config, online:bool, in_folder:bool)->None:
+    "Raises `VitdistillError` if a run asks a teacher without weights more than its file of answers holds."
+    if online: # pixels are mixed or augmented, or there is no memo
+        raise VitdistillError(f'{config.teacher_weights} answers only plain crops and flips: leave memo on '
+                              "and mixing and augmentation out, or give the teacher's weights.")
+    if in_folder: # unlabelled images
+        raise VitdistillError(f"{config.teacher_weights} answers training images alone, and unlabelled = "
+                              f"{config.unlabelled!r} is a folder: give the teacher's weights.")
+
 def teacher_answers(
-    config:Config, data:Data, views:Views, ranks:Ranks,
+    config:Config,
+    data:Data,
+    views:Views,
+    ranks:Ranks,
     rows:torch.Tensor, # of the plan
     unlabelled:Unlabelled=None # further images of the plan
 )->tuple:
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
-    teacher, card = load_teacher(config, data, ranks.device)
+    teacher, card = teacher_and_card(config, data, ranks.device)
     planned = config.plan_memo and unnumbered(config)
     online = unnumbered(config) or not config.memo
-    absent = isinstance(teacher, Absent)
-    at_once = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images in a batch
-    if absent and online:
-        raise VitdistillError(f'{config.teacher_weights} answers only plain crops and flips: leave memo on and '
-                              "mixing and augmentation out, or give the teacher's weights.")
-    apart = unlabelled is not None and unlabelled.images is not None # a folder of its own
-    if absent and apart:
-        raise VitdistillError(f"{config.teacher_weights} answers training images alone, and unlabelled = "
-                              f"{config.unlabelled!r} is a folder: give the teacher's weights.")
+    is_absent = isinstance(teacher, Absent)
+    in_folder = unlabelled is not None and unlabelled.images is not None # the unlabelled images
+    if is_absent:
+        refuse_absent_teacher(config, online, in_folder)
+    batch = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images
     if online: # before the health check: each size is compiled
-        teacher.chunk = at_once
-    if teacher.device.type == 'cuda' and not absent:
-        both = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
-        use_quickest(teacher, (at_once,) if online else (512, 1024), both, beside_weights(config)/'speed.json')
+        teacher.chunk = batch
+    if teacher.device.type == 'cuda' and not is_absent:
+        chunks = (batch,) if online else (512, 1024)
+        compiles = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
+        use_quickest(teacher, chunks, compiles, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card.constants):
-        print(f"The teacher was trained on pixels normalized by {card.constants}, but this run uses "
-              f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the first.",
-              flush=True)
-    kind = answer_kind(config)
+        print(f'The teacher was trained on pixels normalized by {card.constants}, but this run uses '
+              f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the "
+              'first.', flush=True)
     memo = None
-    if not ranks.rank and (planned or not online):
-        key = plan_key(teacher, config, data, rows, unlabelled) if planned else memo_key(teacher, config, data)
+    if not ranks.rank and planned:
+        memo = teacher_memo(config, teacher, plan_key(teacher, config, data, rows, unlabelled))
+    elif not ranks.rank and not online:
+        key = memo_key(teacher, config, data)
         memo = teacher_memo(config, teacher, key)
-        if memo and apart and not planned:
-            others = teacher_memo(config, teacher, key | dict(train_images=unlabelled.mark, images=len(unlabelled)))
-            memo = others and JoinedMemo(memo, others)
-    answers = (Planned if planned else Answers)(teacher, views, kind, memo)
+        if memo and in_folder:
+            of_folder = key | dict(train_images=unlabelled.mark, images=len(unlabelled))
+            second = teacher_memo(config, teacher, of_folder)
+            memo = second and JoinedMemo(memo, second) # without room for one, none
+    source = Planned if planned else Answers
+    answers = source(teacher, views, answer_kind(config), memo)
     if not answers.by_view: # also if the memo had no room
-        teacher.chunk = at_once
+        teacher.chunk = batch
     return answers, health, card
 
 # %% ../../nbs/train/02_setup.ipynb #6d9c0e41
 def load_answers(
-    config:Config, data:Data, views:Views, ranks:Ranks,
+    config:Config,
+    data:Data,
+    views:Views,
+    ranks:Ranks,
     rows:torch.Tensor, # the labelled images
     unlabelled:Unlabelled=None # further images that need answers
 )->dict:
-    "Returns the answers of the config's one or two teachers, and the first one's top-1, as fields of a `Setup`."
-    about = data, views, ranks, rows, unlabelled
-    answers, health, card = teacher_answers(config, *about)
+    "Returns the answers of the config's one or two teachers, and the first's top-1, as fields of a `Setup`."
+    images = data, views, ranks, rows, unlabelled
+    answers, health, card = teacher_answers(config, *images)
     rows = rows_of_all(rows, unlabelled)
     if config.fold_weights:
-        other, _, other_card = teacher_answers(replace(config, teacher_weights=config.fold_weights), *about)
+        second = replace(config, teacher_weights=config.fold_weights)
+        other, _, other_card = teacher_answers(second, *images)
         cards = card, other_card
         if not all(card and knows_images(card, data) for card in cards):
             raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
@@ -351,26 +402,35 @@ def load_answers(
         further = len(views.images) - len(data.train_labels) # of a folder without labels, which none has seen
         seen = [F.pad(training_mask(card, data), (0, further)) for card in cards]
         answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
-    for part, where in answers.parts_of(rows):
-        absent = not ranks.rank and isinstance(part.teacher, Absent)
-        if absent and (known := part.known(rows[where])) < 1:
-            raise VitdistillError(f'{part.teacher.file} answers {known:.1%} of the views of the {len(where):,} '
-                                  'training images: train on images that it answers (data_fraction, split_seed, '
-                                  "val_fraction), or give the teacher's weights.")
+    if not ranks.rank:
+        refuse_missing_answers(answers, rows)
     if config.fold_answers == 'drawn':
-        drawn = drawn_labels(labels := data.train_labels, answer_counts(answers, labels, rows), config.seed)
-        answers = Answers(answers.teacher, views, memo=label_memo(drawn, view_count(config), len(data.classes)))
+        counts = answer_counts(answers, data.train_labels, rows)
+        labels = drawn_labels(data.train_labels, counts, config.seed)
+        memo = label_memo(labels, view_count(config), len(data.classes))
+        answers = Answers(answers.teacher, views, memo=memo)
     return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
+
+def refuse_missing_answers(answers:Answers, rows:torch.Tensor)->None: # rows: images to train on
+    "Raises `VitdistillError` if a teacher without weights does not know the answers about all images."
+    for part, place in answers.parts_of(rows):
+        if not isinstance(part.teacher, Absent): continue
+        share = part.share_known(rows[place])
+        if share < 1:
+            raise VitdistillError(f'{part.teacher.file} answers {share:.1%} of the views of the '
+                                  f'{len(place):,} training images: train on images that it answers '
+                                  "(data_fraction, split_seed, val_fraction), or give the teacher's weights.")
 
 # %% ../../nbs/train/02_setup.ipynb #d9edd855
 def refuse_share(config:Config, images:int)->None: # images: labelled ones
-    "Raises `VitdistillError` if a batch would have no labelled or no unlabelled image, and the share is not 1."
-    share, batch = config.unlabelled_share, min(config.batch_size, plan_rows(config, images))
-    if 0 < (unlabelled := round(share*batch)) < batch or share == 1:
-        return
+    "Raises `VitdistillError` if a batch would have no labelled or no unlabelled image; a share of 1 may."
+    share = config.unlabelled_share
+    batch = min(config.batch_size, plan_rows(config, images))
+    unlabelled = round(share*batch)
+    if 0 < unlabelled < batch or share == 1: return
     lacks = 'labelled' if unlabelled else 'unlabelled'
-    raise VitdistillError(f'unlabelled_share = {share} leaves no {lacks} image in a batch of {batch}: give another '
-                          'share, or a larger batch_size.')
+    raise VitdistillError(f'unlabelled_share = {share} leaves no {lacks} image in a batch of {batch}: give '
+                          'another share, or a larger batch_size.')
 
 # %% ../../nbs/train/02_setup.ipynb #fcbf15de
 def place_model(
@@ -385,32 +445,42 @@ def place_model(
     return model.to(device, memory_format=torch.channels_last)
 
 # %% ../../nbs/train/02_setup.ipynb #f357b114
+def warn_of_emulation(config:Config, ranks:Ranks)->None:
+    "Prints a line if the user chose bf16 on a processor that has to emulate it."
+    by_user = config.precision == 'bf16' and 'precision' not in config.auto
+    if by_user and ranks.device == 'cpu' and auto_precision('cpu') == 'fp32' and not ranks.rank:
+        print("precision = 'bf16' is slower than fp32 on this processor, which emulates it: set precision to "
+              "'auto'.", flush=True)
+
 def prepare(config:Config, ranks:Ranks)->Setup:
     "Loads data, student and teacher, checks them before anything is written, and returns them as a `Setup`."
     set_numerics(ranks.device, config.deterministic)
-    asked = config.precision == 'bf16' and 'precision' not in config.auto
-    if asked and ranks.device == 'cpu' and auto_precision('cpu') == 'fp32' and not ranks.rank:
-        print("precision = 'bf16' is slower than fp32 on this processor, which emulates it: set precision to 'auto'.",
-              flush=True)
+    warn_of_emulation(config, ranks)
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
-    data, objective = load_data(config), criterion(config)
+    data = load_data(config)
+    objective = criterion(config)
     train, val = split_rows(data.train_labels, config)
     if config.class_weights:
         objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
-    size = student_size(config, data.side)
-    unlabelled, images = unlabelled_images(config, data, train, val), data.train_images
+
+    images = data.train_images
+    unlabelled = unlabelled_images(config, data, train, val)
     if unlabelled is not None:
         refuse_share(config, len(train))
         if unlabelled.images is not None:
             images = joined(images, unlabelled.images)
     place = image_device(config, images.shape, ranks.device)
     views = Views(images, config.padding, place)
-    loaders, channel = loading_processes(config, ranks), 4 if config.random_erasing else 1 # bytes
-    refuse_cramped(loaders*ranks.local_world, -(-config.batch_size//ranks.world)*3*data.side**2*channel)
+    processes = loading_processes(config, ranks)*ranks.local_world
+    number = 4 if config.random_erasing else 1 # bytes of a pixel's number
+    refuse_cramped(processes, -(-config.batch_size//ranks.world)*3*data.side**2*number)
     refuse_start_overlap(config, data)
+
     student = objective.fit(create_student(config, len(data.classes), data.side))
-    for side in {size, config.test_size or size} if objective.labelled else ():
-        try_size(student.model, config.student, side)
+    if objective.labelled:
+        size = student_size(config, data.side)
+        for side in {size, config.test_size or size}:
+            try_size(student.model, config.student, side)
     student = place_model(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
     needs_two = has_batch_norm(student) or objective.needs_two
@@ -428,12 +498,15 @@ def pass_size(side:int, device:str)->int: # side: of the student's input, px
 
 # %% ../../nbs/train/02_setup.ipynb #084b2880
 @torch.inference_mode()
-def predict(
-    setup:Setup, views:Views, rows:torch.Tensor,
+def student_logits(
+    setup:Setup,
+    views:Views,
+    rows:torch.Tensor, # (n,) int64, images of the views
     student:nn.Module=None # default: the setup's
 )->list:
     "Returns logits per head, (n, C) float32 on the device, of the centre views of `rows`."
-    model, outputs = (student or setup.student).eval(), []
+    model = (student or setup.student).eval()
+    outputs = []
     try:
         for part in rows.to(setup.ranks.device).split(setup.images_a_pass):
             pixels = setup.input(views(part), size=setup.test_size)
@@ -443,25 +516,32 @@ def predict(
     except torch.OutOfMemoryError: # the failed pass's tensors are freed before another try
         outputs = pixels = None
     if setup.images_a_pass == 1:
-        raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} on one '
-                              f'image of {setup.test_size} px: stop what else uses it, or take a smaller '
-                              'student_size.')
+        raise VitdistillError(f'{setup.ranks.device} has no memory left to evaluate {setup.config.student} '
+                              f'on one image of {setup.test_size} px: stop what else uses it, or take a '
+                              'smaller student_size.')
     setup.pass_images = setup.images_a_pass//2
-    return predict(setup, views, rows, student)
+    return student_logits(setup, views, rows, student)
 
 # %% ../../nbs/train/02_setup.ipynb #ba4c2a43
-def evaluate(setup:Setup, views:Views, labels:torch.Tensor, rows:torch.Tensor, student:nn.Module=None)->dict:
-    "Returns top-1 and top-5 in [0, 1] of the heads' added softmaxes, over all ranks; two heads: also each one's top-1."
+def accuracy_on(
+    setup:Setup,
+    views:Views,
+    labels:torch.Tensor, # (N,) int64, of the images of the views
+    rows:torch.Tensor,   # (n,) int64, the images to measure on
+    student:nn.Module=None # default: the setup's
+)->dict:
+    "Returns top-1 and top-5 in [0, 1] of the heads' added softmaxes, on all ranks; of two heads also top-1."
     heads = setup.student.heads if len(setup.student.heads) > 1 else ()
     names = 'top1', 'top5', *(f'{head}_top1' for head in heads)
     if not (len(rows) and setup.data.labelled):
         return dict.fromkeys(names)
     counts = torch.zeros(len(names), dtype=torch.int64, device=setup.ranks.device)
-    if len(mine := rows.tensor_split(setup.ranks.world)[setup.ranks.rank]):
-        answers = predict(setup, views, mine, student=student)
-        top = combine(answers).topk(min(5, len(setup.data.classes))).indices
-        true = labels[mine].to(top.device)
+    part = rows.tensor_split(setup.ranks.world)[setup.ranks.rank] # of this rank
+    if len(part):
+        logits = student_logits(setup, views, part, student=student)
+        top = combine(logits).topk(min(5, len(setup.data.classes))).indices
+        true = labels[part].to(top.device)
         right = top == true[:, None]
-        each = [(z.argmax(-1) == true).sum() for z in answers if heads]
-        counts += torch.stack([right[:, 0].sum(), right.sum(), *each])
+        of_heads = [(z.argmax(-1) == true).sum() for z in logits] if heads else []
+        counts += torch.stack([right[:, 0].sum(), right.sum(), *of_heads])
     return {name: count/len(rows) for name, count in zip(names, setup.ranks.sum(counts).tolist())}

@@ -18,37 +18,46 @@ from .setup import Setup, program
 def tally(
     sums:torch.Tensor,   # (3,) sums so far, added to in place: loss, correct decisions, images;
                          # (4,) where some images are unlabelled: also the labelled ones
-    steps:torch.Tensor,  # (2,) int64, in place: number of steps so far, first step with a loss that is not finite
+    steps:torch.Tensor,  # (2,) int64, in place: number of steps, first one with a loss that is not finite
     loss:torch.Tensor,   # mean over the batch
     logits:torch.Tensor|None, # (B, C); None: trained without labels, so there is no accuracy
     targets:torch.Tensor, # (B,) int64 labels, or (B, C) shares of labels
     counts:bool          # False: this rank has no image of the batch and only keeps step
 )->None:
-    "Adds a step to the sums of an epoch, where they are, since a CUDA graph writes to the same place each time."
+    "Adds a step to the sums of an epoch in place, since a CUDA graph writes to the same place each time."
     labels = targets if targets.ndim == 1 else targets.argmax(-1)
-    right, more = (logits.argmax(-1) == labels if logits is not None else 0*loss), []
+    right = logits.argmax(-1) == labels if logits is not None else 0*loss
+    labelled = []
     if len(sums) == 4: # -1, or a row of zeros, is no label
-        known = targets >= 0 if targets.ndim == 1 else targets.any(-1)
-        right, more = right & known, [known.sum()]
-    sums += torch.stack([loss*len(labels), right.sum(), loss.new_full((), len(labels)), *more])*counts
+        has_label = targets >= 0 if targets.ndim == 1 else targets.any(-1)
+        right = right & has_label
+        labelled = [has_label.sum()]
+    sums += torch.stack([loss*len(labels), right.sum(), loss.new_full((), len(labels)), *labelled])*counts
     step, bad = steps
     bad.copy_(torch.where(loss.isfinite(), bad, torch.minimum(bad, step)))
     step += 1
 
 # %% ../../nbs/train/03_step.ipynb #b2ebfacc
 class Meter:
-    "Adds up loss, correct decisions and images of an epoch on the device, and notes the first loss that is not finite."
-    def __init__(self, device:str, tally:typing.Callable=tally, partly:bool=False): # partly: not all images have labels
-        self.sums, self.steps = torch.zeros(3 + partly, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        self.tally, self.first_label = tally, None # first_label: the label loss of the first step of all
+    "Adds up loss, correct decisions and images of an epoch on the device; notes the first loss not finite."
+    def __init__(self,
+        device:str,
+        tally:typing.Callable=tally, # or the same compiled
+        partly:bool=False):          # some images have no label
+        self.sums = torch.zeros(3 + partly, device=device)
+        self.steps = torch.zeros(2, dtype=torch.int64, device=device)
+        self.tally = tally
+        self.first_label = None # the label loss of the first step of all
         self.begin()
 
     def begin(self)->None: # an epoch; the tensors stay where they are
         self.sums.zero_()
-        self.steps[0], self.steps[1] = 0, 2**31 - 1
-        self.parts, self.begun = {}, time.perf_counter()
+        self.steps[0] = 0
+        self.steps[1] = 2**31 - 1
+        self.parts = {}
+        self.start = time.perf_counter()
 
-    def add(self, out:Output, batch:Batch)->None:
+    def add(self, out:Output, batch:Batch)->None: # of a step
         logits = out.logits[0].detach() if out.logits else None
         self.tally(self.sums, self.steps, out.loss.detach(), logits, batch.targets, batch.weight > 0)
         if self.first_label is None and 'label' in out.parts:
@@ -57,25 +66,31 @@ class Meter:
         for name, part in out.parts.items(): # terms of a loss without labels
             self.parts[name] = self.parts.get(name, 0.) + part*len(batch.targets)*(batch.weight > 0)
 
-    def row(self, setup:Setup, epoch:int, lr:float)->dict: # metrics over all ranks; VitdistillError if not finite
-        (loss, right, n, *labelled), (steps, bad) = setup.ranks.sum(self.sums).tolist(), self.steps.tolist()
+    def row(self, setup:Setup, epoch:int, lr:float)->dict:
+        "Returns the epoch's metrics over all ranks; a loss that was not finite is a `VitdistillError`."
+        loss, right, n, *labelled = setup.ranks.sum(self.sums).tolist()
+        steps, bad = self.steps.tolist()
         if bad < steps or not math.isfinite(loss):
-            raise VitdistillError(f'the loss is not finite from epoch {epoch + 1}, step {min(bad + 1, steps)} on '
-                                  f'(learning rate {lr:.3g}): lower lr or add warmup_epochs; the last checkpoint is '
-                                  'kept.')
-        asked, hit_rate = setup.answers.take() if setup.answers else (None, None)
-        rate = n/(time.perf_counter() - self.begun - (asked or 0.))
+            step = min(bad + 1, steps)
+            raise VitdistillError(f'the loss is not finite from epoch {epoch + 1}, step {step} on '
+                                  f'(learning rate {lr:.3g}): lower lr or add warmup_epochs; the last '
+                                  'checkpoint is kept.')
+        teacher_seconds, hit_rate = setup.answers.take() if setup.answers else (None, None)
+        seconds = time.perf_counter() - self.start - (teacher_seconds or 0.)
         terms = {f'train_{name}': setup.ranks.sum(part).item()/n for name, part in self.parts.items()}
-        of = labelled[0] if labelled else n
-        terms = terms or dict(train_top1=right/of if of else None)
-        return dict(train_loss=loss/n, **terms, images_per_second=rate,
-                    teacher_seconds=asked, memo_hit_rate=hit_rate)
+        if not terms:
+            with_label = labelled[0] if labelled else n
+            terms['train_top1'] = right/with_label if with_label else None
+        return dict(train_loss=loss/n, **terms, images_per_second=n/seconds,
+                    teacher_seconds=teacher_seconds, memo_hit_rate=hit_rate)
 
 # %% ../../nbs/train/03_step.ipynb #98fbbe82
 class TrainingStep:
     "Trains on one batch: forward pass, loss, backward pass, optimizer, sums of the epoch."
     def __init__(self, setup:Setup, objective:nn.Module, optimizer:torch.optim.Optimizer):
-        self.setup, self.objective, self.optimizer = setup, objective, optimizer
+        self.setup = setup
+        self.objective = objective
+        self.optimizer = optimizer
         self.meter = Meter(setup.ranks.device, program(tally, setup.config.compile), setup.criterion.partly)
 
     def begin(self)->None: # an epoch
@@ -85,7 +100,8 @@ class TrainingStep:
     def __call__(self, batch:Batch)->None:
         if batch.pixels.ndim == 2: # rows and views
             batch = batch._replace(pixels=self.setup.input(self.setup.views(*batch.pixels)))
-        with self.setup.autocast(): out = self.objective(batch)
+        with self.setup.autocast():
+            out = self.objective(batch)
         (out.loss*batch.weight).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,8 +116,9 @@ def why_not_captured(setup:Setup, optimizer:torch.optim.Optimizer)->str:
         return 'several ranks exchange data in each step'
     if not setup.criterion.compiles:
         return f'distillation = {setup.config.distillation!r} changes with the epoch'
-    held = type(optimizer) is torch.optim.SGD or all(group.get('capturable') for group in optimizer.param_groups)
-    return '' if held else f'optimizer = {setup.config.optimizer!r} needs the host in each step'
+    capturable = all(group.get('capturable') for group in optimizer.param_groups)
+    if type(optimizer) is torch.optim.SGD or capturable: return ''
+    return f'optimizer = {setup.config.optimizer!r} needs the host in each step'
 
 def tensors(batch:Batch)->list:
     "Returns the tensors of a batch."
@@ -109,27 +126,31 @@ def tensors(batch:Batch)->list:
 
 # %% ../../nbs/train/03_step.ipynb #8f476fe1
 class CapturedStep(TrainingStep):
-    "The same step, captured as a CUDA graph for each size of a batch, and replayed; it runs as usual if that fails."
+    "The same step, captured as a CUDA graph for each size of a batch, and replayed; as usual if that fails."
     usual = 3 # steps of a size before it is captured
     def __init__(self, setup:Setup, objective:nn.Module, optimizer:torch.optim.Optimizer):
         device = setup.ranks.device
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups] # learning rates
-        self.done, self.graphs, self.pool, self.fails = Counter(), {}, None, False
+        self.steps_of = Counter() # size -> steps so far
+        self.graphs = {}          # size -> (tensors that the graph reads, its replay)
+        self.pool = None
+        self.fails = False
         self.stream = torch.cuda.Stream(device) if device.startswith('cuda') else None
         super().__init__(setup, objective, optimizer)
 
-    def begin(self)->None: # an epoch, for which a schedule has set the learning rates
+    def begin(self)->None: # an epoch; a schedule has set the learning rates
         super().begin()
         for rate, group in zip(self.rates, self.optimizer.param_groups):
             rate.fill_(group['lr'])
             group['lr'] = rate
 
-    def run(self, batch:Batch)->None: # what is captured: it reads and writes tensors at the same places each time
+    def run(self, batch:Batch)->None: # is captured: it reads and writes tensors at the same places each time
         super().__call__(batch)
 
     def run_aside(self, batch:Batch)->None: # runs on the stream that is captured later
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream): self.run(batch)
+        with torch.cuda.stream(self.stream):
+            self.run(batch)
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self, batch:Batch)->typing.Callable: # of tensors that stay; returns the replay
@@ -141,21 +162,25 @@ class CapturedStep(TrainingStep):
 
     def __call__(self, batch:Batch)->None:
         size = tuple(part.shape for part in tensors(batch))
-        self.done[size] += 1
-        if size not in self.graphs and self.done[size] > self.usual and not self.fails:
-            self._keep(size, batch)
-        if size not in self.graphs: return self.run_aside(batch)
-        kept, replay = self.graphs[size]
-        for place, value in zip(kept, tensors(batch), strict=True):
+        self.steps_of[size] += 1
+        if size not in self.graphs and self.steps_of[size] > self.usual and not self.fails:
+            self.add_graph(size, batch)
+        if size not in self.graphs:
+            return self.run_aside(batch)
+        places, replay = self.graphs[size]
+        for place, value in zip(places, tensors(batch), strict=True):
             place.copy_(value, non_blocking=True)
         replay()
 
-    def _keep(self, size, batch): # the graph of a size, with the tensors that it reads
+    def add_graph(self, size:tuple, batch:Batch)->None:
+        "Captures the steps of a size, with tensors of their own; says so if it fails."
         static = Batch(*(part.clone() if isinstance(part, torch.Tensor) else part for part in batch))
-        try: self.graphs[size] = tensors(static), self.capture(static)
+        try:
+            self.graphs[size] = tensors(static), self.capture(static)
         except Exception as e:
-            self.fails, reason = True, first_line(e)
+            self.fails = True
             self.optimizer.zero_grad(set_to_none=True)
+            reason = first_line(e)
             print(f"compile = 'graph' is left out: the step could not be captured ({reason}).", flush=True)
 
 # %% ../../nbs/train/03_step.ipynb #10d71d93
@@ -163,7 +188,8 @@ def create_step(setup:Setup, objective:nn.Module, optimizer:torch.optim.Optimize
     "Returns the step of a run, captured if the config's `compile` says so and it can be."
     if setup.config.compile != 'graph':
         return TrainingStep(setup, objective, optimizer)
-    if not (reason := why_not_captured(setup, optimizer)):
+    reason = why_not_captured(setup, optimizer)
+    if not reason:
         return CapturedStep(setup, objective, optimizer)
     if not setup.ranks.rank:
         print(f"compile = 'graph' is left out: {reason}.", flush=True)
