@@ -15,22 +15,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
-from ..base import VitdistillError, cgroup_limit, first_line, from_root, generator, nearest, require
+from ..base import VitdistillError, cgroup_limit, explained, first_line, from_root, generator
+from ..base import nearest, require
 from ..config import Config
-from .files import DiskImages, ImageFiles, broken_in_words, files_in, image_files, in_folders
-from .files import fit_together, left_out_in_words, printable, say_once, some_rows, without_broken
+from .files import DiskImages, ImageFiles, broken_in_words, files_in, fit_together
+from .files import image_files, in_folders, left_out_in_words, printable, say_once, some_rows
+from .files import without_broken
 from .labels import in_table
 
 # %% ../../nbs/data/01_datasets.ipynb #01d19e57
 def digest(parts:typing.Iterable)->str: # str, bytes or tensors
     "Returns sixteen hexadecimal digits that identify the parts in their order."
-    made = hashlib.sha256()
+    sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor): part = part.numpy().tobytes()
-        made.update(part.encode() if isinstance(part, str) else part)
-    return made.hexdigest()[:16]
+        sha.update(part.encode() if isinstance(part, str) else part)
+    return sha.hexdigest()[:16]
 
 # %% ../../nbs/data/01_datasets.ipynb #64a896ae
+def _histogram(channel): # (N, H, W) uint8 -> (256,) float64; in parts, since bincount copies to int64
+    counts = sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(1000))
+    return counts.double()
+
 @dataclass(frozen=True)
 class Data:
     "Holds the training and test images, (N, H, W, 3) uint8, their labels, (N,) int64, and the class names."
@@ -45,35 +51,42 @@ class Data:
     reading:str=''       # of files: the side and the reader that the pixels depend on
 
     @property
-    def side(self)->int: # side of the images, px
+    def side(self)->int: # px
+        "Returns the side of the images."
         return self.train_images.shape[1]
 
     @property
     def labelled(self)->bool:
-        return bool((self.train_labels >= 0).any()) # False: all labels are -1
+        "Returns whether the images have labels; without them all labels are -1."
+        return bool((self.train_labels >= 0).any())
 
     @functools.cached_property
-    def mean_std(self)->tuple: # (mean, std) per channel, of the training pixels in [0, 1]
+    def mean_std(self)->tuple:
+        "Returns (mean, std) per channel, of the training pixels in [0, 1]."
         if self.constants: return self.constants
         images = self.train_images
         if not isinstance(images, torch.Tensor): # on disk: 5,000 images give three digits
             images = images[torch.randperm(len(images), generator=generator(0))[:5000]]
-        def histogram(channel): # in parts: bincount copies to int64
-            return sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(1000)).double()
-        value, counts = torch.arange(256).double()/255, torch.stack([histogram(images[..., c]) for c in range(3)])
+        counts = torch.stack([_histogram(images[..., channel]) for channel in range(3)])
+        value = torch.arange(256).double()/255
         mean = (counts*value).sum(1)/counts.sum(1)
         variance = (counts*value**2).sum(1)/counts.sum(1) - mean**2
         std = torch.where(variance > 1e-12, variance, 1.)**.5 # a channel of one value becomes 0
         return tuple(mean.tolist()), tuple(std.tolist())
 
     @functools.cached_property
-    def train_hash(self)->str: # hash of the training images and labels, for memos
-        files = os.fsencode(f'{self.reading}\n{self.listing}') if self.listing else None # their names and sizes
-        return digest([files or self.train_images, self.train_labels])
+    def train_hash(self)->str:
+        "Returns the hash of the training images (of files: names and sizes) and labels, for memos."
+        if self.listing:
+            return digest([os.fsencode(f'{self.reading}\n{self.listing}'), self.train_labels])
+        return digest([self.train_images, self.train_labels])
 
     @functools.cached_property
-    def images_hash(self)->str: # the same at any side, for the cards of teachers
-        return digest([os.fsencode(self.listing), self.train_labels]) if self.listing else self.train_hash
+    def images_hash(self)->str:
+        "Returns the same hash at any side of the images, for the cards of teachers."
+        if self.listing:
+            return digest([os.fsencode(self.listing), self.train_labels])
+        return self.train_hash
 
 # %% ../../nbs/data/01_datasets.ipynb #e8b2b02a
 @dataclass(frozen=True)
@@ -87,47 +100,59 @@ class Dataset:
     package:str=''        # package that reads the data and that the user has to install
     needs:str=''          # the files that are needed, for the error message
 
+def _of_files(title, needs, package=''): # the row of a dataset of image files
+    return Dataset(title, lambda c: load_images(c), lambda c: image_lines(c), package=package, needs=needs)
+
+def _of_cifar(title, name):
+    return Dataset(title, lambda c: load_cifar(name, cifar_root(c)), lambda c: cifar_bytes(c), 32)
+
 DATASETS = {
-    'cifar100': Dataset('CIFAR-100', lambda c: load_cifar('cifar100', cifar_root(c)), lambda c: cifar_bytes(c), 32),
-    'cifar10': Dataset('CIFAR-10', lambda c: load_cifar('cifar10', cifar_root(c)), lambda c: cifar_bytes(c), 32),
+    'cifar100': _of_cifar('CIFAR-100', 'cifar100'),
+    'cifar10': _of_cifar('CIFAR-10', 'cifar10'),
     'digits': Dataset('Digits', lambda c: load_digits(), lambda c: (), 32, flip=False),
-    'flowers102': Dataset('Flowers-102', lambda c: load_images(c), lambda c: image_lines(c), package='scipy',
-        needs='flowers-102/ with jpg/, imagelabels.mat and setid.mat, as published'),
-    'stanford_cars': Dataset('Stanford Cars', lambda c: load_images(c), lambda c: image_lines(c), package='scipy',
-        needs='stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, as published'),
-    'inaturalist': Dataset('iNaturalist', lambda c: load_images(c), lambda c: image_lines(c),
-        needs='train.json and val.json, or train2018.json and so on, and the images that they name, as published'),
-    'imagefolder': Dataset('Image folder', lambda c: load_images(c), lambda c: image_lines(c),
-        needs='train/<class>/* and val/<class>/* (or test), or the tars train.tar and val.tar of such folders'),
-    'hfds/': Dataset('Hub dataset', lambda c: load_images(c), lambda c: image_lines(c), package='datasets',
-        needs='a dataset of the hub with the columns image and label, and a network, or its cache as data_root'),
-    'wds/': Dataset('WebDataset', lambda c: load_images(c), lambda c: image_lines(c),
-        needs='shards named *train*.tar and *val*.tar (or test), of images beside .cls files with the class number'),
+    'flowers102': _of_files('Flowers-102',
+        'flowers-102/ with jpg/, imagelabels.mat and setid.mat, as published', 'scipy'),
+    'stanford_cars': _of_files('Stanford Cars',
+        'stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, '
+        'as published', 'scipy'),
+    'inaturalist': _of_files('iNaturalist',
+        'train.json and val.json, or train2018.json and so on, and the images that they name, as published'),
+    'imagefolder': _of_files('Image folder',
+        'train/<class>/* and val/<class>/* (or test), or the tars train.tar and val.tar of such folders'),
+    'hfds/': _of_files('Hub dataset',
+        'a dataset of the hub with the columns image and label, and a network, or its cache as data_root',
+        'datasets'),
+    'wds/': _of_files('WebDataset',
+        'shards named *train*.tar and *val*.tar (or test), of images beside .cls files with the class '
+        'number'),
     'texts': Dataset('Texts', lambda c: refuse_texts(c), lambda c: text_marks(c), 32,
         needs='a text file, one caption a line, as data_root')}
 
 # %% ../../nbs/data/01_datasets.ipynb #ccd5c2ea
 def check_dataset(name:str)->Dataset:
-    "Returns the row of a dataset; an unknown name raises a `VitdistillError` that names the nearest known one."
+    "Returns the row of a dataset; an unknown name raises a `VitdistillError` that says the nearest one."
     prefix, slash, rest = name.partition('/')
-    if (row := DATASETS.get(prefix + slash)) and bool(slash) == bool(rest):
+    row = DATASETS.get(prefix + slash)
+    if row and bool(slash) == bool(rest):
         return row
     raise VitdistillError(f'dataset = {name!r} is not known: {nearest(name, DATASETS)}')
 
 # %% ../../nbs/data/01_datasets.ipynb #e196a4f5
 def flips(config:Config)->bool:
-    "Returns whether training images are mirrored: as `config.flip` says, or if it is None, as the dataset allows."
+    "Returns whether training images are mirrored: as `config.flip` says, or for None as the dataset allows."
     return check_dataset(config.dataset).flip if config.flip is None else config.flip
 
 # %% ../../nbs/data/01_datasets.ipynb #70fa6711
-def image_side(config:Config)->int:
-    "Returns the side of the dataset's images in px; a missing or unfitting image_size raises a `VitdistillError`."
-    own, given = check_dataset(config.dataset).side, config.image_size
+def image_side(config:Config)->int: # px
+    "Returns the side of the dataset's images; a missing or unfitting image_size raises a `VitdistillError`."
+    own = check_dataset(config.dataset).side
+    given = config.image_size
     if not own and not given:
-        raise VitdistillError(f'dataset = {config.dataset!r} has images of any size and image_size is not given: '
-                              'set image_size = 224, as is usual, or a smaller one.')
+        raise VitdistillError(f'dataset = {config.dataset!r} has images of any size and image_size is not '
+                              'given: set image_size = 224, as is usual, or a smaller one.')
     if own and config.whole_image:
-        raise VitdistillError(f'whole_image = true: the images of {config.dataset} are squares: set it to false.')
+        raise VitdistillError(f'whole_image = true: the images of {config.dataset} are squares: '
+                              'set it to false.')
     if own and given not in (0, own):
         raise VitdistillError(f'image_size = {given}: the images of {config.dataset} have {own} px: '
                               'leave it out, or give student_size.')
@@ -141,9 +166,11 @@ def data_root(config:Config)->tuple:
 
 # %% ../../nbs/data/01_datasets.ipynb #f34191e7
 class _ArraysOnly(pickle.Unpickler):
-    _allowed = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
-        *((f'numpy.{core}.{m}', f) for core in ('core', '_core')
-          for m, f in (('multiarray', '_reconstruct'), ('numeric', '_frombuffer')))}
+    "Reads a pickle that calls nothing but what makes numpy's arrays."
+    _allowed = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode')}
+    for core in ('core', '_core'): # of numpy 1, and of numpy 2
+        _allowed |= {(f'numpy.{core}.multiarray', '_reconstruct'), (f'numpy.{core}.numeric', '_frombuffer')}
+
     def find_class(self, module, name):
         if (module, name) in self._allowed:
             return super().find_class(module, name)
@@ -151,63 +178,75 @@ class _ArraysOnly(pickle.Unpickler):
 
 # %% ../../nbs/data/01_datasets.ipynb #94ac5706
 def read_pickle(path:Path)->dict:
-    "Returns the dictionary in a CIFAR pickle; a missing, truncated or code-calling file raises a `VitdistillError`."
-    try:
+    "Returns the dictionary in a CIFAR pickle; a missing, cut or code-calling file is a `VitdistillError`."
+    # a damaged pickle raises almost any exception
+    with explained(f'{path} is damaged or not a CIFAR file', 'download the dataset again', reason=first_line):
+        if not path.exists():
+            raise VitdistillError(f'no file {path}: name as data_root the folder that holds '
+                                  f'{path.parent.name}/.')
         return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding='latin1').load()
-    except FileNotFoundError:
-        raise VitdistillError(f'no file {path}: name as data_root the folder that holds {path.parent.name}/.') from None
-    except Exception as e: # a damaged pickle raises almost any exception
-        raise VitdistillError(f'{path} is damaged or not a CIFAR file ({first_line(e)}): download the dataset '
-                              'again.') from None
 
 # %% ../../nbs/data/01_datasets.ipynb #38b36fac
+class _CifarFiles(typing.NamedTuple):
+    folder:str
+    train:list  # names of the files
+    test:list
+    labels:str  # key of the labels in them
+    meta:str    # name of the file with the names of the classes
+    classes:str # key of these names
+
 _cifar = {
-    'cifar100': ('cifar-100-python', ['train'], ['test'], 'fine_labels', 'meta', 'fine_label_names'),
-    'cifar10': ('cifar-10-batches-py', [f'data_batch_{i}' for i in range(1, 6)], ['test_batch'],
-                'labels', 'batches.meta', 'label_names')}
+    'cifar100': _CifarFiles('cifar-100-python', ['train'], ['test'],
+                            'fine_labels', 'meta', 'fine_label_names'),
+    'cifar10': _CifarFiles('cifar-10-batches-py', [f'data_batch_{i}' for i in range(1, 6)], ['test_batch'],
+                           'labels', 'batches.meta', 'label_names')}
 cifar100_constants = (.5071, .4865, .4409), (.2673, .2564, .2762) # Jeong & Arnoud, section 3
 
 # %% ../../nbs/data/01_datasets.ipynb #7b1000ca
 def _cifar_part(folder:Path, files:list, labels:str, classes:int): # images and labels in some of the files
-    parts = [(folder/f, read_pickle(folder/f)) for f in files]
-    for path, part in parts:
-        images, targets = part.get('data'), part.get(labels)
-        if getattr(images, 'shape', (0,))[1:] != (3072,) or targets is None or len(images) != len(targets) \
-           or not 0 <= min(targets) <= max(targets) < classes:
+    pixels = []
+    targets = []
+    for path in [folder/file for file in files]:
+        part = read_pickle(path)
+        images, numbers = part.get('data'), part.get(labels)
+        fits = getattr(images, 'shape', (0,))[1:] == (3072,) and numbers is not None
+        if not fits or len(images) != len(numbers) or not 0 <= min(numbers) <= max(numbers) < classes:
             raise VitdistillError(f'{path} does not hold 3,072 bytes and one of {classes} {labels} an image: '
                                   'download the dataset again.')
-    images = torch.from_numpy(np.concatenate([p['data'] for _, p in parts]))
-    images = images.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()
-    return images, torch.tensor(sum((list(p[labels]) for _, p in parts), []))
+        pixels.append(images)
+        targets.extend(numbers)
+    images = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)
+    return images.permute(0, 2, 3, 1).contiguous(), torch.tensor(targets)
 
 # %% ../../nbs/data/01_datasets.ipynb #f199aca1
 def load_cifar(name:str, root:Path)->Data:
     "Loads CIFAR-10 or CIFAR-100 in the official python layout; missing files raise a `VitdistillError`."
-    folder, train, test, labels, meta, names = _cifar[name]
-    folder = root/folder
+    files = _cifar[name]
+    folder = root/files.folder
     if not folder.is_dir():
         raise VitdistillError(f'no {folder.name}/ in {root}: name as data_root the folder that holds it.')
-    classes = list(read_pickle(folder/meta)[names])
-    parts = [_cifar_part(folder, files, labels, len(classes)) for files in (train, test)]
+    classes = list(read_pickle(folder/files.meta)[files.classes])
+    train = _cifar_part(folder, files.train, files.labels, len(classes))
+    test = _cifar_part(folder, files.test, files.labels, len(classes))
     constants = cifar100_constants if name == 'cifar100' else None
-    return Data(name, *parts[0], *parts[1], classes, constants)
+    return Data(name, *train, *test, classes, constants)
 
 # %% ../../nbs/data/01_datasets.ipynb #5f724f71
 def download_cifar(name:str, root:Path)->None:
     "Downloads and verifies CIFAR once, with torchvision; without a network the error says what to put where."
     from torchvision import datasets
-    folder = root/_cifar[name][0]
+    folder = root/_cifar[name].folder
     if folder.is_dir(): return
-    try:
+    advice = (f'put the official {folder.name}/ there, or name the folder that holds it as data_root or in '
+              'VITDISTILL_DATA')
+    # urllib, a socket, the disk, or torchvision for a wrong sum raise various exceptions
+    with explained(f'{name} could not be downloaded to {root}', advice, reason=first_line):
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root/f'.{name}.lock'), tempfile.TemporaryDirectory(dir=root, prefix='.fetching-') as draft:
+        draft_folder = tempfile.TemporaryDirectory(dir=root, prefix='.fetching-')
+        with FileLock(root/f'.{name}.lock'), draft_folder as draft:
             if folder.is_dir(): return # another process was first
             getattr(datasets, name.upper())(draft, download=True)
             (Path(draft)/folder.name).rename(folder)
-    except Exception as e: # from urllib, a socket, the disk, or torchvision for a wrong sum
-        raise VitdistillError(f'{name} could not be downloaded to {root} ({first_line(e)}): put the official '
-                              f'{folder.name}/ there, or name the folder that holds it as data_root or in '
-                              'VITDISTILL_DATA.') from None
 
 # %% ../../nbs/data/01_datasets.ipynb #5c1db815
 def cifar_root(config:Config)->Path:
@@ -219,10 +258,12 @@ def cifar_root(config:Config)->Path:
 # %% ../../nbs/data/01_datasets.ipynb #2f4b7444
 def cifar_bytes(config:Config)->typing.Iterator[bytes]:
     "Yields the content of each file of the config's CIFAR, in order."
-    root, (folder, train, test, _, meta, _) = cifar_root(config), _cifar[config.dataset]
-    for path in (root/folder/file for file in [*train, *test, meta]):
+    root = cifar_root(config)
+    files = _cifar[config.dataset]
+    for name in [*files.train, *files.test, files.meta]:
+        path = root/files.folder/name
         if not path.is_file():
-            raise VitdistillError(f'no file {path}: name as data_root the folder that holds {folder}/.')
+            raise VitdistillError(f'no file {path}: name as data_root the folder that holds {files.folder}/.')
         yield path.read_bytes()
 
 # %% ../../nbs/data/01_datasets.ipynb #42a513f9
@@ -231,136 +272,166 @@ def stratified(
     fraction:float,      # share of each class that goes into the second part, in [0, 1]
     seed:int
 )->tuple:
-    "Returns the sorted rows of two parts of the data; the second has the same share of each class, to one image."
-    return _divide(labels, seed, lambda n: np.arange(n) < round(fraction*n))
+    "Returns the sorted rows of two parts; the second has the same share of each class, to one image."
+    def first_ones(n):
+        return np.arange(n) < round(fraction*n)
+    return _divide(labels, seed, first_ones)
 
-def _divide(labels, seed, chosen): # `chosen(n)`: which of a class's n shuffled rows are in the second part
+def _divide(labels, seed, second): # second(n): which of a class's n shuffled rows are in the second part
     labels = labels.clamp(min=0).numpy() # images without labels are divided as those of one class
-    parts, order = ([], []), labels.argsort(kind='stable') # sorted once, not searched for each class
+    order = labels.argsort(kind='stable') # sorted once, not searched for each class
     classes, starts = np.unique(labels[order], return_index=True)
-    for c, rows in zip(classes, np.split(order, starts[1:])):
-        rows = np.random.default_rng([seed, int(c)]).permutation(rows)
-        mask = chosen(len(rows))
-        for part, wanted in zip(parts, (~mask, mask)):
-            part.append(rows[wanted])
-    return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts)
+    first_rows = []
+    second_rows = []
+    for label, rows in zip(classes, np.split(order, starts[1:])):
+        rows = np.random.default_rng([seed, int(label)]).permutation(rows)
+        mask = second(len(rows))
+        first_rows.append(rows[~mask])
+        second_rows.append(rows[mask])
+    return tuple(torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (first_rows, second_rows))
 
 # %% ../../nbs/data/01_datasets.ipynb #d612c32a
 def load_digits()->Data:
-    "Loads the UCI handwritten digits at 32x32 RGB: 1,438 for training and 359 for test, stratified and fixed."
+    "Loads the UCI handwritten digits at 32x32 RGB: 1,438 for training and 359 for test, always the same."
     require('sklearn', who="dataset = 'digits'")
-    from sklearn.datasets import load_digits
-    digits = load_digits()
+    from sklearn import datasets
+    digits = datasets.load_digits()
     grey = torch.from_numpy(digits.images).float()[:, None]*(255/16)
     images = F.interpolate(grey, size=32, mode='bilinear').round().to(torch.uint8)
     images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
     labels = torch.from_numpy(digits.target).long()
     train, test = stratified(labels, .2, seed=0)
-    classes = [str(c) for c in range(10)]
+    classes = [str(digit) for digit in range(10)]
     return Data('digits', images[train], labels[train], images[test], labels[test], classes)
 
 # %% ../../nbs/data/01_datasets.ipynb #9908d576
 def refuse_labels(config:Config)->None:
     "Raises `VitdistillError` if a config says labels, or that there are none, of a dataset that has its own."
-    names = [*map(str, config.class_names)]
+    names = [str(name) for name in config.class_names]
     for field, given in dict(labels=config.labels, class_names=names).items():
         if given and config.dataset != 'imagefolder':
-            raise VitdistillError(f'{field} = {given!r} is for a folder of images, and dataset = {config.dataset!r} '
-                                  f"has labels of its own: set dataset to 'imagefolder', or leave {field} out.")
+            raise VitdistillError(f'{field} = {given!r} is for a folder of images, and dataset = '
+                                  f'{config.dataset!r} has labels of its own: set dataset to '
+                                  f"'imagefolder', or leave {field} out.")
     if names and config.labels:
-        raise VitdistillError(f'class_names = {names} is for images without labels, and labels = {config.labels!r} '
-                              'has some: leave one out.')
+        raise VitdistillError(f'class_names = {names} is for images without labels, and labels = '
+                              f'{config.labels!r} has some: leave one out.')
     if names and len({*names}) < max(2, len(names)):
         raise VitdistillError(f'class_names = {names}: give two or more names, each once.')
 
 def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
-    rows = stratified(torch.tensor([label for *_, label in files.files]), .2, seed=0)
-    train, test = (some_rows(files, part.tolist()) for part in rows)
+    labels = torch.tensor([label for *_, label in files.files])
+    train_rows, test_rows = stratified(labels, .2, seed=0)
+    test = some_rows(files, test_rows.tolist())
     tested = {label for *_, label in test.files}
-    if few := [name for label, name in enumerate(files.classes) if label not in tested]:
-        raise VitdistillError(f"{table}: {', '.join(few[:5])}: too few images to set a fifth of them aside as test "
-                              'images: give each class five or more, or name parts in a column part.')
-    return dict(train=train, test=test)
+    few = [name for label, name in enumerate(files.classes) if label not in tested]
+    if few:
+        raise VitdistillError(f"{table}: {', '.join(few[:5])}: too few images to set a fifth of them aside "
+                              'as test images: give each class five or more, or name parts in a column part.')
+    return dict(train=some_rows(files, train_rows.tolist()), test=test)
 
 def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
     "Lists the images that a config's table of labels names; parts that do not fit raise a `VitdistillError`."
     refuse_labels(config)
-    table, notes = printable(config.labels), []
+    table = printable(config.labels)
     if not config.data_root:
         raise VitdistillError(f'labels = {config.labels!r}: name the folder of images as data_root.')
     parts = in_table(from_root(config.data_root), from_root(config.labels))
     if '' in parts: parts = _set_aside(parts[''], table)
-    lacks = 'train' if 'train' not in parts else 'val or test' if len(parts) < 2 else ''
-    if lacks:
-        raise VitdistillError(f'{table} has no line of part {lacks}: mark some, or leave the column part out, so that '
-                              'a fifth of each class is set aside.')
+    missing = ''
+    if 'train' not in parts: missing = 'train'
+    elif len(parts) < 2: missing = 'val or test'
+    if missing:
+        raise VitdistillError(f'{table} has no line of part {missing}: mark some, or leave the column part '
+                              'out, so that a fifth of each class is set aside.')
+    notes = []
     if len(parts) == 3:
         notes = [f"{table}: val is the test set; {len(parts['test']):,} images of part test are not used."]
-    train, test = replace(parts['train'], notes=notes), parts.get('val') or parts['test']
+    train = replace(parts['train'], notes=notes)
+    test = parts.get('val') or parts['test']
     return fit_together(config, table, 'images for training and for the test', train, test)
 
 # %% ../../nbs/data/01_datasets.ipynb #7fddc277
 def without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
-    "Lists the images of a config's folder, at any depth, as training images whose label is -1; none is a test image."
+    "Lists the images of a config's folder, at any depth, as training images of label -1; none is for test."
     refuse_labels(config)
     if not config.data_root:
         raise VitdistillError(f'class_names = {config.class_names}: name the folder of images as data_root.')
     train = files_in(config.data_root, config.skip_broken, 'data_root')
-    classes = [*map(str, config.class_names)]
-    return dict(train=replace(train, classes=classes), test=ImageFiles(train.root, [], train.opener, classes))
+    classes = [str(name) for name in config.class_names]
+    test = ImageFiles(train.root, [], train.opener, classes)
+    return dict(train=replace(train, classes=classes), test=test)
 
-def _images(config): # {'train': ImageFiles, 'test': ImageFiles}
-    row = check_dataset(config.dataset)
+def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
     if config.class_names: return without_labels(config)
-    return labelled_files(config) if config.labels else image_files(config, row.package, row.needs)
+    if config.labels: return labelled_files(config)
+    row = check_dataset(config.dataset)
+    return image_files(config, row.package, row.needs)
 
-def _say(place, *parts): # prints which folders are the classes, and what was left out
-    for note in parts[0].notes: say_once(note)
-    broken = {path: why for part in parts for path, why in part.broken.items()}
+def _say(place, train, *others): # prints which folders are the classes, and what was left out
+    for note in train.notes: say_once(note)
+    broken = {}
+    for part in (train, *others):
+        broken |= part.broken
     if broken:
         say_once(f'{place}: {len(broken):,} left out, since skip_broken is set: {broken_in_words(broken)}.')
-    if left_out := left_out_in_words(*parts):
+    left_out = left_out_in_words(train, *others)
+    if left_out:
         say_once(f'{place}: left out of the dataset: {left_out}.')
 
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
-    "Returns the image files of a config's dataset; prints which folders are the classes, and what was left out."
-    splits = _images(config)
-    _say(printable(config.data_root or config.dataset), *splits.values())
-    return splits
+    "Returns the image files of a config's dataset; prints which folders are classes and what is left out."
+    parts = _parts(config)
+    _say(printable(config.data_root or config.dataset), parts['train'], parts['test'])
+    return parts
 
 def _reading(config, *parts): # what makes pixels of files; the number grows when `square_pixels` changes them
-    names = (name.lower() for part in parts for name, *_ in part.files)
-    number = 2 if all(name.endswith(('.jpg', '.jpeg')) for name in names) else 3 # 3: transparency, 32 bits
-    return f'reader {number}' if config.exif_orientation else f'reader {number}, not turned'
+    names = []
+    for part in parts:
+        names += [name.lower() for name, *_ in part.files]
+    all_jpeg = all(name.endswith(('.jpg', '.jpeg')) for name in names)
+    reader = 'reader 2' if all_jpeg else 'reader 3' # 3: transparency, 32 bits
+    return reader if config.exif_orientation else f'{reader}, not turned'
 
 def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."
-    parts = _images(config).values()
-    yield f'{_reading(config, *parts)}\n'.encode()
-    apart = config.labels or config.class_names # else the names of files have the classes
-    if apart: yield '\n'.join([*parts][0].classes).encode()
-    for images in parts:
-        for path, size, label in images.files:
-            yield os.fsencode(f'{path} {size} {label}\n')
+    parts = _parts(config)
+    train, test = parts['train'], parts['test']
+    yield f'{_reading(config, train, test)}\n'.encode()
+    if config.labels or config.class_names: # else the names of files have the classes
+        yield '\n'.join(train.classes).encode()
+    for path, size, label in itertools.chain(train.files, test.files):
+        yield os.fsencode(f'{path} {size} {label}\n')
 
 # %% ../../nbs/data/01_datasets.ipynb #d5d3c85b
-def load_images(config:Config)->Data:
-    "Loads a dataset of image files into memory, or leaves it on disk; errors name the file or what is missing."
-    size, place = image_side(config), printable(config.data_root or config.dataset)
-    train, test = list_images(config).values()
+def _room(data_on): # bytes of pixels that this rank may hold
+    if data_on == 'disk': return 0
+    if data_on != 'auto': return math.inf
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
-    half = memory/2/int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    room = {'auto': half, 'disk': 0}.get(config.data_on, math.inf) # bytes that this rank may hold
+    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return memory/2/ranks
+
+def load_images(config:Config)->Data:
+    "Loads a dataset of image files into memory, or leaves it on disk; errors name what is missing or broken."
+    size = image_side(config)
+    parts = list_images(config)
+    train, test = parts['train'], parts['test']
     pixels = (len(train) + len(test))*size*size*3
-    if large := pixels > room:
+    large = pixels > _room(config.data_on)
+    if large:
+        place = printable(config.data_root or config.dataset)
         say_once(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
-    def read(files, on_disk):
+
+    def read(files, on_disk): # images and labels
         images = DiskImages(files, size, config.exif_orientation)
         labels = torch.tensor([label for *_, label in files.files], dtype=torch.int64)
         return images if on_disk else images.resident(), labels
+
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
-    return Data(config.dataset, *read(train, large or config.whole_image), *read(test, large), train.classes,
+    train_part = read(train, on_disk=large or config.whole_image)
+    test_part = read(test, on_disk=large)
+    return Data(config.dataset, *train_part, *test_part, train.classes,
                 listing=listing, reading=f'{size} px, {_reading(config, train)}')
 
 # %% ../../nbs/data/01_datasets.ipynb #3e91c0f4
@@ -369,18 +440,22 @@ def labelled_images(
     classes:list,  # class names of the dataset
     config:Config  # its dataset's images have the side that is wanted
 )->tuple:          # ((N, size, size, 3) uint8, (N,) int64)
-    "Loads images from a folder per class, with the dataset's labels; an unknown folder raises a `VitdistillError`."
+    "Loads images from a folder per class, with the dataset's labels; an unknown folder is an error."
     folder = from_root(root).resolve()
     images = in_folders(folder.parent, folder.name, config.class_folder)
-    if images and config.skip_broken: images = without_broken(images)
+    if images and config.skip_broken:
+        images = without_broken(images)
     if not images:
-        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as {classes[0]}/*.')
-    if unknown := [name for name in images.classes if name not in classes]:
-        raise VitdistillError(f'{root} has a folder {unknown[0]!r}, which is no class: {nearest(unknown[0], classes)}')
+        raise VitdistillError(f'no images in {root}: it needs a folder for each class, such as '
+                              f'{classes[0]}/*.')
+    for name in images.classes:
+        if name not in classes:
+            raise VitdistillError(f'{root} has a folder {name!r}, which is no class: '
+                                  f'{nearest(name, classes)}')
     _say(printable(root), images)
-    numbers = [classes.index(name) for name in images.classes]
+    label_of = [classes.index(name) for name in images.classes] # folder -> the dataset's label
     pixels = DiskImages(images, image_side(config), config.exif_orientation).resident()
-    return pixels, torch.tensor([numbers[label] for *_, label in images.files])
+    return pixels, torch.tensor([label_of[label] for *_, label in images.files])
 
 # %% ../../nbs/data/01_datasets.ipynb #2f794f03
 def load_data(config:Config)->Data:
@@ -390,40 +465,48 @@ def load_data(config:Config)->Data:
     return check_dataset(config.dataset).load(config)
 
 # %% ../../nbs/data/01_datasets.ipynb #bdccab32
-def fingerprint(config:Config)->str:
-    "Returns a hash of the dataset's files (CIFAR: their bytes; images: names and sizes): sixteen hexadecimal digits."
+def fingerprint(config:Config)->str: # sixteen hexadecimal digits
+    "Returns a hash of the dataset's files (CIFAR: their bytes; images: names and sizes)."
     refuse_labels(config)
     image_side(config)
-    return digest(itertools.chain([config.dataset], check_dataset(config.dataset).marks(config)))
+    marks = check_dataset(config.dataset).marks(config)
+    return digest(itertools.chain([config.dataset], marks))
 
 # %% ../../nbs/data/01_datasets.ipynb #03457c36
 def image_words(config:Config, data:Data)->tuple: # two lists: a word for each training and each test image
-    "Returns the word that each image was searched by, from CIFAR's file names; of other data, the name of its class."
-    labels = data.train_labels, data.test_labels
+    "Returns the word that each CIFAR image was searched by, from its file name; else the class's name."
     if config.dataset not in _cifar:
-        return tuple([data.classes[label] for label in part.tolist()] for part in labels)
-    root, (folder, train, test, *_) = cifar_root(config), _cifar[config.dataset]
-    def names(files, wanted):
-        found = [name for file in files for name in read_pickle(root/folder/file).get('filenames', ())]
-        if len(found) != wanted:
-            raise VitdistillError(f'{root/folder/files[0]} has {len(found)} filenames for {wanted} images: give the '
-                                  'official files, which name each image.')
-        return [re.sub(r'_s_\d+\.png$', '', str(name)) for name in found]
-    return tuple(names(files, len(part)) for files, part in zip((train, test), labels))
+        train, test = data.train_labels.tolist(), data.test_labels.tolist()
+        return [data.classes[label] for label in train], [data.classes[label] for label in test]
+    files = _cifar[config.dataset]
+    folder = cifar_root(config)/files.folder
+
+    def words_in(names, n_images):
+        words = []
+        for name in names:
+            for image in read_pickle(folder/name).get('filenames', ()):
+                words.append(re.sub(r'_s_\d+\.png$', '', str(image)))
+        if len(words) != n_images:
+            raise VitdistillError(f'{folder/names[0]} has {len(words)} filenames for {n_images} images: give '
+                                  'the official files, which name each image.')
+        return words
+
+    return words_in(files.train, len(data.train_labels)), words_in(files.test, len(data.test_labels))
 
 # %% ../../nbs/data/01_datasets.ipynb #c3ddd45f
 def read_texts(file:str|Path)->list[str]:
     "Returns the lines of a text file that are not empty, without spaces around them."
     place = from_root(file)
-    try: # a caption may hold U+2028, at which `splitlines` would cut it
-        lines = [line.strip() for line in place.read_text(encoding='utf-8-sig').split('\n')]
-    except (OSError, ValueError) as e:
-        why = getattr(e, 'strerror', None) or 'it is not UTF-8'
-        raise VitdistillError(f'{place} can not be read as text ({why}): name a text file, one caption a '
-                              'line.') from None
-    if not any(lines):
+    def reason(error):
+        return getattr(error, 'strerror', None) or 'it is not UTF-8'
+    advice = 'name a text file, one caption a line'
+    with explained(f'{place} can not be read as text', advice, OSError, ValueError, reason=reason):
+        text = place.read_text(encoding='utf-8-sig')
+    lines = [line.strip() for line in text.split('\n')] # `splitlines` would cut at U+2028 in a caption
+    lines = [line for line in lines if line]
+    if not lines:
         raise VitdistillError(f'{place} holds no caption: write one a line.')
-    return [line for line in lines if line]
+    return lines
 
 def text_marks(config:Config)->list[bytes]:
     "Returns the texts of a config, as bytes."
@@ -433,7 +516,8 @@ def text_marks(config:Config)->list[bytes]:
 
 def refuse_texts(config:Config)->None:
     "Raises `VitdistillError`, for a run that needs images."
-    raise VitdistillError("dataset = 'texts' has no images: it is for captions (clip = 'own' or a model of open_clip).")
+    raise VitdistillError("dataset = 'texts' has no images: it is for captions (clip = 'own' or a model of "
+                          'open_clip).')
 
 # %% ../../nbs/data/01_datasets.ipynb #047cf683
 def held_out(
@@ -442,11 +526,18 @@ def held_out(
     seed:int
 )->tuple:
     "Returns (train, val) rows; of each part that `stratified` draws, the same share is held out."
-    return _divide(labels, seed, lambda n: np.diff(np.floor(np.arange(n + 1)*fraction + .5 + 1e-9)) > 0)
+    def evenly(n): # where the rounded number of held-out images grows
+        counts = np.floor(np.arange(n + 1)*fraction + .5 + 1e-9)
+        return np.diff(counts) > 0
+    return _divide(labels, seed, evenly)
 
 # %% ../../nbs/data/01_datasets.ipynb #c3ab7b1b
-def row_range(text:str, n:int, field:str='val_rows')->torch.Tensor: # '44000:50000' -> rows; field: that has the text
-    "Returns the rows of a range of the n training images; one that is none is a `VitdistillError`."
+def row_range(
+    text:str,             # 'start:stop', such as '44000:50000'
+    n:int,                # number of training images
+    field:str='val_rows'  # that has the text
+)->torch.Tensor:
+    "Returns the rows of a range of the training images; one that is none is a `VitdistillError`."
     start, _, stop = text.partition(':')
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop) <= n):
         raise VitdistillError(f"{field} = {text!r}: give 'start:stop' with start < stop <= {n}, "
@@ -463,11 +554,32 @@ def fold_rows(
     k, _, n = fold.partition('/')
     if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n) and int(n) > 1):
         raise VitdistillError(f"fold = {fold!r}: give 'k/n' with 1 <= k <= n and n >= 2, such as '1/2'.")
-    parts = [stratified(labels, j/int(n), seed)[1] for j in (int(k) - 1, int(k))]
-    before, upto = (torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, part, True) for part in parts)
-    return upto & ~before
+
+    def first_folds(count): # which images are in the first `count` parts: shares are nested
+        rows = stratified(labels, count/int(n), seed)[1]
+        return torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, rows, True)
+
+    return first_folds(int(k)) & ~first_folds(int(k) - 1)
 
 # %% ../../nbs/data/01_datasets.ipynb #819d9ef5
+def _refuse_untrained(labels, train, config, classes):
+    "Raises `VitdistillError` for a split that leaves a class no image to train on."
+    labels = labels.clamp(min=0)
+    counts = torch.bincount(labels)
+    trained = torch.bincount(labels[train], minlength=len(counts))
+    untrained = ((counts > 0) & (trained == 0)).nonzero().flatten().tolist()
+    if not untrained: return
+    rarest = min(untrained, key=lambda label: counts[label])
+    name = classes[rarest] if len(classes) else f'label {rarest}'
+    settings = []
+    for field in ('data_fraction', 'val_fraction', 'val_rows', 'fold'):
+        value = getattr(config, field)
+        if value not in ('', 0, 1): settings.append(f'{field} = {value}')
+    raise VitdistillError(f'{" and ".join(settings)} leave no image to train on of {len(untrained)} of '
+                          f'{(counts > 0).sum()} classes, such as {name} with {counts[rarest]} image(s): '
+                          'use a larger data_fraction, hold fewer images out, or give that class more '
+                          'images.')
+
 def split_rows(
     labels:torch.Tensor, # (N,) labels of the training images
     config:Config,
@@ -484,20 +596,13 @@ def split_rows(
     else:
         train, val = held_out(labels, config.val_fraction, config.split_seed)
         if config.val_fraction and not len(val):
-            raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image of a class: give a larger '
-                                  'one, or 0.')
+            raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image of a class: '
+                                  'give a larger one, or 0.')
         part = stratified(labels, config.data_fraction, config.split_seed)[1]
     train = torch.from_numpy(np.intersect1d(train.numpy(), part.numpy()))
     if config.fold:
-        part = fold_rows(labels[train], config.fold, config.split_seed)
-        train, val = train[~part], torch.cat([val, train[part]]).sort().values
-    counts = torch.bincount(labels := labels.clamp(min=0))
-    if len(untrained := ((counts > 0) & (torch.bincount(labels[train], minlength=len(counts)) == 0)).nonzero()):
-        rarest = min(untrained.flatten().tolist(), key=lambda label: counts[label])
-        name = classes[rarest] if len(classes) else f'label {rarest}'
-        given = {name: getattr(config, name) for name in ('data_fraction', 'val_fraction', 'val_rows', 'fold')}
-        changed = ' and '.join(f'{name} = {value}' for name, value in given.items() if value not in ('', 0, 1))
-        raise VitdistillError(f'{changed} leave no image to train on of {len(untrained)} of {(counts > 0).sum()} '
-                              f'classes, such as {name} with {counts[rarest]} image(s): use a larger '
-                              'data_fraction, hold fewer images out, or give that class more images.')
+        in_fold = fold_rows(labels[train], config.fold, config.split_seed)
+        val = torch.cat([val, train[in_fold]]).sort().values
+        train = train[~in_fold]
+    _refuse_untrained(labels, train, config, classes)
     return train, val
