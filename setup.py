@@ -1,4 +1,4 @@
-"""Packaging: what is declared stands in settings.ini; what is named there as shipped is copied into a wheel."""
+"""Packaging: settings.ini has the declarations; what it names as shipped is copied into a wheel."""
 import json
 import shutil
 from configparser import ConfigParser
@@ -25,7 +25,7 @@ def without_outputs(notebook):
 
 
 class Build(build_py):
-    """The modules, and beside them in share/ the notebooks, presets, studies and numbers that a clone holds once."""
+    """The modules, and in share/ the notebooks, presets, studies and numbers that a clone holds once."""
 
     def run(self):
         super().run()

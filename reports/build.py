@@ -1,7 +1,8 @@
-"""Executes the analysis notebooks on reports/runs: `make figures`, or for one `python reports/build.py a02_study`.
+"""Executes the analysis notebooks on reports/runs: `make figures`.
 
-Tables go to reports/tables, pictures to reports/figures, outputs into the notebooks in nbs/analysis. What agrees by
-value with what is there stays as it is, so that another processor changes nothing.
+For one of them: `python reports/build.py a02_study`. Tables go to reports/tables, pictures to
+reports/figures, outputs into the notebooks in nbs/analysis. What agrees by value with what is there
+stays as it is, so that another processor changes nothing.
 """
 import argparse
 import json
@@ -17,9 +18,9 @@ NOTEBOOKS = sorted((ROOT / "nbs/analysis").glob("*.ipynb"))
 
 
 def kept_outputs(outputs, root=ROOT):
-    """Returns the outputs of a cell as they are committed: printed text in one piece, tables, pictures; no warnings.
+    """Returns the outputs of a cell as they are committed: printed text in one piece, tables, pictures.
 
-    The path of `root` is taken out of texts.
+    Warnings are left out. The path of `root` is taken out of texts.
     """
     def relative(lines):
         return "".join(lines).replace(f"{root}/", "").splitlines(keepends=True)
@@ -37,7 +38,7 @@ def kept_outputs(outputs, root=ROOT):
 
 
 def same_outputs(old, new):
-    """Returns whether two lists of `kept_outputs` agree: texts by value, pictures by the SVGs that they belong to."""
+    """Returns whether two lists of `kept_outputs` agree: texts by value, pictures by their SVGs."""
     def shown(outputs):
         found = {}  # (number of the output, kind) -> text
         for n, output in enumerate(outputs):
@@ -67,7 +68,8 @@ def write_outputs(source, executed, root=ROOT):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [notebook.stem for notebook in NOTEBOOKS]
-    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help="notebook (default: all)")
+    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME",
+                        help="notebook (default: all)")
     for name in parser.parse_args().names or names:
         given = analysis_parameters(name, "reports/runs", "reports")
         executed = run_notebook(name, ROOT / f"out/figures/{name}.ipynb", given)

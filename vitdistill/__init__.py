@@ -21,10 +21,13 @@ MOVED = dict(
     files='data.files', views='data.views', augment='data.augment',
     layers='models.layers', complexity='models.complexity', hub='models.hub',
     answers='teachers.answers', memos='teachers.answers',
-    optimize='train.optimize', ranks='train.ranks', setup='train.setup', step='train.step', outcome='train.outcome',
-    live='train.live', pretraining='tasks.can', captions='tasks.captions', captioning='tasks.captioning',
-    encoders='tasks.encoders', predict='deploy.predict', export='deploy.export', studies='launch.studies',
-    cluster='launch.cluster', grids='launch.queue', job='launch.images', watch='study.watch')
+    optimize='train.optimize', ranks='train.ranks', setup='train.setup',
+    step='train.step', outcome='train.outcome', live='train.live',
+    pretraining='tasks.can', captions='tasks.captions', captioning='tasks.captioning',
+    encoders='tasks.encoders',
+    predict='deploy.predict', export='deploy.export',
+    studies='launch.studies', cluster='launch.cluster', grids='launch.queue', job='launch.images',
+    watch='study.watch')
 
 class Moved:
     "Python asks it for a module that it finds nowhere else."
@@ -32,7 +35,7 @@ class Moved:
     def find_spec(name:str, path=None, target=None)->None:
         package, _, module = name.partition('.')
         if package != 'vitdistill' or module not in MOVED: return None
-        raise ModuleNotFoundError(f'{name} is vitdistill.{MOVED[module]} now: import that, or copy today\'s notebooks '
-                                  'into a new folder with `vitdistill new DIR`.')
+        raise ModuleNotFoundError(f'{name} is vitdistill.{MOVED[module]} now: import that, or copy '
+                                  "today's notebooks into a new folder with `vitdistill new DIR`.")
 
 sys.meta_path.append(Moved)

@@ -211,7 +211,8 @@ def relation_losses(
     "Returns (between classes, within classes): tau² (1 - mean correlation) of softened probabilities."
     p = logits.float().div(temperature).softmax(-1)
     q = teacher_logits.float().div(temperature).softmax(-1)
-    of_classes = p.T, q.T # a row each class; before `pearson`, since the order decides how gradients are rounded
+    # a row each class; before `pearson`, since the order decides how gradients are rounded
+    of_classes = p.T, q.T
     between = temperature**2*(1 - pearson(p, q).mean())
     within = temperature**2*(1 - pearson(*of_classes).mean())
     return between, within

@@ -77,8 +77,9 @@ def images_of(
     if images.classes != model.classes:
         place = config.data_root or config.dataset
         classes = _classes_in_words(model.classes, ' classes')
-        raise VitdistillError(f'{model.name} knows {classes}, and {place} has {_classes_in_words(images.classes)}: '
-                              'give a folder with the same classes.')
+        others = _classes_in_words(images.classes)
+        raise VitdistillError(f'{model.name} knows {classes}, and {place} has {others}: give a folder with '
+                              'the same classes.')
     rows, *_ = split_rows(images.train_labels, config, images.classes)
     return images, rows
 

@@ -39,7 +39,8 @@ from ..tasks.table import task_of
 from ..teachers.card import Card
 from ..train.setup import check_settings
 from .studies import MODELS, Study, as_list, combinations, full_name, model_of
-from .studies import name_with_values, order, parameters_of, read_study, runs_folder, runs_with
+from .studies import name_with_values, order, parameters_of, read_study, runs_folder
+from .studies import runs_with
 from .studies import seeds_of
 
 # %% ../../nbs/launch/03_queue.ipynb #2ce04fbc

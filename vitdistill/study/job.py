@@ -551,7 +551,8 @@ def introduction(
 # %% ../../nbs/study/09_job.ipynb #765af6e1
 _models = Template('<p>Their folders lie beside this page. Use: '
                    '<code>vitdistill predict FOLDER IMAGES</code></p>\n<ul>'
-                   '{% for name, address in models.items() %}<li><a href="{{ address }}">{{ name }}</a></li>\n'
+                   '{% for name, address in models.items() %}'
+                   '<li><a href="{{ address }}">{{ name }}</a></li>\n'
                    '{% endfor %}</ul>', autoescape=True)
 
 def results_note(comparison:Comparison, models:dict)->str: # models: of `finished_models`
@@ -623,7 +624,8 @@ def write_job(
         if best:
             wrong += mistake_items(models, best, classes, study.common.get('data_root', ''))
 
-    save_table(comparison.table().drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
+    differences = comparison.table().drop(columns=['gaps', 'later'])
+    save_table(differences, out, study.name, 'Differences between arms.')
     if decisions:
         caption = 'Share of the test images of each class that a model has right.'
         save_table(table, out, f'{study.name}_classes', caption)

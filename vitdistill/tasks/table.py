@@ -16,10 +16,13 @@ from ..train.loop import DISTILLATION, Task, main as train_main
 TASKS = dict(distillation=DISTILLATION, pretraining=PRETRAINING, captions=CAPTIONS)
 
 def task_of(config:Config)->Task:
-    "Returns the task of a config: captions with an encoder of texts, pre-training with an objective without labels."
-    if config.clip: return TASKS['captions']
-    labelled = getattr(OBJECTIVES.get(config.distillation), 'labelled', True) # an unknown name is refused later
-    return TASKS['distillation' if labelled else 'pretraining']
+    "Returns the task of a config; an unknown objective, which is refused later, counts as distillation."
+    if config.clip: # an encoder of texts
+        return TASKS['captions']
+    objective = OBJECTIVES.get(config.distillation)
+    if objective and not objective.labelled:
+        return TASKS['pretraining']
+    return TASKS['distillation']
 
 # %% ../../nbs/tasks/04_table.ipynb #8da83a09
 def main(arguments:list=None)->int:

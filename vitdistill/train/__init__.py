@@ -23,5 +23,5 @@ def __getattr__(name:str):
     return getattr(importlib.import_module(f'vitdistill.train.{room}'), name)
 
 # %% ../../nbs/train/09_package.ipynb #c9265d1e
-_all_ = ['Ranks', 'BaseSetup', 'Setup', 'prepare', 'resolve', 'record_adopted', 'save_student', 'DISTILLATION',
-    'EVERY', 'Progress', 'Task', 'batches', 'train']
+_all_ = ['Ranks', 'BaseSetup', 'Setup', 'prepare', 'resolve', 'record_adopted', 'save_student',
+    'DISTILLATION', 'EVERY', 'Progress', 'Task', 'batches', 'train']

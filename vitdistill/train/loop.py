@@ -589,8 +589,8 @@ def train(
     if run.status == 'done': return run
     task.refuse_foreign(config)
     if config.class_names and not config.teacher:
-        raise VitdistillError('class_names is for images without labels, and there is no teacher to learn from: give '
-                              'one, or set class_names to [] if folders are the classes.')
+        raise VitdistillError('class_names is for images without labels, and there is no teacher to learn '
+                              'from: give one, or set class_names to [] if folders are the classes.')
     setup = task.prepare(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0: run.begin(config, command)
