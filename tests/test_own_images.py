@@ -487,7 +487,7 @@ def test_another_student_is_a_further_row(job, images, weights):
     assert table.difference["taught-resnet10t"] == pytest.approx(one - other)
     assert pd.isna(table.difference["plain"])
     assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
-    assert f"plain, taught: {SMALL['student']}." in str(result)
+    assert f"plain, taught are students of {SMALL['student']}." in str(result)
     held_out = table.held_out.drop("teacher")
     best = held_out[held_out == held_out.max()].index[-1]
     assert result.best == best and result.folder() == out / "models" / best
