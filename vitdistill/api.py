@@ -72,7 +72,7 @@ def seconds_in_words(seconds:dict)->str: # of `seconds_of_cells`
 def new_answers(
     c:Config,    # of a taught student
     images:int,  # that it is trained on, with labels
-    earlier:set  # what earlier students of equal views asked about: '' (images with labels), folders of others
+    earlier:set  # what earlier students of equal views asked about: '' (labelled images), folders of others
 )->float:
     "Returns about how many images the teacher answers for a student: what a memo knows already is left out."
     unlabelled = len(files_in(c.unlabelled)) if c.unlabelled else 0
@@ -352,7 +352,7 @@ def architectures(result:Distilled)->list[str]:
     return list(dict.fromkeys(students))
 
 def fits_training_images(run:Run)->bool:
-    "Returns whether a finished run has nine of ten of its (augmented) training images right."
+    "Returns whether a finished run has nine of ten of its training images right, as augmentation shows them."
     return run.result['train_views_top1'] >= .9
 
 # %% ../nbs/06_api.ipynb #b2298c6c

@@ -249,7 +249,8 @@ def teacher_memo(
         return read_answers(teacher.file, key)
     folder = beside_weights(config)
     try:
-        both = not config.fold_weights and keeps_both_kinds(folder, key) # out of fold: one kind
+        # memos out of fold (of two teachers) never keep both kinds
+        both = not config.fold_weights and keeps_both_kinds(folder, key)
         return open_memo(folder, key, both)
     except OSError as e:
         print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
