@@ -6,12 +6,12 @@
 __all__ = ['COSTS', 'loss', 'seconds_in_words', 'new_answers', 'seconds_of_cells', 'draw_answers', 'link_model', 'ended_runs',
            'Distilled', 'draw_test_images', 'costs_file', 'model_costs', 'costs_of_model', 'measure_costs',
            'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
-           'architectures', 'trained_out', 'near_guessing', 'advice', 'costs_of_int8', 'never_right', 'cost_in_words',
-           'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
-           'page_of', 'print_job', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job', 'start_in_words',
-           'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher',
-           'run_job', 'about_images', 'print_models', 'distill', 'save', 'class_orders', 'LoadedTeacher',
-           'load_teacher', 'Loss', 'memo', 'small_head']
+           'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
+           'cost_in_words', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
+           'in_words', 'findings', 'page_of', 'print_job', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job',
+           'start_in_words', 'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side',
+           'part_of_teacher', 'run_job', 'about_images', 'print_models', 'distill', 'save', 'class_orders',
+           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -72,16 +72,18 @@ def seconds_in_words(seconds:dict)->str: # of `seconds_of_cells`
 def new_answers(
     c:Config,    # of a taught student
     images:int,  # that it is trained on, with labels
-    earlier:set  # what students of equal views have asked: '' for the images with labels, folders of others
+    earlier:set  # what earlier students of equal views asked about: '' (labelled images), folders of others
 )->float:
     "Returns about how many images the teacher answers for a student: what a memo knows already is left out."
     unlabelled = len(files_in(c.unlabelled)) if c.unlabelled else 0
     calls = teacher_calls(c, images, unlabelled=unlabelled)
     asked = calls['memo' if c.memo else 'online']
     if not (earlier and c.memo) or unnumbered(c): return asked
-    if c.unlabelled in earlier: return 0.
+    if c.unlabelled in earlier: return 0. # the memo knows all
+    # it knows the images with labels, and the teacher is asked about those of the folder
     passes = c.epochs*plan_rows(c, 1)*(1 - c.unlabelled_share)
-    return asked - images*expected_views(view_count(c), passes)
+    about_labelled = images*expected_views(view_count(c), passes)
+    return asked - about_labelled
 
 # %% ../nbs/06_api.ipynb #93cd2f14
 def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
@@ -349,8 +351,8 @@ def architectures(result:Distilled)->list[str]:
             students += [run.config.student for run in runs]
     return list(dict.fromkeys(students))
 
-def trained_out(run:Run)->bool:
-    "Returns whether a finished run has fitted its training images: nine of ten of their augmented views."
+def fits_training_images(run:Run)->bool:
+    "Returns whether a finished run has nine of ten of its training images right, as augmentation shows them."
     return run.result['train_views_top1'] >= .9
 
 # %% ../nbs/06_api.ipynb #b2298c6c
@@ -386,7 +388,7 @@ def advice(result:Distilled)->list[str]:
         if not {row.arm, row.other} <= first.keys(): continue # not finished
         taught = first[row.arm].result['train_views_top1']
         plain = first[row.other].result['train_views_top1']
-        if row.high < 0 and taught < plain and not trained_out(first[row.arm]):
+        if row.high < 0 and taught < plain and not fits_training_images(first[row.arm]):
             lines.append(f'The student {row.arm} is not trained out: it has {taught:.0%} of its training '
                          f'images right, {row.other} {plain:.0%}. Give more --epochs.')
         elif row.other.startswith('plain') and 'teacher' in first and top1['teacher'] <= top1[row.other]:
@@ -412,10 +414,10 @@ def never_right(result:Distilled)->list[str]:
     card = Card.read(folder)
     recalls = class_recalls(ended_runs(result.runs())[best][0])
     if card is None or recalls.max() == 0: return [] # its model is not here; it says nothing right at all
-    names = [printable(card.classes[label]) for label in recalls[recalls == 0].index]
-    if not names: return []
-    more = ', ...' if len(names) > 5 else ''
-    return [f"{best} has no test image right of {', '.join(names[:5])}{more}."]
+    missed = [printable(card.classes[label]) for label in recalls[recalls == 0].index]
+    if not missed: return []
+    more = ', ...' if len(missed) > 5 else ''
+    return [f"{best} has no test image right of {', '.join(missed[:5])}{more}."]
 
 # %% ../nbs/06_api.ipynb #286f24fb
 _titles = {'agrees': 'as its teacher', 'held_out': 'held-out', 'top1': 'test', 'balanced': 'balanced',
@@ -508,13 +510,13 @@ def in_words(result:Distilled)->str:
 
 def findings(result:Distilled)->list[str]:
     "Returns the differences between the students, and what they can't tell: a sentence each."
-    names = architectures(result)
-    several = len(names) > 1
+    students = architectures(result)
+    several = len(students) > 1
     lines = []
     if several:
         first = [name for name in result.comparison.arms if '-' not in name]
         are = 'are students' if len(first) > 1 else 'is a student'
-        lines.append(f"{', '.join(first)} {are} of {names[0]}. The other names end with their student.")
+        lines.append(f"{', '.join(first)} {are} of {students[0]}. The other names end with their student.")
     if not result.labelled: return [*lines, *about_answers(result)]
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
@@ -522,7 +524,7 @@ def findings(result:Distilled)->list[str]:
         doubt = '; another seed may differ by more' if row.seeds < 2 else ''
         if not sure:
             doubt = ': this may be chance'
-        lines.append(points(row) + doubt)
+        lines.append(points(row) + doubt) # `points`: the difference as a sentence
     if several and len(lines) > 1:
         lines.append('The other differences between students of one architecture may be chance.')
     elif several:
@@ -575,16 +577,16 @@ class JobClock:
         name = self.cell.name
         spent = time.monotonic() - self.begun
         took = {cell: seconds for cell, seconds in self.took.items() if cell in self.estimated}
-        running = self.estimated.get(name, 0.)*self._slower(took) - spent
+        left = self.estimated.get(name, 0.)*self._slower(took) - spent # seconds of the cell that trains now
         run = max(cell_runs(self.cell), key=lambda run: run.begun, default=None)
         rows = [row for row in run.rows() if row.get('seconds')] if run else []
         if rows:
             pace = statistics.mean(float(row['seconds']) for row in rows[-5:]) # seconds an epoch
-            since = max(0., time.time() - (run.folder/'metrics.csv').stat().st_mtime)
-            running = (run.config.epochs - len(run.rows()))*pace - min(since, pace)
-            took[name] = spent + max(0., running)
+            since_epoch = max(0., time.time() - (run.folder/'metrics.csv').stat().st_mtime)
+            left = (run.config.epochs - len(run.rows()))*pace - min(since_epoch, pace)
+            took[name] = spent + max(0., left)
         later = sum(seconds for cell, seconds in self.estimated.items() if cell not in (*self.took, name))
-        return max(0., running) + later*self._slower(took)
+        return max(0., left) + later*self._slower(took)
 
     def _slower(self, took): # how much longer cells took than estimated
         estimated = sum(self.estimated.get(cell, 0.) for cell in took)
@@ -614,12 +616,12 @@ def train_all(
     return result
 
 # %% ../nbs/06_api.ipynb #36b874cb
-def recipe_of_images(preset:str, fields:dict, root:Path, names:list)->Config: # names: as in `images_of_job`
-    "Returns a student's config as far as it says how images are read."
+def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Config:
+    "Returns a student's config as far as it says how images are read; class_names: as in `images_of_job`."
     about_images = {*field_names(group='data'), *field_names(group='augmentation'), 'class_weights'}
     about_images -= {*JOB_FIELDS}
     read = {name: value for name, value in fields.items() if name in about_images}
-    return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*names])
+    return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
@@ -629,20 +631,21 @@ def images_of_job(
     labels:str|Path='',  # table of labels; '': the folders name the classes
     drop_duplicates:bool=False, # whether to train without images that are test images too
     unlabelled:Path=None, # folder of images without labels, beside others with labels
-    names:list=()        # of the classes, if no image has a label
+    class_names:list=()  # of the classes, if no image has a label
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     labels = from_here(labels) if labels else None
-    if names: refuse_out_within(out, data)
-    if names and drop_duplicates:
+    if class_names: refuse_out_within(out, data)
+    if class_names and drop_duplicates:
         raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
                               'without labels there are no test images: leave it out.')
     with tempfile.TemporaryDirectory() as draft:
-        kept = not dry_run or has_runs(out) or out.is_relative_to(data) # the last is refused
+        # `with_test` raises if `out` lies inside `data`
+        kept = not dry_run or has_runs(out) or out.is_relative_to(data)
         place = out if kept else Path(draft)
-        root = data if names else with_test(data, place, labels, unlabelled)
+        root = data if class_names else with_test(data, place, labels, unlabelled)
         drawn = root != data and not (labels and table_parts(labels))
-        recipe = recipe_of_images(preset, fields, root, names)
+        recipe = recipe_of_images(preset, fields, root, class_names)
         if check_dataset(recipe.dataset).side: # a preset for digits
             fields = fields | dict(dataset='imagefolder')
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
@@ -667,21 +670,21 @@ def start_in_words(fields:dict)->str: # of Config, of a student
 # %% ../nbs/06_api.ipynb #1bf9cc84
 def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # student, fields: of `distill`
     "Returns the names of a job's students, checked: those that have begun in its folder come first."
-    names = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
-    for name in names:
+    students = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
+    for name in students:
         if not name.startswith('hf-hub:'): check_name(name)
-    if len(names) == 1: return names
+    if len(students) == 1: return students
     for field in ('student_weights', 'student_kwargs'):
         if fields.get(field):
             raise VitdistillError(f"{field} = {fields[field]!r} is for one student, and this job has "
-                                  f"{', '.join(names)}: leave it out, or give each of them a folder of its "
-                                  'own as out.')
-    return names
+                                  f"{', '.join(students)}: leave it out, or give each of them a folder of "
+                                  'its own as out.')
+    return students
 
-def starts_of_students(names:list, fields:dict, preset:str)->list[dict]:
+def starts_of_students(students:list, fields:dict, preset:str)->list[dict]: # students: their names
     "Returns the fields of the first student with all that the user gives, and of each further one its own."
     usual = config_of_preset(preset, 'baseline').student_normalization
-    first, *others = names
+    first, *others = students
     starts = [fields | student_fields(first, fields)]
     for name in others:
         starts.append(student_fields(name, fields, usual))
@@ -742,12 +745,12 @@ def part_of_teacher(
     size:int, side:int, # of the teacher's input, 0: auto; of the student's images, px
     images:Images
 )->dict: # as a study file has it
-    "Returns the teacher's part of a study, at its own size if it was trained here."
+    "Returns the teacher's part of a study; one from a model folder keeps its own size."
     if classes:
         raise VitdistillError(f'classes = {classes!r} is for a teacher by words: give teacher = '
                               'clip:MODEL/WEIGHTS, or leave it out.')
     place = from_here(teacher) if from_here(teacher).exists() else teacher
-    card = Card.read(place) if Path(place).exists() else None # of one that was trained here
+    card = Card.read(place) if Path(place).exists() else None # of a model folder
     if not size:
         size = card.input_size if card else max(side, 224 if torch.cuda.is_available() else 128)
     return teacher_part(str(place), name, size, images.classes)
@@ -798,7 +801,8 @@ def distill(
     # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
     teacher_size:int|str='auto',
     teacher_name:str='', # architecture of a file of weights; '': the file's name up to its first dot
-    # for clip:... a file of words for the folders' names; without labels, of names
+    # only with a clip: teacher: prompt words for each class folder; for unlabelled images, the class names.
+    # File, dict or list.
     classes:str|Path|dict|list=None,
     preset:str='own', # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='', # CSV with columns file (from data) and class, or part too: train, val or test
@@ -813,9 +817,10 @@ def distill(
     out = from_here(out or default_place('out/mine'))
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     students = chosen_students(student, out, fields)
-    names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
-    folder = None if names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, folder, names)
+    class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
+    folder = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, folder,
+                                   class_names)
     about = about_images(images)
     print(about, flush=True)
     side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
@@ -826,7 +831,7 @@ def distill(
     fields, *more = starts_of_students(students, fields, preset)
     print_models([fields, *more], side, part)
     given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
-    if names:
+    if class_names:
         given |= dict(alpha=1.) # the answers are all that there is
     study = study_of(images, out, part, seeds, given | fields, more, str(folder or ''))
     study['about'] = dict(images=about, command=command)
@@ -941,11 +946,11 @@ class LoadedTeacher(Teacher):
 
 # %% ../nbs/06_api.ipynb #3bc83f5c
 def load_teacher(
-    weights:str|Path,               # model folder of a run, or hf-hub:OWNER/MODEL of one
+    weights:str|Path,               # such a folder, or hf-hub:OWNER/MODEL of one
     mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # by which the loader normalized pixels of 0 to 1
     **kw                            # precision, device and compile of `Teacher`
 )->LoadedTeacher:
-    "Returns a teacher that was trained here."
+    "Returns a teacher from a model folder that this tool wrote, here or on the hub."
     here = from_here(weights)
     model = from_folder(here if here.exists() else weights_place(weights))
     return LoadedTeacher(model.forward.model, model.classes, model.constants, model.sides[1], mean_std, **kw)
@@ -994,7 +999,7 @@ class Loss(torch.nn.Module):
                                   f'answer {(*answer.shape,)}: give both the same images and classes.')
         return answer
 
-loss = Loss
+loss = Loss # the name that users call: loss('soft', alpha=1.)
 
 # %% ../nbs/06_api.ipynb #ebd90cca
 def _whole_keys(key, images:int)->torch.Tensor: # (B,) int64

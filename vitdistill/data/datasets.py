@@ -160,7 +160,7 @@ def image_side(config:Config)->int: # px
 
 # %% ../../nbs/data/01_datasets.ipynb #2d1bd6f4
 def data_root(config:Config)->tuple:
-    "Returns the folder of the data, and whether the user named it (else a download fills it)."
+    "Returns (folder of the data, whether the user named it); a download fills one that nobody named."
     named = config.data_root or os.environ.get('VITDISTILL_DATA', '')
     return from_root(named or 'data'), bool(named)
 
@@ -233,7 +233,7 @@ def load_cifar(name:str, root:Path)->Data:
 
 # %% ../../nbs/data/01_datasets.ipynb #5f724f71
 def download_cifar(name:str, root:Path)->None:
-    "Downloads and verifies CIFAR once, with torchvision; without a network the error says what to put where."
+    "Downloads and verifies CIFAR once, with torchvision; if that fails, the error says what to put where."
     from torchvision import datasets
     folder = root/_cifar[name].folder
     if folder.is_dir(): return
@@ -273,11 +273,11 @@ def stratified(
     seed:int
 )->tuple:
     "Returns the sorted rows of two parts; the second has the same share of each class, to one image."
-    def first_ones(n):
+    def leading_share(n):
         return np.arange(n) < round(fraction*n)
-    return _divide(labels, seed, first_ones)
+    return _divide(labels, seed, leading_share)
 
-def _divide(labels, seed, second): # second(n): which of a class's n shuffled rows are in the second part
+def _divide(labels, seed, in_second_part): # in_second_part(n): (n,) bool, of a class's n shuffled rows
     labels = labels.clamp(min=0).numpy() # images without labels are divided as those of one class
     order = labels.argsort(kind='stable') # sorted once, not searched for each class
     classes, starts = np.unique(labels[order], return_index=True)
@@ -285,7 +285,7 @@ def _divide(labels, seed, second): # second(n): which of a class's n shuffled ro
     second_rows = []
     for label, rows in zip(classes, np.split(order, starts[1:])):
         rows = np.random.default_rng([seed, int(label)]).permutation(rows)
-        mask = second(len(rows))
+        mask = in_second_part(len(rows))
         first_rows.append(rows[~mask])
         second_rows.append(rows[mask])
     return tuple(torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (first_rows, second_rows))
@@ -306,7 +306,8 @@ def load_digits()->Data:
 
 # %% ../../nbs/data/01_datasets.ipynb #9908d576
 def refuse_labels(config:Config)->None:
-    "Raises `VitdistillError` if a config says labels, or that there are none, of a dataset that has its own."
+    """Raises if `labels` or `class_names` is set for a dataset other than imagefolder, or if they contradict
+    each other."""
     names = [str(name) for name in config.class_names]
     for field, given in dict(labels=config.labels, class_names=names).items():
         if given and config.dataset != 'imagefolder':
@@ -406,7 +407,7 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
 # %% ../../nbs/data/01_datasets.ipynb #d5d3c85b
 def _room(data_on): # bytes of pixels that this rank may hold
     if data_on == 'disk': return 0
-    if data_on != 'auto': return math.inf
+    if data_on != 'auto': return math.inf # 'host' or 'device': the user knows
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return memory/2/ranks
@@ -429,6 +430,7 @@ def load_images(config:Config)->Data:
 
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
+    # training crops are cut from whole images; `resident` keeps the centre square alone
     train_part = read(train, on_disk=large or config.whole_image)
     test_part = read(test, on_disk=large)
     return Data(config.dataset, *train_part, *test_part, train.classes,
@@ -562,7 +564,7 @@ def fold_rows(
     return first_folds(int(k)) & ~first_folds(int(k) - 1)
 
 # %% ../../nbs/data/01_datasets.ipynb #819d9ef5
-def _refuse_untrained(labels, train, config, classes):
+def _refuse_empty_classes(labels, train, config, classes):
     "Raises `VitdistillError` for a split that leaves a class no image to train on."
     labels = labels.clamp(min=0)
     counts = torch.bincount(labels)
@@ -604,5 +606,5 @@ def split_rows(
         in_fold = fold_rows(labels[train], config.fold, config.split_seed)
         val = torch.cat([val, train[in_fold]]).sort().values
         train = train[~in_fold]
-    _refuse_untrained(labels, train, config, classes)
+    _refuse_empty_classes(labels, train, config, classes)
     return train, val

@@ -34,6 +34,7 @@ from ..teachers.teacher import adopt, seems_untrained, with_members
 from ..track import tracker_names
 
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
+# parameters of experiment notebooks that are no fields of Config
 notebook_names = ('preset', 'role', 'fill_memo', 'weights', 'adopted', 'new_head', 'held_out', 'out_of_fold',
                   'teacher_data_fraction', 'onnx', 'keep_record', 'keep_answers', 'sizes', 'images', 'out',
                   'data', 'teacher_name', 'classes', 'seeds', 'texts', 'arm', 'drop_duplicates')
@@ -137,7 +138,7 @@ def rank_command(
     file:Path,       # file of the config
     ranks:int,       # number of ranks on this node
     *extra:str,      # further options of `vitdistill.train`
-    errors:str=''    # folder for the error files of ranks that fail
+    errors:str=''    # folder for the error files of ranks that fail; '' if the command is only shown
 )->tuple[list, dict]:
     "Returns the command of this node's ranks, and its environment variables; nodes meet at `rdzv_endpoint`."
     module = ['-m', 'vitdistill.train', '--config', str(file), *extra]
@@ -151,7 +152,7 @@ def rank_command(
     if config.nnodes > 1:
         nodes = ['--nnodes', str(config.nnodes), '--rdzv-backend', 'c10d', '--rdzv-id', file.parent.name,
                  '--rdzv-endpoint', config.rdzv_endpoint]
-    else: # the address holds whatever name this host has
+    else: # 127.0.0.1 works even if the hostname does not resolve
         nodes = ['--standalone', '--nnodes', '1', '--local-addr', '127.0.0.1']
     logs = ['--log-dir', errors] if errors else []
     torchrun = [sys.executable, '-m', 'torch.distributed.run']
@@ -196,9 +197,9 @@ def failure(
     return first_error(files) if files else end_of_log(lines)
 
 def end_of_log(lines:list[str])->str:
-    "Returns why a launch failed if no rank could write its error: the last lines before torchrun's own."
-    own = itertools.takewhile(lambda line: not re.match(r'E\d{4} ', line), lines)
-    shown = list(own) or lines
+    "Returns why a launch failed if no rank could write its error: the last lines before those of torchrun."
+    of_ranks = itertools.takewhile(lambda line: not re.match(r'E\d{4} ', line), lines)
+    shown = list(of_ranks) or lines
     return 'the ranks ended without a result; the log ends:\n' + '\n'.join(shown[-12:])
 
 def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
@@ -217,7 +218,7 @@ _torchrun = re.compile(r'[WIEF]\d{4} |\*{5}')        # a line of torchrun's own
 
 def follow(
     process:subprocess.Popen, run:Run, log:Path,
-    show:bool|typing.Callable # whether to show progress; a function returns what each line of it ends with
+    show:bool|typing.Callable # whether to show progress; a function returns a suffix for progress lines
 )->collections.deque:
     "Writes what the ranks print to the log and shows their progress; returns the last lines."
     curve = LiveCurve(run) if show and in_jupyterlab() else None
@@ -397,10 +398,10 @@ def launch_fill(
 
 # %% ../../nbs/launch/01_runner.ipynb #2cf71c42
 def store_answers(
-    given:dict,     # parameters of a teacher's notebook, such as fill_memo
+    given:dict,     # parameters of a teacher's notebook, such as fill_memo; role: teacher or deit_teacher
     config:Config,  # of the teacher
     folder:Path,    # its model folder
-    record:Path=None # its run folder, for `keep_answers`
+    record:Path=None # folder of its run, for `keep_answers`
 )->None:
     "Stores a teacher's answers for the students of its preset, where its notebook asks for it."
     if not (given['fill_memo'] or given['keep_answers']): return
@@ -500,10 +501,12 @@ def with_teacher(
     given:dict,             # the notebook's parameters
     experiment:str='teacher' # part of the preset that trains the teacher
 )->Config:
-    "Returns the config with its teacher, or two (`out_of_fold`): named, timm's, or the preset's, trained."
+    """Fills in the teacher: keeps one that the user gave, else trains the preset's (two, one per half, if
+    `out_of_fold`). For a loss without a teacher it resets the teacher's fields."""
     objective = OBJECTIVES.get(config.distillation)
     if objective and objective.wants is None: # a loss without a teacher
-        about_teachers = {*field_names(group='teacher')} - {'unlabelled'} # these images such a loss refuses
+        # keep `unlabelled`, so that a later check rejects it for a loss without a teacher
+        about_teachers = {*field_names(group='teacher')} - {'unlabelled'}
         return replace(config, **{name: getattr(Config(), name) for name in about_teachers})
     if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         for name in ('out_of_fold', 'teacher_data_fraction'):

@@ -56,7 +56,7 @@ class Memo:
         key:dict,            # of `memo_key`; or of `plan_key`: then (epoch, row) stands for (image, view)
         stored:np.ndarray,   # (images, views, width), a row of numbers for each answer
         file:Path|None=None, # that holds them
-        other:'Memo'=None):  # the logits to decisions, or the decisions to logits: filled too
+        other:'Memo'=None):  # companion memo of the other kind (logits <-> hard labels); `put` fills it too
         self.key = key
         self.stored = stored
         self.file = file
@@ -70,7 +70,7 @@ class Memo:
         return self.kind.read(rows), torch.from_numpy(is_known)
 
     def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor, *other:torch.Tensor)->None:
-        "Stores answers; `other`: those of the other kind."
+        "Stores answers; `other`: the same answers as the companion memo keeps them."
         rows = self.kind.store(answer).astype(self.stored.dtype)
         place = image.numpy(), view.numpy()
         for part in (slice(1, None), 0): # the first number last: it marks the row as known
@@ -92,7 +92,7 @@ class JoinedMemo:
         self.key = first.key
         self.kind = first.kind
         self.file = first.file
-        self.other = first.other or second.other # whether answers of both kinds are asked for
+        self.other = first.other or second.other # not None: answers of both kinds are put
 
     def parts(self, image:torch.Tensor)->typing.Iterator[tuple]: # (B,) int64
         "Yields each memo with the positions of its images, (B,) bool, and their numbers there."
@@ -150,7 +150,7 @@ def other_kind(kind): # `HardLabel` or `Logits`
     "Returns the kind of answer that is kept beside this one."
     return Logits() if kind == HardLabel() else HardLabel()
 
-def other_key(key:dict)->dict: # of a memo of decisions or of logits
+def other_key(key:dict)->dict: # of a memo of hard labels or of logits
     "Returns the key of the memo of the other kind about the same questions."
     kind = kind_of(key)
     questions = {name: value for name, value in key.items() if name not in kind.key()}
@@ -160,12 +160,12 @@ def keeps_both_kinds(
     folder:Path, # that holds memos; created if missing
     key:dict     # of `memo_key` or `plan_key`
 )->bool:
-    "Returns whether a run keeps decisions and logits: both are there, or are begun now with enough room."
+    "Returns whether a run keeps hard labels and logits: both are there, or are begun now with enough room."
     kind = kind_of(key)
     if 'recipe' in key: # answers about a plan serve one kind
         return False
     if kind != HardLabel():
-        return kind == Logits()
+        return kind == Logits() # False for `TopK`, which is kept alone
     if memo_file(folder, other_key(key)).is_file():
         return True
     if memo_file(folder, key).is_file():
@@ -185,7 +185,7 @@ def layout(key:dict)->tuple: # of a memo
 def open_memo(
     folder:str|Path, # that holds memos
     key:dict,        # of `memo_key` or `plan_key`
-    both:bool=False  # decisions and logits; what is put needs both then
+    both:bool=False  # hard labels and logits; what is put needs both then
 )->Memo:
     "Returns the memo in a file, created if it is missing; raises `OSError` if there is no room."
     other = None
@@ -249,7 +249,8 @@ def teacher_memo(
         return read_answers(teacher.file, key)
     folder = beside_weights(config)
     try:
-        both = not config.fold_weights and keeps_both_kinds(folder, key) # of two teachers, one kind
+        # memos out of fold (of two teachers) never keep both kinds
+        both = not config.fold_weights and keeps_both_kinds(folder, key)
         return open_memo(folder, key, both)
     except OSError as e:
         print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
@@ -292,11 +293,12 @@ def push_memos(
 )->list:                # file names of the memos
     "Uploads a teacher's memos, each with a card; a memo of another teacher is an error, and nothing is sent."
     folder = Path(folder)
+    shown_path = record_path(folder) # for messages
     memos = sorted(folder.glob('memo-*.bin'))
     if not memos:
-        raise VitdistillError(f'{record_path(folder)} holds no memo: train a student of it, or fill one '
+        raise VitdistillError(f'{shown_path} holds no memo: train a student of it, or fill one '
                               '(fill_memo).')
-    refuse_other_memos(folder, record_path(folder))
+    refuse_other_memos(folder, shown_path)
     for file in memos:
         file.with_suffix('.md').write_text(memo_card(file))
     names = [file.name for file in memos]
@@ -310,15 +312,16 @@ def keep_answers(
 )->Path: # record/answers.npz
     "Writes a teacher's hard labels into its record; `teacher_weights` can name that file instead of weights."
     folder = Path(folder)
-    refuse_other_memos(folder, record_path(folder))
+    shown_path = record_path(folder) # for messages
+    refuse_other_memos(folder, shown_path)
     card = Card.read(folder)
     if not card:
-        raise VitdistillError(f'{record_path(folder)} has no card.json, which says who answers and what it '
+        raise VitdistillError(f'{shown_path} has no card.json, which says who answers and what it '
                               'has seen: write one with `vitdistill.teachers.adopt`.')
     heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
     by_view = [head for head in heads if kind_of(head) == HardLabel() and 'recipe' not in head]
     if len(by_view) != 1:
-        raise VitdistillError(f'{record_path(folder)} holds {len(by_view)} memos of hard labels by view '
+        raise VitdistillError(f'{shown_path} holds {len(by_view)} memos of hard labels by view '
                               'instead of one: fill one (fill_memo), or move the others away.')
     memo = open_memo(folder, by_view[0])
     entries = dict(card=card.to_dict(), teacher_hash=file_hash(str(folder)))
@@ -356,19 +359,21 @@ class Work:
 AHEAD = 2**24 # numbers that answers for the next steps may hold: 64 MB
 
 class AnswerSource:
-    "Gives the answers for the steps of an epoch; subclasses say how. Answers by view are computed ahead."
+    """Gives the answers for the steps of an epoch. Subclasses define `blank`, and how answers are made:
+    `__call__` of a plan's views, which is called ahead (by_view), or `online` of the pixels of a step."""
     by_view = False # answers are about views, and known before pixels are cut
+    blank:torch.Tensor # (1, ...) an answer of zeros
 
     def for_step(self,
         epoch:int, plan:Plan,   # of the epoch
-        steps:list, number:int, # this rank's steps of the epoch, and which of them it is
+        steps:list, number:int, # `Step`s of the epoch (`train.loop`), and which of them it is
         pixels:torch.Tensor,    # (B, 3, H, W) in [0, 255]: what the student sees of this rank's rows
         progress:typing.Callable=lambda done, total: None # called with numbers of answers
     )->torch.Tensor: # (B, ...)
         "Returns the answers about this rank's rows of a step, on the pixels' device."
         numbers_a_step = self.blank.numel()*(steps[0].stop - steps[0].start)
         window = max(1, AHEAD//numbers_a_step) # steps of a stretch
-        step = steps[number]
+        step = steps[number] # start:stop: the global batch; rows: this rank's part of it
         if number % window == 0:
             self.first = step.start
             last = steps[number:number + window][-1].stop
@@ -440,7 +445,7 @@ class Online(AnswerSource):
         return self.work.take()
 
     def parts_of(self, image:torch.Tensor)->typing.Iterator[tuple]: # rows of the dataset
-        "Yields each teacher's answers with the positions of the images that it answers: as on all ranks."
+        "Yields (answer source, positions in `image` that it answers); the same sequence on all ranks."
         yield self, torch.arange(len(image))
 
     def in_words(self, config:Config, rows:torch.Tensor, shown:int=0)->str: # as `memo_in_words` takes them
@@ -494,9 +499,9 @@ class Answers(Online):
         begin = time.perf_counter()
         answers, is_known = self.from_memo(plan.image, plan.view)
         unknown = torch.nonzero(~is_known).flatten()
-        block = 16*self.teacher.chunk*self.world # full passes of the teacher on all ranks
-        for start in range(0, len(unknown), block):
-            rows = unknown[start:start + block]
+        portion = 16*self.teacher.chunk*self.world # 16 full passes of the teacher on each rank
+        for start in range(0, len(unknown), portion):
+            rows = unknown[start:start + portion]
             of_kinds = self.ask(plan.image[rows], plan.view[rows])
             answers[rows] = of_kinds[0]
             if self.memo:
@@ -519,7 +524,7 @@ def fill(
     rows:torch.Tensor, # (n,) rows of the dataset
     views:int          # views of an image
 )->typing.Iterator[int]:
-    "Computes the answers for `rows`, in every view, that the memo lacks; yields the size of each block."
+    "Computes the answers for `rows`, in every view, that the memo lacks; yields the rows of each portion."
     for view in range(views):
         for part in rows.split(16*answers.teacher.chunk*answers.world):
             answers(Plan(part, torch.zeros_like(part), torch.full_like(part, view)))
@@ -575,7 +580,8 @@ def plan_key(
     rows:torch.Tensor, # (n,) training images as rows of the dataset, in order
     unlabelled:Unlabelled=None # further images of the plan
 )->dict:
-    "Returns all that an answer for a row of the plan depends on; `images`, `views` become epochs and rows."
+    """Returns all that an answer for a row of the plan depends on. In this key, `images` holds the number of
+    epochs and `views` the rows per epoch, so that `Memo` can index it unchanged."""
     recipe = {name: getattr(config, name) for name in PLAN}
     if config.whole_image:
         recipe['whole_image'] = True
@@ -585,10 +591,11 @@ def plan_key(
         key['unlabelled'] = digest([unlabelled.mark, unlabelled.rows])
         key['share'] = config.unlabelled_share
     key['recipe'] = recipe
-    key['drawn_by'] = {library.__name__: library.__version__.split('+')[0] for library in libraries}
+    versions = {library.__name__: library.__version__.split('+')[0] for library in libraries}
+    key['drawn_by'] = versions
     key['rows'] = digest([rows])
     key['noise'] = student_constants(config, data)
-    key['drawn_from'] = view_count(config)
+    key['drawn_from'] = view_count(config) # views that an image has
     key['images'] = config.epochs
     key['views'] = plan_rows(config, len(rows))
     return key
