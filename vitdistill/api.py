@@ -859,7 +859,7 @@ def save(
     refuse_not_finite('the student', student.state_dict())
     readme = (f"# {student.pretrained_cfg['architecture']}\n\n{len(classes)} classes: {', '.join(classes)}. "
               f'Input: {size} px.\n\n`vitdistill predict FOLDER IMAGES` says what it sees in images.\n')
-    return save_model(student, from_here(folder), kwargs, classes, readme, mean_std, size, tried=True)
+    return save_model(student, from_here(folder), kwargs, classes, readme, mean_std, size, verify=True)
 
 # %% ../nbs/06_api.ipynb #99e0c07f
 def class_orders(dataset)->list: # lists of names

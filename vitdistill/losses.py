@@ -6,7 +6,7 @@
 __all__ = ['FP16_MOST', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'TopK', 'Embedding', 'kind_of', 'soft_loss',
            'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'log_confidence', 'refined_loss',
            'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'balanced_weights', 'weighed_loss',
-           'partly_labelled_loss', 'check_token', 'Labels', 'check_range', 'term_weight', 'temperature_of',
+           'partly_labelled_loss', 'check_token', 'Labels', 'check_range', 'check_weight', 'check_temperature',
            'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation',
            'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation', 'RefinedDistillation',
            'DecorrelatedDistillation', 'EntropyDistillation', 'named_objective', 'answer_kind', 'refuse_unlabelled',
@@ -131,7 +131,7 @@ class TopK(Logits):
 # %% ../nbs/03_losses.ipynb #4cae4c0c
 @dataclass(frozen=True)
 class Embedding(Logits):
-    "Features of a text or of an image, (B, D) float32, as they are."
+    "Features of a text or of an image, (B, D) float32: kept as logits are, but without classes to decide on."
     def make(self, features:torch.Tensor)->torch.Tensor: # (B, D)
         return features
 
@@ -185,9 +185,9 @@ def decoupled_loss(
     z = logits.float()/temperature
     t = teacher_logits.float()/temperature
 
-    p, p_others = of_label(z), of_others(z)
-    q, q_others = of_label(t), of_others(t)
-    target = q.exp()*(q - p) + q_others.exp()*(q_others - p_others)
+    log_p, log_p_others = of_label(z), of_others(z)
+    log_q, log_q_others = of_label(t), of_others(t)
+    target = log_q.exp()*(log_q - log_p) + log_q_others.exp()*(log_q_others - log_p_others)
     others = F.kl_div(among_others(z), among_others(t), reduction='none', log_target=True).sum(-1)
     return (target_weight*target + others_weight*others).mean()*temperature**2
 
@@ -276,14 +276,14 @@ def entropy_weights(
 
 # %% ../nbs/03_losses.ipynb #b7a4d16e
 def whole_batch(
-    x:torch.Tensor,  # (B, ...) of this rank
-    counts:bool=True # False: this rank's rows only fill in for missing ones, and are left out
+    x:torch.Tensor,    # (B, ...) of this rank
+    has_rows:bool=True # False: this rank's rows are dummies and are dropped
 )->torch.Tensor:     # (all ranks' B, ...)
     "Returns all ranks' rows in order; a loss on them, times the rank's weight, has the batch's gradient."
     if not dist.is_initialized() or dist.get_world_size() == 1: return x
     from torch.distributed.nn.functional import all_gather
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
-    sizes[dist.get_rank()] = len(x)*counts
+    sizes[dist.get_rank()] = len(x)*has_rows
     dist.all_reduce(sizes)
     longest = max(1, int(sizes.max())) # ranks can differ by one row: the shorter ones are padded
     padding = x.new_zeros(max(0, longest - len(x)), *x.shape[1:])
@@ -298,7 +298,7 @@ class Batch(typing.NamedTuple):
     targets:torch.Tensor     # (B,) int64, -1 without a label; or (B, C) shares of the classes in mixed images
     answer:torch.Tensor=None # teacher's answers, as `wants.make` returns them
     epoch:int=0              # from 0, for terms that warm up
-    weight:float=1.          # of this rank's loss, world * n_local / n_global; 0: its row only fills in
+    weight:float=1.          # of this rank's loss, world * n_local / n_global; 0: its rows are dummies
     image:torch.Tensor=None  # (B,) rows of the dataset, for objectives that draw random numbers by image
 
 # %% ../nbs/03_losses.ipynb #76197c0a
@@ -357,7 +357,7 @@ class Labels(nn.Module):
     labelled = True    # False: pre-training without labels, evaluated by probes of its features
     copies = 1         # copies of an image in a step, each another view
     needs_two = False  # True: a batch needs at least two images
-    compiles = True    # may run under torch.compile; False: say because each epoch would recompile it
+    compiles = True    # False: runs eagerly; torch.compile would compile it anew each epoch, for example
     token = 'auto'     # token of the head that learns the answers: class, distillation; auto: the last one
     needs_label = False # True: the teacher's term needs the label of each image
     partly = False     # True: some images have no label; their part of the loss of labels is 0
@@ -372,11 +372,12 @@ class Labels(nn.Module):
         return cls.wants
 
     def fit(self, student:nn.Module)->nn.Module:
-        "Returns the model to train; subclasses build parts of its size here."
+        "Returns the model to train; a subclass builds layers here that need the student's width."
         check_token(self.token, two_heads=len(getattr(student, 'heads', ())) > 1)
         return student
 
     def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # wrapped or compiled
+        "Returns the module that the loop calls: a student with its criterion (this loss)."
         return Objective(student, criterion)
 
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
@@ -398,11 +399,11 @@ def check_range(name:str, value:float, low:float=0., high:float=1.)->float:
     if low <= value <= high: return value
     raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
 
-def term_weight(name:str, value:float)->float: # of a term of a loss: 0 or more
+def check_weight(name:str, value:float)->float: # of a term of a loss: 0 or more
     "Returns the value; raises `VitdistillError` if it is below 0."
     return check_range(name, value, high=math.inf)
 
-def temperature_of(name:str, value:float)->float: # of softened probabilities: above 0
+def check_temperature(name:str, value:float)->float: # of softened probabilities: above 0
     "Returns the value; raises `VitdistillError` if it is below 1e-6."
     return check_range(name, value, 1e-6, math.inf)
 
@@ -423,7 +424,9 @@ class BinaryLabels(Labels):
 
 # %% ../nbs/03_losses.ipynb #3f3ccbe3
 class SwitchedDistillationLoss(Labels):
-    "Cross-entropy with labels and with a teacher's hard labels (Jeong & Arnoud, 4.2; DeiT eq. 3)."
+    """Hard-label distillation: cross-entropy with labels and with the teacher's decisions (DeiT eq. 3).
+
+    The name is the paper's (Jeong & Arnoud, 4.2): nothing alternates. Base of the losses with a teacher."""
     wants = HardLabel()
     def __init__(self,
         alpha:float=.5,           # weight of the teacher's term, in [0, 1]
@@ -451,11 +454,11 @@ class SoftDistillation(SwitchedDistillationLoss):
         memo_temperatures:list=(),  # at which `TopK` keeps the rest's log-mass; empty: `temperature` alone
         label_smoothing:float=0.):  # of the true labels, in [0, 1)
         super().__init__(alpha, label_smoothing)
-        self.temperature = temperature_of('temperature', temperature)
+        self.temperature = check_temperature('temperature', temperature)
         self.kl_reduction = kl_reduction
         temperatures = list(map(float, memo_temperatures or [temperature]))
         for value in temperatures:
-            temperature_of('memo_temperatures', value)
+            check_temperature('memo_temperatures', value)
         if soft_top_k and temperature not in temperatures:
             raise VitdistillError(f'temperature = {temperature} is not in memo_temperatures = {temperatures}'
                                   ': add it (this starts another memo), or leave memo_temperatures out.')
@@ -493,10 +496,10 @@ class DecoupledDistillation(SwitchedDistillationLoss):
         others_weight:float=8., # the paper's beta, >= 0: weight of the distribution among the others
         ramp_epochs:int=20):    # epochs until the term has its full weight; 0: from the start
         super().__init__(alpha, label_smoothing)
-        self.weights = (term_weight('target_weight', target_weight),
-                        term_weight('others_weight', others_weight))
+        self.weights = (check_weight('target_weight', target_weight),
+                        check_weight('others_weight', others_weight))
         self.temperature = temperature
-        self.ramp_epochs = term_weight('ramp_epochs', ramp_epochs)
+        self.ramp_epochs = check_weight('ramp_epochs', ramp_epochs)
 
     def whole_term(self, logits, answer, labels):
         "Returns the term with its full weight; subclasses replace it."
@@ -517,7 +520,7 @@ class StandardizedDistillation(SwitchedDistillationLoss):
         kl_weight:float=9.): # of the KL, >= 0
         super().__init__(alpha, label_smoothing)
         self.temperature = temperature
-        self.kl_weight = term_weight('kl_weight', kl_weight)
+        self.kl_weight = check_weight('kl_weight', kl_weight)
 
     def term(self, logits, batch):
         return self.kl_weight*soft_loss(standardize(logits), standardize(batch.answer), self.temperature)
@@ -530,8 +533,8 @@ class RelationalDistillation(SwitchedDistillationLoss):
         between_weight:float=2., # the paper's beta, >= 0: weight of relations between the classes of an image
         within_weight:float=2.): # the paper's gamma, >= 0: weight of relations within a class over the batch
         super().__init__(alpha, label_smoothing)
-        self.between_weight = term_weight('between_weight', between_weight)
-        self.within_weight = term_weight('within_weight', within_weight)
+        self.between_weight = check_weight('between_weight', between_weight)
+        self.within_weight = check_weight('within_weight', within_weight)
         self.temperature = temperature
 
     def term(self, logits, batch):
@@ -549,7 +552,7 @@ class RefinedDistillation(DecoupledDistillation):
         ramp_epochs:int=20,     # epochs until the term has its full weight; 0: from the start
         confidence_temperature:float=1.): # > 0
         super().__init__(alpha, temperature, label_smoothing, target_weight, others_weight, ramp_epochs)
-        self.confidence_temperature = temperature_of('confidence_temperature', confidence_temperature)
+        self.confidence_temperature = check_temperature('confidence_temperature', confidence_temperature)
 
     def whole_term(self, logits, answer, labels):
         weights = self.weights # of the confidence, of the other classes
@@ -564,8 +567,8 @@ class DecorrelatedDistillation(SwitchedDistillationLoss):
         weight:float=.1,          # of the term, >= 0
         others_weight:float=.01): # the paper's kappa, >= 0: weight of correlations between different classes
         super().__init__(alpha, label_smoothing)
-        self.weight = term_weight('weight', weight)
-        self.others_weight = term_weight('others_weight', others_weight)
+        self.weight = check_weight('weight', weight)
+        self.others_weight = check_weight('others_weight', others_weight)
 
     def term(self, logits, batch):
         student = whole_batch(logits, batch.weight > 0)
@@ -579,8 +582,8 @@ class EntropyDistillation(SwitchedDistillationLoss):
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         entropy_temperature:float=3.): # of both entropies, > 0
         super().__init__(alpha, label_smoothing)
-        self.temperature = temperature_of('temperature', temperature)
-        self.entropy_temperature = temperature_of('entropy_temperature', entropy_temperature)
+        self.temperature = check_temperature('temperature', temperature)
+        self.entropy_temperature = check_temperature('entropy_temperature', entropy_temperature)
 
     def term(self, logits, batch):
         log_p, log_q = self.wants.outcomes(logits, batch.answer, self.temperature)
@@ -615,8 +618,9 @@ def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without
 
 def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
-    blind = config.class_names and config.teacher # a model without a teacher is only measured
-    if not (config.unlabelled or blind): return
+    # with class_names no image has a label; a config without a teacher only measures a model
+    none_labelled = config.class_names and config.teacher
+    if not (config.unlabelled or none_labelled): return
     what = f'unlabelled = {config.unlabelled!r} has no labels'
     way_out = 'leave unlabelled out, or '
     if config.class_names:
@@ -658,11 +662,12 @@ def check_objective(objective:nn.Module, config:Config)->None:
 
 # %% ../nbs/03_losses.ipynb #005a0d63
 def criterion(config:Config)->nn.Module:
-    "Returns the objective that a config names; name, arguments or teacher that do not fit are an error."
+    "Returns the loss that a config names; a name, arguments or a teacher that do not fit are an error."
     name = config.distillation
     given = config.objective_kwargs
     arguments = inspect.signature(named_objective(config)).parameters
-    settings = {*field_names()} - {*field_names(group='captions')} # an objective's `decoder` is its own
+    # an argument `decoder` is no field: CAN has a decoder too, of patches and not of captions
+    settings = {*field_names()} - {*field_names(group='captions')}
     fields = [argument for argument in arguments if argument in settings]
     own = [argument for argument in arguments if argument not in settings]
     for argument in given:
@@ -674,11 +679,11 @@ def criterion(config:Config)->nn.Module:
         problem += f' or memo_temperatures = {config.memo_temperatures}'
     problem += f' has a value of a type that {name!r} does not take'
     with explained(problem, 'give numbers, or lists of them', TypeError, ValueError):
-        objective = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
-    objective.token = config.token
-    objective.partly = bool(config.unlabelled or config.class_names)
-    check_objective(objective, config)
-    return objective
+        loss = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
+    loss.token = config.token
+    loss.partly = bool(config.unlabelled or config.class_names)
+    check_objective(loss, config)
+    return loss
 
 # %% ../nbs/03_losses.ipynb #9c7d35e0
 class Output(typing.NamedTuple):

@@ -88,8 +88,8 @@ class Views:
         self.images = images.to(device) if self.resident else images
         self.device = self.images.device
 
-    def on(self, device:str)->bool:
-        "Returns whether images are kept on the student's device."
+    def on(self, device:str)->bool: # such as 'cuda:1'; its number doesn't matter
+        "Returns whether images are kept in the memory of a device of this type."
         return self.resident and self.device.type == torch.device(device).type
 
     def __call__(self,
@@ -114,10 +114,10 @@ def _byte_constants(
 # %% ../../nbs/data/02_views.ipynb #1f335891
 def scaled(
     pixels:torch.Tensor, # (B, 3, H, W) in [0, 255]
-    mean:torch.Tensor, std:torch.Tensor, # (3, 1, 1) each, scaled to bytes
+    mean:torch.Tensor, std:torch.Tensor, # (3, 1, 1) each, for pixels in [0, 255]
     size:int             # side in px to resize to, bilinearly; 0: no resizing
 )->torch.Tensor: # (B, 3, size, size) float32
-    "Returns pixels normalized by each channel's mean and std, then resized, in the same memory format."
+    "Returns pixels normalized by each channel's mean and std, and then resized; the memory format stays."
     x = (pixels - mean)/std
     if size and x.shape[-1] != size:
         return F.interpolate(x, size=(size, size), mode='bilinear')
@@ -148,7 +148,9 @@ def repeated(
     copies:int,         # of an image in a batch
     batch:int           # rows of a batch
 )->tuple[torch.Tensor, torch.Tensor]: # (n,) int64 each
-    "Returns as many rows (image, copy): the first images, in a batch all first copies before all second."
+    """Returns (image, copy), each as long as the input: all copies of the first images.
+
+    In a batch all first copies stand before all second ones."""
     n = len(image)
     image = image.repeat_interleave(copies)[:n]
     copy = torch.arange(n) % copies
@@ -164,17 +166,17 @@ def epoch_plan(
     seed:int,
     epoch:int,         # from 0
     copies:int=1,      # copies of each image (repeated augmentation)
-    together:int=0     # rows of a batch, which holds all copies of its images; 0: a longer epoch has them
+    batch_size_for_repeats:int=0 # a batch holds all copies of an image; 0: repeats lengthen the epoch instead
 )->Plan:
     "Returns the epoch's images, copies and views in order."
     draw = generator(seed, epoch)
     n = len(rows)
     views = torch.randint(n_views, (copies, n_images), generator=draw) # of all images, trained on or not
-    order = torch.randperm(n if together else n*copies, generator=draw)
+    order = torch.randperm(n if batch_size_for_repeats else n*copies, generator=draw)
     image = rows[order % n]
     copy = order//n
-    if together:
-        image, copy = repeated(image, copies, batch=together)
+    if batch_size_for_repeats:
+        image, copy = repeated(image, copies, batch_size_for_repeats)
     return Plan(image, copy, views[copy, image])
 
 # %% ../../nbs/data/02_views.ipynb #9bc4f9ab
@@ -185,7 +187,9 @@ def stretch(
     rows:int,    # rows that are wanted
     copies:int=1 # of an image in a pass
 )->Plan:
-    "Returns rows of passes that follow each other; an image of a later pass has further copy numbers."
+    """Returns rows `begin` to `begin + rows` of the concatenated passes.
+
+    Copy numbers increase with each pass, so that no (image, copy) recurs."""
     first = begin//length
     last = max(first, (begin + rows - 1)//length)
     plans = []
