@@ -27,7 +27,7 @@ def _field(
     *, group:str,                 # one of GROUPS
     hashed:bool=True,             # does it change the result? Most of the machine and the record don't
     teaching:bool=False,          # is it part of how a student is taught? Arms of a study may differ in it
-    shared:bool=False,            # does a teacher that is trained for a student take the student's value?
+    shared:bool=False,            # is it copied from a student to a teacher that is trained for it?
     split:bool=False,             # does it decide which images are trained on?
     formerly:tuple=()):           # earlier defaults: hashed like today's, so that old runs keep their hash
     about = dict(group=group, allowed=allowed, hashed=hashed, teaching=teaching, shared=shared, split=split,
@@ -42,7 +42,7 @@ def _fields_of(group): # -> `_field` with the usual roles of a group
 
 _student = _fields_of('student')
 _data = _fields_of('data')
-_drawn = _fields_of('augmentation')
+_augmentation = _fields_of('augmentation')
 _teacher = _fields_of('teacher')
 _objective = _fields_of('objective')
 _captions = _fields_of('captions')
@@ -53,22 +53,22 @@ _found = _fields_of('found')
 
 # %% ../nbs/01_config.ipynb #fb21e6c2
 _precisions = 'auto', 'fp32', 'bf16'
-_formats = *_precisions, 'bf16-weights'
-_norms = 'data', 'own'
+_teacher_precisions = *_precisions, 'bf16-weights'
+_normalizations = 'data', 'own'
 _compile_modes = 'auto', 'none', 'graph', 'default', 'reduce-overhead', 'max-autotune'
 _devices = 'auto', 'cuda', 'mps', 'cpu'
-_places = 'auto', 'device', 'host', 'disk'
+_data_on = 'auto', 'device', 'host', 'disk'
 _stems = 'imagenet', 'cifar'
-_filters = 'bicubic', 'bilinear'
-_depths = 'growing', 'constant'
-_lengths = 'public', 'longer'
-_means = 'batchmean', 'public'
-_draws = 'timm', 'small'
-_ends = 'first', 'last'
-_sources = 'text', 'image', 'shuffled'
+_resamplings = 'bicubic', 'bilinear'
+_drop_paths = 'growing', 'constant'
+_repeats_modes = 'public', 'longer'
+_kl_reductions = 'batchmean', 'public'
+_head_inits = 'timm', 'small'
+_class_folders = 'first', 'last'
+_learn_from = 'text', 'image', 'shuffled'
 _mappers = 'mlp', 'transformer'
-_weights = '', 'balanced'
-_folds = 'unseen', 'seen', 'drawn'
+_class_weights = '', 'balanced'
+_fold_answers = 'unseen', 'seen', 'drawn'
 _tokens = 'auto', 'class', 'distillation'
 
 # %% ../nbs/01_config.ipynb #3f40dd3f
@@ -77,24 +77,31 @@ class StudentFields:
     "The student."
     student:str=_student('resnet50') # timm architecture to train
     student_kwargs:dict=_student(dict) # further arguments of timm.create_model for the student
+
     # first layers of a ResNet: imagenet: 7x7, stride 2, pooling; cifar: 3x3 alone
     stem:str=_student('imagenet', _stems)
+
     # side of the student's input in px, resized bilinearly; 0: as the images
     student_size:int=_student(0, '[0, inf)')
     test_size:int=_student(0, '[0, inf)') # the same in evaluations (FixRes, DeiT III); 0: as in training
     student_weights:str=_student('', hashed=False) # initial weights: file, model folder, hf-hub:OWNER/MODEL
     student_pretrained:bool=_student(False) # start from timm's pretrained weights, which are downloaded
     student_head:str=_student('new', ('new', 'keep')) # output layer: untrained, or that of student_weights
+
     # a new output layer: timm's draw, or a small one
-    student_head_init:str=_student('timm', _draws, shared=True)
+    student_head_init:str=_student('timm', _head_inits, shared=True)
+
     # how position embeddings of student_weights are resized
-    student_resampling:str=_student('bicubic', _filters)
+    student_resampling:str=_student('bicubic', _resamplings)
+
     # drop_path_rate grows with depth up to its value, or is constant
-    student_drop_path:str=_student('growing', _depths)
+    student_drop_path:str=_student('growing', _drop_paths)
+
     # initial std of the class token (DeiT: 0.02); 0: timm's 1e-6
     student_class_token_std:float=_student(0., '[0, inf)')
+
     # pixels' mean and std: the dataset's, or the pretrained model's
-    student_normalization:str=_student('data', _norms)
+    student_normalization:str=_student('data', _normalizations)
 
 # %% ../nbs/01_config.ipynb #109a42fa
 @dataclass(frozen=True)
@@ -102,49 +109,70 @@ class DataFields:
     "The data and their numbered views."
     # cifar100, digits, imagefolder... (vitdistill.data.DATASETS)
     dataset:str=_data('cifar100', shared=True, split=True)
+
     # folder or file of the data; '': $VITDISTILL_DATA or a download
     data_root:str=_data('', hashed=False, shared=True)
+
     # CSV with columns file and class (and part) for a folder of images
     labels:str=_data('', hashed=False, shared=True)
+
     # share of the training images used, class-balanced
     data_fraction:float=_data(1., '(0, 1]', shared=True, split=True)
+
     # share of the training images to hold out, class-balanced
     val_fraction:float=_data(.1, '[0, 1)', split=True)
+
     # 'start:stop': hold out these training images instead of a random share
     val_rows:str=_data('', split=True)
+
     # 'k/n': also hold out the k-th of n class-balanced parts (for out-of-fold teachers)
     fold:str=_data('', split=True)
+
     # draws the held-out images and the share that is used
     split_seed:int=_data(0, '[0, inf)', shared=True, split=True)
+
     # side in px; needed for folders of images only
     image_size:int=_data(0, '[0, inf)', shared=True, formerly=(32,))
+
     # names of the classes of a folder without labels; []: it has labels
     class_names:list=_data(list, shared=True)
-    class_folder:str=_data('first', _ends, shared=True) # a class: first folder below train; last: timm's
+
+    # a class: first folder below train; last: timm's
+    class_folder:str=_data('first', _class_folders, shared=True)
+
     # leave out images that can not be read; all are decoded to find them
     skip_broken:bool=_data(False, shared=True)
     exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
 
+# %% ../nbs/01_config.ipynb #dacfc2e7
 @dataclass(frozen=True)
 class AugmentationFields:
     "How images are changed beyond numbered views: drawn anew in each epoch, mixed, repeated."
     # alpha of mixup (timm's Beta distribution), which blends two images; 0: none
-    mixup:float=_drawn(0., '[0, inf)')
+    mixup:float=_augmentation(0., '[0, inf)')
+
     # CutMix's alpha (a box of another image); 0: none; with mixup, a coin chooses
-    cutmix:float=_drawn(0., '[0, inf)')
+    cutmix:float=_augmentation(0., '[0, inf)')
+
     # crop anywhere in an image, not in its centre square; for folders of images
-    whole_image:bool=_drawn(False)
+    whole_image:bool=_augmentation(False)
+
     # smallest share of the area kept by a random resized crop; 0: no such crop
-    resized_crop:float=_drawn(0., '[0, 1]')
-    randaugment:str=_drawn('') # timm's RandAugment, such as rand-m9-mstd0.5-inc1; '': none
-    three_augment:bool=_drawn(False) # DeiT III's 3-Augment: an image becomes grey, solarized or blurred
-    color_jitter:float=_drawn(0., '[0, 1]') # largest change of brightness, contrast and saturation; 0: none
-    random_erasing:float=_drawn(0., '[0, 1]') # probability that a rectangle of an image becomes noise
-    repeats:int=_drawn(1, '[1, inf)') # copies of an image in an epoch, each augmented independently
+    resized_crop:float=_augmentation(0., '[0, 1]')
+    randaugment:str=_augmentation('') # timm's RandAugment, such as rand-m9-mstd0.5-inc1; '': none
+
+    # DeiT III's 3-Augment: an image becomes grey, solarized or blurred
+    three_augment:bool=_augmentation(False)
+
+    # largest change of brightness, contrast and saturation; 0: none
+    color_jitter:float=_augmentation(0., '[0, 1]')
+    random_erasing:float=_augmentation(0., '[0, 1]') # probability that a rectangle of an image becomes noise
+    repeats:int=_augmentation(1, '[1, inf)') # copies of an image in an epoch, each augmented independently
+
     # public: an epoch keeps its length (DeiT's code); longer: it grows
-    repeats_mode:str=_drawn('public', _lengths)
+    repeats_mode:str=_augmentation('public', _repeats_modes)
 
 # %% ../nbs/01_config.ipynb #ed2aaf36
 @dataclass(frozen=True)
@@ -152,30 +180,42 @@ class TeacherFields:
     "The teacher; without `teacher` a run has none."
     teacher:str=_teacher('') # timm architecture of the teacher; '': none
     teacher_kwargs:dict=_teacher(dict) # further arguments of timm.create_model for the teacher
-    # file, model folder, hf-hub:OWNER/MODEL, answers.npz, pattern
+
+    # its weights: file, model folder or hf-hub:OWNER/MODEL; or its answers.npz; a path may hold *
     teacher_weights:str=_teacher('', hashed=False)
+
     # second teacher, trained on the other fold (see fold, fold_answers)
     fold_weights:str=_teacher('', hashed=False)
-    # who labels: the teacher that hasn't or has seen an image; a draw
-    fold_answers:str=_teacher('unseen', _folds)
+
+    # with fold_weights, who labels an image: unseen: the teacher not trained on it; seen: the one trained
+    # on it; drawn: neither, its label is drawn from the unseen teachers' answers to its class
+    fold_answers:str=_teacher('unseen', _fold_answers)
+
     # timm's pretrained weights; the head is untrained if the classes differ
     teacher_pretrained:bool=_teacher(False)
     teacher_size:int=_teacher(224, '[1, inf)') # side of the teacher's input in px, resized bilinearly
+
     # pixels' mean and std: the dataset's, or the pretrained model's
-    teacher_normalization:str=_teacher('data', _norms)
+    teacher_normalization:str=_teacher('data', _normalizations)
+
     # precision of its forward pass; bf16-weights: of its weights too
-    teacher_precision:str=_teacher('auto', _formats)
+    teacher_precision:str=_teacher('auto', _teacher_precisions)
     allow_untrained:bool=_teacher(False) # train even if the teacher fails its health check (for an ablation)
     memo:bool=_teacher(True, hashed=False) # store the teacher's answer to each view of an image, and reuse it
-    # also store answers to mixed or augmented images, by epoch and row
+
+    # also store answers to mixed or augmented images, by epoch and place in the epoch's order
     plan_memo:bool=_teacher(False, hashed=False)
+
     # temperatures kept in stored soft_top_k answers; []: this run's
     memo_temperatures:list=_teacher(list, hashed=False)
+
     # images without labels: a folder, or 'start:stop' of the training images
     unlabelled:str=_teacher('', hashed=False)
+
     # share of each batch that is unlabelled, where there are such images
     unlabelled_share:float=_teacher(.5, '(0, 1]')
 
+# %% ../nbs/01_config.ipynb #bf211a5a
 @dataclass(frozen=True)
 class ObjectiveFields:
     "The objective."
@@ -185,13 +225,16 @@ class ObjectiveFields:
     beta:float=_objective(.5, '[0, 1]') # weight of the soft loss within the teacher's loss of 'hard+soft'
     temperature:float=_objective(3., '(0, inf)') # temperature tau of soft distillation
     objective_kwargs:dict=_objective(dict) # further arguments of the loss
+
     # number of logits that soft answers keep, plus the sum of the rest; 0: all
     soft_top_k:int=_objective(0, '[0, inf)')
+
     # mean of the KL over the batch; public: and over classes (DeiT)
-    kl_reduction:str=_objective('batchmean', _means)
+    kl_reduction:str=_objective('batchmean', _kl_reductions)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
+
     # balanced: rare labels count more; '': all count alike
-    class_weights:str=_objective('', _weights, teaching=False)
+    class_weights:str=_objective('', _class_weights, teaching=False)
 
 # %% ../nbs/01_config.ipynb #fa1dfe03
 @dataclass(frozen=True)
@@ -200,25 +243,32 @@ class CaptionFields:
     # encoder: own (the student and a text tower fitted to it), its folder, or open_clip's name
     clip:str=_captions('')
     clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
+
     # width, depth, heads, epochs, lr... of own's text tower (tasks.encoders.TOWER)
     text_tower:dict=_captions(dict)
+
     # sentences that captions are made of where data has classes: plain, web, verse
     templates:str=_captions('plain')
+
     # embeddings that the decoder learns from; shuffled: of other captions
-    learn_from:str=_captions('text', _sources)
+    learn_from:str=_captions('text', _learn_from)
+
     # deviation of the noise on embeddings; auto: by `noise_rule`
     noise_std:float|str=_captions('auto', '[0, inf)')
     noise_factor:float=_captions(1., '[0, inf)') # factor of noise_std
     noise_pairs:int=_captions(15, '[2, inf)') # pairs of image and text that `noise_rule` is given
     center:bool=_captions(False) # subtract from embeddings the mean of their kind, text or image
+
     # GPT-2 of transformers by name or folder; '': a small one; nearest: a training caption
     decoder:str=_captions('')
+
     # settings of the small one (GPT2Config): n_embd, n_layer, n_head, n_positions
     decoder_kwargs:dict=_captions(dict)
     mapper:str=_captions('mlp', _mappers) # network from an embedding to the decoder's prefix
     prefix:int=_captions(10, '[1, inf)') # tokens that an embedding becomes
     beams:int=_captions(1, '[1, inf)') # captions kept while searching the likeliest; 1: greedy
 
+# %% ../nbs/01_config.ipynb #ec0670be
 @dataclass(frozen=True)
 class OptimizationFields:
     "The optimization."
@@ -227,22 +277,28 @@ class OptimizationFields:
     optimizer:str=_optimization('sgd') # 'sgd' (with momentum), or any of timm's: nesterov, adamw, lamb, ...
     opt_kwargs:dict=_optimization(dict) # further arguments of timm's optimizer
     lr:float=_optimization(.01, '(0, inf)') # peak learning rate
+
     # batch that lr is for; another batch_size scales it; 0: lr as it is
     lr_batch:int=_optimization(0, '[0, inf)')
     momentum:float=_optimization(.9, '[0, 1)') # for optimizers that have one
-    # on all parameters (sgd, nesterov), else on matrices only
+
+    # strength of weight decay; sgd and nesterov decay all parameters, other optimizers only matrices
     weight_decay:float=_optimization(5e-4, '[0, inf)')
+
     # learning rate factor per layer below the head (timm's layer_decay)
     layer_decay:float=_optimization(1., '(0, 1]')
     clip_grad:float=_optimization(0., '[0, inf)') # largest norm of the gradient; 0: no clipping
+
     # decay of a moving average of the weights, also evaluated; 0: none
     ema_decay:float=_optimization(0., '[0, 1)')
     scheduler:str=_optimization('cosine') # timm's, by epoch: cosine, constant, tanh, step, multistep, poly
     sched_kwargs:dict=_optimization(dict) # further arguments of timm's schedule
     t_max:int=_optimization(0, '[0, inf)') # length of the schedule in epochs; 0: as `epochs`
+
     # epochs of linear warm-up from lr / 100; ends before the last
     warmup_epochs:int=_optimization(0, '[0, inf)')
     min_lr:float=_optimization(0., '[0, inf)') # learning rate at the end of the schedule
+
     # sets initial weights, order of images, views; below 2^64
     seed:int=_optimization(1, '[0, 18446744073709551616)')
 
@@ -254,13 +310,14 @@ class MachineFields:
     precision:str=_machine('auto', _precisions, hashed=True, shared=True) # fp32, or bf16 by autocast
     compile:str=_machine('auto', _compile_modes) # none (auto on a CPU), graph (of a step), torch.compile's
     deterministic:bool=_machine(False) # same bits in every run on CUDA, but slower; on a CPU always
-    data_on:str=_machine('auto', _places) # where images are kept; auto: where they fit
+    data_on:str=_machine('auto', _data_on) # where images are kept; auto: where they fit
     threads:int|str=_machine('auto', '[1, inf)') # CPU threads per rank
     workers:int|str=_machine('auto', '[0, inf)') # augmenting processes per rank; auto: up to 16, on a CPU 0
     nproc:int|str=_machine('auto', '[1, inf)') # processes (ranks) on this node; auto: one per GPU, or 1
     nnodes:int=_machine(1, '[1, inf)', shared=True) # number of nodes, for torchrun
     rdzv_endpoint:str=_machine('', shared=True) # host:port where torchrun's nodes meet
 
+# %% ../nbs/01_config.ipynb #5322f6d7
 @dataclass(frozen=True)
 class RecordFields:
     "The record of the run."
@@ -275,6 +332,7 @@ class RecordFields:
     hub_repo:str=_record('') # hub repository for the finished model; '': none
     track:str=_record('none') # curves also go to: tensorboard, trackio, or tensorboard,trackio
 
+# %% ../nbs/01_config.ipynb #6e851f94
 @dataclass(frozen=True)
 class FoundFields:
     "Fields that `resolve` fills in."
@@ -423,10 +481,10 @@ _dicts = {f.name for f in fields(Config) if f.type is dict}
 
 def keep_texts(
     node:yaml.Node,
-    names:typing.Container=(), # keys whose values are texts, but for those within a dict field of a config
-    text:bool=False            # the node itself is a text
+    names:typing.Container=(), # text fields; not looked for within the values of a config's dict fields
+    text:bool=False            # is the node itself the value of a text field, or a key?
 )->None:
-    "Makes text of numbers and truth values that are keys, or values of text fields, in place: 010, no, 1e-3."
+    "Marks mapping keys, and values of text fields, as strings, so that 010 or no stays text (in place)."
     if isinstance(node, yaml.ScalarNode):
         if text and node.tag.endswith((':int', ':float', ':bool')):
             node.tag = 'tag:yaml.org,2002:str'
@@ -468,7 +526,7 @@ def read_yaml(path:Path, loader:type=YamlLoader)->dict:
     return values
 
 # %% ../nbs/01_config.ipynb #3d3178d1
-PLACES = 'places.yaml' # beside a run's config.yaml: the fields that are other paths on this machine
+PLACES = 'places.yaml' # beside a run's config.yaml: this machine's paths, which the record leaves out
 
 def load(path:str|Path)->Config:
     "Returns the `Config` of a flat YAML file; of a run's config.yaml with the paths of this machine."

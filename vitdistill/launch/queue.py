@@ -53,10 +53,11 @@ class Cell:
     declared:dict=field(default_factory=dict) # parameters of its notebook, with their defaults
     arm:str=''             # 'study/arm'
     models:dict=field(default_factory=dict) # such as teacher_weights -> 'study/arm' that trains the model
-    makers:dict=field(default_factory=dict) # 'study/arm' of it -> `named_fields`, `recipe_fields` of its cell
+    # study/arm of a needed model -> (`named_fields`, `recipe_fields`) of the one cell that trains it
+    makers:dict=field(default_factory=dict)
     after:list=field(default_factory=list)  # numbers of the cells that have to end first
     place:Path=None        # its executed notebook; its other files differ in their ending
-    state:str='left'       # one of STATES, or why it failed
+    state:str='left'       # one of STATES; or, of a failed cell, the error message
     seconds:float=0.       # time that it took
     epochs:tuple=()        # (done, planned) of its last run
     rest:float=None        # estimated seconds until it is done
@@ -67,7 +68,12 @@ class Cell:
         return self.place.with_suffix(ending)
 
     @property
-    def failed(self)->bool: return self.state not in STATES
+    def failed(self)->bool: # then its state is a message
+        return self.state not in STATES
+
+    @property
+    def takes_arm(self)->bool: # does its notebook record the arm, by which its runs are found again?
+        return 'arm' in self.declared
 
     @property
     def folder_of_runs(self)->str: return runs_folder(self.declared | self.chosen)
@@ -107,7 +113,7 @@ def config_of(cell:Cell, **models)->Config: # models: teacher_weights and the li
     return replace(cell.config, **{name: value for name, value in models.items() if name in settable})
 
 def recipe_fields(cell:Cell)->dict:
-    "Returns the fields that a cell's run has by its present preset, without its teacher's; {} if unknown."
+    "Returns all hashed fields that the run would get if started now, except the teacher's; {} if unknown."
     try:
         config = cell.config
     except VitdistillError: # which `check_cells` raises
@@ -118,7 +124,7 @@ def recipe_fields(cell:Cell)->dict:
 
 # %% ../../nbs/launch/03_queue.ipynb #1c12a8fc
 def named_fields(cell:Cell)->dict:
-    "Returns the parameters of a cell that its run has to have, without those that may differ in a record."
+    "Returns the cell's given parameters that its run must match: hashed fields only, no paths."
     counted = {*field_names(hashed=True)} - {*MODELS} # such as lr, and not where files are
     if is_range(str(cell.chosen.get('unlabelled'))): # rows, which a record keeps
         counted.add('unlabelled')
@@ -181,7 +187,7 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
             task_of(config).refuse_foreign(config)
         except VitdistillError as e:
             raise VitdistillError(f'{cell}: {e}') from None
-        if 'arm' not in cell.declared:
+        if not cell.takes_arm:
             raise VitdistillError(f'{cell.notebook} has no parameter arm, so its run would not be found '
                                   "again: it is of an older version, so copy today's notebooks by vitdistill "
                                   'new DIR.')
@@ -222,7 +228,7 @@ def read_record(cell:Cell)->dict:
 # %% ../../nbs/launch/03_queue.ipynb #62419a6b
 def cell_runs(
     cell:Cell,
-    records:list[Run]=None # of `find_runs`; None: of the folder where the cell's runs are
+    records:list[Run]=None # runs, of `find_runs`; None: of the folder where the cell's runs are
 )->list[Run]:              # begun ones, oldest first
     "Returns the runs whose records name the arm of a cell and have the parameters that it names."
     if records is None:
@@ -236,7 +242,7 @@ def new_threads(cell:Cell, threads:int)->dict: # threads: of each new run of a b
         own = cell.config.threads if cell.config else cell.chosen.get('threads', 'auto')
     except VitdistillError: # its notebook says what is wrong
         return {}
-    if not threads or own != 'auto' or 'arm' not in cell.declared:
+    if not threads or own != 'auto' or not cell.takes_arm:
         return {}
     begun = any(run.status != 'done' for run in cell_runs(cell)) # it keeps its own
     return {} if begun else dict(threads=threads)
@@ -253,8 +259,11 @@ def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patien
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c02
 def model_for(cell:Cell, arm:str)->str:
     "Returns the path of an arm's model for a cell; none is a `VitdistillError`."
-    about = (named_fields(cell),) if arm == cell.arm else cell.makers.get(arm, ())
-    return model_of(arm, cell.chosen.get('seed'), cell.folder_of_runs, *about)
+    if arm == cell.arm:
+        given, recipe = named_fields(cell), {}
+    else:
+        given, recipe = cell.makers.get(arm, ({}, {}))
+    return model_of(arm, cell.chosen.get('seed'), cell.folder_of_runs, given, recipe)
 
 def cell_has_model(cell:Cell)->bool:
     "Returns whether a cell's model, or its answers, are here, from a run with the cell's parameters."
@@ -319,7 +328,7 @@ def papermill_command(cell:Cell, more:dict, show:bool)->list[str]: # as `execute
     parameters = dict(cell.chosen)
     for key, arm in cell.models.items():
         parameters[key] = model_for(cell, arm)
-    if 'arm' in cell.declared:
+    if cell.takes_arm:
         parameters['arm'] = cell.arm
     options = ['--cwd', str(repo_root()), '--log-output', '--no-progress-bar']
     if show: options += ['--stdout-file', '-']
@@ -352,7 +361,7 @@ def run_cell(
     config = config_of(cell, **models, **new_threads(cell, threads))
     if models: config = with_teacher(config, given)
     card = Card.read(config.teacher_weights)
-    if card and is_weak(card): # a job says it with its result
+    if card and is_weak(card): # train all the same: a job reports a weak teacher beside its result
         config = replace(config, allow_untrained=True)
     return runner.run(config, cell.chosen.get('nproc'), show, needed=True, arm=cell.arm)
 
@@ -393,8 +402,7 @@ def state_now(
     running = in_queue and queue[job] # as Slurm says; some shared disks have no locks
     if state == 'running' and not (running or is_locked(cell.file('.lock'))):
         state = 'cut'
-    in_records = 'arm' in cell.declared # its run names the arm
-    if state == 'done' and in_records and all(run.status != 'done' for run in runs): # its run was removed
+    if state == 'done' and cell.takes_arm and all(run.status != 'done' for run in runs): # its run was removed
         return 'left'
     if state == 'cut' and in_queue: return 'waiting'
     if state != 'left' or not job: return state
@@ -455,7 +463,7 @@ def count_states(cells:list[Cell], slots:int=0)->str: # slots: cells side by sid
              if name != 'waiting' or count[name]]
     took = [cell.seconds for cell in cells if cell.state == 'done' and cell.seconds]
     rests = [cell.rest for cell in cells if cell.rest is not None]
-    # of these only the mean time of a cell is known
+    # of these only the mean time of a cell is known; running ones are half done on average
     others = count['left'] + count['waiting'] + (count['running'] - len(rests))/2
     seconds = sum(rests) + others*(mean(took) if took else 0)
     seconds /= slots or max(1, count['running'])
@@ -484,12 +492,12 @@ def refuse_busy(folder:Path)->None:
     "Raises `VitdistillError` if cells of a grid with this folder are running, or waiting for a cluster."
     jobs = read_json(folder/'slurm.json')
     queue = queued() or {}
-    busy = {job for job in jobs.values() if job in queue}
+    names = {job for job in jobs.values() if job in queue} # of jobs; of cells that run here
     for lock in folder.glob('[0-9]*.lock'):
-        if is_locked(lock): busy.add(jobs.get(lock.stem, lock.stem))
-    if busy:
-        raise VitdistillError(f'{folder} is in use: {len(busy)} run(s) of a study of that name are running '
-                              f"or waiting ({', '.join(sorted(busy)[:4])}): wait for them, end them, or set "
+        if is_locked(lock): names.add(jobs.get(lock.stem, lock.stem))
+    if names:
+        raise VitdistillError(f'{folder} is in use: {len(names)} run(s) of a study of that name are running '
+                              f"or waiting ({', '.join(sorted(names)[:4])}): wait for them, end them, or set "
                               'another --out.')
 
 # %% ../../nbs/launch/03_queue.ipynb #0c9a1d35
@@ -506,7 +514,8 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
                 record.unlink()
         needed = {n for cell in cells for n in cell.after}
         for n, cell in enumerate(cells):
-            changed = read_json(cell.file('.json')) and not read_record(cell)
+            has_record = bool(read_json(cell.file('.json')))
+            changed = has_record and not read_record(cell) # since that record was written
             if cell.state != 'done': # it may be done for its students: its model is here
                 there = n in needed and not changed and cell_has_model(cell)
                 cell.state = 'done' if there else 'left'
@@ -568,8 +577,10 @@ def run_batch(
     processes = []
     with hold_folder(cells, folder) as todo:
         slots = max(1, min(len(todo), at_once or gpus or cores()))
-        threads, busy = (0, '') if gpus or not todo else free_threads(cores(), slots)
-        if busy: print(busy)
+        threads, warning = 0, ''
+        if todo and not gpus:
+            threads, warning = free_threads(cores(), slots)
+        if warning: print(warning)
         print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
 
         def run(cell, slot):
@@ -594,11 +605,11 @@ def submit_batch(
     "Submits the unfinished cells to Slurm; returns all cells with their states."
     check_slurm(ask)
     with hold_folder(cells, folder) as todo:
-        waves = {} # cells that have to succeed first -> cells
+        waves = {} # numbers of cells that have to succeed first -> numbers of cells
         commands = {}
         for n in todo:
-            first = tuple(n for n in cells[n].after if n in todo)
-            waves.setdefault(first, []).append(n)
+            needed = tuple(first for first in cells[n].after if first in todo)
+            waves.setdefault(needed, []).append(n)
             file = str(cells[n].file('.json'))
             command = [sys.executable, '-P', '-u', '-m', 'vitdistill.launch.queue', file]
             commands[n] = command, str(cells[n].file('.job'))

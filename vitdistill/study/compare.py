@@ -56,9 +56,9 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: no epo
 
     same_data([one, other])
     epochs = max(common)
-    right = [right_answers(other, other_files[epochs]), right_answers(one, files[epochs])]
-    both = pd.concat(right, axis=1, join='inner').to_numpy()
-    mean, low, high = paired_score(both[:, 0], both[:, 1])
+    right = dict(one=right_answers(one, files[epochs]), other=right_answers(other, other_files[epochs]))
+    both = pd.concat(right, axis=1, join='inner')
+    mean, low, high = paired_score(both.other.to_numpy(), both.one.to_numpy())
     return dict(difference=mean, low=low, high=high, interval='test images', epochs=epochs)
 
 # %% ../../nbs/study/08_compare.ipynb #682a6780
@@ -78,7 +78,7 @@ class Comparison:
         return words.get(self.study.measure, self.study.measure)
 
     def tops(self, measure:str='')->pd.DataFrame: # a row a seed, a column an arm; NaN: no finished run
-        "Returns a number of result.json of the finished runs, by default the study's `measure`."
+        "Returns one metric of every finished run, a number of result.json; by default the study's `measure`."
         measure = measure or self.study.measure
         by_arm = {}
         for arm, runs in self.arms.items():
@@ -91,13 +91,14 @@ class Comparison:
         gains:bool=True         # whether differences of gains have rows too
     )->pd.DataFrame:            # `columns`
         "Returns a row per difference, in fractions; p is corrected for the rows of the table by Holm."
-        images = tops is None and self.study.measure == 'test_top1'
+        allow_image_interval = tops is None and self.study.measure == 'test_top1'
         tops = self.tops() if tops is None else tops
         rows = []
         for one, other in pairs(self):
             if len(one) > 1 and not gains: continue
-            row = difference(self, one, other, tops, images)
-            if row['seeds'] or 'epochs' in row: rows.append(row)
+            row = difference(self, one, other, tops, allow_image_interval)
+            over_images = row['interval'] == 'test images' # also of a pair that is not finished
+            if row['seeds'] or over_images: rows.append(row)
         frame = pd.DataFrame(rows).reindex(columns=columns)
         return frame.assign(holm=holm(frame.p))
 
@@ -180,9 +181,9 @@ def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, o
 # %% ../../nbs/study/08_compare.ipynb #18d4a197
 def difference(
     comparison:Comparison,
-    one:tuple, other:tuple, # of `pairs`
-    tops:pd.DataFrame, # of `Comparison.tops`
-    images:bool,       # whether the interval of a single seed is over test images
+    one:tuple, other:tuple,    # of `pairs`
+    tops:pd.DataFrame,         # of `Comparison.tops`
+    allow_image_interval:bool, # whether a single pair gets an interval over test images
 )->dict:
     "Returns a difference with its intervals, as a row of `Comparison.table`."
     study = comparison.study
@@ -207,7 +208,7 @@ def difference(
     if len(both) > 1:
         low, high = pooled_interval(row['difference'], len(both), *pooled_scatter(tops))
         row |= dict(pooled_low=low, pooled_high=high)
-    elif images:
+    elif allow_image_interval:
         pair = one_pair(comparison.arms[names[0]], comparison.arms[names[1]], [*both.index])
         if pair:
             row |= difference_over_images(*pair)
@@ -242,6 +243,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
         base, values = arms[arm]
         if field is not None and field not in values: continue
         runs = finished_runs(comparison.arms[arm]).values()
+        # with a field the best variant of each arm is marked, without one the best of all arms
         rows.append(dict(arm=arm, group=base if field else '', **values, runs=run_names(runs)))
     frame = pd.DataFrame(rows)
     if not rows: return frame
@@ -253,7 +255,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
         frame.loc[group.index, 'seeds'] = len(common)
         best = means.idxmin() if by.endswith('_loss') else means.idxmax()
         frame.loc[group.index, 'chosen'] = ['yes' if arm == best else 'no' for arm in group.arm]
-    return frame.drop(columns=['group', 'runs']).assign(runs=frame.runs)
+    return frame.drop(columns=['group', 'runs']).assign(runs=frame.runs) # the long column last
 
 # %% ../../nbs/study/08_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
@@ -282,7 +284,7 @@ def taught_pairs(
     records:list[Run], # of `find_runs`
     dataset:str=''     # '': any
 )->list[tuple[str, list[Run], list[Run]]]: # 'study: arm', plain runs, taught runs
-    "Returns each difference between a taught arm and labels alone, once."
+    "Returns the runs of each taught arm and of its arm on labels alone; those of several studies once."
     by_runs = {}
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
         comparison = load(name, records)
@@ -493,7 +495,7 @@ def write_pictures(comparison:Comparison, out:Path)->list[Path]: # out: folder
 # %% ../../nbs/study/08_compare.ipynb #1e55868f
 def studies_with_runs(
     runs:list[Run],      # readable or not
-    folders:list[Path]=() # beside nbs/studies; there only files count that a run names
+    folders:list[Path]=() # also searched; only for studies that some run names
 )->tuple[list[Comparison], list[str]]: # with runs; names of studies without a file
     "Returns the studies of these runs."
     readable = [run for run in runs if run.status != 'unreadable']
