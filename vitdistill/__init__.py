@@ -34,7 +34,8 @@ class Moved:
     @staticmethod
     def find_spec(name:str, path=None, target=None)->None:
         package, _, module = name.partition('.')
-        if package != 'vitdistill' or module not in MOVED: return None
+        if package != 'vitdistill' or module not in MOVED:
+            return None
         raise ModuleNotFoundError(f'{name} is vitdistill.{MOVED[module]} now: import that, or copy '
                                   "today's notebooks into a new folder with `vitdistill new DIR`.")
 

@@ -63,7 +63,8 @@ _all_ = ['small_head']
 # %% ../nbs/06_api.ipynb #93cd2f11
 def seconds_in_words(seconds:dict)->str: # of `seconds_of_cells`
     "Returns what a job takes, as a sentence."
-    if not seconds: return 'all is done'
+    if not seconds:
+        return 'all is done'
     total = tqdm.format_interval(sum(seconds.values()))
     parts = ', '.join(f'{name} {tqdm.format_interval(duration)}' for name, duration in seconds.items())
     return f'this takes about {total} at the speed that was measured just now: {parts}'
@@ -78,8 +79,10 @@ def new_answers(
     unlabelled = len(files_in(c.unlabelled)) if c.unlabelled else 0
     calls = teacher_calls(c, images, unlabelled=unlabelled)
     asked = calls['memo' if c.memo else 'online']
-    if not (earlier and c.memo) or unnumbered(c): return asked
-    if c.unlabelled in earlier: return 0. # the memo knows all
+    if not (earlier and c.memo) or unnumbered(c):
+        return asked
+    if c.unlabelled in earlier: # the memo knows all
+        return 0.
     # it knows the images with labels, and the teacher is asked about those of the folder
     passes = c.epochs*plan_rows(c, 1)*(1 - c.unlabelled_share)
     about_labelled = images*expected_views(view_count(c), passes)
@@ -103,7 +106,8 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
 
     for cell in cells:
         runs = cell_runs(cell)
-        if any(run.status == 'done' for run in runs): continue
+        if any(run.status == 'done' for run in runs):
+            continue
         c = cell.config
         if cell.notebook.stem == 'e04_adopted_teacher': # it only answers
             seconds[cell.name] = (images.train + images.held_out + images.test)*of_image(c, False)
@@ -112,7 +116,8 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
         epoch = plan_rows(c, images.train)*of_image(c, True) + images.test*of_image(c, False)
         seconds[cell.name] = epochs*epoch
         for other in cells:
-            if other.arm != cell.models.get('teacher_weights'): continue
+            if other.arm != cell.models.get('teacher_weights'):
+                continue
             answers = new_answers(c, images.train, asked)
             seconds[cell.name] += answers*of_image(other.config, False)*epochs/c.epochs
             asked |= {'', c.unlabelled}
@@ -163,10 +168,12 @@ class Distilled:
     study:Path  # its file
     out:Path    # its folder
 
-    def __str__(self): return in_words(self)
+    def __str__(self):
+        return in_words(self)
 
     @property
-    def comparison(self)->Comparison: return load(self.study)
+    def comparison(self)->Comparison:
+        return load(self.study)
 
     @property
     def labelled(self)->bool:
@@ -251,7 +258,8 @@ def model_costs(result:Distilled)->pd.DataFrame: # COSTS; mb in 10^6 bytes, ms a
     """Returns what `measure_costs` has measured of the models that a job has now. `int8_difference` is the
     accuracy of int8 minus that of the whole model, with the ends of Tango's interval over test images."""
     file = costs_file(result)
-    if not file.is_file(): return pd.DataFrame(columns=COSTS)
+    if not file.is_file():
+        return pd.DataFrame(columns=COSTS)
     costs = pd.read_csv(file)
     first_runs = [runs[0].name for runs in ended_runs(result.runs()).values()]
     return costs[costs.run.isin(first_runs)].reset_index(drop=True) # of others a preset has changed since
@@ -275,7 +283,8 @@ def measure_costs(result:Distilled)->None:
     rows = []
     for name, runs in ended_runs(result.runs()).items():
         run = runs[0].name
-        if name == 'teacher' or run in {*before.run}: continue
+        if name == 'teacher' or run in {*before.run}:
+            continue
         print(f'measuring size and speed of {name}', flush=True)
         rows.append(dict(model=name, **costs_of_model(result.folder(name)), machine=machine, run=run))
     tables = [before] if len(before) else []
@@ -366,7 +375,8 @@ def near_guessing(
         balanced = balanced_accuracy(run)
         if classes and balanced <= least_accuracy(classes):
             shares.append(f'{balanced:.0%} ({name})')
-    if not shares: return []
+    if not shares:
+        return []
     return [f'Little better than guessing, which has {1/classes:.0%} of the test images right: '
             f'{", ".join(shares)}, on average over the classes. Train longer (--epochs) before you compare '
             'these.']
@@ -385,7 +395,8 @@ def advice(result:Distilled)->list[str]:
     lines += near_guessing({name: run for name, run in first.items() if name != 'teacher'}, classes)
     top1 = result.table().set_index('model').top1
     for row in result.comparison.table().itertuples():
-        if not {row.arm, row.other} <= first.keys(): continue # not finished
+        if not {row.arm, row.other} <= first.keys(): # not finished
+            continue
         taught = first[row.arm].result['train_views_top1']
         plain = first[row.other].result['train_views_top1']
         if row.high < 0 and taught < plain and not fits_training_images(first[row.arm]):
@@ -399,7 +410,8 @@ def advice(result:Distilled)->list[str]:
 # %% ../nbs/06_api.ipynb #10db9ff3
 def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
     "Returns a sentence for each student that int8 clearly costs accuracy: the whole interval is below zero."
-    if 'int8_high' not in costs: return [] # of an older version
+    if 'int8_high' not in costs: # of an older version
+        return []
     lines = []
     for row in costs[costs.int8_high < 0].itertuples():
         ends = f'{100*row.int8_low:.1f} to {100*row.int8_high:.1f} over test images'
@@ -409,13 +421,16 @@ def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
 def never_right(result:Distilled)->list[str]:
     "Returns a sentence on the classes of which the best student has no test image right."
     best = result.best
-    if not best: return []
+    if not best:
+        return []
     folder = result.folder(best)
     card = Card.read(folder)
     recalls = class_recalls(ended_runs(result.runs())[best][0])
-    if card is None or recalls.max() == 0: return [] # its model is not here; it says nothing right at all
+    if card is None or recalls.max() == 0: # its model is not here; it says nothing right at all
+        return []
     missed = [printable(card.classes[label]) for label in recalls[recalls == 0].index]
-    if not missed: return []
+    if not missed:
+        return []
     more = ', ...' if len(missed) > 5 else ''
     return [f"{best} has no test image right of {', '.join(missed[:5])}{more}."]
 
@@ -426,10 +441,14 @@ _titles = {'agrees': 'as its teacher', 'held_out': 'held-out', 'top1': 'test', '
 
 def cost_in_words(name:str, value:float)->str: # name: of a column
     "Returns a number of `costs_table` with its digits."
-    if pd.isna(value): return '-'
-    if name == 'parameters': return f'{value/1e6:.1f}'
-    if name.endswith('mb'): return f'{value:.1f}'
-    if name.endswith('ms'): return f'{value:.2f}'
+    if pd.isna(value):
+        return '-'
+    if name == 'parameters':
+        return f'{value/1e6:.1f}'
+    if name.endswith('mb'):
+        return f'{value:.1f}'
+    if name.endswith('ms'):
+        return f'{value:.2f}'
     return f'{value:.1%}'
 
 def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
@@ -463,7 +482,8 @@ def share_in_words(share:float)->str: # share of each batch that is unlabelled
 def about_unlabelled(result:Distilled)->list[str]:
     "Returns a sentence on the student that was taught with unlabelled images; [] without one."
     runs = ended_runs(result.runs()).get(UNLABELLED)
-    if not runs: return []
+    if not runs:
+        return []
     return [f"{UNLABELLED}: taught, with {runs[0].result['n_unlabelled']:,} unlabelled images: "
             f'{share_in_words(runs[0].config.unlabelled_share)}.']
 
@@ -471,7 +491,8 @@ def about_answers(result:Distilled)->list[str]:
     "Returns what a job without labels has done, and what it can't say."
     runs = ended_runs(result.runs())
     students = [name for name in runs if name != 'teacher']
-    if not students: return []
+    if not students:
+        return []
     first = runs[students[0]][0]
     who = 'The student' if len(students) == 1 else 'Each student'
     lines = [f"{who} has learned from {first.result['n_train']:,} images without labels, from the teacher's "
@@ -517,10 +538,12 @@ def findings(result:Distilled)->list[str]:
         first = [name for name in result.comparison.arms if '-' not in name]
         are = 'are students' if len(first) > 1 else 'is a student'
         lines.append(f"{', '.join(first)} {are} of {students[0]}. The other names end with their student.")
-    if not result.labelled: return [*lines, *about_answers(result)]
+    if not result.labelled:
+        return [*lines, *about_answers(result)]
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
-        if several and not sure: continue # the table has it
+        if several and not sure: # the table has it
+            continue
         doubt = '; another seed may differ by more' if row.seeds < 2 else ''
         if not sure:
             doubt = ': this may be chance'
@@ -547,7 +570,8 @@ def page_of(result:Distilled)->Path:
 def print_job(result:Distilled)->None:
     "Prints the result of a job, writes its page, and links its models; nothing if no run has ended."
     models = ended_runs(result.runs())
-    if not models: return
+    if not models:
+        return
     print_result(f'\n{result}\npage: {page_of(result)}')
     folders = [shlex.quote(str(result.folder(name))) for name in models]
     print_result('models:', *folders)
@@ -611,7 +635,8 @@ def train_all(
     except VitdistillError:
         print_job(result) # what is done
         raise
-    if len(architectures(result)) > 1: measure_costs(result)
+    if len(architectures(result)) > 1:
+        measure_costs(result)
     print_job(result)
     return result
 
@@ -635,7 +660,8 @@ def images_of_job(
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     labels = from_here(labels) if labels else None
-    if class_names: refuse_out_within(out, data)
+    if class_names:
+        refuse_out_within(out, data)
     if class_names and drop_duplicates:
         raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
                               'without labels there are no test images: leave it out.')
@@ -663,8 +689,10 @@ def images_of_job(
 def start_in_words(fields:dict)->str: # of Config, of a student
     "Returns what a student starts from."
     weights = fields.get('student_weights')
-    if weights: return f'from {weights}'
-    if fields['student_pretrained']: return "from timm's weights"
+    if weights:
+        return f'from {weights}'
+    if fields['student_pretrained']:
+        return "from timm's weights"
     return 'from scratch, since its weights are not here'
 
 # %% ../nbs/06_api.ipynb #1bf9cc84
@@ -672,8 +700,10 @@ def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # stude
     "Returns the names of a job's students, checked: those that have begun in its folder come first."
     students = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
     for name in students:
-        if not name.startswith('hf-hub:'): check_name(name)
-    if len(students) == 1: return students
+        if not name.startswith('hf-hub:'):
+            check_name(name)
+    if len(students) == 1:
+        return students
     for field in ('student_weights', 'student_kwargs'):
         if fields.get(field):
             raise VitdistillError(f"{field} = {fields[field]!r} is for one student, and this job has "
@@ -716,7 +746,8 @@ def unlabelled_folder(
     skip_broken:bool=False   # as in a config
 )->Path|None:
     "Returns the folder of images without labels, None without one, and prints what is in it."
-    if named is None and not (data/UNLABELLED).is_dir(): return None
+    if named is None and not (data/UNLABELLED).is_dir():
+        return None
     place = from_here(named or data/UNLABELLED).resolve()
     top = data.resolve()
     below = place.relative_to(top).parts if place.is_relative_to(top) else ()
@@ -915,7 +946,8 @@ class LoadedTeacher(Teacher):
             raise VitdistillError('the loader yields no images: give one with images of each class.')
         share = right.float().mean().item()
         chance = 1/len(self.classes)
-        if share >= least_accuracy(len(self.classes)): return share
+        if share >= least_accuracy(len(self.classes)):
+            return share
         raise VitdistillError(f'the teacher answers only {share:.1%} of {len(right)} images right (chance '
                               f'{chance:.1%}), so its head seems untrained: fine-tune it first, or give the '
                               'weights that fit these classes, labels in the order of teacher.classes, and '

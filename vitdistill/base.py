@@ -100,7 +100,8 @@ ROOT_MARKS = 'settings.ini', '.vitdistill' # files that mark a clone, and a fold
 def is_root(folder:Path)->bool:
     "Returns whether a folder is a clone of this project or was made by `vitdistill new`."
     settings, mark = ROOT_MARKS
-    if (folder/mark).is_file(): return True
+    if (folder/mark).is_file():
+        return True
     try:
         text = (folder/settings).read_text(errors='replace')
     except OSError:
@@ -113,7 +114,8 @@ def repo_root(
     "Returns the nearest folder upwards that `is_root`; else the working directory."
     here = Path(start or '.').resolve()
     for folder in (here, *here.parents, _package.parent):
-        if is_root(folder): return folder
+        if is_root(folder):
+            return folder
     return Path('.').resolve()
 
 # %% ../nbs/00_base.ipynb #a83784c2
@@ -208,7 +210,8 @@ def shipped_names(
 # %% ../nbs/00_base.ipynb #ac3321bd
 def _nearest_folder(place): # upwards, that is there
     for folder in (place, *place.resolve().parents):
-        if folder.is_dir(): return folder
+        if folder.is_dir():
+            return folder
 
 def no_space(
     error:Exception,
@@ -218,7 +221,8 @@ def no_space(
     full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error)
     for place in places: # torch's own writer doesn't say why it failed
         full = full or shutil.disk_usage(_nearest_folder(Path(place))).free < 2**16
-    if not full: return None
+    if not full:
+        return None
     where = ', '.join(map(str, places)) or error
     return VitdistillError(f'no space left on the device ({where}): '
                            'free some and run the same command again.')
@@ -264,7 +268,8 @@ def cgroup_limit(
     least = math.inf
     for folder in (place, *place.parents):
         file = folder/name
-        if not file.is_file(): continue
+        if not file.is_file():
+            continue
         limit, *period = file.read_text().split() # cpu.max: microseconds of a period of microseconds
         if limit != 'max':
             least = min(least, int(limit)/int(period[0] if period else 1))

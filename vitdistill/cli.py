@@ -555,4 +555,5 @@ def main(words:list[str]|None=None)->int:
 
 # %% ../nbs/07_cli.ipynb #7f88583d
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

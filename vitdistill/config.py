@@ -446,8 +446,10 @@ def dump_yaml(values:dict, **kw)->str: # kw: further arguments of yaml.dump
 
 def _whole(loader, node): # the value of a whole number
     text = node.value.replace('_', '')
-    if 'x' in text: return int(text, 16)
-    if 'o' in text: return int(text, 8)
+    if 'x' in text:
+        return int(text, 16)
+    if 'o' in text:
+        return int(text, 8)
     return int(text, 10)
 
 YamlLoader.add_constructor('tag:yaml.org,2002:int', _whole)
@@ -506,7 +508,8 @@ def parse_yaml(
     "Returns the value of a YAML text; a wrong one raises a `yaml.YAMLError` or a `ValueError`."
     reader = loader(content)
     node = reader.get_single_node()
-    if not node: return None # an empty text
+    if not node: # an empty text
+        return None
     refuse_repeats(node)
     keep_texts(node, names)
     return reader.construct_document(node)
@@ -581,7 +584,8 @@ def defining(config:Config)->dict: # name -> value
     "Returns the fields that change the result; resolved values count as 'auto', former defaults as today's."
     values = {}
     for f in fields(config):
-        if not f.metadata['hashed']: continue
+        if not f.metadata['hashed']:
+            continue
         value = getattr(config, f.name)
         if f.name in config.auto:
             value = 'auto'

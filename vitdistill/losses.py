@@ -280,7 +280,8 @@ def whole_batch(
     has_rows:bool=True # False: this rank's rows are dummies and are dropped
 )->torch.Tensor:     # (all ranks' B, ...)
     "Returns all ranks' rows in order; a loss on them, times the rank's weight, has the batch's gradient."
-    if not dist.is_initialized() or dist.get_world_size() == 1: return x
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
     from torch.distributed.nn.functional import all_gather
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
     sizes[dist.get_rank()] = len(x)*has_rows
@@ -396,7 +397,8 @@ class Labels(nn.Module):
 # %% ../nbs/03_losses.ipynb #df6a836e
 def check_range(name:str, value:float, low:float=0., high:float=1.)->float:
     "Returns the value; raises `VitdistillError` if it is outside [low, high]."
-    if low <= value <= high: return value
+    if low <= value <= high:
+        return value
     raise VitdistillError(f'{name} = {value} is out of range: give a value in [{low:g}, {high:g}].')
 
 def check_weight(name:str, value:float)->float: # of a term of a loss: 0 or more
@@ -466,7 +468,8 @@ class SoftDistillation(SwitchedDistillationLoss):
 
     @classmethod
     def kind(cls, config):
-        if not config.soft_top_k: return Logits()
+        if not config.soft_top_k:
+            return Logits()
         return TopK(config.soft_top_k, tuple(map(float, config.memo_temperatures)) or (config.temperature,))
 
     def term(self, logits, batch):
@@ -620,7 +623,8 @@ def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
     # with class_names no image has a label; a config without a teacher only measures a model
     none_labelled = config.class_names and config.teacher
-    if not (config.unlabelled or none_labelled): return
+    if not (config.unlabelled or none_labelled):
+        return
     what = f'unlabelled = {config.unlabelled!r} has no labels'
     way_out = 'leave unlabelled out, or '
     if config.class_names:

@@ -32,7 +32,8 @@ columns = ('epoch', 'lr', 'train_loss',
 # %% ../nbs/05_runs.ipynb #0333774f
 def is_locked(file:Path)->bool:
     "Returns whether a running process holds this lock file."
-    if not file.is_file(): return False
+    if not file.is_file():
+        return False
     lock = FileLock(file)
     try:
         lock.acquire(timeout=.03, poll_interval=.005)
@@ -60,7 +61,8 @@ def place_of_today(
     now:Path   # where that folder lies today
 )->Path:
     "Returns the path that lies relative to `now` as `path` did to `then`, if there is one; else `path`."
-    if then.resolve() == now.resolve(): return path
+    if then.resolve() == now.resolve():
+        return path
     other = Path(os.path.abspath(now/os.path.relpath(path, then)))
     return other if other.exists() else path
 
@@ -100,7 +102,8 @@ class Run:
         return f'Run({self.name}: {self.status}, {self.epochs_done} epochs)'
 
     @cached_property
-    def config(self)->Config: return load(self.folder/'config.yaml')
+    def config(self)->Config:
+        return load(self.folder/'config.yaml')
 
     def place(self, path:str|Path)->Path: # of the config, such as work_dir
         "Returns where a path of the config lies now, as `place_of_today` does."
@@ -117,7 +120,8 @@ class Run:
     def _read_once(self, name:str, read)->dict: # {}: not there yet, so it is read again
         if name not in self._contents:
             content = read(self.folder/f'{name}.json')
-            if not content: return {}
+            if not content:
+                return {}
             self._contents[name] = content
         return self._contents[name]
 
@@ -141,15 +145,18 @@ class Run:
 
     @property
     def status(self)->str: # 'done', 'running', 'interrupted', 'new' or 'unreadable' (config can't be read)
-        if not (self.folder/'config.yaml').is_file(): return 'new'
+        if not (self.folder/'config.yaml').is_file():
+            return 'new'
         try:
             self.config
         except VitdistillError:
             return 'unreadable'
-        if self.result: return 'done'
+        if self.result:
+            return 'done'
         return 'running' if is_locked(self.folder/'lock') else 'interrupted'
 
-    def rows(self)->list: return read_rows(self.folder/'metrics.csv')
+    def rows(self)->list:
+        return read_rows(self.folder/'metrics.csv')
 
     def metrics(self): # a pandas table: one row per epoch, NaN for an empty field
         import pandas as pd # here, as `vitdistill predict` does without
@@ -157,7 +164,8 @@ class Run:
         return pd.DataFrame(rows, columns=None if rows else columns).apply(pd.to_numeric)
 
     @property
-    def epochs_done(self)->int: return len(self.rows())
+    def epochs_done(self)->int:
+        return len(self.rows())
 
     def checkpoint(self)->dict|None:
         file = self.work/'checkpoint.pt'
@@ -174,10 +182,12 @@ def find_run(
     folder:str|Path='reports/runs', # of run folders
 )->Run:
     "Returns the run that is meant; if several fit, the one that is running."
-    if isinstance(run, Run): return run
+    if isinstance(run, Run):
+        return run
     folder = from_here(folder) if from_here(folder).is_dir() else from_root(folder)
     for place in (from_here(run), folder/run) if run else ():
-        if (place/'config.yaml').is_file(): return Run(place)
+        if (place/'config.yaml').is_file():
+            return Run(place)
         work = place.resolve().parent
         if (work/'launch.yaml').is_file(): # of a model folder, or of a link to one
             return _run_of_work(work, run)
@@ -197,7 +207,8 @@ def _run_by_name(part:str, folder:Path)->Run: # part: of the name
         raise VitdistillError(f'no run in {folder} has {part!r} in its name: {near}')
     if len(fitting) > 1:
         fitting = [run for run in fitting if run.status == 'running'] or fitting
-    if len(fitting) == 1: return fitting[0]
+    if len(fitting) == 1:
+        return fitting[0]
     raise VitdistillError(f'{len(fitting)} runs fit {part!r}: name more of one, such as '
                           f'{fitting[-1].name!r}.')
 
@@ -222,7 +233,8 @@ def read_arrays(
         with np.load(file) as arrays:
             values = {name: arrays[name] for name in arrays if name.startswith(part)}
         for name in list(values):
-            if not name.endswith('_images'): continue
+            if not name.endswith('_images'):
+                continue
             shared = values.pop(name) # name of a file in the folder `images`
             with np.load(file.resolve().parents[1]/f'images/{shared}.npz') as arrays:
                 values |= arrays
@@ -243,13 +255,15 @@ def share_images(
     "Returns arrays with names of files instead of image numbers and labels; writes these files beside runs."
     arrays = dict(arrays)
     for key in list(arrays):
-        if not key.endswith('_image'): continue
+        if not key.endswith('_image'):
+            continue
         part = key.removesuffix('_image') # such as 'test'
         images = {name: arrays.pop(name) for name in (f'{part}_image', f'{part}_label') if name in arrays}
         numbers = b''.join(np.asarray(array).astype('<i8').tobytes() for array in images.values())
         name = f'{part}-{hashlib.sha256(numbers).hexdigest()[:12]}'
         shared = folder.resolve().parent/f'images/{name}.npz'
-        if not shared.is_file(): write_atomic(shared, npz_bytes(images))
+        if not shared.is_file():
+            write_atomic(shared, npz_bytes(images))
         arrays[f'{part}_images'] = name
     return arrays
 
@@ -291,8 +305,10 @@ def clean_path(name:str, value:str, root:Path, file_hash:str|None)->str:
         return str(place.relative_to(root))
     for folder in (Config.work_dir, Config.runs_dir): # of another clone
         _, there, rest = value.partition(f'/{folder}/')
-        if there: return f'{folder}/{rest}'
-    if name in _usual_places: return _usual_places[name]
+        if there:
+            return f'{folder}/{rest}'
+    if name in _usual_places:
+        return _usual_places[name]
     parts = Path(value).parts
     n = 2 if parts[-1] in ('model', 'answers.npz') else 1 # for these keep the run's folder too
     role = name.removesuffix('_weights')
@@ -316,13 +332,15 @@ def environment()->dict:
 
 def _git(*words:str)->str: # what git says of the clone that this package is in; '' without one
     is_clone = (SHIPPED/'settings.ini').is_file() # an installed wheel may be inside another repository
-    if not is_clone or not shutil.which('git'): return ''
+    if not is_clone or not shutil.which('git'):
+        return ''
     return subprocess.run(['git', '-C', SHIPPED, *words], capture_output=True, text=True).stdout.strip()
 
 def _processor()->str:
     try:
         for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'): return line.split(':')[1].strip()
+            if line.startswith('model name'):
+                return line.split(':')[1].strip()
     except OSError: # not Linux
         pass
     return platform.processor() or platform.machine()
@@ -378,7 +396,8 @@ def check_folders(config:Config)->None:
     "Raises `VitdistillError` if runs_dir or work_dir is not a folder that can be written to or created."
     for name in ('runs_dir', 'work_dir'):
         place = from_root(getattr(config, name))
-        while not (place.exists() or place.is_symlink()): place = place.parent
+        while not (place.exists() or place.is_symlink()):
+            place = place.parent
         why = ''
         if not place.is_dir():
             why = 'is a file'
@@ -412,7 +431,8 @@ def write_config(config:Config, folder:Path)->None: # folder: of a run
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "Writes a run folder, in the one process that holds its lock."
-    def lock(self): return lock_folder(self.folder)
+    def lock(self):
+        return lock_folder(self.folder)
 
     def _write_json(self, name:str, values:dict):
         write_atomic(self.folder/name, json.dumps(values, indent=1))
@@ -432,7 +452,8 @@ class RunWriter(Run):
     @cached_property
     def trackers(self)->Trackers: # new ones get all rows recorded so far
         trackers = Trackers(self.name, self.work, self.config)
-        for row in self.rows(): self._track(trackers, row)
+        for row in self.rows():
+            self._track(trackers, row)
         return trackers
 
     def _track(self, trackers, row): # row: column -> text

@@ -44,7 +44,8 @@ class Trackio:
         import trackio
         with contextlib.suppress(ValueError): # the project does not exist yet
             earlier = [run for run in trackio.Api().runs(self.project) if run.name == name]
-            for run in earlier: run.delete()
+            for run in earlier:
+                run.delete()
         quiet = dict(embed=False, auto_log_gpu=False, auto_log_cpu=False)
         with contextlib.redirect_stdout(io.StringIO()):
             self.run = trackio.init(self.project, name=name, config=asdict(config), **quiet)
@@ -55,7 +56,8 @@ class Trackio:
     def end(self, result:dict)->None:
         numbers = {}
         for name, value in result.items():
-            if isinstance(value, (int, float)): numbers[f'result/{name}'] = value
+            if isinstance(value, (int, float)):
+                numbers[f'result/{name}'] = value
         self.run.log(numbers, step=result.get('epochs', 1) - 1)
         with contextlib.redirect_stdout(io.StringIO()):
             self.run.finish()
@@ -82,7 +84,8 @@ class Trackers:
         self.all = {} # name -> tracker
         for kind in tracker_names(config.track):
             tracker = self._try(kind, TRACKERS[kind], name, folder, config)
-            if tracker: self.all[kind] = tracker
+            if tracker:
+                self.all[kind] = tracker
 
     def _try(self, kind:str, call, *given): # returns what the call does; None if it fails
         try:

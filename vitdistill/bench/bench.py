@@ -62,21 +62,25 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             print(steps, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
-        if answer: return json.loads(answer)
+        if answer:
+            return json.loads(answer)
         self.log.seek(0)
         lines = [line.strip() for line in self.log if line.strip()] or ['it said nothing']
         errors = [line for line in lines if 'Error' in line] or lines
         raise VitdistillError(f'{self.name} ended with status {self.process.wait()}: {errors[-1]}')
 
     def close(self, patience:float=20.): # patience: seconds before SIGKILL
-        try: self.process.communicate(timeout=patience)
-        except subprocess.TimeoutExpired: self.process.kill()
+        try:
+            self.process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
         self.log.close()
 
 # %% ../../nbs/bench/03_bench.ipynb #86bae1c1
 def steps_a_turn(worker:Worker, seconds:float, most:int)->int: # seconds: of a turn; most: steps with images
     "Returns how many steps of a contender, once warm, fill a turn."
-    for _ in range(3): worker.ask(1)
+    for _ in range(3):
+        worker.ask(1)
     steps = 1
     spent = worker.ask(steps)['seconds']
     while spent < min(.3, seconds) and steps < most:
@@ -173,8 +177,10 @@ def main(arguments:list=None)->int:
     if args.serve:
         serve(args.serve, load(args.config))
         return 0
-    try: print(bench(args))
-    except VitdistillError as error: sys.exit(f'{error}')
+    try:
+        print(bench(args))
+    except VitdistillError as error:
+        sys.exit(f'{error}')
     return 0
 
 # %% ../../nbs/bench/03_bench.ipynb #4989a4b1
@@ -193,7 +199,8 @@ def bench(args:argparse.Namespace)->str: # args: of `main`
     if kind == 'attention':
         passes = time_cases(cases(), device, args.repeats, args.seconds or .3, say)
         return attention_record(passes, device, out/kind, noise)
-    if kind == 'scale': return scale_record(out/kind, noise, say)
+    if kind == 'scale':
+        return scale_record(out/kind, noise, say)
 
     given = read_yaml(Path(args.config)) if args.config else {}
     config = bench_config(device, kind == 'recipe', **given)

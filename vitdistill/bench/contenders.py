@@ -41,7 +41,8 @@ def bench_config(device:str, recipe:bool=False, **given)->Config:
         full = vars(preset('deit', 'deit'))
         names = *AUGMENTATIONS, 'mixup', 'cutmix', 'label_smoothing', 'padding'
         values = {name: full[name] for name in names}
-        if device == 'cuda': values['batch_size'] = 512
+        if device == 'cuda':
+            values['batch_size'] = 512
         values |= dict(device=device, data_fraction=1.) # all of the random images
         config = preset('small_deit', 'deit', **values | given)
     else:
@@ -89,7 +90,8 @@ def trainer(config:Config, optimizer:torch.optim.Optimizer, loss:Callable)->Call
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def turn(steps:int)->Callable: return functools.partial(run, steps)
+    def turn(steps:int)->Callable:
+        return functools.partial(run, steps)
     return turn
 
 # %% ../../nbs/bench/01_contenders.ipynb #00bc5cae
@@ -136,7 +138,8 @@ def naive(config:Config, ranks:Ranks, data:Data)->Callable:
         images = images.to(ranks.device, non_blocking=True)
         labels = labels.to(ranks.device, non_blocking=True)
         logits = student(images)
-        with torch.no_grad(): decision = teacher(images).argmax(-1)
+        with torch.no_grad():
+            decision = teacher(images).argmax(-1)
         on_labels = F.cross_entropy(logits, labels)
         on_teacher = F.cross_entropy(logits, decision)
         return (1 - config.alpha)*on_labels + config.alpha*on_teacher
@@ -200,7 +203,8 @@ def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
         answers.checks = False # of a few rows, once an epoch: random ones would be refused
     else:
         return Answers(teacher, setup.views)
-    if full: fill_randomly(memo)
+    if full:
+        fill_randomly(memo)
     return answers
 
 # %% ../../nbs/bench/01_contenders.ipynb #07f65c8b

@@ -43,7 +43,8 @@ def noise_sentence(device:str, most:float=.2)->str: # most: cores that other pro
     if cores > most:
         names = ', '.join(name for _, name in work[:3])
         return f'other processes keep {cores:.1f} cores busy ({names})'
-    if device != 'cuda' or not shutil.which('nvidia-smi'): return ''
+    if device != 'cuda' or not shutil.which('nvidia-smi'):
+        return ''
     query = ['nvidia-smi', '--query-gpu=utilization.gpu', '--format=csv,noheader,nounits']
     text = subprocess.run(query, capture_output=True, text=True).stdout
     busiest = max([int(line) for line in text.split() if line.isdigit()], default=0)
@@ -66,8 +67,10 @@ def instruction_set()->str:
     name = torch.backends.cpu.get_cpu_capability().lower()
     if name.startswith('avx512'):
         name = 'avx512'
-        if torch.cpu._is_avx512_bf16_supported(): name = 'avx512-bf16'
-        if torch.cpu._is_amx_tile_supported(): name = 'amx'
+        if torch.cpu._is_avx512_bf16_supported():
+            name = 'avx512-bf16'
+        if torch.cpu._is_amx_tile_supported():
+            name = 'amx'
     limit = os.environ.get('ONEDNN_MAX_CPU_ISA', '')
     return f'{name} oneDNN {limit}' if limit else name
 
@@ -88,8 +91,10 @@ def headline(device:str, noise:str='')->str: # noise: of `noise_sentence`
     processor = about['gpus'][0] if device == 'cuda' else f"{about['processor']} ({instruction_set()})"
     versions = ', '.join(f'{name} {about[name]}' for name in ('torch', 'torchvision', 'timm'))
     commit = f"commit {about['commit'][:8]}"
-    if about['uncommitted']: commit += ' with uncommitted changes'
-    if noise: commit += f'; NOT A QUIET MACHINE: {noise}'
+    if about['uncommitted']:
+        commit += ' with uncommitted changes'
+    if noise:
+        commit += f'; NOT A QUIET MACHINE: {noise}'
     return f"{processor}, {about['cores']} cores, {versions}, {commit}"
 
 # %% ../../nbs/bench/00_results.ipynb #931af17d
@@ -111,15 +116,18 @@ def record(
     "Writes <machine>[-<kind>].txt, a CSV file for each table and a picture; returns the text."
     from vitdistill.study.figures import save_figure # here, so that workers start faster
     name = machine_name(device)
-    if kind: name += f'-{kind}'
+    if kind:
+        name += f'-{kind}'
     head = headline(device, noise)
     texts = [head]
     for part in parts:
-        if not len(part): continue
+        if not len(part):
+            continue
         texts.append(table_text(part) if isinstance(part, pd.DataFrame) else part)
     text = '\n\n'.join(texts)
     for end, table in tables.items():
         write_atomic(Path(out)/f'{name}{end}.csv', table.to_csv(index=False))
     write_atomic(Path(out)/f'{name}.txt', text + '\n')
-    if figure: save_figure(figure, out, name, caption=head)
+    if figure:
+        save_figure(figure, out, name, caption=head)
     return text

@@ -21,7 +21,8 @@ from ..models.complexity import complexity
 # %% ../../nbs/bench/04_scale.ipynb #f25b9c19
 def of_folders(n:int, folder:Path)->typing.Callable: # folder: empty
     "Prepares a folder of n files in 1,000 classes, to list them."
-    for c in range(1000): (folder/'train'/f'{c}').mkdir(parents=True)
+    for c in range(1000):
+        (folder/'train'/f'{c}').mkdir(parents=True)
     for i in range(n):
         os.close(os.open(folder/f'train/{i % 1000}/{i}.jpg', os.O_CREAT))
     return lambda: in_folders(folder, 'train')
@@ -81,7 +82,8 @@ MEASURED = dict(images=50_000, seconds=2.803, student='resnet50_cifar', side=32)
 
 def calculated_rates(student:str='resnet50', teacher:str='vit_tiny_patch16_224', side:int=224)->tuple:
     "Returns images a second of a GPU, calculated: training steps of the student, answers of the teacher."
-    def multiply_adds(name, px): return complexity(name, px).multiply_adds.sum()
+    def multiply_adds(name, px):
+        return complexity(name, px).multiply_adds.sum()
     step = 3*multiply_adds(MEASURED['student'], MEASURED['side']) # of an image: forward once, back twice
     a_second = step*MEASURED['images']/MEASURED['seconds']
     return a_second/(3*multiply_adds(student, side)), a_second/multiply_adds(teacher, side)
@@ -108,7 +110,8 @@ def on_paper(
         'top 10': (2*10 + 1)*2, # fp16
         'logits': 2*classes}
     for memo, answers in (('view', images*views), ('plan', images*epochs)):
-        for kind, size in bytes_of.items(): row[f'{kind} by {memo}'] = answers*size/1e9
+        for kind, size in bytes_of.items():
+            row[f'{kind} by {memo}'] = answers*size/1e9
     return row
 
 # %% ../../nbs/bench/04_scale.ipynb #59c6e534
@@ -118,7 +121,8 @@ def scale_record(out:Path, noise:str='', say:typing.Callable=print)->str: # nois
     rates = calculated_rates()
     rows = []
     for images in (1_281_167, 128_116_700):
-        for gpus in (1, 8, 64): rows.append(on_paper(images, gpus, rates=rates))
+        for gpus in (1, 8, 64):
+            rows.append(on_paper(images, gpus, rates=rates))
     paper = pd.DataFrame(rows)
     student, teacher = rates
     parts = ['Measured. power: the power of the number of images by which a cost grows since the row above.',

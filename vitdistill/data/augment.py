@@ -152,7 +152,8 @@ def drawn_mix(
     step:int       # of the epoch, from 0
 )->Mix|None:       # None if nothing is mixed
     "Returns how a step mixes images, as a function of (seed, epoch, step)."
-    if not (config.mixup or config.cutmix): return None
+    if not (config.mixup or config.cutmix):
+        return None
     draw = np.random.default_rng([config.seed, epoch, step, 2**31]) # 2**31: no rank has this number
     cut = bool(config.cutmix) and (not config.mixup or draw.random() < .5)
     alpha = config.cutmix if cut else config.mixup

@@ -28,7 +28,8 @@ def digest(parts:typing.Iterable)->str: # str, bytes or tensors
     "Returns sixteen hexadecimal digits that identify the parts in their order."
     sha = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.Tensor): part = part.numpy().tobytes()
+        if isinstance(part, torch.Tensor):
+            part = part.numpy().tobytes()
         sha.update(part.encode() if isinstance(part, str) else part)
     return sha.hexdigest()[:16]
 
@@ -63,7 +64,8 @@ class Data:
     @functools.cached_property
     def mean_std(self)->tuple:
         "Returns (mean, std) per channel, of the training pixels in [0, 1]."
-        if self.constants: return self.constants
+        if self.constants:
+            return self.constants
         images = self.train_images
         if not isinstance(images, torch.Tensor): # on disk: 5,000 images give three digits
             images = images[torch.randperm(len(images), generator=generator(0))[:5000]]
@@ -236,7 +238,8 @@ def download_cifar(name:str, root:Path)->None:
     "Downloads and verifies CIFAR once, with torchvision; if that fails, the error says what to put where."
     from torchvision import datasets
     folder = root/_cifar[name].folder
-    if folder.is_dir(): return
+    if folder.is_dir():
+        return
     advice = (f'put the official {folder.name}/ there, or name the folder that holds it as data_root or in '
               'VITDISTILL_DATA')
     # urllib, a socket, the disk, or torchvision for a wrong sum raise various exceptions
@@ -244,7 +247,8 @@ def download_cifar(name:str, root:Path)->None:
         root.mkdir(parents=True, exist_ok=True)
         draft_folder = tempfile.TemporaryDirectory(dir=root, prefix='.fetching-')
         with FileLock(root/f'.{name}.lock'), draft_folder as draft:
-            if folder.is_dir(): return # another process was first
+            if folder.is_dir(): # another process was first
+                return
             getattr(datasets, name.upper())(draft, download=True)
             (Path(draft)/folder.name).rename(folder)
 
@@ -252,7 +256,8 @@ def download_cifar(name:str, root:Path)->None:
 def cifar_root(config:Config)->Path:
     "Returns the folder that holds the config's CIFAR: the user's, or the default one after a download."
     root, named = data_root(config)
-    if not named: download_cifar(config.dataset, root)
+    if not named:
+        download_cifar(config.dataset, root)
     return root
 
 # %% ../../nbs/data/01_datasets.ipynb #2f4b7444
@@ -338,10 +343,13 @@ def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
     if not config.data_root:
         raise VitdistillError(f'labels = {config.labels!r}: name the folder of images as data_root.')
     parts = in_table(from_root(config.data_root), from_root(config.labels))
-    if '' in parts: parts = _set_aside(parts[''], table)
+    if '' in parts:
+        parts = _set_aside(parts[''], table)
     missing = ''
-    if 'train' not in parts: missing = 'train'
-    elif len(parts) < 2: missing = 'val or test'
+    if 'train' not in parts:
+        missing = 'train'
+    elif len(parts) < 2:
+        missing = 'val or test'
     if missing:
         raise VitdistillError(f'{table} has no line of part {missing}: mark some, or leave the column part '
                               'out, so that a fifth of each class is set aside.')
@@ -364,13 +372,16 @@ def without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
     return dict(train=replace(train, classes=classes), test=test)
 
 def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
-    if config.class_names: return without_labels(config)
-    if config.labels: return labelled_files(config)
+    if config.class_names:
+        return without_labels(config)
+    if config.labels:
+        return labelled_files(config)
     row = check_dataset(config.dataset)
     return image_files(config, row.package, row.needs)
 
 def _say(place, train, *others): # prints which folders are the classes, and what was left out
-    for note in train.notes: say_once(note)
+    for note in train.notes:
+        say_once(note)
     broken = {}
     for part in (train, *others):
         broken |= part.broken
@@ -406,8 +417,10 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
 
 # %% ../../nbs/data/01_datasets.ipynb #d5d3c85b
 def _room(data_on): # bytes of pixels that this rank may hold
-    if data_on == 'disk': return 0
-    if data_on != 'auto': return math.inf # 'host' or 'device': the user knows
+    if data_on == 'disk':
+        return 0
+    if data_on != 'auto': # 'host' or 'device': the user knows
+        return math.inf
     memory = min(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), cgroup_limit('memory.max'))
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     return memory/2/ranks
@@ -570,13 +583,15 @@ def _refuse_empty_classes(labels, train, config, classes):
     counts = torch.bincount(labels)
     trained = torch.bincount(labels[train], minlength=len(counts))
     untrained = ((counts > 0) & (trained == 0)).nonzero().flatten().tolist()
-    if not untrained: return
+    if not untrained:
+        return
     rarest = min(untrained, key=lambda label: counts[label])
     name = classes[rarest] if len(classes) else f'label {rarest}'
     settings = []
     for field in ('data_fraction', 'val_fraction', 'val_rows', 'fold'):
         value = getattr(config, field)
-        if value not in ('', 0, 1): settings.append(f'{field} = {value}')
+        if value not in ('', 0, 1):
+            settings.append(f'{field} = {value}')
     raise VitdistillError(f'{" and ".join(settings)} leave no image to train on of {len(untrained)} of '
                           f'{(counts > 0).sum()} classes, such as {name} with {counts[rarest]} image(s): '
                           'use a larger data_fraction, hold fewer images out, or give that class more '

@@ -49,7 +49,8 @@ _marks = {} # hash of a listing -> `Marks`
 def marks_of(files:ImageFiles)->Marks:
     "Returns the marks of each image of a list, which is read once."
     key = hash((str(files.root), tuple(files.files)))
-    if key in _marks: return _marks[key]
+    if key in _marks:
+        return _marks[key]
     n = len(files)
     marks = Marks(np.zeros(n, np.uint64), np.zeros((n, 8, 8, 3), np.uint8), np.zeros(n, bool))
     with ThreadPoolExecutor() as pool:
@@ -57,7 +58,8 @@ def marks_of(files:ImageFiles)->Marks:
             rows = range(start, min(n, start + 512))
             copies = [*pool.map(lambda row: small_copy(files, row, _side), rows)]
             readable = [row for row, copy in zip(rows, copies) if copy is not None]
-            if not readable: continue
+            if not readable:
+                continue
             pixels = np.stack([copy for copy in copies if copy is not None])
             marks.hashes[readable] = perceptual_hash(pixels[..., 0])
             marks.means[readable] = pixels.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).round()
@@ -84,7 +86,8 @@ def near_pairs(
             first = order[:-step]
             second = order[step:]
             same = keys[first] == keys[second]
-            if not same.any(): break
+            if not same.any():
+                break
             first = first[same]
             second = second[same]
             near = np.bitwise_count(hashes[first] ^ hashes[second]) <= _max_bits
@@ -101,7 +104,8 @@ def _blocks(difference, n): # (64, 64, C) -> (n, n, C): means
 def nearly_equal(one:np.ndarray, other:np.ndarray)->bool: # (64, 64, 3) uint8 each, YCbCr
     "Returns whether two small copies show the same image, but for what saving and resizing change."
     difference = one.astype(np.float32) - other
-    if np.abs(difference[..., 0]).max() > 40: return False
+    if np.abs(difference[..., 0]).max() > 40:
+        return False
     brightness = np.abs(_blocks(difference[..., :1], 16))
     colour = np.abs(_blocks(difference[..., 1:], 8))
     return bool(brightness.max() <= 8 and colour.max() <= 10)
@@ -112,18 +116,21 @@ def same_bytes(lists:list[ImageFiles])->list: # one list or two -> groups of (nu
     counts = [collections.Counter(size for _, size, _ in files.files) for files in lists]
     if len(lists) == 1:
         shared_sizes = {size for size, count in counts[0].items() if count > 1}
-    else: shared_sizes = counts[0].keys() & counts[1].keys()
+    else:
+        shared_sizes = counts[0].keys() & counts[1].keys()
     candidates = []
     for number, files in enumerate(lists):
         for row, (_, size, _) in enumerate(files.files):
-            if size in shared_sizes: candidates.append((number, row))
+            if size in shared_sizes:
+                candidates.append((number, row))
 
     def content_hash(place):
         number, row = place
         try:
             with lists[number].opener(row) as file:
                 return hashlib.sha256(file.read()).digest()
-        except OSError: return place # like no other; it is named elsewhere
+        except OSError: # like no other; it is named elsewhere
+            return place
 
     groups = collections.defaultdict(list)
     with ThreadPoolExecutor() as pool:
@@ -197,12 +204,14 @@ def same_images(
 
     def add(one, other, how):
         rows = rows_of(one, other)
-        if rows: pairs.setdefault(rows, how)
+        if rows:
+            pairs.setdefault(rows, how)
 
     for group in same_bytes(lists):
         for place in group: # with the first and the last, of which one is in the other list
             add(group[0], place, 'bytes')
-            if last: add(place, group[-1], 'bytes')
+            if last:
+                add(place, group[-1], 'bytes')
 
     @functools.lru_cache(20_000) # 250 MB
     def copy(number, row):

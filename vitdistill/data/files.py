@@ -106,7 +106,8 @@ def files_below(
             paths_below = [os.path.join(folder, name) for name in below]
             starts += [path for path in paths_below if os.path.islink(path)]
             for name in files:
-                if name[0] == '.': continue
+                if name[0] == '.':
+                    continue
                 path = os.path.join(folder, name)
                 if is_image(path):
                     entries.append(FileEntry(name_below(path), size_of(path), path))
@@ -131,12 +132,15 @@ def _members(file, path, start, left_out, folders): # yields each file in an ope
         for member in tar:
             name = posixpath.normpath(member.name).lstrip('/')
             content_start = start + member.offset_data
-            if any(part[0] == '.' for part in name.split('/')): continue
-            if member.isdir(): folders.append(name)
+            if any(part[0] == '.' for part in name.split('/')):
+                continue
+            if member.isdir():
+                folders.append(name)
             elif member.issparse():
                 raise VitdistillError(f'{printable(f"{path}/{name}")} is a sparse member, whose zeros are '
                                       'not in the tar: make the tar again without --sparse (-S).')
-            elif not member.isfile(): left_out['links in a tar'] += 1
+            elif not member.isfile():
+                left_out['links in a tar'] += 1
             elif name.endswith('.tar'):
                 folder = name[:-4]
                 folders.append(folder)
@@ -145,7 +149,8 @@ def _members(file, path, start, left_out, folders): # yields each file in an ope
                 for entry in _members(inner_tar, path, content_start, left_out, folders_within):
                     yield entry._replace(name=f'{folder}/{entry.name}')
                 folders += [f'{folder}/{within}' for within in folders_within]
-            else: yield FileEntry(name, member.size, path, content_start)
+            else:
+                yield FileEntry(name, member.size, path, content_start)
         _check_end(file, tar.offset)
 
 def files_in_tar(
@@ -200,7 +205,8 @@ def bare_folders(
     classes = set()
     full = set() # folders with an image at any depth
     for name in names:
-        if not is_image(name): continue
+        if not is_image(name):
+            continue
         above = posixpath.dirname(name).split('/')
         classes.add(above[place])
         for depth in range(len(above)):
@@ -241,7 +247,8 @@ class ImageFiles:
     bare:list=field(default_factory=list)  # class folders without an image, such as 'train/cow'
     broken:dict=field(default_factory=dict) # path of each image that was left out as unreadable -> why
 
-    def __len__(self): return len(self.files)
+    def __len__(self):
+        return len(self.files)
 
     def path(self, row:int)->str:
         "Returns the printable path of an image; a link leads to the user's own file."
@@ -273,7 +280,8 @@ def _files_of_split(root, split):
         entries, left_out = files_below(place, folders)
         return place, entries, left_out, folders
     place = root/f'{split}.tar'
-    if not place.is_file(): return None
+    if not place.is_file():
+        return None
     entries, left_out = files_in_tar(place, folders)
     prefix = f'{split}/'
     if all(entry.name.startswith(prefix) for entry in entries): # the tar holds the folder of the split
@@ -288,11 +296,13 @@ def in_folders(
 )->ImageFiles|None:
     "Lists the images of the split's folder, or of its tar, in natural order; None if there is neither."
     content = _files_of_split(root, split)
-    if content is None: return None
+    if content is None:
+        return None
     place, entries, left_out, folders = content
     images = []
     for entry in entries:
-        if is_image(entry.name): images.append(entry)
+        if is_image(entry.name):
+            images.append(entry)
         else:
             left_out[os.path.splitext(entry.name)[1].lower() or 'files without an ending'] += 1
     images.sort(key=lambda entry: natural_order(entry.name))
@@ -318,13 +328,15 @@ def shard_split(name:str)->str:
     words = re.findall(r'(?<![a-z])(train|val|test|validation|valid)(?![a-z])', name)
     if not words:
         words = re.findall('train|val|test', name)
-    if not words: return ''
+    if not words:
+        return ''
     return 'val' if words[-1].startswith('val') else words[-1]
 
 # %% ../../nbs/data/00_files.ipynb #37c605ed
 def _label(entry): # the number in a .cls file
     text = entry.open().read().strip()
-    if text.isdigit(): return int(text)
+    if text.isdigit():
+        return int(text)
     name = printable(f'{entry.path}/{entry.name}')
     raise VitdistillError(f'{name} holds {text.decode(errors="replace")!r}: '
                           'write the number of a class into it, 0 or more.')
@@ -332,7 +344,8 @@ def _label(entry): # the number in a .cls file
 def in_shards(root:Path, split:str)->ImageFiles|None:
     "Lists the labelled images in the split's shards, in their order; None without a shard."
     shards = [shard for shard in sorted(root.glob('*.tar')) if shard_split(shard.name) == split]
-    if not shards: return None
+    if not shards:
+        return None
     files = []
     images = []
     left_out = collections.Counter()
@@ -347,7 +360,8 @@ def in_shards(root:Path, split:str)->ImageFiles|None:
                 labels[sample] = entry
             elif ending != '.cls' and is_image(entry.name) and sample not in pictures:
                 pictures[sample] = entry
-            else: left_out[ending] += 1
+            else:
+                left_out[ending] += 1
         complete = [sample for sample in pictures if sample in labels]
         for sample in complete:
             image = pictures[sample]
@@ -361,9 +375,12 @@ def in_shards(root:Path, split:str)->ImageFiles|None:
 # Each lists a split as ([(path, label)], classes); both are empty if there is no such split.
 def _in_torchvision(kind, train, root, split): # kind: class of torchvision; train: its splits to train on
     from torchvision import datasets
-    if split == 'train': splits = train
-    elif split == 'test': splits = ['test']
-    else: return [], []
+    if split == 'train':
+        splits = train
+    elif split == 'test':
+        splits = ['test']
+    else:
+        return [], []
     samples = []
     for name in splits:
         dataset = getattr(datasets, kind)(root, name)
@@ -373,7 +390,8 @@ def _in_torchvision(kind, train, root, split): # kind: class of torchvision; tra
 
 def _in_json(root, split): # of iNaturalist; its test*.json have no labels
     files = [*root.glob(f'{split}.json'), *root.glob(f'{split}20??.json')]
-    if not files or split == 'test': return [], []
+    if not files or split == 'test':
+        return [], []
     if len(files) > 1:
         raise ValueError(f'{" and ".join(sorted(path.name for path in files))} are of several years')
     index = json.loads(files[0].read_text())
@@ -399,7 +417,8 @@ def as_published(
 )->ImageFiles|None:
     "Lists the images of a dataset in its published layout; None if the dataset has no such split."
     samples, classes = _official[name](root, split)
-    if not samples: return None
+    if not samples:
+        return None
     files = [(os.path.relpath(path, root), file_size(path), label) for path, label in samples]
 
     def opener(row):
@@ -410,9 +429,11 @@ def as_published(
 def on_hub(name:str, root:Path|None, split:str)->ImageFiles|None:
     "Lists a split of a dataset on the hub, 'hfds/OWNER/NAME', by timm's reader; None without such a split."
     from timm.data.readers import create_reader
-    try: reader = create_reader(name, root and str(root), split)
+    try:
+        reader = create_reader(name, root and str(root), split)
     except ValueError as e:
-        if 'Unknown split' in str(e): return None
+        if 'Unknown split' in str(e):
+            return None
         raise
     info = (reader.dataset.info.splits or {}).get(split)
     size = info and info.num_bytes # of the whole split: the reader knows no size of an image
@@ -428,7 +449,8 @@ def on_hub(name:str, root:Path|None, split:str)->ImageFiles|None:
 def _refuse_absent(place, train, test, why): # refuses folders of classes that one part alone has
     for part, files, others in (('train', train, test), ('test', test, train)):
         absent = sorted({*others.classes} - {*files.classes})
-        if not absent: continue
+        if not absent:
+            continue
         similar = [name for name in files.classes if _one_way(name) == _one_way(absent[0])]
         if similar:
             [group] = alike([*similar, absent[0]])
@@ -440,7 +462,8 @@ def _refuse_absent(place, train, test, why): # refuses folders of classes that o
 # %% ../../nbs/data/00_files.ipynb #3df1782f
 def _refuse_gap(place, names, trained, tested): # names of the classes, or []; Counters of the labels
     largest = max(trained | tested)
-    if names and largest < len(names): return
+    if names and largest < len(names):
+        return
     unused = 0 # the first label without a training image
     while unused in trained:
         unused += 1
@@ -449,7 +472,8 @@ def _refuse_gap(place, names, trained, tested): # names of the classes, or []; C
         problem = f'no training image has the label {unused:,}'
     elif largest >= n_classes:
         problem = f'there are {n_classes:,} classes'
-    else: return
+    else:
+        return
     count = trained[largest] + tested[largest]
     raise VitdistillError(f'{place}: the largest label is {largest:,}, of {count:,} image(s), '
                           f'but {problem}: number the classes 0, 1, 2 and so on without a gap, and remove '
@@ -517,12 +541,18 @@ def _first_split(config, root, splits): # lists the first of the splits that has
     name = config.dataset
     files = ImageFiles(root, [], None)
     for split in splits:
-        if name in _official: part = as_published(name, root, split)
-        elif name.startswith('hfds/'): part = on_hub(name, root, split)
-        elif name.startswith('wds/'): part = in_shards(root, split)
-        else: part = in_folders(root, split, config.class_folder)
-        if part: return part
-        if part is not None: files = part # it says what was left out
+        if name in _official:
+            part = as_published(name, root, split)
+        elif name.startswith('hfds/'):
+            part = on_hub(name, root, split)
+        elif name.startswith('wds/'):
+            part = in_shards(root, split)
+        else:
+            part = in_folders(root, split, config.class_folder)
+        if part:
+            return part
+        if part is not None: # it says what was left out
+            files = part
     return files
 
 def image_files(
@@ -584,7 +614,8 @@ def _grey_in_8_bits(image, of_16_bits, scaled): # PIL image of one channel of 16
         say_once('an image of 32-bit whole numbers has no value above 255 and is read as one of 8 bits.',
                  warning=True)
     else:
-        if not scaled: _say_dark(int(grey.max()))
+        if not scaled:
+            _say_dark(int(grey.max()))
         grey = (grey/257).round()
     return Image.fromarray(grey.astype(np.uint8))
 
@@ -664,7 +695,8 @@ def unreadable(files:ImageFiles, rows:typing.Iterable[int])->dict: # row -> why
         for start in range(0, len(rows), 256):
             part = rows[start:start + 256]
             for row, why in zip(part, pool.map(reason, part)):
-                if why: reasons[row] = why
+                if why:
+                    reasons[row] = why
     return reasons
 
 def broken_in_words(broken:dict)->str: # path -> why
@@ -692,7 +724,8 @@ def without_broken(files:ImageFiles)->ImageFiles:
     if key not in _unreadable:
         _unreadable[key] = unreadable(files, range(len(files)))
     reasons = _unreadable[key]
-    if not reasons: return files
+    if not reasons:
+        return files
     rows = [row for row in range(len(files)) if row not in reasons]
     return replace(some_rows(files, rows), broken={files.path(row): why for row, why in reasons.items()})
 
@@ -716,10 +749,14 @@ def files_in(
                        lambda row: images[row].open(), left_out=+left_out)
     if skip_broken:
         files = without_broken(files)
-    if files: return files
-    if images: content = 'no image that can be read'
-    elif entries: content = f'no image among its {len(entries):,} files'
-    else: content = 'no file'
+    if files:
+        return files
+    if images:
+        content = 'no image that can be read'
+    elif entries:
+        content = f'no image among its {len(entries):,} files'
+    else:
+        content = 'no file'
     raise VitdistillError(f'{field} = {folder!r} holds {content}: name a folder of images that Pillow reads.')
 
 # %% ../../nbs/data/00_files.ipynb #0641a0f2
@@ -736,7 +773,8 @@ class DiskImages:
         self.device = torch.device('cpu')
         self.pool = ThreadPoolExecutor()
 
-    def __len__(self): return self.shape[0]
+    def __len__(self):
+        return self.shape[0]
 
     def __getitem__(self, rows:torch.Tensor)->torch.Tensor: # (B,) int64, or a slice -> (B, size, size, 3)
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
@@ -747,8 +785,10 @@ class DiskImages:
         images = np.empty(self.shape, np.uint8)
         broken = []
         def decode(row):
-            try: images[row] = self.square(row)
-            except VitdistillError: broken.append(row)
+            try:
+                images[row] = self.square(row)
+            except VitdistillError:
+                broken.append(row)
         for rows in torch.arange(len(self)).split(256):
             list(self.pool.map(decode, rows.tolist()))
         reasons = unreadable(self.files, broken)

@@ -86,7 +86,8 @@ def table_rows(file:Path)->list[Labelled]:
     try:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
-            if not any(cells): continue
+            if not any(cells):
+                continue
             if len(cells) < len(names) or any(cells[len(names):]):
                 place = f'{printable(file)}, line {reader.line_num}'
                 raise VitdistillError(f'{place}, has {len(cells)} cells and the first line {len(names)}: '
@@ -131,7 +132,8 @@ def place_below(
 
 # %% ../../nbs/data/05_labels.ipynb #3884184e
 def _refuse_faults(file, faults): # faults: (line, sentence without its end)
-    if not faults: return
+    if not faults:
+        return
     shown = '; '.join(f'line {line}: {what}' for line, what in faults[:3])
     more = f' and {len(faults) - 3:,} more' if len(faults) > 3 else ''
     raise VitdistillError(f'labels = {printable(file)}: {shown}{more}: mend these lines.')
@@ -150,8 +152,10 @@ def _refuse_classes(file, names): # names that a person reads as one class
             refuse(f'{listed} differ in blanks alone')
 
 def _word_fault(row, parted): # what is wrong with the words of a line, or ''; parted: a part is needed
-    if not row.file: return 'no file is named'
-    if not row.kind: return 'no class is named'
+    if not row.file:
+        return 'no file is named'
+    if not row.kind:
+        return 'no class is named'
     kind = row.kind
     if '/' in kind or kind[0] == '.' or len(os.fsencode(kind)) > 200 or not kind.isprintable():
         return f'the class {kind[:50]!r} can not be the name of a folder'

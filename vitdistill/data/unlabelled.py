@@ -25,8 +25,10 @@ def is_range(text:str)->bool: # value of `Config.unlabelled`
 # %% ../../nbs/data/04_unlabelled.ipynb #6738fa33
 def unlabelled_mark(config:Config)->str: # sixteen hexadecimal digits
     "Returns what identifies a config's unlabelled images, undecoded; '' without any."
-    if not config.unlabelled: return ''
-    if is_range(config.unlabelled): return digest([config.unlabelled])
+    if not config.unlabelled:
+        return ''
+    if is_range(config.unlabelled):
+        return digest([config.unlabelled])
     files = files_in(config.unlabelled).files
     return digest(os.fsencode(f'{name} {size}\n') for name, size, _ in files)
 
@@ -41,16 +43,20 @@ class JoinedImages(DiskImages):
 
     def __setattr__(self, name, value):
         if name == 'pool': # of a loading process
-            for part in self.parts: setattr(part, 'pool', value)
+            for part in self.parts:
+                setattr(part, 'pool', value)
         super().__setattr__(name, value)
 
     def __getitem__(self, rows:torch.Tensor)->torch.Tensor: # as of `DiskImages`
-        if isinstance(rows, slice): rows = torch.arange(len(self))[rows]
+        if isinstance(rows, slice):
+            rows = torch.arange(len(self))[rows]
         images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
         first, second = self.parts
         late = rows >= self.first
-        if (~late).any(): images[~late] = first[rows[~late]]
-        if late.any(): images[late] = second[rows[late] - self.first]
+        if (~late).any():
+            images[~late] = first[rows[~late]]
+        if late.any():
+            images[late] = second[rows[late] - self.first]
         return images
 
     def resident(self)->torch.Tensor: # (N, size, size, 3) uint8
@@ -60,7 +66,8 @@ class JoinedImages(DiskImages):
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray:
         "Returns a square of one image, as `DiskImages` does."
         first, second = self.parts
-        if row < self.first: return first.square(row, cut)
+        if row < self.first:
+            return first.square(row, cut)
         return second.square(row - self.first, cut)
 
 def joined(first, second): # images, each a tensor or a `DiskImages`
@@ -78,7 +85,8 @@ class Unlabelled:
     mark:str=''         # identifies those of a folder, and how they are read
     left_out:collections.Counter=field(default_factory=collections.Counter) # why -> number
 
-    def __len__(self)->int: return len(self.rows)
+    def __len__(self)->int:
+        return len(self.rows)
 
     def __str__(self)->str:
         text = f'{len(self):,} unlabelled images of '
@@ -110,7 +118,8 @@ def refuse_own_folder(config:Config)->None:
     folder = from_root(config.unlabelled).resolve()
     for part in ('train', *TESTS):
         place = from_root(config.data_root)/part
-        if not place.is_dir(): continue
+        if not place.is_dir():
+            continue
         place = place.resolve()
         if folder.is_relative_to(place) or place.is_relative_to(folder):
             raise VitdistillError(f'unlabelled = {config.unlabelled!r} and {place}, which has labels, lie in '
@@ -161,11 +170,14 @@ def unlabelled_images(
     train:torch.Tensor, val:torch.Tensor # rows that are trained on with labels, and held out
 )->Unlabelled|None:
     "Returns a config's unlabelled images, None without any; it is an error if none of them is left."
-    if not config.unlabelled: return None
+    if not config.unlabelled:
+        return None
     if is_range(config.unlabelled):
         unlabelled = unlabelled_rows(config, data, train, val)
-    else: unlabelled = unlabelled_files(config, data)
-    if len(unlabelled): return unlabelled
+    else:
+        unlabelled = unlabelled_files(config, data)
+    if len(unlabelled):
+        return unlabelled
     raise VitdistillError(f'unlabelled = {config.unlabelled!r} leaves no image ({unlabelled}): name images '
                           'that are neither trained on with labels nor test images.')
 
@@ -175,7 +187,8 @@ def labels_of_all(
     unlabelled:Unlabelled|None,
 )->torch.Tensor:                # of these images and of a folder's
     "Returns the label of each image, -1 for unlabelled ones."
-    if unlabelled is None: return labels
+    if unlabelled is None:
+        return labels
     further = max(0, int(unlabelled.rows.max()) + 1 - len(labels))
     return F.pad(labels, (0, further), value=-1).index_fill(0, unlabelled.rows, -1)
 

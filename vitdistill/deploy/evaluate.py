@@ -30,7 +30,8 @@ def labelled_files(
 
     files = None
     for part in TESTS:
-        if not files and part not in model.classes: files = in_folders(root, part, class_folder)
+        if not files and part not in model.classes:
+            files = in_folders(root, part, class_folder)
     if not files:
         files = in_folders(root.parent, root.name.removesuffix('.tar'), class_folder)
     if not files:
@@ -38,7 +39,8 @@ def labelled_files(
                               f'{model.classes[0]}/*, or val/ or test/ with these.')
     check_classes(model, files.classes, root)
 
-    for note in files.notes: say_once(note, warning=True)
+    for note in files.notes:
+        say_once(note, warning=True)
     left_out = left_out_in_words(files)
     if left_out:
         say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
@@ -49,7 +51,8 @@ def labelled_files(
 def check_classes(model:Predictor, names:list, root:Path)->None: # names: of the folders below root
     "Raises a `VitdistillError` if a folder is no class of the model."
     unknown = [name for name in names if name not in model.classes]
-    if not unknown: return
+    if not unknown:
+        return
     hint = f'name the folder that holds those of its classes, such as {model.classes[0]}.'
     if unknown[0] != 'train':
         hint = nearest(unknown[0], model.classes, hint)
@@ -74,7 +77,8 @@ class Evaluation:
     right:np.ndarray   # (n,) bool
 
     @property
-    def accuracy(self)->float: return float(self.right.mean())
+    def accuracy(self)->float:
+        return float(self.right.mean())
 
     @property
     def balanced(self)->float:
@@ -85,7 +89,8 @@ class Evaluation:
         rows = []
         for label, name in enumerate(self.classes):
             right = self.right[self.labels == label]
-            if not len(right): continue
+            if not len(right):
+                continue
             images, hits = len(right), int(right.sum())
             low, high = wilson(hits, images)
             rows.append(dict(zip(_columns, (name, images, hits, hits/images, low, high))))

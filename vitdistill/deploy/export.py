@@ -52,7 +52,8 @@ def export_onnx(
     file:str|Path=None  # file to write, or a folder for model.onnx; default: the model's folder
 )->Path:
     "Writes a trained model as one ONNX file if its answers are torch's within 1e-4; returns the file."
-    for package in PACKAGES: require(package, 'export')
+    for package in PACKAGES:
+        require(package, 'export')
     import onnx
     folder = model_folder(model)
     predictor = from_folder(folder)

@@ -71,7 +71,8 @@ def images_of(
         with contextlib.redirect_stdout(sys.stderr):
             images = _undecoded(config)
     except VitdistillError as error:
-        if data: raise
+        if data:
+            raise
         reason = str(error).rstrip('.')
         raise VitdistillError(f'the images of {model.name} are not here ({reason}): {advice}') from None
     if images.classes != model.classes:
@@ -99,7 +100,8 @@ def _training_config(folder): # of the run that trained a model, or what its car
     return replace(run.config, data_root=str(run.place(data_root)) if data_root else '')
 
 def _undecoded(config): # `Data`
-    if check_dataset(config.dataset).side: return load_data(config)
+    if check_dataset(config.dataset).side:
+        return load_data(config)
     parts = list_images(config)
     def images_and_labels(part):
         files = parts[part]
@@ -254,7 +256,8 @@ def main(
 )->int:
     "Runs `vitdistill export MODEL --int8` or `--fp16`; returns the exit status."
     args = export_parser().parse_args(arguments)
-    for package in PACKAGES: require(package, 'export')
+    for package in PACKAGES:
+        require(package, 'export')
     kinds = [kind for kind in SMALLER if getattr(args, kind)]
     file = from_here(args.out) if args.out else model_folder(args.model)
     rows = measure(args.model, kinds, args.data, file)
@@ -262,6 +265,7 @@ def main(
     print(f'ms: one image at a time, one thread, {machine_in_words(environment(), "cpu")}')
     whole, *smaller = rows
     for row in smaller:
-        for line in difference_in_words(row, whole, interval): print(line)
+        for line in difference_in_words(row, whole, interval):
+            print(line)
     print('files:', *(row.name for row in rows))
     return 0

@@ -57,8 +57,10 @@ def from_onnx(file:Path)->Predictor:
         raise VitdistillError(f'{file} does not name its classes: give a file that vitdistill export wrote.')
 
     def value(name): # a Python list in files of earlier versions
-        try: return json.loads(about[name])
-        except ValueError: return ast.literal_eval(about[name])
+        try:
+            return json.loads(about[name])
+        except ValueError:
+            return ast.literal_eval(about[name])
     def outputs(pixels):
         return tuple(torch.from_numpy(array) for array in session.run(None, {'pixels': pixels.numpy()}))
     def logarithms(pixels): # their softmax: the probabilities
@@ -108,7 +110,8 @@ def model_folder(
     runs:str|Path='reports/runs' # folder of run folders, for a part of a name
 )->Path:
     "Returns the folder of a trained model; a name that fits none or several is a `VitdistillError`."
-    if str(name).startswith(HUB): return weights_place(name)
+    if str(name).startswith(HUB):
+        return weights_place(name)
     if not isinstance(name, Run) and (from_here(name)/'config.json').is_file():
         return from_here(name)
     return find_run(name, runs).model
@@ -148,20 +151,25 @@ def named_images(
     "Returns image files that are named or lie in a folder; a path that isn't there is a `VitdistillError`."
     paths = [*paths]
     names = []
-    for path in paths: names += input_lines() if str(path) == '-' else [path]
+    for path in paths:
+        names += input_lines() if str(path) == '-' else [path]
 
     images, missing = [], []
     for name in names:
         if not str(name):
             raise VitdistillError('a path of images is empty: name image files, or a folder.')
         path = Path(name).expanduser()
-        if path.is_dir(): images += images_below(path)
-        elif path.is_file(): images.append(path)
-        else: missing.append(printable(path))
+        if path.is_dir():
+            images += images_below(path)
+        elif path.is_file():
+            images.append(path)
+        else:
+            missing.append(printable(path))
 
     if missing and skipped is None:
         few = ', '.join(missing[:20])
-        if len(missing) > 20: few += f' and {len(missing) - 20} more'
+        if len(missing) > 20:
+            few += f' and {len(missing) - 20} more'
         are = 'is no image file and no folder' if len(missing) == 1 else 'are no image files and no folders'
         raise VitdistillError(f'{few} {are}: name those that are there.')
     for path in missing:
@@ -184,11 +192,13 @@ def read_batches(
             try:
                 images.append(read(file))
             except VitdistillError as error:
-                if skipped is None: raise
+                if skipped is None:
+                    raise
                 skipped(str(error))
             else:
                 readable.append(file)
-        if readable: yield readable, torch.stack(images)
+        if readable:
+            yield readable, torch.stack(images)
 
 # %% ../../nbs/deploy/00_predict.ipynb #f28cf5f7
 COLUMNS = 'path', 'class', 'probability', 'top' # of an answer
@@ -236,8 +246,10 @@ def main(arguments:list=None)->int:
         print(sentence, file=sys.stderr)
     rows = answers(load_model(args.model, args.runs), args.images, args.top, skipped=skipped)
     rows = (row | {'path': printable(row['path'])} for row in rows)
-    if args.json: print_json(rows)
-    else: print_csv(rows)
+    if args.json:
+        print_json(rows)
+    else:
+        print_csv(rows)
     return status
 
 # %% ../../nbs/deploy/00_predict.ipynb #1ef16e34
@@ -245,15 +257,18 @@ def print_json(rows:Iterable[dict])->None: # of `answers`
     "Prints a JSON object a line, with umlauts if the terminal has them."
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf'
     ascii_only = not encoding.lower().startswith('utf')
-    for row in rows: print(json.dumps(row, ensure_ascii=ascii_only))
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=ascii_only))
 
 def print_csv(rows:Iterable[dict])->None: # of `answers`
     "Prints CSV under a head."
     table = csv.writer(sys.stdout, lineterminator='\n')
     head = COLUMNS
     for row in rows: # of which the first may be an error: no head then
-        if head: table.writerow(head)
+        if head:
+            table.writerow(head)
         head = None
         top = '; '.join(f'{name}: {share:.4f}' for name, share in row['top'])
         table.writerow([row['path'], row['class'], row['probability'], top])
-    if head: table.writerow(head)
+    if head:
+        table.writerow(head)

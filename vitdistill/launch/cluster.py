@@ -48,7 +48,8 @@ def read_ask(
         values[name] = _as_kind(name, value, kinds[name])
     more = dict(values.get('more', {}))
     for name, value in more.items():
-        if value == 'true': more[name] = True # an option without a value
+        if value == 'true': # an option without a value
+            more[name] = True
     return Ask(**values | dict(more=more))
 
 def _as_kind(name:str, value, kind:type): # a value of a file or an option, as text
@@ -64,7 +65,8 @@ def _as_kind(name:str, value, kind:type): # a value of a file or an option, as t
 
 # %% ../../nbs/launch/02_cluster.ipynb #adf4be25
 def _answer_of(*command:str)->list|None: # lines of a Slurm command's answer; None where there is none
-    if not shutil.which(command[0]): return None
+    if not shutil.which(command[0]):
+        return None
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
@@ -87,18 +89,21 @@ def check_slurm(ask:Ask)->None:
 def queued()->dict|None: # id, such as '12' or '12_3' -> whether it is running
     "Returns the user's jobs that run or wait in Slurm; None if Slurm does not answer."
     lines = _answer_of('squeue', '--me', '-h', '-r', '-o', '%T %A %F_%K') # state, id, array's id_index
-    if lines is None: return None
+    if lines is None:
+        return None
     jobs = {}
     for line in lines:
         state, *names = line.split()
-        for name in names: jobs[name] = state.startswith('RUNNING')
+        for name in names:
+            jobs[name] = state.startswith('RUNNING')
     return jobs
 
 # %% ../../nbs/launch/02_cluster.ipynb #38529127
 def rendezvous(environment:dict)->tuple[int, dict]:
     "Returns this node's number in its job, and the parameters of a run on the job's nodes: {} on one node."
     nodes = int(environment.get('SLURM_NTASKS', 1))
-    if nodes == 1: return 0, {}
+    if nodes == 1:
+        return 0, {}
     host = environment.get('SLURM_LAUNCH_NODE_IPADDR') # where srun started
     if not host:
         raise VitdistillError(f'{nodes} nodes have no address to meet at, for SLURM_LAUNCH_NODE_IPADDR is '
@@ -125,7 +130,8 @@ class Job:
         first = int(os.environ.get('SLURM_PROCID', 0)) == 0 # the first node
         environment = dict(os.environ)
         threads = os.environ.get('SLURM_CPUS_PER_TASK') # may be fewer than the cores that the job sees
-        if threads: environment['OMP_NUM_THREADS'] = threads
+        if threads:
+            environment['OMP_NUM_THREADS'] = threads
         with open(self.log if first else os.devnull, 'a') as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT,
                                             env=environment, cwd=repo_root(), preexec_fn=obey_only_sigterm)
@@ -138,7 +144,8 @@ class Job:
         if status:
             raise VitdistillError(f"the job's command ended with status {status}: see {self.log}.")
 
-    def _end(self, *_): self.process.terminate() # handler of a signal
+    def _end(self, *_): # handler of a signal
+        self.process.terminate()
 
     def checkpoint(self): # submitit's hook, on SIGUSR2
         import submitit

@@ -53,7 +53,8 @@ def link_images(
     "Writes a folder of links to a user's images, a folder for each part; refuses one of other images."
     if to.is_dir():
         links = {file.relative_to(to).as_posix() for file in to.rglob('*') if file.is_symlink()}
-        if links == {*parted.values()}: return to
+        if links == {*parted.values()}:
+            return to
         if has_runs(to.parent):
             raise VitdistillError(f'{to.parent} holds a job on other files of {root} ({len(links)} then, '
                                   f'{len(parted)} now): name another folder as out.')
@@ -67,7 +68,8 @@ def link_images(
         try:
             Path(draft, 'data').rename(to)
         except OSError:
-            if not to.is_dir(): raise # else another process was first
+            if not to.is_dir(): # else another process was first
+                raise
     return to
 
 # %% ../../nbs/launch/04_images.ipynb #fb7be973
@@ -119,7 +121,8 @@ def files_of_classes(
     top = root.resolve()
     left_out = []
     for place in (root/UNLABELLED, unlabelled):
-        if not place or not place.is_dir(): continue
+        if not place or not place.is_dir():
+            continue
         place = place.resolve()
         if place.is_relative_to(top) and place != top:
             left_out.append(f'{place.relative_to(top)}/')
@@ -132,9 +135,11 @@ def files_of_classes(
 def refuse_parts(root:Path, classes:list)->None: # the user's folder; names of its folders of images
     "Raises a `VitdistillError` if folders of images are parts of a dataset and not classes."
     parts = [name for name in classes if is_part(name)]
-    if not parts: return
+    if not parts:
+        return
     vehicle = len(parts) == 1 and parts[0].lower() in ('train', 'training') # beside Bus and Car
-    if vehicle and len(classes) > 2: return
+    if vehicle and len(classes) > 2:
+        return
     names = printable(' and '.join(parts))
     which = f'folder {names} looks' if len(parts) == 1 else f'folders {names} look'
     raise VitdistillError(f'{root}: the {which} like training or test images, not like classes: name the two '
@@ -149,8 +154,10 @@ def with_test(
     "Returns a folder with train/ and val/: the user's own, or one of links to its images in `out`."
     if not root.is_dir():
         raise VitdistillError(f'no folder {root}: name the folder that holds your images.')
-    if labels: return link_labelled(root, out, labels)
-    if any((root/name).exists() for name in ('train', 'train.tar')): return root
+    if labels:
+        return link_labelled(root, out, labels)
+    if any((root/name).exists() for name in ('train', 'train.tar')):
+        return root
     names, folders = files_of_classes(root, unlabelled)
     images = [name for name in names if is_image(name)]
     classes = sorted({class_of(name) for name in images})
@@ -179,7 +186,8 @@ def with_test(
 # %% ../../nbs/launch/04_images.ipynb #b98ad919
 def has_part(root:Path, part:str)->bool: # part: train, or one of TESTS
     "Returns whether a part has a folder with images, or without a folder a tar, as `in_folders` reads them."
-    if not (root/part).is_dir(): return (root/f'{part}.tar').is_file()
+    if not (root/part).is_dir():
+        return (root/f'{part}.tar').is_file()
     return any(is_image(file.name) for file in files_below(root/part)[0])
 
 def folder_of_tests(root:Path)->Path: # folder of the dataset
@@ -208,7 +216,8 @@ class Images:
     weighted:bool=False # whether training weighs rare classes more
 
     @property
-    def labelled(self)->bool: return self.test > 0
+    def labelled(self)->bool:
+        return self.test > 0
 
     def __str__(self):
         names = _first_names(self.classes, 10)
@@ -226,7 +235,8 @@ class Images:
         "Returns which of the user's folders are the test images, and which are not used."
         part = self.test_part.removesuffix('.tar')
         unused = [name for name in TESTS if name != part and has_part(self.root, name)]
-        if not unused: return f'your folder {part}'
+        if not unused:
+            return f'your folder {part}'
         return f"your folder {part}; {' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used"
 
     def shares(self)->str:
@@ -262,7 +272,8 @@ def sides_of(
         share = math.ceil(decode*len(files)/max(1, total)) # of this part
         wrong = unreadable(files, rows[:share])
         for row in rows:
-            if row in wrong: continue
+            if row in wrong:
+                continue
             try:
                 with files.opener(row) as file, Image.open(file) as image:
                     sides.append(min(image.size))
@@ -287,7 +298,8 @@ def images_in(
     parts = [train] if config.class_names else [train, test]
     side = round(statistics.median(sides_of(*parts)))
     images = Images(Path(config.data_root), train.classes, len(used), len(held_out), 0, side, drawn)
-    if config.class_names: return images # no image has a label
+    if config.class_names: # no image has a label
+        return images
 
     def counts(labels):
         return torch.bincount(labels, minlength=len(train.classes)).tolist()
@@ -340,7 +352,8 @@ def with_unique(
                       'that are in train and in the test.')
     across = same_images(train, test) if test else []
     sentences = same_in_words(train, test, across, same_images(train), drop)
-    if not (drop and across): return root, sentences
+    if not (drop and across):
+        return root, sentences
     if not all((root/files.files[0][0]).is_file() for files in (train, test)):
         raise VitdistillError(f'{root}: images in archives can not be left out: unpack them, or leave out '
                               '--drop-duplicates.')
@@ -369,7 +382,8 @@ def few_test_images(n:int)->str: # number of test images
     "Returns a warning if two students can't be compared on so few test images, else ''."
     least = 30
     disagreement = .2 # of 30 images, 6 are right with one student alone: the fewest that are hardly chance
-    if n >= least: return ''
+    if n >= least:
+        return ''
     def detectable(images): # half a 95% interval, points
         return round(196*math.sqrt(disagreement/images))
     return (f'{n} test images are too few to tell whether a teacher helps: this job can compare nothing. '
@@ -384,14 +398,16 @@ def weights_here(name:str)->bool: # name: of timm's, or hf-hub:OWNER/MODEL
         repository = name.removeprefix('hf-hub:')
     else:
         about = timm.models.get_pretrained_cfg(name)
-        if about is None or not about.has_weights: return False
+        if about is None or not about.has_weights:
+            return False
         repository = about.hf_hub_id or f'timm/{about.architecture}.{about.tag}'
     return isinstance(try_to_load_from_cache(repository, 'model.safetensors'), str) or hub_answers()
 
 def architecture_of(file:str, name:str='')->str: # file: of weights; name: as the user gives it
     "Returns the timm architecture of a file of weights: the given one, or that which begins the file's name."
     architecture = name or Path(file).name.partition('.')[0]
-    if timm.is_model(architecture): return architecture
+    if timm.is_model(architecture):
+        return architecture
     raise VitdistillError(f'{file} does not say its architecture: name it with teacher_name '
                           '(--teacher-name), such as vit_tiny_patch16_224.')
 
@@ -430,7 +446,8 @@ def teacher_part(
     else: # pixels of one that was saved by hand may be scaled otherwise
         fits = not label_names and outputs(made, teacher) == len(classes)
     load_weights(made, weights_place(weights), new_head=not fits) # raises if they are of another architecture
-    if model.get('stem') == 'imagenet': del model['stem']
+    if model.get('stem') == 'imagenet':
+        del model['stem']
     normalization = card.normalization if card else ''
     common = model | dict(student_size=size, student_normalization=normalization or 'own')
     if fits:
@@ -472,7 +489,8 @@ def begun_students(out:Path)->list[str]: # folder of a job
     "Returns the names of the students of which something was trained in the folder of a job."
     file = out/f'{out.name}.yaml'
     begun = begun_parts(out)
-    if not file.is_file(): return []
+    if not file.is_file():
+        return []
     study = read_yaml(file)
     first = study['common'].get('student')
     students = [arm.get('student', first) for name, arm in study['arms'].items() if name in begun]
@@ -607,7 +625,8 @@ def write_study(
     return file if dry else write_atomic(file, text)
 
 def _changes(old, new, name=''): # lines that say in which entries two parts of a study differ
-    if old == new or name in LOOSENS: return []
+    if old == new or name in LOOSENS:
+        return []
     if not (isinstance(old, dict) and isinstance(new, dict)):
         then, now = ('not given' if value is None else repr(value) for value in (old, new))
         return [f'{name}: {then} then, {now} now']
@@ -631,7 +650,8 @@ def names_without_labels(
         raise VitdistillError(f'unlabelled = {str(unlabelled)!r} is the folder of all images, so none has a '
                               'label: give a teacher by words and the names of the classes (--teacher '
                               'clip:MODEL/WEIGHTS --classes FILE).')
-    if whole: return [*words_of_classes([], given)]
+    if whole:
+        return [*words_of_classes([], given)]
     if not (by_words and data.is_dir()) or any((data/name).exists() for name in ('train', 'train.tar')):
         return []
     files, _ = files_of_classes(data)
@@ -696,7 +716,8 @@ def seconds_an_image(
     while begun is None or time.perf_counter() - begun < seconds:
         with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16, enabled=bf16):
             total = model(pixels)[0].float().sum()
-        if train: total.backward()
+        if train:
+            total.backward()
         total.item()
         if begun is None:
             begun = time.perf_counter()
@@ -743,7 +764,8 @@ def with_precision(
     quickest = {} # model -> precision
     for name, (parts, key) in open_precisions(study).items():
         for part in parts:
-            if part.get(key, 'auto') != 'auto': continue # the user chooses
+            if part.get(key, 'auto') != 'auto': # the user chooses
+                continue
             if name in before: # a job that has begun is not measured again
                 old_parts, _ = before[name]
                 if old_parts and key in old_parts[0]:
@@ -768,7 +790,8 @@ def same_threads(out:Path): # folder of the job
         threads = min(most, kept[0])
     elif auto_device() == 'cpu':
         threads, busy = free_threads(most)
-        if busy: print(busy, flush=True)
+        if busy:
+            print(busy, flush=True)
     else:
         threads = most
     before = torch.get_num_threads()

@@ -62,7 +62,8 @@ class Cell:
     epochs:tuple=()        # (done, planned) of its last run
     rest:float=None        # estimated seconds until it is done
 
-    def __str__(self): return self.name
+    def __str__(self):
+        return self.name
 
     def file(self, ending:str)->Path:
         return self.place.with_suffix(ending)
@@ -76,7 +77,8 @@ class Cell:
         return 'arm' in self.declared
 
     @property
-    def folder_of_runs(self)->str: return runs_folder(self.declared | self.chosen)
+    def folder_of_runs(self)->str:
+        return runs_folder(self.declared | self.chosen)
 
     @cached_property
     def config(self)->Config|None: # without other cells' models; None: its notebook makes more than one run
@@ -118,7 +120,8 @@ def recipe_fields(cell:Cell)->dict:
         config = cell.config
     except VitdistillError: # which `check_cells` raises
         return {}
-    if not config: return {}
+    if not config:
+        return {}
     names = {*field_names(hashed=True)} - {*field_names(group='found')} - {*field_names(group='teacher')}
     return {name: getattr(config, name) for name in names}
 
@@ -177,10 +180,12 @@ def grid_cells(
 def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they will train on this machine
     "Raises `VitdistillError` for settings with which a cell could not train, before the first one trains."
     later = dict(fold_answers='unseen') # teachers of folds are trained first
-    if not here: later['device'] = 'auto'
+    if not here:
+        later['device'] = 'auto'
     for cell in cells:
         try:
-            if not cell.config: continue
+            if not cell.config:
+                continue
             config = replace(cell.config, **later)
             check_settings(config)
             criterion(config)
@@ -195,7 +200,8 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
 # %% ../../nbs/launch/03_queue.ipynb #217dbe40
 def slot_environment(slot:int, slots:int, gpus:int)->dict:
     "Returns the environment variables of a cell in slot 0, 1, ...: its GPU, or its share of the cores."
-    if slots == 1: return {}
+    if slots == 1:
+        return {}
     environment = {'OMP_NUM_THREADS': str(max(1, cores()//slots))}
     if gpus:
         visible = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(gpus))) # e.g. Slurm's
@@ -222,7 +228,8 @@ def read_record(cell:Cell)->dict:
     record = read_json(cell.file('.json'))
     present = record_of(cell)
     for name in ('chosen', 'arm', 'hash'): # an older version wrote no hash
-        if record.get(name, present[name]) != present[name]: return {}
+        if record.get(name, present[name]) != present[name]:
+            return {}
     return record
 
 # %% ../../nbs/launch/03_queue.ipynb #62419a6b
@@ -279,9 +286,11 @@ def missing_weights(cells:list[Cell])->list[str]:
     for cell in cells:
         for key in MODELS[1:]:
             for file in map(str, as_list(cell.chosen.get(key) or None)):
-                if not (file.startswith('hf-hub:') or fitting(file)): missing[file] = True
+                if not (file.startswith('hf-hub:') or fitting(file)):
+                    missing[file] = True
         for arm in cell.models.values():
-            if arm in arms: continue
+            if arm in arms:
+                continue
             try:
                 model_for(cell, arm)
             except VitdistillError:
@@ -310,7 +319,8 @@ def execute(
         with open(log, 'w') as output:
             process = subprocess.Popen(command, stdout=None if show else output, stderr=output,
                                        env=os.environ | environment, preexec_fn=bind_to_parent)
-        if processes is not None: processes.append(process)
+        if processes is not None:
+            processes.append(process)
         try:
             status = process.wait()
             if cell.state == 'running': # it was not cut meanwhile
@@ -331,13 +341,15 @@ def papermill_command(cell:Cell, more:dict, show:bool)->list[str]: # as `execute
     if cell.takes_arm:
         parameters['arm'] = cell.arm
     options = ['--cwd', str(repo_root()), '--log-output', '--no-progress-bar']
-    if show: options += ['--stdout-file', '-']
+    if show:
+        options += ['--stdout-file', '-']
     return [sys.executable, '-P', '-m', 'papermill', str(cell.notebook), str(cell.place), *options,
             '--parameters_yaml', yaml.safe_dump(parameters | more)]
 
 def state_at_end(status:int, log:Path)->str: # exit status and output of a cell's process
     "Returns 'done', or why a cell failed: the last line of its log."
-    if status == 0: return 'done'
+    if status == 0:
+        return 'done'
     lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
     return lines[-1] if lines else f'ended with status {status}'
 
@@ -359,7 +371,8 @@ def run_cell(
             print(f'{share:.1%} of the test images', flush=True)
         return run
     config = config_of(cell, **models, **new_threads(cell, threads))
-    if models: config = with_teacher(config, given)
+    if models:
+        config = with_teacher(config, given)
     card = Card.read(config.teacher_weights)
     if card and is_weak(card): # train all the same: a job reports a weak teacher beside its result
         config = replace(config, allow_untrained=True)
@@ -404,17 +417,22 @@ def state_now(
         state = 'cut'
     if state == 'done' and cell.takes_arm and all(run.status != 'done' for run in runs): # its run was removed
         return 'left'
-    if state == 'cut' and in_queue: return 'waiting'
-    if state != 'left' or not job: return state
-    if teacher_failed: return NO_TEACHER
-    if in_queue or queue is None: return 'waiting'
+    if state == 'cut' and in_queue:
+        return 'waiting'
+    if state != 'left' or not job:
+        return state
+    if teacher_failed:
+        return NO_TEACHER
+    if in_queue or queue is None:
+        return 'waiting'
     folder = cell.place.parent
     return f"job {job} ended without a record: does its node see {folder}? See {folder/'slurm'}"
 
 # %% ../../nbs/launch/03_queue.ipynb #ff062183
 def start_order(cells:list[Cell])->list[int]: # numbers of cells
     "Returns the order in which cells start: each after those it waits for, and needed ones before others."
-    def depth(n): return 1 + max(map(depth, cells[n].after), default=-1)
+    def depth(n):
+        return 1 + max(map(depth, cells[n].after), default=-1)
     needed = {n for cell in cells for n in cell.after}
     return sorted(range(len(cells)), key=lambda n: (depth(n), n not in needed, n))
 
@@ -484,7 +502,8 @@ def state_table(cells:list[Cell])->str: # cells: of `states_of`
             time = f'ETA {tqdm.format_interval(cell.rest)}'
         state = 'failed' if cell.failed else cell.state
         lines.append(f'{state:8} {epochs:>9} {time:>12}  {cell}')
-        if cell.failed: lines.append(f'         {cell.state}')
+        if cell.failed:
+            lines.append(f'         {cell.state}')
     return '\n'.join([*lines, count_states(cells)])
 
 # %% ../../nbs/launch/03_queue.ipynb #72b769e1
@@ -494,7 +513,8 @@ def refuse_busy(folder:Path)->None:
     queue = queued() or {}
     names = {job for job in jobs.values() if job in queue} # of jobs; of cells that run here
     for lock in folder.glob('[0-9]*.lock'):
-        if is_locked(lock): names.add(jobs.get(lock.stem, lock.stem))
+        if is_locked(lock):
+            names.add(jobs.get(lock.stem, lock.stem))
     if names:
         raise VitdistillError(f'{folder} is in use: {len(names)} run(s) of a study of that name are running '
                               f"or waiting ({', '.join(sorted(names)[:4])}): wait for them, end them, or set "
@@ -534,7 +554,8 @@ def run_in_order(
 )->None:
     "Runs cells, each after those it waits for."
     free = SimpleQueue() # numbers of the slots in which nothing runs
-    for slot in range(slots): free.put(slot)
+    for slot in range(slots):
+        free.put(slot)
     futures = {}         # number of a cell -> its future
     stopped = Event()
 
@@ -543,8 +564,10 @@ def run_in_order(
         wait([futures[first] for first in cell.after if first in futures])
         slot = free.get()
         try:
-            if stopped.is_set(): return
-            if show: print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
+            if stopped.is_set():
+                return
+            if show:
+                print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
             run(cell, slot)
         finally:
             free.put(slot)
@@ -552,17 +575,22 @@ def run_in_order(
             raise VitdistillError(f'{cell} failed (notebook: {cell.place}): {cell.state}')
 
     if slots == 1:
-        for n in todo: run_one(n)
+        for n in todo:
+            run_one(n)
         return
     with ThreadPoolExecutor(slots) as pool:
         try:
-            for n in todo: futures[n] = pool.submit(run_one, n)
-            for future in futures.values(): future.result()
+            for n in todo:
+                futures[n] = pool.submit(run_one, n)
+            for future in futures.values():
+                future.result()
         except KeyboardInterrupt:
             stopped.set()
             for cell in cells:
-                if cell.state == 'running': cell.state = 'cut'
-            for process in processes: stop(process)
+                if cell.state == 'running':
+                    cell.state = 'cut'
+            for process in processes:
+                stop(process)
             raise
 
 # %% ../../nbs/launch/03_queue.ipynb #a5b95ffc
@@ -580,7 +608,8 @@ def run_batch(
         threads, warning = 0, ''
         if todo and not gpus:
             threads, warning = free_threads(cores(), slots)
-        if warning: print(warning)
+        if warning:
+            print(warning)
         print(f'{len(todo)} cells, {slots} at once; notebooks and logs go to {folder}', flush=True)
 
         def run(cell, slot):
@@ -623,7 +652,8 @@ def main(arguments:list=None)->int:
     "Runs `vitdistill grid`; returns the number of failed cells, at most 100, as exit status."
     args = grid_parser().parse_args(arguments)
     try:
-        if args.grid.endswith('.json'): return execute_alone(args.grid)
+        if args.grid.endswith('.json'):
+            return execute_alone(args.grid)
         if args.at_once is not None and args.at_once < 1:
             raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it '
                                   'out.')
@@ -653,4 +683,5 @@ def main(arguments:list=None)->int:
 
 # %% ../../nbs/launch/03_queue.ipynb #23a2fcf4
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -64,11 +64,13 @@ def parameters(
     cells = values['In']
     start = 0 # number of the parameters cell, as it was last run
     for i, cell in enumerate(cells):
-        if 'preset' in assigned_names(cell) and not is_injected(cell): start = i
+        if 'preset' in assigned_names(cell) and not is_injected(cell):
+            start = i
     declared = assigned_names(cells[start])
     injected = []
     for cell in cells[start:]:
-        if is_injected(cell): injected += assigned_names(cell)
+        if is_injected(cell):
+            injected += assigned_names(cell)
     check_names(declared, notebook_names)
     check_names(injected, declared)
     for name in re.findall(r'^(\w+):bool\b', cells[start], re.M):
@@ -88,12 +90,14 @@ def assigned_names(source:str)->list[str]: # of a cell
     names = []
     for statement in statements:
         for part in ast.iter_child_nodes(statement):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store): names.append(part.id)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                names.append(part.id)
     return names
 
 def as_bool(name:str, value)->bool: # the name is for the message
     "Returns a parameter as a bool; papermill's -p leaves the word 'true' or 'false'."
-    if not isinstance(value, str): return value
+    if not isinstance(value, str):
+        return value
     if value.lower() not in ('true', 'false'):
         raise VitdistillError(f'{name} = {value!r} is neither true nor false: give True or False.')
     return value.lower() == 'true'
@@ -117,8 +121,10 @@ def rank_count(
     "Returns the ranks to start on this node, and a sentence if that is not the number asked for."
     on_gpu = config.device == 'cuda'
     available = max(1, gpus) if on_gpu else 1
-    if nproc == 'auto': nproc = None
-    if nproc and (nproc <= available or not on_gpu): return nproc, ''
+    if nproc == 'auto':
+        nproc = None
+    if nproc and (nproc <= available or not on_gpu):
+        return nproc, ''
     wish = nproc or config.nproc
     if wish == 'auto':
         if available == 1 or config.batch_size >= 64*gpus or not uses_batch_norm(config):
@@ -126,7 +132,8 @@ def rank_count(
         return 1, (f'uses one of {gpus} GPUs: on all of them, batch norm would be synchronized over small '
                    'parts of a batch. Use the others for other runs (a grid does), or set nproc.')
     ranks = min(wish, available)
-    if ranks == wish: return ranks, ''
+    if ranks == wish:
+        return ranks, ''
     kind = 'GPU' if on_gpu else f'rank on {config.device}'
     plural = 's' if ranks > 1 else ''
     return ranks, (f'uses {ranks} {kind}{plural}, not the {wish} ranks asked for; '
@@ -185,7 +192,8 @@ def failure(
     "Returns why a launch failed: a rank that was killed, else a rank's first error, else the end of the log."
     lines = list(lines)
     timeout = error_of_watchdog(lines)
-    if timeout: return str(timeout)
+    if timeout:
+        return str(timeout)
     row = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)' # of torchrun's table
     killed = re.search(row, '\n'.join(lines))
     if killed or status < 0:
@@ -207,7 +215,8 @@ def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
     messages = [json.loads(file.read_text())['message'] for file in files]
     for error in messages:
         kind, _, sentence = error['message'].partition(': ')
-        if kind == VitdistillError.__name__: return sentence
+        if kind == VitdistillError.__name__:
+            return sentence
     trace = messages[0]['extraInfo']['py_callstack'].rstrip().splitlines()
     return f'rank {files[0].parent.name} failed:\n' + '\n'.join(trace[-12:])
 
@@ -233,7 +242,8 @@ def follow(
             if failed or not show or not line or _torchrun.match(line):
                 continue
             is_progress = PROGRESS.match(line)
-            if is_progress and callable(show): line += show()
+            if is_progress and callable(show):
+                line += show()
             if is_progress and curve:
                 curve.update(line.strip())
             else:
@@ -265,9 +275,11 @@ def train_on_ranks(
 )->str:
     "Starts the ranks of a config and waits for their end; returns why they failed, or ''."
     ranks, note = rank_count(config, nproc, torch.cuda.device_count())
-    if note and show: print(note)
+    if note and show:
+        print(note)
     threads, busy = run_threads(config, run, ranks)
-    if busy and show: print(busy)
+    if busy and show:
+        print(busy)
     work = from_root(config.work_dir)/run.name
     config = replace(config, **dict.fromkeys(config.auto, 'auto')) # each rank resolves it for its own node
     file = save(config, work/'launch.yaml')
@@ -312,7 +324,8 @@ def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: s
     "Returns whether the run is done; of several nodes, waits a while for their shared disk."
     give_up = time.monotonic() + (patience if nodes > 1 else 0)
     while Run(run.folder).status != 'done':
-        if time.monotonic() >= give_up: return False
+        if time.monotonic() >= give_up:
+            return False
         time.sleep(.5)
     return True
 
@@ -351,19 +364,22 @@ def run(
     check_launch(config, nproc)
     config = resolve(config)
     record = Run.of(config)
-    if arm: RunWriter(record.folder).add_arm(arm)
+    if arm:
+        RunWriter(record.folder).add_arm(arm)
     if record.status == 'done':
         # a clone has the record only
         if (needed or makes_teacher(config.experiment)) and not has_model(record):
             raise VitdistillError(f'{record.name} is done, but its model is not in {record.model}: put it '
                                   f'there, or remove {record.folder} to train it again.')
-        if show: print(f'{record.name} is done already')
+        if show:
+            print(f'{record.name} is done already')
     else:
         reason = train_or_interrupt(config, record, nproc, show)
         record = Run(record.folder)
         if not wait_until_done(record, config.nnodes):
             raise VitdistillError(reason or f'{record.name} ended without a result: start it again.')
-    if show: print_end(record)
+    if show:
+        print_end(record)
     return record
 
 def train_or_interrupt(config:Config, record:Run, nproc:int|None, show:bool|typing.Callable)->str:
@@ -379,7 +395,8 @@ def train_or_interrupt(config:Config, record:Run, nproc:int|None, show:bool|typi
 def print_end(record:Run)->None:
     "Prints where a finished run's record and model are, and a warning about its teacher."
     warning = teacher_warning(record.result)
-    if warning: print(warning)
+    if warning:
+        print(warning)
     model = f'model and log.txt: {record.work}'
     if not has_model(record):
         model = 'the model is not here: to train it, remove that folder or set another runs_dir'
@@ -394,7 +411,8 @@ def launch_fill(
     check_folders(config)
     config = resolve(config)
     reason = train_on_ranks(config, Run.of(config), nproc, True, '--fill')
-    if reason: raise VitdistillError(reason)
+    if reason:
+        raise VitdistillError(reason)
 
 # %% ../../nbs/launch/01_runner.ipynb #2cf71c42
 def store_answers(
@@ -404,7 +422,8 @@ def store_answers(
     record:Path=None # folder of its run, for `keep_answers`
 )->None:
     "Stores a teacher's answers for the students of its preset, where its notebook asks for it."
-    if not (given['fill_memo'] or given['keep_answers']): return
+    if not (given['fill_memo'] or given['keep_answers']):
+        return
     shared = {name: given.get(name) for name in ('preset', 'teacher_precision', *field_names(shared=True))}
     student = configure('distilled' if given.get('role', 'teacher') == 'teacher' else 'deit', shared)
     untrained = student.allow_untrained or config.allow_untrained or bool(given.get('new_head'))
@@ -421,7 +440,8 @@ def store_answers(
 # %% ../../nbs/launch/01_runner.ipynb #a4a44541
 def is_weak(card:Card)->bool: # of a teacher
     "Returns whether a teacher's card says that it seems untrained."
-    if card.top1_held_out is None: return False # nothing was held out
+    if card.top1_held_out is None: # nothing was held out
+        return False
     return seems_untrained(card.top1_held_out, card.n_measured, len(card.classes))
 
 # %% ../../nbs/launch/01_runner.ipynb #5e533de4
@@ -441,12 +461,14 @@ def adopt_teacher(
     held_out = labelled_images(given['held_out'], data.classes, config) if given.get('held_out') else None
     card = adopt(config, weights, folder, data, config.device, config.precision, new_head, held_out=held_out)
     if is_weak(card) and not (config.allow_untrained or new_head):
-        if not existed: shutil.rmtree(folder)
+        if not existed:
+            shutil.rmtree(folder)
         refuse_weak(card, weights)
     if not (given.get('keep_record') or given.get('keep_answers')):
         return config, card, None
     run = record_adopted(config, folder)
-    if arm: run.add_arm(arm)
+    if arm:
+        run.add_arm(arm)
     return config, card, run
 
 def refuse_weak(card:Card, weights)->None: # weights: as the user named them
@@ -489,7 +511,8 @@ def teacher_fields(
 )->dict:
     "Returns what a teacher's card says about it, as fields of the student's config; {} without a card."
     card = Card.read(only_match(weights)) if weights else None
-    if not card: return {}
+    if not card:
+        return {}
     fields = card.teacher_fields()
     if given.get('teacher') not in (None, fields.get('teacher')): # loading it will say what doesn't fit
         return {}

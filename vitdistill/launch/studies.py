@@ -46,14 +46,17 @@ class Study:
             setattr(self, f.name, plain_value(getattr(self, f.name)))
         for parts in (self.teachers, self.arms):
             for name, part in parts.items(): # 'study/arm' and a list of these become {arms: [study/arm, ...]}
-                if isinstance(part, (str, list)): parts[name] = {'arms': as_list(part)}
+                if isinstance(part, (str, list)):
+                    parts[name] = {'arms': as_list(part)}
 
     @property
-    def parts(self)->dict: return self.teachers | self.arms
+    def parts(self)->dict:
+        return self.teachers | self.arms
 
 def as_list(value)->list: # such as `after` of a part; None: nothing
     "Returns a list of what may be written as one or several."
-    if value is None: return []
+    if value is None:
+        return []
     return value if isinstance(value, list) else [value]
 
 # %% ../../nbs/launch/00_studies.ipynb #3956d2e3
@@ -82,7 +85,8 @@ def parameters_of(study:Study, name:str)->tuple[dict, dict]: # name: of a part t
     models = {} # parameter -> name of the part that trains the model
     for key in MODELS:
         value = parameters.get(key)
-        if isinstance(value, str) and value in study.parts: models[key] = parameters.pop(key)
+        if isinstance(value, str) and value in study.parts:
+            models[key] = parameters.pop(key)
     if 'teacher' in models:
         other = models.get('teacher_weights') or parameters.get('teacher_weights')
         if other:
@@ -96,7 +100,8 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
     "Returns the parts that are trained here in a possible order; a circle is a `VitdistillError`."
     after = {}
     for name, part in study.parts.items():
-        if not trains(part): continue
+        if not trains(part):
+            continue
         first = as_list(part.get('after'))
         for other in first:
             if other not in study.parts:
@@ -170,14 +175,18 @@ def seeds_of(study:Study, arm:str)->list[int]: # arm: name of a part, also with 
     "Returns the seeds of an arm, its own before those of the study; []: the seed of its notebook."
     name, varied = arm_names(study).get(arm, (arm, {}))
     part = study.parts[name]
-    if not trains(part): return []
-    if 'seed' in varied: return [varied['seed']]
+    if not trains(part):
+        return []
+    if 'seed' in varied:
+        return [varied['seed']]
     vary = part.get('vary') or {}
     own = vary.get('seed') or part.get('seeds')
-    if own: return own
+    if own:
+        return own
     if 'seed' in part:
         return [] if part['seed'] is None else [part['seed']]
-    if name not in study.arms: return [] # a teacher
+    if name not in study.arms: # a teacher
+        return []
     return as_list(study.common.get('seed')) or study.seeds
 
 # %% ../../nbs/launch/00_studies.ipynb #8f250e36
@@ -208,7 +217,8 @@ def refuse_equal_arms(study:Study)->None:
     "Raises a `VitdistillError` for two arms of equal settings."
     arms = {} # settings -> arm
     for name, part in study.arms.items():
-        if not trains(part): continue
+        if not trains(part):
+            continue
         parameters, models = parameters_of(study, name)
         settings = json.dumps([part['notebook'], part.get('vary'), parameters, models], sort_keys=True)
         if settings in arms:
@@ -232,11 +242,13 @@ def check_part(study:Study, name:str)->None:
         refuse(f'has seeds: {seeds!r}: write "seeds: [{seeds}]".')
     vary = part.get('vary') or {}
     check_vary(vary, name)
-    if 'seeds' in part: check_vary(dict(seed=seeds), name)
+    if 'seeds' in part:
+        check_vary(dict(seed=seeds), name)
     if 'seeds' in part and 'seed' in part:
         refuse('has seed and seeds: remove one.')
     ways = [way for way in ('notebook', 'runs', 'arms') if way in part]
-    if len(ways) > 1: refuse(f"has {' and '.join(ways)}: remove one.")
+    if len(ways) > 1:
+        refuse(f"has {' and '.join(ways)}: remove one.")
     idle = [key for key in part if key not in ways]
     if idle and not trains(part):
         refuse(f'trains nothing itself, so that {idle[0]} would do nothing: remove it.')
@@ -259,18 +271,22 @@ def check(study:Study)->None:
         if key in study.common:
             place = 'beside common, or at an arm' if key == 'seeds' else 'at each arm'
             raise VitdistillError(f'{study.name}: common has {key}, which is no parameter: write it {place}.')
-    for name in study.parts: check_part(study, name)
-    if study.seeds: check_vary(dict(seed=study.seeds), study.name)
+    for name in study.parts:
+        check_part(study, name)
+    if study.seeds:
+        check_vary(dict(seed=study.seeds), study.name)
     order(study)
     refuse_unknown_arms(study, 'published', study.published)
     refuse_unknown_arms(study, 'baseline', as_list(study.baseline or None))
-    for pair in study.compare: refuse_unknown_arms(study, 'compare', sides(pair))
+    for pair in study.compare:
+        refuse_unknown_arms(study, 'compare', sides(pair))
     for arm, value in study.published.items():
         if type(value) not in (int, float):
             raise VitdistillError(f'{study.name}: published: {arm}: {value!r} is no fraction: write 0.76 for '
                                   '76%.')
     for pair in study.compare:
-        if isinstance(pair[0], list): refuse_several_arms(study, sides(pair))
+        if isinstance(pair[0], list):
+            refuse_several_arms(study, sides(pair))
     check_seeds(study)
     refuse_equal_arms(study)
 
@@ -295,7 +311,8 @@ def refuse_several_arms(study:Study, arms:Iterable[str])->None: # of a differenc
 def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
     "Returns the content of a job's study file with the file's folder of today where it names that of then."
     common = values.get('common')
-    if not isinstance(common, dict): return values
+    if not isinstance(common, dict):
+        return values
     old = Path(str(common.get('runs_dir'))).parent # the job's folder, as the file has it
     new = file.resolve().parent
     is_job = old.is_absolute() and old.name == file.stem and str(common.get('work_dir')) == str(old/'work')
@@ -316,10 +333,12 @@ def study_file(name:str|Path)->Path: # name of a study, or path of its file
     "Returns the file of a study; a name without one is a `VitdistillError`."
     file = Path(name)
     if file.suffix in ('.yaml', '.yml'):
-        if file.is_file(): return file
+        if file.is_file():
+            return file
         raise VitdistillError(f'no study at {name}: name a YAML file such as those of nbs/studies.')
     file = shipped(f'nbs/studies/{name}.yaml')
-    if file.is_file(): return file
+    if file.is_file():
+        return file
     raise VitdistillError(f'no study {str(name)!r}: '
                           f"{nearest(str(name), shipped_names('nbs/studies', '.yaml'))}")
 
@@ -361,7 +380,8 @@ def runs_of(
             runs += runs_of(other, name_with_values(name, varied), records)
     elif 'runs' in part: # patterns of names
         for run in records:
-            if any(fnmatch(run.name, pattern) for pattern in as_list(part['runs'])): runs.append(run)
+            if any(fnmatch(run.name, pattern) for pattern in as_list(part['runs'])):
+                runs.append(run)
     else:
         runs = [run for run in records if full_name(study, arm) in run.arms]
     return sorted(matching_runs(runs, varied), key=lambda run: (run.config.seed, run.name))
@@ -371,13 +391,15 @@ def matching_runs(
     values:dict     # name -> value, as in YAML; names that are no fields of Config are ignored
 )->list[Run]:
     "Returns the runs that were asked for these values: '1e-3' is a number, 'auto' is itself."
-    if not values: return runs
+    if not values:
+        return runs
     values = {name: value for name, value in values.items() if name in Config.__dataclass_fields__}
     wanted = _asked_values(from_dict(values))
     matching = []
     for run in runs:
         has = _asked_values(run.config)
-        if all(has[name] == wanted[name] for name in values): matching.append(run)
+        if all(has[name] == wanted[name] for name in values):
+            matching.append(run)
     return matching
 
 def _asked_values(config:Config)->dict: # 'auto' where a run was asked for it, and not what it was resolved to
@@ -391,10 +413,12 @@ def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_
         other, name = others[0]
         return teachers_of(other, name, records)
     part = study.parts[arm]
-    if not trains(part): return []
+    if not trains(part):
+        return []
     _, models = parameters_of(study, arm)
     names = [name for name in as_list(part.get('after')) if name in study.teachers]
-    if 'teacher_weights' in models: names = [models['teacher_weights']]
+    if 'teacher_weights' in models:
+        names = [models['teacher_weights']]
     return [run for name in names for run in runs_of(study, name, records)]
 
 # %% ../../nbs/launch/00_studies.ipynb #91ad3564
@@ -433,14 +457,17 @@ def model_of(
     runs = matching_runs(runs, recipe) or runs # several of equal fields: a preset has changed
     run = max(runs, key=lambda run: run.begun)
     for folder in model_folders(run):
-        if (folder/'model.safetensors').is_file(): return str(folder)
+        if (folder/'model.safetensors').is_file():
+            return str(folder)
     answers = run.folder/'answers.npz'
-    if answers.is_file(): return str(answers)
+    if answers.is_file():
+        return str(answers)
     raise VitdistillError(f'the model of {arm} is not in {run.model}: put it there, or remove {run.folder} '
                           'to train it again.')
 
 def model_folders(run:Run)->list[Path]:
     "Returns the folders where a run's model may be; an adopted teacher's is in the folder that e04 made."
-    if run.config.experiment != 'adopted_teacher': return [run.model]
+    if run.config.experiment != 'adopted_teacher':
+        return [run.model]
     adopted = from_root(run.config.work_dir)/Path(run.config.student_weights).parent.name/'model'
     return [run.model, run.place(adopted)]

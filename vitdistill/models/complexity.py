@@ -166,7 +166,8 @@ def largest_batch(
         batch *= 2
     if image.is_cuda:
         torch.cuda.empty_cache() # free what was tried
-    if fits: return fits
+    if fits:
+        return fits
     raise VitdistillError(f'{image.device} has no memory for one image of {image.shape[-1]} px: '
                           'stop what else uses it, or take a smaller image_size.')
 

@@ -161,7 +161,8 @@ def check_size(
     embed = getattr(model, 'patch_embed', None)
     built = getattr(embed, 'img_size', None)
     patch = getattr(embed, 'patch_size', None)
-    if built is None or patch is None: return # it has no patches, or takes any size
+    if built is None or patch is None: # it has no patches, or takes any size
+        return
     built = to_2tuple(built)[0]
     patch = to_2tuple(patch)[0]
     if size % patch:
@@ -236,7 +237,8 @@ def _reason(error:Exception)->str: # in a line
 # %% ../../nbs/models/02_create.ipynb #c7c2ec46
 def _architecture(name:str)->tuple[str, dict]: # timm's name and arguments, perhaps from a config.json
     source, place = parse_model_name(name)
-    if not source: return name, {}
+    if not source:
+        return name, {}
     advice = ('check name and network, or download a model that timm saved and name its folder, '
               'local-dir:FOLDER')
     with explained(f"{name} could not be read in timm's format", advice, reason=_reason):
@@ -310,7 +312,8 @@ def without_prefix(
     while not shorter.keys() & names:
         first_parts = {name.partition('.')[0] for name in shorter}
         shorter = {name.partition('.')[2]: tensor for name, tensor in shorter.items()}
-        if len(first_parts) != 1 or '' in shorter: return state
+        if len(first_parts) != 1 or '' in shorter:
+            return state
     return shorter
 
 def read_weights(
@@ -387,7 +390,8 @@ def _refuse_misfit(path, model, state, own): # name -> tensor of the file, and o
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     own_shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     wrong = [name for name in own | state if shapes.get(name) != own_shapes.get(name)]
-    if not wrong: return
+    if not wrong:
+        return
     parts = []
     for name in wrong[:4]:
         parts.append(f'{name} is {shapes.get(name, "missing")}, wants {own_shapes.get(name, "nothing")}')
@@ -465,11 +469,13 @@ def check_initial_weights(
     classes:int      # number of classes of the data
 )->None:
     "Raises `VitdistillError` if a head is to be kept, or positions resampled, without a fitting checkpoint."
-    if config.student_weights: return
+    if config.student_weights:
+        return
     if config.student_resampling != 'bicubic':
         raise VitdistillError(f'student_resampling = {config.student_resampling!r} is for student_weights: '
                               'give these, or leave it out.')
-    if config.student_head == 'new': return
+    if config.student_head == 'new':
+        return
     if not config.student_pretrained:
         raise VitdistillError("student_head = 'keep' has no checkpoint to keep it of: give student_weights.")
     pretrained_classes = model.pretrained_cfg['num_classes']
@@ -495,7 +501,8 @@ def with_constant_drop_path(model:nn.Module)->nn.Module:
     "Sets the drop rate of each residual branch to that of the last one, in place."
     rates = [part.drop_prob for part in model.modules() if isinstance(part, DropPath)]
     rate = max(rates, default=0.)
-    if not rate: return model
+    if not rate:
+        return model
     for block in list(model.modules()): # a list, since branches are replaced
         for name in 'drop_path', 'drop_path1', 'drop_path2', 'drop_path3': # timm's names
             if hasattr(block, name):
@@ -693,7 +700,8 @@ def started_from(
 
     The folder is local or on the hub; for a mere file of weights it returns {}."""
     file = weights_place(weights)/'config.json'
-    if not file.is_file(): return {}
+    if not file.is_file():
+        return {}
     name, kwargs = _architecture(f'local-dir:{file.parent}')
     kwargs = {key: value for key, value in kwargs.items() if key not in OF_DATA}
     kwargs |= {key: value for key, value in usual.items() if key in OF_TRAINING}

@@ -85,7 +85,8 @@ def hub_license(name:str)->str: # hf-hub:OWNER/MODEL, or with '@REVISION'
             about = huggingface_hub.model_info(repository).card_data
     except Exception: # from the network, the hub or the name
         return ''
-    if not about: return ''
+    if not about:
+        return ''
     return about.license or ''
 
 # %% ../../nbs/models/00_hub.ipynb #857a5585

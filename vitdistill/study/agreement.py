@@ -93,7 +93,8 @@ def class_gains(
 )->pd.DataFrame:                 # by group: images; shares plain, taught, won, lost, gain, low, high
     "Returns accuracies per group of classes, plain and taught, and their difference; largest gain first."
     runs = []
-    for plain_run, taught_run in pairs: runs += [plain_run, taught_run]
+    for plain_run, taught_run in pairs:
+        runs += [plain_run, taught_run]
     frame = decisions(runs)
     group = frame.label.map(groups).rename('group')
     images = group.value_counts().sort_index().rename('images')

@@ -43,7 +43,8 @@ def log_probabilities(run:Run, part:str='test')->tuple|None: # part: 'test' or '
     arrays = prediction_arrays(run, part)
     logits = [array.astype(float) for name, array in arrays.items() if name.endswith('_logits')]
     heads = [log_softmax(array, axis=1) for array in logits]
-    if not heads: return None
+    if not heads:
+        return None
     mean = logsumexp(heads, axis=0) - np.log(len(heads)) # of the probabilities
     return mean, arrays[f'{part}_label'].astype(int)
 
@@ -79,7 +80,8 @@ def calibration(run:Run)->dict: # nll, brier, ece, each also _scaled; temperatur
     row = scores(*test)
     row['temperature'] = temperature
     row['fitted_on'] = 'validation images' if val else 'the other half of the test images'
-    for name, score in scores(scaled, label).items(): row[f'{name}_scaled'] = score
+    for name, score in scores(scaled, label).items():
+        row[f'{name}_scaled'] = score
     return row
 
 # %% ../../nbs/study/05_calibration.ipynb #19101e54
@@ -87,7 +89,8 @@ def keep_scores(run:Run)->list: # names of the written files
     "Writes a record's calibration.json and removes the logits from its predictions."
     if not run.folder.is_dir():
         raise VitdistillError(f'{run.folder} is no folder: name one of a run that has ended.')
-    if log_probabilities(run) is None: return []
+    if log_probabilities(run) is None:
+        return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     arrays = read_arrays(run.folder/'predictions.npz')
     without_logits = {name: array for name, array in arrays.items() if '_logits' not in name}
@@ -114,4 +117,5 @@ def main(arguments:list=None)->int:
 
 # %% ../../nbs/study/05_calibration.ipynb #973e87c2
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

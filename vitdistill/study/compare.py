@@ -52,7 +52,8 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: no epo
     files = prediction_files(one)
     other_files = prediction_files(other)
     common = files.keys() & other_files.keys()
-    if not common: return {}
+    if not common:
+        return {}
 
     same_data([one, other])
     epochs = max(common)
@@ -95,10 +96,12 @@ class Comparison:
         tops = self.tops() if tops is None else tops
         rows = []
         for one, other in pairs(self):
-            if len(one) > 1 and not gains: continue
+            if len(one) > 1 and not gains:
+                continue
             row = difference(self, one, other, tops, allow_image_interval)
             over_images = row['interval'] == 'test images' # also of a pair that is not finished
-            if row['seeds'] or over_images: rows.append(row)
+            if row['seeds'] or over_images:
+                rows.append(row)
         frame = pd.DataFrame(rows).reindex(columns=columns)
         return frame.assign(holm=holm(frame.p))
 
@@ -128,7 +131,8 @@ def run_folders(study:Study)->list[str]:
     "Returns the folders of run folders that a study's file names."
     places = {runs_folder(study.common)}
     for name, part in study.parts.items():
-        if not trains(part): continue
+        if not trains(part):
+            continue
         parameters, _ = parameters_of(study, name)
         places.add(runs_folder(parameters))
     return sorted(places)
@@ -154,13 +158,15 @@ def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, o
     arms = arm_names(study)
 
     def variants(arm): # the arm itself, or each of its names with what it varies
-        if arm in arms: return [arm]
+        if arm in arms:
+            return [arm]
         return [name for name in arms if arms[name][0] == arm]
 
     def counterparts(arm, other): # the names of `other` to compare `arm` with: those of equal values
         names = variants(other)
         base, values = arms[arm]
-        if arm in names or base == arms[names[0]][0]: return []
+        if arm in names or base == arms[names[0]][0]:
+            return []
         def equal(name): # in the fields that both arms vary
             return all(values[key] == value for key, value in arms[name][1].items() if key in values)
         return [name for name in names if equal(name)]
@@ -169,13 +175,15 @@ def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, o
     def add(arm, other):
         found.extend(((arm,), (name,)) for name in counterparts(arm, other))
     if study.baseline:
-        for arm in arms: add(arm, study.baseline)
+        for arm in arms:
+            add(arm, study.baseline)
     for pair in study.compare:
         one, other = pair
         if len(sides(pair)) == 4: # a difference of gains
             found.append((tuple(one), tuple(other)))
         else:
-            for arm in variants(one): add(arm, other)
+            for arm in variants(one):
+                add(arm, other)
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/study/08_compare.ipynb #18d4a197
@@ -202,7 +210,8 @@ def difference(
     for arm in names:
         finished = finished_runs(comparison.arms[arm])
         runs += [finished[seed] for seed in both.index]
-    if len(names) == 4: return row | dict(runs=run_names(runs))
+    if len(names) == 4:
+        return row | dict(runs=run_names(runs))
 
     row |= dict(arm_top1=value_of_one.mean(), other_top1=value_of_other.mean())
     if len(both) > 1:
@@ -222,7 +231,8 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
     "Returns two runs with the same seed, finished ones if there are; [] without any."
     if not seeds:
         seeds = sorted({run.config.seed for run in one} & {run.config.seed for run in other})
-    if not seeds: return []
+    if not seeds:
+        return []
     def run_of(arm):
         started = [run for run in arm if run.config.seed == seeds[0]]
         return finished_runs(started).get(seeds[0]) or started[0]
@@ -232,7 +242,8 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
     "Returns a row per tried arm: its mean on held-out images over the seeds that all have; marks the best."
     choose = comparison.study.choose
-    if not choose: return pd.DataFrame()
+    if not choose:
+        return pd.DataFrame()
     by = choose.get('by', 'val_top1')
     field = choose.get('field')
 
@@ -241,12 +252,14 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
     rows = []
     for arm in tops:
         base, values = arms[arm]
-        if field is not None and field not in values: continue
+        if field is not None and field not in values:
+            continue
         runs = finished_runs(comparison.arms[arm]).values()
         # with a field the best variant of each arm is marked, without one the best of all arms
         rows.append(dict(arm=arm, group=base if field else '', **values, runs=run_names(runs)))
     frame = pd.DataFrame(rows)
-    if not rows: return frame
+    if not rows:
+        return frame
 
     for _, group in frame.groupby('group'):
         common = tops[group.arm].dropna()
@@ -263,7 +276,8 @@ def missing(comparison:Comparison)->list[str]:
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
         for run in runs:
-            if run.status == 'done': continue
+            if run.status == 'done':
+                continue
             epochs = f'{run.epochs_done} of {run.config.epochs} epochs'
             notes.append(f'{arm}: seed {run.config.seed} has {epochs}.')
         begun = {run.config.seed for run in runs}
@@ -291,8 +305,10 @@ def taught_pairs(
         for one, other in pairs(comparison):
             taught = comparison.arms[one[0]]
             plain = comparison.arms[other[0]]
-            if len(one) > 1 or not taught or not plain: continue
-            if dataset not in ('', plain[0].config.dataset): continue
+            if len(one) > 1 or not taught or not plain:
+                continue
+            if dataset not in ('', plain[0].config.dataset):
+                continue
             if taught[0].config.teacher and on_labels(plain[0].config):
                 runs = frozenset(run.name for run in taught + plain)
                 by_runs.setdefault(runs, (f'{name}: {one[0]}', plain, taught))
@@ -305,12 +321,16 @@ def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run],
     teaching = {*field_names(teaching=True), 'experiment'}
     groups = {} # fields but those of the teaching -> fields of the teaching -> runs
     for run in records:
-        if {arm.partition('/')[0] for arm in run.arms} & studies: continue
-        if run.config.experiment not in ('baseline', 'distilled'): continue
-        if dataset not in ('', run.config.dataset): continue
+        if {arm.partition('/')[0] for arm in run.arms} & studies:
+            continue
+        if run.config.experiment not in ('baseline', 'distilled'):
+            continue
+        if dataset not in ('', run.config.dataset):
+            continue
         training, teacher = {}, {}
         for name, value in defining(run.config).items():
-            if name == 'seed': continue
+            if name == 'seed':
+                continue
             (teacher if name in teaching else training)[name] = value
         ways = groups.setdefault(json.dumps(training, default=str), {})
         ways.setdefault(json.dumps(teacher, default=str), []).append(run)
@@ -371,7 +391,8 @@ def plot_forest(
 def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without rows
     "Draws the differences of a study."
     rows = comparison.table(gains=False)
-    if not len(rows): return None
+    if not len(rows):
+        return None
     style()
     fig, ax = plt.subplots(figsize=(7.4, .9 + .34*len(rows)), layout='constrained')
     one_baseline = rows.other.nunique() == 1
@@ -401,12 +422,14 @@ def draw_curves(
     for arm, runs in comparison.arms.items():
         finished = [*finished_runs(runs).values()]
         frame = curves(finished or runs).dropna(subset=['test_top1']) # an unfinished seed would cut the mean
-        if not len(frame): continue
+        if not len(frame):
+            continue
         frames[arm] = frame
         mean = mean_curve(frame)
         if len(mean): # otherwise the seeds have no epoch in common
             means[arm] = mean
-    if not frames: return None
+    if not frames:
+        return None
 
     style()
     alone = ax is None
@@ -419,7 +442,8 @@ def draw_curves(
         line, = ax.plot(mean.index, mean, label=arm, color=colors.get(arm))
         ends = frames[arm].groupby('epoch').test_top1.agg(['min', 'max']).loc[mean.index]
         ax.fill_between(ends.index, ends['min'], ends['max'], color=line.get_color(), alpha=.15, linewidth=0)
-    if means and alone: ax.legend(fontsize='small')
+    if means and alone:
+        ax.legend(fontsize='small')
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='epoch', ylabel='test accuracy', title=comparison.study.title)
@@ -448,10 +472,13 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
     "Writes tables, figures and a page of a study into a folder; returns the path of the page."
     study, out = comparison.study, Path(out)
     lead = []
-    if study.asked: lead.append(f'Asked: {study.asked}')
-    if study.expected: lead.append(f'Expected before it ran: {study.expected}')
+    if study.asked:
+        lead.append(f'Asked: {study.asked}')
+    if study.expected:
+        lead.append(f'Expected before it ran: {study.expected}')
     notes = missing(comparison)
-    if notes: lead.append(' '.join(notes))
+    if notes:
+        lead.append(' '.join(notes))
     parts = {'Pictures': write_pictures(comparison, out), 'Tables': write_tables(comparison, out)}
     return write_page(out/f'{study.name}.html', study.title or study.name, lead, parts)
 
@@ -471,7 +498,8 @@ def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
               ('_choices', choices(comparison), about_choices)]
     files = []
     for end, frame, caption in tables:
-        if not len(frame): continue
+        if not len(frame):
+            continue
         _, markdown = save_table(frame, out, comparison.study.name + end, caption, key=['arm', 'other'])
         files.append(markdown)
     return files
@@ -480,14 +508,16 @@ def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
 def write_pictures(comparison:Comparison, out:Path)->list[Path]: # out: folder
     "Writes the forest plot and the curves of a study; returns the SVG of each that has something to show."
     runs = []
-    for arm in comparison.arms.values(): runs += arm
+    for arm in comparison.arms.values():
+        runs += arm
     several_seeds = any(len(finished_runs(arm)) > 1 for arm in comparison.arms.values())
     about_curves = ': means over seeds; bands: worst to best' if several_seeds else ''
     pictures = [('forest', draw_forest(comparison), 'Differences in points; lines are 95% intervals.'),
                 ('curves', draw_curves(comparison), f'Test accuracy by epoch{about_curves}.')]
     files = []
     for end, figure, caption in pictures:
-        if figure is None: continue
+        if figure is None:
+            continue
         files.append(save_figure(figure, out, f'{comparison.study.name}_{end}', caption, runs))
         plt.close(figure)
     return files
@@ -506,7 +536,8 @@ def studies_with_runs(
     for name in named:
         for folder in folders:
             file = Path(folder)/f'{name}.yaml'
-            if file.is_file(): files[name] = file
+            if file.is_file():
+                files[name] = file
     comparisons = [load(files[name], readable) for name in sorted(files)]
     with_runs = [comparison for comparison in comparisons if any(comparison.arms.values())]
     return with_runs, sorted(named - files.keys())
@@ -518,7 +549,8 @@ def write_studies(
     "Compares each study that has runs, writes index.html (their pages and all runs) and returns its path."
     folders = [folder] if folder else folders_of_studies()
     runs = []
-    for place in folders: runs += find_runs(place)
+    for place in folders:
+        runs += find_runs(place)
     if not runs:
         places = ' or '.join(map(str, folders))
         raise VitdistillError(f'no run in {places}: start one, or name a folder of run folders as --reports.')
@@ -533,7 +565,8 @@ def write_studies(
 def folders_of_studies()->list[str]:
     "Returns reports/runs, and the folders of runs that the studies of nbs/studies name."
     folders = {Config().runs_dir}
-    for name in shipped_names('nbs/studies', '.yaml'): folders.update(run_folders(read_study(name)))
+    for name in shipped_names('nbs/studies', '.yaml'):
+        folders.update(run_folders(read_study(name)))
     return sorted(folders)
 
 # %% ../../nbs/study/08_compare.ipynb #5688aef2
@@ -546,7 +579,8 @@ def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
     lines = [comparison.study.title]
     for row in comparison.accuracies().itertuples():
-        if not row.seeds: continue
+        if not row.seeds:
+            continue
         seeds = 'seed' if row.seeds == 1 else 'seeds'
         lines.append(f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} {seeds}')
     lines += [points(row) for row in comparison.table().itertuples()]

@@ -38,7 +38,8 @@ def role_style(role:str, published:bool=False)->dict: # role: of `ROLE_STYLES`; 
     if role not in ROLE_STYLES:
         raise VitdistillError(f'no look for {role!r}: {nearest(role, ROLE_STYLES)}')
     keywords = dict(ROLE_STYLES[role])
-    if published: keywords['color'] = '#8a8a8a'
+    if published:
+        keywords['color'] = '#8a8a8a'
     return keywords
 
 # %% ../../nbs/study/03_figures.ipynb #045a1679
@@ -68,9 +69,11 @@ def same_but_for_numbers(
     close # whether two numbers agree, given as text; whole numbers agree only if they are equal
 )->bool:
     "Returns whether two texts are the same, and their numbers agree."
-    if NUMBER.split(old) != NUMBER.split(new): return False
+    if NUMBER.split(old) != NUMBER.split(new):
+        return False
     def agree(one, two):
-        if float(one) == float(two): return True
+        if float(one) == float(two):
+            return True
         whole = not {*'.e'} & {*one, *two}
         return not whole and close(one, two)
     pairs = zip(NUMBER.findall(old), NUMBER.findall(new))
@@ -109,7 +112,8 @@ def same_picture(old:str, new:str)->bool: # content of two SVG files
     def drawing(svg): # without pixels, and without the hashes of unrounded numbers in matplotlib's names
         without_pixels = re.sub(r'base64,[^"]*', '', svg)
         return re.sub(r'\b([a-zA-Z_]\w*?)[0-9a-f]{10}\b', r'\1', without_pixels)
-    def close(one, two): return abs(float(one) - float(two)) < .005
+    def close(one, two):
+        return abs(float(one) - float(two)) < .005
     if not same_but_for_numbers(drawing(old), drawing(new), close):
         return False
     pairs = zip(pictures_in(old), pictures_in(new))
@@ -138,7 +142,8 @@ def save_figure(
     write_atomic(picture, lambda path: fig.savefig(path, format='png', **how))
 
     about = {'Date': None, 'Creator': None, 'Title': name, 'Description': caption}
-    if runs: about['Source'] = ' '.join(run.name for run in runs)
+    if runs:
+        about['Source'] = ' '.join(run.name for run in runs)
     text = io.StringIO()
     with plt.rc_context({'svg.hashsalt': 'vitdistill', 'svg.fonttype': 'path'}):
         fig.savefig(text, format='svg', metadata=about, **how)
@@ -150,9 +155,12 @@ def save_figure(
 # %% ../../nbs/study/03_figures.ipynb #c271948d
 def format_cell(value)->str:
     "Returns a value as text for readers: four significant digits, a dash for no value."
-    if value is None or value is pd.NA or value == '': return '–'
-    if not isinstance(value, (float, np.floating)): return str(value)
-    if isinstance(value, float) and math.isnan(value): return '–'
+    if value is None or value is pd.NA or value == '':
+        return '–'
+    if not isinstance(value, (float, np.floating)):
+        return str(value)
+    if isinstance(value, float) and math.isnan(value):
+        return '–'
     return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
 
 # %% ../../nbs/study/03_figures.ipynb #2a3d28c8
@@ -170,7 +178,8 @@ def row_ids(
     ids = []
     for n in range(len(key) or 1, len(columns) + 1):
         ids = [row_id(cells) for cells in frame[columns[:n]].itertuples(index=False)]
-        if len(set(ids)) == len(ids): break
+        if len(set(ids)) == len(ids):
+            break
 
     numbered = []
     for i, name in enumerate(ids):
@@ -192,7 +201,8 @@ def save_table(
     texts = {folder/f'{name}.csv': frame.to_csv(index=False),
              folder/f'{name}.md': markdown_table(frame, caption, key)}
     if not all(is_unchanged(file, text) for file, text in texts.items()):
-        for file, text in texts.items(): write_atomic(file, text)
+        for file, text in texts.items():
+            write_atomic(file, text)
     return [*texts]
 
 def markdown_table(frame:pd.DataFrame, caption:str='', key:list[str]=())->str: # as in `save_table`
@@ -220,7 +230,8 @@ def small_png(fig)->bytes: # fig: a matplotlib figure
         few_colours = Image.open(full_colour).convert('RGB').quantize(256, dither=Image.Dither.NONE)
         png = io.BytesIO()
         few_colours.save(png, 'PNG', optimize=True)
-        if png.tell() <= PNG_BYTES: break
+        if png.tell() <= PNG_BYTES:
+            break
     return png.getvalue()
 
 # %% ../../nbs/study/03_figures.ipynb #17017120

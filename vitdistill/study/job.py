@@ -156,7 +156,8 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
     config = replace(run.config, data_root=data_root or run.config.data_root) # of a job that was moved
     decisions = read_predictions(run)
     wrong = decisions[decisions.decision != decisions.label]
-    if not len(wrong): return [], ''
+    if not len(wrong):
+        return [], ''
 
     try:
         files = test_files(config)
@@ -170,7 +171,8 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
             confidence=f'{row.confidence:.0%}',
             path=files.path(row.image) if files else f'test image {row.image}',
             picture=thumbnail(files, row.image, config) if files else ''))
-    if not files: return mistakes, note
+    if not files:
+        return mistakes, note
 
     common = os.path.commonpath([os.path.dirname(mistake['path']) for mistake in mistakes])
     for mistake in mistakes:
@@ -204,7 +206,8 @@ def best_arm(models:dict)->str: # of `finished_models`
     """Returns the arm with the best accuracy on held-out images; without labels, the one that agrees most
     often with its teacher. Of equal ones it is the last; '' without any."""
     def held_out(arm):
-        if without_labels(models): return agreement(models, arm).agree
+        if without_labels(models):
+            return agreement(models, arm).agree
         return np.mean([run.result.get('held_out_top1') or 0 for run in models[arm]])
     arms = [name for name in models if name != 'teacher']
     return max(reversed(arms), key=held_out, default='')
@@ -318,7 +321,8 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
     "Draws accuracy against ms an image, a line a student's architecture. Returns None without ms."
     costs = costs.dropna(subset='ms').set_index('model')
     tops = 100*comparison.tops().mean()
-    if not len(costs) or tops.isna().all(): return None
+    if not len(costs) or tops.isna().all():
+        return None
     style()
     figure, ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')
     students = {}
@@ -344,7 +348,8 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
 # %% ../../nbs/study/09_job.ipynb #31b2f7cd
 def cost_text(name:str, value:float)->str: # name: of COST_FORMATS; value: NaN or None gives a dash
     "Returns what a model costs as the table shows it."
-    if pd.isna(value): return '–'
+    if pd.isna(value):
+        return '–'
     if name == 'parameters':
         value = value/1e6
     return f'{value:{COST_FORMATS[name]}}'
@@ -392,7 +397,8 @@ def class_items(
 )->list[dict]:
     "Returns a page's picture of the recalls of the best student and its teacher, and a table of all models."
     models = [*table.columns[2:]]
-    if not models: return []
+    if not models:
+        return []
 
     students = arms_of_students(comparison.arms)
     names = colors_of(students)
@@ -455,7 +461,8 @@ MOST_CURVES = 6 # of a student, beside the teacher's line
 def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its finished runs; -> a figure
     "Draws test accuracy by epoch, a panel a student, a line at the teacher's. Returns None without epochs."
     students = arms_of_students(comparison.arms)
-    if not students: return None
+    if not students:
+        return None
 
     colors = colors_of(students)
     teacher_tops = [run.result.get('test_top1') for run in teacher]
@@ -468,7 +475,8 @@ def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its f
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False,
                                 layout='constrained')
     plt.close(figure)
-    for ax in axes.flat[n:]: ax.axis('off')
+    for ax in axes.flat[n:]:
+        ax.axis('off')
 
     legend = {} # name -> line
     for place, (student, arms) in enumerate(students.items()):
@@ -481,8 +489,10 @@ def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its f
         lowest = place + columns >= n # of its column
         ax.tick_params(labelbottom=lowest)
         ax.set(xlabel='epoch' if lowest else '', ylabel='' if place % columns else 'test accuracy', title='')
-        if n > 1: ax.set_title(short_name(student, 30), fontsize='small')
-    if not legend: return None
+        if n > 1:
+            ax.set_title(short_name(student, 30), fontsize='small')
+    if not legend:
+        return None
 
     if teacher_tops:
         legend['teacher, at its end'] = line
@@ -515,7 +525,8 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
 def learning(comparison:Comparison, models:dict)->list[dict]: # models: of `finished_models`
     "Returns a page's curves of the students."
     figure = draw_learning(comparison, models.get('teacher', ()))
-    if figure is None: return []
+    if figure is None:
+        return []
     several_seeds = any(len(runs) > 1 for runs in models.values())
     bands = ': means over seeds; bands: worst to best' if several_seeds else ''
     students = arms_of_students(comparison.arms)
@@ -533,7 +544,8 @@ def introduction(
     held_out:int  # number of images
 )->list[str]:
     "Returns what the names of the models mean and, of several students, which is best on held-out images."
-    if without_labels(models): return []
+    if without_labels(models):
+        return []
     names = {name.partition('-')[0] for name in models}
     meanings = [f'{name}: {meaning}' for name, meaning in MEANINGS.items() if name in names]
     lines = []
@@ -570,7 +582,8 @@ def results_note(comparison:Comparison, models:dict)->str: # models: of `finishe
 
 def cost_items(costs:pd.DataFrame, caption:str, comparison:Comparison)->list[dict]: # costs: or None
     "Returns a page's table and picture of what the models cost."
-    if costs is None or not len(costs): return []
+    if costs is None or not len(costs):
+        return []
     items = [costs_item(costs, caption)]
     figure = draw_costs(costs, comparison)
     if figure:
@@ -580,7 +593,8 @@ def cost_items(costs:pd.DataFrame, caption:str, comparison:Comparison)->list[dic
 
 def model_items(folders:dict, out:Path)->list[dict]: # model -> its folder
     "Returns a page's links to the folders of the models."
-    if not folders: return []
+    if not folders:
+        return []
     files = 'For other programs, such as those of a phone: model.onnx and model.int8.onnx in such a ' \
             'folder, or vitdistill export FOLDER --int8.'
     links = {name: address(folder, out) for name, folder in folders.items()}
@@ -589,7 +603,8 @@ def model_items(folders:dict, out:Path)->list[dict]: # model -> its folder
 # %% ../../nbs/study/09_job.ipynb #8b995474
 def class_names_of(card:Card|None, decisions:dict)->list[str]: # decisions: model -> of `test_decisions`
     "Returns the names of the classes, their numbers if no card names them."
-    if card and card.classes: return card.classes
+    if card and card.classes:
+        return card.classes
     classes = 0
     for frame in decisions.values():
         classes = max(classes, 1 + int(frame[['label', 'decision']].max().max()))

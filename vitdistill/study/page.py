@@ -50,7 +50,8 @@ def item(path:Path, here:Path)->dict: # path: SVG, CSV or Markdown; here: the pa
     links = {}
     for suffix in ('.svg', '.csv', '.md', '.txt'):
         file = path.with_suffix(suffix)
-        if file.exists(): links[suffix[1:].upper()] = address(file, here)
+        if file.exists():
+            links[suffix[1:].upper()] = address(file, here)
     return dict(content, id=f'{kind}-{quote(path.stem)}', links=links)
 
 def address(path:Path, here:Path)->str:
@@ -117,8 +118,10 @@ def write_page(
         items = []
         for content in contents:
             shown = content if isinstance(content, dict) else item(Path(content), file.parent)
-            if shown.get('rows') or 'head' not in shown: items.append(shown) # no table without rows
-        if items: items_of[heading] = items
+            if shown.get('rows') or 'head' not in shown: # no table without rows
+                items.append(shown)
+        if items:
+            items_of[heading] = items
     page = Template(_page, autoescape=True) # escapes all text but `Markup`
     return write_atomic(file, page.render(title=title, lead=lead, parts=items_of))
 
@@ -138,7 +141,8 @@ def record(run:Run, here:Path)->list: # here: the page's folder
     state = run_state(run)
     about = run.environment
     commit = about.get('commit', '')[:8]
-    if about.get('uncommitted'): commit += ' and changes'
+    if about.get('uncommitted'):
+        commit += ' and changes'
     device = '' if state['status'] == 'unreadable' else run.config.device
     machine = machine_in_words(about, device) if about else ''
     epochs = f"{state['epochs_done']}/{state['epochs'] or '?'}"
@@ -162,7 +166,8 @@ def write_index(
     source = Path(source or out)
     def files(*patterns):
         paths = []
-        for pattern in patterns: paths += source.glob(pattern)
+        for pattern in patterns:
+            paths += source.glob(pattern)
         return sorted(paths, key=lambda path: order(path, first))
     def linked(paths):
         links = {Path(os.path.relpath(path, out)).as_posix(): address(path, out) for path in paths}

@@ -22,7 +22,8 @@ def curves(runs:list[Run])->pd.DataFrame: # run, seed, epoch, columns of metrics
     "Returns a row per epoch, counted from 1, of each readable run; top-1 and top-5 are fractions."
     frames = []
     for run in runs:
-        if run.status in ('new', 'unreadable'): continue
+        if run.status in ('new', 'unreadable'):
+            continue
         frame = run.metrics()
         if len(frame):
             frames.append(frame.assign(epoch=frame.epoch + 1, run=run.name, seed=run.config.seed))
@@ -59,7 +60,8 @@ def published_value(
 )->float|str:
     "Returns one published value, a number if it is one; a `VitdistillError` if it is missing or ambiguous."
     wanted = dict(source=source, item=item, quantity=quantity)
-    if where: wanted['where'] = where
+    if where:
+        wanted['where'] = where
     rows = table
     for column, name in wanted.items():
         names = rows[column].unique()
@@ -71,8 +73,10 @@ def published_value(
         raise VitdistillError(f'{quantity!r} of {item!r} is published in {len(rows)} places: '
                               f'give where, {places}.')
     value = rows['value'].item()
-    try: return float(value)
-    except ValueError: return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 # %% ../../nbs/study/00_results.ipynb #24109f75
 def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay
@@ -147,9 +151,11 @@ def prediction_files(run:Run)->dict[int, str]:
 def training_images(run:Run)->float:
     "Returns the number of training images; NaN if the record does not have it."
     recorded = (run.result or {}).get('n_train')
-    if recorded: return recorded
+    if recorded:
+        return recorded
     file = run.folder/'predictions.npz'
-    if not file.is_file(): return np.nan
+    if not file.is_file():
+        return np.nan
     return len(read_arrays(file, 'train').get('train_image', [])) or np.nan
 
 # %% ../../nbs/study/00_results.ipynb #b56adcbb

@@ -56,7 +56,8 @@ def paired_difference(
     other = np.asarray(other, float)
     mean, low, high = seed_interval(one - other)
     row = dict(difference=mean, low=low, high=high)
-    if np.isnan(low): return row
+    if np.isnan(low):
+        return row
 
     std = float(np.std(one - other, ddof=1))
     row['p'] = float(ttest_1samp(one - other, 0).pvalue)
@@ -79,7 +80,8 @@ def pooled_scatter(tops:pd.DataFrame)->tuple[float, int]: # a row a seed, a colu
     of_arm = np.eye(len(tops.columns))[columns]
     design = np.concatenate([of_seed, of_arm], 1)
     freedom = len(rows) - int(np.linalg.matrix_rank(design)) if len(rows) else 0
-    if freedom < 1: return np.nan, 0
+    if freedom < 1:
+        return np.nan, 0
     values = tops.to_numpy(float)[rows, columns]
     residuals = values - design@np.linalg.lstsq(design, values)[0]
     return float(np.sqrt(residuals@residuals/freedom)), freedom
@@ -91,7 +93,8 @@ def pooled_interval(
     freedom:int,
 )->tuple[float, float]:
     "Returns the ends of the 95% interval of a mean difference, at the study's pooled scatter."
-    if not pairs or not freedom: return np.nan, np.nan
+    if not pairs or not freedom:
+        return np.nan, np.nan
     half = float(student_t.ppf(.975, freedom))*scatter*np.sqrt(2/pairs)
     return difference - half, difference + half
 
@@ -136,6 +139,8 @@ def paired_score(
     gap = (won - lost)/n
     tiny = 1e-9 # just off the difference, where both are 0 if nothing differs
     low, high = -1., 1.
-    if beyond(tiny - 1, 1) > 0: low = brentq(beyond, tiny - 1, gap - tiny, (1,))
-    if beyond(1 - tiny, -1) > 0: high = brentq(beyond, gap + tiny, 1 - tiny, (-1,))
+    if beyond(tiny - 1, 1) > 0:
+        low = brentq(beyond, tiny - 1, gap - tiny, (1,))
+    if beyond(1 - tiny, -1) > 0:
+        high = brentq(beyond, gap + tiny, 1 - tiny, (-1,))
     return gap, low, high

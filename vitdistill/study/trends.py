@@ -66,10 +66,12 @@ class Trend:
     epoch:np.ndarray=field(default=(), repr=False, compare=False)     # (n,) epochs fitted
     residuals:np.ndarray=field(default=(), repr=False, compare=False) # (n,) measured less fitted
 
-    def __call__(self, epoch): return self.law(epoch, self.parameters)
+    def __call__(self, epoch):
+        return self.law(epoch, self.parameters)
 
     @property
-    def n(self)->int: return len(self.epoch)
+    def n(self)->int:
+        return len(self.epoch)
 
     @property
     def last(self)->float: # fitted epoch
@@ -83,8 +85,10 @@ class Trend:
         "Returns the first epoch from `after` on at which the law reaches `accuracy`; inf if it never does."
         def above(log_epoch): # monotone
             return self(np.exp(log_epoch)) - accuracy
-        if above(math.log(after)) >= 0: return float(after)
-        if not above(700) > 0: return math.inf
+        if above(math.log(after)) >= 0:
+            return float(after)
+        if not above(700) > 0:
+            return math.inf
         return math.exp(brentq(above, math.log(after), 700))
 
     def equation(self)->str:
@@ -112,7 +116,8 @@ def _shape_fit(law, epoch, accuracy, shapes): # shapes: a search starts from the
         return (residuals(logs)**2).sum()
     with np.errstate(all='ignore'):
         start = min(np.log(shapes), key=error)
-        if not len(start): return _linear_fit(law, epoch, accuracy, start)
+        if not len(start):
+            return _linear_fit(law, epoch, accuracy, start)
         # tight tolerances: processors agree
         best = least_squares(residuals, start, '3-point', ftol=1e-15, xtol=1e-15, gtol=1e-15)
         # a shape far beyond the grid has no optimum: the law approaches another, as a power law the logarithm
@@ -218,9 +223,11 @@ def crossover(one:Trend, other:Trend)->float:
     end = min(1e6, one.epoch_of(1), other.epoch_of(1))
     grid = np.linspace(0, math.log(end), 1000)
     behind = np.flatnonzero(lead(grid) <= 0)
-    if not len(behind): return 1.
+    if not len(behind):
+        return 1.
     last = behind[-1]
-    if last == len(grid) - 1: return math.inf
+    if last == len(grid) - 1:
+        return math.inf
     return math.exp(brentq(lead, grid[last], grid[last + 1]))
 
 # %% ../../nbs/study/02_trends.ipynb #3c1dff88
@@ -247,7 +254,8 @@ def measured_crossover(lead:pd.Series)->int|None: # of `smooth_lead`
 def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: accuracies by epoch
     "Returns a law fitted to the epochs up to `last`; its parameters are NaN if it can't be fitted."
     early = curve[curve.index <= last]
-    try: return fit(law, early.index, early)
+    try:
+        return fit(law, early.index, early)
     except VitdistillError:
         return Trend(law, (math.nan,)*len(law.symbols))
 
@@ -276,6 +284,7 @@ def share_explained(
     by_group = pd.Series(np.asarray(values, float)).groupby(list(groups))
     n, k = len(values), len(by_group)
     variance = np.var(values, ddof=1)
-    if not 1 < k < n or not variance: return math.nan
+    if not 1 < k < n or not variance:
+        return math.nan
     within = (by_group.var(ddof=0)*by_group.size()).sum()
     return 1 - within/(n - k)/variance

@@ -34,8 +34,10 @@ def run_state(run:Run, now:float|None=None)->dict: # now: seconds since 1970; No
 
     state = dict(run=run.name, status=status, epochs_done=epochs_done, eta=pd.NaT,
                  written=_local_time(written))
-    for name in (*fields, 'epochs'): state[name] = getattr(config, name, None)
-    for name in measures: state[name] = float(last.get(name, math.nan))
+    for name in (*fields, 'epochs'):
+        state[name] = getattr(config, name, None)
+    for name in measures:
+        state[name] = float(last.get(name, math.nan))
     pace = rows.seconds.tail(5).median()
     if status == 'running' and pace >= 0:
         since_last = min(max(0., now - written), pace)
@@ -71,7 +73,8 @@ def describe(row:dict)->str: # of `run_state`
     else:
         parts = ['no epoch yet']
     for name, form in _forms.items():
-        if not math.isnan(row[name]): parts.append(form.format(row[name]))
+        if not math.isnan(row[name]):
+            parts.append(form.format(row[name]))
     if row['eta'] is not pd.NaT:
         left = max(0, (row['eta'] - pd.Timestamp.now()).total_seconds())
         parts.append(f"{tqdm.format_interval(left)} to go, until {row['eta']:%H:%M}")
@@ -100,9 +103,12 @@ def watch(
                 row = run_state(run)
             if shown != (row['status'], row['epochs_done']):
                 shown = row['status'], row['epochs_done']
-                if curve: curve.update(describe(row))
-                else: print(describe(row), flush=True)
-            if row['status'] != 'running': return run
+                if curve:
+                    curve.update(describe(row))
+                else:
+                    print(describe(row), flush=True)
+            if row['status'] != 'running':
+                return run
             time.sleep(every)
     except KeyboardInterrupt:
         print('stopped watching; the run continues')

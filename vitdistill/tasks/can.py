@@ -41,7 +41,8 @@ class VisiblePatches(nn.Module):
         self.keep = None
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B, prefix + N, D) -> (B, prefix + K, D)
-        if self.keep is None: return x
+        if self.keep is None:
+            return x
         patches = pick(x[:, self.prefix:], self.keep)
         return torch.cat([x[:, :self.prefix], patches], 1)
 
@@ -86,7 +87,8 @@ class MaskedEncoder(nn.Module):
         # without `norm`, apply timm's `fc_norm` to each token instead of the pooled mean
         self.norms_pooled = isinstance(model.norm, nn.Identity)
         unused = ['pos_embed', 'head', 'attn_pool']
-        if not self.norms_pooled: unused.append('fc_norm')
+        if not self.norms_pooled:
+            unused.append('fc_norm')
         for name, parameter in model.named_parameters(): # DDP stops at parameters without a gradient
             parameter.requires_grad_(not name.startswith(tuple(unused)))
 
@@ -97,7 +99,8 @@ class MaskedEncoder(nn.Module):
         self.model.patch_drop.keep = keep
         tokens = self.model.forward_features(pixels)
         self.model.patch_drop.keep = None
-        if self.norms_pooled: tokens = self.model.fc_norm(tokens)
+        if self.norms_pooled:
+            tokens = self.model.fc_norm(tokens)
         return tokens[:, self.model.num_prefix_tokens:]
 
 # %% ../../nbs/tasks/00_can.ipynb #a8cd62cc
@@ -211,8 +214,10 @@ def augmented_views(
 )->torch.Tensor:         # (copies*B, 3, H, W): float32 if changed, else the input itself
     "Returns the views, randomly cropped and coloured."
     u = uniform(image, 8, *_keys(pixels, image, key, 0))
-    if area < 1: pixels = cropped(pixels.float(), crops(u[:, :4], area))
-    if not jitter: return pixels
+    if area < 1:
+        pixels = cropped(pixels.float(), crops(u[:, :4], area))
+    if not jitter:
+        return pixels
     factors = 1 + jitter*(2*u[:, 4:7] - 1) # of brightness, contrast, saturation
     grey = (u[:, 7:] < .2).float()
     return coloured(pixels.float(), torch.cat([factors, grey], -1))
@@ -254,7 +259,8 @@ def silent_error(
 def whole_numbers(name:str, value, *parts:str)->tuple: # parts: the numbers' names
     "Returns the value as a tuple; refuses all but whole numbers above 0, one for each of `parts`."
     if isinstance(value, (list, tuple)) and len(value) == len(parts):
-        if all(type(number) is int and number > 0 for number in value): return tuple(value)
+        if all(type(number) is int and number > 0 for number in value):
+            return tuple(value)
     raise VitdistillError(f'{name} = {value}: give a list of whole numbers above 0: {", ".join(parts)}.')
 
 # %% ../../nbs/tasks/00_can.ipynb #cd09f6f9
@@ -352,7 +358,8 @@ class ContrastiveMaskedNoise(CanTerms):
         decoder:tuple=(512, 8, 16)): # width, depth, heads
         super().__init__()
         fault = next(can_faults(views, mask, sigma, weights), None)
-        if fault: raise VitdistillError(fault)
+        if fault:
+            raise VitdistillError(fault)
         self.seed = seed
         self.copies = views
         self.mask = mask
@@ -518,17 +525,21 @@ def probe_accuracies(
 )->dict:                         # column of metrics, such as knn_val_top1 -> accuracy; {} off rank 0
     "Returns validation and test top-1 of both probes, also for `average`."
     encoders = {'': setup.student} # prefix of the columns -> encoder
-    if average: encoders['ema_'] = average.module
+    if average:
+        encoders['ema_'] = average.module
     columns = {}
     for prefix, encoder in encoders.items():
         images = {} # part -> features, labels
         for part, (views, labels, rows) in setup.parts.items():
-            if len(rows): images[part] = features(setup, views, rows, encoder), labels[rows].numpy()
+            if len(rows):
+                images[part] = features(setup, views, rows, encoder), labels[rows].numpy()
         train = images.pop('train')
-        if setup.ranks.rank: continue
+        if setup.ranks.rank:
+            continue
         for name, probe in (('knn', knn_probe), ('linear', linear_probe)):
             classifier = probe(*train)
-            for part in images: columns[f'{prefix}{name}_{part}_top1'] = classifier.score(*images[part])
+            for part in images:
+                columns[f'{prefix}{name}_{part}_top1'] = classifier.score(*images[part])
     return columns
 
 # %% ../../nbs/tasks/00_can.ipynb #ff0485f5

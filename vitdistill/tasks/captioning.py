@@ -119,7 +119,8 @@ class Captioning(BaseSetup):
     about:dict               # for the result
 
     @property
-    def rows(self)->int: return len(self.texts) # of an epoch
+    def rows(self)->int: # of an epoch
+        return len(self.texts)
 
     @property
     def modules(self)->dict: # what is trained
@@ -134,7 +135,8 @@ class Captioning(BaseSetup):
 
 def centred_embeddings(embeddings:torch.Tensor, mean:list)->torch.Tensor: # mean: [] leaves them as they are
     "Returns normalized embeddings, from which a mean was subtracted."
-    if not mean: return embeddings
+    if not mean:
+        return embeddings
     return F.normalize(embeddings - torch.tensor(mean), dim=-1)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #ea6d617a
@@ -243,7 +245,8 @@ def prepare_captions(config:Config, ranks:Ranks)->Captioning:
         decoder, tokenizer = create_decoder(config, texts)
         captioner = Captioner(decoder, tokenizer, encoder.width, config.mapper, config.prefix)
         tokens = tokens_of(tokenizer, texts, captioner.room) # raises if one is too long
-        for part in parts.values(): tokens_of(tokenizer, part.references, captioner.room)
+        for part in parts.values():
+            tokens_of(tokenizer, part.references, captioner.room)
         captioner.to(ranks.device)
     return Captioning(config=config, ranks=ranks, encoder=encoder, student=captioner, texts=texts,
                       embeddings=source, tokens=tokens, parts=parts, std=about['noise_std'], means=means,
@@ -293,14 +296,17 @@ def measure_part(setup:Captioning, name:str)->tuple: # of a part -> numbers, {'i
     part = setup.parts[name]
     numbers = {}
     captions = {}
-    if setup.student: numbers[f'{name}_loss'] = text_loss(setup, part)
+    if setup.student:
+        numbers[f'{name}_loss'] = text_loss(setup, part)
     for kind, start in (('image', f'{name}_'), ('text', f'{name}_text_')):
         embeddings = getattr(part, kind)
-        if embeddings is None: continue
+        if embeddings is None:
+            continue
         captions[kind] = setup.captions(embeddings)
         equal = sum(caption == reference for caption, reference in zip(captions[kind], part.references))
         numbers[f'{start}exact'] = equal/len(part.references)
-        if not part.facts: continue
+        if not part.facts:
+            continue
         for key, share in share_right(captions[kind], part.facts, setup.config.templates).items():
             numbers[f'{start}{key}'] = share
     return numbers, captions
@@ -316,7 +322,8 @@ def captions_epoch(setup:Captioning, optimizer:torch.optim.Optimizer)->typing.Ca
 
 def measure_captions(setup:Captioning, average:None)->dict: # average: of the weights, which is not made here
     "Returns how good the captions of the held-out images are, as columns of metrics; {} off rank 0."
-    if setup.ranks.rank: return {}
+    if setup.ranks.rank:
+        return {}
     numbers, _ = measure_part(setup, 'val')
     return numbers
 
@@ -355,7 +362,8 @@ def save_captioner(setup:Captioning, folder:Path)->Path:
                  beams=c.beams, prefix=c.prefix, clip=encoder, clip_pretrained=c.clip_pretrained,
                  precision=c.teacher_precision, means=setup.means)
     write_atomic(folder/'captioner.json', json.dumps(about, indent=1, default=str))
-    def write(file): safetensors.torch.save_model(captioner, str(file))
+    def write(file):
+        safetensors.torch.save_model(captioner, str(file))
     return write_atomic(folder/'model.safetensors', write)
 
 def captions_outcome(setup:Captioning, run:RunWriter, measures:dict)->dict: # measures: of the last epoch

@@ -25,7 +25,8 @@ def add_noise(
     if not std >= 0:
         raise VitdistillError(f'std = {std} of the noise is negative: give 0 or more.')
     unit = F.normalize(embeddings, dim=-1)
-    if not std: return unit
+    if not std:
+        return unit
     noise = torch.randn(unit.shape, generator=generator).to(unit)
     return F.normalize(unit + std*noise, dim=-1)
 
@@ -86,7 +87,8 @@ def parse_caption(caption:str, templates:str)->Facts:
     for form in check_templates(templates):
         pattern = re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>.+?)', re.escape(form)) # {word} -> a group of that name
         match = re.fullmatch(pattern, caption.strip())
-        if match: return Facts(**match.groupdict())
+        if match:
+            return Facts(**match.groupdict())
     return Facts('', '', '')
 
 # %% ../../nbs/tasks/01_captions.ipynb #65ca52f2

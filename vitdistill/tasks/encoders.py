@@ -108,7 +108,8 @@ class OpenClip(Encoder):
             raise VitdistillError(f'clip = {name!r} has no text tower: give another model of open_clip.')
         self.model.eval().requires_grad_(False)
         self.key = dict(encoder='open_clip', name=name, weights=model_hash(self.model))
-        if weights.get('quick_gelu'): self.key['quick_gelu'] = True
+        if weights.get('quick_gelu'):
+            self.key['quick_gelu'] = True
         self.scale = self.model.logit_scale.exp().item() # of cosines, at which it was trained
         self.width = self.texts(['a']).shape[-1]
 

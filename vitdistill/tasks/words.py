@@ -31,9 +31,12 @@ def _pairs_in_yaml(text): # of (folder, words); words None where names alone are
 def _pairs_in_csv(text, file): # the same; file: for messages
     lines = text.splitlines()
     heading = lines[0] if lines else ''
-    if ';' in heading: delimiter = ';'
-    elif '\t' in heading: delimiter = '\t'
-    else: delimiter = ','
+    if ';' in heading:
+        delimiter = ';'
+    elif '\t' in heading:
+        delimiter = '\t'
+    else:
+        delimiter = ','
     rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(cell.strip() for cell in row)]
     if all(len(row) == 1 for row in rows):
         names = [row[0] for row in rows]
@@ -51,7 +54,8 @@ def read_pairs(file:Path)->list: # of (folder, words), words None where a file l
     "Returns what a file says: YAML lines `folder: words` or `- name`, or a CSV of two columns or one."
     with explained(f'no file of words at {file}', 'mend the path', OSError):
         content = file.read_bytes()
-    try: text = content.decode('utf-8-sig') # a spreadsheet may begin with a byte order mark
+    try: # a spreadsheet may begin with a byte order mark
+        text = content.decode('utf-8-sig')
     except UnicodeDecodeError:
         raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
     if file.suffix.lower() not in ('.yaml', '.yml'):
@@ -71,10 +75,13 @@ def given_pairs(
     "Returns names of classes and their words as texts, without a heading."
     if isinstance(given, str | Path):
         pairs = read_pairs(from_here(given)) if str(given) else []
-    elif isinstance(given, dict): pairs = given.items()
-    else: pairs = [(name, None) for name in given or ()]
+    elif isinstance(given, dict):
+        pairs = given.items()
+    else:
+        pairs = [(name, None) for name in given or ()]
     pairs = [(str(name).strip(), None if words is None else str(words).strip()) for name, words in pairs]
-    if not pairs: return []
+    if not pairs:
+        return []
     first_name = pairs[0][0]
     is_heading = first_name.lower() in ('folder', 'class', 'name') and first_name not in classes
     return pairs[1:] if is_heading else pairs
@@ -166,7 +173,8 @@ def describe_tower(encoder:Encoder)->tuple: # (module, arguments of the model `c
 # %% ../../nbs/tasks/04_words.ipynb #7903d998
 def license_of(encoder:Encoder, teacher:str)->str: # teacher: clip:...
     "Returns the licence of an encoder's weights, as timm or the hub knows it, or 'unknown'."
-    if isinstance(encoder, DualEncoder): return 'unknown'
+    if isinstance(encoder, DualEncoder):
+        return 'unknown'
     import open_clip
     name = teacher.removeprefix('clip:')
     if name.startswith('hf-hub:'):
@@ -175,14 +183,17 @@ def license_of(encoder:Encoder, teacher:str)->str: # teacher: clip:...
         model, _, weights = name.partition('/')
         config = open_clip.get_pretrained_cfg(model, weights) or {}
         place = config.get('hf_hub', '').rstrip('/')
-    if not place: return 'unknown'
+    if not place:
+        return 'unknown'
     config = get_pretrained_cfg(place.removeprefix('timm/')) if place.startswith('timm/') else None
-    if config and config.license: return config.license
+    if config and config.license:
+        return config.license
     return hub_license(f'hf-hub:{place}') or 'unknown'
 
 def templates_of(encoder:Encoder)->list: # texts with {} for the words
     "Returns CLIP's seven templates; of an encoder of our own the words alone, since its texts are not known."
-    if isinstance(encoder, DualEncoder): return ['{}']
+    if isinstance(encoder, DualEncoder):
+        return ['{}']
     import open_clip
     return [template('{}') for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]
 
@@ -208,7 +219,8 @@ def classifier_by_words(encoder:Encoder, words:list, templates:list)->torch.nn.M
 
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     expected = tower(pixels.to(next(tower.parameters()).device))
-    if isinstance(expected, tuple): expected = expected[0]
+    if isinstance(expected, tuple):
+        expected = expected[0]
     if (model.embed(pixels) - expected.cpu()).abs().max() > 1e-2:
         raise VitdistillError('the image tower of this model could not be made again alone: give another '
                               'model of open_clip as teacher.')

@@ -98,8 +98,10 @@ class JoinedMemo:
         "Yields each memo with the positions of its images, (B,) bool, and their numbers there."
         first, second = self.memos
         in_second = image >= self.n
-        if not in_second.all(): yield first, ~in_second, image[~in_second]
-        if in_second.any(): yield second, in_second, image[in_second] - self.n
+        if not in_second.all():
+            yield first, ~in_second, image[~in_second]
+        if in_second.any():
+            yield second, in_second, image[in_second] - self.n
 
     def get(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as of `Memo`
         answers, is_known = self.memos[0].get(image.clamp(max=self.n - 1), view)
@@ -137,7 +139,8 @@ def create_file(
         raise OSError(f'the memo has {len(head):,} bytes of settings, over {MEMO_HEAD:,}')
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f'.{file.name}.lock')): # several students may start at once
-        if file.is_file(): return
+        if file.is_file():
+            return
         free = shutil.disk_usage(file.parent).free
         if free < size + 2**20:
             raise OSError(f'the memo of {size/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on '
@@ -195,7 +198,8 @@ def open_memo(
     shape, dtype = layout(key)
     size = math.prod(shape)*dtype.itemsize
     head = json.dumps(key, sort_keys=True).encode().ljust(MEMO_HEAD)
-    if not file.is_file(): create_file(file, head, size)
+    if not file.is_file():
+        create_file(file, head, size)
     with open(file, 'rb') as f:
         head_of_file = f.read(MEMO_HEAD)
     if head_of_file != head or file.stat().st_size != MEMO_HEAD + size:
@@ -339,7 +343,8 @@ class Work:
         self.spans = [] # (begin, end), of `now`
 
     def now(self): # seconds, or on a GPU an event on the stream
-        if not self.cuda: return time.perf_counter()
+        if not self.cuda:
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -420,10 +425,13 @@ class Online(AnswerSource):
         add:bool=True        # the sum over the ranks; else rank 0's tensor
     )->torch.Tensor:
         "Returns the same tensor on all ranks."
-        if self.world == 1: return tensor
+        if self.world == 1:
+            return tensor
         sent = tensor.to(self.teacher.device)
-        if add: dist.all_reduce(sent)
-        else: dist.broadcast(sent, 0)
+        if add:
+            dist.all_reduce(sent)
+        else:
+            dist.broadcast(sent, 0)
         return sent.cpu()
 
     def blanks(self, n:int)->torch.Tensor:
@@ -644,7 +652,8 @@ class Planned(Answers):
                                   f'{self.compared} answers: remove it, and they are asked anew.')
 
     def close(self)->None: # writes new answers to the memo
-        if self.is_known.all(): return
+        if self.is_known.all():
+            return
         self.answers[~self.is_new] = 0 # so that the sum over the ranks has the new answers of all
         answers = self.shared(self.answers)
         is_new = self.shared(self.is_new.int()) > 0
@@ -653,6 +662,7 @@ class Planned(Answers):
             self.memo.put(epoch[is_new], row[is_new], answers[is_new])
 
     def in_words(self, *run)->str:
-        if not self.memo: return super().in_words(*run)
+        if not self.memo:
+            return super().in_words(*run)
         return f'memo of the plan: {self.memo.share_known():.1%} of the answers are known; the others are ' \
                'computed now, once for all students of this plan'

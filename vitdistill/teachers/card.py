@@ -74,8 +74,10 @@ def weights_folder(weights:str|Path)->Path:
 
 def file_hash(path:str)->str: # path: of a weights file, a model folder or a file of answers
     "Returns sixteen hexadecimal digits of the weights, or of those behind answers; '' without a path."
-    if not path: return ''
-    if is_answers(path): return answers_head(path)['teacher_hash']
+    if not path:
+        return ''
+    if is_answers(path):
+        return answers_head(path)['teacher_hash']
     file = weights_file(weights_place(path, refuse_other_memos))
     with open(file, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
@@ -83,9 +85,11 @@ def file_hash(path:str)->str: # path: of a weights file, a model folder or a fil
 # %% ../../nbs/teachers/00_card.ipynb #72bebf01
 def only_match(pattern:str)->str: # such as out/work/teacher-vit_base-labels-s1-*/model; or a plain path
     "Returns the one path that fits a pattern, or a plain path; none or several are a `VitdistillError`."
-    if not glob.has_magic(pattern): return pattern
+    if not glob.has_magic(pattern):
+        return pattern
     match fitting(pattern):
-        case [path]: return path
+        case [path]:
+            return path
         case []:
             raise VitdistillError(f"{pattern!r} fits nothing here: train it first, or name another.")
         case several:
@@ -135,8 +139,10 @@ class CardFields:
             values['n_measured'] = entries.get('n_held_out')
         further = {}
         for name, value in entries.items():
-            if name in names: values[name] = value
-            else: further[name] = value
+            if name in names:
+                values[name] = value
+            else:
+                further[name] = value
         return cls(**values, further=further)
 
     def to_dict(self)->dict:
@@ -181,9 +187,11 @@ class Card(CardFields):
         "Returns the card beside a model's weights, or in a file of its answers; None if there is none."
         if is_answers(weights):
             return cls.from_dict(answers_head(weights)['card'])
-        if not weights: return None
+        if not weights:
+            return None
         file = weights_folder(weights)/'card.json'
-        if not file.is_file(): return None
+        if not file.is_file():
+            return None
         try:
             return cls.from_dict(json.loads(file.read_text()))
         except (ValueError, TypeError, AttributeError): # it is no JSON, or entries are missing
@@ -213,9 +221,11 @@ WORDS = 'words.json' # beside the weights of a teacher by words that is not yet 
 
 def words_of(weights:str|Path)->dict|None: # path of a model
     "Returns what a teacher by words is, from its card or the file beside its weights; else None."
-    if is_answers(weights): return None
+    if is_answers(weights):
+        return None
     card = Card.read(weights)
-    if card: return card.words
+    if card:
+        return card.words
     file = weights_folder(weights)/WORDS
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -239,9 +249,12 @@ def licenses_of(
     card = Card.read(weights)
     if card and card.made_from is not None:
         return card.made_from
-    if card and card.run: source = card.run
-    elif str(weights).startswith(HUB): source = weights
-    else: source = Path(weights).name
+    if card and card.run:
+        source = card.run
+    elif str(weights).startswith(HUB):
+        source = weights
+    else:
+        source = Path(weights).name
     return {source: license_in_readme(weights) or 'unknown'}
 
 def pretrained_licenses(name:str)->dict: # timm name of a model, or hf-hub:OWNER/MODEL
@@ -249,13 +262,15 @@ def pretrained_licenses(name:str)->dict: # timm name of a model, or hf-hub:OWNER
     if name.startswith(HUB):
         return {name: hub_license(name) or 'unknown'}
     pretrained = get_pretrained_cfg(name)
-    if not pretrained: return {}
+    if not pretrained:
+        return {}
     return {f'{pretrained.architecture}.{pretrained.tag}': pretrained.license or 'unknown'}
 
 def license_in_readme(weights:str)->str|None: # file or model folder
     "Returns the licence that the README.md beside weights names, if it does."
     readme = weights_folder(weights)/'README.md'
-    if not readme.is_file(): return None
+    if not readme.is_file():
+        return None
     try:
         return ModelCard(readme.read_text()).data.license
     except (ValueError, OSError, yaml.YAMLError): # of another form
@@ -264,7 +279,8 @@ def license_in_readme(weights:str)->str|None: # file or model folder
 def made_from(config:Config)->dict: # of a run
     "Returns the licences of the weights that a run's student begins with and learns from."
     start = licenses_of(config.student, config.student_weights, config.student_pretrained)
-    if not config.teacher: return start
+    if not config.teacher:
+        return start
     fetched = config.teacher_pretrained or config.teacher.startswith(HUB)
     return start | licenses_of(config.teacher, config.teacher_weights, fetched)
 
@@ -287,7 +303,8 @@ def refuse_overlap(
     "Raises `VitdistillError` if the run would validate on images that a model was trained on."
     _, val = split_rows(data.train_labels, config)
     seen = int(training_mask(card, data)[val].sum())
-    if not seen: return
+    if not seen:
+        return
     split = ', '.join(f'{name}={card.split[name]}' for name in card.split
                       if name in ('val_fraction', 'val_rows', 'split_seed'))
     raise VitdistillError(f"{seen} of the run's {len(val)} validation images were in {owner} training set: "
@@ -308,7 +325,8 @@ def refuse_teacher_overlap(config:Config, data:Data, card:Card|None)->None: # ca
         raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the '
                               'teacher has seen the validation images: write one with '
                               '`vitdistill.teachers.adopt`, or set val_fraction to 0.')
-    if card.split['dataset'] != config.dataset: return
+    if card.split['dataset'] != config.dataset:
+        return
     if not knows_images(card, data):
         raise VitdistillError(f"the teacher's card names other training data ({card.train_hash}, here "
                               f'{data.train_hash}), so its held-out rows mean nothing here: use the data '
@@ -317,7 +335,8 @@ def refuse_teacher_overlap(config:Config, data:Data, card:Card|None)->None: # ca
 
 def refuse_other_classes(card:Card, data:Data)->None:
     "Raises `VitdistillError` if the classes on a teacher's card differ from those of the data."
-    if card.classes == data.classes: return
+    if card.classes == data.classes:
+        return
     raise VitdistillError(f'the teacher knows {len(card.classes)} classes ({card.classes[0]}, ...), '
                           f'{data.name} has {len(data.classes)} ({data.classes[0]}, ...): fine-tune the '
                           f'teacher on {data.name} with e00_teacher.')

@@ -38,7 +38,8 @@ class OutOfFold(Answers):
         "Yields each part with the positions of the images that it answers."
         for number, part in enumerate(self.parts):
             place = torch.nonzero(self.which[image] == number).flatten()
-            if len(place): yield part, place
+            if len(place):
+                yield part, place
 
     def __call__(self,
         plan:Plan,

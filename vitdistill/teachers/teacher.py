@@ -175,8 +175,10 @@ def make_card(
         accuracy = top1(teacher, views, data.train_labels, rows, view)
         card = replace(card, top1_train_views=round(accuracy, 5), n_train_views=len(rows))
     images, labels, rows = held_out or (views, data.train_labels, val)
-    if not len(rows): return card
-    if not (held_out or data.labelled): return card
+    if not len(rows):
+        return card
+    if not (held_out or data.labelled):
+        return card
     sample = sample_rows(rows, most)
     accuracy = top1(teacher, images, labels, sample)
     return replace(card, n_held_out=len(rows), top1_held_out=round(accuracy, 5), n_measured=len(sample))
@@ -238,13 +240,15 @@ def teacher_and_card(config:Config, data:Data, device='cpu')->tuple: # config: o
     "Returns (teacher, card or None); raises `VitdistillError` if classes, split or weights don't fit it."
     torch.manual_seed(config.seed) # for an untrained head
     card = Card.read(config.teacher_weights)
-    if card: refuse_other_classes(card, data)
+    if card:
+        refuse_other_classes(card, data)
     refuse_teacher_overlap(config, data, card)
     on_hub = config.teacher.startswith('hf-hub:')
     pretrained = (config.teacher_pretrained or on_hub) and not config.teacher_weights # then they are fetched
     model = create(config.teacher, len(data.classes), config.teacher_size, pretrained=pretrained,
                    **config.teacher_kwargs)
-    if pretrained: refuse_new_head(model, config, data)
+    if pretrained:
+        refuse_new_head(model, config, data)
     try_size(model, config.teacher, config.teacher_size)
     constants = pretrained_constants(model) if config.teacher_normalization == 'own' else data.mean_std
     if is_answers(config.teacher_weights):
@@ -306,7 +310,8 @@ def check_health(
 )->tuple:
     """Returns (top-1 on 1,000 held-out or else training images, which of these), without labels (None, '');
     refuses an untrained teacher."""
-    if not data.labelled: return None, ''
+    if not data.labelled:
+        return None, ''
     own_images = card and knows_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card.split) if own_images else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
@@ -349,7 +354,8 @@ def with_members(
     data:Data
 )->Config:
     "Returns the config of a mixture if weights are a list, else the config unchanged."
-    if not isinstance(weights, list): return config
+    if not isinstance(weights, list):
+        return config
     members = config.student_kwargs.get('members')
     if not members:
         members = [member_of(folder) for folder in weights]
@@ -358,7 +364,8 @@ def with_members(
                               'name a file or a model folder for each.')
     for folder in weights:
         card = Card.read(folder)
-        if not card: continue
+        if not card:
+            continue
         refuse_other_classes(card, data)
         refuse_teacher_overlap(replace(config, teacher_weights=str(folder)), data, card)
     return replace(config, student='mixture', stem='imagenet', student_kwargs=dict(members=members))

@@ -36,7 +36,8 @@ def live_figure(metrics, text:str):
         for axis in (left, right):
             axis.set_xlim(0, len(metrics) + 1)
             axis.xaxis.get_major_locator().set_params(integer=True)
-        if left.lines: left.legend(frameon=False)
+        if left.lines:
+            left.legend(frameon=False)
         figure.suptitle(text, fontsize='small')
         plt.close(figure)
     return figure

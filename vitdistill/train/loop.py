@@ -72,7 +72,8 @@ def from_processes(loader:DataLoader)->typing.Iterator:
     try:
         yield from loader
     except RuntimeError as e:
-        if not str(e).startswith('DataLoader'): raise
+        if not str(e).startswith('DataLoader'):
+            raise
         raise VitdistillError(f'a process that loads images is gone or silent ({first_line(e)}): look for '
                               'other programs that fill the memory or the disk, or set workers to '
                               '0.') from None
@@ -106,7 +107,8 @@ def cut_in_processes(setup:Setup, cut:typing.Callable, slices:list, workers:int,
                         worker_init_fn=None if setup.views.resident else begin, timeout=600, # seconds
                         multiprocessing_context='fork')
     for part in from_processes(loader):
-        if isinstance(part, VitdistillError): raise part
+        if isinstance(part, VitdistillError):
+            raise part
         yield part
 
 def cut_in_thread(cut:typing.Callable, slices:list, pins:bool)->typing.Iterator:
@@ -274,7 +276,8 @@ class Progress:
         self.seen = 0
         self.first = None
         self.last_line = time.monotonic()
-        if not self.shown: return
+        if not self.shown:
+            return
         self.seconds.append(row['seconds'])
         text = f"epoch {self.done}/{self.config.epochs}  loss {row['train_loss']:.3f}"
         for name in ('train', 'val', 'test', 'knn_test', 'linear_test'):
@@ -289,7 +292,8 @@ class Progress:
         print(f'{text}  ETA {tqdm.format_interval(left)}', flush=True)
 
     def say(self, text:str)->None: # '': nothing
-        if self.shown and text: print(text, flush=True)
+        if self.shown and text:
+            print(text, flush=True)
 
 # %% ../../nbs/train/05_loop.ipynb #f94d167c
 def current_lr(optimizer:torch.optim.Optimizer)->float:
@@ -307,7 +311,8 @@ def high_first_loss(
     guessing = setup.criterion.label_loss((torch.zeros(classes, classes),), torch.arange(classes)).item()
     if setup.criterion.partly: # the others' loss of labels is 0
         guessing *= 1 - setup.config.unlabelled_share
-    if label <= 2*guessing: return ''
+    if label <= 2*guessing:
+        return ''
     wide = setup.config.student_head == 'new' and setup.config.student_head_init != 'small'
     advice = 'look at labels, student_normalization and student_weights'
     if wide:
@@ -408,7 +413,8 @@ def announce(
     sentences:typing.Iterable[str] # as `describe` yields them
 )->None:
     "Prints, on rank 0, what the run will do, after which epoch it goes on, and what differs from the config."
-    if setup.ranks.rank: return
+    if setup.ranks.rank:
+        return
     first, *others = sentences
     progress.say(f'{run.name}: {first}')
     if done:
@@ -465,7 +471,8 @@ class Checkpoints:
         try:
             self.flush()
         except Exception:
-            if error is None: raise # else the first error is reported
+            if error is None: # else the first error is reported
+                raise
 
     def add(self, epochs:int)->None: # epochs: done so far
         c = self.config
@@ -474,7 +481,8 @@ class Checkpoints:
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         with self.lock:
             self.held = dict(epochs=epochs, world=self.world, **states), keep
-            if self.on_gpu: torch.cuda.synchronize()
+            if self.on_gpu:
+                torch.cuda.synchronize()
         if epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep:
             self.flush()
 
@@ -530,7 +538,8 @@ class Task:
     def refuse_foreign(self, config:Config)->None:
         "Raises `VitdistillError` for fields that the config changes and the task does not use."
         foreign = self.foreign(config)
-        if not foreign: return
+        if not foreign:
+            return
         fields = ', '.join(f'{name} = {getattr(config, name)!r} ({why})' for name, why in foreign.items())
         pronoun = 'them' if len(foreign) > 1 else 'it'
         raise VitdistillError(f'{self.name} does not use {fields}: leave {pronoun} out.')
@@ -587,7 +596,8 @@ def measure_once(setup:BaseSetup, run:RunWriter, task:Task)->None:
     announce(setup, run, 0, setup.ranks.world, progress, task.describe(setup))
     row = dict(epoch=0, lr=0., train_loss=0.) | task.measure(setup, None)
     row['seconds'] = time.perf_counter() - start
-    if setup.ranks.rank: return
+    if setup.ranks.rank:
+        return
     run.keep_epochs(0) # of a start that was interrupted
     run.append(row)
     progress.epoch(dict(images_per_second=0.) | row)
@@ -602,20 +612,23 @@ def train(
     config = resolve(config)
     ranks = ranks or Ranks(device=config.device)
     run = RunWriter.of(config)
-    if run.status == 'done': return run
+    if run.status == 'done':
+        return run
     task.refuse_foreign(config)
     if config.class_names and not config.teacher:
         raise VitdistillError('class_names is for images without labels, and there is no teacher to learn '
                               'from: give one, or set class_names to [] if folders are the classes.')
     setup = task.prepare(config, ranks)
     with run.lock() if ranks.rank == 0 else nullcontext():
-        if ranks.rank == 0: run.begin(config, command)
+        if ranks.rank == 0:
+            run.begin(config, command)
         ranks.barrier()
         if setup.modules: # what is trained; else there is nothing to train
             train_epochs(setup, run, task)
         else:
             measure_once(setup, run, task)
-        if ranks.rank == 0: finish(setup, run, task.finish)
+        if ranks.rank == 0:
+            finish(setup, run, task.finish)
     ranks.barrier()
     return run
 
@@ -680,7 +693,8 @@ def main(arguments:list=None, task_of:typing.Callable=lambda config: DISTILLATIO
         return end_process(str(e))
     except Exception:
         return end_process(traceback.format_exc())
-    if dist.is_initialized(): dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 def end_process(text:str)->int:

@@ -150,7 +150,8 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
 # %% ../../nbs/train/00_optimize.ipynb #60b57e90
 def weight_average(config:Config, student:nn.Module, optimizer:torch.optim.Optimizer)->ModelEmaV3|None:
     "Returns the moving average of the student's weights, updated by each optimizer step; None if it is off."
-    if not config.ema_decay: return None
+    if not config.ema_decay:
+        return None
     average = ModelEmaV3(student, decay=config.ema_decay, foreach=next(student.parameters()).is_cuda)
     optimizer.register_step_post_hook(lambda *_: average.update(student))
     return average

@@ -59,7 +59,8 @@ def predictions(
     arrays = {}
     for part in parts:
         views, labels, rows = setup.parts[part]
-        if not len(rows): continue
+        if not len(rows):
+            continue
         arrays[f'{part}_image'] = rows.int().numpy()
         arrays[f'{part}_label'] = labels[rows].to(integer).numpy()
         keep_logits = setup.config.keep_logits and classes <= 100 and part != 'train'
@@ -95,12 +96,14 @@ def cosines(
 # %% ../../nbs/train/04_outcome.ipynb #27574bda
 def true_answers(setup:Setup)->float|None:
     "Returns the share of the teacher's hard labels in the last epoch that are correct; None without a memo."
-    if not (setup.answers and setup.answers.by_view): return None
+    if not (setup.answers and setup.answers.by_view):
+        return None
     plan = setup.plan(setup.config.epochs - 1)
     labels = setup.labels[plan.image]
     answers, is_known = setup.answers.memo_answers(plan.image, plan.view)
     counts = is_known & (labels >= 0)
-    if answers.ndim > 1 or not counts.any(): return None
+    if answers.ndim > 1 or not counts.any():
+        return None
     return round((answers == labels)[counts].double().mean().item(), 5)
 
 # %% ../../nbs/train/04_outcome.ipynb #9b731d57
@@ -111,7 +114,8 @@ def teacher_brief(
 )->dict|None:
     "Returns the main facts of the teacher's card, and how many of the student's images it was trained on."
     card = Card.read(config.teacher_weights)
-    if not card: return None
+    if not card:
+        return None
     names = 'run', 'architecture', 'weights_hash', 'n_train', 'top1_held_out', 'top1_train_views'
     brief = {name: getattr(card, name) for name in names}
     brief['n_shared'] = int(training_mask(card, data)[rows].sum()) if knows_images(card, data) else 0
@@ -125,7 +129,8 @@ def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
     measured = []
     columns = ('test_top1', 'test', 1), ('test_top5', 'test', 5), ('held_out_top1', 'validation', 1)
     for name, split, k in columns:
-        if result.get(name) is None: continue
+        if result.get(name) is None:
+            continue
         measured.append(EvalResult(task_type='image-classification',
                                    dataset_type=config.dataset,
                                    dataset_name=config.dataset,
@@ -207,7 +212,8 @@ def save_student(
     kwargs = config.student_kwargs
     save_model(model, run.model, kwargs, card.classes, readme, setup.constants, card.input_size)
     replace(card, run=run.name, result=result).write(run.model)
-    if config.hub_repo: push(config.hub_repo, run.model, run.name)
+    if config.hub_repo:
+        push(config.hub_repo, run.model, run.name)
 
 def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured: of the last epoch
     "Writes a student's predictions and its model; returns the result."
@@ -254,7 +260,8 @@ def record_adopted(
     card = Card.read(folder)
     config = resolve(replace(config, experiment='adopted_teacher', student_weights=str(folder)))
     run = RunWriter.of(config)
-    if run.status == 'done': return run
+    if run.status == 'done':
+        return run
     setup = prepare(replace(config, student_weights=''), Ranks(device=config.device))
     load_weights(setup.student.model, weights_place(str(folder))) # with the head
     with run.lock():
@@ -275,9 +282,11 @@ def checkpoint_at(
     "Returns a checkpoint of a run, of this clone or of the clone that holds the run's folder."
     work = run.work
     for file in (work/f'checkpoint-{epochs or 0:04d}.pt', work/'checkpoint.pt'):
-        if not file.is_file(): continue
+        if not file.is_file():
+            continue
         state = read_checkpoint(file)
-        if epochs in (None, state['epochs']): return state
+        if epochs in (None, state['epochs']):
+            return state
     names = ', '.join(sorted(file.name for file in work.glob('checkpoint*.pt'))) or 'none'
     which = '' if epochs is None else f' of epoch {epochs}'
     raise VitdistillError(f'{work} holds no checkpoint{which} (there: {names}): '
@@ -322,4 +331,5 @@ def main(arguments:list=None)->int:
 
 # %% ../../nbs/train/04_outcome.ipynb #7f88583d
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

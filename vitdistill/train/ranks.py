@@ -31,12 +31,14 @@ class Ranks:
 
     def sum(self, tensor:torch.Tensor)->torch.Tensor:
         "Sums a tensor over all ranks, in place; returns it."
-        if self.world > 1: dist.all_reduce(tensor)
+        if self.world > 1:
+            dist.all_reduce(tensor)
         return tensor
 
     def barrier(self)->None:
         "Waits until all ranks are here."
-        if self.world > 1: dist.barrier()
+        if self.world > 1:
+            dist.barrier()
 
 # %% ../../nbs/train/01_ranks.ipynb #e9329df9
 def check_device(device:str)->None:
@@ -103,7 +105,8 @@ def end_with_parent()->None:
             while os.getppid() == parent:
                 time.sleep(1)
                 with suppress(PermissionError):
-                    if launcher: os.kill(launcher, 0)
+                    if launcher:
+                        os.kill(launcher, 0)
         os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -139,7 +142,8 @@ def end_by_signal()->None:
 # %% ../../nbs/train/01_ranks.ipynb #8a918630
 def threads_per_rank(config:Config, local_world:int)->int:
     "Returns the CPU threads of a rank: its share of the cores, or fewer if OMP_NUM_THREADS is lower."
-    if config.threads != 'auto': return config.threads
+    if config.threads != 'auto':
+        return config.threads
     return max(1, min(cores()//local_world, environment_number('OMP_NUM_THREADS', cores())))
 
 # %% ../../nbs/train/01_ranks.ipynb #a5a0703b
@@ -148,12 +152,14 @@ def set_numerics(
     deterministic:bool # use kernels that give the same bits each time; torch raises an error if there is none
 )->None:
     "Makes CUDA compute fp32 in full precision (no TF32), and deterministically if `deterministic`."
-    if not device.startswith('cuda'): return
+    if not device.startswith('cuda'):
+        return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False # slow, and nothing here reads such memory
-    if not deterministic: return
+    if not deterministic:
+        return
     import torch._inductor.config as inductor # here, since it takes half a second
     inductor.deterministic = True # don't choose kernels by timing
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -213,4 +219,5 @@ def seed_step(
     state = seed_host(seed, epoch, step, rank)
     if device.startswith('cuda'):
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(state)
-    if device == 'mps': torch.mps.manual_seed(state)
+    if device == 'mps':
+        torch.mps.manual_seed(state)

@@ -43,8 +43,10 @@ from ..data.views import unlabelled_places, view_count
 # %% ../../nbs/train/02_setup.ipynb #f0417754
 def auto_device()->str:
     "Returns the best device of this machine."
-    if torch.cuda.is_available(): return 'cuda'
-    if torch.backends.mps.is_available(): return 'mps'
+    if torch.cuda.is_available():
+        return 'cuda'
+    if torch.backends.mps.is_available():
+        return 'mps'
     return 'cpu'
 
 # %% ../../nbs/train/02_setup.ipynb #03e2dc43
@@ -71,8 +73,10 @@ def uses_batch_norm(config:Config)->bool:
 # %% ../../nbs/train/02_setup.ipynb #619ec7c0
 def auto_compile(config:Config, device:str)->str:
     "Returns the mode for compile = 'auto': CUDA graphs on one GPU, where kernel launches are the bottleneck."
-    if device != 'cuda' or compiler_missing(device): return 'none'
-    if place_among_ranks()[2] == 1: return 'reduce-overhead'
+    if device != 'cuda' or compiler_missing(device):
+        return 'none'
+    if place_among_ranks()[2] == 1:
+        return 'reduce-overhead'
     # compiled synchronized batch norm hangs or is wrong
     return 'none' if uses_batch_norm(config) else 'default'
 
@@ -96,7 +100,8 @@ def refuse_unfit_folds(config:Config)->None:
     if how != 'unseen' and not config.fold_weights:
         raise VitdistillError(f'fold_answers = {how!r} needs two fold teachers: give fold_weights beside '
                               "teacher_weights (e02's out_of_fold does), or leave fold_answers out.")
-    if not config.fold_weights: return
+    if not config.fold_weights:
+        return
     if config.unlabelled and how != 'unseen':
         raise VitdistillError(f'fold_answers = {how!r} is for images that a teacher was trained on, with '
                               'their labels, and unlabelled ones are none: leave fold_answers out, or '
@@ -116,7 +121,8 @@ def refuse_unfit_folds(config:Config)->None:
 def check_settings(config:Config)->None:
     "Raises `VitdistillError` for models, augmentation, schedule or optimizer that no run can have."
     for name in (config.student, config.teacher):
-        if name: check_name(name)
+        if name:
+            check_name(name)
     fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
     for role in ('student', 'teacher'):
         doubled = [name for name in getattr(config, f'{role}_kwargs') if name in fixed]
@@ -133,7 +139,8 @@ def check_settings(config:Config)->None:
 
 def refuse_compilation(config:Config, device:str)->None: # config: with the user's `compile`
     "Raises `VitdistillError` if torch.compile was asked for and can't be used."
-    if config.compile in ('auto', 'none', 'graph'): return
+    if config.compile in ('auto', 'none', 'graph'):
+        return
     missing = compiler_missing(device)
     if missing:
         raise VitdistillError(f"compile = {config.compile!r} needs {missing}, which is not here: install it, "
@@ -166,7 +173,8 @@ def resolve(config:Config)->Config:
 # %% ../../nbs/train/02_setup.ipynb #a34e7e26
 def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: as `Config.compile`
     "Returns a model, or function of tensors, under torch.compile, a program per batch size; or unchanged."
-    if mode in ('none', 'graph'): return function
+    if mode in ('none', 'graph'):
+        return function
     if mode == 'default' and isinstance(function, Student) and equal_blocks(function):
         return with_compiled_blocks(function)
     return torch.compile(function, mode=mode, dynamic=False)
@@ -179,8 +187,10 @@ def program(function:typing.Callable, mode:str)->typing.Callable: # mode: with w
 # %% ../../nbs/train/02_setup.ipynb #ff909c0d
 def loading_processes(config:Config, ranks:Ranks)->int: # of this rank
     "Returns how many processes augment images: `workers`; 'auto' gives up to 16 with a GPU, none on a CPU."
-    if not augments(config): return 0
-    if config.workers != 'auto': return config.workers
+    if not augments(config):
+        return 0
+    if config.workers != 'auto':
+        return config.workers
     return min(16, cores()//ranks.local_world) if ranks.device.startswith('cuda') else 0
 
 # %% ../../nbs/train/02_setup.ipynb #83ea5f19
@@ -189,7 +199,8 @@ def refuse_cramped(
     batch:int      # bytes of the images that one of them hands over
 )->None:
     "Raises `VitdistillError` if loading processes lack shared memory, or a short path for their sockets."
-    if not processes: return
+    if not processes:
+        return
     shared = Path('/dev/shm')
     needed = 2*processes*batch # each prepares two batches
     free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
@@ -320,8 +331,10 @@ def image_device(
     "Returns the device to keep images on: a GPU if half its free memory holds them unaugmented, else 'cpu'."
     if config.data_on in ('host', 'disk') or augments(config):
         return 'cpu'
-    if config.data_on == 'device': return device
-    if not device.startswith('cuda'): return 'cpu'
+    if config.data_on == 'device':
+        return device
+    if not device.startswith('cuda'):
+        return 'cpu'
     free, _ = torch.cuda.mem_get_info(device)
     return device if math.prod(shape) < free/2 else 'cpu'
 
@@ -414,7 +427,8 @@ def load_answers(
 def refuse_missing_answers(answers:Answers, rows:torch.Tensor)->None: # rows: images to train on
     "Raises `VitdistillError` if a teacher without weights does not know the answers about all images."
     for part, place in answers.parts_of(rows):
-        if not isinstance(part.teacher, Absent): continue
+        if not isinstance(part.teacher, Absent):
+            continue
         share = part.share_known(rows[place])
         if share < 1:
             raise VitdistillError(f'{part.teacher.file} answers {share:.1%} of the views of the '
@@ -427,7 +441,8 @@ def refuse_share(config:Config, images:int)->None: # images: labelled ones
     share = config.unlabelled_share
     batch = min(config.batch_size, plan_rows(config, images))
     unlabelled = round(share*batch)
-    if 0 < unlabelled < batch or share == 1: return
+    if 0 < unlabelled < batch or share == 1:
+        return
     lacks = 'labelled' if unlabelled else 'unlabelled'
     raise VitdistillError(f'unlabelled_share = {share} leaves no {lacks} image in a batch of {batch}: give '
                           'another share, or a larger batch_size.')
@@ -439,7 +454,8 @@ def place_model(
     precision:str='fp32' # of training; 'bf16' on a CPU computes attention over few tokens unfused
 )->nn.Module:
     "Returns a student on its device, in the form that trains fastest there."
-    if device == 'cpu': with_matrix_products(model)
+    if device == 'cpu':
+        with_matrix_products(model)
     if device == 'cpu' and precision == 'bf16':
         with_plain_attention(model)
     return model.to(device, memory_format=torch.channels_last)

@@ -62,7 +62,8 @@ class Meter:
         self.tally(self.sums, self.steps, out.loss.detach(), logits, batch.targets, batch.weight > 0)
         if self.first_label is None and 'label' in out.parts:
             self.first_label = out.parts['label'].detach()
-        if out.logits: return
+        if out.logits:
+            return
         for name, part in out.parts.items(): # terms of a loss without labels
             self.parts[name] = self.parts.get(name, 0.) + part*len(batch.targets)*(batch.weight > 0)
 
@@ -117,7 +118,8 @@ def why_not_captured(setup:Setup, optimizer:torch.optim.Optimizer)->str:
     if not setup.criterion.compiles:
         return f'distillation = {setup.config.distillation!r} changes with the epoch'
     capturable = all(group.get('capturable') for group in optimizer.param_groups)
-    if type(optimizer) is torch.optim.SGD or capturable: return ''
+    if type(optimizer) is torch.optim.SGD or capturable:
+        return ''
     return f'optimizer = {setup.config.optimizer!r} needs the host in each step'
 
 def tensors(batch:Batch)->list:
