@@ -2,6 +2,7 @@
 import ast
 import functools
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -69,6 +70,38 @@ def test_template_has_typed_parameters(notebook):
     source = "".join(tagged[0]["source"])
     assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
     assert notebook.parent.name == "analysis" or not any(c["outputs"] for c in cells(notebook))
+
+
+def long_cells(sources, most=45):
+    """Returns the numbers of exported cells of more than `most` lines. A class alone may have more."""
+    found = []
+    for number, source in enumerate(sources):
+        if not re.search(r"^#\| *exports?i?\b", source, re.M):
+            continue
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        symbols = [node for node in ast.parse(source).body if isinstance(node, kinds)]
+        is_class = len(symbols) == 1 and isinstance(symbols[0], ast.ClassDef)
+        if len(lines) > most and not is_class:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize(("source", "is_long"), [
+    ("#| export\n" + "a = 1\n\n" * 45, False),
+    ("#| export\n" + "a = 1\n" * 46, True),
+    ("a = 1\n" * 46, False),  # it exports nothing
+    ("#| export\nclass A:\n" + "    a = 1\n" * 46, False),
+    ("#| export\nclass A:\n" + "    a = 1\n" * 46 + "def f():\n    pass\n", True),
+])
+def test_long_cells_are_seen(source, is_long):
+    assert long_cells([source]) == [0] * is_long
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_exported_cells_are_short(notebook):
+    """A cell of 45 lines fits a screen; a class stands whole, and alone, in one."""
+    assert long_cells(["".join(cell["source"]) for cell in cells(notebook)]) == []
 
 
 SOURCES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vitdistill").rglob("*.py")

@@ -11,7 +11,7 @@ __all__ = ['COSTS', 'loss', 'seconds_in_words', 'new_answers', 'seconds_of_cells
            'in_words', 'findings', 'page_of', 'print_job', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job',
            'start_in_words', 'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side',
            'part_of_teacher', 'run_job', 'about_images', 'print_models', 'distill', 'save', 'class_orders',
-           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
+           'refuse_other_order', 'right_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, inspect, json, math, os, shlex, statistics, tempfile, time
@@ -774,9 +774,11 @@ def chosen_side(size:int|str)->int: # as the user gives it
 def part_of_teacher(
     teacher:str|Path, name:str, classes, # `teacher`, `teacher_name` and `classes` of `distill`
     size:int, side:int, # of the teacher's input, 0: auto; of the student's images, px
-    images:Images
+    images:Images, out:Path, dry_run:bool # as `part_by_words` takes them
 )->dict: # as a study file has it
     "Returns the teacher's part of a study; one from a model folder keeps its own size."
+    if is_by_words(str(teacher)):
+        return part_by_words(teacher, classes, size, images, out, dry_run)
     if classes:
         raise VitdistillError(f'classes = {classes!r} is for a teacher by words: give teacher = '
                               'clip:MODEL/WEIGHTS, or leave it out.')
@@ -855,15 +857,11 @@ def distill(
     about = about_images(images)
     print(about, flush=True)
     side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
-    if is_by_words(str(teacher)):
-        part = part_by_words(teacher, classes, chosen_side(teacher_size), images, out, dry_run)
-    else:
-        part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images)
+    part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images, out,
+                           dry_run)
     fields, *more = starts_of_students(students, fields, preset)
     print_models([fields, *more], side, part)
     given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
-    if class_names:
-        given |= dict(alpha=1.) # the answers are all that there is
     study = study_of(images, out, part, seeds, given | fields, more, str(folder or ''))
     study['about'] = dict(images=about, command=command)
     return run_job(study, images, out, dry_run)
@@ -907,6 +905,39 @@ def class_orders(dataset)->list: # lists of names
         orders += class_orders(part)
     return orders
 
+# %% ../nbs/06_api.ipynb #59d52ffe
+def refuse_other_order(
+    dataset,     # of a loader; None: unknown
+    classes:list # names, in the teacher's order
+)->None:
+    "Raises `VitdistillError` if a dataset numbers classes in another order than the teacher."
+    own_labels = {name: label for label, name in enumerate(classes)}
+    for names in class_orders(dataset):
+        if any(own_labels.get(name, label) != label for label, name in enumerate(names)):
+            raise VitdistillError(f"the loader's classes ({', '.join(names[:3])}, ...) stand in another "
+                                  f"order than the teacher's ({', '.join(classes[:3])}, ...): number labels "
+                                  'as teacher.classes does, by the target_transform of the dataset.')
+
+# %% ../nbs/06_api.ipynb #c620dd6f
+def right_answers(
+    logits:torch.Tensor, # (B, C), of a teacher
+    labels,              # (B,), positions in `classes`
+    classes:list         # C names
+)->torch.Tensor: # (B,) bool
+    "Returns whether each answer is the label; labels or logits that can't be right are a `VitdistillError`."
+    answers = logits.cpu()
+    labels = torch.as_tensor(labels).cpu()
+    whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    fits = whole and labels.shape == answers.shape[:1]
+    if not fits or ((labels < 0) | (labels >= len(classes))).any():
+        raise VitdistillError(f'labels such as {labels.flatten()[:3].tolist()} ({labels.dtype}, shape '
+                              f'{(*labels.shape,)}) fit no {len(classes)} classes: give for each of '
+                              f'the {len(answers)} images its position in teacher.classes.')
+    if not answers.isfinite().all():
+        raise VitdistillError("the teacher's logits are not finite: give pixels that are normalized by "
+                              'mean_std, another precision or another teacher.')
+    return answers.argmax(-1) == labels
+
 # %% ../nbs/06_api.ipynb #b9774a9a
 class LoadedTeacher(Teacher):
     "A frozen teacher for a loader's pixels."
@@ -937,10 +968,10 @@ class LoadedTeacher(Teacher):
 
     def check(self, loader)->float: # yields (pixels, labels, ...)
         "Returns the share of a loader's images that it answers right; raises if it seems untrained."
-        self._check_order(getattr(loader, 'dataset', None))
+        refuse_other_order(getattr(loader, 'dataset', None), self.classes)
         right = [torch.empty(0)]
         for pixels, labels, *_ in loader:
-            right.append(self._right(pixels, labels))
+            right.append(right_answers(self(pixels), labels, self.classes))
         right = torch.cat(right)
         if not len(right):
             raise VitdistillError('the loader yields no images: give one with images of each class.')
@@ -952,29 +983,6 @@ class LoadedTeacher(Teacher):
                               f'{chance:.1%}), so its head seems untrained: fine-tune it first, or give the '
                               'weights that fit these classes, labels in the order of teacher.classes, and '
                               'as mean_std how the loader normalizes.')
-
-    def _check_order(self, dataset): # raises if it numbers classes in another order
-        own_labels = {name: label for label, name in enumerate(self.classes)}
-        for names in class_orders(dataset):
-            if any(own_labels.get(name, label) != label for label, name in enumerate(names)):
-                raise VitdistillError(f"the loader's classes ({', '.join(names[:3])}, ...) stand in another "
-                                      f"order than the teacher's ({', '.join(self.classes[:3])}, ...): "
-                                      'number labels as teacher.classes does, by the target_transform of the '
-                                      'dataset.')
-
-    def _right(self, pixels, labels): # (B,) bool: is the answer the label?
-        answers = self(pixels).cpu()
-        labels = torch.as_tensor(labels).cpu()
-        whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-        fits = whole and labels.shape == answers.shape[:1]
-        if not fits or ((labels < 0) | (labels >= len(self.classes))).any():
-            raise VitdistillError(f'labels such as {labels.flatten()[:3].tolist()} ({labels.dtype}, shape '
-                                  f'{(*labels.shape,)}) fit no {len(self.classes)} classes: give for each of '
-                                  f'the {len(answers)} images its position in teacher.classes.')
-        if not answers.isfinite().all():
-            raise VitdistillError("the teacher's logits are not finite: give pixels that are normalized by "
-                                  'mean_std, another precision or another teacher.')
-        return answers.argmax(-1) == labels
 
 # %% ../nbs/06_api.ipynb #3bc83f5c
 def load_teacher(

@@ -614,11 +614,13 @@ def named_objective(config:Config)->type:
         return OBJECTIVES[name]
     raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, OBJECTIVES)}')
 
+# %% ../nbs/03_losses.ipynb #081623c6
 def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without a teacher
     "Returns the kind of answer that a config's objective needs."
     objective = named_objective(config)
     return None if objective.wants is None else objective.kind(config)
 
+# %% ../nbs/03_losses.ipynb #f91a4924
 def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
     # with class_names no image has a label; a config without a teacher only measures a model

@@ -38,6 +38,7 @@ def _histogram(channel): # (N, H, W) uint8 -> (256,) float64; in parts, since bi
     counts = sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(1000))
     return counts.double()
 
+# %% ../../nbs/data/01_datasets.ipynb #8b59ef41
 @dataclass(frozen=True)
 class Data:
     "Holds the training and test images, (N, H, W, 3) uint8, their labels, (N,) int64, and the class names."
@@ -325,6 +326,7 @@ def refuse_labels(config:Config)->None:
     if names and len({*names}) < max(2, len(names)):
         raise VitdistillError(f'class_names = {names}: give two or more names, each once.')
 
+# %% ../../nbs/data/01_datasets.ipynb #064a3a49
 def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
     labels = torch.tensor([label for *_, label in files.files])
     train_rows, test_rows = stratified(labels, .2, seed=0)
@@ -336,6 +338,7 @@ def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fif
                               'as test images: give each class five or more, or name parts in a column part.')
     return dict(train=some_rows(files, train_rows.tolist()), test=test)
 
+# %% ../../nbs/data/01_datasets.ipynb #b7afa497
 def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
     "Lists the images that a config's table of labels names; parts that do not fit raise a `VitdistillError`."
     refuse_labels(config)
@@ -371,6 +374,7 @@ def without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
     test = ImageFiles(train.root, [], train.opener, classes)
     return dict(train=replace(train, classes=classes), test=test)
 
+# %% ../../nbs/data/01_datasets.ipynb #b07f6c12
 def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
     if config.class_names:
         return without_labels(config)
@@ -379,6 +383,7 @@ def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
     row = check_dataset(config.dataset)
     return image_files(config, row.package, row.needs)
 
+# %% ../../nbs/data/01_datasets.ipynb #78e86268
 def _say(place, train, *others): # prints which folders are the classes, and what was left out
     for note in train.notes:
         say_once(note)
@@ -391,12 +396,14 @@ def _say(place, train, *others): # prints which folders are the classes, and wha
     if left_out:
         say_once(f'{place}: left out of the dataset: {left_out}.')
 
+# %% ../../nbs/data/01_datasets.ipynb #4bcc1025
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
     "Returns the image files of a config's dataset; prints which folders are classes and what is left out."
     parts = _parts(config)
     _say(printable(config.data_root or config.dataset), parts['train'], parts['test'])
     return parts
 
+# %% ../../nbs/data/01_datasets.ipynb #541bd83c
 def _reading(config, *parts): # what makes pixels of files; the number grows when `square_pixels` changes them
     names = []
     for part in parts:
@@ -405,6 +412,7 @@ def _reading(config, *parts): # what makes pixels of files; the number grows whe
     reader = 'reader 2' if all_jpeg else 'reader 3' # 3: transparency, 32 bits
     return reader if config.exif_orientation else f'{reader}, not turned'
 
+# %% ../../nbs/data/01_datasets.ipynb #bcb3c9c6
 def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."
     parts = _parts(config)

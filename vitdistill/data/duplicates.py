@@ -170,6 +170,7 @@ class Pair(typing.NamedTuple):
     b:int   # row of the second list
     how:str # bytes, or pixels
 
+# %% ../../nbs/data/04_duplicates.ipynb #64553a29
 def _near_places(lists): # yields pairs of (number of the list, row) whose small copies are alike
     places = []
     hashes = []
@@ -189,6 +190,7 @@ def _near_places(lists): # yields pairs of (number of the list, row) whose small
         for one, other in part[grey_fits & colour_fits]:
             yield places[one], places[other]
 
+# %% ../../nbs/data/04_duplicates.ipynb #cf933434
 def same_images(
     files_a:ImageFiles,
     files_b:ImageFiles|None=None # None: pairs within the first list, a < b

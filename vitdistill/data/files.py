@@ -388,6 +388,7 @@ def _in_torchvision(kind, train, root, split): # kind: class of torchvision; tra
         samples += [(str(path), int(label)) for path, label in pairs]
     return samples, dataset.classes
 
+# %% ../../nbs/data/00_files.ipynb #5d0bdde1
 def _in_json(root, split): # of iNaturalist; its test*.json have no labels
     files = [*root.glob(f'{split}.json'), *root.glob(f'{split}20??.json')]
     if not files or split == 'test':
@@ -405,6 +406,7 @@ def _in_json(root, split): # of iNaturalist; its test*.json have no labels
         samples.append((str(root/paths[row['image_id']]), label_of[row['category_id']]))
     return samples, [classes[category] for category in label_of]
 
+# %% ../../nbs/data/00_files.ipynb #3ff3a7b5
 _official = {
     'flowers102': functools.partial(_in_torchvision, 'Flowers102', ['train', 'val']),
     'stanford_cars': functools.partial(_in_torchvision, 'StanfordCars', ['train']),
@@ -479,6 +481,7 @@ def _refuse_gap(place, names, trained, tested): # names of the classes, or []; C
                           f'but {problem}: number the classes 0, 1, 2 and so on without a gap, and remove '
                           'images of no class.')
 
+# %% ../../nbs/data/00_files.ipynb #93437352
 def classes_of(
     place:str,        # folder of the dataset, for messages
     train:ImageFiles, test:ImageFiles,

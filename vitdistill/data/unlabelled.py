@@ -125,6 +125,7 @@ def refuse_own_folder(config:Config)->None:
             raise VitdistillError(f'unlabelled = {config.unlabelled!r} and {place}, which has labels, lie in '
                                   'each other: name a folder beside it.')
 
+# %% ../../nbs/data/04_unlabelled.ipynb #4667b307
 def _copies(files, images, others, other_images): # rows of files that are among the others
     if isinstance(images, torch.Tensor) and isinstance(other_images, torch.Tensor):
         return same_pixels(images, other_images)
@@ -134,6 +135,7 @@ def _copies(files, images, others, other_images): # rows of files that are among
             rows.update(row for number, row in group if number == 0)
     return rows
 
+# %% ../../nbs/data/04_unlabelled.ipynb #17cda077
 def unlabelled_files(config:Config, data:Data)->Unlabelled:
     "Returns the unlabelled images of a folder, without those that the dataset has too."
     refuse_own_folder(config)
@@ -165,6 +167,7 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     numbers = len(data.train_labels) + torch.arange(len(rows))
     return Unlabelled(config.unlabelled, numbers, images, mark, left_out)
 
+# %% ../../nbs/data/04_unlabelled.ipynb #8d1c64d1
 def unlabelled_images(
     config:Config, data:Data,
     train:torch.Tensor, val:torch.Tensor # rows that are trained on with labels, and held out

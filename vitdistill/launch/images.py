@@ -254,6 +254,7 @@ class Images:
             sentences += f' No image of {_first_names(lacking, 5)} is held out.'
         return sentences
 
+# %% ../../nbs/launch/04_images.ipynb #9b117e8e
 def _first_names(names, most): # '...' stands for the others
     return ', '.join([*names[:most], '...'] if len(names) > most else names)
 
@@ -580,6 +581,8 @@ def study_of(
     teacher = common | given_among(shared) | given_among(LOOSENS if 'weights' in teacher else ()) | teacher
     of_unlabelled = given_among(('unlabelled', 'unlabelled_share')) # of the arms with unlabelled images
     lessons = given_among(teaching - {'unlabelled', 'unlabelled_share'})
+    if not images.labelled: # the answers are all that there is
+        lessons = dict(alpha=1.) | lessons
     arms = {}
     compare = []
     for student in [{}, *more]: # {}: the fields of the first student stand in `common`

@@ -7,8 +7,8 @@ __all__ = ['STATES', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'recipe_f
            'part_cells', 'grid_cells', 'check_cells', 'slot_environment', 'record_of', 'write_record', 'read_record',
            'cell_runs', 'new_threads', 'end', 'model_for', 'cell_has_model', 'missing_weights', 'execute',
            'papermill_command', 'state_at_end', 'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of',
-           'set_progress', 'count_states', 'state_table', 'refuse_busy', 'hold_folder', 'run_in_order', 'run_batch',
-           'submit_batch', 'main']
+           'set_progress', 'count_states', 'state_table', 'refuse_busy', 'hold_folder', 'cut_running', 'run_in_order',
+           'run_batch', 'submit_batch', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -333,6 +333,7 @@ def execute(
             cell.seconds = round(time.monotonic() - start, 2)
             write_record(cell)
 
+# %% ../../nbs/launch/03_queue.ipynb #d1eaf825
 def papermill_command(cell:Cell, more:dict, show:bool)->list[str]: # as `execute` takes them
     "Returns the command that executes a cell's notebook with its parameters and the models that it names."
     parameters = dict(cell.chosen)
@@ -346,6 +347,7 @@ def papermill_command(cell:Cell, more:dict, show:bool)->list[str]: # as `execute
     return [sys.executable, '-P', '-m', 'papermill', str(cell.notebook), str(cell.place), *options,
             '--parameters_yaml', yaml.safe_dump(parameters | more)]
 
+# %% ../../nbs/launch/03_queue.ipynb #a926997f
 def state_at_end(status:int, log:Path)->str: # exit status and output of a cell's process
     "Returns 'done', or why a cell failed: the last line of its log."
     if status == 0:
@@ -542,6 +544,15 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
             write_record(cell)
         yield [n for n in start_order(cells) if cells[n].state != 'done']
 
+# %% ../../nbs/launch/03_queue.ipynb #fc329c5d
+def cut_running(cells:list[Cell], processes:list)->None:
+    "Marks the cells that run as cut, and ends their processes."
+    for cell in cells:
+        if cell.state == 'running':
+            cell.state = 'cut'
+    for process in processes:
+        stop(process)
+
 # %% ../../nbs/launch/03_queue.ipynb #af786b39
 @stoppable()
 def run_in_order(
@@ -586,11 +597,7 @@ def run_in_order(
                 future.result()
         except KeyboardInterrupt:
             stopped.set()
-            for cell in cells:
-                if cell.state == 'running':
-                    cell.state = 'cut'
-            for process in processes:
-                stop(process)
+            cut_running(cells, processes)
             raise
 
 # %% ../../nbs/launch/03_queue.ipynb #a5b95ffc

@@ -382,6 +382,7 @@ def run(
         print_end(record)
     return record
 
+# %% ../../nbs/launch/01_runner.ipynb #4314f6bf
 def train_or_interrupt(config:Config, record:Run, nproc:int|None, show:bool|typing.Callable)->str:
     "Returns `train_on_ranks`; an interrupt of the user says from where the next call goes on."
     try:
@@ -392,6 +393,7 @@ def train_or_interrupt(config:Config, record:Run, nproc:int|None, show:bool|typi
         where = f'go on after epoch {epochs}' if epochs else 'start from the beginning'
         raise Interrupted(f'interrupted; run this again to {where}') from None
 
+# %% ../../nbs/launch/01_runner.ipynb #79c28067
 def print_end(record:Run)->None:
     "Prints where a finished run's record and model are, and a warning about its teacher."
     warning = teacher_warning(record.result)

@@ -129,15 +129,18 @@ def check_vary(vary:dict, name:str)->None: # name: of what varies it, for the me
         if len({*map(str, values)}) < len(values):
             raise VitdistillError(f'{key} = {values!r} of {name} has a value twice: leave one out.')
 
+# %% ../../nbs/launch/00_studies.ipynb #3805ebc2
 def combinations(part:dict)->list[dict]: # of `vary`; [{}] without it
     "Returns each combination of the values that a part varies."
     vary = part.get('vary') or {}
     return [dict(zip(vary, values)) for values in itertools.product(*vary.values())]
 
+# %% ../../nbs/launch/00_studies.ipynb #34608b45
 def name_with_values(arm:str, varied:dict)->str: # varied: of `combinations`
     "Returns the name of an arm with its varied values, such as 'plain lr=0.02'."
     return ' '.join([arm, *(f'{key}={value}' for key, value in varied.items())])
 
+# %% ../../nbs/launch/00_studies.ipynb #74906c99
 def arm_names(study:Study)->dict: # name with varied values -> arm, varied values
     "Returns all arms of a study, an arm that varies something once for each combination."
     arms = {}
@@ -150,12 +153,14 @@ def arm_names(study:Study)->dict: # name with varied values -> arm, varied value
             arms[name] = arm, varied
     return arms
 
+# %% ../../nbs/launch/00_studies.ipynb #73b056ad
 def trained_part(study:Study, arm:str)->dict:
     "Returns the part that trains an arm, of whichever study; {} if its name has the varied values already."
     others = references(study, arm)
     other, name = others[0] if others else (study, arm)
     return other.parts.get(name, {})
 
+# %% ../../nbs/launch/00_studies.ipynb #d98fdf8b
 def references(study:Study, name:str)->list[tuple[Study, str]]:
     "Returns the studies and names of the parts that a part stands for; refuses an unknown one."
     others = []
@@ -386,6 +391,7 @@ def runs_of(
         runs = [run for run in records if full_name(study, arm) in run.arms]
     return sorted(matching_runs(runs, varied), key=lambda run: (run.config.seed, run.name))
 
+# %% ../../nbs/launch/00_studies.ipynb #845f29cc
 def matching_runs(
     runs:list[Run],
     values:dict     # name -> value, as in YAML; names that are no fields of Config are ignored
@@ -402,9 +408,11 @@ def matching_runs(
             matching.append(run)
     return matching
 
+# %% ../../nbs/launch/00_studies.ipynb #620f1ae8
 def _asked_values(config:Config)->dict: # 'auto' where a run was asked for it, and not what it was resolved to
     return vars(config) | defining(config)
 
+# %% ../../nbs/launch/00_studies.ipynb #64cc9f46
 def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_of` takes them
     "Returns the runs of the teacher that an arm names or, without one, of the teachers that it waits for."
     arm, _ = arm_names(study).get(arm, (arm, {}))
@@ -428,6 +436,7 @@ def runs_folder(parameters:dict)->str: # of a notebook
     shared = preset_parts(preset).get('common', {}) if preset else {}
     return parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
 
+# %% ../../nbs/launch/00_studies.ipynb #86b3c4bd
 def runs_with(
     arm:str,               # 'study/arm'
     records:list[Run],     # of `find_runs`
@@ -437,6 +446,7 @@ def runs_with(
     "Returns the runs of an arm that are in one of these states."
     return matching_runs([run for run in records if arm in run.arms and run.status in states], fields)
 
+# %% ../../nbs/launch/00_studies.ipynb #866550a0
 def model_of(
     arm:str,       # 'study/arm'
     seed:int|None, # of the run that uses the model
@@ -465,6 +475,7 @@ def model_of(
     raise VitdistillError(f'the model of {arm} is not in {run.model}: put it there, or remove {run.folder} '
                           'to train it again.')
 
+# %% ../../nbs/launch/00_studies.ipynb #bafd02ed
 def model_folders(run:Run)->list[Path]:
     "Returns the folders where a run's model may be; an adopted teacher's is in the folder that e04 made."
     if run.config.experiment != 'adopted_teacher':

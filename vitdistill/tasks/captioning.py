@@ -63,6 +63,7 @@ class Part:
     text:torch.Tensor       # (N, D)
     references:list[str]    # captions in the words of the training texts
 
+# %% ../../nbs/tasks/03_captioning.ipynb #9f817277
 def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tuple)->DualEncoder: # as below
     "Returns the student with a text tower, which is fitted to pairs once, by the process that comes first."
     settings = tower_settings(config.text_tower)
@@ -86,6 +87,7 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
         save_dual(encoder, folder, dict(settings=settings, losses=losses))
     return encoder
 
+# %% ../../nbs/tasks/03_captioning.ipynb #ef8b9438
 def create_encoder(
     config:Config,
     device:str,
@@ -176,6 +178,7 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
                  test=make_part(1, test, data.test_images, data.test_labels))
     return encoder, texts, source, parts, means
 
+# %% ../../nbs/tasks/03_captioning.ipynb #412c8dfa
 def caption_rows(config:Config, data:Data)->tuple: # three of (N,) int64
     "Returns the images to learn from, those that a text tower is fitted to, and those to choose settings by."
     train, val = split_rows(data.train_labels, config)
@@ -187,6 +190,7 @@ def caption_rows(config:Config, data:Data)->tuple: # three of (N,) int64
                               'by: give a larger val_fraction or val_rows.')
     return train, pairs, choice
 
+# %% ../../nbs/tasks/03_captioning.ipynb #46c528ea
 def unlabelled_parts(config:Config, device:str)->tuple: # as `labelled_parts`
     "Reads texts of one's own and embeds them; a share of them is held out."
     texts = read_texts(config.data_root)
@@ -282,6 +286,7 @@ def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int,
         raise VitdistillError(f'the loss of epoch {epoch + 1} is {mean}: lower lr, or set precision to fp32.')
     return dict(train_loss=mean, images_per_second=n/(time.perf_counter() - start_time))
 
+# %% ../../nbs/tasks/03_captioning.ipynb #f5493846
 @torch.no_grad()
 def text_loss(setup:Captioning, part:Part)->float:
     "Returns the loss of a part's captions, written from the embeddings of its texts, without noise."
@@ -291,6 +296,7 @@ def text_loss(setup:Captioning, part:Part)->float:
     losses = [captioner(*batch) for batch in zip(text.split(500), tokens.split(500))]
     return torch.cat(losses).mean().item()
 
+# %% ../../nbs/tasks/03_captioning.ipynb #9f1cda4b
 def measure_part(setup:Captioning, name:str)->tuple: # of a part -> numbers, {'image', 'text' -> captions}
     "Returns how good the captions of a part's images are, and those of its texts, by which the gap is seen."
     part = setup.parts[name]
@@ -337,6 +343,7 @@ def plane(*kinds:torch.Tensor, most:int=300)->np.ndarray: # (N, D) each -> (kind
     axes = axes*axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign() # the largest entry is positive
     return torch.stack([(part - mean).double()@axes.T for part in parts]).half().numpy()
 
+# %% ../../nbs/tasks/03_captioning.ipynb #5c1aa12d
 def test_arrays(setup:Captioning, captions:dict)->dict: # captions: of `measure_part`
     "Returns the arrays of predictions.npz: the class that each caption names (-1: none), points of the gap."
     part, val = setup.parts['test'], setup.parts['val']
@@ -351,6 +358,7 @@ def test_arrays(setup:Captioning, captions:dict)->dict: # captions: of `measure_
     noisy = add_noise(val.text, setup.std, generator(setup.config.split_seed, 1, 1))
     return arrays | dict(gap_points=plane(val.text, val.image, noisy))
 
+# %% ../../nbs/tasks/03_captioning.ipynb #72adb71a
 def save_captioner(setup:Captioning, folder:Path)->Path:
     "Writes what captions images later: the decoder, its tokenizer, and where its encoder is."
     captioner, c = setup.student, setup.config
@@ -366,6 +374,7 @@ def save_captioner(setup:Captioning, folder:Path)->Path:
         safetensors.torch.save_model(captioner, str(file))
     return write_atomic(folder/'model.safetensors', write)
 
+# %% ../../nbs/tasks/03_captioning.ipynb #b20954a0
 def captions_outcome(setup:Captioning, run:RunWriter, measures:dict)->dict: # measures: of the last epoch
     "Captions the test images, and writes predictions and model; returns the result."
     result = measures | dict(n_train=len(setup.texts))

@@ -150,6 +150,7 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
                               f"{settings['width']}.")
     return settings
 
+# %% ../../nbs/tasks/02_encoders.ipynb #d1d94024
 class TextTower(nn.Module):
     "Embeds tokens by a small transformer of transformers' CLIP."
     def __init__(self,
@@ -260,6 +261,7 @@ def width_of(image:Teacher)->int: # timm's num_features is another number for so
     with torch.inference_mode():
         return image.model(blank).shape[-1]
 
+# %% ../../nbs/tasks/02_encoders.ipynb #c2780354
 class DualEncoder(Encoder):
     "Embeds images by a frozen model of timm, and texts by a tower that was fitted to it."
     def __init__(self, image:Teacher, facts:dict, text:TextTower|None): # facts: of `tower_facts`
@@ -286,6 +288,7 @@ class DualEncoder(Encoder):
     def read(self, file):
         return read_image(file, self.facts['side'], self.facts.get('exif_orientation', True))
 
+# %% ../../nbs/tasks/02_encoders.ipynb #84cee2fa
 def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: settings of the text tower ...
     "Writes a dual encoder into a folder, its card last."
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,6 +300,7 @@ def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: sett
     write_atomic(folder/'dual.json', json.dumps(card, indent=1))
     return folder
 
+# %% ../../nbs/tasks/02_encoders.ipynb #be828ef2
 def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEncoder:
     "Returns the dual encoder in a folder that a run wrote; refuses a folder without a text tower."
     folder = from_root(folder)

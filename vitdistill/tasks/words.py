@@ -86,9 +86,11 @@ def given_pairs(
     is_heading = first_name.lower() in ('folder', 'class', 'name') and first_name not in classes
     return pairs[1:] if is_heading else pairs
 
+# %% ../../nbs/tasks/04_words.ipynb #f3ce7eb6
 def _usual_words(name): # of a folder
     return name.replace('_', ' ').replace('-', ' ').strip()
 
+# %% ../../nbs/tasks/04_words.ipynb #1573333e
 def _refuse_same(words): # words: class -> words
     for text in words.values():
         same = [name for name in words if words[name].lower() == text.lower()]
@@ -96,6 +98,7 @@ def _refuse_same(words): # words: class -> words
             raise VitdistillError(f'the classes {same[0]} and {same[1]} are both {text!r} in words: give '
                                   'each its own by --classes FILE, with lines "folder: words".')
 
+# %% ../../nbs/tasks/04_words.ipynb #54812eca
 def words_of_classes(
     classes:list,   # names of the class folders; []: there are none, and `given` names the classes
     given:str|Path|dict|list|None # as in `given_pairs`

@@ -257,6 +257,7 @@ def licenses_of(
         source = Path(weights).name
     return {source: license_in_readme(weights) or 'unknown'}
 
+# %% ../../nbs/teachers/00_card.ipynb #0eede21b
 def pretrained_licenses(name:str)->dict: # timm name of a model, or hf-hub:OWNER/MODEL
     "Returns the licences of a model's pretrained weights, {} if timm has none."
     if name.startswith(HUB):
@@ -266,6 +267,7 @@ def pretrained_licenses(name:str)->dict: # timm name of a model, or hf-hub:OWNER
         return {}
     return {f'{pretrained.architecture}.{pretrained.tag}': pretrained.license or 'unknown'}
 
+# %% ../../nbs/teachers/00_card.ipynb #b52eb32a
 def license_in_readme(weights:str)->str|None: # file or model folder
     "Returns the licence that the README.md beside weights names, if it does."
     readme = weights_folder(weights)/'README.md'
@@ -276,6 +278,7 @@ def license_in_readme(weights:str)->str|None: # file or model folder
     except (ValueError, OSError, yaml.YAMLError): # of another form
         return None
 
+# %% ../../nbs/teachers/00_card.ipynb #9a5c8e8d
 def made_from(config:Config)->dict: # of a run
     "Returns the licences of the weights that a run's student begins with and learns from."
     start = licenses_of(config.student, config.student_weights, config.student_pretrained)

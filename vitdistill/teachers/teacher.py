@@ -6,7 +6,8 @@
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest_use', 'sample_rows', 'top1', 'make_card',
            'Absent', 'refuse_new_head', 'refuse_other_weights', 'compiles_teacher', 'teacher_and_card', 'balance',
            'untrained', 'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images', 'with_members',
-           'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images', 'adopt']
+           'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images', 'adopted_readme',
+           'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import hashlib, json, math, timeit
@@ -34,6 +35,7 @@ def model_hash(model:torch.nn.Module)->str:
         parts += [name, tensor.float().cpu()]
     return digest(parts)
 
+# %% ../../nbs/teachers/01_teacher.ipynb #1d704821
 class Teacher:
     "A frozen model in eval mode that maps views to logits."
     def __init__(self,
@@ -94,6 +96,7 @@ def images_a_second(teacher:Teacher)->float:
         return 0.
     return passes*teacher.chunk/seconds
 
+# %% ../../nbs/teachers/01_teacher.ipynb #89101961
 def use_quickest(
     teacher:Teacher,
     chunks:tuple,    # images at once to try
@@ -116,6 +119,7 @@ def use_quickest(
         trials = {key: quickest_use(teacher, chunks, compiles)}
     teacher.use(trials[key]['chunk'], trials[key]['compile'])
 
+# %% ../../nbs/teachers/01_teacher.ipynb #84070fb0
 def quickest_use(teacher:Teacher, chunks:tuple, compiles:tuple)->dict: # as in `use_quickest`
     "Returns the fastest chunk and compile, and the images a second of each way that was tried."
     rates = {}
@@ -422,6 +426,20 @@ def refuse_unfit_images(
                               'or fold which training images the weights have not seen, or give other images '
                               'as held_out.')
 
+# %% ../../nbs/teachers/01_teacher.ipynb #a8b826cb
+def adopted_readme(
+    config:Config, # of the teacher as a run
+    card:Card,
+    places:list,   # files or folders of the weights
+    new_head:bool  # whether their head was replaced by an untrained one
+)->str:
+    "Returns the README.md of an adopted teacher."
+    names = ', '.join(place.name for place in places)
+    origin = f'Adopted from {names}, with an untrained head.' if new_head else f'Adopted from {names}.'
+    rows = card_rows(card, config.dataset)
+    del rows['trained on'] # elsewhere, so it is only known what they have not seen
+    return readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))
+
 # %% ../../nbs/teachers/01_teacher.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
@@ -461,11 +479,7 @@ def adopt(
     views = Views(data.train_images, config.padding, device)
     card = make_card(teacher, config, data, views, most, held_out)
     card = replace(card, made_from=licenses_of(config.student, places), words=words_of(places[0]))
-    names = ', '.join(place.name for place in places)
-    origin = f'Adopted from {names}, with an untrained head.' if new_head else f'Adopted from {names}.'
-    rows = card_rows(card, config.dataset)
-    del rows['trained on'] # elsewhere, so it is only known what they have not seen
-    readme = readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))
+    readme = adopted_readme(config, card, places, new_head)
     save_model(model.cpu(), folder, config.student_kwargs, card.classes, readme, constants, size)
     card.write(folder)
     return card

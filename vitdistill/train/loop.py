@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'epoch_steps', 'from_processes', 'cut_ahead', 'cut_in_processes',
-           'cut_in_thread', 'copy_views', 'drawn_views', 'cut_in_step', 'step_cutter', 'batches', 'Progress',
-           'current_lr', 'high_first_loss', 'train_epoch', 'accuracies', 'create_objective', 'restore', 'describe',
-           'announce', 'warm_up_ddp', 'Checkpoints', 'student_epoch', 'Task', 'train_epochs', 'measure_once', 'train',
-           'fill_memo', 'rank_main', 'main', 'end_process']
+           'cut_in_thread', 'copy_views', 'drawn_views', 'cut_in_step', 'step_cutter', 'batches', 'epoch_in_words',
+           'Progress', 'current_lr', 'high_first_loss', 'train_epoch', 'accuracies', 'create_objective', 'restore',
+           'describe', 'announce', 'warm_up_ddp', 'Checkpoints', 'student_epoch', 'Task', 'train_epochs',
+           'measure_once', 'train', 'fill_memo', 'rank_main', 'main', 'end_process']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
 import argparse, copy, dataclasses, os, sys, threading, time, traceback, typing
@@ -229,6 +229,19 @@ def batches(
             pixels = setup.input(pixels, scale)
         yield Batch(pixels, targets, answer, epoch, rank_slice.weight, rows)
 
+# %% ../../nbs/train/05_loop.ipynb #34173b32
+def epoch_in_words(row:dict, epochs:int)->str: # row: of metrics; epochs: of the run
+    "Returns the line of a finished epoch: its number, loss, accuracies and speed."
+    text = f"epoch {row['epoch'] + 1}/{epochs}  loss {row['train_loss']:.3f}"
+    for name in ('train', 'val', 'test', 'knn_test', 'linear_test'):
+        top1 = row.get(f'{name}_top1')
+        if top1 is not None:
+            text += f'  {name} {top1:.1%}'
+    text += f"  {row['images_per_second']:.0f} images/s"
+    if row.get('teacher_seconds') is not None:
+        text += f"  teacher {row['teacher_seconds']:.1f} s"
+    return text
+
 # %% ../../nbs/train/05_loop.ipynb #72d73f68
 class Progress:
     "Prints the progress of a run, on rank 0."
@@ -279,16 +292,9 @@ class Progress:
         if not self.shown:
             return
         self.seconds.append(row['seconds'])
-        text = f"epoch {self.done}/{self.config.epochs}  loss {row['train_loss']:.3f}"
-        for name in ('train', 'val', 'test', 'knn_test', 'linear_test'):
-            top1 = row.get(f'{name}_top1')
-            if top1 is not None:
-                text += f'  {name} {top1:.1%}'
-        text += f"  {row['images_per_second']:.0f} images/s"
-        if row.get('teacher_seconds') is not None:
-            text += f"  teacher {row['teacher_seconds']:.1f} s"
         seconds = fmean(self.seconds[1:] or self.seconds) # the first one is slow
         left = seconds*(self.config.epochs - self.done)
+        text = epoch_in_words(row, self.config.epochs)
         print(f'{text}  ETA {tqdm.format_interval(left)}', flush=True)
 
     def say(self, text:str)->None: # '': nothing

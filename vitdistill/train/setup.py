@@ -137,6 +137,7 @@ def check_settings(config:Config)->None:
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
     optimizer_class(config)
 
+# %% ../../nbs/train/02_setup.ipynb #0f21176a
 def refuse_compilation(config:Config, device:str)->None: # config: with the user's `compile`
     "Raises `VitdistillError` if torch.compile was asked for and can't be used."
     if config.compile in ('auto', 'none', 'graph'):
@@ -149,6 +150,7 @@ def refuse_compilation(config:Config, device:str)->None: # config: with the user
         raise VitdistillError(f'compile = {config.compile!r} is not for {config.student} on several GPUs, '
                               "where compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
 
+# %% ../../nbs/train/02_setup.ipynb #11aaa83c
 def resolve(config:Config)->Config:
     "Returns the config with `auto` values, path patterns and file hashes; a started run keeps its values."
     check_settings(config)
@@ -348,6 +350,7 @@ def refuse_absent_teacher(config:Config, online:bool, in_folder:bool)->None:
         raise VitdistillError(f"{config.teacher_weights} answers training images alone, and unlabelled = "
                               f"{config.unlabelled!r} is a folder: give the teacher's weights.")
 
+# %% ../../nbs/train/02_setup.ipynb #6ed278e7
 def teacher_answers(
     config:Config,
     data:Data,
