@@ -1,8 +1,9 @@
 """Writes a folder of images for a try of `vitdistill distill`: python docs/photos.py SET FOLDER
 
-SET is animals or plants (photographs of ten classes of CIFAR-100), digits (scanned), or stranger (photographs
-as somebody else may have them: classes of unlike size, images without labels, five training images that are
-test images too). CIFAR-100 is read from the folder that VITDISTILL_DATA names, or downloaded.
+SET is animals or plants (photographs of ten classes of CIFAR-100), digits (scanned), hundred (all classes of
+CIFAR-100, from its test images), or stranger (photographs as somebody else may have them: classes of unlike
+size, images without labels, five training images that are test images too). CIFAR-100 is read from the folder
+that VITDISTILL_DATA names, or downloaded.
 """
 import hashlib
 import sys
@@ -55,6 +56,15 @@ def write_even(name, folder):
         write(images[title][40:80], folder / "val" / title)
 
 
+def write_hundred(folder):
+    """Writes 60 training images and 40 test images of each class, none of which CIFAR-100 trains on."""
+    data = load_data(Config(dataset="cifar100"))
+    for label, title in enumerate(data.classes):
+        images = data.test_images[data.test_labels == label].numpy()
+        write(images[:60], folder / "train" / title)
+        write(images[60:], folder / "val" / title)
+
+
 def write_stranger(folder):
     """Writes 530 images of eight classes, a fifth of each for the test, five copies of these, and 500
     unlabelled."""
@@ -75,10 +85,12 @@ def main(name, folder):
         sys.exit(f"{folder} is there already: name a new folder.")
     if name == "stranger":
         write_stranger(folder)
+    elif name == "hundred":
+        write_hundred(folder)
     elif name in CLASSES:
         write_even(name, folder)
     else:
-        sys.exit(f"SET is {name!r}: give {', '.join(CLASSES)} or stranger.")
+        sys.exit(f"SET is {name!r}: give {', '.join(CLASSES)}, hundred or stranger.")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ __all__ = ['FOREIGN_OPTIONS', 'COMMANDS', 'field_comments', 'field_help', 'train
            'compare', 'evaluate', 'bench', 'predict', 'export', 'print_any_text', 'command_parser', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
-import argparse, functools, inspect, json, os, shutil, sys, tempfile
+import argparse, functools, inspect, os, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -419,7 +419,7 @@ def captions(words:list[str])->int:
     options, others = captions_parser().parse_known_args(with_hyphens(words))
     values = fields_without_config(others)
     from vitdistill.data.files import printable # these import torch, which --help does without
-    from vitdistill.deploy.predict import named_images
+    from vitdistill.deploy.predict import named_images, print_json
     from vitdistill.launch.runner import run
     from vitdistill.tasks.captioning import caption_files, own_config
     named_images(options.images) # before it trains
@@ -433,8 +433,7 @@ def captions(words:list[str])->int:
     table['path'] = table.path.map(printable)
     write_atomic(out/'captions.csv', table.to_csv(index=False))
     if options.json:
-        for row in table.to_dict('records'):
-            print(json.dumps(row, ensure_ascii=False))
+        print_json(table.to_dict('records'))
     else:
         print(table.to_csv(index=False), end='')
     return int(bool(failures))

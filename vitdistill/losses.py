@@ -501,7 +501,7 @@ class DecoupledDistillation(SwitchedDistillationLoss):
         super().__init__(alpha, label_smoothing)
         self.weights = (check_weight('target_weight', target_weight),
                         check_weight('others_weight', others_weight))
-        self.temperature = temperature
+        self.temperature = check_temperature('temperature', temperature)
         self.ramp_epochs = check_weight('ramp_epochs', ramp_epochs)
 
     def whole_term(self, logits, answer, labels):
@@ -522,7 +522,7 @@ class StandardizedDistillation(SwitchedDistillationLoss):
     def __init__(self, alpha:float=.5, temperature:float=3., label_smoothing:float=0.,
         kl_weight:float=9.): # of the KL, >= 0
         super().__init__(alpha, label_smoothing)
-        self.temperature = temperature
+        self.temperature = check_temperature('temperature', temperature)
         self.kl_weight = check_weight('kl_weight', kl_weight)
 
     def term(self, logits, batch):
@@ -538,7 +538,7 @@ class RelationalDistillation(SwitchedDistillationLoss):
         super().__init__(alpha, label_smoothing)
         self.between_weight = check_weight('between_weight', between_weight)
         self.within_weight = check_weight('within_weight', within_weight)
-        self.temperature = temperature
+        self.temperature = check_temperature('temperature', temperature)
 
     def term(self, logits, batch):
         student = whole_batch(logits, batch.weight > 0)

@@ -114,8 +114,11 @@ class Run:
         return self.place(from_root(self.config.work_dir)/self.name)
 
     @property
-    def model(self)->Path: # folder in timm's layout
-        return self.work/'model'
+    def model(self)->Path: # folder in timm's layout; an adopted teacher's is the one that e04 made
+        if self.config.experiment != 'adopted_teacher':
+            return self.work/'model'
+        adopted = Path(self.config.student_weights).parent.name
+        return self.place(from_root(self.config.work_dir)/adopted/'model')
 
     def _read_once(self, name:str, read)->dict: # {}: not there yet, so it is read again
         if name not in self._contents:

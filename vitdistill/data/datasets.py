@@ -287,8 +287,8 @@ def _divide(labels, seed, in_second_part): # in_second_part(n): (n,) bool, of a 
     labels = labels.clamp(min=0).numpy() # images without labels are divided as those of one class
     order = labels.argsort(kind='stable') # sorted once, not searched for each class
     classes, starts = np.unique(labels[order], return_index=True)
-    first_rows = []
-    second_rows = []
+    first_rows = [order[:0]] # of no image at all
+    second_rows = [order[:0]]
     for label, rows in zip(classes, np.split(order, starts[1:])):
         rows = np.random.default_rng([seed, int(label)]).permutation(rows)
         mask = in_second_part(len(rows))

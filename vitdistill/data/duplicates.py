@@ -113,11 +113,8 @@ def nearly_equal(one:np.ndarray, other:np.ndarray)->bool: # (64, 64, 3) uint8 ea
 # %% ../../nbs/data/04_duplicates.ipynb #046a2009
 def same_bytes(lists:list[ImageFiles])->list: # one list or two -> groups of (number of the list, row)
     "Returns the images with the same bytes: in one list, or in both. Only files of a shared size are read."
-    counts = [collections.Counter(size for _, size, _ in files.files) for files in lists]
-    if len(lists) == 1:
-        shared_sizes = {size for size, count in counts[0].items() if count > 1}
-    else:
-        shared_sizes = counts[0].keys() & counts[1].keys()
+    counts = collections.Counter(size for files in lists for _, size, _ in files.files)
+    shared_sizes = {size for size, count in counts.items() if count > 1}
     candidates = []
     for number, files in enumerate(lists):
         for row, (_, size, _) in enumerate(files.files):

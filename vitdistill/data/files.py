@@ -781,7 +781,10 @@ class DiskImages:
 
     def __getitem__(self, rows:torch.Tensor)->torch.Tensor: # (B,) int64, or a slice -> (B, size, size, 3)
         rows = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return torch.from_numpy(np.stack(list(self.pool.map(self.square, rows))))
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for n, image in enumerate(self.pool.map(self.square, rows)):
+            images[n] = image
+        return torch.from_numpy(images)
 
     def resident(self)->torch.Tensor: # (N, size, size, 3) uint8
         "Returns all images as one tensor; it decodes 256 at a time and names all that can not be read."

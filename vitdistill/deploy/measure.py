@@ -191,7 +191,9 @@ def measure(
         sizes = [path.stat().st_size/1e6 for path in files] or [None]
 
     kinds = ['' if is_file else 'fp32', *kinds]
-    names = [str(path) for path in files] if is_file or file else [whole.name]*len(kinds)
+    names = [whole.name]*len(kinds)
+    if files and (is_file or file):
+        names = [str(path) for path in files]
     labels = images.test_labels.numpy()
     return [_model_costs(whole, labels, *row) for row in zip(names, kinds, sizes, times, predicted)]
 

@@ -503,7 +503,9 @@ def student_fields(
     otherwise:str='' # normalization of a student that starts from scratch; '': the recipe's, left out
 )->dict:
     "Returns a student's fields: its name, whether it starts from weights of timm's, and its normalization."
-    pretrained = given.get('student_pretrained', weights_here(name))
+    pretrained = given.get('student_pretrained')
+    if pretrained is None:
+        pretrained = weights_here(name)
     fields = dict(student=name, student_pretrained=pretrained)
     normalization = 'own' if pretrained else otherwise
     if normalization and 'student_normalization' not in given:

@@ -365,9 +365,8 @@ def run_cell(
     models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
     given = {**cell.declared, **cell.chosen, **models}
     if cell.notebook.stem == 'e04_adopted_teacher':
-        work = 'the teacher answers all images' if cell.config.class_names else \
-            'measuring the teacher on the training, held-out and test images'
-        print(work, flush=True)
+        if not any(run.status == 'done' for run in cell_runs(cell)):
+            print('measuring the teacher: it answers all images', flush=True)
         _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm)
         if (share := run.result['test_top1']) is not None:
             print(f'{share:.1%} of the test images', flush=True)

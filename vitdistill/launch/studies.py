@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'Study', 'as_list', 'trains', 'full_name', 'parameters_of',
            'name_with_values', 'arm_names', 'trained_part', 'references', 'seeds_of', 'sides', 'check_seeds',
            'refuse_equal_arms', 'check_part', 'check', 'refuse_unknown_arms', 'refuse_several_arms',
            'with_places_of_today', 'study_file', 'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of',
-           'runs_folder', 'runs_with', 'model_of', 'model_folders']
+           'runs_folder', 'runs_with', 'model_of']
 
 # %% ../../nbs/launch/00_studies.ipynb #379135ec
 import itertools, json
@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from ..base import VitdistillError, from_root, nearest, shipped, shipped_names
+from ..base import VitdistillError, nearest, shipped, shipped_names
 from ..config import FORMS, Config, defining, from_dict, plain_value, preset_parts, read_yaml
 from ..runs import Run, find_runs
 
@@ -466,19 +466,10 @@ def model_of(
                               'seed.')
     runs = matching_runs(runs, recipe) or runs # several of equal fields: a preset has changed
     run = max(runs, key=lambda run: run.begun)
-    for folder in model_folders(run):
-        if (folder/'model.safetensors').is_file():
-            return str(folder)
+    if (run.model/'model.safetensors').is_file():
+        return str(run.model)
     answers = run.folder/'answers.npz'
     if answers.is_file():
         return str(answers)
     raise VitdistillError(f'the model of {arm} is not in {run.model}: put it there, or remove {run.folder} '
                           'to train it again.')
-
-# %% ../../nbs/launch/00_studies.ipynb #bafd02ed
-def model_folders(run:Run)->list[Path]:
-    "Returns the folders where a run's model may be; an adopted teacher's is in the folder that e04 made."
-    if run.config.experiment != 'adopted_teacher':
-        return [run.model]
-    adopted = from_root(run.config.work_dir)/Path(run.config.student_weights).parent.name/'model'
-    return [run.model, run.place(adopted)]

@@ -8,7 +8,7 @@ __all__ = ['two_heads', 'cifar_stems', 'no_shortcuts', 'our_resnets', 'default_c
            'check_size', 'try_size', 'near_models', 'check_name', 'create', 'safe_checkpoint_types', 'without_prefix',
            'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights',
            'combine', 'Student', 'student_size', 'check_initial_weights', 'has_new_head', 'with_constant_drop_path',
-           'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'image_tower',
+           'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'image_part',
            'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
@@ -630,7 +630,7 @@ def _mixture(pretrained=False, pretrained_cfg=None, **kwargs):
 _register('mixture', _mixture)
 
 # %% ../../nbs/models/02_create.ipynb #c6cfe8fd
-def image_tower(
+def image_part(
     tower:dict, # {model: timm's name, and arguments of `create`}, or {embed_dim, vision_cfg} of open_clip
     size:int    # side of the input in px
 )->nn.Module:   # (B, 3, size, size) -> (B, D), or a tuple that begins so
@@ -648,14 +648,14 @@ def image_tower(
 class ByWords(nn.Module):
     "Compares the embedding of an image with those of texts, one for each class, as CLIP does."
     def __init__(self,
-        tower:dict,             # as `image_tower` takes it
+        tower:dict,             # as `image_part` takes it
         mean:tuple=(.5, .5, .5), std:tuple=(.5, .5, .5), # by which its pixels are normalized
         num_classes:int=1000,
         img_size:int|tuple=224, # side of the input, px
         in_chans:int=3):        # timm passes it to every model
         super().__init__()
         size = to_2tuple(img_size)[0]
-        self.tower = image_tower(tower, size).eval()
+        self.tower = image_part(tower, size).eval()
         self.num_classes = num_classes
         with torch.no_grad():
             self.num_features = self.embed(torch.zeros(1, 3, size, size)).shape[-1]

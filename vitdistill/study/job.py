@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'COSTS', 'COST_FORMATS', 'MOST_CURVES', 'MEANINGS', 'test_decisions', 'recalls', 'confusion',
-           'confused_pairs', 'short_name', 'draw_confusion', 'draw_recalls', 'test_files', 'thumbnail',
+           'confused_pairs', 'shortened', 'draw_confusion', 'draw_recalls', 'test_files', 'thumbnail',
            'surest_mistakes', 'finished_models', 'without_labels', 'agreement', 'best_arm', 'initial_weights',
            'percent', 'mean_result', 'accuracy_row', 'accuracies', 'settings', 'any_text', 'svg', 'picture',
            'table_item', 'html_item', 'draw_costs', 'cost_text', 'costs_item', 'arms_of_students', 'colors_of',
@@ -78,7 +78,7 @@ def confused_pairs(counts:np.ndarray, classes:list, most:int=20)->pd.DataFrame: 
     return pairs
 
 # %% ../../nbs/study/09_job.ipynb #0d49d7cc
-def short_name(name:str, most:int=24)->str: # most: characters
+def shortened(name:str, most:int=24)->str: # most: characters
     "Returns a name for a picture: cut if it is long, without characters that can not be drawn."
     shown = ''.join(char if char.isprintable() else '\ufffd' for char in printable(name))
     return shown if len(shown) <= most else f'{shown[:most - 1]}…'
@@ -87,7 +87,7 @@ def draw_confusion(counts:np.ndarray, classes:list): # counts: of `confusion`; n
     "Draws the share of each class (row) that is taken for each class; of up to 12 classes with the numbers."
     style()
     many = len(classes) > 12
-    labels = [short_name(name) for name in classes]
+    labels = [shortened(name) for name in classes]
     total = counts.sum(1, keepdims=True)
     shares = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
     side = max(2.2, (.25 if many else .38)*len(classes))
@@ -121,7 +121,7 @@ def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `rec
         fill = 'none' if number < len(colors) - 1 else color
         ax.plot(rows[model], places, MARKERS[number % len(MARKERS)], color=color, label=model, clip_on=False,
                 markersize=max(4.5, 8 - 1.5*number), markerfacecolor=fill)
-    ax.set_yticks(places, [short_name(name) for name in rows['class']])
+    ax.set_yticks(places, [shortened(name) for name in rows['class']])
     ax.set(ylim=(len(rows) - .5, -.5), xlim=(0, 1), xlabel='right, of the test images of the class')
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc='outside upper left', ncols=3, fontsize='small', handlelength=1)
@@ -167,7 +167,7 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
     mistakes = []
     for row in wrong.sort_values('confidence', ascending=False, kind='stable').head(most).itertuples():
         mistakes.append(dict(
-            label=short_name(classes[row.label], 60), seen=short_name(classes[row.decision], 60),
+            label=shortened(classes[row.label], 60), seen=shortened(classes[row.decision], 60),
             confidence=f'{row.confidence:.0%}',
             path=files.path(row.image) if files else f'test image {row.image}',
             picture=thumbnail(files, row.image, config) if files else ''))
@@ -244,7 +244,7 @@ def accuracy_row(
         row[f'minus {other}, points'] = f'{100*gap.difference:+z.1f}{ends}'
     if name in class_recalls and class_recalls[name].notna().any():
         worst = class_recalls.loc[class_recalls[name].idxmin()]
-        row['worst class'] = short_name(worst['class'], 40)
+        row['worst class'] = shortened(worst['class'], 40)
         row['right in it'] = f"{worst[name]:.0%} of {worst['test images']}"
         row['mean of the classes'] = percent(class_recalls[name].mean(), 1)
     config = runs[0].config
@@ -332,13 +332,14 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
     for student in dict.fromkeys(students.values()):
         arms = [arm for arm in students if students[arm] == student]
         place = costs.ms[arms].mean() # they differ in nothing that takes time
+        beside = 'left' if place < costs.ms.max()/3 else 'center' # so that no name crosses the axis
         line, = ax.plot([place]*len(arms), tops[arms], '-', linewidth=1.2)
         for arm in arms:
             fill = line.get_color() if comparison.arms[arm][0].config.teacher else 'white'
             marker = 's' if arm.startswith('unlabelled') else 'o'
             ax.plot(place, tops[arm], marker, color=line.get_color(), markerfacecolor=fill)
-        ax.annotate(short_name(student, 30), (place, tops[arms].max()), (0, 7), textcoords='offset points',
-                    ha='center', fontsize='small')
+        ax.annotate(shortened(student, 30), (place, tops[arms].max()), (0, 7), textcoords='offset points',
+                    ha=beside, fontsize='small')
     ax.margins(x=.3, y=.2)
     ax.set_xlim(left=0)
     ax.set(xlabel='milliseconds an image (one thread)', ylabel=f'{comparison.measured}, %')
@@ -346,13 +347,17 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
     return figure
 
 # %% ../../nbs/study/09_job.ipynb #31b2f7cd
-def cost_text(name:str, value:float)->str: # name: of COST_FORMATS; value: NaN or None gives a dash
-    "Returns what a model costs as the table shows it."
+def cost_text(
+    name:str,     # of COST_FORMATS; others are shares
+    value:float,  # NaN or None gives the dash
+    dash:str='–'
+)->str:
+    "Returns what a model costs, or how often it is right, as a table shows it."
     if pd.isna(value):
-        return '–'
+        return dash
     if name == 'parameters':
         value = value/1e6
-    return f'{value:{COST_FORMATS[name]}}'
+    return f"{value:{COST_FORMATS.get(name, '.1%')}}"
 
 def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS; -> an item of `write_page`
     "Returns the table of what the students cost, for readers."
@@ -411,9 +416,9 @@ def class_items(
 
     caption = 'Right answers by class'
     if len(students) > 1 and best:
-        caption += f' of {short_name(comparison.arms[best][0].config.student, 40)}'
+        caption += f' of {shortened(comparison.arms[best][0].config.student, 40)}'
     caption += ': the 30 most difficult classes.' if len(table) > 30 else '.'
-    untested = [short_name(name) for name in table['class'][table['test images'] == 0]]
+    untested = [shortened(name) for name in table['class'][table['test images'] == 0]]
     if untested:
         more = ', ...' if len(untested) > 10 else ''
         caption += f" Never tested: {', '.join(untested[:10])}{more}."
@@ -429,17 +434,17 @@ seen as <b><bdi>{{ it.seen }}</bdi></b> ({{ it.confidence }})<br>is <b><bdi>{{ i
 {% endfor %}</ul>""", autoescape=True)
 
 def mistake_items(
-    models:dict,     # of `finished_models`
+    runs:list,       # finished runs of an arm, one a seed
     arm:str,
+    decisions:pd.DataFrame, # of `test_decisions` of these runs
     classes:list,    # names
     data_root:str='' # where the images are now; '': where the run found them
 )->list[dict]:
     "Returns a page's confusion matrix of an arm (above 30 classes: confused pairs), and its surest mistakes."
-    runs = models[arm]
     student = f'{arm}, the student with the best accuracy on held-out images'
     if len(runs) > 1:
         student += f', over {len(runs)} seeds'
-    counts = confusion(test_decisions(runs), len(classes))
+    counts = confusion(decisions, len(classes))
     pairs = confused_pairs(counts, classes)
     items = []
     if len(classes) <= 30:
@@ -450,8 +455,10 @@ def mistake_items(
         items.append(table_item(pairs, f'The classes that are confused most often, by {student}.'))
     mistakes, note = surest_mistakes(runs[0], classes, data_root)
     if mistakes:
-        items.append(html_item(_mistakes.render(mistakes=mistakes), f'The surest mistakes of {arm}. {note}'))
-    else:
+        which = f'{arm} of seed {runs[0].config.seed}' if len(runs) > 1 else arm
+        thumbnails = _mistakes.render(mistakes=mistakes)
+        items.append(html_item(thumbnails, f'The surest mistakes of {which}. {note}'))
+    elif not len(pairs):
         items.append(html_item('', f'No test image is seen wrong by {student}.'))
     return items
 
@@ -490,7 +497,7 @@ def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its f
         ax.tick_params(labelbottom=lowest)
         ax.set(xlabel='epoch' if lowest else '', ylabel='' if place % columns else 'test accuracy', title='')
         if n > 1:
-            ax.set_title(short_name(student, 30), fontsize='small')
+            ax.set_title(shortened(student, 30), fontsize='small')
     if not legend:
         return None
 
@@ -539,7 +546,6 @@ MEANINGS = dict(plain='trained on the labels alone', taught="trained on the labe
                 unlabelled='taught, and half of its images have no labels') # of names of arms
 
 def introduction(
-    comparison:Comparison,
     models:dict,  # of `finished_models`
     held_out:int  # number of images
 )->list[str]:
@@ -637,7 +643,8 @@ def write_job(
         curves = learning(comparison, models)
         wrong = class_items(table, best, comparison)
         if best:
-            wrong += mistake_items(models, best, classes, study.common.get('data_root', ''))
+            root = study.common.get('data_root', '')
+            wrong += mistake_items(models[best], best, decisions[best], classes, root)
 
     differences = comparison.table().drop(columns=['gaps', 'later'])
     save_table(differences, out, study.name, 'Differences between arms.')
@@ -646,7 +653,9 @@ def write_job(
         save_table(table, out, f'{study.name}_classes', caption)
 
     held_out = card.n_held_out if card else 0
-    lead = [*introduction(comparison, models, held_out), *findings, *missing(comparison)]
+    lead = [*introduction(models, held_out), *findings, *missing(comparison)]
+    if study.about.get('same'): # images that stand twice
+        lead.append(study.about['same'])
     accuracy_table = table_item(accuracies(models, comparison, table), results_note(comparison, models))
     about_images = study.about.get('images')
     return write_page(out/f'{study.name}.html', study.title or study.name, lead, {

@@ -83,7 +83,9 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
         tower = TextTower(build_tokenizer([*texts, *pair_texts]), images_only.width, settings)
         losses = fit_text_tower(tower, pair_texts, embeddings, settings)
         print(f'text tower: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last, in {folder}', flush=True)
-        encoder = DualEncoder(image, facts, tower.to(device))
+        templates = check_templates(TOWER_TEMPLATES)
+        by_words = [text.format(word='{}', name='{}', group='{}') for text in templates]
+        encoder = DualEncoder(image, facts, tower.to(device), by_words)
         save_dual(encoder, folder, dict(settings=settings, losses=losses))
     return encoder
 
@@ -159,9 +161,9 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
     encoder = create_encoder(config, device, data, captions(0, train, TOWER_TEMPLATES), tower_pairs)
     texts = captions(0, train)
     source = encoder.kept_texts(texts, folder)
-    pair_images = encoder.kept_images(data.train_images[pairs], folder)
     means = {}
     if config.center:
+        pair_images = encoder.kept_images(tower_pairs[1], folder)
         means = dict(text=source.mean(0).tolist(), image=pair_images.mean(0).tolist())
     if config.learn_from == 'image':
         source = encoder.kept_images(data.train_images[train], folder)
@@ -181,7 +183,7 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
 # %% ../../nbs/tasks/03_captioning.ipynb #412c8dfa
 def caption_rows(config:Config, data:Data)->tuple: # three of (N,) int64
     "Returns the images to learn from, those that a text tower is fitted to, and those to choose settings by."
-    train, val = split_rows(data.train_labels, config)
+    train, val = split_rows(data.train_labels, config, data.classes)
     if not len(val):
         raise VitdistillError('no image is held out to choose settings by: give val_fraction or val_rows.')
     pairs, choice = (val[part] for part in stratified(data.train_labels[val], 1 - PAIRS, config.split_seed))
@@ -397,7 +399,7 @@ CAPTIONS = Task(name='a run of captions', reads=(*EVERY, 'captions', 'teacher_pr
                 finish=captions_outcome)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #3387eb5f
-def load_captioner(folder:str|Path, device:str='cpu')->tuple: # folder: of a run's model
+def load_captioner(folder:str|Path)->tuple: # of a run's model
     "Returns encoder, captioner and settings from a folder that a run wrote; refuses another folder."
     folder = from_root(folder)
     if not (folder/'captioner.json').is_file():
@@ -412,7 +414,7 @@ def load_captioner(folder:str|Path, device:str='cpu')->tuple: # folder: of a run
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder/'tokenizer')
     captioner = Captioner(decoder, tokenizer, about['width'], about['mapper'], about['prefix'])
     safetensors.torch.load_model(captioner, str(folder/'model.safetensors'))
-    return create_encoder(config, device), captioner.to(device).eval(), about
+    return create_encoder(config, 'cpu'), captioner.eval(), about
 
 def caption_files(
     folder:str|Path,              # model folder of a run

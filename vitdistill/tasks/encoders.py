@@ -264,10 +264,15 @@ def width_of(image:Teacher)->int: # timm's num_features is another number for so
 # %% ../../nbs/tasks/02_encoders.ipynb #c2780354
 class DualEncoder(Encoder):
     "Embeds images by a frozen model of timm, and texts by a tower that was fitted to it."
-    def __init__(self, image:Teacher, facts:dict, text:TextTower|None): # facts: of `tower_facts`
+    def __init__(self,
+        image:Teacher,
+        facts:dict,            # of `tower_facts`
+        text:TextTower|None,
+        templates:list=('{}',)): # of the texts that it was fitted to, {} for the words of a class
         self.image = image
         self.facts = facts
         self.text = text
+        self.templates = [*templates]
         self.width = width_of(image)
         constants = [[round(float(x), 6) for x in part] for part in image.constants]
         self.image_key = dict(encoder='own', image=image.weights_hash(), size=image.size, side=facts['side'],
@@ -296,7 +301,7 @@ def save_dual(encoder:DualEncoder, folder:Path, about:dict)->Path: # about: sett
     for name, model in dict(text=encoder.text, image=encoder.image.model).items():
         state = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
         write_atomic(folder/f'{name}.safetensors', partial(safetensors.torch.save_file, state))
-    card = dict(facts=encoder.facts, scale=encoder.text.scale) | about
+    card = dict(facts=encoder.facts, scale=encoder.text.scale, templates=encoder.templates) | about
     write_atomic(folder/'dual.json', json.dumps(card, indent=1))
     return folder
 
@@ -314,4 +319,5 @@ def load_dual(folder:str|Path, precision:str='fp32', device:str='cpu')->DualEnco
     text = TextTower(tokenizer, width_of(image), card['settings'])
     text.load_state_dict(safetensors.torch.load_file(folder/'text.safetensors'))
     text.scale = card.get('scale', text.scale) # an earlier run did not write it
-    return DualEncoder(image, card['facts'], text.eval().requires_grad_(False).to(device))
+    text = text.eval().requires_grad_(False).to(device)
+    return DualEncoder(image, card['facts'], text, card.get('templates', ['{}'])) # earlier runs wrote none

@@ -73,6 +73,8 @@ def given_pairs(
     classes:list=() # names of the class folders
 )->list: # of (folder, words), words None where names alone are given
     "Returns names of classes and their words as texts, without a heading."
+    if isinstance(given, str) and given.lstrip()[:1] in ('{', '['): # as a command line has them
+        given = parse_yaml(given)
     if isinstance(given, str | Path):
         pairs = read_pairs(from_here(given)) if str(given) else []
     elif isinstance(given, dict):
@@ -194,9 +196,9 @@ def license_of(encoder:Encoder, teacher:str)->str: # teacher: clip:...
     return hub_license(f'hf-hub:{place}') or 'unknown'
 
 def templates_of(encoder:Encoder)->list: # texts with {} for the words
-    "Returns CLIP's seven templates; of an encoder of our own the words alone, since its texts are not known."
+    "Returns CLIP's seven templates; of an encoder of our own those it was fitted to, or the words alone."
     if isinstance(encoder, DualEncoder):
-        return ['{}']
+        return encoder.templates
     import open_clip
     return [template('{}') for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]
 

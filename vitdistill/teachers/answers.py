@@ -104,10 +104,11 @@ class JoinedMemo:
             yield second, in_second, image[in_second] - self.n
 
     def get(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as of `Memo`
-        answers, is_known = self.memos[0].get(image.clamp(max=self.n - 1), view)
+        none, _ = self.memos[0].get(image[:0], view[:0])
+        answers = none.new_zeros(len(image), *none.shape[1:])
+        is_known = torch.zeros(len(image), dtype=torch.bool)
         for memo, place, rows in self.parts(image):
-            if memo is self.memos[1]:
-                answers[place], is_known[place] = memo.get(rows, view[place])
+            answers[place], is_known[place] = memo.get(rows, view[place])
         return answers, is_known
 
     def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor, *other:torch.Tensor)->None:

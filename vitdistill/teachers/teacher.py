@@ -10,7 +10,7 @@ __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest
            'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
-import hashlib, json, math, timeit
+import json, math, timeit
 from dataclasses import replace
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -18,6 +18,7 @@ from filelock import FileLock
 from ..base import VitdistillError, write_atomic
 from ..config import Config, from_dict, student_name
 from ..data.datasets import Data, digest, load_data, split_rows
+from ..data.duplicates import same_pixels
 from ..models.hub import weights_file, weights_place
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
@@ -30,10 +31,11 @@ from .card import refuse_other_classes, refuse_teacher_overlap
 # %% ../../nbs/teachers/01_teacher.ipynb #758f9ae4
 def model_hash(model:torch.nn.Module)->str:
     "Returns sixteen hexadecimal digits that identify a model's tensors and their names."
-    parts = []
-    for name, tensor in sorted(model.state_dict().items()):
-        parts += [name, tensor.float().cpu()]
-    return digest(parts)
+    def parts(): # one tensor at a time in memory
+        for name, tensor in sorted(model.state_dict().items()):
+            yield name
+            yield tensor.float().cpu()
+    return digest(parts())
 
 # %% ../../nbs/teachers/01_teacher.ipynb #1d704821
 class Teacher:
@@ -339,13 +341,11 @@ def refuse_used_images(
     data:Data
 )->None:
     "Raises `VitdistillError` if an image is a test image or (if those are in memory) a training image."
-    def digests(images):
-        return {hashlib.sha256(image.numpy()).digest() for image in images}
     used = dict(test=data.test_images[torch.arange(len(data.test_images))])
     if isinstance(data.train_images, torch.Tensor):
         used['training'] = data.train_images
     for part, used_images in used.items():
-        common = len(digests(images) & digests(used_images))
+        common = len(same_pixels(images, used_images))
         if common:
             raise VitdistillError(f'{common} of the {len(images)} images to measure the teacher by are '
                                   f'{part} images of {data.name}: give other images of its classes, or '

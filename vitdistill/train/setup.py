@@ -25,7 +25,7 @@ from ..config import Config
 from ..data.datasets import Data, fingerprint, generator, image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
-from ..losses import HardLabel, answer_kind, balanced_weights, criterion
+from ..losses import HardLabel, answer_kind, balanced_weights, criterion, named_objective
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -102,10 +102,11 @@ def refuse_unfit_folds(config:Config)->None:
                               "teacher_weights (e02's out_of_fold does), or leave fold_answers out.")
     if not config.fold_weights:
         return
-    if config.unlabelled and how != 'unseen':
+    if (config.unlabelled or config.class_names) and how != 'unseen':
+        name = 'unlabelled' if config.unlabelled else 'class_names'
         raise VitdistillError(f'fold_answers = {how!r} is for images that a teacher was trained on, with '
                               'their labels, and unlabelled ones are none: leave fold_answers out, or '
-                              'unlabelled.')
+                              f'{name}.')
     if config.plan_memo and unnumbered(config):
         raise VitdistillError('plan_memo keeps the answers of one teacher, and out of fold there are two: '
                               'leave plan_memo out, or fold_weights.')
@@ -131,7 +132,7 @@ def check_settings(config:Config)->None:
                                   f'{role}_size, {role}_pretrained, {role}_weights or stem instead.')
     check_device(config.device)
     image_side(config)
-    answer_kind(config) # raises if the objective is unknown
+    named_objective(config) # raises if it is unknown
     refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
@@ -478,7 +479,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data = load_data(config)
     objective = criterion(config)
-    train, val = split_rows(data.train_labels, config)
+    train, val = split_rows(data.train_labels, config, data.classes)
     if config.class_weights:
         objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
 
