@@ -8,13 +8,13 @@ __all__ = ['MEASURING', 'COSTS', 'loss', 'seconds_in_words', 'new_answers', 'sec
            'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
            'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
            'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
-           'page_of', 'print_job', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job', 'start_in_words',
-           'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher',
-           'run_job', 'about_images', 'print_models', 'distill', 'save', 'class_orders', 'refuse_other_order',
-           'right_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
+           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job',
+           'start_in_words', 'chosen_students', 'starts_of_students', 'command_of', 'unlabelled_folder', 'chosen_side',
+           'part_of_teacher', 'run_job', 'about_images', 'print_models', 'distill', 'save', 'class_orders',
+           'refuse_other_order', 'right_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
-import contextlib, functools, inspect, json, math, os, shlex, statistics, tempfile, time
+import contextlib, functools, inspect, json, math, os, re, shlex, statistics, tempfile, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,15 +74,16 @@ def seconds_in_words(seconds:dict)->str: # of `seconds_of_cells`
 def new_answers(
     c:Config,    # of a taught student
     images:int,  # that it is trained on, with labels
-    earlier:set  # what earlier students of equal views asked about: '' (labelled images), folders of others
+    earlier:set  # what earlier students asked about: '' (the labelled images), folders without labels
 )->float:
     "Returns about how many images the teacher answers for a student: what a memo knows already is left out."
     unlabelled = len(files_in(c.unlabelled)) if c.unlabelled else 0
     calls = teacher_calls(c, images, unlabelled=unlabelled)
     asked = calls['memo' if c.memo else 'online']
-    if not (earlier and c.memo) or unnumbered(c):
+    memo_has_none = not earlier or not c.memo or unnumbered(c)
+    if memo_has_none:
         return asked
-    if c.unlabelled in earlier: # the memo knows all
+    if c.unlabelled in earlier: # this folder; or '', the labelled images alone: the memo knows all
         return 0.
     # it knows the images with labels, and the teacher is asked about those of the folder
     passes = c.epochs*plan_rows(c, 1)*(1 - c.unlabelled_share)
@@ -214,7 +215,7 @@ class Distilled:
 
     def show(self)->Page:
         "Returns all that the job's page holds, for a notebook."
-        return Page(page_of(self))
+        return Page(write_page_of(self))
 
     @property
     def best(self)->str: # such as taught; '': no student has ended
@@ -265,20 +266,22 @@ def costs_file(result:Distilled)->Path:
     "Returns the file of a job's `model_costs`."
     return result.out/f'tables/{result.study.stem}_costs.csv'
 
-def model_costs(result:Distilled)->pd.DataFrame: # COSTS; mb in 10^6 bytes, ms an image; NaN without `export`
+# mb in 10^6 bytes, ms an image; NaN without the extra `export`
+def model_costs(result:Distilled)->pd.DataFrame: # COSTS
     """Returns what `measure_costs` has measured of the models that a job has now. `int8_difference` is the
-    accuracy of int8 minus that of the whole model, with the ends of Tango's interval over test images."""
+    accuracy of int8 minus that of the whole model, with the ends of its 95% interval (Tango's, of pairs)."""
     file = costs_file(result)
     if not file.is_file():
         return pd.DataFrame(columns=COSTS)
     costs = pd.read_csv(file)
     first_runs = [runs[0].name for runs in result.models.values()]
-    return costs[costs.run.isin(first_runs)].reset_index(drop=True) # of others a preset has changed since
+    # without rows of older runs, which others have replaced since a preset has changed
+    return costs[costs.run.isin(first_runs)].reset_index(drop=True)
 
 # %% ../nbs/06_api.ipynb #d149f887
 def costs_of_model(folder:Path)->dict: # folder: of a model; -> name of a column of COSTS -> value
     "Returns size, time and accuracy of a model and of its int8 file, as far as they can be measured."
-    whole, *smaller = measure(folder, ['int8'], file=folder)
+    whole, *smaller = measure(folder, ['int8'], file=folder) # file: ONNX files beside the model
     costs = dict(parameters=whole.parameters, mb=whole.mb, ms=whole.ms)
     for int8 in smaller: # none without the extra `export`
         costs |= dict(int8_top1=int8.accuracy, int8_mb=int8.mb, int8_ms=int8.ms)
@@ -291,7 +294,7 @@ def measure_costs(result:Distilled)->None:
     """Measures size, time and int8 of each student of a job that was not measured yet, and adds it to the
     table; of one that can't be measured, prints why."""
     table = model_costs(result)
-    students = {runs[0].name: runs[0].config.student for runs in result.models.values()}
+    architecture_of = {runs[0].name: runs[0].config.student for runs in result.models.values()}
     machine = machine_in_words(environment(), 'cpu')
     for name, runs in result.models.items():
         run = runs[0].name
@@ -305,8 +308,8 @@ def measure_costs(result:Distilled)->None:
             continue
         rows = pd.DataFrame([row])
         table = (pd.concat([table, rows], ignore_index=True) if len(table) else rows).reindex(columns=COSTS)
-        for column in ('ms', 'int8_ms'): # one network, so the least disturbed measurement is right for all
-            table[column] = table.groupby(table.run.map(students))[column].transform('min')
+        for column in ('ms', 'int8_ms'): # one architecture has one speed: its least disturbed measurement
+            table[column] = table.groupby(table.run.map(architecture_of))[column].transform('min')
         save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; '
                    'megabytes and milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX '
                    'file; the same after int8, whose accuracy minus that of the whole model has its 95% '
@@ -349,15 +352,20 @@ def accuracy_rows(result:Distilled)->pd.DataFrame: # as `accuracies`, without di
                 recalls = class_recalls(run)
                 row |= dict(balanced=recalls.mean(), worst=recalls.min())
             rows.append(row)
+    # over the runs of a model
     columns = dict(seeds='sum', held_out='mean', top1='mean', balanced='mean', worst='mean')
-    table = pd.DataFrame(rows, columns=['model', 'architecture', *columns]).astype(dict(held_out=float))
+    table = pd.DataFrame(rows, columns=['model', 'architecture', *columns])
+    table = table.astype(dict(held_out=float)) # NaN for None
     return table.groupby(['model', 'architecture'], sort=False, as_index=False).agg(columns)
 
 def accuracies(result:Distilled)->pd.DataFrame:
-    """Returns a row for each model of a job, fractions and means over seeds: `held_out` is measured on images
-    of train that no model saw, `top1` on test images, `difference` (minus plain) too; of unbalanced test
-    images also the mean over classes (`balanced`) and the worst class; of `model_costs` what was measured.
-    Without labels `agrees` is the share of held-out `images` on which student and teacher decide alike."""
+    """Returns a row for each model of a job. Fractions, means over seeds:
+
+    - `held_out`: right answers on images of train that no model saw; `top1`: on test images
+    - `difference`: of `top1` from the plain student, with the ends of its interval
+    - `balanced`, `worst`: mean over the classes, and the worst class, where the test images are unbalanced
+    - without labels `agrees`: share of the held-out `images` on which student and teacher decide alike
+    - the columns of `model_costs`, if they were measured"""
     costs = model_costs(result).drop(columns=['machine', 'run'])
     table = accuracy_rows(result) if result.labelled else agreed_rows(result)
     if result.labelled and len(table):
@@ -414,7 +422,8 @@ def advice(result:Distilled)->list[str]:
             continue
         taught = first[row.arm].result['train_views_top1']
         plain = first[row.other].result['train_views_top1']
-        if row.high < 0 and taught < plain and not fits_training_images(first[row.arm]):
+        clearly_worse = row.high < 0
+        if clearly_worse and taught < plain and not fits_training_images(first[row.arm]):
             lines.append(f'The student {row.arm} is not trained out: it has {taught:.0%} of its training '
                          f'images right, {row.other} {plain:.0%}. Give more --epochs.')
         elif row.other.startswith('plain') and 'teacher' in first and top1['teacher'] <= top1[row.other]:
@@ -441,7 +450,8 @@ def never_right(result:Distilled)->list[str]:
     run = result.models[best][0]
     card = Card.read(run.model)
     recalls = class_recalls(run)
-    if card is None or recalls.max() == 0: # its model is not here; it says nothing right at all
+    # without its model here the names of the classes are unknown; if nothing is right, `advice` tells it
+    if card is None or recalls.max() == 0:
         return []
     missed = [printable(card.classes[label]) for label in recalls[recalls == 0].index]
     if not missed:
@@ -503,8 +513,8 @@ def about_answers(result:Distilled)->list[str]:
     if 'teacher' in runs:
         shares = answers_given(runs['teacher'], 'val').decision.value_counts(normalize=True)
         usual = first.config.class_names[shares.index[0]]
-        lines.append(f'The teacher answers {usual!r} for {shares.iloc[0]:.0%} of the held-out images; always '
-                     'saying that would agree as often.')
+        lines.append(f'The teacher answers {usual!r} for {shares.iloc[0]:.0%} of the held-out images; a '
+                     'student that always says so would agree as often.')
     lines.append('Nothing could be measured on labels: no accuracy of teacher or student, and no difference '
                  'from a student that learned from labels. With some labelled images, vitdistill evaluate '
                  'MODEL DIR measures each.')
@@ -532,24 +542,27 @@ def in_words(result:Distilled)->str:
         lines = [row_in_words(row, result.labelled, width) for row in table.itertuples()]
     return '\n'.join([*lines, *findings(result)])
 
+# %% ../nbs/06_api.ipynb #a5313719
 def findings(result:Distilled)->list[str]:
     "Returns the differences between the students, and what they can't tell: a sentence each."
     students = architectures(result)
     several = len(students) > 1
     lines = []
     if several:
-        first = [name for name in result.comparison.arms if '-' not in name]
-        are = 'are students' if len(first) > 1 else 'is a student'
-        lines.append(f"{', '.join(first)} {are} of {students[0]}. The other names end with their student.")
+        of_first = [name for name in result.comparison.arms if '-' not in name]
+        are = 'are students' if len(of_first) > 1 else 'is a student'
+        lines.append(f"{', '.join(of_first)} {are} of {students[0]}. The other names end with their student.")
     if not result.labelled:
         return [*lines, *about_answers(result)]
     for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
         if several and not sure: # the table has it
             continue
-        doubt = '; another seed may differ by more' if row.seeds < 2 else ''
+        doubt = ''
         if not sure:
             doubt = ': this may be chance'
+        elif row.seeds < 2:
+            doubt = '; another seed may differ by more'
         lines.append(points(row) + doubt) # `points`: the difference as a sentence
     if several and len(lines) > 1:
         lines.append('The other differences between students of one architecture may be chance.')
@@ -559,7 +572,7 @@ def findings(result:Distilled)->list[str]:
     return [*lines, *never_right(result), *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
-def page_of(result:Distilled)->Path:
+def write_page_of(result:Distilled)->Path:
     "Writes the page of a job; returns its path."
     models = result.models
     costs = model_costs(result).drop(columns='run')
@@ -575,13 +588,25 @@ def print_job(result:Distilled)->None:
     models = result.models
     if not models:
         return
-    print_result(f'\n{result}\npage: {page_of(result)}')
+    page = write_page_of(result)
+    print_result(f'\n{result}\npage: {page}')
     folders = [shlex.quote(str(result.folder(name))) for name in models]
     print_result('models:', *folders)
     name = result.best or [*models][-1]
     print_result(f'use one: vitdistill predict {shlex.quote(str(result.folder(name)))} IMAGES')
 
 # %% ../nbs/06_api.ipynb #90a36b7e
+def eta_of(line:str)->float: # of progress, such as '... ETA 01:30'
+    "Returns the seconds that a line of progress says are left of its run; 0 if it doesn't."
+    found = re.search(r'  ETA ([\d:]+)', line)
+    if not found:
+        return 0.
+    seconds = 0.
+    for part in found[1].split(':'):
+        seconds = 60*seconds + float(part)
+    return seconds
+
+# %% ../nbs/06_api.ipynb #eb1f8ad3
 class JobClock:
     "Tells how long a job still takes, by what was estimated and what its cells have taken so far."
     def __init__(self, seconds:dict): # of `seconds_of_cells`
@@ -597,23 +622,25 @@ class JobClock:
             self.took[self.cell.name] = now - self.begun
         self.cell = cell
         self.begun = now
-        return lambda: f'; the whole job: {tqdm.format_interval(self.rest())} to go'
+        return lambda line: f'; the whole job: {tqdm.format_interval(self.rest(eta_of(line)))} to go'
 
-    def rest(self)->float: # seconds
-        "Returns how long the job still takes; what is to come takes longer than estimated if the rest has."
+    def rest(self, at_least:float=0.)->float: # at_least: seconds that this cell still takes, by its own line
+        """Returns the seconds that the job still takes: this cell, and the later ones, which are as much
+        slower than estimated as the others were."""
         name = self.cell.name
         spent = time.monotonic() - self.begun
         took = {cell: seconds for cell, seconds in self.took.items() if cell in self.estimated}
-        left = self.estimated.get(name, 0.)*self._slower(took) - spent # seconds of the cell that trains now
         run = max(cell_runs(self.cell), key=lambda run: run.begun, default=None)
         rows = [row for row in run.rows() if row.get('seconds')] if run else []
         if rows:
             pace = statistics.mean(float(row['seconds']) for row in rows[-5:]) # seconds an epoch
             since_epoch = max(0., time.time() - (run.folder/'metrics.csv').stat().st_mtime)
-            left = (run.config.epochs - len(run.rows()))*pace - min(since_epoch, pace)
-            took[name] = spent + max(0., left)
+            left = max(0., (run.config.epochs - len(run.rows()))*pace - min(since_epoch, pace))
+            took[name] = spent + left # this cell counts too
+        else:
+            left = max(at_least, self.estimated.get(name, 0.)*self._slower(took) - spent)
         later = sum(seconds for cell, seconds in self.estimated.items() if cell not in (*self.took, name))
-        return max(0., left) + later*self._slower(took)
+        return left + later*self._slower(took)
 
     def _slower(self, took): # how much longer cells took than estimated
         estimated = sum(self.estimated.get(cell, 0.) for cell in took)
@@ -630,7 +657,7 @@ def train_all(
     result = Distilled(file, out)
     clock = JobClock(seconds)
 
-    def run(cell, _):
+    def run(cell, _): # without the number of its slot, as all run in one
         return run_cell(cell, threads, clock.start(cell))
 
     try:
@@ -647,7 +674,7 @@ def train_all(
 def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Config:
     "Returns a student's config as far as it says how images are read; class_names: as in `images_of_job`."
     about_images = {*field_names(group='data'), *field_names(group='augmentation'), 'class_weights'}
-    about_images -= {*JOB_FIELDS}
+    about_images -= {*JOB_FIELDS} # which the job sets itself
     read = {name: value for name, value in fields.items() if name in about_images}
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
@@ -853,24 +880,24 @@ def distill(
     **fields # fields of Config, such as distillation='hard'
 )->Distilled|None: # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
-    command = command_of(distill, locals())
+    command = command_of(distill, locals()) # while locals() has the arguments alone
     data = from_here(data)
     out = from_here(out or default_place('out/mine'))
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     students = chosen_students(student, out, fields)
     class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
-    folder = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, folder,
+    unlabelled = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
+    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, unlabelled,
                                    class_names)
     about = about_images(images)
     print(about, flush=True)
     side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
     part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images, out,
                            dry_run)
-    fields, *more = starts_of_students(students, fields, preset)
-    print_models([fields, *more], side, part)
+    first, *more = starts_of_students(students, fields, preset)
+    print_models([first, *more], side, part)
     given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
-    study = study_of(images, out, part, seeds, given | fields, more, str(folder or ''))
+    study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
     study['about'] = dict(images=about, same=images.same.strip(), command=command)
     return run_job(study, images, out, dry_run)
 
@@ -958,7 +985,7 @@ class LoadedTeacher(Teacher):
         super().__init__(model, constants, size, **kw)
         self.classes = classes
         self.mean_std = plain_value(mean_std)
-        self.most = self.chunk # images in a forward pass
+        self.largest_pass = self.chunk # images
 
     def __call__(
         self,
@@ -970,7 +997,7 @@ class LoadedTeacher(Teacher):
         mean, std = (torch.tensor(c, dtype=torch.float32, device=pixels.device)[:, None, None]
                      for c in self.mean_std)
         if not self.compile: # passes of about one size, so that none is filled up with black images
-            passes = max(1, math.ceil(len(pixels)/self.most))
+            passes = max(1, math.ceil(len(pixels)/self.largest_pass))
             self.chunk = math.ceil(len(pixels)/passes)
         return self.logits((pixels.float()*std + mean)*255)
 
@@ -994,14 +1021,15 @@ class LoadedTeacher(Teacher):
 
 # %% ../nbs/06_api.ipynb #3bc83f5c
 def load_teacher(
-    weights:str|Path,               # such a folder, or hf-hub:OWNER/MODEL of one
+    weights:str|Path,               # model folder, or hf-hub:OWNER/MODEL of one
     mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # by which the loader normalized pixels of 0 to 1
     **kw                            # precision, device and compile of `Teacher`
 )->LoadedTeacher:
     "Returns a teacher from a model folder that this tool wrote, here or on the hub."
     here = from_here(weights)
     model = from_folder(here if here.exists() else weights_place(weights))
-    return LoadedTeacher(model.forward.model, model.classes, model.constants, model.sides[1], mean_std, **kw)
+    _, side = model.sides # of the crop, and of the model's input
+    return LoadedTeacher(model.forward.model, model.classes, model.constants, side, mean_std, **kw)
 
 # %% ../nbs/06_api.ipynb #7db95f6d
 class Loss(torch.nn.Module):
@@ -1040,7 +1068,8 @@ class Loss(torch.nn.Module):
             raise VitdistillError(f'soft_top_k = {self.kind.k} keeps {wanted[1]} numbers of an image, as '
                                   "many as there are classes, so that logits can't be told from kept "
                                   'answers: give another number.')
-        if answer.shape == logits.shape != wanted:
+        are_logits = answer.shape == logits.shape and answer.shape != wanted
+        if are_logits:
             answer = self.kind.make(answer)
         if answer.shape != wanted:
             raise VitdistillError(f"the student's logits have shape {(*logits.shape,)} and the teacher's "
@@ -1073,14 +1102,14 @@ def memo(
                  classes=len(teacher.classes), mean_std=teacher.mean_std, constants=teacher.constants,
                  teacher_size=teacher.size, dtype=teacher.dtype_name, **loss.kind.key())
     with explained(f'no memo in {folder}', 'name another folder', OSError, reason=str):
-        stored = open_memo(from_here(folder), json.loads(json.dumps(about)))
+        stored = open_memo(from_here(folder), json.loads(json.dumps(about))) # as its file has it
 
     def answer(pixels, key):
         key = _whole_keys(key, len(pixels))
         wrong = key[(key < 0) | (key >= keys)]
         if len(wrong):
             raise VitdistillError(f'key {int(wrong[0])} is not in 0 to {keys - 1}: give memo more keys.')
-        view = torch.zeros_like(key)
+        view = torch.zeros_like(key) # a key has one view
         answers, stored_before = stored.get(key, view)
         new = torch.nonzero(~stored_before).flatten()
         if len(new):

@@ -27,9 +27,9 @@ def _field(
     *, group:str,                 # one of GROUPS
     hashed:bool=True,             # does it change the result? Most of the machine and the record don't
     teaching:bool=False,          # is it part of how a student is taught? Arms of a study may differ in it
-    shared:bool=False,            # is it copied from a student to a teacher that is trained for it?
+    shared:bool=False,            # does a teacher that is trained for a student get the student's value?
     split:bool=False,             # does it decide which images are trained on?
-    formerly:tuple=()):           # earlier defaults: hashed like today's, so that old runs keep their hash
+    formerly:tuple=()):           # earlier defaults: a run with one hashes as if it had today's default
     about = dict(group=group, allowed=allowed, hashed=hashed, teaching=teaching, shared=shared, split=split,
                  formerly=formerly)
     if isinstance(default, type):
@@ -187,8 +187,8 @@ class TeacherFields:
     # second teacher, trained on the other fold (see fold, fold_answers)
     fold_weights:str=_teacher('', hashed=False)
 
-    # with fold_weights, who labels an image: unseen: the teacher not trained on it; seen: the one trained
-    # on it; drawn: neither, its label is drawn from the unseen teachers' answers to its class
+    # with fold_weights, which teacher labels an image: unseen, the one not trained on it; seen, the one
+    # trained on it; drawn, none: a label is drawn from unseen teachers' answers to other images of its class
     fold_answers:str=_teacher('unseen', _fold_answers)
 
     # timm's pretrained weights; the head is untrained if the classes differ
@@ -203,10 +203,10 @@ class TeacherFields:
     allow_untrained:bool=_teacher(False) # train even if the teacher fails its health check (for an ablation)
     memo:bool=_teacher(True, hashed=False) # store the teacher's answer to each view of an image, and reuse it
 
-    # also store answers to mixed or augmented images, by epoch and place in the epoch's order
+    # also store answers to mixed or augmented images, by epoch and position in it
     plan_memo:bool=_teacher(False, hashed=False)
 
-    # temperatures kept in stored soft_top_k answers; []: this run's
+    # temperatures for which soft_top_k answers are stored; []: only this run's
     memo_temperatures:list=_teacher(list, hashed=False)
 
     # images without labels: a folder, or 'start:stop' of the training images
@@ -229,7 +229,7 @@ class ObjectiveFields:
     # number of logits that soft answers keep, plus the sum of the rest; 0: all
     soft_top_k:int=_objective(0, '[0, inf)')
 
-    # mean of the KL over the batch; public: and over classes (DeiT)
+    # batchmean: the KL is a mean over the batch; public: and over classes, as in DeiT's code
     kl_reduction:str=_objective('batchmean', _kl_reductions)
     label_smoothing:float=_objective(0., '[0, 1)', teaching=False) # smoothing of the true labels; 0: none
 
@@ -378,14 +378,15 @@ def _value_for(f, given): # the value as a field `f` has it: of its type
     kinds = typing.get_args(f.type) or (f.type,)
     numbers = [kind for kind in kinds if kind in (int, float)]
     value = plain_value(given)
-    if numbers and type(value) in (str, int):
+    if numbers and type(value) in (str, int): # such as '1e-3' of YAML, or 1 for a float
         with contextlib.suppress(ValueError): # 'auto' stays a word
             value = numbers[0](value)
-    if type(value) in kinds or value is None and f.default is None:
+    may_be_none = f.default is None
+    if type(value) in kinds or (value is None and may_be_none):
         return value
     names = []
     for kind in kinds:
-        if numbers and kind is str:
+        if numbers and kind is str: # a field of a number or a text has 'auto' as its only text
             names.append("'auto'")
         elif kind is not type(None):
             names.append(FORMS[kind])
@@ -403,7 +404,7 @@ def _in_range(
 
 # %% ../nbs/01_config.ipynb #49d427f4
 def check(config:Config)->None:
-    "Raises `VitdistillError` for a value of the wrong type or outside its range; converts the others."
+    "Raises `VitdistillError` for a value of the wrong type or outside its range; makes numbers of texts."
     for f in fields(config):
         value = _value_for(f, getattr(config, f.name))
         object.__setattr__(config, f.name, value)
@@ -428,17 +429,18 @@ def from_dict(
         if key not in names:
             place = f' in {source}' if source else ''
             raise VitdistillError(f'unknown key {key!r}{place}: {nearest(key, names)}')
-    if values.get('auto', []) is None: # files of 0.2 have it
+    if values.get('auto', []) is None: # files of version 0.2 say so
         values = values | dict(auto=[])
     return Config(**values)
 
 # %% ../nbs/01_config.ipynb #2eb0b684
 class YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): # the C loader is eight times as fast
     "Reads numbers and words as YAML 1.2: 010 is 10, 1e-8 is a number; 1:30, yes, off and dates are text."
-    yaml_implicit_resolvers = {} # of YAML 1.1
+    yaml_implicit_resolvers = {} # without those of YAML 1.1; ours are added below
 
 class _YamlDumper(yaml.SafeDumper):
-    "Quotes texts that are numbers to YAML 1.1 or 1.2."
+    """Keeps the resolvers of YAML 1.1 and gets ours too, so it quotes a text that either version would read
+    as something else."""
 
 def dump_yaml(values:dict, **kw)->str: # kw: further arguments of yaml.dump
     "Returns the YAML text that `parse_yaml` reads as these values."
@@ -454,15 +456,16 @@ def _whole(loader, node): # the value of a whole number
 
 YamlLoader.add_constructor('tag:yaml.org,2002:int', _whole)
 _number = r'[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)'
-_scalars = [ # kind of value, its first characters, its form; where two fit, the first one counts
-    ('null', ['~', 'n', 'N', ''], '~|null|Null|NULL|'),
-    ('merge', '<', '<<'),
-    ('bool', 'tTfF', 'true|True|TRUE|false|False|FALSE'),
-    ('int', '-+0123456789', '[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+|0o[0-7]+'),
-    ('float', '-+.0123456789', _number)]
+# kind of value, its first characters ('': of an empty value), its form; the first that fits counts
+_scalars = [
+    ('null', [*'~nN', ''], '~|null|Null|NULL|'),
+    ('merge', [*'<'], '<<'),
+    ('bool', [*'tTfF'], 'true|True|TRUE|false|False|FALSE'),
+    ('int', [*'-+0123456789'], '[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+|0o[0-7]+'),
+    ('float', [*'-+.0123456789'], _number)]
 for _kind, _first, _form in _scalars:
     for _yaml in YamlLoader, _YamlDumper:
-        _yaml.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_form})\Z'), [*_first])
+        _yaml.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(rf'(?:{_form})\Z'), _first)
 
 # %% ../nbs/01_config.ipynb #842c7aab
 def refuse_repeats(node:yaml.Node)->None:
@@ -483,21 +486,23 @@ _dicts = {f.name for f in fields(Config) if f.type is dict}
 
 def keep_texts(
     node:yaml.Node,
-    names:typing.Container=(), # text fields; not looked for within the values of a config's dict fields
-    text:bool=False            # is the node itself the value of a text field, or a key?
+    names:typing.Container=(), # text fields
+    is_text:bool=False         # is the node itself the value of a text field, or a key?
 )->None:
     "Marks mapping keys, and values of text fields, as strings, so that 010 or no stays text (in place)."
     if isinstance(node, yaml.ScalarNode):
-        if text and node.tag.endswith((':int', ':float', ':bool')):
+        if is_text and node.tag.endswith((':int', ':float', ':bool')):
             node.tag = 'tag:yaml.org,2002:str'
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            keep_texts(child, names, text)
+            keep_texts(child, names, is_text)
     else:
         for key, value in node.value:
-            keep_texts(key, text=True)
-            inner_names = () if key.value in _dicts else names
-            keep_texts(value, inner_names, key.value in names)
+            keep_texts(key, is_text=True)
+            if key.value in _dicts: # such as opt_kwargs, whose keys are no fields of ours
+                keep_texts(value, is_text=key.value in names)
+            else:
+                keep_texts(value, names, is_text=key.value in names)
 
 # %% ../nbs/01_config.ipynb #a30b854d
 def parse_yaml(
@@ -520,10 +525,11 @@ def _line_and_problem(error): # of a YAML text
 
 def read_yaml(path:Path, loader:type=YamlLoader)->dict:
     "Returns the keys and values of a YAML file; a missing, damaged or keyless one is a `VitdistillError`."
-    reading = explained(f'no config file at {path}', 'give the path of a YAML file', OSError)
+    with explained(f'no config file at {path}', 'give the path of a YAML file', OSError):
+        content = path.read_bytes() # UTF-8, or UTF-16 with its byte order mark
     kinds = yaml.YAMLError, ValueError # ValueError: such as !!int x
-    with explained(f'{path} is not YAML', 'mend that line', *kinds, reason=_line_and_problem), reading:
-        values = parse_yaml(path.read_bytes(), _texts, loader) # UTF-8, or UTF-16 with its byte order mark
+    with explained(f'{path} is not YAML', 'mend that line', *kinds, reason=_line_and_problem):
+        values = parse_yaml(content, _texts, loader)
     if not isinstance(values, dict):
         raise VitdistillError(f'{path} holds no keys: write lines of the form "key: value".')
     return values
@@ -549,10 +555,10 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, names)}')
     parts = {}
     for part, values in read_yaml(path).items():
-        parts[part] = values or {}
-        if not isinstance(parts[part], dict):
+        if values and not isinstance(values, dict):
             raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below '
                                   'common, teacher, baseline or another part.')
+        parts[part] = values or {} # a part may be empty
     return parts
 
 def preset(
@@ -578,7 +584,7 @@ def save(config:Config, path:str|Path)->Path:
     return write_atomic(path, dump_yaml(dataclasses.asdict(config)))
 
 # %% ../nbs/01_config.ipynb #bb005a53
-_default = functools.cache(Config)
+_default = functools.cache(Config) # _default() is the config of all defaults
 
 def defining(config:Config)->dict: # name -> value
     "Returns the fields that change the result; resolved values count as 'auto', former defaults as today's."

@@ -27,6 +27,7 @@ class HardLabel:
     def make(self, logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B,)
         return logits.argmax(-1)
 
+    # where a memo keeps logits, a student of hard labels gets these
     def decision(self, answer:torch.Tensor)->torch.Tensor: # (B,), or logits (B, C) -> (B,)
         return answer if answer.ndim == 1 else answer.argmax(-1)
 
@@ -34,7 +35,7 @@ class HardLabel:
         return {}
 
     def dtype(self, classes:int)->np.dtype: # of the numbers that a memo stores
-        return np.min_scalar_type(classes + 1)
+        return np.min_scalar_type(classes + 1) # room for the labels, and for a number that is none
 
     def store(self, answer:torch.Tensor)->np.ndarray: # (B,) -> (B, 1)
         return answer.numpy()[:, None]
@@ -42,7 +43,8 @@ class HardLabel:
     def read(self, stored:np.ndarray)->torch.Tensor: # (B, 1) -> (B,)
         return torch.from_numpy(stored[:, 0].astype(np.int64))
 
-    def is_known(self, first:np.ndarray, classes:int)->np.ndarray: # first: first number of each row -> bool
+    # first: (B,) first number of each row -> (B,) bool
+    def is_known(self, first:np.ndarray, classes:int)->np.ndarray:
         return first < classes
 
 # %% ../nbs/03_losses.ipynb #3f60c8ae
@@ -85,7 +87,7 @@ class Logits:
         return torch.from_numpy(stored.astype(np.float32))
 
     def is_known(self, first:np.ndarray, classes:int)->np.ndarray:
-        return ~np.isnan(first)
+        return ~np.isnan(first) # two bytes of 255 are an fp16 NaN
 
 # %% ../nbs/03_losses.ipynb #07e000b9
 @dataclass(frozen=True)
@@ -115,12 +117,14 @@ class TopK(Logits):
         index, value, log_mass = self.parts(answer)
         log_p = (logits/tau).log_softmax(-1)
         student = log_p.gather(-1, index)
-        teacher = value/tau
+        teacher_logits = value/tau
         if index.shape[-1] == logits.shape[-1]: # no class is left
-            return student, teacher.log_softmax(-1)
+            return student, teacher_logits.log_softmax(-1)
         student_rest = log_p.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
-        teacher_rest = log_mass[:, [self.temperatures.index(tau)]]
-        return torch.cat([student, student_rest], -1), torch.cat([teacher, teacher_rest], -1).log_softmax(-1)
+        teacher_rest = log_mass[:, [self.temperatures.index(tau)]] # [[i]] keeps the column
+        # logits and log-mass are normalized together
+        teacher = torch.cat([teacher_logits, teacher_rest], -1).log_softmax(-1)
+        return torch.cat([student, student_rest], -1), teacher
 
     def key(self)->dict:
         return dict(top_k=self.k, temperatures=list(self.temperatures))
@@ -181,7 +185,7 @@ def decoupled_loss(
     def of_others(x): # log(1 - p(label)), (B,)
         return x.log_softmax(-1).masked_fill(is_label, -torch.inf).logsumexp(-1)
     def among_others(x): # log-probabilities without the label, (B, C)
-        return x.masked_fill(is_label, -1e4).log_softmax(-1)
+        return x.masked_fill(is_label, -1e4).log_softmax(-1) # not -inf: KL would have inf - inf
     z = logits.float()/temperature
     t = teacher_logits.float()/temperature
 
@@ -211,10 +215,10 @@ def relation_losses(
     "Returns (between classes, within classes): tau² (1 - mean correlation) of softened probabilities."
     p = logits.float().div(temperature).softmax(-1)
     q = teacher_logits.float().div(temperature).softmax(-1)
-    # a row each class; before `pearson`, since the order decides how gradients are rounded
-    of_classes = p.T, q.T
+    # (C, B); made before the first `pearson`: the order of the two decides the last bits of the gradients
+    p_by_class, q_by_class = p.T, q.T
     between = temperature**2*(1 - pearson(p, q).mean())
-    within = temperature**2*(1 - pearson(*of_classes).mean())
+    within = temperature**2*(1 - pearson(p_by_class, q_by_class).mean())
     return between, within
 
 # %% ../nbs/03_losses.ipynb #247c12eb
@@ -243,7 +247,7 @@ def refined_loss(
 
     as_likely = t >= t.gather(-1, labels[:, None]) # the label itself too
     def among_less_likely(x): # log-probabilities without the classes that are as likely, (B, C)
-        return (x/temperature).masked_fill(as_likely, -1e4).log_softmax(-1)
+        return (x/temperature).masked_fill(as_likely, -1e4).log_softmax(-1) # not -inf, as in DKD
     others = F.kl_div(among_less_likely(z), among_less_likely(t), reduction='batchmean', log_target=True)
     return confidence_weight*confidence + others_weight*(others*temperature**2)
 
@@ -279,7 +283,8 @@ def whole_batch(
     x:torch.Tensor,    # (B, ...) of this rank
     has_rows:bool=True # False: this rank's rows are dummies and are dropped
 )->torch.Tensor:     # (all ranks' B, ...)
-    "Returns all ranks' rows in order; a loss on them, times the rank's weight, has the batch's gradient."
+    """Returns all ranks' rows in order. The gradients that ranks get from a loss on these, each times its
+    rank's weight, average to the gradient of the whole batch."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     from torch.distributed.nn.functional import all_gather
@@ -288,14 +293,17 @@ def whole_batch(
     dist.all_reduce(sizes)
     longest = max(1, int(sizes.max())) # ranks can differ by one row: the shorter ones are padded
     padding = x.new_zeros(max(0, longest - len(x)), *x.shape[1:])
+    # a rank of dummies may have more rows than all others
     gathered = all_gather(torch.cat([x[:longest], padding]))
     return torch.cat([part[:size] for part, size in zip(gathered, sizes.tolist())])
 
 # %% ../nbs/03_losses.ipynb #656bf1a7
 class Batch(typing.NamedTuple):
-    "A rank's images in one step, with targets and teacher answers, on the device and in the plan's order."
-    pixels:torch.Tensor      # (B, 3, S, S) float32, normalized; of several copies all first ones, then all
-                             # second ones; or (2, B) int64, the rows and views that a captured step cuts
+    """A rank's images in one step, with targets and teacher answers, on the device and in the plan's order.
+
+    Of several copies of an image, `pixels` has all first ones, then all second ones. A step that is captured
+    as a CUDA graph cuts its views itself: then `pixels` is (2, B) int64, rows of images and their views."""
+    pixels:torch.Tensor      # (B, 3, S, S) float32, normalized
     targets:torch.Tensor     # (B,) int64, -1 without a label; or (B, C) shares of the classes in mixed images
     answer:torch.Tensor=None # teacher's answers, as `wants.make` returns them
     epoch:int=0              # from 0, for terms that warm up
@@ -304,7 +312,8 @@ class Batch(typing.NamedTuple):
 
 # %% ../nbs/03_losses.ipynb #76197c0a
 def balanced_weights(labels:torch.Tensor, classes:int)->torch.Tensor: # (N,) int64, -1: no label -> (classes,)
-    "Returns n/(C n_c) for each class, as scikit-learn's class_weight='balanced'; without images 0."
+    """Returns n/(C n_c) for each of the C classes that have images (scikit-learn's class_weight='balanced'),
+    and 0 for the others."""
     counts = torch.bincount(labels[labels >= 0], minlength=classes).double()
     classes_with_images = (counts > 0).sum()
     weights = counts.sum()/(classes_with_images*counts.clamp(min=1))
@@ -321,7 +330,7 @@ def weighed_loss(
     if targets.ndim == 2:
         shares = targets
     else:
-        shares = F.one_hot(targets.clamp(min=0), classes)*(targets >= 0)[:, None]
+        shares = F.one_hot(targets.clamp(min=0), classes)*(targets >= 0)[:, None] # without a label 0
     shares = shares*weights.to(heads[0].device)
     smooth = (1 - smoothing)*shares + smoothing*shares.sum(-1, keepdim=True)/classes
     return sum(F.cross_entropy(z.float(), smooth) for z in heads)/len(heads)
@@ -359,6 +368,7 @@ class Labels(nn.Module):
     copies = 1         # copies of an image in a step, each another view
     needs_two = False  # True: a batch needs at least two images
     compiles = True    # False: runs eagerly; torch.compile would compile it anew each epoch, for example
+    # `criterion` sets the first and the third of these
     token = 'auto'     # token of the head that learns the answers: class, distillation; auto: the last one
     needs_label = False # True: the teacher's term needs the label of each image
     partly = False     # True: some images have no label; their part of the loss of labels is 0
@@ -377,8 +387,9 @@ class Labels(nn.Module):
         check_token(self.token, two_heads=len(getattr(student, 'heads', ())) > 1)
         return student
 
-    def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module: # wrapped or compiled
-        "Returns the module that the loop calls: a student with its criterion (this loss)."
+    # criterion: this loss, perhaps compiled or wrapped by DDP, as the student may be
+    def objective(self, student:nn.Module, criterion:nn.Module)->nn.Module:
+        "Returns the module that the loop calls: a student with its criterion."
         return Objective(student, criterion)
 
     def label_loss(self, heads:tuple, targets:torch.Tensor)->torch.Tensor:
@@ -426,9 +437,10 @@ class BinaryLabels(Labels):
 
 # %% ../nbs/03_losses.ipynb #3f3ccbe3
 class SwitchedDistillationLoss(Labels):
-    """Hard-label distillation: cross-entropy with labels and with the teacher's decisions (DeiT eq. 3).
+    """Hard-label distillation: cross-entropy with labels and with the teacher's decisions (DeiT eq. 3). The
+    other losses with a teacher are made from it.
 
-    The name is the paper's (Jeong & Arnoud, 4.2): nothing alternates. Base of the losses with a teacher."""
+    The name is the paper's (Jeong & Arnoud, 4.2): nothing alternates."""
     wants = HardLabel()
     def __init__(self,
         alpha:float=.5,           # weight of the teacher's term, in [0, 1]
@@ -467,7 +479,7 @@ class SoftDistillation(SwitchedDistillationLoss):
         self.wants = TopK(soft_top_k, tuple(temperatures)) if soft_top_k else Logits()
 
     @classmethod
-    def kind(cls, config):
+    def kind(cls, config): # as `wants`, for the key of a memo, which a config alone must give
         if not config.soft_top_k:
             return Logits()
         return TopK(config.soft_top_k, tuple(map(float, config.memo_temperatures)) or (config.temperature,))
@@ -623,15 +635,16 @@ def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without
 # %% ../nbs/03_losses.ipynb #f91a4924
 def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
-    # with class_names no image has a label; a config without a teacher only measures a model
+    # class_names names the classes of images that have no labels; without a teacher they are not learned from
     none_labelled = config.class_names and config.teacher
     if not (config.unlabelled or none_labelled):
         return
-    what = f'unlabelled = {config.unlabelled!r} has no labels'
-    way_out = 'leave unlabelled out, or '
     if config.class_names:
         what = 'the images (class_names is given) have no labels'
         way_out = ''
+    else:
+        what = f'unlabelled = {config.unlabelled!r} has no labels'
+        way_out = 'leave unlabelled out, or '
     objective = named_objective(config)
     problem = f'{what}, and distillation = {config.distillation!r}'
     if objective.wants is None:
@@ -662,7 +675,7 @@ def check_objective(objective:nn.Module, config:Config)->None:
     if config.teacher and not objective.wants:
         raise VitdistillError(f'{name} uses no teacher, and teacher = {config.teacher!r} is given: '
                               "leave teacher out, or set distillation = 'hard'.")
-    if objective.wants == Logits() and config.soft_top_k:
+    if objective.wants == Logits() and config.soft_top_k: # all logits, not `TopK`
         raise VitdistillError(f'{name} needs all logits, not the {config.soft_top_k} likeliest: '
                               'set soft_top_k to 0.')
 
@@ -672,20 +685,20 @@ def criterion(config:Config)->nn.Module:
     name = config.distillation
     given = config.objective_kwargs
     arguments = inspect.signature(named_objective(config)).parameters
-    # an argument `decoder` is no field: CAN has a decoder too, of patches and not of captions
+    # fields of captions don't count: CAN's own argument `decoder` has the name of one
     settings = {*field_names()} - {*field_names(group='captions')}
-    fields = [argument for argument in arguments if argument in settings]
-    own = [argument for argument in arguments if argument not in settings]
+    from_config = {argument: getattr(config, argument) for argument in arguments if argument in settings}
+    from_kwargs = [argument for argument in arguments if argument not in settings]
     for argument in given:
-        if argument not in own:
+        if argument not in from_kwargs:
             raise VitdistillError(f'objective_kwargs: {name!r} has no argument {argument!r} beside those of '
-                                  f'a config: {nearest(argument, own, "leave it out.")}')
+                                  f'a config: {nearest(argument, from_kwargs, "leave it out.")}')
     problem = f'objective_kwargs = {given}'
     if config.memo_temperatures:
         problem += f' or memo_temperatures = {config.memo_temperatures}'
     problem += f' has a value of a type that {name!r} does not take'
     with explained(problem, 'give numbers, or lists of them', TypeError, ValueError):
-        loss = OBJECTIVES[name](**{field: getattr(config, field) for field in fields}, **given)
+        loss = OBJECTIVES[name](**from_config, **given)
     loss.token = config.token
     loss.partly = bool(config.unlabelled or config.class_names)
     check_objective(loss, config)

@@ -200,7 +200,7 @@ def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
     elif full:
         memo = open_memo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
         answers = Planned(teacher, setup.views, memo=memo)
-        answers.checks = False # of a few rows, once an epoch: random ones would be refused
+        answers.is_checking = False # of a few rows, once an epoch: random ones would be refused
     else:
         return Answers(teacher, setup.views)
     if full:

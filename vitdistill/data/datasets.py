@@ -68,13 +68,14 @@ class Data:
         if self.constants:
             return self.constants
         images = self.train_images
-        if not isinstance(images, torch.Tensor): # on disk: 5,000 images give three digits
+        if not isinstance(images, torch.Tensor): # on disk: 5,000 images give both to three digits
             images = images[torch.randperm(len(images), generator=generator(0))[:5000]]
         counts = torch.stack([_histogram(images[..., channel]) for channel in range(3)])
         value = torch.arange(256).double()/255
         mean = (counts*value).sum(1)/counts.sum(1)
         variance = (counts*value**2).sum(1)/counts.sum(1) - mean**2
-        std = torch.where(variance > 1e-12, variance, 1.)**.5 # a channel of one value becomes 0
+        # 1 for a channel of one value, whose pixels then become 0
+        std = torch.where(variance > 1e-12, variance, 1.)**.5
         return tuple(mean.tolist()), tuple(std.tolist())
 
     @functools.cached_property
@@ -86,7 +87,7 @@ class Data:
 
     @functools.cached_property
     def images_hash(self)->str:
-        "Returns the same hash at any side of the images, for the cards of teachers."
+        "Returns `train_hash` without `reading`, the same at any side of the images; for cards of teachers."
         if self.listing:
             return digest([os.fsencode(self.listing), self.train_labels])
         return self.train_hash
@@ -103,11 +104,12 @@ class Dataset:
     package:str=''        # package that reads the data and that the user has to install
     needs:str=''          # the files that are needed, for the error message
 
+# in lambdas, since these functions are defined below
 def _of_files(title, needs, package=''): # the row of a dataset of image files
     return Dataset(title, lambda c: load_images(c), lambda c: image_lines(c), package=package, needs=needs)
 
 def _of_cifar(title, name):
-    return Dataset(title, lambda c: load_cifar(name, cifar_root(c)), lambda c: cifar_bytes(c), 32)
+    return Dataset(title, lambda c: load_cifar(name, cifar_root(c)), lambda c: cifar_bytes(c), side=32)
 
 DATASETS = {
     'cifar100': _of_cifar('CIFAR-100', 'cifar100'),
@@ -135,14 +137,14 @@ DATASETS = {
 def check_dataset(name:str)->Dataset:
     "Returns the row of a dataset; an unknown name raises a `VitdistillError` that says the nearest one."
     prefix, slash, rest = name.partition('/')
-    row = DATASETS.get(prefix + slash)
+    row = DATASETS.get(prefix + slash) # 'digits' has no slash and nothing after it; 'hfds/' needs a rest
     if row and bool(slash) == bool(rest):
         return row
     raise VitdistillError(f'dataset = {name!r} is not known: {nearest(name, DATASETS)}')
 
 # %% ../../nbs/data/01_datasets.ipynb #e196a4f5
 def flips(config:Config)->bool:
-    "Returns whether training images are mirrored: as `config.flip` says, or for None as the dataset allows."
+    "Returns whether training images are mirrored: `config.flip`, or the dataset's own value if that is None."
     return check_dataset(config.dataset).flip if config.flip is None else config.flip
 
 # %% ../../nbs/data/01_datasets.ipynb #70fa6711
@@ -163,7 +165,7 @@ def image_side(config:Config)->int: # px
 
 # %% ../../nbs/data/01_datasets.ipynb #2d1bd6f4
 def data_root(config:Config)->tuple:
-    "Returns (folder of the data, whether the user named it); a download fills one that nobody named."
+    "Returns (folder of the data, whether the user named it): CIFAR is only downloaded into one nobody named."
     named = config.data_root or os.environ.get('VITDISTILL_DATA', '')
     return from_root(named or 'data'), bool(named)
 
@@ -212,8 +214,9 @@ def _cifar_part(folder:Path, files:list, labels:str, classes:int): # images and 
     for path in [folder/file for file in files]:
         part = read_pickle(path)
         images, numbers = part.get('data'), part.get(labels)
-        fits = getattr(images, 'shape', (0,))[1:] == (3072,) and numbers is not None
-        if not fits or len(images) != len(numbers) or not 0 <= min(numbers) <= max(numbers) < classes:
+        is_table = getattr(images, 'shape', (0,))[1:] == (3072,) and len(images) > 0
+        labels_fit = is_table and numbers is not None and len(numbers) == len(images)
+        if not labels_fit or not 0 <= min(numbers) <= max(numbers) < classes:
             raise VitdistillError(f'{path} does not hold 3,072 bytes and one of {classes} {labels} an image: '
                                   'download the dataset again.')
         pixels.append(images)
@@ -283,13 +286,14 @@ def stratified(
         return np.arange(n) < round(fraction*n)
     return _divide(labels, seed, leading_share)
 
-def _divide(labels, seed, in_second_part): # in_second_part(n): (n,) bool, of a class's n shuffled rows
+def _divide(labels, seed, in_second_part): # in_second_part: n -> (n,) bool, of a class's n shuffled rows
     labels = labels.clamp(min=0).numpy() # images without labels are divided as those of one class
     order = labels.argsort(kind='stable') # sorted once, not searched for each class
     classes, starts = np.unique(labels[order], return_index=True)
-    first_rows = [order[:0]] # of no image at all
+    rows_by_class = np.split(order, starts[1:])
+    first_rows = [order[:0]] # an empty part, so that none at all can be put together too
     second_rows = [order[:0]]
-    for label, rows in zip(classes, np.split(order, starts[1:])):
+    for label, rows in zip(classes, rows_by_class):
         rows = np.random.default_rng([seed, int(label)]).permutation(rows)
         mask = in_second_part(len(rows))
         first_rows.append(rows[~mask])
@@ -323,12 +327,12 @@ def refuse_labels(config:Config)->None:
     if names and config.labels:
         raise VitdistillError(f'class_names = {names} is for images without labels, and labels = '
                               f'{config.labels!r} has some: leave one out.')
-    if names and len({*names}) < max(2, len(names)):
+    if names and (len(names) < 2 or len({*names}) < len(names)):
         raise VitdistillError(f'class_names = {names}: give two or more names, each once.')
 
 # %% ../../nbs/data/01_datasets.ipynb #064a3a49
 def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
-    labels = torch.tensor([label for *_, label in files.files])
+    labels = torch.tensor([label for *_, label in files.files]) # files.files: (path, bytes, label) of each
     train_rows, test_rows = stratified(labels, .2, seed=0)
     test = some_rows(files, test_rows.tolist())
     tested = {label for *_, label in test.files}
@@ -346,21 +350,21 @@ def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
     if not config.data_root:
         raise VitdistillError(f'labels = {config.labels!r}: name the folder of images as data_root.')
     parts = in_table(from_root(config.data_root), from_root(config.labels))
-    if '' in parts:
+    if '' in parts: # the table has no column part
         parts = _set_aside(parts[''], table)
     missing = ''
     if 'train' not in parts:
         missing = 'train'
-    elif len(parts) < 2:
+    elif not {'val', 'test'} & parts.keys():
         missing = 'val or test'
     if missing:
         raise VitdistillError(f'{table} has no line of part {missing}: mark some, or leave the column part '
                               'out, so that a fifth of each class is set aside.')
     notes = []
-    if len(parts) == 3:
+    if {'val', 'test'} <= parts.keys():
         notes = [f"{table}: val is the test set; {len(parts['test']):,} images of part test are not used."]
     train = replace(parts['train'], notes=notes)
-    test = parts.get('val') or parts['test']
+    test = parts['val'] if 'val' in parts else parts['test']
     return fit_together(config, table, 'images for training and for the test', train, test)
 
 # %% ../../nbs/data/01_datasets.ipynb #7fddc277
@@ -384,7 +388,7 @@ def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
     return image_files(config, row.package, row.needs)
 
 # %% ../../nbs/data/01_datasets.ipynb #78e86268
-def _say(place, train, *others): # prints which folders are the classes, and what was left out
+def _say(place, train, *others): # prints notes, such as which folders are the classes, and what was left out
     for note in train.notes:
         say_once(note)
     broken = {}
@@ -404,12 +408,14 @@ def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
     return parts
 
 # %% ../../nbs/data/01_datasets.ipynb #541bd83c
-def _reading(config, *parts): # what makes pixels of files; the number grows when `square_pixels` changes them
+# The reader's number grows when `data.files.square_pixels` decodes images to other pixels. Number 3 changed
+# those with transparency or 32 bits alone, so JPEGs keep number 2, and their memos.
+def _reading(config, *parts): # what makes pixels of files
     names = []
     for part in parts:
         names += [name.lower() for name, *_ in part.files]
     all_jpeg = all(name.endswith(('.jpg', '.jpeg')) for name in names)
-    reader = 'reader 2' if all_jpeg else 'reader 3' # 3: transparency, 32 bits
+    reader = 'reader 2' if all_jpeg else 'reader 3'
     return reader if config.exif_orientation else f'{reader}, not turned'
 
 # %% ../../nbs/data/01_datasets.ipynb #bcb3c9c6
@@ -420,8 +426,8 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
     yield f'{_reading(config, train, test)}\n'.encode()
     if config.labels or config.class_names: # else the names of files have the classes
         yield '\n'.join(train.classes).encode()
-    for path, size, label in itertools.chain(train.files, test.files):
-        yield os.fsencode(f'{path} {size} {label}\n')
+    for path, n_bytes, label in itertools.chain(train.files, test.files):
+        yield os.fsencode(f'{path} {n_bytes} {label}\n')
 
 # %% ../../nbs/data/01_datasets.ipynb #d5d3c85b
 def _room(data_on): # bytes of pixels that this rank may hold
@@ -435,27 +441,27 @@ def _room(data_on): # bytes of pixels that this rank may hold
 
 def load_images(config:Config)->Data:
     "Loads a dataset of image files into memory, or leaves it on disk; errors name what is missing or broken."
-    size = image_side(config)
+    side = image_side(config)
     parts = list_images(config)
     train, test = parts['train'], parts['test']
-    pixels = (len(train) + len(test))*size*size*3
-    large = pixels > _room(config.data_on)
+    n_bytes = (len(train) + len(test))*side*side*3
+    large = n_bytes > _room(config.data_on)
     if large:
         place = printable(config.data_root or config.dataset)
-        say_once(f'{place}: {pixels/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
+        say_once(f'{place}: {n_bytes/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
 
     def read(files, on_disk): # images and labels
-        images = DiskImages(files, size, config.exif_orientation)
+        images = DiskImages(files, side, config.exif_orientation)
         labels = torch.tensor([label for *_, label in files.files], dtype=torch.int64)
         return images if on_disk else images.resident(), labels
 
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
-    # training crops are cut from whole images; `resident` keeps the centre square alone
+    # whole_image: crops are cut from whole images, of which `resident` would keep the centre square alone
     train_part = read(train, on_disk=large or config.whole_image)
     test_part = read(test, on_disk=large)
     return Data(config.dataset, *train_part, *test_part, train.classes,
-                listing=listing, reading=f'{size} px, {_reading(config, train)}')
+                listing=listing, reading=f'{side} px, {_reading(config, train)}')
 
 # %% ../../nbs/data/01_datasets.ipynb #3e91c0f4
 def labelled_images(
@@ -548,9 +554,10 @@ def held_out(
     fraction:float,      # share of each class that is held out, in [0, 1)
     seed:int
 )->tuple:
-    "Returns (train, val) rows; of each part that `stratified` draws, the same share is held out."
-    def evenly(n): # where the rounded number of held-out images grows
-        counts = np.floor(np.arange(n + 1)*fraction + .5 + 1e-9)
+    """Returns (train, val) rows. The held-out images are spread evenly over a class's order, so any share
+    that `stratified` keeps has the same part of them held out."""
+    def evenly(n): # of the first k images, round(k*fraction) are held out
+        counts = np.floor(np.arange(n + 1)*fraction + .5 + 1e-9) # 1e-9: a half rounds up
         return np.diff(counts) > 0
     return _divide(labels, seed, evenly)
 
@@ -558,9 +565,9 @@ def held_out(
 def row_range(
     text:str,             # 'start:stop', such as '44000:50000'
     n:int,                # number of training images
-    field:str='val_rows'  # that has the text
+    field:str='val_rows'  # field of the config that has the text, for the message
 )->torch.Tensor:
-    "Returns the rows of a range of the training images; one that is none is a `VitdistillError`."
+    "Returns the rows of a range of the training images; a text that is no such range is a `VitdistillError`."
     start, _, stop = text.partition(':')
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop) <= n):
         raise VitdistillError(f"{field} = {text!r}: give 'start:stop' with start < stop <= {n}, "
@@ -598,13 +605,14 @@ def _refuse_empty_classes(labels, train, config, classes):
     settings = []
     for field in ('data_fraction', 'val_fraction', 'val_rows', 'fold'):
         value = getattr(config, field)
-        if value not in ('', 0, 1):
+        if value not in ('', 0, 1): # it is set; 1 is the default of data_fraction
             settings.append(f'{field} = {value}')
     raise VitdistillError(f'{" and ".join(settings)} leave no image to train on of {len(untrained)} of '
                           f'{(counts > 0).sum()} classes, such as {name} with {counts[rarest]} image(s): '
                           'use a larger data_fraction, hold fewer images out, or give that class more '
                           'images.')
 
+# %% ../../nbs/data/01_datasets.ipynb #780f6218
 def split_rows(
     labels:torch.Tensor, # (N,) labels of the training images
     config:Config,
@@ -617,14 +625,16 @@ def split_rows(
         if not len(train):
             raise VitdistillError(f'val_rows = {config.val_rows!r} holds out every training image: '
                                   'leave some to train on.')
-        part = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
+        # a share of what is left, since val_rows take from the classes unevenly
+        kept = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
     else:
         train, val = held_out(labels, config.val_fraction, config.split_seed)
         if config.val_fraction and not len(val):
             raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image of a class: '
                                   'give a larger one, or 0.')
-        part = stratified(labels, config.data_fraction, config.split_seed)[1]
-    train = torch.from_numpy(np.intersect1d(train.numpy(), part.numpy()))
+        # a share of all images, of which `held_out` has taken the same part
+        kept = stratified(labels, config.data_fraction, config.split_seed)[1]
+    train = torch.from_numpy(np.intersect1d(train.numpy(), kept.numpy()))
     if config.fold:
         in_fold = fold_rows(labels[train], config.fold, config.split_seed)
         val = torch.cat([val, train[in_fold]]).sort().values

@@ -6,8 +6,8 @@
 __all__ = ['notebook_names', 'settable', 'PROGRESS', 'check_names', 'parameters', 'is_injected', 'assigned_names', 'as_bool',
            'configure', 'rank_count', 'rank_command', 'bind_to_parent', 'stop', 'failure', 'end_of_log', 'first_error',
            'follow', 'run_threads', 'train_on_ranks', 'rank_environment', 'makes_teacher', 'has_model',
-           'wait_until_done', 'check_launch', 'teacher_warning', 'run', 'train_or_interrupt', 'print_end',
-           'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher', 'refuse_weak', 'teacher_of_preset',
+           'wait_until_done', 'check_launch', 'teacher_warning', 'run', 'train_interruptibly', 'print_end',
+           'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher', 'weak_teacher', 'teacher_of_preset',
            'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
@@ -55,14 +55,14 @@ def check_names(
 
 # %% ../../nbs/launch/01_runner.ipynb #40ef22e8
 def parameters(
-    values:dict=None # name -> value, and In: sources of executed cells; default: this notebook's variables
+    values:dict=None # variables by name, with In, the list of cell sources; default: this notebook's
 )->dict:
     "Returns the notebook's parameters as they were last run, with those that papermill added: name -> value."
     if values is None:
         from IPython import get_ipython
         values = get_ipython().user_ns
     cells = values['In']
-    start = 0 # number of the parameters cell, as it was last run
+    start = 0 # number of the parameters cell, as it was last run; cell 0 is empty
     for i, cell in enumerate(cells):
         if 'preset' in assigned_names(cell) and not is_injected(cell):
             start = i
@@ -74,7 +74,7 @@ def parameters(
     check_names(declared, notebook_names)
     check_names(injected, declared)
     for name in re.findall(r'^(\w+):bool\b', cells[start], re.M):
-        values[name] = as_bool(name, values[name])
+        values[name] = as_bool(name, values[name]) # in the notebook too, where papermill left a word
     return {name: values[name] for name in (*declared, *injected)}
 
 def is_injected(cell:str)->bool: # its source
@@ -89,7 +89,7 @@ def assigned_names(source:str)->list[str]: # of a cell
         return []
     names = []
     for statement in statements:
-        for part in ast.iter_child_nodes(statement):
+        for part in ast.iter_child_nodes(statement): # name = ... and name:type = ..., not a, b = ...
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                 names.append(part.id)
     return names
@@ -114,11 +114,11 @@ def configure(
 
 # %% ../../nbs/launch/01_runner.ipynb #585d3921
 def rank_count(
-    config:Config,       # its nproc is a wish: 'auto' or a number of GPUs
+    config:Config,       # its nproc: 'auto', or the most GPUs to use
     nproc:int|str|None,  # nproc of the call; None or 'auto': as the config wishes
     gpus:int             # number of visible GPUs
 )->tuple[int, str]:
-    "Returns the ranks to start on this node, and a sentence if that is not the number asked for."
+    "Returns the ranks to start on this node, and a sentence if that is not the number asked for, else ''."
     on_gpu = config.device == 'cuda'
     available = max(1, gpus) if on_gpu else 1
     if nproc == 'auto':
@@ -127,7 +127,8 @@ def rank_count(
         return nproc, ''
     wish = nproc or config.nproc
     if wish == 'auto':
-        if available == 1 or config.batch_size >= 64*gpus or not uses_batch_norm(config):
+        small_parts = config.batch_size < 64*gpus # fewer than 64 images a rank
+        if available == 1 or not small_parts or not uses_batch_norm(config):
             return available, ''
         return 1, (f'uses one of {gpus} GPUs: on all of them, batch norm would be synchronized over small '
                    'parts of a batch. Use the others for other runs (a grid does), or set nproc.')
@@ -151,7 +152,8 @@ def rank_command(
     module = ['-m', 'vitdistill.train', '--config', str(file), *extra]
     if ranks == config.nnodes == 1: # Python alone, whatever ranks the environment speaks of
         only_rank = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
-        only_rank['TORCHELASTIC_ERROR_FILE'] = f'{errors}/0/error.json'
+        if errors: # where torchrun would put it: a folder for each rank
+            only_rank['TORCHELASTIC_ERROR_FILE'] = f'{errors}/0/error.json'
         return [sys.executable, *module], only_rank
     if config.nnodes > 1 and not config.rdzv_endpoint:
         raise VitdistillError(f"nnodes = {config.nnodes} needs rdzv_endpoint: give 'host:port' of one of the "
@@ -191,12 +193,14 @@ def failure(
 )->str:
     "Returns why a launch failed: a rank that was killed, else a rank's first error, else the end of the log."
     lines = list(lines)
-    timeout = error_of_watchdog(lines)
-    if timeout:
-        return str(timeout)
-    row = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)' # of torchrun's table
+    watchdog_error = error_of_watchdog(lines)
+    if watchdog_error:
+        return str(watchdog_error)
+    # a row of torchrun's table, such as: rank      : 1 (local_rank: 1)
+    #                                     exitcode  : -9 (pid: 123)        -15: ended by torchrun itself
+    row = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)'
     killed = re.search(row, '\n'.join(lines))
-    if killed or status < 0:
+    if killed or status < 0: # status: of the only rank, which has no table
         rank, number = killed.groups() if killed else ('0', str(-status))
         why = ' (often for lack of memory)' if number == '9' else ''
         return (f'rank {rank} was killed by signal {number}{why}: start again, the run goes on from its last '
@@ -212,6 +216,7 @@ def end_of_log(lines:list[str])->str:
 
 def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
     "Returns the first sentence of a `VitdistillError` in these files, else the end of the first traceback."
+    # a file holds {'message': {'message': 'Type: text', 'extraInfo': ...}}
     messages = [json.loads(file.read_text())['message'] for file in files]
     for error in messages:
         kind, _, sentence = error['message'].partition(': ')
@@ -227,7 +232,7 @@ _torchrun = re.compile(r'[WIEF]\d{4} |\*{5}')        # a line of torchrun's own
 
 def follow(
     process:subprocess.Popen, run:Run, log:Path,
-    show:bool|typing.Callable # whether to show progress; a function returns a suffix for progress lines
+    show:bool|typing.Callable # whether to show progress; a function: line of progress -> what is added to it
 )->collections.deque:
     "Writes what the ranks print to the log and shows their progress; returns the last lines."
     curve = LiveCurve(run) if show and in_jupyterlab() else None
@@ -238,12 +243,12 @@ def follow(
             line = line.rstrip()
             print(line, file=file, flush=True)
             tail.append(line)
-            failed = failed or _rank_error.match(line) # what follows is the error's
+            failed = failed or _rank_error.match(line) # from here on the log is the error, for `failure`
             if failed or not show or not line or _torchrun.match(line):
                 continue
             is_progress = PROGRESS.match(line)
             if is_progress and callable(show):
-                line += show()
+                line += show(line)
             if is_progress and curve:
                 curve.update(line.strip())
             else:
@@ -257,7 +262,7 @@ def run_threads(
     run:Run,
     ranks:int      # on this node
 )->tuple[int, str]:
-    "Returns the threads of each rank, and a sentence if other programs take some."
+    "Returns the threads of each rank, and a sentence ('' without) if other programs take some."
     most = threads_per_rank(config, ranks)
     if config.threads != 'auto' or config.device != 'cpu':
         return most, ''
@@ -281,18 +286,19 @@ def train_on_ranks(
     if busy and show:
         print(busy)
     work = from_root(config.work_dir)/run.name
-    config = replace(config, **dict.fromkeys(config.auto, 'auto')) # each rank resolves it for its own node
+    # what `resolve` has filled in is 'auto' again, for each rank resolves it for its own node
+    config = replace(config, **dict.fromkeys(config.auto, 'auto'))
     file = save(config, work/'launch.yaml')
     environment = rank_environment(threads, from_root(config.work_dir)/'compiled')
     with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:
-        Path(errors, '0').mkdir() # torchrun makes its own folders
+        Path(errors, '0').mkdir() # for a single rank; torchrun makes its own folders
         command, more = rank_command(config, file, ranks, *extra, errors=errors)
         process = subprocess.Popen(command, env=environment | more, preexec_fn=bind_to_parent, text=True,
                                    errors='replace', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             tail = follow(process, run, work/'log.txt', show)
         finally:
-            stop(process)
+            stop(process) # does nothing if it has ended
         return failure(tail, errors, process.returncode) if process.returncode else ''
 
 def rank_environment(
@@ -332,8 +338,9 @@ def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: s
 # %% ../../nbs/launch/01_runner.ipynb #e1a6f73c
 def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
+    # each of these raises if something does not fit
     task_of(config).refuse_foreign(config)
-    criterion(config) # raises if name or arguments of the objective don't fit
+    criterion(config)
     if nproc not in (None, 'auto') and not (type(nproc) is int and nproc > 0):
         raise VitdistillError(f"nproc = {nproc!r}: give a whole number above 0, or 'auto'.")
     tracker_names(config.track)
@@ -345,9 +352,11 @@ def check_launch(config:Config, nproc:int|None)->None:
 # %% ../../nbs/launch/01_runner.ipynb #07a1b2c3
 def teacher_warning(result:dict)->str: # of a run
     "Returns a warning if a student ended no worse than its teacher on held-out images, else ''."
-    teacher = result.get('teacher_top1') or 1
-    student = result.get('held_out_top1') or 0
-    if student < teacher or result.get('teacher_measured_on') != 'images that it held out':
+    teacher = result.get('teacher_top1')
+    student = result.get('held_out_top1')
+    if not (teacher and student) or student < teacher:
+        return ''
+    if result.get('teacher_measured_on') != 'images that it held out':
         return ''
     return (f'the teacher has {teacher:.1%} of held-out images right, its student {student:.1%}: '
             'a better teacher may help more')
@@ -374,8 +383,9 @@ def run(
         if show:
             print(f'{record.name} is done already')
     else:
-        reason = train_or_interrupt(config, record, nproc, show)
+        reason = train_interruptibly(config, record, nproc, show)
         record = Run(record.folder)
+        # with several nodes another one may have ended the run, though this one's ranks failed
         if not wait_until_done(record, config.nnodes):
             raise VitdistillError(reason or f'{record.name} ended without a result: start it again.')
     if show:
@@ -383,8 +393,8 @@ def run(
     return record
 
 # %% ../../nbs/launch/01_runner.ipynb #4314f6bf
-def train_or_interrupt(config:Config, record:Run, nproc:int|None, show:bool|typing.Callable)->str:
-    "Returns `train_on_ranks`; an interrupt of the user says from where the next call goes on."
+def train_interruptibly(config:Config, record:Run, nproc:int|None, show:bool|typing.Callable)->str:
+    "Trains; returns why it failed, or ''. An interrupt of the user says from where the next call goes on."
     try:
         return train_on_ranks(config, record, nproc, show)
     except KeyboardInterrupt:
@@ -426,8 +436,10 @@ def store_answers(
     "Stores a teacher's answers for the students of its preset, where its notebook asks for it."
     if not (given['fill_memo'] or given['keep_answers']):
         return
+    # a student of the preset, with the fields that teacher and student have in common
     shared = {name: given.get(name) for name in ('preset', 'teacher_precision', *field_names(shared=True))}
-    student = configure('distilled' if given.get('role', 'teacher') == 'teacher' else 'deit', shared)
+    experiment = 'distilled' if given.get('role', 'teacher') == 'teacher' else 'deit'
+    student = configure(experiment, shared)
     untrained = student.allow_untrained or config.allow_untrained or bool(given.get('new_head'))
     student = replace(student, teacher=student_name(config), teacher_kwargs=config.student_kwargs,
                       teacher_weights=str(folder), teacher_size=Card.read(folder).input_size,
@@ -459,48 +471,49 @@ def adopt_teacher(
     folder = from_root(config.work_dir)/given['adopted']/'model'
     existed = folder.exists()
     data = load_data(config)
-    config = with_members(config, weights, data)
+    config = with_members(config, weights, data) # of a mixture
     held_out = labelled_images(given['held_out'], data.classes, config) if given.get('held_out') else None
     card = adopt(config, weights, folder, data, config.device, config.precision, new_head, held_out=held_out)
     if is_weak(card) and not (config.allow_untrained or new_head):
         if not existed:
             shutil.rmtree(folder)
-        refuse_weak(card, weights)
+        raise weak_teacher(card, weights)
     if not (given.get('keep_record') or given.get('keep_answers')):
         return config, card, None
-    run = record_adopted(config, folder)
+    record = record_adopted(config, folder)
     if arm:
-        run.add_arm(arm)
-    return config, card, run
+        record.add_arm(arm)
+    return config, card, record
 
-def refuse_weak(card:Card, weights)->None: # weights: as the user named them
-    "Raises a `VitdistillError` about a teacher that is hardly better than chance."
+def weak_teacher(card:Card, weights)->VitdistillError: # weights: as the user named them
+    "Returns the error about a teacher that is hardly better than chance."
     name = weights
     why = 'so its head seems untrained: give weights for these classes in this order'
     if card.words: # a teacher by words
         name = card.words['teacher']
         why = 'so these words say little of them: give better ones by --classes, or another model'
-    raise VitdistillError(f'the teacher {name} has only {card.top1_held_out:.1%} of {card.n_measured} '
-                          f'held-out images right, {why}, or --allow-untrained True (-p allow_untrained '
-                          'True) to teach with it anyway.')
+    return VitdistillError(f'the teacher {name} has only {card.top1_held_out:.1%} of {card.n_measured} '
+                           f'held-out images right, {why}, or --allow-untrained True (-p allow_untrained '
+                           'True) to teach with it anyway.')
 
 # %% ../../nbs/launch/01_runner.ipynb #bb83ccb8
 def teacher_of_preset(
     given:dict,              # parameters of a student's notebook
     experiment:str='teacher' # part of the preset that trains the teacher
 )->Config:
-    "Returns the config of a preset's teacher, for the student's images or `teacher_data_fraction` of all."
+    """Returns the config of a preset's teacher. It is trained on the student's share of the images, or on
+    `teacher_data_fraction`."""
     if experiment not in preset_parts(given['preset']):
         able = [name for name in shipped_names('nbs/presets', '.yaml') if experiment in preset_parts(name)]
         raise VitdistillError(f"preset {given['preset']!r} trains no teacher: make one by e00_teacher (role "
                               f"{experiment}, preset {', '.join(able)}) or e04, and give it as "
                               'teacher_weights (student_weights in e09).')
     values = {name: given.get(name) for name in field_names(shared=True)}
-    values['student'] = given.get('teacher')
+    values['student'] = given.get('teacher') # the teacher is the student of its own run; None: the preset's
     values['student_kwargs'] = given.get('teacher_kwargs')
     values['student_normalization'] = given.get('teacher_normalization')
     held_out = {name: given[name] for name in ('val_fraction', 'val_rows') if given.get(name)}
-    if held_out: # the student's choice
+    if held_out: # as for the student; a fraction must not meet the preset's val_rows
         values |= dict(val_rows='') | held_out
     if given.get('teacher_data_fraction'):
         values['data_fraction'] = given['teacher_data_fraction']
@@ -516,8 +529,8 @@ def teacher_fields(
     if not card:
         return {}
     fields = card.teacher_fields()
-    if given.get('teacher') not in (None, fields.get('teacher')): # loading it will say what doesn't fit
-        return {}
+    if given.get('teacher') not in (None, fields.get('teacher')): # another teacher than the card's
+        return {} # loading it will say what doesn't fit
     return {name: value for name, value in fields.items() if given.get(name) is None}
 
 # %% ../../nbs/launch/01_runner.ipynb #89eba505
@@ -543,7 +556,7 @@ def with_teacher(
     if config.teacher == 'mixture':
         raise VitdistillError('a mixture needs trained teachers: give e04 the list of their weights, and the '
                               'folder that it makes as teacher_weights.')
-    # the teachers of its folds are not here yet
+    # `check_settings` would look for teachers of folds, which are not trained yet
     without_folds = replace(config, fold_answers=Config().fold_answers)
     check_settings(without_folds) # before a teacher trains
     criterion(without_folds)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['two_heads', 'cifar_stems', 'no_shortcuts', 'our_resnets', 'default_cfgs', 'HEAD_STD', 'OF_TRAINING', 'OF_DATA',
            'OWN_CFG', 'with_cifar_stem', 'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts',
-           'check_size', 'try_size', 'near_models', 'check_name', 'create', 'safe_checkpoint_types', 'without_prefix',
-           'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm', 'load_weights',
-           'combine', 'Student', 'student_size', 'check_initial_weights', 'has_new_head', 'with_constant_drop_path',
-           'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants', 'Mixture', 'image_part',
-           'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
+           'is_timms', 'check_size', 'try_size', 'near_models', 'check_name', 'create', 'safe_checkpoint_types',
+           'without_prefix', 'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm',
+           'load_weights', 'combine', 'Student', 'student_size', 'check_initial_weights', 'has_new_head',
+           'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants',
+           'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
 import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
@@ -82,16 +82,21 @@ def without_shortcuts(model:ResNet)->ResNet:
     return model
 
 # %% ../../nbs/models/02_create.ipynb #3788bc9a
+def is_timms(name:str)->bool:
+    "Returns whether timm has a model of this name that is not ours."
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.')
+
 def _register(name:str, make:typing.Callable)->None: # make: like timm's functions that create a model
-    make.__name__ = name
+    make.__name__ = name # `register_model` reads both
     make.__module__ = __name__
-    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm.'):
+    if is_timms(name): # a later timm may have a model of this name: its own stays
         return
     register_model(make)
     # timm adds the name to this module's `__all__`, but the module has no function of that name
     sys.modules[__name__].__all__.remove(name)
 
 _resnets = 'resnet18', 'resnet26', 'resnet34', 'resnet50', 'resnet101', 'resnet152'
+# our name -> the model of timm that is changed
 two_heads = {f'{name}_distilled': name for name in _resnets}
 cifar_stems = {f'{name}_cifar': name for name in (*_resnets, *two_heads)}
 no_shortcuts = dict(resnet18_plain='resnet18', resnet34_plain='resnet34')
@@ -112,7 +117,7 @@ def _resnet_cfg(name): # timm's, of the ResNet that a name begins with
 
 default_cfgs = generate_default_cfgs({name: _resnet_cfg(name) for name in our_resnets})
 
-def _with_new_layers(state:dict, model:nn.Module)->dict: # timm's have no second head, no CIFAR stem
+def _with_new_layers(state:dict, model:nn.Module)->dict: # adds a second head, a CIFAR stem: timm's lack it
     state = dict(state)
     for name, tensor in model.state_dict().items():
         fits = name in state and state[name].shape == tensor.shape
@@ -122,9 +127,9 @@ def _with_new_layers(state:dict, model:nn.Module)->dict: # timm's have no second
 
 def _resnet(name:str, pretrained=False, **kwargs):
     original, change = our_resnets[name]
-    def make(**arguments):
+    def changed(**arguments):
         return change(timm.create_model(original, **arguments))
-    return build_model_with_cfg(make, name, pretrained, pretrained_filter_fn=_with_new_layers, **kwargs)
+    return build_model_with_cfg(changed, name, pretrained, pretrained_filter_fn=_with_new_layers, **kwargs)
 
 for name in our_resnets:
     _register(name, functools.partial(_resnet, name))
@@ -143,10 +148,10 @@ def _litv2_cfg(name):
 default_cfgs |= generate_default_cfgs({name: _litv2_cfg(name) for name in _litv2})
 
 def _litv2_model(name:str, pretrained=False, **kwargs):
-    usual = _litv2[name]
-    stages = tuple(range(len(usual['depths'])))
+    defaults = _litv2[name]
+    stages = tuple(range(len(defaults['depths'])))
     features = dict(flatten_sequential=True, out_indices=stages)
-    return build_model_with_cfg(LITv2, name, pretrained, feature_cfg=features, **usual | kwargs)
+    return build_model_with_cfg(LITv2, name, pretrained, feature_cfg=features, **(defaults | kwargs))
 
 for name in _litv2:
     _register(name, functools.partial(_litv2_model, name))
@@ -209,7 +214,7 @@ def near_models(name:str)->str: # a name that timm does not know
         for model in timm.list_models(f'{name}*', pretrained=True):
             longer.add(model.partition('.')[0]) # without the tag of its weights
     if 0 < len(longer) <= 12:
-        return nearest('', longer)
+        return nearest('', longer) # all of them
     return nearest(name, timm.list_models())
 
 # %% ../../nbs/models/02_create.ipynb #9366f156
@@ -223,7 +228,7 @@ def check_name(name:str)->None:
         raise VitdistillError(f'unknown model {name!r}: {near_models(name)}')
 
 # %% ../../nbs/models/02_create.ipynb #0eabe335
-def _reason(error:Exception)->str: # in a line
+def _reason(error:Exception)->str: # in a line, without torch's advice to allow code
     if isinstance(error, KeyError): # this error's text is only the key
         return f'there is no {error}'
     text = f'{error}\n{error.__cause__}'
@@ -246,7 +251,8 @@ def _architecture(name:str)->tuple[str, dict]: # timm's name and arguments, perh
             with without_retries():
                 _, architecture, arguments = load_model_config_from_hf(place)
                 return architecture, arguments
-        about = json.loads((Path(place)/'config.json').read_text()) # transformers' has other keys
+        about = json.loads((Path(place)/'config.json').read_text())
+        # a config.json of transformers has no architecture, which `explained` says
         return about['architecture'], about.get('model_args') or {}
 
 # %% ../../nbs/models/02_create.ipynb #edcd35cf
@@ -287,11 +293,12 @@ def create(
 # %% ../../nbs/models/02_create.ipynb #5e07d9b4
 def safe_checkpoint_types()->list: # as `torch.serialization.safe_globals` takes them
     "Returns the types of numpy scalars and paths that a checkpoint may hold, since they run no code."
-    scalar = np.float64(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0] # the function that makes a scalar anew; numpy 2 renamed its module
     values = [np.dtype]
     values.append((scalar, 'numpy.core.multiarray.scalar'))  # numpy 1
     values.append((scalar, 'numpy._core.multiarray.scalar')) # numpy 2
-    values += {type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'}
+    values += {type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'} # O: any object
+    # read as pure paths, so that one of Windows loads on Linux too
     paths = dict(PosixPath=PurePosixPath, WindowsPath=PureWindowsPath,
                  PurePosixPath=PurePosixPath, PureWindowsPath=PureWindowsPath)
     for module in ('pathlib', 'pathlib._local'):
@@ -311,8 +318,10 @@ def without_prefix(
     shorter = state
     while not shorter.keys() & names:
         first_parts = {name.partition('.')[0] for name in shorter}
+        if len(first_parts) != 1:
+            return state
         shorter = {name.partition('.')[2]: tensor for name, tensor in shorter.items()}
-        if len(first_parts) != 1 or '' in shorter:
+        if '' in shorter: # nothing is left of a name
             return state
     return shorter
 
@@ -426,7 +435,7 @@ def load_weights(
 # %% ../../nbs/models/02_create.ipynb #059c9fe4
 def combine(
     heads:tuple,        # logits (B, C) of one or two heads
-    how:str='softmax'   # 'softmax': softmaxes added (the paper); 'logits': logits averaged (the public code)
+    how:str='softmax'   # 'softmax': mean of the softmaxes (DeiT); 'logits': logits averaged (the public code)
 )->torch.Tensor: # (B, C) probabilities, in both cases
     "Returns the probabilities of a model with one or two heads."
     logits = torch.stack(heads).float()
@@ -440,7 +449,7 @@ class Student(nn.Module):
     def __init__(self, model:nn.Module):
         super().__init__()
         self.model = model
-        self.heads = ('class',) # names of the entries; one for an EfficientFormer, which averages two heads
+        self.heads = ('class',) # names of the entries; an EfficientFormer averages its two heads itself
         if isinstance(model, (VisionTransformerDistilled, DistilledResNet)):
             self.heads = ('class', 'distillation')
 
@@ -498,7 +507,7 @@ def has_new_head(
 
 # %% ../../nbs/models/02_create.ipynb #62fb5853
 def with_constant_drop_path(model:nn.Module)->nn.Module:
-    "Sets the drop rate of each residual branch to that of the last one, in place."
+    "Sets the drop rate of each residual branch to the largest, which is that of the last one, in place."
     rates = [part.drop_prob for part in model.modules() if isinstance(part, DropPath)]
     rate = max(rates, default=0.)
     if not rate:
@@ -533,7 +542,7 @@ def small_head(model:nn.Module)->nn.Module: # of timm, with one or more output l
                               'std=0.01).')
     for name in head_names(unwrapped):
         layer = unwrapped.get_submodule(name)
-        if not hasattr(layer, 'weight'): # of a model without classes, or that shares one layer
+        if not hasattr(layer, 'weight'): # an Identity: no classes, or the layer stands elsewhere
             continue
         nn.init.normal_(layer.weight, std=HEAD_STD)
         if layer.bias is not None:
@@ -586,14 +595,14 @@ class Mixture(nn.Module):
         num_classes:int=1000,
         img_size:int|tuple=224, # side of the input of all members, px
         in_chans:int=3,         # timm passes it to every model
-        named_weights:bool=False): # load the members' pretrained weights
+        load_members:bool=False): # load the pretrained weights of each member
         super().__init__()
         size = to_2tuple(img_size)[0]
         made = []
         try:
             for member in members:
                 arguments = dict(model=member) if isinstance(member, str) else member
-                made.append(create(classes=num_classes, size=size, pretrained=named_weights, **arguments))
+                made.append(create(classes=num_classes, size=size, pretrained=load_members, **arguments))
         except TypeError: # a member is no dictionary, or has no model
             made = []
         if not made:
@@ -611,11 +620,12 @@ class Mixture(nn.Module):
 default_cfgs |= generate_default_cfgs({'mixture': dict(fixed_input_size=True)}) # so that timm passes img_size
 
 def _mixture(pretrained=False, pretrained_cfg=None, **kwargs):
-    # timm passes a `pretrained_cfg` that it read in a model folder, which holds the weights of all members;
-    # by the mere name it passes none, and each member loads its own
+    # timm passes a pretrained_cfg only if it read one in a model folder, whose file holds the weights of all
+    # members; otherwise each member loads its own
     saved = pretrained_cfg is not None
-    model = build_model_with_cfg(Mixture, 'mixture', pretrained and saved, pretrained_cfg,
-                                 named_weights=pretrained and not saved, **kwargs)
+    whole_file = pretrained and saved
+    model = build_model_with_cfg(Mixture, 'mixture', whole_file, pretrained_cfg,
+                                 load_members=pretrained and not saved, **kwargs)
     head_paths = []
     constants = set()
     for number, member in enumerate(model.members):
@@ -655,7 +665,7 @@ class ByWords(nn.Module):
         in_chans:int=3):        # timm passes it to every model
         super().__init__()
         size = to_2tuple(img_size)[0]
-        self.tower = image_part(tower, size).eval()
+        self.tower = image_part(tower, size).eval() # batch norm stays as it is while the width is measured
         self.num_classes = num_classes
         with torch.no_grad():
             self.num_features = self.embed(torch.zeros(1, 3, size, size)).shape[-1]
@@ -689,7 +699,7 @@ def _clip(pretrained=False, pretrained_cfg=None, **kwargs):
 _register('clip', _clip)
 
 # %% ../../nbs/models/02_create.ipynb #1b555fc1
-OF_TRAINING = 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate' # these make no other model
+OF_TRAINING = 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate' # which change no weights
 OF_DATA = 'img_size', 'num_classes', 'in_chans' # set by the new run; images have three channels
 
 def started_from(
@@ -782,7 +792,7 @@ def readme_head(
     place:str=''          # hf-hub:OWNER/MODEL; '': a folder
 )->str: # Markdown
     "Returns the beginning of a model's README.md: what it is, a table, and how to use it."
-    timms = not timm.is_model(name) or timm.model_entrypoint(name).__module__.startswith('timm.')
+    timms = not timm.is_model(name) or is_timms(name) # a name of the hub is not registered, and timm loads it
     imports = 'import timm' if timms else 'import timm, vitdistill.models' # which registers its name
     table = '\n'.join(f'| {key} | {text} |' for key, text in rows.items())
     return f"""# {title}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'newest', 'finished_runs', 'right_answers', 'difference_over_images', 'Comparison', 'run_names',
-           'run_folders', 'load', 'pairs', 'difference', 'one_pair', 'choices', 'missing', 'taught_pairs',
-           'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs',
-           'write', 'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies',
-           'points', 'printed', 'main']
+           'run_folders', 'load', 'variants', 'counterparts', 'pairs', 'difference', 'one_pair', 'choices', 'missing',
+           'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves',
+           'compare_runs', 'write', 'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies',
+           'folders_of_studies', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -59,13 +59,18 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: no epo
     epochs = max(common)
     right = dict(one=right_answers(one, files[epochs]), other=right_answers(other, other_files[epochs]))
     both = pd.concat(right, axis=1, join='inner')
-    mean, low, high = paired_score(both.other.to_numpy(), both.one.to_numpy())
+    mean, low, high = paired_score(both.other.to_numpy(), both.one.to_numpy()) # the second minus the first
     return dict(difference=mean, low=low, high=high, interval='test images', epochs=epochs)
 
 # %% ../../nbs/study/08_compare.ipynb #682a6780
-columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1', 'difference', 'low', 'high', 'interval',
-           'pooled_low', 'pooled_high', 'p', 'holm', 'welch_low', 'welch_high', 'std', 'correlation',
-           'detectable', 'published', 'epochs', 'gaps', 'later', 'runs'] # of differences
+# of a table of differences
+columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1',
+           'difference', 'low', 'high', 'interval', # interval: 'seeds' or 'test images', over which it is
+           'pooled_low', 'pooled_high',             # with the scatter of all arms of the study
+           'p', 'holm',                             # Student's, and Holm's for all rows of the table
+           'welch_low', 'welch_high',               # of unpaired seeds
+           'std', 'correlation', 'detectable',      # of the gaps; of the two arms; difference to be seen
+           'published', 'epochs', 'gaps', 'later', 'runs']
 
 @dataclass
 class Comparison:
@@ -88,7 +93,7 @@ class Comparison:
         return pd.DataFrame(by_arm).sort_index()
 
     def table(self,
-        tops:pd.DataFrame=None, # of another number than the study's
+        tops:pd.DataFrame=None, # of `tops` for another metric; None: of the study's measure
         gains:bool=True         # whether differences of gains have rows too
     )->pd.DataFrame:            # `columns`
         "Returns a row per difference, in fractions; p is corrected for the rows of the table by Holm."
@@ -99,8 +104,8 @@ class Comparison:
             if len(one) > 1 and not gains:
                 continue
             row = difference(self, one, other, tops, allow_image_interval)
-            over_images = row['interval'] == 'test images' # also of a pair that is not finished
-            if row['seeds'] or over_images:
+            over_images = row['interval'] == 'test images'
+            if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
                 rows.append(row)
         frame = pd.DataFrame(rows).reindex(columns=columns)
         return frame.assign(holm=holm(frame.p))
@@ -128,7 +133,7 @@ def run_names(runs)->str:
 
 # %% ../../nbs/study/08_compare.ipynb #9e217ccc
 def run_folders(study:Study)->list[str]:
-    "Returns the folders of run folders that a study's file names."
+    "Returns the folders that hold the runs of a study."
     places = {runs_folder(study.common)}
     for name, part in study.parts.items():
         if not trains(part):
@@ -149,40 +154,47 @@ def load(
         runs = []
         for folder in folders:
             runs += [run for run in find_runs(folder) if run.status != 'unreadable']
-    return Comparison(study, {name: newest(runs_of(study, name, runs)) for name in arm_names(study)})
+    arms = {}
+    for name in arm_names(study):
+        arms[name] = newest(runs_of(study, name, runs))
+    return Comparison(study, arms)
 
 # %% ../../nbs/study/08_compare.ipynb #4032c5c8
+def variants(arms:dict, arm:str)->list[str]: # arms: of `arm_names`, name -> (arm of the file, what it varies)
+    "Returns the names of an arm of the file, one for each set of values, or a name as it is."
+    if arm in arms:
+        return [arm]
+    return [name for name in arms if arms[name][0] == arm]
+
+def counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `variants`
+    "Returns the names of `other` that `arm` is compared with: those with equal values of what both vary."
+    names = variants(arms, other)
+    base, values = arms[arm]
+    if arm in names or base == arms[names[0]][0]: # not with itself, or its own variants
+        return []
+    def equal(name):
+        return all(values[key] == value for key, value in arms[name][1].items() if key in values)
+    return [name for name in names if equal(name)]
+
 def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, other), (arm, other)) for gains
     "Returns what is compared: each arm with the baseline, then what the file adds."
     study = comparison.study
     arms = arm_names(study)
-
-    def variants(arm): # the arm itself, or each of its names with what it varies
-        if arm in arms:
-            return [arm]
-        return [name for name in arms if arms[name][0] == arm]
-
-    def counterparts(arm, other): # the names of `other` to compare `arm` with: those of equal values
-        names = variants(other)
-        base, values = arms[arm]
-        if arm in names or base == arms[names[0]][0]:
-            return []
-        def equal(name): # in the fields that both arms vary
-            return all(values[key] == value for key, value in arms[name][1].items() if key in values)
-        return [name for name in names if equal(name)]
-
     found = []
+
     def add(arm, other):
-        found.extend(((arm,), (name,)) for name in counterparts(arm, other))
+        for name in counterparts(arms, arm, other):
+            found.append(((arm,), (name,)))
+
     if study.baseline:
         for arm in arms:
             add(arm, study.baseline)
     for pair in study.compare:
         one, other = pair
-        if len(sides(pair)) == 4: # a difference of gains
+        if len(sides(pair)) == 4: # [[a, b], [c, d]]: the gain of a over b, minus that of c over d
             found.append((tuple(one), tuple(other)))
         else:
-            for arm in variants(one):
+            for arm in variants(arms, one):
                 add(arm, other)
     return list(dict.fromkeys(found))
 
@@ -196,16 +208,18 @@ def difference(
     "Returns a difference with its intervals, as a row of `Comparison.table`."
     study = comparison.study
     names = [*one, *other]
-    both = tops[list(dict.fromkeys(names))].dropna()
+    both = tops[list(dict.fromkeys(names))].dropna() # without doubles, for two gains may share an arm
     def value(side): # by seed: an arm's, or the gain of one arm over another
-        return both[side[0]] - both[side[1]] if len(side) == 2 else both[side[0]]
+        if len(side) == 2:
+            return both[side[0]] - both[side[1]]
+        return both[side[0]]
 
     value_of_one = value(one)
     value_of_other = value(other)
     row = dict(arm=' - '.join(one), other=' - '.join(other), seeds=len(both), interval='seeds',
                gaps=(value_of_one - value_of_other).round(6).tolist(),
-               later=[seed in study.later for seed in both.index],
-               **paired_difference(value_of_one, value_of_other))
+               later=[seed in study.later for seed in both.index])
+    row |= paired_difference(value_of_one, value_of_other) # difference, low, high, p, welch_low and so on
     runs = []
     for arm in names:
         finished = finished_runs(comparison.arms[arm])
@@ -220,7 +234,7 @@ def difference(
     elif allow_image_interval:
         pair = one_pair(comparison.arms[names[0]], comparison.arms[names[1]], [*both.index])
         if pair:
-            row |= difference_over_images(*pair)
+            row |= difference_over_images(*pair) # in place of the interval over seeds; {}: no common epoch
             runs = pair
     if {*names} <= study.published.keys():
         row['published'] = study.published[names[0]] - study.published[names[1]]
@@ -233,14 +247,16 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
         seeds = sorted({run.config.seed for run in one} & {run.config.seed for run in other})
     if not seeds:
         return []
-    def run_of(arm):
-        started = [run for run in arm if run.config.seed == seeds[0]]
-        return finished_runs(started).get(seeds[0]) or started[0]
+    seed = seeds[0]
+    def run_of(runs): # the finished one, or the one that is running
+        started = [run for run in runs if run.config.seed == seed]
+        return finished_runs(started).get(seed) or started[0]
     return [run_of(one), run_of(other)]
 
 # %% ../../nbs/study/08_compare.ipynb #a78ef33c
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
-    "Returns a row per tried arm: its mean on held-out images over the seeds that all have; marks the best."
+    """Returns a row per tried arm, and marks the best: its mean on held-out images over the seeds that all
+    have, or over its own if no seed is common."""
     choose = comparison.study.choose
     if not choose:
         return pd.DataFrame()
@@ -255,8 +271,8 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
         if field is not None and field not in values:
             continue
         runs = finished_runs(comparison.arms[arm]).values()
-        # with a field the best variant of each arm is marked, without one the best of all arms
-        rows.append(dict(arm=arm, group=base if field else '', **values, runs=run_names(runs)))
+        group = base if field else '' # the best variant of each arm is marked, or the best of all arms
+        rows.append(dict(arm=arm, group=group, **values, runs=run_names(runs)))
     frame = pd.DataFrame(rows)
     if not rows:
         return frame
@@ -284,7 +300,7 @@ def missing(comparison:Comparison)->list[str]:
         absent = [str(seed) for seed in seeds_of(study, arm) if seed not in begun]
         if absent:
             notes.append(f"{arm}: not begun with seed {', '.join(absent)}.")
-        elif not runs:
+        elif not runs: # of an arm without planned seeds
             notes.append(f'{arm}: no run.')
     for one, other in pairs(comparison):
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
@@ -298,8 +314,9 @@ def taught_pairs(
     records:list[Run], # of `find_runs`
     dataset:str=''     # '': any
 )->list[tuple[str, list[Run], list[Run]]]: # 'study: arm', plain runs, taught runs
-    "Returns the runs of each taught arm and of its arm on labels alone; those of several studies once."
-    by_runs = {}
+    """Returns the runs of each taught arm and of its arm on labels alone; those of several studies once. If
+    no study has any, returns `unnamed_pairs`."""
+    by_runs = {} # names of the runs -> these, for two studies may name the same runs
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
         comparison = load(name, records)
         for one, other in pairs(comparison):
@@ -319,7 +336,7 @@ def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run],
     "Returns pairs of runs of no study, which differ in nothing but seed and teaching (those of e01 and e02)."
     studies = shipped_names('nbs/studies', '.yaml') # whose arms `taught_pairs` has looked at
     teaching = {*field_names(teaching=True), 'experiment'}
-    groups = {} # fields but those of the teaching -> fields of the teaching -> runs
+    by_setting = {} # how the runs are trained, but for the teaching -> the teaching -> runs
     for run in records:
         if {arm.partition('/')[0] for arm in run.arms} & studies:
             continue
@@ -327,18 +344,20 @@ def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run],
             continue
         if dataset not in ('', run.config.dataset):
             continue
-        training, teacher = {}, {}
+        setting = {}
+        how_taught = {}
         for name, value in defining(run.config).items():
-            if name == 'seed':
-                continue
-            (teacher if name in teaching else training)[name] = value
-        ways = groups.setdefault(json.dumps(training, default=str), {})
-        ways.setdefault(json.dumps(teacher, default=str), []).append(run)
+            if name in teaching:
+                how_taught[name] = value
+            elif name != 'seed':
+                setting[name] = value
+        by_teaching = by_setting.setdefault(json.dumps(setting, default=str), {})
+        by_teaching.setdefault(json.dumps(how_taught, default=str), []).append(run)
 
     found = []
-    for ways in groups.values():
-        plain_arms = [runs for runs in ways.values() if on_labels(runs[0].config)]
-        taught_arms = [runs for runs in ways.values() if runs[0].config.teacher]
+    for by_teaching in by_setting.values():
+        plain_arms = [runs for runs in by_teaching.values() if on_labels(runs[0].config)]
+        taught_arms = [runs for runs in by_teaching.values() if runs[0].config.teacher]
         for plain in plain_arms:
             found += [(taught[0].name, plain, taught) for taught in taught_arms]
     return found
@@ -349,7 +368,7 @@ def on_labels(config:Config)->bool:
     return config.distillation == 'none' and not config.label_smoothing
 
 def longest_pair(records:list[Run], dataset:str='')->tuple[list[Run], list[Run]]: # ([], []) without any
-    "Returns plain and taught runs of the difference with most epochs, then the longest cosine."
+    "Returns the plain and taught runs with most epochs; of equal ones, with the longest t_max, then lr."
     found = [(plain, taught) for _, plain, taught in taught_pairs(records, dataset)
              if not taught[0].config.allow_untrained]
     def rank(pair):
@@ -368,14 +387,14 @@ def plot_forest(
     "Draws each difference in points with its interval and, below it, each seed's (hollow: added later)."
     colors = [*colors] or ['#0072B2']*len(rows)
     for y, (row, color) in enumerate(zip(rows.itertuples(), colors)):
-        one_seed = row.interval != 'seeds' # hollow and dashed
-        line = (0, (3, 2)) if one_seed else '-'
+        over_images = row.interval != 'seeds' # hollow and dashed
+        line = (0, (3, 2)) if over_images else '-'
         ax.hlines(y, 100*row.low, 100*row.high, color=color, linewidth=1.8, linestyle=line)
-        fill = 'white' if one_seed else color
+        fill = 'white' if over_images else color
         ax.plot(100*row.difference, y, 'D', color=color, markersize=5, markerfacecolor=fill)
         for i, (gap, later) in enumerate(zip(row.gaps, row.later)):
-            below = y + .26 + .12*(i % 2) # in two lines: equal ones don't hide each other
-            fill = 'white' if later or one_seed else color
+            below = y + .26 + .12*(i % 2) # y grows downwards; in two lines, so that none hides another
+            fill = 'white' if later or over_images else color
             ax.plot(100*gap, below, 'o', color=color, markersize=3.4, markeredgewidth=.8,
                     markerfacecolor=fill)
         points = f'{100*row.difference:+.1f}'
@@ -421,7 +440,8 @@ def draw_curves(
     frames, means = {}, {}
     for arm, runs in comparison.arms.items():
         finished = [*finished_runs(runs).values()]
-        frame = curves(finished or runs).dropna(subset=['test_top1']) # an unfinished seed would cut the mean
+        # the mean ends with the shortest run, so unfinished ones are left out
+        frame = curves(finished or runs).dropna(subset=['test_top1'])
         if not len(frame):
             continue
         frames[arm] = frame
@@ -527,20 +547,20 @@ def studies_with_runs(
     runs:list[Run],      # readable or not
     folders:list[Path]=() # also searched; only for studies that some run names
 )->tuple[list[Comparison], list[str]]: # with runs; names of studies without a file
-    "Returns the studies of these runs."
+    "Returns the studies of these runs, and the names of those whose file is missing."
     readable = [run for run in runs if run.status != 'unreadable']
     named = set() # studies
     for run in readable:
         named |= {arm.partition('/')[0] for arm in run.arms}
-    files = {name: name for name in shipped_names('nbs/studies', '.yaml')}
+    sources = {name: name for name in shipped_names('nbs/studies', '.yaml')} # study -> what `load` takes
     for name in named:
         for folder in folders:
             file = Path(folder)/f'{name}.yaml'
             if file.is_file():
-                files[name] = file
-    comparisons = [load(files[name], readable) for name in sorted(files)]
+                sources[name] = file
+    comparisons = [load(sources[name], readable) for name in sorted(sources)]
     with_runs = [comparison for comparison in comparisons if any(comparison.arms.values())]
-    return with_runs, sorted(named - files.keys())
+    return with_runs, sorted(named - sources.keys())
 
 def write_studies(
     out:str|Path,       # folder of tables, pictures and pages

@@ -33,7 +33,7 @@ def memo_key(
     data:Data
 )->dict:
     "Returns everything that an answer and its storage depend on."
-    kwargs = json.loads(json.dumps(config.teacher_kwargs, sort_keys=True)) # in an order that a grid keeps
+    kwargs = json.loads(json.dumps(config.teacher_kwargs, sort_keys=True)) # in one order
     return dict(version=2,
                 architecture=f'{config.teacher} {kwargs}' if kwargs else config.teacher,
                 weights=teacher.weights_hash(),
@@ -47,7 +47,7 @@ def memo_key(
                 resize='bilinear',
                 constants=[list(c) for c in teacher.constants],
                 dtype=teacher.dtype_name,
-                **answer_kind(config).key())
+                **answer_kind(config).key()) # {} for hard labels
 
 # %% ../../nbs/teachers/02_answers.ipynb #16494b9d
 class Memo:
@@ -73,15 +73,16 @@ class Memo:
         "Stores answers; `other`: the same answers as the companion memo keeps them."
         rows = self.kind.store(answer).astype(self.stored.dtype)
         place = image.numpy(), view.numpy()
-        for part in (slice(1, None), 0): # the first number last: it marks the row as known
-            self.stored[..., part][place] = rows[:, part]
-        if self.other: # its answers come after those of this kind
-            _, is_known = self.other.get(image, view) # what is known stays
-            self.other.put(image[~is_known], view[~is_known], other[0][~is_known])
+        self.stored[..., 1:][place] = rows[:, 1:]
+        self.stored[..., 0][place] = rows[:, 0] # last: it marks the row as known
+        if self.other:
+            _, is_known = self.other.get(image, view)
+            new = ~is_known # what the companion knows stays
+            self.other.put(image[new], view[new], other[0][new])
 
-    def share_known(self, rows:torch.Tensor=slice(None))->float: # of these images
-        "Returns the share of the answers, in all views, that the memo has."
-        return float(self.kind.is_known(self.stored[..., 0][rows], self.key['classes']).mean())
+    def share_known(self, images:torch.Tensor=slice(None))->float: # numbers of images
+        "Returns the share of these images' answers, in all views, that the memo has."
+        return float(self.kind.is_known(self.stored[..., 0][images], self.key['classes']).mean())
 
 # %% ../../nbs/teachers/02_answers.ipynb #f0ff8401
 class JoinedMemo:
@@ -95,7 +96,7 @@ class JoinedMemo:
         self.other = first.other or second.other # not None: answers of both kinds are put
 
     def parts(self, image:torch.Tensor)->typing.Iterator[tuple]: # (B,) int64
-        "Yields each memo with the positions of its images, (B,) bool, and their numbers there."
+        "Yields each memo with a mask of its images, (B,) bool, and their row numbers in that memo."
         first, second = self.memos
         in_second = image >= self.n
         if not in_second.all():
@@ -104,20 +105,20 @@ class JoinedMemo:
             yield second, in_second, image[in_second] - self.n
 
     def get(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as of `Memo`
-        none, _ = self.memos[0].get(image[:0], view[:0])
-        answers = none.new_zeros(len(image), *none.shape[1:])
+        empty, _ = self.memos[0].get(image[:0], view[:0]) # for shape and dtype
+        answers = empty.new_zeros(len(image), *empty.shape[1:])
         is_known = torch.zeros(len(image), dtype=torch.bool)
-        for memo, place, rows in self.parts(image):
-            answers[place], is_known[place] = memo.get(rows, view[place])
+        for memo, mask, rows in self.parts(image):
+            answers[mask], is_known[mask] = memo.get(rows, view[mask])
         return answers, is_known
 
     def put(self, image:torch.Tensor, view:torch.Tensor, answer:torch.Tensor, *other:torch.Tensor)->None:
-        for memo, place, rows in self.parts(image):
-            memo.put(rows, view[place], answer[place], *(answers[place] for answers in other))
+        for memo, mask, rows in self.parts(image):
+            memo.put(rows, view[mask], answer[mask], *(answers[mask] for answers in other))
 
-    def share_known(self, rows:torch.Tensor)->float: # as of `Memo`
-        answers = sum(memo.share_known(part)*len(part) for memo, _, part in self.parts(rows))
-        return answers/max(1, len(rows))
+    def share_known(self, images:torch.Tensor)->float: # as of `Memo`
+        known = sum(memo.share_known(rows)*len(rows) for memo, _, rows in self.parts(images))
+        return known/max(1, len(images))
 
 # %% ../../nbs/teachers/02_answers.ipynb #d0e7a45c
 def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_key`
@@ -127,7 +128,7 @@ def memo_file(folder:str|Path, key:dict)->Path: # key: of `memo_key` or `plan_ke
 # %% ../../nbs/teachers/02_answers.ipynb #0d278bae
 def create_file(
     file:Path,
-    head:bytes, # the first bytes, of MEMO_HEAD
+    head:bytes, # the first bytes, padded to MEMO_HEAD
     size:int    # bytes after the head, all 255
 )->None:
     "Creates a memo's file, without answers, unless it exists; raises `OSError` if it has no room."
@@ -136,7 +137,7 @@ def create_file(
             f.write(head)
             for start in range(0, size, 2**26):
                 f.write(b'\xff'*min(2**26, size - start))
-    if len(head) > MEMO_HEAD:
+    if len(head) > MEMO_HEAD: # padding does not cut: a longer head would shift the table
         raise OSError(f'the memo has {len(head):,} bytes of settings, over {MEMO_HEAD:,}')
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f'.{file.name}.lock')): # several students may start at once
@@ -166,24 +167,24 @@ def keeps_both_kinds(
 )->bool:
     "Returns whether a run keeps hard labels and logits: both are there, or are begun now with enough room."
     kind = kind_of(key)
-    if 'recipe' in key: # answers about a plan serve one kind
+    if 'recipe' in key: # answers about a plan are kept alone
         return False
     if kind != HardLabel():
-        return kind == Logits() # False for `TopK`, which is kept alone
-    if memo_file(folder, other_key(key)).is_file():
+        return kind == Logits() # which always keep hard labels too; `TopK` is kept alone
+    if memo_file(folder, other_key(key)).is_file(): # logits are there
         return True
-    if memo_file(folder, key).is_file():
+    if memo_file(folder, key).is_file(): # hard labels are there alone
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = key['images']*key['views']*key['classes']
-    return numbers*Logits().dtype(key['classes']).itemsize < shutil.disk_usage(folder).free/10
+    logits_bytes = key['images']*key['views']*key['classes']*Logits().dtype(key['classes']).itemsize
+    return logits_bytes < shutil.disk_usage(folder).free/10
 
 # %% ../../nbs/teachers/02_answers.ipynb #c58d07f2
 def layout(key:dict)->tuple: # of a memo
     "Returns (shape, dtype) of a memo's table."
     kind = kind_of(key)
     classes = key['classes']
-    width = kind.store(kind.make(torch.zeros(1, classes))).shape[1]
+    width = kind.store(kind.make(torch.zeros(1, classes))).shape[1] # numbers that an answer takes
     return (key['images'], key['views'], width), kind.dtype(classes)
 
 def open_memo(
@@ -193,7 +194,7 @@ def open_memo(
 )->Memo:
     "Returns the memo in a file, created if it is missing; raises `OSError` if there is no room."
     other = None
-    if both: # comes first: a run that starts now sees that both are kept
+    if both: # the companion first, so that a run that starts meanwhile finds both
         other = open_memo(folder, other_key(key))
     file = memo_file(folder, key)
     shape, dtype = layout(key)
@@ -206,13 +207,13 @@ def open_memo(
     if head_of_file != head or file.stat().st_size != MEMO_HEAD + size:
         raise VitdistillError(f'{file} is incomplete or belongs to other settings: remove it, and the '
                               'teacher answers again.')
-    return Memo(key, np.memmap(file, dtype, 'r+', MEMO_HEAD, shape), file, other)
+    return Memo(key, np.memmap(file, dtype, 'r+', offset=MEMO_HEAD, shape=shape), file, other)
 
 # %% ../../nbs/teachers/02_answers.ipynb #e24c7dcb
 def write_answers(
     memo:Memo,
     file:str|Path, # to write, .npz
-    **entries      # that `answers_head` returns in addition to the key: card, teacher_hash
+    **entries      # card and teacher_hash, which `answers_head` returns too
 )->Path:
     "Writes a memo's answers for the images whose views are all known; returns the file."
     is_known = memo.kind.is_known(memo.stored[..., 0], memo.key['classes']) # (images, views)
@@ -233,7 +234,8 @@ def read_answers(file:str|Path, key:dict)->Memo: # key: of `memo_key`
         raise VitdistillError(f"{file} has a teacher's answers for other settings ({', '.join(differences)} "
                               "differ): use the same settings, or give the teacher's weights.")
     shape, dtype = layout(key)
-    stored = np.full(math.prod(shape)*dtype.itemsize, 255, np.uint8).view(dtype).reshape(shape)
+    unknown = np.full(math.prod(shape)*dtype.itemsize, 255, np.uint8) # all bytes 255
+    stored = unknown.view(dtype).reshape(shape)
     stored[answers_in(file, 'images')] = answers_in(file, 'answers')
     return Memo(key, stored)
 
@@ -377,17 +379,18 @@ class AnswerSource:
         progress:typing.Callable=lambda done, total: None # called with numbers of answers
     )->torch.Tensor: # (B, ...)
         "Returns the answers about this rank's rows of a step, on the pixels' device."
-        numbers_a_step = self.blank.numel()*(steps[0].stop - steps[0].start)
-        window = max(1, AHEAD//numbers_a_step) # steps of a stretch
-        step = steps[number] # start:stop: the global batch; rows: this rank's part of it
-        if number % window == 0:
-            self.first = step.start
-            last = steps[number:number + window][-1].stop
+        floats_a_step = self.blank.numel()*(steps[0].batch_stop - steps[0].batch_start)
+        steps_a_stretch = max(1, AHEAD//floats_a_step)
+        step = steps[number] # batch_start:batch_stop: the global batch; rows: this rank's part of it
+        if number % steps_a_stretch == 0:
+            self.first = step.batch_start
+            last = steps[number:number + steps_a_stretch][-1].batch_stop
             stretch = Plan(*(column[self.first:last] for column in plan))
             self.open(epoch, stretch, pixels.device, progress)
         rows = slice(step.rows.start - self.first, step.rows.stop - self.first)
-        answers = self.step_answers(rows, plan.image[step.rows], pixels, step.weight > 0)
-        if (number + 1) % window == 0 or number + 1 == len(steps):
+        counts = step.weight > 0 # False: these rows only fill up this rank's batch
+        answers = self.step_answers(rows, plan.image[step.rows], pixels, counts)
+        if (number + 1) % steps_a_stretch == 0 or number + 1 == len(steps):
             self.close()
         return answers
 
@@ -400,7 +403,7 @@ class AnswerSource:
         rows:slice,          # this rank's rows of a step, from the start of the stretch
         image:torch.Tensor,  # (B,) int64 rows of the dataset
         pixels:torch.Tensor, # as of `for_step`
-        counts:bool          # False: the row only fills in for a missing one
+        counts:bool          # False: the rows only fill up a batch, and are not kept
     )->torch.Tensor:
         "Returns the answers for a step of the stretch."
         return self.ahead[rows] if self.by_view else self.online(pixels, image)
@@ -454,7 +457,8 @@ class Online(AnswerSource):
         return self.work.take()
 
     def parts_of(self, image:torch.Tensor)->typing.Iterator[tuple]: # rows of the dataset
-        "Yields (answer source, positions in `image` that it answers); the same sequence on all ranks."
+        """Yields (answer source, positions in `image` that it answers); the same sequence on all ranks. Two
+        teachers of folds (`teachers.folds`) divide the images."""
         yield self, torch.arange(len(image))
 
     def in_words(self, config:Config, rows:torch.Tensor, shown:int=0)->str: # as `memo_in_words` takes them
@@ -471,12 +475,13 @@ class Answers(Online):
         super().__init__(teacher, kind)
         self.views = views
         self.memo = memo
-        has_memo = torch.tensor([memo is not None, bool(memo and memo.other)])
-        self.by_view, both = self.shared(has_memo.int(), add=False).bool().tolist() # by_view False: online
+        has = torch.tensor([memo is not None, bool(memo and memo.other)]) # a memo; both kinds of answer
+        has = self.shared(has.int(), add=False).bool() # as rank 0 has it
+        self.by_view, both = has.tolist() # by_view False: online
         self.kinds = (kind, other_kind(kind)) if both else (kind,) # that the teacher is asked for
 
     def memo_answers(self, image:torch.Tensor, view:torch.Tensor)->tuple: # on rank 0
-        "Returns what the memo has, as `Memo.get`."
+        "Returns what the memo has, as `Memo.get`, without the other ranks: an outcome is measured by it."
         return self.memo.get(image, view)
 
     def from_memo(self, image:torch.Tensor, view:torch.Tensor)->tuple: # on all ranks
@@ -490,7 +495,7 @@ class Answers(Online):
     def ask(self, image:torch.Tensor, view:torch.Tensor)->list: # on all ranks
         "Returns the teacher's answers of each kind: each rank computes a part, and all get all."
         part = torch.arange(len(image)).tensor_split(self.world)[self.rank]
-        logits = torch.zeros(0, self.teacher.model.num_classes)
+        logits = torch.zeros(0, self.teacher.model.num_classes) # of a rank without a part
         if len(part):
             logits = self.teacher.logits(self.views(image[part], view[part]))
         answers = []
@@ -541,18 +546,18 @@ def fill(
 
 # %% ../../nbs/teachers/02_answers.ipynb #945320cb
 def break_even(
-    images:int, n_views:int, epochs:float, # epochs: of one view of each image
+    images:int, n_views:int, passes:float, # passes over the images, one view of each
     rate:float,    # images that the teacher answers in a second, on all ranks
     known:float=0. # share of the answers that the memo has already
 )->str:
-    "Returns a sentence on what the memo saves in `epochs` passes over `images`."
+    "Returns a sentence on what the memo saves."
     def duration(answers):
         return tqdm.format_interval(answers/rate)
-    views = expected_views(n_views, epochs)
+    views = expected_views(n_views, passes)
     with_memo = images*views*(1 - known)
-    without = round(images*epochs)
+    without = round(images*passes)
     saves_little = '; for one student alone the memo saves almost nothing' if with_memo > .95*without else ''
-    return (f'{epochs} passes show {views:.1f} of {n_views} views of an image: about {with_memo:,.0f} '
+    return (f'{passes:g} passes show {views:.1f} of {n_views} views of an image: about {with_memo:,.0f} '
             f'questions to the teacher with the memo, {without:,} without ({duration(with_memo)} against '
             f'{duration(without)} at {rate:,.0f} images/s here){saves_little}')
 
@@ -567,12 +572,13 @@ def memo_in_words(
     cost = 'the teacher itself does not run'
     if share < 1 and not isinstance(answers.teacher, Absent):
         rate = answers.world*images_a_second(answers.teacher)
-        passes = config.epochs*(shown/len(rows) if shown else plan_rows(config, 1))
-        passes = int(passes) if passes == int(passes) else round(passes, 1)
+        rows_an_image = shown/len(rows) if shown else plan_rows(config, 1)
+        passes = round(config.epochs*rows_an_image, 1)
         cost = break_even(len(rows), view_count(config), passes, rate, share)
     return f'memo: {share:.1%} of the answers are known; {cost}'
 
 # %% ../../nbs/teachers/02_answers.ipynb #592e0260
+# `whole_image` enters a key only if it is set: memos of before have none
 PLAN = 'seed', 'epochs', 'batch_size', *sorted({*field_names(group='augmentation')} - {'whole_image'})
 
 def student_constants(config:Config, data:Data)->list|str:
@@ -619,20 +625,22 @@ class Planned(Answers):
         memo:Memo=None): # with a `plan_key`, on rank 0
         super().__init__(teacher, views, kind, memo)
         self.by_view = False
-        self.checks = memo is not None # compute some answers again
+        self.is_checking = memo is not None # some answers are computed again
 
     def open(self, epoch, plan, device, progress)->None:
         rows = torch.arange(len(plan.image))
-        self.place = torch.full_like(rows, epoch), self.first + rows # in the memo
+        # where they stand in the memo, for which an epoch is an image, and a row a view
+        self.place = torch.full_like(rows, epoch), self.first + rows
         self.answers, self.is_known = self.from_memo(*self.place)
         self.is_new = torch.zeros_like(self.is_known)
+        # the first known batch that ends after this row is checked
         self.check_row = int(torch.randint(len(rows), (), generator=generator(epoch, self.first)))
 
     def step_answers(self, rows, image, pixels, counts)->torch.Tensor:
         if self.is_known[rows].all():
             self.work.asked += len(pixels)
             self.work.hits += len(pixels)
-            if self.checks and rows.stop > self.check_row:
+            if self.is_checking and rows.stop > self.check_row:
                 self.check(pixels, self.answers[rows])
             return self.answers[rows].to(pixels.device)
         answers = self.online(pixels, image)
@@ -653,7 +661,7 @@ class Planned(Answers):
                                   f'{self.compared} answers: remove it, and they are asked anew.')
 
     def close(self)->None: # writes new answers to the memo
-        if self.is_known.all():
+        if self.is_known.all(): # the same on all ranks, so none waits for another
             return
         self.answers[~self.is_new] = 0 # so that the sum over the ranks has the new answers of all
         answers = self.shared(self.answers)

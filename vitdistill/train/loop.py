@@ -39,10 +39,10 @@ from ..data.views import Plan, cut_views, scaled, view_count
 # %% ../../nbs/train/05_loop.ipynb #5c1e08d4
 class RankSlice(typing.NamedTuple):
     "One rank's slice of a global batch."
-    start:int           # first row of the batch in the plan
-    stop:int            # row after the last one
-    rows:slice          # rows of the plan that this rank takes
-    weight:float        # factor of this rank's mean loss
+    batch_start:int # first row of the whole batch in the plan
+    batch_stop:int  # row after its last one
+    rows:slice      # rows of the plan that this rank takes
+    weight:float    # factor of this rank's mean loss
 
     def own(self, tensor:torch.Tensor)->torch.Tensor: # (n, ...) for the rows of the plan
         "Returns the values of this rank's rows."
@@ -50,8 +50,9 @@ class RankSlice(typing.NamedTuple):
 
     def mirrored(self, tensor:torch.Tensor)->torch.Tensor: # (n, ...) for the rows of the plan
         "Returns the values of the rows that this rank's rows are mixed with."
-        ends = self.start + self.stop # row i is mixed with row ends - 1 - i
-        return tensor[ends - self.rows.stop:ends - self.rows.start].flip(0)
+        ends = self.batch_start + self.batch_stop # row i is mixed with row ends - 1 - i
+        first, last = ends - self.rows.stop, ends - self.rows.start # the partners, in reverse order
+        return tensor[first:last].flip(0)
 
 def epoch_steps(setup:Setup, rows:int)->list: # rows: number of rows in the plan
     """Returns this rank's slice of each step's batch.
@@ -60,10 +61,11 @@ def epoch_steps(setup:Setup, rows:int)->list: # rows: number of rows in the plan
     ranks = setup.ranks
     norm = has_batch_norm(setup.student)
     needs_two = norm or setup.criterion.needs_two
-    bounds = batch_bounds(rows, setup.config.batch_size, ranks.world if norm else 1, needs_two)
+    need_two = ranks.world if norm else 1 # ranks that need two images each
     slices = []
-    for start, stop in bounds:
-        slices.append(RankSlice(start, stop, *local_rows(start, stop, ranks.rank, ranks.world)))
+    for start, stop in batch_bounds(rows, setup.config.batch_size, need_two, needs_two):
+        own, weight = local_rows(start, stop, ranks.rank, ranks.world)
+        slices.append(RankSlice(start, stop, own, weight))
     return slices
 
 # %% ../../nbs/train/05_loop.ipynb #9b0f6c3e
@@ -85,36 +87,37 @@ def cut_ahead(
     slices:list          # this rank's, one a step
 )->typing.Iterator:
     "Yields `cut(slice)` of each slice; images on the host are cut, and pinned for a GPU, while a step runs."
-    pins = setup.ranks.device.startswith('cuda') and setup.views.device.type == 'cpu'
+    pin = setup.ranks.device.startswith('cuda') and setup.views.device.type == 'cpu'
     workers = loading_processes(setup.config, setup.ranks)
     if workers:
-        yield from cut_in_processes(setup, cut, slices, workers, pins)
-    elif setup.views.on(setup.ranks.device) or setup.augment:
+        yield from cut_in_processes(setup, cut, slices, workers, pin)
+    elif setup.views.on(setup.ranks.device) or setup.augment: # no thread: see the end of this section
         yield from map(cut, slices)
     else:
-        yield from cut_in_thread(cut, slices, pins)
+        yield from cut_in_thread(cut, slices, pin)
 
-def cut_in_processes(setup:Setup, cut:typing.Callable, slices:list, workers:int, pins:bool)->typing.Iterator:
+def cut_in_processes(setup:Setup, cut:typing.Callable, slices:list, workers:int, pin:bool)->typing.Iterator:
     "Yields `cut(slice)` of each slice, from processes that are forked, so that a closure can be passed."
-    def begin(_): # a pool does not survive the fork
+    def new_pool(_): # of images on disk, for a pool does not survive the fork
         setup.views.images.pool = ThreadPoolExecutor(1)
     def attempt(rank_slice):
         try:
             return cut(rank_slice)
         except VitdistillError as e: # if it were raised here, the user would see a traceback
             return e
-    loader = DataLoader(slices, batch_size=None, collate_fn=attempt, num_workers=workers, pin_memory=pins,
-                        worker_init_fn=None if setup.views.resident else begin, timeout=600, # seconds
+    # without batching each slice is a sample, which `collate_fn` gets in the worker
+    loader = DataLoader(slices, batch_size=None, collate_fn=attempt, num_workers=workers, pin_memory=pin,
+                        worker_init_fn=None if setup.views.resident else new_pool, timeout=600, # seconds
                         multiprocessing_context='fork')
     for part in from_processes(loader):
         if isinstance(part, VitdistillError):
             raise part
         yield part
 
-def cut_in_thread(cut:typing.Callable, slices:list, pins:bool)->typing.Iterator:
+def cut_in_thread(cut:typing.Callable, slices:list, pin:bool)->typing.Iterator:
     "Yields `cut(slice)` of each slice; a thread cuts the next one while this one's step runs."
     def pinned(rank_slice):
-        return [part.pin_memory() if pins else part for part in cut(rank_slice)]
+        return [part.pin_memory() if pin else part for part in cut(rank_slice)]
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(pinned, slices[0])
         for rank_slice in slices[1:]:
@@ -133,7 +136,7 @@ def copy_views(
     "Returns the plan's views, then those of the further copies, drawn by seed, epoch, image and copy."
     views = [plan.view]
     for number in range(1, copies):
-        chance = uniform(plan.image, 1, (*key, number, 3))[:, 0] # in [0, 1)
+        chance = uniform(plan.image, 1, (*key, number, 3))[:, 0] # in [0, 1); 3: numbers of their own
         views.append((chance*n_views).long())
     return views
 
@@ -173,7 +176,7 @@ def step_cutter(
     Pixels: one (B, 3, H, W) tensor for each copy, then for each the partners that several ranks mix with it.
     Rows and views: one (2, B) tensor."""
     config, ranks = setup.config, setup.ranks
-    image = plan.image.to(setup.views.device)
+    image = plan.image.to(setup.views.device) # rows of the dataset; augmentation takes those on the host
     views = copy_views(plan, view_count(config), setup.criterion.copies, config.seed, epoch)
     views = [view.to(setup.views.device) for view in views]
     if cut_in_step(setup):
@@ -182,10 +185,12 @@ def step_cutter(
         return rows_and_views
     on_device = setup.views.on(ranks.device) and not setup.augment
     cutting = program(cut_views, config.compile if on_device else 'none') # eager in threads
-    def cut_rows(rows_of, view): # rows_of: `own` or `mirrored` of a slice, picks its rows of a column
-        copy = rows_of(plan.copy)
-        pixels = drawn_views(setup, rows_of(image), copy, rows_of(view), epoch, cutting)
-        return setup.augment(pixels, rows_of(plan.image), copy, epoch) if setup.augment else pixels
+    def cut_rows(take, view): # take: `own` or `mirrored` of a slice, picks rows of a column
+        copy = take(plan.copy)
+        pixels = drawn_views(setup, take(image), copy, take(view), epoch, cutting)
+        if setup.augment:
+            pixels = setup.augment(pixels, take(plan.image), copy, epoch)
+        return pixels
     def cut(rank_slice):
         pixels = [cut_rows(rank_slice.own, view) for view in views]
         if mixing and ranks.world > 1: # a single rank has the partners among its own images
@@ -203,31 +208,31 @@ def batches(
     config, ranks, criterion = setup.config, setup.ranks, setup.criterion
     plan = setup.plan(epoch)
     labels = setup.labels[plan.image].to(ranks.device)
-    image = plan.image.to(ranks.device) # rows of the dataset, from which a loss may draw
+    image_rows = plan.image.to(ranks.device) # of the dataset; a loss may draw random numbers by them
     slices = epoch_steps(setup, len(plan.image))
     mixes = [drawn_mix(config, setup.data.side, epoch, number) for number in range(len(slices))]
     scale = program(scaled, config.compile)
     step_cuts = cut_in_step(setup) # then `pixels` below are (2, B), rows and views
-    cut = step_cutter(setup, plan, epoch, mixing=bool(mixes[0]))
+    cut = step_cutter(setup, plan, epoch, mixing=bool(mixes[0])) # all steps of an epoch mix, or none
     for number, (rank_slice, tensors, mix) in enumerate(zip(slices, cut_ahead(setup, cut, slices), mixes)):
         pixels, *others = (tensor.to(ranks.device, non_blocking=True) for tensor in tensors)
         targets = rank_slice.own(labels)
-        if mix: # others: the partners; a single rank has them, so there are none
+        if mix: # others: the partners, of several ranks; a run with several copies never mixes
             partners = others or [pixels.flip(0)]
             pixels = mixed(mix, pixels, *partners)
             targets = mixed_targets(mix, targets, rank_slice.mirrored(labels), len(setup.data.classes))
         elif others: # others: the further copies
             pixels = torch.cat([pixels, *others])
-        rows = rank_slice.own(image)
+        own_rows = rank_slice.own(image_rows)
         if not criterion.labelled:
-            pixels = criterion.augment(pixels, rows, epoch)
+            pixels = criterion.augment(pixels, own_rows, epoch)
         answer = None
         if setup.answers:
             answer = setup.answers.for_step(epoch, plan, slices, number, pixels, report)
         seed_step(config.seed, epoch, number, ranks.rank, ranks.device)
         if not step_cuts:
             pixels = setup.input(pixels, scale)
-        yield Batch(pixels, targets, answer, epoch, rank_slice.weight, rows)
+        yield Batch(pixels, targets, answer, epoch, rank_slice.weight, own_rows)
 
 # %% ../../nbs/train/05_loop.ipynb #34173b32
 def epoch_in_words(row:dict, epochs:int)->str: # row: of metrics; epochs: of the run
@@ -359,21 +364,25 @@ def create_objective(
     ranks:Ranks
 )->Objective:
     "Returns student and loss as one module, distributed over the ranks, both compiled if `mode` says so."
-    compiles_loss = ranks.world == 1 and criterion.compiles # else ranks exchange data, or epochs differ
+    # several ranks exchange data in a loss; a loss that does not compile changes with each epoch
+    compiles_loss = ranks.world == 1 and criterion.compiles
     loss = program(parallel(criterion, ranks), mode if compiles_loss else 'none')
-    return criterion.objective(compiled(parallel(student, ranks), mode), loss)
+    wrapped_student = compiled(parallel(student, ranks), mode)
+    return criterion.objective(wrapped_student, loss)
 
 # %% ../../nbs/train/05_loop.ipynb #9661612e
 def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> object with a state_dict
     "Loads the checkpoint, if there is one, on every rank; returns (epochs done, number of ranks so far)."
-    none = dict(epochs=0, world=setup.ranks.world)
-    state = run.checkpoint() or none
-    rows = run.epochs_done
-    if rows < state['epochs'] or rows and not state['epochs']:
+    nothing_done = dict(epochs=0, world=setup.ranks.world)
+    state = run.checkpoint() or nothing_done
+    in_csv = run.epochs_done
+    csv_is_short = in_csv < state['epochs'] # it would have gaps
+    checkpoint_is_gone = in_csv > 0 and not state['epochs']
+    if csv_is_short or checkpoint_is_gone:
         if not setup.ranks.rank:
-            print(f'{run.name} starts anew: metrics.csv has {rows} epochs, its checkpoint '
+            print(f'{run.name} starts anew: metrics.csv has {in_csv} epochs, its checkpoint '
                   f"{state['epochs'] or 'none'}", flush=True)
-        state = none # metrics.csv would have gaps
+        state = nothing_done
     if setup.ranks.world > 1: # each rank has read its own disk
         epochs = [None]*setup.ranks.world
         dist.all_gather_object(epochs, state['epochs'])
@@ -395,6 +404,7 @@ def describe(setup:Setup)->typing.Iterator[str]:
            f'{ranks.device.split(":")[0]}, {c.precision}')
     if setup.unlabelled is not None:
         rare = 'less often' if c.unlabelled_share < 1 else 'never'
+        # str(setup.unlabelled) is a sentence
         yield (f'{setup.unlabelled}. {c.unlabelled_share:.0%} of each batch is unlabelled: as many steps, '
                f'and labelled images are seen {rare}')
     if setup.answers:
@@ -406,7 +416,7 @@ def describe(setup:Setup)->typing.Iterator[str]:
     norm = has_batch_norm(setup.student)
     if norm and ranks.world > 1 and ranks.device == 'cpu':
         yield 'batch norm is not synchronized between CPU ranks: each normalizes its own part of the batch'
-    left = images - epoch_steps(setup, images)[-1].stop
+    left = images - epoch_steps(setup, images)[-1].batch_stop
     if left:
         who = 'batch norm needs 2 images on every rank' if norm else 'a contrastive loss needs 2 images'
         yield f'the last batch of each epoch, {left} image(s), is dropped: {who}'
@@ -465,7 +475,7 @@ class Checkpoints:
         self.world = ranks.world
         self.on_gpu = ranks.device.startswith('cuda')
         self.last = -float('inf') # time of the last one
-        self.held = None # a state that is not written yet, and whether its file is kept
+        self.held = None # (state that is not written yet, whether its file is kept for good)
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -486,10 +496,12 @@ class Checkpoints:
         states = copy.deepcopy({name: part.state_dict() for name, part in self.kept.items()})
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         with self.lock:
-            self.held = dict(epochs=epochs, world=self.world, **states), keep
-            if self.on_gpu:
+            state = dict(epochs=epochs, world=self.world, **states)
+            self.held = (state, keep)
+            if self.on_gpu: # the copies must be complete: `flush` reads them in another stream
                 torch.cuda.synchronize()
-        if epochs % c.checkpoint_every == 0 and late or epochs == c.epochs or keep:
+        is_due = epochs % c.checkpoint_every == 0 and late
+        if is_due or keep or epochs == c.epochs:
             self.flush()
 
     def flush(self)->None: # from any thread
@@ -532,14 +544,16 @@ class Task:
     def foreign(self, config:Config)->dict: # name -> why
         "Returns the fields that the config changes and the task does not use."
         defaults = Config()
-        foreign = {}
+        changed = {}
         for f in dataclasses.fields(Config):
             group = f.metadata['group']
+            if f.name in config.auto: # `resolve` has filled it in, not the user
+                continue
             is_read = (f.name in self.reads or group in self.reads) and f.name not in self.unused
-            is_changed = getattr(config, f.name) != getattr(defaults, f.name) and f.name not in config.auto
+            is_changed = getattr(config, f.name) != getattr(defaults, f.name)
             if is_changed and not is_read:
-                foreign[f.name] = self.unused.get(f.name, f'group {group}')
-        return foreign
+                changed[f.name] = self.unused.get(f.name, f'group {group}')
+        return changed
 
     def refuse_foreign(self, config:Config)->None:
         "Raises `VitdistillError` for fields that the config changes and the task does not use."
@@ -567,7 +581,7 @@ def train_epochs(setup:BaseSetup, run:RunWriter, task:Task=DISTILLATION)->None:
     "Trains the remaining epochs; each ends with a row of metrics and, where it is due, a checkpoint."
     config, ranks = setup.config, setup.ranks
     optimizer = create_optimizer(config, *setup.modules.values())
-    average = weight_average(config, setup.student, optimizer)
+    average = weight_average(config, setup.student, optimizer) # updated after each of the optimizer's steps
     models = [setup.student]
     kept = dict(setup.modules, optimizer=optimizer)
     if average:
@@ -614,7 +628,7 @@ def train(
     command:str='',     # the command line, for environment.json
     task:Task=DISTILLATION
 )->Run:
-    "Trains a run to its last epoch, from its checkpoint if there is one; returns it. A finished one stays."
+    "Trains a run to its last epoch, from its checkpoint if there is one; a finished one is only returned."
     config = resolve(config)
     ranks = ranks or Ranks(device=config.device)
     run = RunWriter.of(config)
@@ -679,7 +693,8 @@ def rank_main(
     except VitdistillError:
         raise
     except Exception as e:
-        raise no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or error_of_timeout(e) or e
+        clearer = no_space(e, from_root(config.runs_dir), from_root(config.work_dir)) or error_of_timeout(e)
+        raise clearer or e
 
 # %% ../../nbs/train/05_loop.ipynb #bd3c7a6b
 def main(arguments:list=None, task_of:typing.Callable=lambda config: DISTILLATION)->int: # as in `rank_main`
@@ -696,14 +711,14 @@ def main(arguments:list=None, task_of:typing.Callable=lambda config: DISTILLATIO
     try:
         rank_main(args.config, args.fill, task_of)
     except VitdistillError as e:
-        return end_process(str(e))
+        end_process(str(e))
     except Exception:
-        return end_process(traceback.format_exc())
+        end_process(traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
 
-def end_process(text:str)->int:
+def end_process(text:str)->typing.NoReturn:
     "Prints an error after the rank's number and ends the process with status 2."
     rank = os.environ.get('RANK', '0')
     lines = [f'[rank {rank}] {line}' for line in text.rstrip().splitlines()]
