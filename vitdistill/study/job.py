@@ -332,16 +332,14 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
     for student in dict.fromkeys(students.values()):
         arms = [arm for arm in students if students[arm] == student]
         place = costs.ms[arms].mean() # they differ in nothing that takes time
-        beside = 'left' if place < costs.ms.max()/3 else 'center' # so that no name crosses the axis
-        line, = ax.plot([place]*len(arms), tops[arms], '-', linewidth=1.2)
+        line, = ax.plot([place]*len(arms), tops[arms], '-', linewidth=1.2, label=shortened(student, 30))
         for arm in arms:
             fill = line.get_color() if comparison.arms[arm][0].config.teacher else 'white'
             marker = 's' if arm.startswith('unlabelled') else 'o'
             ax.plot(place, tops[arm], marker, color=line.get_color(), markerfacecolor=fill)
-        ax.annotate(shortened(student, 30), (place, tops[arms].max()), (0, 7), textcoords='offset points',
-                    ha=beside, fontsize='small')
-    ax.margins(x=.3, y=.2)
+    ax.margins(x=.1, y=.15)
     ax.set_xlim(left=0)
+    figure.legend(loc='outside upper left', ncols=2, fontsize='small', frameon=False)
     ax.set(xlabel='milliseconds an image (one thread)', ylabel=f'{comparison.measured}, %')
     plt.close(figure)
     return figure
