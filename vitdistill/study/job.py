@@ -675,4 +675,8 @@ class Page:
 
     def _repr_html_(self)->str: # IPython asks for it
         text = html.escape(self.file.read_text(encoding='utf-8'))
-        return f'<iframe srcdoc="{text}" style="width: 100%; height: 85vh; border: 1px solid #8886"></iframe>'
+        # JupyterLab shows no frame of a notebook that papermill, say, has executed
+        line = (f'<p>page: {html.escape(str(self.file))} (Nothing below? Open that file, or choose Trust '
+                'Notebook from the command palette.)</p>')
+        look = 'width: 100%; height: 85vh; border: 1px solid #8886'
+        return f'{line}<iframe srcdoc="{text}" style="{look}"></iframe>'
