@@ -378,7 +378,7 @@ def _value_for(f, given): # the value as a field `f` has it: of its type
     kinds = typing.get_args(f.type) or (f.type,)
     numbers = [kind for kind in kinds if kind in (int, float)]
     value = plain_value(given)
-    if numbers and type(value) in (str, int): # such as '1e-3' of YAML, or 1 for a float
+    if numbers and type(value) in (str, int): # such as '1e-3' from papermill, or 1 for a float
         with contextlib.suppress(ValueError): # 'auto' stays a word
             value = numbers[0](value)
     may_be_none = f.default is None
@@ -429,13 +429,14 @@ def from_dict(
         if key not in names:
             place = f' in {source}' if source else ''
             raise VitdistillError(f'unknown key {key!r}{place}: {nearest(key, names)}')
-    if values.get('auto', []) is None: # files of version 0.2 say so
+    if values.get('auto', []) is None: # version 0.2 wrote auto: null
         values = values | dict(auto=[])
     return Config(**values)
 
 # %% ../nbs/01_config.ipynb #2eb0b684
 class YamlLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): # the C loader is eight times as fast
-    "Reads numbers and words as YAML 1.2: 010 is 10, 1e-8 is a number; 1:30, yes, off and dates are text."
+    """Reads numbers and words as YAML 1.2: 010 is 10, 1e-8 is a number; 1:30, yes, off and dates are text. As
+    in YAML 1.1, 1_000 is a number and << merges."""
     yaml_implicit_resolvers = {} # without those of YAML 1.1; ours are added below
 
 class _YamlDumper(yaml.SafeDumper):
@@ -499,7 +500,7 @@ def keep_texts(
     else:
         for key, value in node.value:
             keep_texts(key, is_text=True)
-            if key.value in _dicts: # such as opt_kwargs, whose keys are no fields of ours
+            if key.value in _dicts: # such as opt_kwargs: its keys are no fields, so no names are passed on
                 keep_texts(value, is_text=key.value in names)
             else:
                 keep_texts(value, names, is_text=key.value in names)
@@ -563,7 +564,7 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
 
 def preset(
     name:str,       # as in `preset_parts`
-    experiment:str, # part of the preset: teacher, baseline, distilled, deit_teacher, deit
+    experiment:str, # part of the preset, such as teacher, baseline, distilled, deit
     **given         # fields to replace; None keeps the preset's value
 )->Config:
     "Returns the config of an experiment of a preset; unknown presets, parts and keys are `VitdistillError`s."

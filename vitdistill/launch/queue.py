@@ -447,7 +447,8 @@ def start_order(cells:list[Cell])->list[int]: # numbers of cells
     needed = {n for cell in cells for n in cell.after}
     return sorted(range(len(cells)), key=lambda n: (depth(n), n not in needed, n)) # False comes first
 
-_cell_states = dict(interrupted='cut', running='running', done='done') # state of a run -> of its cell
+# state of a run -> of its cell; of several runs the last of these counts
+_cell_states = dict(interrupted='cut', running='running', done='done')
 
 def states_of(
     cells:list[Cell],
@@ -467,7 +468,7 @@ def states_of(
         teacher_failed = any(cells[first].failed for first in cell.after)
         cell.state = state_now(cell, runs, jobs.get(cell.place.stem), queue, teacher_failed)
         if elsewhere and cell.state == 'left' and runs:
-            runs.sort(key=lambda run: list(_cell_states).index(run.status)) # a finished one is last
+            runs.sort(key=lambda run: list(_cell_states).index(run.status)) # in the order of that dict
             cell.state = _cell_states[runs[-1].status]
         if runs and cell.state != 'left' and cell.notebook.stem != 'e04_adopted_teacher': # that has no epochs
             set_progress(cell, runs[-1])
@@ -547,8 +548,8 @@ def forget_old_cells(cells:list[Cell], folder:Path)->None: # folder: of their fi
 
 @contextmanager
 def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
-    """Locks a grid's folder while its cells start, and writes the record of each as of now. Yields the
-    numbers of the cells to run, in order."""
+    """Locks a grid's folder while its cells run or are submitted, and writes the record of each as of now.
+    Yields the numbers of the cells to run, in order."""
     with lock_folder(folder):
         refuse_busy(folder)
         states_of(cells, folder)
@@ -600,6 +601,8 @@ def run_in_order(
             if show:
                 print(f'[{n + 1}/{len(cells)}] {cell}', flush=True)
             run(cell, slot)
+            if show and cell.failed:
+                stopped.set() # those that have not begun do not run
         finally:
             free.put(slot)
         if show and cell.failed:

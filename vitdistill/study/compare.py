@@ -170,7 +170,8 @@ def counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `varia
     "Returns the names of `other` that `arm` is compared with: those with equal values of what both vary."
     names = variants(arms, other)
     base, values = arms[arm]
-    if arm in names or base == arms[names[0]][0]: # not with itself, or its own variants
+    other_base, _ = arms[names[0]]
+    if arm in names or base == other_base: # not with itself, or its own variants
         return []
     def equal(name):
         return all(values[key] == value for key, value in arms[name][1].items() if key in values)
@@ -277,13 +278,13 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
     if not rows:
         return frame
 
-    for _, group in frame.groupby('group'):
-        common = tops[group.arm].dropna()
-        means = (common if len(common) else tops[group.arm]).mean()
-        frame.loc[group.index, by] = group.arm.map(means)
-        frame.loc[group.index, 'seeds'] = len(common)
+    for _, tried in frame.groupby('group'):
+        common = tops[tried.arm].dropna()
+        means = (common if len(common) else tops[tried.arm]).mean()
+        frame.loc[tried.index, by] = tried.arm.map(means)
+        frame.loc[tried.index, 'seeds'] = len(common) # that all have
         best = means.idxmin() if by.endswith('_loss') else means.idxmax()
-        frame.loc[group.index, 'chosen'] = ['yes' if arm == best else 'no' for arm in group.arm]
+        frame.loc[tried.index, 'chosen'] = ['yes' if arm == best else 'no' for arm in tried.arm]
     return frame.drop(columns=['group', 'runs']).assign(runs=frame.runs) # the long column last
 
 # %% ../../nbs/study/08_compare.ipynb #979f9ceb
@@ -333,7 +334,7 @@ def taught_pairs(
 
 # %% ../../nbs/study/08_compare.ipynb #ea70a47b
 def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]:
-    "Returns pairs of runs of no study, which differ in nothing but seed and teaching (those of e01 and e02)."
+    "Returns pairs of runs of no study of nbs/studies that differ in seed and teaching alone (e01 and e02)."
     studies = shipped_names('nbs/studies', '.yaml') # whose arms `taught_pairs` has looked at
     teaching = {*field_names(teaching=True), 'experiment'}
     by_setting = {} # how the runs are trained, but for the teaching -> the teaching -> runs
@@ -384,7 +385,7 @@ def plot_forest(
     labels:list[str],  # of the rows
     colors:list[str]=(), # of the rows; default: one for all
 )->None:
-    "Draws each difference in points with its interval and, below it, each seed's (hollow: added later)."
+    "Draws each difference in points with its interval and, below it, each seed's (hollow: later, or alone)."
     colors = [*colors] or ['#0072B2']*len(rows)
     for y, (row, color) in enumerate(zip(rows.itertuples(), colors)):
         over_images = row.interval != 'seeds' # hollow and dashed

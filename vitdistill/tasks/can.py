@@ -177,6 +177,7 @@ def nt_xent(
 # %% ../../nbs/tasks/00_can.ipynb #83624549
 class MaskedViews(typing.NamedTuple):
     "The noisy views of a batch, with their noise and their visible and hidden patches."
+    # B: copies times images
     pixels:torch.Tensor      # (B, 3, S, S), with noise
     noise:torch.Tensor       # (B, 3, S, S), as it was added
     sigma_share:torch.Tensor # (B,) in [0, 1]: the view's sigma as a share of the largest
@@ -187,7 +188,7 @@ class MaskedViews(typing.NamedTuple):
 AUGMENTATION, MASK_AND_SIGMA, NOISE = range(3) # purposes of random numbers
 
 def draws(pixels:torch.Tensor, image:torch.Tensor, n:int, key:tuple, purpose:int)->torch.Tensor:
-    "Returns n numbers uniform in [0, 1) for each copy of each image, (copies*B, n); key: seed and epoch."
+    "Returns n numbers uniform in (0, 1) for each copy of each image, (copies*B, n); key: seed and epoch."
     copies = len(pixels)//len(image)
     return uniform(image, n, *[(*key, copy, purpose) for copy in range(copies)])
 
@@ -363,7 +364,7 @@ class ContrastiveMaskedNoise(CanTerms):
     def __init__(self,
         seed:int=1,                # of all random draws
         views:int=2,               # views of an image in a step, 1 or 2
-        mask:float=.5,             # share of hidden patches, in (0, 1); 0, without reconstruction: none
+        mask:float=.5,             # share of hidden patches, in (0, 1); 0: none, if reconstruction weighs 0
         sigma:float=.05,           # largest standard deviation of the noise, of normalized pixels
         weights:tuple=(.03, .67, .3), # of contrast, reconstruction, denoising
         tau:float=.1,              # temperature of the contrast
