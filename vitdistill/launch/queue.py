@@ -603,10 +603,9 @@ def run_in_order(
             run(cell, slot)
             if show and cell.failed:
                 stopped.set() # those that have not begun do not run
+                raise VitdistillError(f'{cell} failed (notebook: {cell.place}): {cell.state}')
         finally:
             free.put(slot)
-        if show and cell.failed:
-            raise VitdistillError(f'{cell} failed (notebook: {cell.place}): {cell.state}')
 
     if slots == 1:
         for n in todo:
