@@ -72,6 +72,7 @@ columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1',
            'std', 'correlation', 'detectable',      # of the gaps; of the two arms; difference to be seen
            'published', 'epochs', 'gaps', 'later', 'runs']
 
+# %% ../../nbs/study/08_compare.ipynb #b018a2fc
 @dataclass
 class Comparison:
     "Holds a study and the runs of its arms, and shows what they say."
