@@ -513,7 +513,7 @@ def test_notebook(job, images, weights, tmp_path):
                 output.get("data", {})]
     assert len(pictures) == 2  # the curves, and some test images
     shown = "".join(notebook["cells"][-1]["outputs"][0]["data"]["text/html"])
-    # JupyterLab leaves the frame out, since papermill has executed the notebook: the line says where the page is
+    # JupyterLab leaves the frame out of a notebook that papermill has executed: the line names the page
     assert shown.startswith(f"<p>page: {out}/mine.html") and "<iframe srcdoc=" in shown
 
 
