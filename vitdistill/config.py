@@ -188,7 +188,7 @@ class TeacherFields:
     fold_weights:str=_teacher('', hashed=False)
 
     # with fold_weights, which teacher labels an image: unseen, the one not trained on it; seen, the one
-    # trained on it; drawn, none: a label is drawn from unseen teachers' answers to other images of its class
+    # trained on it; drawn, none: a label is drawn from the unseen teachers' answers to its class
     fold_answers:str=_teacher('unseen', _fold_answers)
 
     # timm's pretrained weights; the head is untrained if the classes differ
@@ -378,7 +378,7 @@ def _value_for(f, given): # the value as a field `f` has it: of its type
     kinds = typing.get_args(f.type) or (f.type,)
     numbers = [kind for kind in kinds if kind in (int, float)]
     value = plain_value(given)
-    if numbers and type(value) in (str, int): # such as '1e-3' from papermill, or 1 for a float
+    if numbers and type(value) in (str, int): # such as '1e-3' of papermill's -y, or 1 for a float
         with contextlib.suppress(ValueError): # 'auto' stays a word
             value = numbers[0](value)
     may_be_none = f.default is None

@@ -149,7 +149,7 @@ def study_cells(study:Study)->list[Cell]:
             same_seed = [n for n in numbers if cells[n][1].chosen.get('seed') == cell.chosen.get('seed')]
             numbers = same_seed or numbers
             cell.after += numbers
-            if len(numbers) == 1: # of several, `model_for` takes one that is there
+            if len(numbers) == 1: # of several, the seed decides (`model_of`)
                 _, maker = cells[numbers[0]]
                 cell.makers[f'{study.name}/{first}'] = given_fields(maker), recipe_fields(maker)
     return [cell for _, cell in cells]
@@ -276,7 +276,7 @@ def model_for(cell:Cell, arm:str)->str:
     "Returns the path of an arm's model for a cell; none is a `VitdistillError`."
     if arm == cell.arm: # its own: any run with its parameters will do
         given, recipe = given_fields(cell), {}
-    else: # {}: of several cells, or of another study
+    else: # {}: several cells train it, or another study does
         given, recipe = cell.makers.get(arm, ({}, {}))
     return model_of(arm, cell.chosen.get('seed'), cell.folder_of_runs, given, recipe)
 

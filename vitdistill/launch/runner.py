@@ -385,7 +385,7 @@ def run(
     else:
         reason = train_interruptibly(config, record, nproc, show)
         record = Run(record.folder)
-        # with several nodes another one may have ended the run, though this one's ranks failed
+        # of several nodes another one writes the result, which is seen here a while later
         if not wait_until_done(record, config.nnodes):
             raise VitdistillError(reason or f'{record.name} ended without a result: start it again.')
     if show:

@@ -578,7 +578,7 @@ def memo_in_words(
     return f'memo: {share:.1%} of the answers are known; {cost}'
 
 # %% ../../nbs/teachers/02_answers.ipynb #592e0260
-# `whole_image` enters a key only if it is set: memos of before have none
+# `whole_image` enters a key only if it is set (`plan_key`)
 PLAN = 'seed', 'epochs', 'batch_size', *sorted({*field_names(group='augmentation')} - {'whole_image'})
 
 def student_constants(config:Config, data:Data)->list|str:

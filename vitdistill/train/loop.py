@@ -364,7 +364,7 @@ def create_objective(
     ranks:Ranks
 )->Objective:
     "Returns student and loss as one module, distributed over the ranks, both compiled if `mode` says so."
-    # several ranks exchange data in a loss; a loss that does not compile changes with each epoch
+    # not with several ranks, which exchange data in a loss, nor for a loss that asks to run eagerly
     compiles_loss = ranks.world == 1 and criterion.compiles
     loss = program(parallel(criterion, ranks), mode if compiles_loss else 'none')
     wrapped_student = compiled(parallel(student, ranks), mode)
