@@ -6,12 +6,12 @@
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line',
            'explained', 'require', 'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path',
            'progress_apart', 'print_result', 'record_path', 'fitting', 'shipped', 'shipped_names', 'no_space',
-           'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads', 'generator',
-           'seed_host']
+           'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads', 'timer_of',
+           'generator', 'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
-import contextlib, difflib, errno, glob, importlib.util, math, os, random, re, shutil, socket, sys, time
-import typing
+import contextlib, difflib, errno, glob, importlib.util, logging, math, os, random, re, shutil, socket
+import sys, time, typing
 from pathlib import Path
 
 # %% ../nbs/00_base.ipynb #a776e99e
@@ -336,6 +336,19 @@ def free_threads(
             return threads, ''
     return threads, (f'other programs use {busy:.1f} of {len(cpus)} cores here: '
                      f'{threads} thread(s) for each run.')
+
+# %% ../nbs/00_base.ipynb #155b03cf
+def timer_of(
+    statement:str, # Python, such as 'model(images)'
+    **names        # what the statement names
+):                 # -> torch.utils.benchmark.Timer
+    "Returns torch's timer of a statement; it uses as many threads as this process does."
+    import torch # here, since the command line's help does without
+    logger = logging.getLogger('torch.utils.cpp_extension')
+    logger.setLevel(logging.ERROR) # its import warns of CUDA's compiler where there is no GPU
+    from torch.utils.benchmark import Timer
+    return Timer(statement, globals=names, num_threads=torch.get_num_threads())
+
 
 # %% ../nbs/00_base.ipynb #c07f9f07
 def generator(*numbers:int): # -> torch.Generator

@@ -11,6 +11,7 @@ import functools, itertools, math, os, typing
 from collections.abc import Callable
 import pandas as pd, torch
 from torch.profiler import ProfilerActivity, profile
+from ..base import timer_of
 from .results import headline, over_rounds, record
 from ..models.complexity import layers
 from ..models.layers import HiLo
@@ -96,7 +97,6 @@ def time_cases(
     say:Callable=print # receives the lines of progress
 )->pd.DataFrame: # a row per case and round: `case_costs`, batch, round, seconds per pass, memory_mb
     "Times all cases, one round after another, every other round backwards."
-    from torch.utils.benchmark import Timer # here, since it takes half a second
     counted = case_costs(cases)
     batch = 32 if device == 'cuda' else 1
     rows = []
@@ -108,8 +108,7 @@ def time_cases(
             module = case.make().eval().to(device)
             run = functools.partial(module, torch.randn(batch, *case.shape, device=device))
             with torch.inference_mode():
-                timer = Timer('run()', globals=dict(run=run), num_threads=torch.get_num_threads())
-                spent = timer.blocked_autorange(min_run_time=seconds).mean
+                spent = timer_of('run()', run=run).blocked_autorange(min_run_time=seconds).mean
                 memory = math.nan if turn else peak_bytes(run, device)/1e6 # the same in each round
             rows.append(dict(counted.iloc[i], batch=batch, round=turn, seconds=spent, memory_mb=memory))
             name = f'{case.study}: {case.contender} {case.size} px'

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np, torch
-from ..base import VitdistillError, from_here, nearest, require, typed_path
+from ..base import VitdistillError, from_here, nearest, require, timer_of, typed_path
 from ..config import Config, from_dict
 from ..data.datasets import Data, check_dataset, generator, image_side, list_images, load_data
 from ..data.datasets import split_rows
@@ -121,23 +121,19 @@ def milliseconds(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    sessions = []
-    inputs = []
+    timers = []
     for file in files:
         session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
         height, width = session.get_inputs()[0].shape[2:]
-        sessions.append(session)
-        inputs.append(np.random.default_rng(0).random((1, 3, height, width), np.float32))
+        pixels = np.random.default_rng(0).random((1, 3, height, width), np.float32)
+        timers.append(timer_of('session.run(None, inputs)', session=session, inputs={'pixels': pixels}))
 
     times = [[] for _ in files]
     start = time.perf_counter()
     while len(times[-1]) < 12 or time.perf_counter() - start < seconds*len(files):
-        for session, pixels, of_session in zip(sessions, inputs, times):
-            for _ in range(3): # the first of them warms the caches again
-                begin = time.perf_counter()
-                session.run(None, {'pixels': pixels})
-                of_session.append(time.perf_counter() - begin)
-    return [1e3*float(np.quantile(of_session, .1)) for of_session in times]
+        for timer, of_file in zip(timers, times):
+            of_file.append(timer.timeit(1).mean) # after two passes that warm the caches again
+    return [1e3*float(np.quantile(of_file, .1)) for of_file in times]
 
 def predicted_classes(
     models:list,  # `Predictor`s of the same image side

@@ -12,13 +12,13 @@ __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'lin
            'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
-import copy, math, re, shutil, statistics, tempfile, time
+import copy, math, re, shutil, statistics, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, timm, torch
 from PIL import Image
-from ..base import VitdistillError, cores, environment_number
+from ..base import VitdistillError, cores, environment_number, timer_of
 from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, read_yaml
 from ..base import free_threads, from_here, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, split_rows, stratified
@@ -716,19 +716,14 @@ def seconds_an_image(
     try_size(model, name, size)
     place_model(model, device, 'bf16' if bf16 else 'fp32').train(train)
     pixels = torch.zeros(16, 3, size, size, device=device)
-    begun = None # time of the clock after the first step, which warms up
-    n = 0
-    while begun is None or time.perf_counter() - begun < seconds:
+    def step():
         with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16, enabled=bf16):
             total = model(pixels)[0].float().sum()
         if train:
             total.backward()
-        total.item()
-        if begun is None:
-            begun = time.perf_counter()
-        else:
-            n += len(pixels)
-    return (time.perf_counter() - begun)/max(1, n)
+
+    passes = timer_of('step()', step=step).blocked_autorange(min_run_time=seconds) # the first one warms up
+    return passes.mean/len(pixels)
 
 # %% ../../nbs/launch/04_images.ipynb #2c6898e1
 def quicker_precision(config:Config, train:bool)->str: # train: as in `seconds_an_image`

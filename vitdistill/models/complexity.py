@@ -6,12 +6,12 @@
 __all__ = ['COSTS', 'build', 'layers', 'complexity', 'images_per_second', 'largest_batch', 'throughput']
 
 # %% ../../nbs/models/03_complexity.ipynb #038f3d9f
-import copy, statistics, timeit, typing
+import copy
 import pandas as pd, torch, torchvision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, register_flop_formula
-from ..base import VitdistillError, explained, first_line, nearest
+from ..base import VitdistillError, explained, first_line, nearest, timer_of
 from .create import create
 
 # %% ../../nbs/models/03_complexity.ipynb #a450c183
@@ -132,17 +132,13 @@ def complexity(
 def images_per_second(
     model:nn.Module,      # in eval mode
     images:torch.Tensor,  # a batch (B, C, H, W), on the model's device
-    repeats:int=5,        # number of timed forward passes, from 1
-    average:typing.Callable=statistics.median # average of their seconds
+    repeats:int=5         # number of timed forward passes; two more come first, to warm up
 )->float:
-    "Returns the throughput of forward passes: the batch over the average of their seconds."
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
-    def forward():
-        model(images)
-        wait()
+    "Returns the throughput of forward passes: the batch over the mean of their seconds."
     with torch.inference_mode():
-        seconds = timeit.repeat(forward, number=1, repeat=repeats + 1)
-    return len(images)/average(seconds[1:])
+        passes = timer_of('model(images)', model=model, images=images).timeit(repeats)
+    return len(images)/passes.mean
+
 
 # %% ../../nbs/models/03_complexity.ipynb #dc6f31a5
 def _copies(image, n):
@@ -178,7 +174,6 @@ def throughput(
     batch_size:int=8,   # images per forward pass; 0: the largest number that fits on a GPU, 8 elsewhere
     repeats:int=5,      # number of timed forward passes
     device:str='',      # 'cpu', 'cuda', ...; '': the GPU if there is one
-    average:typing.Callable=statistics.median, # average of the passes' seconds
     **kwargs            # for the library's constructor
 )->float:
     "Returns images per second of a model's forward pass at fp32, channels_last, with random weights."
@@ -187,4 +182,4 @@ def throughput(
     image = torch.randn(1, 3, image_size, image_size, device=device)
     if not batch_size: # a full host kills us
         batch_size = largest_batch(model, image) if image.is_cuda else 8
-    return images_per_second(model, _copies(image, batch_size), repeats, average)
+    return images_per_second(model, _copies(image, batch_size), repeats)

@@ -10,12 +10,12 @@ __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest
            'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
-import json, math, timeit
+import json, math
 from dataclasses import replace
 from pathlib import Path
 import torch, torch.nn.functional as F
 from filelock import FileLock
-from ..base import VitdistillError, write_atomic
+from ..base import VitdistillError, timer_of, write_atomic
 from ..config import Config, from_dict, student_name
 from ..data.datasets import Data, digest, load_data, split_rows
 from ..data.duplicates import same_pixels
@@ -90,13 +90,12 @@ def images_a_second(teacher:Teacher)->float:
     "Returns how many images a teacher answers in a second, warm; 0 if they do not fit the device."
     shape = teacher.chunk, 3, teacher.size, teacher.size
     pixels = torch.zeros(shape, dtype=torch.uint8, device=teacher.device)
-    work = timeit.Timer(lambda: teacher.logits(pixels).cpu())
+    timer = timer_of('teacher.logits(pixels).cpu()', teacher=teacher, pixels=pixels)
     try:
-        work.timeit(1) # warms up
-        passes, seconds = work.autorange()
+        passes = timer.blocked_autorange() # its first pass warms up and does not count
     except torch.OutOfMemoryError:
         return 0.
-    return passes*teacher.chunk/seconds
+    return teacher.chunk/passes.median
 
 # %% ../../nbs/teachers/01_teacher.ipynb #89101961
 def use_quickest(
