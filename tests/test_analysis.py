@@ -20,7 +20,7 @@ from vitdistill.base import shipped_names
 from vitdistill.config import Config, preset
 from vitdistill.runs import Run, find_runs
 from vitdistill.launch.studies import Study
-from vitdistill.study.compare import Comparison, draw_curves, draw_forest, load
+from vitdistill.study.compare import Comparison, draw_curves, draw_forest, load_comparison
 from vitdistill.study.figures import content_hash, is_unchanged
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
@@ -255,7 +255,7 @@ def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
     """All seeds of an arm have predictions of their last epoch and no result: a row over test images, without
     seeds."""
     committed = ROOT / "reports/runs"
-    cut = {run.name for run in load("setting_a", find_runs(committed)).arms["hard labels"]}
+    cut = {run.name for run in load_comparison("setting_a", find_runs(committed)).arms["hard labels"]}
     (tmp_path / "runs").mkdir()
     for place in committed.iterdir():
         if place.name not in cut:
@@ -264,7 +264,7 @@ def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
         shutil.copytree(place, here := tmp_path / "runs" / place.name)
         (here / "result.json").unlink()
         (here / "predictions.npz").rename(here / f"predictions-{Run(here).epochs_done}.npz")
-    table = load("setting_a", find_runs(tmp_path / "runs")).table().set_index(["arm", "other"])
+    table = load_comparison("setting_a", find_runs(tmp_path / "runs")).table().set_index(["arm", "other"])
     assert table.seeds["hard labels", "plain"] == 0
     assert table.interval["hard labels", "plain"] == "test images"
     execute("a02_study", tmp_path / "a02.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
@@ -417,7 +417,7 @@ arms:
   scratch: {notebook: e00_teacher, epochs: 9}
 compare: [[CAN, SimCLR], [tuned, scratch]]
 """)
-    mine = load(tmp_path / "mine.yaml", tmp_path)
+    mine = load_comparison(tmp_path / "mine.yaml", tmp_path)
     encoders = {arm: mine.arms[arm] for arm in ("CAN", "SimCLR")}
     tuned = dict(CAN=mine.arms["tuned"], scratch=mine.arms["scratch"])
     table = CAN.arm_rows(encoders, tuned).set_index("arm")
@@ -456,8 +456,8 @@ arms:
 baseline: noise noise_factor=0.0
 choose: {field: noise_factor, by: val_top1}
 """)
-    mine = load(tmp_path / "mine.yaml", tmp_path)
-    uneven = load(tmp_path / "mine.yaml", [run for arm, runs in mine.arms.items() for run in runs
+    mine = load_comparison(tmp_path / "mine.yaml", tmp_path)
+    uneven = load_comparison(tmp_path / "mine.yaml", [run for arm, runs in mine.arms.items() for run in runs
                                            if arm == none or run.config.seed < 3])
     of_both = (0.50195 - 0.2015) / (0.8015 - 0.2015)  # seeds 1 and 2, which all three arms have
     assert capdec.gap_closed(uneven, "noise noise_factor=0.3", "images") == pytest.approx(of_both)
@@ -484,7 +484,7 @@ def test_a_comparison_opens_each_file_of_a_run_once():
     try:
         runs = find_runs("reports/runs")
         for study in ("setting_a", "deit_table8"):
-            comparison = load(study, runs)
+            comparison = load_comparison(study, runs)
             assert len(comparison.table()) == len(comparison.table()) > 3
             comparison.accuracies()
             for draw in (draw_forest, draw_curves):

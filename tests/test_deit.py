@@ -23,7 +23,7 @@ from vitdistill.train.optimize import create_schedule
 from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run
 from vitdistill.train.setup import prepare, resolve, student_logits
-from vitdistill.study.compare import choices, load
+from vitdistill.study.compare import choices, load_comparison
 from vitdistill.teachers.teacher import adopt, untrained, with_members
 from vitdistill.train.loop import batches, train
 
@@ -107,7 +107,7 @@ def test_preset_deit3_is_the_papers():
 
 def test_the_small_recipe_is_what_held_out_images_chose():
     """Of what deit_strengths.yaml asks."""
-    best = choices(load("deit_strengths")).query("chosen == 'yes'").runs.item()
+    best = choices(load_comparison("deit_strengths")).query("chosen == 'yes'").runs.item()
     fields = {*field_names(group="data"), *field_names(group="optimization")}
     fields |= {"student_kwargs", "label_smoothing"}
     fields -= {"seed", *field_names(split=True)}

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, environment, processes_mentioning, record, wait
 from vitdistill.config import Config
 from vitdistill.launch.queue import cell_runs, config_of, grid_cells, main, read_record, write_record
 from vitdistill.runs import lock_folder
-from vitdistill.study.compare import draw_forest, load, missing, write
+from vitdistill.study.compare import draw_forest, load_comparison, missing, write
 
 
 @pytest.fixture
@@ -102,21 +102,22 @@ def test_what_a_grid_trains_is_what_a_comparison_waits_for(tmp_path, capsys):
         trained.setdefault(cell.arm.partition("/")[2], []).append(cell.chosen["seed"])
     assert trained == {"plain": [1, 2, 3], "vit - small": [7], "a/b, c=d + e": [2], "two": [2, 9],
                        "varied": [1, 3], "hard | soft": [1, 2, 3]}
-    waits = [note for note in missing(load(file)) if "not begun with seed" in note]
+    waits = [note for note in missing(load_comparison(file)) if "not begun with seed" in note]
     assert "vit - small: not begun with seed 7." in waits and "two: not begun with seed 2, 9." in waits
     for n, cell in enumerate(cells):
         metrics = pd.DataFrame(dict(epoch=[0], test_top1=[0.5]))
         record(config_of(cell), cell.arm, metrics=metrics, test_top1=0.5)
-        assert n + 1 == len(cells) or any("not begun" in note for note in missing(load(file)))
-    assert missing(load(file)) == ["vit - small and plain: no seed in common, so they are not compared."]
+        assert n + 1 == len(cells) or any("not begun" in note for note in missing(load_comparison(file)))
+    notes = missing(load_comparison(file))
+    assert notes == ["vit - small and plain: no seed in common, so they are not compared."]
     main([str(file), "--out", str(tmp_path / "out"), "--status"])
     assert f"{len(cells)} done" in capsys.readouterr().out
-    rows = load(file).table().set_index("arm")
+    rows = load_comparison(file).table().set_index("arm")
     assert rows.seeds.to_dict() == {"a/b, c=d + e": 1, "two": 1, "varied seed=1": 1, "varied seed=3": 1,
                                     "hard | soft": 3}  # seeds that both have
-    drawn = [label.get_text() for label in draw_forest(load(file)).axes[0].get_yticklabels()]
+    drawn = [label.get_text() for label in draw_forest(load_comparison(file)).axes[0].get_yticklabels()]
     assert drawn == [*rows.index]
-    page = write(load(file), tmp_path / "page").read_text()
+    page = write(load_comparison(file), tmp_path / "page").read_text()
     assert all(arm in page for arm in rows.index)
 
 
@@ -132,7 +133,7 @@ def test_an_arm_of_any_name_is_in_the_forest(tmp_path):
     gains = [["other", "plain"], ["vit - small", "plain"]]
     study = dict(common=dict(runs_dir=str(tmp_path / "runs")), arms=told, baseline="plain", compare=[gains])
     file.write_text(yaml.safe_dump(study, sort_keys=False))
-    comparison = load(file)
+    comparison = load_comparison(file)
     assert len(comparison.table()) == 4
     axes = draw_forest(comparison).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == arms[1:]

@@ -17,7 +17,7 @@ from vitdistill.cli import main
 from vitdistill.config import preset
 from vitdistill.launch.queue import grid_cells, run_batch
 from vitdistill.runs import find_runs
-from vitdistill.study.compare import load, main as compare
+from vitdistill.study.compare import load_comparison, main as compare
 from vitdistill.teachers.card import answers_head
 from vitdistill.teachers.teacher import untrained
 from vitdistill.train.loop import train
@@ -141,7 +141,7 @@ def test_a_study_is_trained_and_compared(tmp_path, capsys):
     cells = run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out")
     assert [cell.state for cell in cells] == ["done"] * 4
     assert len(find_runs(tmp_path / "runs")) == 4
-    assert "alone" in load(file, tmp_path / "runs").table().arm.to_list()
+    assert "alone" in load_comparison(file, tmp_path / "runs").table().arm.to_list()
 
 
 def test_deit_notebook(tmp_path):

@@ -11,7 +11,7 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'seconds_in_words', '
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
            'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'command_of',
            'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models', 'distill',
-           'save', 'class_orders', 'refuse_other_order', 'right_answers', 'LoadedTeacher', 'load_teacher', 'Loss',
+           'save', 'class_orders', 'refuse_other_order', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss',
            'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
@@ -52,7 +52,7 @@ from .launch.studies import Study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
 from .tasks.words import is_by_words
 from .study.agreement import answers_given
-from .study.compare import Comparison, load, points
+from .study.compare import Comparison, load_comparison, points
 from .study.figures import save_table
 from .study.job import Page, agreement, best_arm, cost_text, draw_learning, finished_models
 from .study.job import write_job
@@ -181,7 +181,7 @@ class Distilled:
 
     @functools.cached_property
     def comparison(self)->Comparison:
-        return load(self.study)
+        return load_comparison(self.study)
 
     @functools.cached_property
     def models(self)->dict: # 'teacher', 'plain', 'taught' -> its finished runs, one a seed
@@ -957,7 +957,7 @@ def refuse_other_order(
                                   'as teacher.classes does, by the target_transform of the dataset.')
 
 # %% ../nbs/06_api.ipynb #c620dd6f
-def right_answers(
+def checked_answers(
     logits:torch.Tensor, # (B, C), of a teacher
     labels,              # (B,), positions in `classes`
     classes:list         # C names
@@ -1009,7 +1009,7 @@ class LoadedTeacher(Teacher):
         refuse_other_order(getattr(loader, 'dataset', None), self.classes)
         right = [torch.empty(0)]
         for pixels, labels, *_ in loader:
-            right.append(right_answers(self(pixels), labels, self.classes))
+            right.append(checked_answers(self(pixels), labels, self.classes))
         right = torch.cat(right)
         if not len(right):
             raise VitdistillError('the loader yields no images: give one with images of each class.')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVER_ROUNDS', 'over_rounds', 'other_work', 'noise_sentence', 'device_and_noise', 'instruction_set', 'machine_name',
-           'headline', 'table_text', 'record']
+           'headline', 'terminal_table', 'record']
 
 # %% ../../nbs/bench/00_results.ipynb #67819b7f
 import os, re, shutil, subprocess, time
@@ -98,7 +98,7 @@ def headline(device:str, noise:str='')->str: # noise: of `noise_sentence`
     return f"{processor}, {about['cores']} cores, {versions}, {commit}"
 
 # %% ../../nbs/bench/00_results.ipynb #931af17d
-def table_text(frame:pd.DataFrame)->str:
+def terminal_table(frame:pd.DataFrame)->str:
     "Returns a table as text for a terminal."
     def number(value):
         return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
@@ -123,7 +123,7 @@ def record(
     for part in parts:
         if not len(part):
             continue
-        texts.append(table_text(part) if isinstance(part, pd.DataFrame) else part)
+        texts.append(terminal_table(part) if isinstance(part, pd.DataFrame) else part)
     text = '\n\n'.join(texts)
     for end, table in tables.items():
         write_atomic(Path(out)/f'{name}{end}.csv', table.to_csv(index=False))

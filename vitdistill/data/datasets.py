@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'digest', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side', 'data_root',
            'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified', 'load_digits',
-           'refuse_labels', 'labelled_files', 'without_labels', 'list_images', 'image_lines', 'load_images',
+           'refuse_labels', 'files_of_table', 'files_without_labels', 'list_images', 'image_lines', 'load_images',
            'labelled_images', 'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks', 'refuse_texts',
            'held_out', 'row_range', 'fold_rows', 'split_rows']
 
@@ -343,7 +343,7 @@ def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fif
     return dict(train=some_rows(files, train_rows.tolist()), test=test)
 
 # %% ../../nbs/data/01_datasets.ipynb #b7afa497
-def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
+def files_of_table(config:Config)->dict: # 'train', 'test' -> ImageFiles
     "Lists the images that a config's table of labels names; parts that do not fit raise a `VitdistillError`."
     refuse_labels(config)
     table = printable(config.labels)
@@ -368,7 +368,7 @@ def labelled_files(config:Config)->dict: # 'train', 'test' -> ImageFiles
     return fit_together(config, table, 'images for training and for the test', train, test)
 
 # %% ../../nbs/data/01_datasets.ipynb #7fddc277
-def without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
+def files_without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
     "Lists the images of a config's folder, at any depth, as training images of label -1; none is for test."
     refuse_labels(config)
     if not config.data_root:
@@ -381,9 +381,9 @@ def without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
 # %% ../../nbs/data/01_datasets.ipynb #b07f6c12
 def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
     if config.class_names:
-        return without_labels(config)
+        return files_without_labels(config)
     if config.labels:
-        return labelled_files(config)
+        return files_of_table(config)
     row = check_dataset(config.dataset)
     return image_files(config, row.package, row.needs)
 

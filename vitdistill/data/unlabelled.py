@@ -126,7 +126,7 @@ def refuse_own_folder(config:Config)->None:
                                   'each other: name a folder beside it.')
 
 # %% ../../nbs/data/04_unlabelled.ipynb #4667b307
-def _copies(files, images, others, other_images): # rows of files that are among the others
+def _rows_of_copies(files, images, others, other_images): # rows of files that are among the others
     if isinstance(images, torch.Tensor) and isinstance(other_images, torch.Tensor):
         return same_pixels(images, other_images)
     rows = set()
@@ -152,7 +152,7 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     own_files = list_images(config) if of_files else {}
     copies = set()
     for part, own_images in (('train', data.train_images), ('test', data.test_images)):
-        rows = _copies(files, images, own_files.get(part), own_images)
+        rows = _rows_of_copies(files, images, own_files.get(part), own_images)
         left_out[f'also in {part}'] += len(rows - copies)
         copies |= rows
 

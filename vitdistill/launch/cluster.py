@@ -187,10 +187,11 @@ def submit(
         except submitit.core.utils.FailedJobError as e:
             if ids:
                 subprocess.run(['scancel', *ids.values()], check=False)
-            raise VitdistillError(f'Slurm refuses the jobs ({_reason(e)}): mend what they ask for.') from None
+            reason = _refusal(e)
+            raise VitdistillError(f'Slurm refuses the jobs ({reason}): mend what they ask for.') from None
     return ids
 
-def _reason(error:Exception)->str: # of a submission that failed, as sbatch says it
+def _refusal(error:Exception)->str: # of a submission that failed, as sbatch says it
     lines = str(error).strip().splitlines()
     reasons = re.findall(r'error: (.*)', str(error)) or lines[-1:] or [first_line(error)]
     return reasons[0].rstrip('.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'as_list', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations',
            'name_with_values', 'arm_names', 'trained_part', 'references', 'seeds_of', 'sides', 'check_seeds',
-           'refuse_equal_arms', 'check_part', 'check', 'refuse_unknown_arms', 'refuse_several_arms',
+           'refuse_equal_arms', 'check_part', 'check_study', 'refuse_unknown_arms', 'refuse_several_arms',
            'with_places_of_today', 'study_file', 'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of',
            'runs_folder', 'runs_with', 'model_of']
 
@@ -265,7 +265,7 @@ def check_part(study:Study, name:str)->None:
             refuse(f'varies {key}, which no record holds: write an arm for each of its values.')
 
 # %% ../../nbs/launch/00_studies.ipynb #b7d64580
-def check(study:Study)->None:
+def check_study(study:Study)->None:
     "Raises a `VitdistillError` for an unknown arm, a circle, or two arms of equal settings."
     if not study.arms:
         raise VitdistillError(f'{study.name}: arms is empty: write "plain: small_tuned/plain".')
@@ -364,7 +364,7 @@ def parse_study(file:Path, changed:int)->Study: # changed: time of the file's la
             raise VitdistillError(f'{file}: {key} = {value!r} has the wrong form: give {FORMS[kinds[key]]}.')
     study = Study(file.stem, **values)
     try:
-        check(study)
+        check_study(study)
     except RecursionError:
         raise VitdistillError(f'{file} and another study name arms of each other: define them in '
                               'one.') from None

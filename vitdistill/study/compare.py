@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'newest', 'finished_runs', 'right_answers', 'difference_over_images', 'Comparison', 'run_names',
-           'run_folders', 'load', 'variants', 'counterparts', 'pairs', 'difference', 'one_pair', 'choices', 'missing',
-           'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves',
-           'compare_runs', 'write', 'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies',
-           'folders_of_studies', 'points', 'printed', 'main']
+           'run_folders', 'load_comparison', 'variants', 'counterparts', 'pairs', 'difference', 'one_pair', 'choices',
+           'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest',
+           'draw_curves', 'compare_runs', 'write', 'write_tables', 'write_pictures', 'studies_with_runs',
+           'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -143,7 +143,7 @@ def run_folders(study:Study)->list[str]:
         places.add(runs_folder(parameters))
     return sorted(places)
 
-def load(
+def load_comparison(
     study:str|Path|Study,  # name in nbs/studies, or path of a file
     runs:str|Path|list='', # folder of run folders, or the runs; '': where the study's file puts them
 )->Comparison:
@@ -320,7 +320,7 @@ def taught_pairs(
     no study has any, returns `unnamed_pairs`."""
     by_runs = {} # names of the runs -> these, for two studies may name the same runs
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
-        comparison = load(name, records)
+        comparison = load_comparison(name, records)
         for one, other in pairs(comparison):
             taught = comparison.arms[one[0]]
             plain = comparison.arms[other[0]]
@@ -560,7 +560,7 @@ def studies_with_runs(
             file = Path(folder)/f'{name}.yaml'
             if file.is_file():
                 sources[name] = file
-    comparisons = [load(sources[name], readable) for name in sorted(sources)]
+    comparisons = [load_comparison(sources[name], readable) for name in sorted(sources)]
     with_runs = [comparison for comparison in comparisons if any(comparison.arms.values())]
     return with_runs, sorted(named - sources.keys())
 
@@ -612,7 +612,7 @@ def printed(comparison:Comparison)->str:
 def main(arguments:list=None)->int:
     "Runs `vitdistill compare`."
     args = compare_parser().parse_args(arguments)
-    comparison = load(args.study, str(args.runs or ''))
+    comparison = load_comparison(args.study, str(args.runs or ''))
     if not any(comparison.arms.values()):
         command = f'vitdistill grid {shlex.quote(args.study)}'
         raise VitdistillError(f'there is no run of {args.study}: start it by {command}, or '

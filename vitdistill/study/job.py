@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MARKERS', 'COSTS', 'COST_FORMATS', 'MOST_CURVES', 'MEANINGS', 'test_decisions', 'recalls', 'confusion',
            'confused_pairs', 'shortened', 'draw_confusion', 'draw_recalls', 'test_files', 'thumbnail',
-           'surest_mistakes', 'finished_models', 'without_labels', 'agreement', 'best_arm', 'initial_weights',
-           'percent', 'mean_result', 'accuracy_row', 'accuracies', 'settings', 'any_text', 'svg', 'picture',
-           'table_item', 'html_item', 'draw_costs', 'cost_text', 'costs_item', 'arms_of_students', 'colors_of',
-           'class_items', 'mistake_items', 'draw_learning', 'how_it_was_made', 'learning', 'introduction',
-           'results_note', 'cost_items', 'model_items', 'class_names_of', 'write_job', 'Page']
+           'surest_mistakes', 'finished_models', 'is_unlabelled', 'agreement', 'best_arm', 'initial_weights', 'percent',
+           'mean_result', 'accuracy_row', 'accuracy_table', 'settings', 'any_text', 'svg', 'picture', 'table_item',
+           'html_item', 'draw_costs', 'cost_text', 'costs_item', 'arms_of_students', 'colors_of', 'class_items',
+           'mistake_items', 'draw_learning', 'how_it_was_made', 'learning', 'introduction', 'results_note',
+           'cost_items', 'model_items', 'class_names_of', 'write_job', 'Page']
 
 # %% ../../nbs/study/09_job.ipynb #64f7a660
 import base64, html, io, math, os, warnings
@@ -189,7 +189,7 @@ def finished_models(comparison:Comparison, teacher:list[Run])->dict[str, list[Ru
             models[name] = finished
     return models
 
-def without_labels(models:dict)->bool: # of `finished_models`
+def is_unlabelled(models:dict)->bool: # of `finished_models`
     "Returns whether the images have no labels."
     return any(run.config.class_names for runs in models.values() for run in runs)
 
@@ -206,7 +206,7 @@ def best_arm(models:dict)->str: # of `finished_models`
     """Returns the arm with the best accuracy on held-out images; without labels, the one that agrees most
     often with its teacher. Of equal ones it is the last; '' without any."""
     def held_out(arm):
-        if without_labels(models):
+        if is_unlabelled(models):
             return agreement(models, arm).agree
         return np.mean([run.result.get('held_out_top1') or 0 for run in models[arm]])
     arms = [name for name in models if name != 'teacher']
@@ -233,7 +233,7 @@ def accuracy_row(
     "Returns the row of a model in the table of accuracies, texts for readers."
     runs = models[name]
     row = {'model': name}
-    if without_labels(models):
+    if is_unlabelled(models):
         row['as its teacher'] = percent(agreement(models, name).agree, 1)
     else:
         row['held-out images'] = percent(mean_result(runs, 'held_out_top1'), 1)
@@ -251,7 +251,7 @@ def accuracy_row(
     return row | {'architecture': config.student, 'begins with': initial_weights(config), 'seeds': len(runs)}
 
 # %% ../../nbs/study/09_job.ipynb #aeb4e87e
-def accuracies(models:dict, comparison:Comparison, class_recalls:pd.DataFrame)->pd.DataFrame:
+def accuracy_table(models:dict, comparison:Comparison, class_recalls:pd.DataFrame)->pd.DataFrame:
     "Returns a row for each model, for readers: accuracies, its worst class, and its differences from others."
     differences = comparison.table()
     rows = [accuracy_row(name, models, differences, class_recalls) for name in models]
@@ -548,7 +548,7 @@ def introduction(
     held_out:int  # number of images
 )->list[str]:
     "Returns what the names of the models mean and, of several students, which is best on held-out images."
-    if without_labels(models):
+    if is_unlabelled(models):
         return []
     names = {name.partition('-')[0] for name in models}
     meanings = [f'{name}: {meaning}' for name, meaning in MEANINGS.items() if name in names]
@@ -573,7 +573,7 @@ _models = Template('<p>Their folders lie beside this page. Use: '
 
 def results_note(comparison:Comparison, models:dict)->str: # models: of `finished_models`
     "Returns what stands below the table of accuracies."
-    if without_labels(models):
+    if is_unlabelled(models):
         return 'As its teacher: of the held-out images, without labels.'
     note = ''
     if len(models) > 3:
@@ -654,10 +654,10 @@ def write_job(
     lead = [*introduction(models, held_out), *findings, *missing(comparison)]
     if study.about.get('same'): # images that stand twice
         lead.append(study.about['same'])
-    accuracy_table = table_item(accuracies(models, comparison, table), results_note(comparison, models))
+    shown = table_item(accuracy_table(models, comparison, table), results_note(comparison, models))
     about_images = study.about.get('images')
     return write_page(out/f'{study.name}.html', study.title or study.name, lead, {
-        'Results': [accuracy_table, *cost_items(costs, costs_caption, comparison)],
+        'Results': [shown, *cost_items(costs, costs_caption, comparison)],
         'Learning curves': curves,
         'What is wrong': wrong,
         'The images': [dict(caption=about_images, links={})] if about_images else [],

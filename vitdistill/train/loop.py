@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'epoch_steps', 'from_processes', 'cut_ahead', 'cut_in_processes',
            'cut_in_thread', 'copy_views', 'drawn_views', 'cut_in_step', 'step_cutter', 'batches', 'epoch_in_words',
-           'Progress', 'current_lr', 'high_first_loss', 'train_epoch', 'accuracies', 'create_objective', 'restore',
-           'describe', 'announce', 'warm_up_ddp', 'Checkpoints', 'student_epoch', 'Task', 'train_epochs',
+           'Progress', 'current_lr', 'high_first_loss', 'train_epoch', 'epoch_accuracies', 'create_objective',
+           'restore', 'describe', 'announce', 'warm_up_ddp', 'Checkpoints', 'student_epoch', 'Task', 'train_epochs',
            'measure_once', 'train', 'fill_memo', 'rank_main', 'main', 'end_process']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
@@ -345,7 +345,7 @@ def train_epoch(
     return training_step.meter.row(setup, epoch, current_lr(training_step.optimizer))
 
 # %% ../../nbs/train/05_loop.ipynb #4e90b7d2
-def accuracies(setup:Setup, average:nn.Module|None=None)->dict:
+def epoch_accuracies(setup:Setup, average:nn.Module|None=None)->dict:
     "Returns validation and test accuracies as columns of metrics, with top-1 of the weight average if any."
     row = {}
     for part in ('val', 'test'):
@@ -573,7 +573,7 @@ DISTILLATION = Task(name='distillation',
                     prepare=prepare,
                     describe=describe,
                     epoch=student_epoch,
-                    measure=accuracies,
+                    measure=epoch_accuracies,
                     finish=student_outcome)
 
 # %% ../../nbs/train/05_loop.ipynb #27acc58b
