@@ -343,10 +343,12 @@ def timer_of(
     **names        # what the statement names
 ):                 # -> torch.utils.benchmark.Timer
     "Returns torch's timer of a statement; it uses as many threads as this process does."
-    import torch # here, since the command line's help does without
+    import torch # here, since `vitdistill --help` does without it
     logger = logging.getLogger('torch.utils.cpp_extension')
-    logger.setLevel(logging.ERROR) # its import warns of CUDA's compiler where there is no GPU
+    level = logger.level
+    logger.setLevel(logging.ERROR) # its import warns where CUDA's compiler is installed and no GPU is there
     from torch.utils.benchmark import Timer
+    logger.setLevel(level)
     return Timer(statement, globals=names, num_threads=torch.get_num_threads())
 
 
