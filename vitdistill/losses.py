@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FP16_MOST', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'TopK', 'Embedding', 'kind_of', 'soft_loss',
-           'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'log_confidence', 'refined_loss',
+           'leave_out', 'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'log_confidence', 'refined_loss',
            'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'balanced_weights', 'weighed_loss',
            'partly_labelled_loss', 'check_token', 'Labels', 'check_range', 'check_weight', 'check_temperature',
            'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation',
@@ -27,7 +27,7 @@ class HardLabel:
     def make(self, logits:torch.Tensor)->torch.Tensor: # (B, C) -> (B,)
         return logits.argmax(-1)
 
-    # where a memo keeps logits, a student of hard labels gets these
+    # a memo may keep logits instead: their argmax is the decision
     def decision(self, answer:torch.Tensor)->torch.Tensor: # (B,), or logits (B, C) -> (B,)
         return answer if answer.ndim == 1 else answer.argmax(-1)
 
@@ -162,12 +162,22 @@ def soft_loss(
     answer:torch.Tensor,         # the teacher's: (B, C) logits, or as the kind makes it
     temperature:float,           # tau > 0
     reduction:str='batchmean',   # divides by the batch size; 'public': by batch size and classes
-    kind:Logits=Logits()         # of the answer; of `TopK` the temperature is one of its own
+    kind:Logits=Logits()         # of the answer; a `TopK` must list this temperature
 )->torch.Tensor:
     "Returns tau² KL(teacher || student), DeiT (2012.12877) eq. 2, over the outcomes of the answer."
     log_p, log_q = kind.outcomes(logits.float(), answer, temperature)
     kl = F.kl_div(log_p, log_q, reduction='batchmean', log_target=True)*temperature**2
     return kl/logits.shape[-1] if reduction == 'public' else kl
+
+# %% ../nbs/03_losses.ipynb #45471854
+def leave_out(
+    logits:torch.Tensor, # (B, C)
+    classes:torch.Tensor # (B, C) bool
+)->torch.Tensor: # (B, C)
+    "Returns the logits; those of these classes are so far below all others that their probability is 0."
+    # not -inf: KL would have inf - inf
+    return torch.where(classes, logits.detach().amin(-1, keepdim=True) - 1e4, logits)
+
 
 # %% ../nbs/03_losses.ipynb #6aa19c83
 def decoupled_loss(
@@ -185,7 +195,7 @@ def decoupled_loss(
     def of_others(x): # log(1 - p(label)), (B,)
         return x.log_softmax(-1).masked_fill(is_label, -torch.inf).logsumexp(-1)
     def among_others(x): # log-probabilities without the label, (B, C)
-        return x.masked_fill(is_label, -1e4).log_softmax(-1) # not -inf: KL would have inf - inf
+        return leave_out(x, is_label).log_softmax(-1)
     z = logits.float()/temperature
     t = teacher_logits.float()/temperature
 
@@ -215,7 +225,7 @@ def relation_losses(
     "Returns (between classes, within classes): tau² (1 - mean correlation) of softened probabilities."
     p = logits.float().div(temperature).softmax(-1)
     q = teacher_logits.float().div(temperature).softmax(-1)
-    # (C, B); made before the first `pearson`: the order of the two decides the last bits of the gradients
+    # (C, B); made before the first `pearson`: made after it, the last bits of the gradients differ
     p_by_class, q_by_class = p.T, q.T
     between = temperature**2*(1 - pearson(p, q).mean())
     within = temperature**2*(1 - pearson(p_by_class, q_by_class).mean())
@@ -247,7 +257,7 @@ def refined_loss(
 
     as_likely = t >= t.gather(-1, labels[:, None]) # the label itself too
     def among_less_likely(x): # log-probabilities without the classes that are as likely, (B, C)
-        return (x/temperature).masked_fill(as_likely, -1e4).log_softmax(-1) # not -inf, as in DKD
+        return leave_out(x/temperature, as_likely).log_softmax(-1)
     others = F.kl_div(among_less_likely(z), among_less_likely(t), reduction='batchmean', log_target=True)
     return confidence_weight*confidence + others_weight*(others*temperature**2)
 
@@ -257,7 +267,8 @@ def redundancy_loss(
     teacher_logits:torch.Tensor, # (B, C)
     others_weight:float=.01      # the paper's kappa, >= 0: weight of correlations between different classes
 )->torch.Tensor:
-    "Returns the sum of squared differences between the correlations over the batch and the identity."
+    """Returns the weighted sum of squared differences between the correlations over the batch and the
+    identity."""
     def scaled(x): # mean 0 and standard deviation 1 over the batch
         x = x.float()
         return (x - x.mean(0))/(x.std(0, correction=0) + 1e-5)
@@ -283,8 +294,8 @@ def whole_batch(
     x:torch.Tensor,    # (B, ...) of this rank
     has_rows:bool=True # False: this rank's rows are dummies and are dropped
 )->torch.Tensor:     # (all ranks' B, ...)
-    """Returns all ranks' rows in order. The gradients that ranks get from a loss on these, each times its
-    rank's weight, average to the gradient of the whole batch."""
+    """Returns all ranks' rows in order. If each rank weighs a loss on these by its weight, DDP's mean of the
+    gradients is the gradient of the whole batch."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     from torch.distributed.nn.functional import all_gather
@@ -293,8 +304,8 @@ def whole_batch(
     dist.all_reduce(sizes)
     longest = max(1, int(sizes.max())) # ranks can differ by one row: the shorter ones are padded
     padding = x.new_zeros(max(0, longest - len(x)), *x.shape[1:])
-    # a rank of dummies may have more rows than all others
-    gathered = all_gather(torch.cat([x[:longest], padding]))
+    own_rows = x[:longest] # a rank of dummies may have more rows than that
+    gathered = all_gather(torch.cat([own_rows, padding]))
     return torch.cat([part[:size] for part, size in zip(gathered, sizes.tolist())])
 
 # %% ../nbs/03_losses.ipynb #656bf1a7
@@ -325,12 +336,13 @@ def weighed_loss(
     weights:torch.Tensor, # (C,) of the classes
     smoothing:float       # of the labels, in [0, 1)
 )->torch.Tensor:
-    "Returns the cross-entropy, each label times the weight of its class, as a mean over all rows and heads."
+    "Returns the mean over rows and heads of the cross-entropy, weighed by the class of each label."
     classes = heads[0].shape[-1]
     if targets.ndim == 2:
         shares = targets
     else:
-        shares = F.one_hot(targets.clamp(min=0), classes)*(targets >= 0)[:, None] # without a label 0
+        labelled = targets >= 0 # shares are 0 without a label
+        shares = F.one_hot(targets.clamp(min=0), classes)*labelled[:, None]
     shares = shares*weights.to(heads[0].device)
     smooth = (1 - smoothing)*shares + smoothing*shares.sum(-1, keepdim=True)/classes
     return sum(F.cross_entropy(z.float(), smooth) for z in heads)/len(heads)
@@ -365,12 +377,12 @@ class Labels(nn.Module):
     "Cross-entropy with the labels alone, the mean over heads."
     wants = None       # kind of teacher answer; None: no teacher
     labelled = True    # False: pre-training without labels, evaluated by probes of its features
-    copies = 1         # copies of an image in a step, each another view
+    copies = 1         # views of an image in a step; not `repeats`, whose copies are rows of a plan
     needs_two = False  # True: a batch needs at least two images
     compiles = True    # False: runs eagerly; torch.compile would compile it anew each epoch, for example
-    # `criterion` sets the first and the third of these
-    token = 'auto'     # token of the head that learns the answers: class, distillation; auto: the last one
     needs_label = False # True: the teacher's term needs the label of each image
+    # `criterion` sets these two
+    token = 'auto'     # token of the head that learns the answers: class, distillation; auto: the last one
     partly = False     # True: some images have no label; their part of the loss of labels is 0
 
     def __init__(self, label_smoothing:float=0.): # of the true labels, in [0, 1)
@@ -440,7 +452,7 @@ class SwitchedDistillationLoss(Labels):
     """Hard-label distillation: cross-entropy with labels and with the teacher's decisions (DeiT eq. 3). The
     other losses with a teacher are made from it.
 
-    The name is the paper's (Jeong & Arnoud, 4.2): nothing alternates."""
+    The name is from 'Transferring Vision' (Jeong & Arnoud, section 4.2); nothing is switched in training."""
     wants = HardLabel()
     def __init__(self,
         alpha:float=.5,           # weight of the teacher's term, in [0, 1]
@@ -479,7 +491,7 @@ class SoftDistillation(SwitchedDistillationLoss):
         self.wants = TopK(soft_top_k, tuple(temperatures)) if soft_top_k else Logits()
 
     @classmethod
-    def kind(cls, config): # as `wants`, for the key of a memo, which a config alone must give
+    def kind(cls, config): # `wants` from the config alone, for a memo's key
         if not config.soft_top_k:
             return Logits()
         return TopK(config.soft_top_k, tuple(map(float, config.memo_temperatures)) or (config.temperature,))
@@ -502,7 +514,7 @@ class HardAndSoftDistillation(SoftDistillation):
 
 # %% ../nbs/03_losses.ipynb #27d8b0e4
 class DecoupledDistillation(SwitchedDistillationLoss):
-    "Cross-entropy, and DKD with a linear warm-up (Zhao et al. 2022; its CIFAR-100 recipe)."
+    "Cross-entropy, and DKD with a linear warm-up (Zhao et al. 2022; weights and warm-up as for CIFAR-100)."
     wants = Logits()
     compiles = False
     needs_label = True
@@ -560,7 +572,7 @@ class RelationalDistillation(SwitchedDistillationLoss):
 
 # %% ../nbs/03_losses.ipynb #100c8544
 class RefinedDistillation(DecoupledDistillation):
-    "Cross-entropy, and RLD with DKD's warm-up (Sun et al., arXiv 2408.07703; its CIFAR-100 recipe)."
+    "Cross-entropy, and RLD with DKD's warm-up (Sun et al., arXiv 2408.07703; weights as for CIFAR-100)."
     def __init__(self, alpha:float=.5, temperature:float=4., label_smoothing:float=0.,
         target_weight:float=1., # the paper's alpha, >= 0: weight of the confidence
         others_weight:float=8., # the paper's beta, >= 0: weight of the classes less likely than the label
@@ -635,7 +647,7 @@ def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without
 # %% ../nbs/03_losses.ipynb #f91a4924
 def refuse_unlabelled(config:Config)->None:
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
-    # class_names names the classes of images that have no labels; without a teacher they are not learned from
+    # with class_names no image has a label; without a teacher, training refuses such images elsewhere
     none_labelled = config.class_names and config.teacher
     if not (config.unlabelled or none_labelled):
         return

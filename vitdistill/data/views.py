@@ -107,10 +107,10 @@ def scaled(
     pixels:torch.Tensor, # (B, 3, H, W) in [0, 255]
     mean:torch.Tensor, std:torch.Tensor, # (3, 1, 1) each, for pixels in [0, 255]
     size:int             # side in px to resize to, bilinearly; 0: no resizing
-)->torch.Tensor: # (B, 3, size, size) float32
+)->torch.Tensor: # (B, 3, size, size) float32; (B, 3, H, W) if size is 0
     "Returns pixels normalized by each channel's mean and std, and then resized; the memory format stays."
     x = (pixels - mean)/std
-    if size and x.shape[-1] != size:
+    if size and x.shape[-2:] != (size, size):
         return F.interpolate(x, size=(size, size), mode='bilinear')
     return x
 
@@ -120,7 +120,7 @@ def normalize(
     mean:tuple, std:tuple, # per channel, of pixels in [0, 1]
     size:int=0,          # side in px to resize to, bilinearly; 0: no resizing
     scale:typing.Callable=scaled # or the same compiled, for training steps
-)->torch.Tensor: # (B, 3, size, size) float32
+)->torch.Tensor: # as of `scaled`
     "Returns pixels normalized for a model, in the same memory format."
     byte_mean = _byte_constants(tuple(mean), pixels.device)
     byte_std = _byte_constants(tuple(std), pixels.device)
@@ -149,7 +149,7 @@ def repeated(
     copies:int,         # of an image in a batch
     batch:int           # rows of a batch
 )->tuple[torch.Tensor, torch.Tensor]: # (n,) int64 each
-    """Returns (image, copy), each as long as the input: all copies of the first images.
+    """Returns (image, copy): the first images, each so often, cut to the length of the input.
 
     In a batch all first copies stand before all second ones."""
     n = len(image)
@@ -167,7 +167,7 @@ def epoch_plan(
     seed:int,
     epoch:int,         # from 0
     copies:int=1,      # copies of each image (repeated augmentation)
-    batch_size_for_repeats:int=0 # a batch holds all copies of an image; 0: repeats lengthen the epoch instead
+    batch_size_for_repeats:int=0 # above 0: an epoch keeps its length, in batches of so many rows
 )->Plan:
     "Returns the epoch's images, copies and views in order."
     draw = generator(seed, epoch)
@@ -215,7 +215,7 @@ def unlabelled_places(
     epoch:int    # from 0
 )->torch.Tensor: # (rows,) bool
     "Returns which rows of an epoch are unlabelled: the share of each batch, rounded, at drawn places."
-    draw = generator(seed, epoch, 7) # 7: other numbers than those of `epoch_plan`
+    draw = generator(seed, epoch, 7) # 7 keeps these draws apart from those of `epoch_plan`
     places = []
     for start in range(0, rows, batch):
         size = min(batch, rows - start)
@@ -227,7 +227,7 @@ def plan_with_unlabelled(
     labelled:typing.Callable[[int], Plan],   # number of a pass, from 0 -> its plan
     unlabelled:typing.Callable[[int], Plan], # the same for unlabelled images
     lengths:tuple,       # rows in a pass over labelled, over unlabelled images
-    places:torch.Tensor, # (n,) bool: which rows of the epoch are unlabelled; as many in each epoch
+    places:torch.Tensor, # (n,) bool: True for an unlabelled row; every epoch has the same number
     epoch:int,           # from 0
     copies:int=1         # of a labelled image in a pass
 )->Plan:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AHEAD', 'PLAN', 'memo_key', 'Memo', 'JoinedMemo', 'memo_file', 'create_file', 'other_kind', 'other_key',
            'keeps_both_kinds', 'layout', 'open_memo', 'write_answers', 'read_answers', 'beside_weights', 'teacher_memo',
-           'memo_card', 'push_memos', 'keep_answers', 'Work', 'AnswerSource', 'Online', 'Answers', 'fill', 'break_even',
-           'memo_in_words', 'student_constants', 'plan_key', 'Planned']
+           'refuse_renamed', 'memo_card', 'push_memos', 'keep_answers', 'Work', 'AnswerSource', 'Online', 'Answers',
+           'fill', 'break_even', 'memo_in_words', 'student_constants', 'plan_key', 'Planned']
 
 # %% ../../nbs/teachers/02_answers.ipynb #bd37da4a
 import io, json, math, shutil, time, typing
@@ -93,7 +93,7 @@ class JoinedMemo:
         self.key = first.key
         self.kind = first.kind
         self.file = first.file
-        self.other = first.other or second.other # not None: answers of both kinds are put
+        self.other = first.other or second.other # says that `put` takes both kinds; each fills its own
 
     def parts(self, image:torch.Tensor)->typing.Iterator[tuple]: # (B,) int64
         "Yields each memo with a mask of its images, (B,) bool, and their row numbers in that memo."
@@ -131,22 +131,22 @@ def create_file(
     head:bytes, # the first bytes, padded to MEMO_HEAD
     size:int    # bytes after the head, all 255
 )->None:
-    "Creates a memo's file, without answers, unless it exists; raises `OSError` if it has no room."
+    "Creates a memo's file, without answers, unless it exists; raises `OSError` if there is no room."
     def write(path):
         with open(path, 'wb') as f:
             f.write(head)
             for start in range(0, size, 2**26):
                 f.write(b'\xff'*min(2**26, size - start))
-    if len(head) > MEMO_HEAD: # padding does not cut: a longer head would shift the table
+    if len(head) > MEMO_HEAD: # `ljust` does not cut: a longer head would overlap the table
         raise OSError(f'the memo has {len(head):,} bytes of settings, over {MEMO_HEAD:,}')
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f'.{file.name}.lock')): # several students may start at once
         if file.is_file():
             return
         free = shutil.disk_usage(file.parent).free
-        if free < size + 2**20:
-            raise OSError(f'the memo of {size/1e6:.1f} MB does not fit the {free/1e6:.1f} MB left on '
-                          'the disk')
+        need = size + 2**20
+        if free < need:
+            raise OSError(f'a memo needs {need/1e6:.1f} MB, and the disk has {free/1e6:.1f} MB left')
         print(f'memo: {size/1e6:.1f} MB in {file}', flush=True)
         write_atomic(file, write)
 
@@ -165,7 +165,8 @@ def keeps_both_kinds(
     folder:Path, # that holds memos; created if missing
     key:dict     # of `memo_key` or `plan_key`
 )->bool:
-    "Returns whether a run keeps hard labels and logits: both are there, or are begun now with enough room."
+    """Returns whether a run keeps hard labels and logits: always for logits; for hard labels if logits are
+    there, or if neither is there and the disk has room."""
     kind = kind_of(key)
     if 'recipe' in key: # answers about a plan are kept alone
         return False
@@ -190,11 +191,12 @@ def layout(key:dict)->tuple: # of a memo
 def open_memo(
     folder:str|Path, # that holds memos
     key:dict,        # of `memo_key` or `plan_key`
-    both:bool=False  # hard labels and logits; what is put needs both then
+    both:bool=False  # keep hard labels and logits; `put` then takes the answers of both kinds
 )->Memo:
     "Returns the memo in a file, created if it is missing; raises `OSError` if there is no room."
     other = None
-    if both: # the companion first, so that a run that starts meanwhile finds both
+    # logits come first: a student of hard labels that starts meanwhile keeps both where it finds logits
+    if both and kind_of(key) == HardLabel():
         other = open_memo(folder, other_key(key))
     file = memo_file(folder, key)
     shape, dtype = layout(key)
@@ -207,6 +209,8 @@ def open_memo(
     if head_of_file != head or file.stat().st_size != MEMO_HEAD + size:
         raise VitdistillError(f'{file} is incomplete or belongs to other settings: remove it, and the '
                               'teacher answers again.')
+    if both and not other:
+        other = open_memo(folder, other_key(key))
     return Memo(key, np.memmap(file, dtype, 'r+', offset=MEMO_HEAD, shape=shape), file, other)
 
 # %% ../../nbs/teachers/02_answers.ipynb #e24c7dcb
@@ -263,10 +267,17 @@ def teacher_memo(
         print(f'no memo in {folder} ({e}): the teacher answers in each step instead', flush=True)
 
 # %% ../../nbs/teachers/02_answers.ipynb #32cd578b
+def refuse_renamed(file:Path, head:dict)->None: # file: of a memo; head: of `memo_head`
+    "Raises `VitdistillError` if a memo has another name than its settings give it."
+    name = memo_file(file.parent, head).name
+    if file.name != name:
+        raise VitdistillError(f'{file} has the settings of {name}: rename it, or move it away.')
+
 def memo_card(file:str|Path)->str: # file: of a memo
     "Returns a Markdown card that says what a memo holds and how to use it."
     file = Path(file)
     head = memo_head(file)
+    refuse_renamed(file, head)
     memo = open_memo(file.parent, head)
     if 'recipe' in head: # a memo of a plan: `plan_key` keeps epochs and rows under images and views
         questions = f"{head['views']:,} rows of a plan in each of {head['images']} epochs"
@@ -325,7 +336,10 @@ def keep_answers(
     if not card:
         raise VitdistillError(f'{shown_path} has no card.json, which says who answers and what it '
                               'has seen: write one with `vitdistill.teachers.adopt`.')
-    heads = [memo_head(file) for file in sorted(folder.glob('memo-*.bin'))]
+    heads = []
+    for file in sorted(folder.glob('memo-*.bin')):
+        heads.append(memo_head(file))
+        refuse_renamed(file, heads[-1])
     by_view = [head for head in heads if kind_of(head) == HardLabel() and 'recipe' not in head]
     if len(by_view) != 1:
         raise VitdistillError(f'{shown_path} holds {len(by_view)} memos of hard labels by view '
@@ -336,13 +350,14 @@ def keep_answers(
 
 # %% ../../nbs/teachers/02_answers.ipynb #9c91654f
 class Work:
-    "A teacher's work: answers, and seconds; on a GPU by its own clock, since Python doesn't wait for it."
+    """A teacher's work: answers, and seconds. Answers about a step's pixels are timed by the GPU's own clock,
+    since Python doesn't wait for it; others by the wall's, with reading the memo."""
     def __init__(self, device):
         self.cuda = str(device).startswith('cuda')
         self.begin()
 
     def begin(self)->None:
-        self.asked = self.hits = self.seconds = 0 # hits: those of the answers asked for that a memo had
+        self.asked = self.hits = self.seconds = 0 # answers wanted; of them from a memo
         self.spans = [] # (begin, end), of `now`
 
     def now(self): # seconds, or on a GPU an event on the stream
@@ -364,7 +379,7 @@ class Work:
         return work
 
 # %% ../../nbs/teachers/02_answers.ipynb #68c55d67
-AHEAD = 2**24 # numbers that answers for the next steps may hold: 64 MB
+AHEAD = 2**24 # numbers that answers for the next steps may hold: 64 MB as float32, 128 MB as int64
 
 class AnswerSource:
     """Gives the answers for the steps of an epoch. Subclasses define `blank`, and how answers are made:
@@ -379,23 +394,27 @@ class AnswerSource:
         progress:typing.Callable=lambda done, total: None # called with numbers of answers
     )->torch.Tensor: # (B, ...)
         "Returns the answers about this rank's rows of a step, on the pixels' device."
-        floats_a_step = self.blank.numel()*(steps[0].batch_stop - steps[0].batch_start)
-        steps_a_stretch = max(1, AHEAD//floats_a_step)
+        numbers_a_step = self.blank.numel()*(steps[0].batch_stop - steps[0].batch_start)
+        steps_a_stretch = max(1, AHEAD//numbers_a_step)
         step = steps[number] # batch_start:batch_stop: the global batch; rows: this rank's part of it
         if number % steps_a_stretch == 0:
+            stretch = steps[number:number + steps_a_stretch]
             self.first = step.batch_start
-            last = steps[number:number + steps_a_stretch][-1].batch_stop
-            stretch = Plan(*(column[self.first:last] for column in plan))
-            self.open(epoch, stretch, pixels.device, progress)
-        rows = slice(step.rows.start - self.first, step.rows.stop - self.first)
+            plan_of_stretch = Plan(*(column[self.first:stretch[-1].batch_stop] for column in plan))
+            self.open(epoch, plan_of_stretch, [*map(self.in_stretch, stretch)], pixels.device, progress)
+        rows = self.in_stretch(step)
         counts = step.weight > 0 # False: these rows only fill up this rank's batch
         answers = self.step_answers(rows, plan.image[step.rows], pixels, counts)
         if (number + 1) % steps_a_stretch == 0 or number + 1 == len(steps):
             self.close()
         return answers
 
-    def open(self, epoch:int, plan:Plan, device, progress:typing.Callable)->None:
-        "Begins a stretch of the plan, from row `first`, on all ranks."
+    def in_stretch(self, step)->slice: # a `Step`
+        "Returns this rank's rows of a step, from the start of the stretch."
+        return slice(step.rows.start - self.first, step.rows.stop - self.first)
+
+    def open(self, epoch:int, plan:Plan, parts:list, device, progress:typing.Callable)->None:
+        "Begins a stretch of the plan, from row `first`, on all ranks; parts: `in_stretch` of its steps."
         if self.by_view:
             self.ahead = self(plan, progress).to(device)
 
@@ -475,13 +494,13 @@ class Answers(Online):
         super().__init__(teacher, kind)
         self.views = views
         self.memo = memo
-        has = torch.tensor([memo is not None, bool(memo and memo.other)]) # a memo; both kinds of answer
+        has = torch.tensor([memo is not None, bool(memo and memo.other)]) # (a memo, of both kinds)
         has = self.shared(has.int(), add=False).bool() # as rank 0 has it
         self.by_view, both = has.tolist() # by_view False: online
         self.kinds = (kind, other_kind(kind)) if both else (kind,) # that the teacher is asked for
 
     def memo_answers(self, image:torch.Tensor, view:torch.Tensor)->tuple: # on rank 0
-        "Returns what the memo has, as `Memo.get`, without the other ranks: an outcome is measured by it."
+        "Returns what the memo has, as `Memo.get`, on this rank alone: `train.outcome` measures by it."
         return self.memo.get(image, view)
 
     def from_memo(self, image:torch.Tensor, view:torch.Tensor)->tuple: # on all ranks
@@ -538,7 +557,8 @@ def fill(
     rows:torch.Tensor, # (n,) rows of the dataset
     views:int          # views of an image
 )->typing.Iterator[int]:
-    "Computes the answers for `rows`, in every view, that the memo lacks; yields the rows of each portion."
+    """Computes the answers for `rows`, in every view, that the memo lacks; yields the number of rows of each
+    portion."""
     for view in range(views):
         for part in rows.split(16*answers.teacher.chunk*answers.world):
             answers(Plan(part, torch.zeros_like(part), torch.full_like(part, view)))
@@ -547,7 +567,7 @@ def fill(
 # %% ../../nbs/teachers/02_answers.ipynb #945320cb
 def break_even(
     images:int, n_views:int, passes:float, # passes over the images, one view of each
-    rate:float,    # images that the teacher answers in a second, on all ranks
+    rate:float,    # images that the teacher answers in a second, on all ranks; NaN: unknown
     known:float=0. # share of the answers that the memo has already
 )->str:
     "Returns a sentence on what the memo saves."
@@ -556,22 +576,24 @@ def break_even(
     views = expected_views(n_views, passes)
     with_memo = images*views*(1 - known)
     without = round(images*passes)
+    times = ''
+    if not math.isnan(rate):
+        times = f' ({duration(with_memo)} against {duration(without)} at {rate:,.0f} images/s here)'
     saves_little = '; for one student alone the memo saves almost nothing' if with_memo > .95*without else ''
     return (f'{passes:g} passes show {views:.1f} of {n_views} views of an image: about {with_memo:,.0f} '
-            f'questions to the teacher with the memo, {without:,} without ({duration(with_memo)} against '
-            f'{duration(without)} at {rate:,.0f} images/s here){saves_little}')
+            f'questions to the teacher with the memo, {without:,} without{times}{saves_little}')
 
 def memo_in_words(
     answers:Answers,
     config:Config,
     rows:torch.Tensor, # the training images
-    shown:int=0        # rows of an epoch; 0: as many as the config shows of these images
+    shown:int=0        # rows of these images in an epoch; 0: by the config
 )->str:
     "Returns a sentence on what the memo has and what it saves."
     share = answers.share_known(rows)
     cost = 'the teacher itself does not run'
     if share < 1 and not isinstance(answers.teacher, Absent):
-        rate = answers.world*images_a_second(answers.teacher)
+        rate = answers.world*images_a_second(answers.teacher) or math.nan # 0: no room for so many images
         rows_an_image = shown/len(rows) if shown else plan_rows(config, 1)
         passes = round(config.epochs*rows_an_image, 1)
         cost = break_even(len(rows), view_count(config), passes, rate, share)
@@ -582,7 +604,7 @@ def memo_in_words(
 PLAN = 'seed', 'epochs', 'batch_size', *sorted({*field_names(group='augmentation')} - {'whole_image'})
 
 def student_constants(config:Config, data:Data)->list|str:
-    "Returns [mean, std] of a student's pixels, which scale erasing's noise; a name that timm doesn't list."
+    "Returns [mean, std] of a student's pixels, which scale erasing's noise; else its name, if timm lacks it."
     if config.student_normalization == 'data':
         return [list(c) for c in data.mean_std]
     pretrained = get_pretrained_cfg(config.student)
@@ -627,20 +649,23 @@ class Planned(Answers):
         self.by_view = False
         self.is_checking = memo is not None # some answers are computed again
 
-    def open(self, epoch, plan, device, progress)->None:
+    def open(self, epoch, plan, parts, device, progress)->None:
         rows = torch.arange(len(plan.image))
         # where they stand in the memo, for which an epoch is an image, and a row a view
         self.place = torch.full_like(rows, epoch), self.first + rows
         self.answers, self.is_known = self.from_memo(*self.place)
         self.is_new = torch.zeros_like(self.is_known)
-        # the first known batch that ends after this row is checked
-        self.check_row = int(torch.randint(len(rows), (), generator=generator(epoch, self.first)))
+        self.to_check = None # rows of a part
+        known_parts = [part for part in parts if self.is_known[part].all()]
+        if self.is_checking and known_parts:
+            drawn = torch.randint(len(known_parts), (), generator=generator(epoch, self.first))
+            self.to_check = known_parts[drawn]
 
     def step_answers(self, rows, image, pixels, counts)->torch.Tensor:
         if self.is_known[rows].all():
             self.work.asked += len(pixels)
             self.work.hits += len(pixels)
-            if self.is_checking and rows.stop > self.check_row:
+            if rows == self.to_check:
                 self.check(pixels, self.answers[rows])
             return self.answers[rows].to(pixels.device)
         answers = self.online(pixels, image)
@@ -651,7 +676,6 @@ class Planned(Answers):
 
     def check(self, pixels:torch.Tensor, kept:torch.Tensor)->None: # kept: the memo's answers about them
         "Raises `VitdistillError` if so many answers differ that the memo is another teacher's."
-        self.check_row = math.inf # no more checks in this stretch
         sample = sample_rows(torch.arange(len(pixels)), 16)
         again = self.kind.make(self.teacher.logits(pixels[sample])).cpu()
         self.differ += int((self.kind.decision(again) != self.kind.decision(kept[sample])).sum())
