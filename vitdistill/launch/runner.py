@@ -62,7 +62,7 @@ def parameters(
         from IPython import get_ipython
         values = get_ipython().user_ns
     cells = values['In']
-    start = 0 # number of the parameters cell, as it was last run; cell 0 is empty
+    start = 0 # of the last parameters cell in In; 0, an empty cell, if there is none
     for i, cell in enumerate(cells):
         if 'preset' in assigned_names(cell) and not is_injected(cell):
             start = i
@@ -73,7 +73,7 @@ def parameters(
             injected += assigned_names(cell)
     check_names(declared, notebook_names)
     check_names(injected, declared)
-    for name in re.findall(r'^(\w+):bool\b', cells[start], re.M):
+    for name in re.findall(r'^(\w+) *: *bool\b', cells[start], re.M):
         values[name] = as_bool(name, values[name]) # in the notebook too, where papermill left a word
     return {name: values[name] for name in (*declared, *injected)}
 
@@ -82,16 +82,19 @@ def is_injected(cell:str)->bool: # its source
     return cell.startswith('# Parameters\n')
 
 def assigned_names(source:str)->list[str]: # of a cell
-    "Returns the names that a cell assigns at its top level, in their order."
+    "Returns the names that a cell assigns at its top level, in order, by `name = ` and `name:type = `."
     try:
         statements = ast.parse(source).body
     except SyntaxError: # magics
         return []
     names = []
     for statement in statements:
-        for part in ast.iter_child_nodes(statement): # name = ... and name:type = ..., not a, b = ...
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                names.append(part.id)
+        targets = []
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign) and statement.value:
+            targets = [statement.target]
+        names += [target.id for target in targets if isinstance(target, ast.Name)] # not a, b = ...
     return names
 
 def as_bool(name:str, value)->bool: # the name is for the message
@@ -127,7 +130,7 @@ def rank_count(
         return nproc, ''
     wish = nproc or config.nproc
     if wish == 'auto':
-        small_parts = config.batch_size < 64*gpus # fewer than 64 images a rank
+        small_parts = config.batch_size < 64*gpus*config.nnodes # fewer than 64 images a rank
         if available == 1 or not small_parts or not uses_batch_norm(config):
             return available, ''
         return 1, (f'uses one of {gpus} GPUs: on all of them, batch norm would be synchronized over small '
@@ -148,9 +151,9 @@ def rank_command(
     *extra:str,      # further options of `vitdistill.train`
     errors:str=''    # folder for the error files of ranks that fail; '' if the command is only shown
 )->tuple[list, dict]:
-    "Returns the command of this node's ranks, and its environment variables; nodes meet at `rdzv_endpoint`."
+    "Returns the command of this node's ranks, and the environment variables that it needs."
     module = ['-m', 'vitdistill.train', '--config', str(file), *extra]
-    if ranks == config.nnodes == 1: # Python alone, whatever ranks the environment speaks of
+    if ranks == config.nnodes == 1: # no torchrun: these replace the variables of an outer launcher
         only_rank = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
         if errors: # where torchrun would put it: a folder for each rank
             only_rank['TORCHELASTIC_ERROR_FILE'] = f'{errors}/0/error.json'
@@ -191,7 +194,7 @@ def failure(
     errors:str|Path,            # folder of the ranks' error files
     status:int=1                # exit status of torchrun, or of the only rank; -N: ended by signal N
 )->str:
-    "Returns why a launch failed: a rank that was killed, else a rank's first error, else the end of the log."
+    "Returns why a launch failed: a timeout, else a killed rank, else the first error, else the log's end."
     lines = list(lines)
     watchdog_error = error_of_watchdog(lines)
     if watchdog_error:
@@ -215,7 +218,7 @@ def end_of_log(lines:list[str])->str:
     return 'the ranks ended without a result; the log ends:\n' + '\n'.join(shown[-12:])
 
 def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
-    "Returns the first sentence of a `VitdistillError` in these files, else the end of the first traceback."
+    "Returns the message of the first `VitdistillError` in these files, else the end of the first traceback."
     # a file holds {'message': {'message': 'Type: text', 'extraInfo': ...}}
     messages = [json.loads(file.read_text())['message'] for file in files]
     for error in messages:
@@ -231,13 +234,13 @@ _rank_error = re.compile(r'\[rank \d+\]|Traceback ') # first line of a rank's er
 _torchrun = re.compile(r'[WIEF]\d{4} |\*{5}')        # a line of torchrun's own
 
 def follow(
-    process:subprocess.Popen, run:Run, log:Path,
-    show:bool|typing.Callable # whether to show progress; a function: line of progress -> what is added to it
+    process:subprocess.Popen, record:Run, log:Path,
+    show:bool|typing.Callable # whether to show progress; a function returns what is added to a line of it
 )->collections.deque:
     "Writes what the ranks print to the log and shows their progress; returns the last lines."
-    curve = LiveCurve(run) if show and in_jupyterlab() else None
+    curve = LiveCurve(record) if show and in_jupyterlab() else None
     failed = False
-    tail = collections.deque(maxlen=1000) # torchrun's table, and a traceback of each rank in it
+    tail = collections.deque(maxlen=1000) # enough for torchrun's table and a traceback of each rank
     with open(log, 'a') as file:
         for line in process.stdout:
             line = line.rstrip()
@@ -259,21 +262,21 @@ def follow(
 # %% ../../nbs/launch/01_runner.ipynb #ee9d98c5
 def run_threads(
     config:Config, # resolved
-    run:Run,
+    record:Run,
     ranks:int      # on this node
 )->tuple[int, str]:
-    "Returns the threads of each rank, and a sentence ('' without) if other programs take some."
+    "Returns the threads of each rank, and a sentence if other programs take some cores, else ''."
     most = threads_per_rank(config, ranks)
     if config.threads != 'auto' or config.device != 'cpu':
         return most, ''
-    if run.status != 'new':
-        return min(most, run.environment.get('threads', most)), ''
+    if record.status != 'new':
+        return min(most, record.environment.get('threads', most)), ''
     return free_threads(most*ranks, ranks)
 
 # %% ../../nbs/launch/01_runner.ipynb #7624ad8d
 def train_on_ranks(
     config:Config,             # resolved
-    run:Run,
+    record:Run,
     nproc:int|None,            # ranks on this node, as in `rank_count`
     show:bool|typing.Callable, # as in `follow`
     *extra:str                 # further options of `vitdistill.train`
@@ -282,10 +285,10 @@ def train_on_ranks(
     ranks, note = rank_count(config, nproc, torch.cuda.device_count())
     if note and show:
         print(note)
-    threads, busy = run_threads(config, run, ranks)
+    threads, busy = run_threads(config, record, ranks)
     if busy and show:
         print(busy)
-    work = from_root(config.work_dir)/run.name
+    work = from_root(config.work_dir)/record.name
     # what `resolve` has filled in is 'auto' again, for each rank resolves it for its own node
     config = replace(config, **dict.fromkeys(config.auto, 'auto'))
     file = save(config, work/'launch.yaml')
@@ -296,7 +299,7 @@ def train_on_ranks(
         process = subprocess.Popen(command, env=environment | more, preexec_fn=bind_to_parent, text=True,
                                    errors='replace', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
-            tail = follow(process, run, work/'log.txt', show)
+            tail = follow(process, record, work/'log.txt', show)
         finally:
             stop(process) # does nothing if it has ended
         return failure(tail, errors, process.returncode) if process.returncode else ''
@@ -321,15 +324,15 @@ def makes_teacher(name:str)->bool: # name of an experiment
     return name.endswith('teacher')
 
 # %% ../../nbs/launch/01_runner.ipynb #1eff491b
-def has_model(run:Run)->bool:
+def has_model(record:Run)->bool:
     "Returns whether the run's weights are on this machine."
-    return (run.model/'model.safetensors').is_file()
+    return (record.model/'model.safetensors').is_file()
 
 # %% ../../nbs/launch/01_runner.ipynb #9f88d2c1
-def wait_until_done(run:Run, nodes:int, patience:float=60.)->bool: # patience: seconds
+def wait_until_done(record:Run, nodes:int, patience:float=60.)->bool: # patience: seconds
     "Returns whether the run is done; of several nodes, waits a while for their shared disk."
     give_up = time.monotonic() + (patience if nodes > 1 else 0)
-    while Run(run.folder).status != 'done':
+    while Run(record.folder).status != 'done':
         if time.monotonic() >= give_up:
             return False
         time.sleep(.5)
@@ -388,6 +391,8 @@ def run(
         # of several nodes another one writes the result, which is seen here a while later
         if not wait_until_done(record, config.nnodes):
             raise VitdistillError(reason or f'{record.name} ended without a result: start it again.')
+        if reason: # such as of a tracker, to which the result was sent
+            print(f'{record.name} is done, but its ranks failed afterwards: {reason}')
     if show:
         print_end(record)
     return record
@@ -420,7 +425,7 @@ def launch_fill(
     nproc:int=None  # as in `run`
 )->None:
     "Stores the teacher's answers about every view; after an interruption the next call continues."
-    check_folders(config)
+    check_launch(config, nproc)
     config = resolve(config)
     reason = train_on_ranks(config, Run.of(config), nproc, True, '--fill')
     if reason:
@@ -464,7 +469,7 @@ def adopt_teacher(
     given:dict,    # parameters of e04: weights, adopted, new_head, held_out, keep_record, keep_answers
     arm:str=None   # 'study/arm' that its record gets
 )->tuple[Config, Card, Run|None]:
-    "Writes weights as a teacher's folder, and its record where asked; returns its config, card and run."
+    "Makes a teacher's folder of weights, and a record if `given` asks for it; returns config, card and run."
     config = resolve(config)
     weights = given['weights']
     new_head = given.get('new_head', False)
@@ -543,7 +548,7 @@ def with_teacher(
     `out_of_fold`). For a loss without a teacher it resets the teacher's fields."""
     objective = OBJECTIVES.get(config.distillation)
     if objective and objective.wants is None: # a loss without a teacher
-        # keep `unlabelled`, so that a later check rejects it for a loss without a teacher
+        # `unlabelled` stays, since `refuse_unlabelled` has the clearer error
         about_teachers = {*field_names(group='teacher')} - {'unlabelled'}
         return replace(config, **{name: getattr(Config(), name) for name in about_teachers})
     if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
