@@ -288,7 +288,7 @@ def costs_of_model(folder:Path)->dict: # folder: of a model; -> name of a column
     for int8 in smaller: # none without the extra `export`
         costs |= dict(int8_top1=int8.accuracy, int8_mb=int8.mb, int8_ms=int8.ms)
         if int8.images: # without labels nothing is right
-            difference, low, high = paired_score(whole.right, int8.right)
+            difference, low, high = paired_score(int8.right, whole.right)
             costs |= dict(int8_difference=difference, int8_low=low, int8_high=high)
     return costs
 

@@ -43,13 +43,13 @@ for operator, formula in ((torch.ops.torchvision.deform_conv2d, _deformable_flop
         register_flop_formula(operator)(formula)
 
 # %% ../../nbs/models/03_complexity.ipynb #2109df8d
-def _owner(name, calls): # the nearest module, from `name` upwards, that ran; calls: names of modules that ran
+def _owner(name, calls): # `name` or its nearest ancestor in calls, the modules that ran
     while name not in calls:
         name = name.rpartition('.')[0]
     return name
 
 # %% ../../nbs/models/03_complexity.ipynb #6686c297
-def _memory(x): # names the memory of a tensor
+def _memory(x): # an id of the memory that holds a tensor
     return x.untyped_storage()._cdata
 
 def _new_bytes(output, inputs): # bytes of an output at fp32; 0 if it lies in the memory of an input
@@ -59,7 +59,7 @@ def _new_bytes(output, inputs): # bytes of an output at fp32; 0 if it lies in th
     return 4*output.numel()
 
 # %% ../../nbs/models/03_complexity.ipynb #da160f94
-def _forward(model, shape): # {name: (output's shape, bytes of all calls)}, {name: flops, children too}
+def _forward(model, shape): # by module: (last output's shape, bytes of all); FLOPs with its children's
     calls = {}
     def watch(name, module):
         def enter(*_): # a hook must return None
@@ -125,7 +125,8 @@ def complexity(
     except NotImplementedError: # torchvision's RegNets compute their widths with tensors
         model = build(name, image_size, **kwargs)
     failure = f'{name} cannot take images of {image_size} px'
-    with explained(failure, 'choose a larger image_size', RuntimeError, reason=first_line):
+    with explained(failure, 'choose another image_size, such as 224', RuntimeError, AssertionError,
+                   reason=first_line):
         return layers(model, (3, image_size, image_size))
 
 # %% ../../nbs/models/03_complexity.ipynb #27af3c73
@@ -171,15 +172,16 @@ def largest_batch(
 def throughput(
     name:str,           # timm architecture, or torchvision's after 'torchvision/'
     image_size:int=224, # side of the input, px
-    batch_size:int=8,   # images per forward pass; 0: the largest number that fits on a GPU, 8 elsewhere
+    batch_size:int=8,   # images per forward pass; 0: as of `largest_batch` on a GPU, 8 elsewhere
     repeats:int=5,      # number of timed forward passes
     device:str='',      # 'cpu', 'cuda', ...; '': the GPU if there is one
     **kwargs            # for the library's constructor
 )->float:
-    "Returns images per second of a model's forward pass at fp32, channels_last, with random weights."
+    """Returns images per second of a model's forward pass: float32, channels_last, random weights. On a GPU,
+    cuDNN may use TF32 for convolutions."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     model = build(name, image_size, **kwargs).to(device, memory_format=torch.channels_last)
     image = torch.randn(1, 3, image_size, image_size, device=device)
-    if not batch_size: # a full host kills us
+    if not batch_size: # not tried on a CPU, where full memory would end the process
         batch_size = largest_batch(model, image) if image.is_cuda else 8
     return images_per_second(model, _copies(image, batch_size), repeats)

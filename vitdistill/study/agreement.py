@@ -23,10 +23,12 @@ def answers_given(
     teachers:list[Run],   # one, or those of two folds
     part:str='train',     # of the student's images: 'train', 'test' or 'val'
 )->pd.DataFrame:          # image, label, decision; two rows for an image that two teachers answer
-    "Returns the teachers' decisions; of two, for a training image, that of the one that had not seen it."
+    """Returns the teachers' decisions. Of two teachers of folds, a training image gets the one that did not see
+    it."""
     if part != 'train':
         parts = [part]
     else:
+        # a student's training image may be in either part of its teacher
         parts = ['val'] if len(teachers) > 1 else ['train', 'val']
     frames = []
     for run in teachers:
@@ -40,10 +42,11 @@ def answers_given(
 # %% ../../nbs/study/04_agreement.ipynb #88d4a219
 def agreements(
     teachers:list[Run], # one, or those of two folds
-    student:Run,        # taught by it or not
+    student:Run,        # taught by these or not
     part:str='test',    # 'test', 'val' or 'train', of the student
-)->dict:                # images, contradicted (teacher and label differ): counts; the rest shares in [0, 1]
-    "Returns how often student and teacher agree, and with whom it sides where teacher and label differ."
+)->dict:                # images, contradicted (teacher and label differ): counts; others: shares in [0, 1]
+    """Returns how often student and teacher agree, and with whom the student sides where teacher and label
+    differ."""
     same_data([*teachers, student])
     given = answers_given(teachers, part)
     both = given.merge(read_predictions(student, part), on='image', suffixes=('_given', ''))
@@ -55,7 +58,10 @@ def agreements(
         agree=both.decision == both.decision_given))
     contradicted = equal[~equal.teacher_top1] # shares of these are NaN without rows
     neither = ~(contradicted.student_top1 | contradicted.agree)
-    return dict(part=part, images=len(both), **equal.mean(), contradicted=len(contradicted),
+    # 2 of two teachers of folds, about test images; `contradicted` is their mean
+    answers_an_image = len(both)/both.image.nunique()
+    return dict(part=part, images=both.image.nunique(), **equal.mean(),
+                contradicted=round(len(contradicted)/answers_an_image),
                 with_label=contradicted.student_top1.mean(), with_teacher=contradicted.agree.mean(),
                 with_neither=neither.mean())
 

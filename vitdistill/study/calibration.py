@@ -35,7 +35,11 @@ def fit_temperature(log_p, label)->float: # log-probabilities and labels of held
     "Returns the temperature, from .05 to 20, at which the labels are likeliest."
     def loss(log_t):
         return likelihood_loss(log_softmax(log_p/np.exp(log_t), axis=1), label)
-    return float(np.exp(minimize_scalar(loss, bounds=np.log([.05, 20.]), options=dict(xatol=1e-4)).x))
+    lowest, highest = np.log([.05, 20.])
+    log_t = minimize_scalar(loss, bounds=(lowest, highest), options=dict(xatol=1e-4)).x
+    if loss(lowest) <= loss(log_t): # such as 0 at every temperature
+        log_t = lowest
+    return float(np.exp(log_t))
 
 # %% ../../nbs/study/05_calibration.ipynb #4dca04fa
 def log_probabilities(run:Run, part:str='test')->tuple|None: # part: 'test' or 'val' -> (n, C), (n,) labels
@@ -53,7 +57,7 @@ def held_out_temperature(
     log_p, label,        # of test images
     held_out:tuple|None  # log-probabilities and labels of validation images
 )->tuple:
-    "Returns test log-probabilities at a temperature of other images, and the temperature."
+    "Returns test log-probabilities at a temperature of other images, and it (of halves, the geometric mean)."
     if held_out:
         temperature = fit_temperature(*held_out)
         return log_softmax(log_p/temperature, axis=1), temperature
@@ -93,7 +97,8 @@ def keep_scores(run:Run)->list: # names of the written files
         return []
     write_atomic(run.folder/SCORES, json.dumps(calibration(run), indent=1) + '\n')
     arrays = read_arrays(run.folder/'predictions.npz')
-    without_logits = {name: array for name, array in arrays.items() if '_logits' not in name}
+    # not those of the head that is called 'logits', such as test_logits_decision
+    without_logits = {name: array for name, array in arrays.items() if not name.endswith('_logits')}
     RunWriter(run.folder).save_predictions(**without_logits)
     return [SCORES, 'predictions.npz']
 

@@ -28,7 +28,7 @@ from .results import curves, mean_curve, prediction_files, read_predictions, sam
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
 
 # %% ../../nbs/study/08_compare.ipynb #69508232
-def newest(runs:list[Run])->list[Run]: # of one arm, which may have been started again with other settings
+def newest(runs:list[Run])->list[Run]: # of one arm; a seed may have been started again, with other settings
     "Returns one run of each seed: the one that was started last."
     by_seed = {}
     for run in sorted(runs, key=lambda run: (run.begun, run.name)):
@@ -47,29 +47,34 @@ def right_answers(run:Run, file:str='predictions.npz')->pd.Series: # file: of `p
     return frame.decision == frame.label
 
 # %% ../../nbs/study/08_compare.ipynb #00d30258
-def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: no epoch that both kept
-    "Returns `one` minus `other` on the same test images after equal epochs, with Tango's interval."
+def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: nothing in common
+    """Returns `one` minus `other` on the same test images, with Tango's interval: at the end of two finished
+    runs, else after equal epochs."""
     files = prediction_files(one)
     other_files = prediction_files(other)
-    common = files.keys() & other_files.keys()
-    if not common:
+    if one.status == other.status == 'done':
+        epochs, other_epochs = max(files, default=0), max(other_files, default=0)
+    else:
+        epochs = other_epochs = max(files.keys() & other_files.keys(), default=0)
+    if not (epochs and other_epochs):
         return {}
 
     same_data([one, other])
-    epochs = max(common)
-    right = dict(one=right_answers(one, files[epochs]), other=right_answers(other, other_files[epochs]))
+    right = dict(one=right_answers(one, files[epochs]), other=right_answers(other, other_files[other_epochs]))
     both = pd.concat(right, axis=1, join='inner')
-    mean, low, high = paired_score(both.other.to_numpy(), both.one.to_numpy()) # the second minus the first
+    if not len(both):
+        return {}
+    mean, low, high = paired_score(both.one.to_numpy(), both.other.to_numpy())
     return dict(difference=mean, low=low, high=high, interval='test images', epochs=epochs)
 
 # %% ../../nbs/study/08_compare.ipynb #682a6780
 # of a table of differences
 columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1',
-           'difference', 'low', 'high', 'interval', # interval: 'seeds' or 'test images', over which it is
+           'difference', 'low', 'high', 'interval', # interval: over 'seeds' or over 'test images'
            'pooled_low', 'pooled_high',             # with the scatter of all arms of the study
            'p', 'holm',                             # Student's, and Holm's for all rows of the table
            'welch_low', 'welch_high',               # of unpaired seeds
-           'std', 'correlation', 'detectable',      # of the gaps; of the two arms; difference to be seen
+           'std', 'correlation', 'detectable',      # of the gaps; of the arms; at a power of 80%
            'published', 'epochs', 'gaps', 'later', 'runs']
 
 # %% ../../nbs/study/08_compare.ipynb #b018a2fc
@@ -77,7 +82,7 @@ columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1',
 class Comparison:
     "Holds a study and the runs of its arms, and shows what they say."
     study:Study
-    arms:dict[str, list[Run]] # name, with what it varies -> runs, ended or not
+    arms:dict[str, list[Run]] # arm's name, with its varied values -> runs, ended or not
 
     @property
     def measured(self)->str: # what is compared, in words
@@ -97,7 +102,7 @@ class Comparison:
         tops:pd.DataFrame=None, # of `tops` for another metric; None: of the study's measure
         gains:bool=True         # whether differences of gains have rows too
     )->pd.DataFrame:            # `columns`
-        "Returns a row per difference, in fractions; p is corrected for the rows of the table by Holm."
+        "Returns a row per difference, in fractions; column holm is p corrected for all rows of the table."
         allow_image_interval = tops is None and self.study.measure == 'test_top1'
         tops = self.tops() if tops is None else tops
         rows = []
@@ -112,7 +117,7 @@ class Comparison:
         return frame.assign(holm=holm(frame.p))
 
     def accuracies(self)->pd.DataFrame: # fractions
-        "Returns a row per arm: mean and deviation over seeds; the teacher's accuracy on held-out images."
+        "Returns a row per arm: mean and deviation over seeds, and its teacher's accuracy (see `write_tables`)."
         tops = self.tops()
         train_tops = self.tops('train_top1')
         teacher_tops = self.tops('teacher_top1')
@@ -162,7 +167,7 @@ def load_comparison(
 
 # %% ../../nbs/study/08_compare.ipynb #4032c5c8
 def variants(arms:dict, arm:str)->list[str]: # arms: of `arm_names`, name -> (arm of the file, what it varies)
-    "Returns the names of an arm of the file, one for each set of values, or a name as it is."
+    "Returns the names of an arm, one for each set of varied values; a name with values is returned alone."
     if arm in arms:
         return [arm]
     return [name for name in arms if arms[name][0] == arm]
@@ -172,8 +177,8 @@ def counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `varia
     names = variants(arms, other)
     base, values = arms[arm]
     other_base, _ = arms[names[0]]
-    if arm in names or base == other_base: # not with itself, or its own variants
-        return []
+    if base == other_base: # a variant with another one that the file names, never with itself
+        return [] if arm == other or other not in arms else [other]
     def equal(name):
         return all(values[key] == value for key, value in arms[name][1].items() if key in values)
     return [name for name in names if equal(name)]
@@ -196,6 +201,9 @@ def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, o
         if len(sides(pair)) == 4: # [[a, b], [c, d]]: the gain of a over b, minus that of c over d
             found.append((tuple(one), tuple(other)))
         else:
+            if one in arms and other in arms: # both with their values, which may differ
+                found.append(((one,), (other,)))
+                continue
             for arm in variants(arms, one):
                 add(arm, other)
     return list(dict.fromkeys(found))
@@ -210,7 +218,7 @@ def difference(
     "Returns a difference with its intervals, as a row of `Comparison.table`."
     study = comparison.study
     names = [*one, *other]
-    both = tops[list(dict.fromkeys(names))].dropna() # without doubles, for two gains may share an arm
+    both = tops[list(dict.fromkeys(names))].dropna() # each arm once: two gains may share one
     def value(side): # by seed: an arm's, or the gain of one arm over another
         if len(side) == 2:
             return both[side[0]] - both[side[1]]
@@ -244,21 +252,18 @@ def difference(
 
 # %% ../../nbs/study/08_compare.ipynb #f48a72a6
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs
-    "Returns two runs with the same seed, finished ones if there are; [] without any."
-    if not seeds:
-        seeds = sorted({run.config.seed for run in one} & {run.config.seed for run in other})
-    if not seeds:
+    "Returns two runs of the lowest common seed, ended or not; [] if no seed is common."
+    runs_of_one = {run.config.seed: run for run in one}
+    runs_of_other = {run.config.seed: run for run in other}
+    common = seeds or sorted(runs_of_one.keys() & runs_of_other.keys())
+    if not common:
         return []
-    seed = seeds[0]
-    def run_of(runs): # the finished one, or the one that is running
-        started = [run for run in runs if run.config.seed == seed]
-        return finished_runs(started).get(seed) or started[0]
-    return [run_of(one), run_of(other)]
+    return [runs_of_one[common[0]], runs_of_other[common[0]]]
 
 # %% ../../nbs/study/08_compare.ipynb #a78ef33c
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
-    """Returns a row per tried arm, and marks the best: its mean on held-out images over the seeds that all
-    have, or over its own if no seed is common."""
+    """Returns a row per tried arm, and marks the best: by its mean over the seeds that all have, or over each
+    arm's own seeds if none is common."""
     choose = comparison.study.choose
     if not choose:
         return pd.DataFrame()
@@ -290,7 +295,8 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
 
 # %% ../../nbs/study/08_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
-    "Returns a sentence for each arm with unfinished or missing runs, and for arms without a seed in common."
+    """Returns a sentence for each arm with unfinished or missing runs, and for arms without a finished seed in
+    common."""
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
         for run in runs:
@@ -308,7 +314,7 @@ def missing(comparison:Comparison)->list[str]:
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
         if all(seeds) and not set.intersection(*seeds):
             names = f"{' - '.join(one)} and {' - '.join(other)}"
-            notes.append(f'{names}: no seed in common, so they are not compared.')
+            notes.append(f'{names}: no finished seed in common.')
     return notes
 
 # %% ../../nbs/study/08_compare.ipynb #d7208f41
@@ -316,8 +322,8 @@ def taught_pairs(
     records:list[Run], # of `find_runs`
     dataset:str=''     # '': any
 )->list[tuple[str, list[Run], list[Run]]]: # 'study: arm', plain runs, taught runs
-    """Returns the runs of each taught arm and of its arm on labels alone; those of several studies once. If
-    no study has any, returns `unnamed_pairs`."""
+    """Returns the runs of each taught arm with those of its arm on labels alone; runs that two studies name,
+    once. If no study has any, returns `unnamed_pairs`."""
     by_runs = {} # names of the runs -> these, for two studies may name the same runs
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
         comparison = load_comparison(name, records)
@@ -335,7 +341,7 @@ def taught_pairs(
 
 # %% ../../nbs/study/08_compare.ipynb #ea70a47b
 def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]:
-    "Returns pairs of runs of no study of nbs/studies that differ in seed and teaching alone (e01 and e02)."
+    "Returns arms that differ in teaching alone, of runs that no study of nbs/studies names (e01 and e02)."
     studies = shipped_names('nbs/studies', '.yaml') # whose arms `taught_pairs` has looked at
     teaching = {*field_names(teaching=True), 'experiment'}
     by_setting = {} # how the runs are trained, but for the teaching -> the teaching -> runs
@@ -370,7 +376,7 @@ def on_labels(config:Config)->bool:
     return config.distillation == 'none' and not config.label_smoothing
 
 def longest_pair(records:list[Run], dataset:str='')->tuple[list[Run], list[Run]]: # ([], []) without any
-    "Returns the plain and taught runs with most epochs; of equal ones, with the longest t_max, then lr."
+    "Returns the plain and taught runs with most epochs; ties go to the longest t_max, then the highest lr."
     found = [(plain, taught) for _, plain, taught in taught_pairs(records, dataset)
              if not taught[0].config.allow_untrained]
     def rank(pair):
@@ -386,7 +392,7 @@ def plot_forest(
     labels:list[str],  # of the rows
     colors:list[str]=(), # of the rows; default: one for all
 )->None:
-    "Draws each difference in points with its interval and, below it, each seed's (hollow: later, or alone)."
+    "Draws each difference in points with its interval; below it each seed's (hollow: later, or over images)."
     colors = [*colors] or ['#0072B2']*len(rows)
     for y, (row, color) in enumerate(zip(rows.itertuples(), colors)):
         over_images = row.interval != 'seeds' # hollow and dashed
@@ -423,7 +429,7 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
     if (rows.interval == 'seeds').any():
         notes.append('lines: 95% intervals over seeds; dots: seeds')
     if rows.later.map(any).any():
-        notes.append('hollow: added later')
+        notes.append('hollow dots: seeds added later')
     if (rows.interval != 'seeds').any():
         notes.append('dashed: one seed, interval over test images')
     minus = f' minus {rows.other.iloc[0]}' if one_baseline else ''
@@ -512,10 +518,14 @@ def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
     about = f'{measured} of an arm minus that of another, 95% intervals.'
     if not rows.pooled_low.isna().all():
         about += " Pooled: with the scatter of all of the study's arms;"
+    if not rows.holm.isna().all():
         about += ' Holm: p corrected for the rows of this table.'
     about_arms = f'{measured} of each arm, mean and standard deviation over seeds;'
-    about_arms += ' teacher_top1: of its teacher, on held-out images.'
-    about_choices = 'Accuracy on held-out images of the settings that were tried.'
+    about_arms += ' teacher_top1: of its teacher, on images '
+    about_arms += 'that it held out, or else on those that it learned from.'
+    by = comparison.study.choose.get('by', 'val_top1')
+    measure = 'Accuracy on held-out images' if by == 'val_top1' else f'`{by}`'
+    about_choices = f'{measure} of the settings that were tried.'
     tables = [('', rows, about), ('_arms', comparison.accuracies(), about_arms),
               ('_choices', choices(comparison), about_choices)]
     files = []
@@ -554,7 +564,8 @@ def studies_with_runs(
     named = set() # studies
     for run in readable:
         named |= {arm.partition('/')[0] for arm in run.arms}
-    sources = {name: name for name in shipped_names('nbs/studies', '.yaml')} # study -> what `load` takes
+    # study -> what `load_comparison` takes
+    sources = {name: name for name in shipped_names('nbs/studies', '.yaml')}
     for name in named:
         for folder in folders:
             file = Path(folder)/f'{name}.yaml'

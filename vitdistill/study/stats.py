@@ -17,7 +17,7 @@ from scipy.stats import binomtest, norm, t as student_t, ttest_1samp, ttest_ind
 def seed_interval(differences)->tuple: # (n,) one per pair of runs -> mean, low, high
     "Returns the mean difference over seeds with its 95% t interval; NaN if it has none."
     differences = np.asarray(differences, float)
-    # .0415 prints as 4.2, not as 4.1
+    # 12 decimals: .04149999999999999 prints as 4.2, as .0415 does
     mean = round(float(differences.mean()), 12) if len(differences) else np.nan
     if len(differences) < 2 or np.ptp(differences) < 1e-9:
         return mean, np.nan, np.nan
@@ -36,10 +36,12 @@ def power(
     difference:float, # the true one
     std:float,        # of the paired differences
     pairs:int,
-    level:float=.05,  # of the two-sided test; .05/3 for the smallest of three p by Holm
+    level:float=.05,  # of the two-sided test; .05/3: Holm's first step of three tests
 )->float:             # in [0, 1]
     "Returns the probability that a paired t test finds this difference."
     freedom = pairs - 1
+    if not std:
+        return float(difference != 0)
     bound = float(student_t.ppf(1 - level/2, freedom))
     shift = difference/std*np.sqrt(pairs)
     below = nctdtr(freedom, shift, -bound)
@@ -50,7 +52,7 @@ def power(
 def paired_difference(
     one,   # (n,) accuracies of an arm, fractions
     other, # (n,) of another, with the same seeds
-)->dict:   # difference, low, high; with enough seeds p, std, detectable, correlation, welch_low, welch_high
+)->dict:   # difference, low, high; if gaps differ also p, std, detectable, correlation, welch_low, welch_high
     "Returns the mean of `one` minus `other` with its 95% t interval over pairs, and Welch's."
     one = np.asarray(one, float)
     other = np.asarray(other, float)
@@ -62,7 +64,7 @@ def paired_difference(
     std = float(np.std(one - other, ddof=1))
     row['p'] = float(ttest_1samp(one - other, 0).pvalue)
     row['std'] = std
-    row['detectable'] = detectable(std, len(one))
+    row['detectable'] = detectable(std, len(one)) # at the std of these pairs, a rough one if they are few
     if min(np.ptp(one), np.ptp(other)) > 1e-9:
         correlation = float(np.corrcoef(one, other)[0, 1])
         row['correlation'] = round(correlation, 6) + 0 # six decimals and no -0.0: processors agree
@@ -74,8 +76,8 @@ def paired_difference(
 
 # %% ../../nbs/study/01_stats.ipynb #387fe8f9
 def pooled_scatter(tops:pd.DataFrame)->tuple[float, int]: # a row a seed, a column an arm; NaN: no run
-    "Returns a run's standard deviation around arm + seed, and its degrees of freedom; NaN and 0 without."
-    rows, columns = np.nonzero(tops.notna().to_numpy()) # a pair of numbers for each run
+    "Returns a run's standard deviation around arm + seed, and its degrees of freedom; (NaN, 0) without any."
+    rows, columns = np.nonzero(tops.notna().to_numpy()) # of each run: its row and its column
     of_seed = np.eye(len(tops))[rows]
     of_arm = np.eye(len(tops.columns))[columns]
     design = np.concatenate([of_seed, of_arm], 1)
@@ -124,20 +126,20 @@ def paired_score(
     other,           # (n,) bool: the second, on the same images
     level:float=.95, # of the interval
 )->tuple:            # (difference, low, high), shares in [-1, 1]
-    "Returns the second accuracy minus the first, with Tango's score interval (1998) over images."
+    "Returns the first accuracy minus the second, with Tango's score interval (1998) over images."
     n = len(one)
-    won = int(np.sum(np.less(one, other)))
-    lost = int(np.sum(np.greater(one, other)))
+    won = int(np.sum(np.greater(one, other)))
+    lost = int(np.sum(np.less(one, other)))
     z = norm.ppf((1 + level)/2)
 
-    def beyond(gap, sign): # distance of the difference from `gap`, minus the distance allowed at this level
+    def beyond(gap, sign): # images between the difference and `gap`, minus those allowed
         b = (2*n - won + lost)*gap - won - lost
         root = np.sqrt(max(0, b*b + 8*n*lost*gap*(1 - gap)))
         q = (root - b)/(4*n) # most likely share of `lost` at that gap
         return sign*(won - lost - n*gap) - z*np.sqrt(max(0, n*(2*q + gap*(1 - gap))))
 
     gap = (won - lost)/n
-    tiny = 1e-9 # just off the difference, where both are 0 if nothing differs
+    tiny = 1e-9 # a step off the difference, where `beyond` may be 0 on both sides
     low, high = -1., 1.
     if beyond(tiny - 1, 1) > 0:
         low = brentq(beyond, tiny - 1, gap - tiny, (1,))
