@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATASETS', 'cifar100_constants', 'digest', 'Data', 'Dataset', 'check_dataset', 'flips', 'image_side', 'data_root',
            'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root', 'cifar_bytes', 'stratified', 'load_digits',
-           'refuse_labels', 'files_of_table', 'files_without_labels', 'list_images', 'image_lines', 'load_images',
-           'labelled_images', 'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks', 'refuse_texts',
-           'held_out', 'row_range', 'fold_rows', 'split_rows']
+           'refuse_labels', 'files_of_table', 'files_without_labels', 'list_images', 'reading_of', 'image_lines',
+           'load_images', 'labelled_images', 'load_data', 'fingerprint', 'image_words', 'read_texts', 'text_marks',
+           'refuse_texts', 'held_out', 'row_range', 'fold_rows', 'split_rows']
 
 # %% ../../nbs/data/01_datasets.ipynb #86df81f7
 import functools, hashlib, io, itertools, math, os, pickle, re, tempfile, typing
@@ -418,6 +418,11 @@ def _reading(config, *parts): # what makes pixels of files
     reader = 'reader 2' if all_jpeg else 'reader 3'
     return reader if config.exif_orientation else f'{reader}, not turned'
 
+def reading_of(config:Config, *parts:ImageFiles)->str:
+    "Returns what makes pixels of these files: the side in px, the reader, whether images are turned."
+    return f'{image_side(config)} px, {_reading(config, *parts)}'
+
+
 # %% ../../nbs/data/01_datasets.ipynb #bcb3c9c6
 def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."
@@ -461,7 +466,7 @@ def load_images(config:Config)->Data:
     train_part = read(train, on_disk=large or config.whole_image)
     test_part = read(test, on_disk=large)
     return Data(config.dataset, *train_part, *test_part, train.classes,
-                listing=listing, reading=f'{side} px, {_reading(config, train)}')
+                listing=listing, reading=reading_of(config, train))
 
 # %% ../../nbs/data/01_datasets.ipynb #3e91c0f4
 def labelled_images(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np, torch, torch.nn.functional as F
 from ..base import VitdistillError, from_root
 from ..config import Config
-from .datasets import Data, check_dataset, digest, image_side, list_images, row_range
+from .datasets import Data, check_dataset, digest, image_side, list_images, reading_of
+from .datasets import row_range
 from .duplicates import same_bytes, same_pixels
 from .files import TESTS, DiskImages, centred, files_in, printable, some_rows
 
@@ -34,15 +35,15 @@ def unlabelled_mark(config:Config)->str: # sixteen hexadecimal digits
 
 # %% ../../nbs/data/06_unlabelled.ipynb #19e0d2b7
 class JoinedImages(DiskImages):
-    "Holds two sets of images as one, of which one at least stays on the disk; the second follows the first."
+    "Joins two sets of images, the second after the first; at least one is on the disk."
     def __init__(self, first, second): # each a `DiskImages` or a tensor (N, size, size, 3) uint8
         self.parts = first, second
-        self.first = len(first)
+        self.n_first = len(first)
         self.device = torch.device('cpu')
         self.shape = len(first) + len(second), *first.shape[1:]
 
     def __setattr__(self, name, value):
-        if name == 'pool': # of a loading process
+        if name == 'pool': # a loading process gives its own to each part
             for part in self.parts:
                 setattr(part, 'pool', value)
         super().__setattr__(name, value)
@@ -52,11 +53,11 @@ class JoinedImages(DiskImages):
             rows = torch.arange(len(self))[rows]
         images = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
         first, second = self.parts
-        late = rows >= self.first
-        if (~late).any():
-            images[~late] = first[rows[~late]]
-        if late.any():
-            images[late] = second[rows[late] - self.first]
+        in_second = rows >= self.n_first
+        if (~in_second).any():
+            images[~in_second] = first[rows[~in_second]]
+        if in_second.any():
+            images[in_second] = second[rows[in_second] - self.n_first]
         return images
 
     def resident(self)->torch.Tensor: # (N, size, size, 3) uint8
@@ -66,9 +67,9 @@ class JoinedImages(DiskImages):
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray:
         "Returns a square of one image, as `DiskImages` does."
         first, second = self.parts
-        if row < self.first:
+        if row < self.n_first:
             return first.square(row, cut)
-        return second.square(row - self.first, cut)
+        return second.square(row - self.n_first, cut)
 
 def joined(first, second): # images, each a tensor or a `DiskImages`
     "Returns two sets of images as one."
@@ -78,10 +79,10 @@ def joined(first, second): # images, each a tensor or a `DiskImages`
 # %% ../../nbs/data/06_unlabelled.ipynb #5f60516f
 @dataclass
 class Unlabelled:
-    "Holds the images that only the teacher answers."
+    "Holds training images without labels, of which only the teacher's answers are learned."
     place:str           # as `Config.unlabelled`
     rows:torch.Tensor   # (M,) int64, rows of all images, the dataset's own first
-    images:'torch.Tensor|DiskImages|None'=None # those of a folder; None: they are training images
+    images:'torch.Tensor|DiskImages|None'=None # those of a folder; None: rows of the dataset
     mark:str=''         # identifies those of a folder, and how they are read
     left_out:collections.Counter=field(default_factory=collections.Counter) # why -> number
 
@@ -112,7 +113,7 @@ def unlabelled_rows(
 
 # %% ../../nbs/data/06_unlabelled.ipynb #44a67a08
 def refuse_own_folder(config:Config)->None:
-    "Raises `VitdistillError` if the folder of unlabelled images and one of the dataset lie in each other."
+    "Raises `VitdistillError` if the unlabelled folder lies in a folder of the dataset, or holds one."
     if check_dataset(config.dataset).side or not config.data_root:
         return
     folder = from_root(config.unlabelled).resolve()
@@ -122,8 +123,8 @@ def refuse_own_folder(config:Config)->None:
             continue
         place = place.resolve()
         if folder.is_relative_to(place) or place.is_relative_to(folder):
-            raise VitdistillError(f'unlabelled = {config.unlabelled!r} and {place}, which has labels, lie in '
-                                  'each other: name a folder beside it.')
+            raise VitdistillError(f'unlabelled = {config.unlabelled!r} and {place}, which has labels, are '
+                                  'one in the other: name a folder beside it.')
 
 # %% ../../nbs/data/06_unlabelled.ipynb #4667b307
 def _rows_of_copies(files, images, others, other_images): # rows of files that are among the others
@@ -132,7 +133,7 @@ def _rows_of_copies(files, images, others, other_images): # rows of files that a
     rows = set()
     if others: # the dataset's own files; the hub has none
         for group in same_bytes([files, others]):
-            rows.update(row for number, row in group if number == 0)
+            rows.update(row for number, row in group if number == 0) # 0: the first list, the unlabelled files
     return rows
 
 # %% ../../nbs/data/06_unlabelled.ipynb #17cda077
@@ -148,8 +149,8 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     if files.broken:
         left_out['that can not be read'] += len(files.broken)
 
-    of_files = not check_dataset(config.dataset).side and not config.dataset.startswith('hfds/')
-    own_files = list_images(config) if of_files else {}
+    has_files = not check_dataset(config.dataset).side and not config.dataset.startswith('hfds/')
+    own_files = list_images(config) if has_files else {}
     copies = set()
     for part, own_images in (('train', data.train_images), ('test', data.test_images)):
         rows = _rows_of_copies(files, images, own_files.get(part), own_images)
@@ -162,7 +163,7 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
         images = images[torch.tensor(rows)]
     else:
         images = DiskImages(files, side, config.exif_orientation)
-    reading = f'{side} px, {data.reading}, turned {config.exif_orientation}\n'
+    reading = f'{side} px, {reading_of(config, files)}, turned {config.exif_orientation}\n'
     mark = digest([reading, *(os.fsencode(f'{name} {size}\n') for name, size, _ in files.files)])
     numbers = len(data.train_labels) + torch.arange(len(rows))
     return Unlabelled(config.unlabelled, numbers, images, mark, left_out)
@@ -182,7 +183,7 @@ def unlabelled_images(
     if len(unlabelled):
         return unlabelled
     raise VitdistillError(f'unlabelled = {config.unlabelled!r} leaves no image ({unlabelled}): name images '
-                          'that are neither trained on with labels nor test images.')
+                          'that are not trained on with labels, not held out and not for tests.')
 
 # %% ../../nbs/data/06_unlabelled.ipynb #fdc605be
 def labels_of_all(

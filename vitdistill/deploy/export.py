@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import nn
-from ..base import VitdistillError, from_here, require, write_atomic
+from ..base import VitdistillError, from_here, generator, require, write_atomic
 from ..models.create import combine
 from ..options import export_parser
 from .predict import from_folder, from_onnx, model_folder
@@ -34,9 +34,9 @@ def largest_difference(
     file:str|Path,   # ONNX file of the exported model
     model:nn.Module, # the same, pixels -> probabilities, in eval mode
     side:int,        # side of its input, px
-    batch:int=3      # number of images, not the one of the export
+    batch:int=3      # images; other than the 2 of the export, so that a fixed batch size shows
 )->float:
-    "Returns the largest difference of log-probabilities from torch's, over the largest of them above 1."
+    "Returns max |onnx - torch| of the log-probabilities, divided by max |torch| if that is above 1."
     pixels = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         by_torch = model(pixels).clamp(min=1e-30).log()
@@ -51,15 +51,15 @@ def export_onnx(
     model:Run|str|Path, # as in `model_folder`
     file:str|Path=None  # file to write, or a folder for model.onnx; default: the model's folder
 )->Path:
-    "Writes a trained model as one ONNX file if its answers are torch's within 1e-4; returns the file."
+    "Writes a trained model as an ONNX file if it agrees with torch (`largest_difference`); returns the file."
     for package in PACKAGES:
         require(package, 'export')
     import onnx
     folder = model_folder(model)
     predictor = from_folder(folder)
-    cropped, side = predictor.sides
+    crop_side, side = predictor.sides
     whole = Pixels(predictor.forward, *predictor.constants).eval()
-    about = dict(classes=json.dumps(predictor.classes), image_size=str(cropped),
+    about = dict(classes=json.dumps(predictor.classes), image_size=str(crop_side),
                  exif_orientation=str(predictor.exif_orientation), parameters=str(predictor.parameters))
     def write(path):
         proto = _traced(whole, side)
@@ -77,11 +77,14 @@ def export_onnx(
 def _traced(model:Pixels, side:int): # -> an ONNX ModelProto for any number of images
     with (contextlib.redirect_stdout(sys.stderr), # older exporters print what they rewrite
           warnings.catch_warnings(action='ignore'), torch.inference_mode()):
-        logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+        logger = logging.getLogger('torch.onnx')
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         program = torch.onnx.export(
-            model, (torch.rand(2, 3, side, side),), dynamo=True, verbose=False,
+            model, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
             input_names=['pixels'], output_names=['probabilities'],
             dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
+        logger.setLevel(level)
     return program.model_proto
 
 # %% ../../nbs/deploy/01_export.ipynb #ad29c62d
@@ -129,17 +132,17 @@ def _written(file, to, write): # -> `to`, with the metadata of `file`; an error 
 
         model = from_onnx(path)
         side = model.sides[0]
-        noise = torch.randint(256, (2, side, side, 3), dtype=torch.uint8)
+        noise = torch.randint(256, (2, side, side, 3), dtype=torch.uint8, generator=generator(0))
         try:
             model.probabilities(noise)
         except VitdistillError:
-            raise VitdistillError(f'the answers of {file} are not finite in {to.name}: '
-                                  'use it as it is.') from None
+            raise VitdistillError(f'{to.name} gives answers that are not finite, so it is not written: '
+                                  f'use {file}.') from None
     return write_atomic(to, write_whole)
 
 # %% ../../nbs/deploy/01_export.ipynb #41d422da
 def main(arguments:list=None)->int:
-    "Runs the command line; returns the exit status."
+    "Runs `vitdistill export MODEL` without smaller files; returns the exit status."
     args = export_parser().parse_args(arguments)
     if args.data:
         raise VitdistillError('--data is for --int8 and --fp16, which are measured on images: add one.')

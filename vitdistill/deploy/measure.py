@@ -53,13 +53,13 @@ def images_of(
     model:Predictor,
     folder:Path,     # of the model, for its run and card
     data:str|Path='' # another folder of train/CLASS/* and val/CLASS/* (or test)
-)->tuple: # (`Data`, rows of its training images that the model was trained on)
+)->tuple: # (`Data`, rows of its training images; without `data` those that the model was trained on)
     """Returns the training and test images of a model; if they are not here, or have other classes, it's a
     `VitdistillError`."""
     config = _training_config(folder)
     if data: # all its training images may be used
         config = replace(config or Config(), dataset='imagefolder', data_root=typed_path(data),
-                         class_names=[], whole_image=False, image_size=model.sides[0],
+                         class_names=[], labels='', whole_image=False, image_size=model.sides[0],
                          exif_orientation=model.exif_orientation,
                          data_fraction=1., val_fraction=0., val_rows='', fold='')
     advice = 'give a folder of train/CLASS/* and val/CLASS/* as data (--data DIR).'
@@ -86,14 +86,16 @@ def images_of(
 
 # %% ../../nbs/deploy/02_measure.ipynb #fdcfb3d3
 def _classes_in_words(classes, noun=''): # their number, and the first names
-    return f'{len(classes)}{noun} ({", ".join(classes[:5])}, ...)'
+    more = ', ...' if len(classes) > 5 else ''
+    return f'{len(classes)}{noun} ({", ".join(classes[:5])}{more})'
 
 def _training_config(folder): # of the run that trained a model, or what its card says; None: neither is here
     try:
         run = find_run(folder)
     except VitdistillError: # a folder that was copied, or saved by hand
         card = Card.read(folder)
-        if not card or not check_dataset(card.split['dataset']).side: # it does not name the folder
+        dataset = card.split.get('dataset') if card else None
+        if not dataset or not check_dataset(dataset).side: # a card names no folder of images
             return None
         return from_dict(card.split | dict(image_size=card.image_size))
     data_root = run.config.data_root
@@ -132,7 +134,7 @@ def milliseconds(
     start = time.perf_counter()
     while len(times[-1]) < 12 or time.perf_counter() - start < seconds*len(files):
         for timer, of_file in zip(timers, times):
-            of_file.append(timer.timeit(1).mean) # after two passes that warm the caches again
+            of_file.append(timer.timeit(1).mean) # timeit runs two passes before, which fill the caches
     return [1e3*float(np.quantile(of_file, .1)) for of_file in times]
 
 def predicted_classes(
@@ -173,8 +175,10 @@ def measure(
         if is_file:
             files = [from_here(model)]
         elif all(map(importlib.util.find_spec, PACKAGES)):
-            drawn = torch.randperm(len(rows), generator=generator(0))[:256].sort().values
-            pixels = images.train_images[rows[drawn]]
+            pixels = None
+            if 'int8' in kinds:
+                drawn = torch.randperm(len(rows), generator=generator(0))[:256].sort().values
+                pixels = images.train_images[rows[drawn]]
             files = _exported(folder, kinds, pixels, whole.sides[1], Path(file or draft))
         else:
             files = []
@@ -186,15 +190,16 @@ def measure(
         times = milliseconds(files) if files else [None]
         sizes = [path.stat().st_size/1e6 for path in files] or [None]
 
-    kinds = ['' if is_file else 'fp32', *kinds]
-    names = [whole.name]*len(kinds)
+    all_kinds = ['' if is_file else 'fp32', *kinds]
+    names = [whole.name]*len(all_kinds)
     if files and (is_file or file):
         names = [str(path) for path in files]
     labels = images.test_labels.numpy()
-    return [_model_costs(whole, labels, *row) for row in zip(names, kinds, sizes, times, predicted)]
+    of_files = zip(names, all_kinds, sizes, times, predicted)
+    return [_model_costs(whole, labels, *values) for values in of_files]
 
 # %% ../../nbs/deploy/02_measure.ipynb #0e789e80
-def _exported(folder, kinds, images, side, file): # the ONNX files; images: (N, H, W, 3) uint8, of training
+def _exported(folder, kinds, images, side, file): # the ONNX files; images: (N, H, W, 3) uint8, for int8
     whole = export_onnx(folder, file)
     files = [whole]
     for kind in kinds:
@@ -233,12 +238,12 @@ def cost_table(rows:list)->str: # of `measure`
 
 def difference_in_words(
     one:ModelCosts, other:ModelCosts, # on the same test images
-    interval:Callable # (right, right) -> (difference, low, high), as `study.stats.paired_score`
+    interval:Callable # (right of a, right of b) -> (a - b, low, high), as `study.stats.paired_score`
 )->list:
     "Returns sentences on what `one` loses against `other`: accuracy, with its interval, and time."
     lines = []
     if one.images:
-        gap, low, high = interval(other.right, one.right)
+        gap, low, high = interval(one.right, other.right)
         ends = f'{100*low:.1f} to {100*high:.1f} over {one.images:,} test images'
         lines.append(f'{one.kind} minus {other.kind}: {100*gap:+z.1f} points ({ends})')
         if high < 0:
@@ -257,7 +262,10 @@ def main(
     for package in PACKAGES:
         require(package, 'export')
     kinds = [kind for kind in SMALLER if getattr(args, kind)]
-    file = from_here(args.out) if args.out else model_folder(args.model)
+    if args.out or args.model.endswith('.onnx'): # `measure` refuses a file
+        file = args.out and from_here(args.out)
+    else:
+        file = model_folder(args.model)
     rows = measure(args.model, kinds, args.data, file)
     print(cost_table(rows))
     print(f'ms: one image at a time, one thread, {machine_in_words(environment(), "cpu")}')

@@ -23,8 +23,8 @@ def answers_given(
     teachers:list[Run],   # one, or those of two folds
     part:str='train',     # of the student's images: 'train', 'test' or 'val'
 )->pd.DataFrame:          # image, label, decision; two rows for an image that two teachers answer
-    """Returns the teachers' decisions. Of two teachers of folds, a training image gets the one that did not see
-    it."""
+    """Returns the teachers' decisions; of two teachers of folds, about a training image, that of the one that
+    did not see it."""
     if part != 'train':
         parts = [part]
     else:

@@ -117,7 +117,7 @@ class Comparison:
         return frame.assign(holm=holm(frame.p))
 
     def accuracies(self)->pd.DataFrame: # fractions
-        "Returns a row per arm: mean and deviation over seeds, and its teacher's accuracy (see `write_tables`)."
+        "Returns a row per arm: mean and deviation over seeds, and the accuracy of its teacher."
         tops = self.tops()
         train_tops = self.tops('train_top1')
         teacher_tops = self.tops('teacher_top1')
@@ -295,8 +295,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
 
 # %% ../../nbs/study/08_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
-    """Returns a sentence for each arm with unfinished or missing runs, and for arms without a finished seed in
-    common."""
+    "Returns sentences on arms with unfinished or missing runs, and on arms without a common finished seed."
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
         for run in runs:

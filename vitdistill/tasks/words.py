@@ -7,7 +7,7 @@ __all__ = ['read_pairs', 'given_pairs', 'words_of_classes', 'is_by_words', 'load
            'templates_of', 'text_embeddings', 'classifier_by_words', 'teacher_by_words']
 
 # %% ../../nbs/tasks/05_words.ipynb #cbc74d46
-import csv, json
+import csv, io, json
 from pathlib import Path
 import torch, torch.nn.functional as F, yaml
 from timm.models import get_pretrained_cfg
@@ -26,18 +26,20 @@ def _pairs_in_yaml(text): # of (folder, words); words None where names alone are
         return [*values.items()]
     if isinstance(values, list) and all(isinstance(name, str) for name in values):
         return [(name, None) for name in values]
-    raise ValueError('lists or single words stand there')
+    raise ValueError('it is neither "folder: words" nor "- name" throughout')
 
-def _pairs_in_csv(text, file): # the same; file: for messages
-    lines = text.splitlines()
-    heading = lines[0] if lines else ''
-    if ';' in heading:
-        delimiter = ';'
-    elif '\t' in heading:
-        delimiter = '\t'
-    else:
-        delimiter = ','
-    rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(cell.strip() for cell in row)]
+def _rows_of_csv(text, delimiter): # without blank ones; a line break within a cell is a space
+    rows = []
+    for row in csv.reader(io.StringIO(text, newline=''), delimiter=delimiter):
+        if any(cell.strip() for cell in row):
+            rows.append([' '.join(cell.split()) for cell in row])
+    return rows
+
+def _pairs_in_csv(text, file): # -> [(folder, words)]; file: named in messages
+    for delimiter in ';', '\t', ',': # the first that divides the first row, not within the quotes of a cell
+        rows = _rows_of_csv(text, delimiter)
+        if rows and len(rows[0]) > 1 and not any('"' in cell for cell in rows[0]):
+            break
     if all(len(row) == 1 for row in rows):
         names = [row[0] for row in rows]
         for name in names:
@@ -46,9 +48,15 @@ def _pairs_in_csv(text, file): # the same; file: for messages
         return [(name, None) for name in names]
     for row in rows:
         if len(row) != 2:
-            raise VitdistillError(f'{file}: {delimiter.join(row)!r} has {len(row)} columns: give two, a '
-                                  'folder and its words; words with a comma stand in quotes.')
+            raise VitdistillError(f'{file}: {delimiter.join(row)!r} does not have two columns: give a folder '
+                                  'and its words; words with a comma stand in quotes.')
     return rows
+
+def _is_yaml(file:Path)->bool:
+    return file.suffix.lower() in ('.yaml', '.yml')
+
+def _problem(error): # of YAML, in a line
+    return getattr(error, 'problem', None) or first_line(error)
 
 def read_pairs(file:Path)->list: # of (folder, words), words None where a file lists names alone
     "Returns what a file says: YAML lines `folder: words` or `- name`, or a CSV of two columns or one."
@@ -58,13 +66,11 @@ def read_pairs(file:Path)->list: # of (folder, words), words None where a file l
         text = content.decode('utf-8-sig')
     except UnicodeDecodeError:
         raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
-    if file.suffix.lower() not in ('.yaml', '.yml'):
+    if not _is_yaml(file):
         return _pairs_in_csv(text, file)
 
-    def reason(error):
-        return getattr(error, 'problem', None) or first_line(error)
     what = f'{file} holds no lines of the form "folder: words"'
-    with explained(what, 'mend it', yaml.YAMLError, ValueError, reason=reason):
+    with explained(what, 'mend it', yaml.YAMLError, ValueError, reason=_problem):
         return _pairs_in_yaml(text)
 
 # %% ../../nbs/tasks/05_words.ipynb #3099dc49
@@ -72,11 +78,15 @@ def given_pairs(
     given:str|Path|dict|list|None, # file of `read_pairs`, folder -> words, or names alone
     classes:list=() # names of the class folders
 )->list: # of (folder, words), words None where names alone are given
-    "Returns names of classes and their words as texts, without a heading."
+    "Returns (class, words) pairs as stripped texts; a heading of a CSV is left out."
+    is_csv = False
     if isinstance(given, str) and given.lstrip()[:1] in ('{', '['): # as a command line has them
-        given = parse_yaml(given)
-    if isinstance(given, str | Path):
+        with explained(f'the classes {given!r} are not YAML', 'mend them', yaml.YAMLError, ValueError,
+                       reason=_problem):
+            pairs = _pairs_in_yaml(given)
+    elif isinstance(given, str | Path):
         pairs = read_pairs(from_here(given)) if str(given) else []
+        is_csv = not _is_yaml(Path(given))
     elif isinstance(given, dict):
         pairs = given.items()
     else:
@@ -85,7 +95,7 @@ def given_pairs(
     if not pairs:
         return []
     first_name = pairs[0][0]
-    is_heading = first_name.lower() in ('folder', 'class', 'name') and first_name not in classes
+    is_heading = is_csv and first_name.lower() in ('folder', 'class', 'name') and first_name not in classes
     return pairs[1:] if is_heading else pairs
 
 # %% ../../nbs/tasks/05_words.ipynb #f3ce7eb6
@@ -125,7 +135,7 @@ def words_of_classes(
     missing = [name for name in classes if name not in words]
     if given and missing:
         more = ', ...' if len(missing) > 5 else ''
-        print(f"{source} has no words for {', '.join(missing[:5])}{more}: the folder's name serves.")
+        print(f"{source}: no words for {', '.join(missing[:5])}{more}: their own names are taken.")
     names = classes or sorted(words, key=natural_order) # as folders are
     words = {name: words.get(name) or _usual_words(name) for name in names}
     _refuse_same(words)
@@ -187,7 +197,7 @@ def license_of(encoder:Encoder, teacher:str)->str: # teacher: clip:...
     else:
         model, _, weights = name.partition('/')
         config = open_clip.get_pretrained_cfg(model, weights) or {}
-        place = config.get('hf_hub', '').rstrip('/')
+        place = '/'.join(config.get('hf_hub', '').split('/')[:2]) # OWNER/MODEL, without a file in it
     if not place:
         return 'unknown'
     config = get_pretrained_cfg(place.removeprefix('timm/')) if place.startswith('timm/') else None
@@ -196,7 +206,7 @@ def license_of(encoder:Encoder, teacher:str)->str: # teacher: clip:...
     return hub_license(f'hf-hub:{place}') or 'unknown'
 
 def templates_of(encoder:Encoder)->list: # texts with {} for the words
-    "Returns CLIP's seven templates; of an encoder of our own those it was fitted to, or the words alone."
+    "Returns CLIP's seven templates, or those that our own encoder was fitted to ('{}' by default)."
     if isinstance(encoder, DualEncoder):
         return encoder.templates
     import open_clip
@@ -226,7 +236,7 @@ def classifier_by_words(encoder:Encoder, words:list, templates:list)->torch.nn.M
     expected = tower(pixels.to(next(tower.parameters()).device))
     if isinstance(expected, tuple):
         expected = expected[0]
-    if (model.embed(pixels) - expected.cpu()).abs().max() > 1e-2:
+    if not (model.embed(pixels) - expected.cpu()).abs().max() <= 1e-2: # or NaN
         raise VitdistillError('the image tower of this model could not be made again alone: give another '
                               'model of open_clip as teacher.')
     return model
@@ -237,10 +247,12 @@ def teacher_by_words(
     folder:Path,  # the model folder to write; one of the same teacher and words is kept
     device:str='cpu' # for the texts
 )->Path: # folder
-    "Writes a teacher that answers by words as a model folder, not yet measured; returns the folder."
+    "Writes the model folder of a teacher by words, without measured accuracy; returns the folder."
     file = folder/WORDS
     about = dict(teacher=teacher, words=words)
-    if file.is_file() and json.loads(file.read_text()).items() >= about.items():
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    # the order of the words is that of the logits
+    if kept.get('teacher') == teacher and [*kept['words'].items()] == [*words.items()]:
         return folder
     file.unlink(missing_ok=True) # it is written last
     encoder = load_encoder(teacher, device)
