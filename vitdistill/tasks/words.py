@@ -19,7 +19,7 @@ from ..models.create import create, readme_head, save_model
 from ..teachers.card import WORDS
 from .encoders import DualEncoder, Encoder, OpenClip, load_dual
 
-# %% ../../nbs/tasks/05_words.ipynb #b621ef20
+# %% ../../nbs/tasks/05_words.ipynb #71b56013
 def _pairs_in_yaml(text): # of (folder, words); words None where names alone are listed
     values = parse_yaml(text, loader=yaml.BaseLoader) or {} # all values are texts
     if isinstance(values, dict) and all(isinstance(words, str) for words in values.values()):
@@ -52,6 +52,8 @@ def _pairs_in_csv(text, file): # -> [(folder, words)]; file: named in messages
                                   'and its words; words with a comma stand in quotes.')
     return rows
 
+
+# %% ../../nbs/tasks/05_words.ipynb #b621ef20
 def _is_yaml(file:Path)->bool:
     return file.suffix.lower() in ('.yaml', '.yml')
 
