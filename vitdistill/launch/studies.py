@@ -38,7 +38,7 @@ class Study:
     compare:list = field(default_factory=list)  # [arm, other], or [[arm, other], [arm, other]]
     published:dict = field(default_factory=dict) # arm -> accuracy in a paper, a fraction
     choose:dict = field(default_factory=dict)   # field (of `vary`), by (number of result.json: val_top1)
-    measure:str = 'test_top1'                   # number of result.json that is compared
+    measure:str = 'test_top1'                   # number of result.json that is compared, such as val_top1
     about:dict = field(default_factory=dict)    # of a job: images and command, in words, for its page
 
     def __post_init__(self):
@@ -269,6 +269,9 @@ def check_study(study:Study)->None:
     "Raises a `VitdistillError` for an unknown arm, a circle, or two arms of equal settings."
     if not study.arms:
         raise VitdistillError(f'{study.name}: arms is empty: write "plain: small_tuned/plain".')
+    if not study.measure.endswith(('top1', 'top5')): # tables and pictures show percent
+        raise VitdistillError(f'{study.name}: measure = {study.measure!r} is no share of right answers: take '
+                              'one such as test_top1 or val_top1.')
     for key in study.choose:
         if key not in ('field', 'by'):
             raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
