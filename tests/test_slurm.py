@@ -204,7 +204,7 @@ def test_a_teacher_that_fails_takes_its_students_along(slurm, tmp_path):
     assert wait_until(lambda: not answer("squeue", "-h"), 400, poll=1)
     states, said = status(grid, grid.parent)
     assert [state for state, _ in states] == ["failed", "done", "failed"], said
-    assert f"{tmp_path}/nowhere" in said and "not started, because its teacher failed" in said
+    assert f"{tmp_path}/nowhere" in said and "not started, because a run that it waits for failed" in said
 
 
 def test_a_cell_on_two_nodes(slurm, tmp_path):

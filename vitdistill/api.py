@@ -26,6 +26,7 @@ from .teachers.answers import open_memo
 from .base import VitdistillError, default_place, explained, first_line, from_here, nearest
 from .base import print_result, stoppable
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
+from .config import typed_preset
 from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
 from .data.augment import unnumbered
@@ -885,6 +886,7 @@ def distill(
     "Trains a student with and without a teacher on a folder of images, and compares them."
     command = command_of(distill, locals()) # while locals() has the arguments alone
     data = from_here(data)
+    preset = typed_preset(preset)
     out = from_here(out or default_place('out/mine'))
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     students = chosen_students(student, out, fields)

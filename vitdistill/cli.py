@@ -20,7 +20,7 @@ import yaml
 from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, explained, from_here
 from .base import from_root, nearest, progress_apart, repo_root, typed_path, write_atomic
-from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset
+from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset, typed_preset
 from .options import bench_parser, captions_parser, compare_parser, declarations, distill_parser
 from .options import evaluate_parser, export_parser, grid_parser, option_of, predict_parser
 from .options import with_hyphens
@@ -123,18 +123,22 @@ def yaml_value(
 ):
     "Returns a value as YAML reads it; text that is no YAML is a `VitdistillError`."
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError):
         raise VitdistillError(f'{name} = {text!r} is not YAML: write it as in a preset.') from None
+    if value is None and name != 'flip': # the one field that may be None
+        raise VitdistillError(f'{name} = {text!r} is no value: give one, or leave the option out.')
+    return value
 
 # %% ../nbs/07_cli.ipynb #1e4d91b2
 def field_values(
-    words:list[str] # arguments, such as `--lr 1e-3 --opt-kwargs '{betas: [.9, .95]}'`; _ may replace hyphens
+    words:list[str], # arguments, such as `--lr 1e-3 --opt-kwargs '{betas: [.9, .95]}'`; _ may replace hyphens
+    more:Iterable[str]=() # the command's own options, for advice
 )->tuple[dict, str|None]: # fields as YAML reads them, value of --config
     "Returns the fields and the config file of a command line; an unknown option is an error with advice."
     options, unknown = train_parser().parse_known_args(with_hyphens(words))
     resolved = field_names(group='found')
-    names = ['config', *(name for name in field_names() if name not in resolved)]
+    names = ['config', *more, *(name for name in field_names() if name not in resolved)]
     for word in unknown:
         if not word.startswith('--'):
             raise VitdistillError(f'{word!r} belongs to no option: write --FIELD VALUE.')
@@ -156,6 +160,7 @@ def command_config(
     if source is None:
         return from_dict(given)
     name, colon, experiment = source.rpartition(':')
+    name = typed_preset(name)
     if not colon or Path(source).is_file():
         config = load(source)
         automatic = [field for field in config.auto if field not in given]
@@ -202,7 +207,11 @@ def experiment_values(
 )->dict:
     "Returns parameters of experiment notebooks, name -> value; a name that none has is a `VitdistillError`."
     from vitdistill.launch.runner import check_names, notebook_names
-    values = typed_places({name: yaml_value(name, text) for name, text in given})
+    texts = {field.name for field in fields(Config) if field.type is str}
+    values = {}
+    for name, text in given:
+        values[name] = text if name in texts else yaml_value(name, text)
+    values = typed_places(values)
     if 'preset' in values:
         raise VitdistillError(f"give --preset {values['preset']}, not -p preset.")
     check_names(values, notebook_names)
@@ -280,10 +289,8 @@ def study_arguments(words:list[str])->dict:
                         help='also run the reverse: a convnet teaches a small DeiT')
     args = parser.parse_args(words)
     out = from_here(args.out) if args.out else from_root(f'out/study/{Path(args.preset).stem}')
-    preset_name = args.preset
-    if Path(preset_name).suffix: # a file
-        preset_name = str(Path(preset_name).resolve())
-    return dict(preset_name=preset_name, out=out, teacher=typed_places(dict(weights=args.teacher))['weights'],
+    teacher = typed_places(dict(weights=args.teacher))['weights']
+    return dict(preset_name=typed_preset(args.preset), out=out, teacher=teacher,
                 given=experiment_values(args.p), deit=args.deit)
 
 def study(words:list[str])->int:
@@ -405,9 +412,9 @@ def new(words:list[str])->int:
     return 0
 
 # %% ../nbs/07_cli.ipynb #e680e030
-def fields_without_config(words:list[str])->dict:
+def fields_without_config(words:list[str], options:dict)->dict: # options: the command's own, for advice
     "Returns the fields of a command line; a config file is a `VitdistillError`."
-    values, source = field_values(words)
+    values, source = field_values(words, options)
     if source:
         advice = 'give --preset, or fields such as --lr 0.01'
         raise VitdistillError(f'--config {source} is for vitdistill train: {advice}.')
@@ -417,14 +424,14 @@ def fields_without_config(words:list[str])->dict:
 def captions(words:list[str])->int:
     "learns captions from a text file, and writes one for each of your images"
     options, others = captions_parser().parse_known_args(with_hyphens(words))
-    values = fields_without_config(others)
+    values = fields_without_config(others, vars(options))
     from vitdistill.data.files import printable # these import torch, which --help does without
     from vitdistill.deploy.predict import named_images, print_json
     from vitdistill.launch.runner import run
     from vitdistill.tasks.captioning import caption_files, own_config
     named_images(options.images) # before it trains
     out = default_place(options.out)
-    config = own_config(options.texts, out, values | dict(preset=options.preset))
+    config = own_config(options.texts, out, values | dict(preset=typed_preset(options.preset)))
     record = run(config, values.get('nproc'), show=False, needed=True)
     failures = []
     table = caption_files(record.model, options.images, failures.append)
@@ -442,7 +449,7 @@ def captions(words:list[str])->int:
 def distill(words:list[str])->int:
     "trains a student on a folder of your images, with and without a teacher, and compares them"
     options, others = distill_parser().parse_known_args(with_hyphens(words))
-    values = fields_without_config(others)
+    values = fields_without_config(others, vars(options))
     from vitdistill import api
     with nullcontext() if options.dry_run else progress_apart():
         api.distill(**vars(options), **values)

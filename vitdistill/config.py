@@ -6,8 +6,8 @@
 __all__ = ['GROUPS', 'FORMS', 'PLACES', 'StudentFields', 'DataFields', 'AugmentationFields', 'TeacherFields', 'ObjectiveFields',
            'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
            'field_names', 'plain_value', 'check', 'from_dict', 'YamlLoader', 'dump_yaml', 'refuse_repeats',
-           'keep_texts', 'parse_yaml', 'read_yaml', 'load', 'preset_parts', 'preset', 'save', 'defining', 'config_hash',
-           'student_name', 'run_name']
+           'keep_texts', 'parse_yaml', 'read_yaml', 'load', 'is_preset_file', 'typed_preset', 'preset_parts', 'preset',
+           'save', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/01_config.ipynb #6870c0aa
 import contextlib, dataclasses, functools, hashlib, json, re, typing
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
 from .base import VitdistillError, explained, first_line, nearest
-from .base import shipped, shipped_names, write_atomic
+from .base import from_root, shipped, shipped_names, typed_path, write_atomic
 
 # %% ../nbs/01_config.ipynb #b4b0d2aa
 GROUPS = ('student', 'data', 'augmentation', 'teacher', 'objective', 'captions', 'optimization', 'machine',
@@ -477,6 +477,8 @@ def refuse_repeats(node:yaml.Node)->None:
     elif isinstance(node, yaml.MappingNode):
         seen = []
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode): # such as {{ lr }}, a template's placeholder
+                raise yaml.MarkedYAMLError(problem='a key is no word', problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f'{key.value!r} stands twice', problem_mark=key.start_mark)
             seen.append(key.value)
@@ -547,10 +549,20 @@ def load(path:str|Path)->Config:
         values |= read_yaml(places)
     return from_dict(values, str(path))
 
+# %% ../nbs/01_config.ipynb #84693365
+def is_preset_file(name:str)->bool:
+    return str(name).endswith(('.yaml', '.yml'))
+
+def typed_preset(name:str)->str:
+    "Returns a preset's name as a config keeps it: the path of a file is relative to the working folder."
+    return typed_path(name) if is_preset_file(name) else name
+
+
 # %% ../nbs/01_config.ipynb #2052d357
 def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml, or path of a YAML file
     "Returns the parts of a preset, `common` and one per experiment, with their fields."
-    path = Path(name) if str(name).endswith(('.yaml', '.yml')) else shipped(f'nbs/presets/{name}.yaml')
+    # a relative path starts at the root
+    path = from_root(name) if is_preset_file(name) else shipped(f'nbs/presets/{name}.yaml')
     if not path.is_file():
         names = shipped_names('nbs/presets', '.yaml')
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, names)}')
@@ -560,6 +572,10 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
             raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below '
                                   'common, teacher, baseline or another part.')
         parts[part] = values or {} # a part may be empty
+        for key in ('runs_dir', 'work_dir'):
+            if part != 'common' and key in parts[part]:
+                raise VitdistillError(f'preset {name!r}: {part} has {key}: write it below common, where '
+                                      'studies look for it.')
     return parts
 
 def preset(

@@ -232,6 +232,7 @@ def read_arrays(
     part:str='', # 'test', 'val' or 'train'; '': all
 )->dict:         # name, such as 'test_class_decision' -> array
     "Returns the arrays of a predictions file, also image numbers and labels that records share."
+    place = file # that is read
     try:
         with np.load(file) as arrays:
             values = {name: arrays[name] for name in arrays if name.startswith(part)}
@@ -239,15 +240,17 @@ def read_arrays(
             if not name.endswith('_images'):
                 continue
             shared = values.pop(name) # name of a file in the folder `images`
-            with np.load(file.resolve().parents[1]/f'images/{shared}.npz') as arrays:
+            place = file.resolve().parents[1]/f'images/{shared}.npz'
+            with np.load(place) as arrays:
                 values |= arrays
     except FileNotFoundError as e:
         if file.is_file():
             raise VitdistillError(f'{file} needs {e.filename}, which is missing: copy it too.') from None
         raise
     except Exception as e: # a damaged zip file raises almost any exception
-        raise VitdistillError(f"{file} is damaged ({e}): copy it anew, "
-                              "or remove the folder's result.json and start the run again.") from None
+        also = '' if place == file else ' and that file'
+        raise VitdistillError(f'{place} is damaged ({e}): copy it anew, or remove the result.json of '
+                              f'{file.parent}{also} and start the run again.') from None
     return values
 
 # %% ../nbs/05_runs.ipynb #d5ae4b3e
@@ -399,10 +402,10 @@ def check_folders(config:Config)->None:
     "Raises `VitdistillError` if runs_dir or work_dir is not a folder that can be written to or created."
     for name in ('runs_dir', 'work_dir'):
         place = from_root(getattr(config, name))
-        while not (place.exists() or place.is_symlink()):
+        while not os.path.lexists(place): # nor of what lies in a folder that may not be entered
             place = place.parent
         why = ''
-        if not place.is_dir():
+        if not os.path.isdir(place):
             why = 'is a file'
         elif not os.access(place, os.W_OK | os.X_OK):
             why = 'is not yours to write'

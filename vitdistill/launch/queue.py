@@ -40,13 +40,13 @@ from ..teachers.card import Card
 from ..train.setup import check_settings
 from .studies import MODELS, Study, as_list, combinations, full_name, model_of
 from .studies import name_with_values, order, parameters_of, read_study, runs_folder
-from .studies import runs_with
+from .studies import runs_with, study_file
 from .studies import seeds_of
 
 # %% ../../nbs/launch/03_queue.ipynb #2ce04fbc
 STATES = 'left', 'waiting', 'running', 'cut', 'done' # left: to do; waiting: for Slurm; cut: interrupted
 # the state of a failed cell is its error message, such as this one
-NO_TEACHER = 'not started, because its teacher failed: fix that, then start the study again'
+NO_TEACHER = 'not started, because a run that it waits for failed: fix that, then start the study again'
 
 # notebook -> the part of a preset that it runs; e00_teacher has a parameter `role` for it
 _preset_parts = dict(e01_baseline_resnet50='baseline', e02_distilled_resnet50='distilled',
@@ -62,8 +62,8 @@ class Cell:
     declared:dict=field(default_factory=dict) # parameters of its notebook, with their defaults
     arm:str=''             # 'study/arm'
     models:dict=field(default_factory=dict) # such as teacher_weights -> 'study/arm' that trains the model
-    # study/arm of a needed model -> (`given_fields`, `recipe_fields`) of the one cell that trains it:
-    # the model is of a run that has the given fields; of several such runs, one of the same recipe is taken
+    # 'study/arm' that trains a needed model -> (`given_fields`, `recipe_fields`) of its only cell:
+    # a model's run must have the given fields; if several do, one with the same recipe is taken
     makers:dict=field(default_factory=dict)
     after:list=field(default_factory=list)  # numbers of the cells that have to end first
     place:Path=None        # its executed notebook; its other files differ in their ending
@@ -235,7 +235,7 @@ def read_record(cell:Cell)->dict:
     "Returns what `write_record` wrote; {} if there is none or it belongs to another cell."
     record = read_json(cell.file('.json'))
     now = record_of(cell)
-    for name in ('chosen', 'arm', 'hash'): # an older version wrote no hash; what is absent counts as equal
+    for name in ('chosen', 'arm', 'models', 'hash'): # what an older version did not write counts as equal
         if record.get(name, now[name]) != now[name]:
             return {}
     return record
@@ -361,6 +361,8 @@ def state_at_end(status:int, log:Path)->str: # exit status and output of a cell'
     "Returns 'done', or why a cell failed: the last line of its log."
     if status == 0:
         return 'done'
+    if status < 0:
+        return f'ended by signal {-status}, such as for lack of memory: see {log}'
     lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
     return lines[-1] if lines else f'ended with status {status}'
 
@@ -512,7 +514,7 @@ def state_table(cells:list[Cell])->str: # cells: of `states_of`
     for cell in cells:
         epochs = '{}/{}'.format(*cell.epochs) if cell.epochs else '-'
         time = '-'
-        if cell.state == 'done':
+        if cell.state == 'done' and cell.seconds:
             time = tqdm.format_interval(cell.seconds)
         elif cell.rest is not None:
             time = f'ETA {tqdm.format_interval(cell.rest)}'
@@ -555,10 +557,16 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
         states_of(cells, folder)
         forget_old_cells(cells, folder)
         needed = {n for cell in cells for n in cell.after}
-        for n, cell in enumerate(cells):
+        outdated = set() # cells that have changed since their record, and those that wait for them
+        for n in start_order(cells):
+            cell = cells[n]
             has_record = bool(read_json(cell.file('.json')))
             changed = has_record and not read_record(cell) # since that record was written
-            if cell.state != 'done': # a teacher counts as done without its run: students need its model alone
+            if changed or outdated.intersection(cell.after):
+                outdated.add(n)
+                cell.state = 'left'
+            # a teacher with a finished run and a model counts as done, even if another clone trained it
+            if cell.state != 'done':
                 model_suffices = n in needed and not changed and cell_has_model(cell)
                 cell.state = 'done' if model_suffices else 'left'
             write_record(cell)
@@ -686,7 +694,7 @@ def main(arguments:list=None)->int:
         if args.at_once is not None and args.at_once < 1:
             raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it '
                                   'out.')
-        folder = from_root(args.out)/Path(args.grid).stem
+        folder = from_root(args.out)/study_file(args.grid).stem
         cells = grid_cells(args.grid, folder)
         if not args.status:
             check_cells(cells, here=args.on == 'local' and not args.dry_run)

@@ -104,9 +104,9 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
             continue
         first = as_list(part.get('after'))
         for other in first:
-            if other not in study.parts:
+            if other not in [*study.parts]: # also of what is no word
                 raise VitdistillError(f'{study.name}: {name} waits for {other!r}: '
-                                      f'{nearest(other, study.parts)}')
+                                      f'{nearest(str(other), study.parts)}')
         _, models = parameters_of(study, name)
         first = dict.fromkeys([*first, *models.values()]) # each once
         after[name] = [other for other in first if trains(study.parts[other])]
@@ -206,7 +206,12 @@ def sides(pair:list)->list[str]: # an entry of `compare`
 
 # %% ../../nbs/launch/00_studies.ipynb #a95b12db
 def check_seeds(study:Study)->None:
-    "Raises a `VitdistillError` for seeds that would do nothing."
+    "Raises a `VitdistillError` for seeds that are no whole numbers, or would do nothing."
+    for name in study.parts:
+        for seed in seeds_of(study, name):
+            if type(seed) is not int:
+                raise VitdistillError(f'{study.name}: {name} has the seed {seed!r}, which is no whole '
+                                      'number: write "seeds: [1, 2]".')
     if study.seeds and 'seed' in study.common:
         raise VitdistillError(f"{study.name}: common has a seed, so that seeds would do nothing: remove one.")
     if not all(map(trains, study.arms.values())): # other studies say with which seeds they ran
@@ -289,7 +294,7 @@ def check_study(study:Study)->None:
     for pair in study.compare:
         refuse_unknown_arms(study, 'compare', sides(pair))
     for arm, value in study.published.items():
-        if type(value) not in (int, float):
+        if type(value) not in (int, float) or not 0 <= value <= 1:
             raise VitdistillError(f'{study.name}: published: {arm}: {value!r} is no fraction: write 0.76 for '
                                   '76%.')
     for pair in study.compare:
@@ -298,9 +303,11 @@ def check_study(study:Study)->None:
     check_seeds(study)
     refuse_equal_arms(study)
 
+
+# %% ../../nbs/launch/00_studies.ipynb #b5581ea3
 def refuse_unknown_arms(study:Study, key:str, arms:Iterable[str])->None: # key: of the file, that names them
     "Raises a `VitdistillError` for a name that is no arm of a study, with varied values or without."
-    names = {*study.arms, *arm_names(study)}
+    names = [*study.arms, *arm_names(study)]
     for arm in arms:
         if arm not in names:
             raise VitdistillError(f'{study.name}: {key} names the arm {arm!r}: '
@@ -314,6 +321,7 @@ def refuse_several_arms(study:Study, arms:Iterable[str])->None: # of a differenc
             choices = ', '.join(name for name, (base, _) in names.items() if base == arm)
             raise VitdistillError(f'{study.name}: compare names the arm {arm!r}, which varies: name one of '
                                   f'{choices}.')
+
 
 # %% ../../nbs/launch/00_studies.ipynb #aad09eb8
 def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
@@ -388,7 +396,7 @@ def runs_of(
             runs += runs_of(other, name_with_values(name, varied), records)
     elif 'runs' in part: # patterns of names
         for run in records:
-            if any(fnmatch(run.name, pattern) for pattern in as_list(part['runs'])):
+            if any(fnmatch(run.name, str(pattern)) for pattern in as_list(part['runs'])):
                 runs.append(run)
     else:
         runs = [run for run in records if full_name(study, arm) in run.arms]
