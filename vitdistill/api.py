@@ -97,8 +97,8 @@ MEASURING = 12 # seconds to export a student and to measure its files, beside th
 AFTER_TRAINING = 'sizes and times' # what a job of several students measures
 
 def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
-    """Returns about how long each unfinished cell will take here, at the speed of this moment; of several
-    students, also how long `measure_costs` takes."""
+    """Returns about how long each unfinished cell will take here, at the speed of this moment; with several
+    students also the time of `measure_costs`."""
     seconds = {}
     measuring = 0.
     students = [cell.config for cell in cells if cell.name != 'teacher']
@@ -165,6 +165,8 @@ def draw_answers(
 def link_model(run:Run, link:Path)->Path: # link
     "Links the model folder of a run."
     link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir() and not link.is_symlink():
+        return link # a copy of the job has folders in place of links
     if link.resolve() != run.model.resolve(): # none yet, or of another run, since a preset has changed
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(run.model, link.parent))
@@ -682,6 +684,8 @@ def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Conf
     read = {name: value for name, value in fields.items() if name in about_images}
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
+
+# %% ../nbs/06_api.ipynb #18710d4f
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
     preset:str,
@@ -694,6 +698,10 @@ def images_of_job(
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     labels = from_here(labels) if labels else None
+    class_folder = fields.get('class_folder', 'first')
+    if labels and class_folder != 'first':
+        raise VitdistillError(f'class_folder = {class_folder!r} is for folders of classes, and labels names '
+                              'the classes: leave it out.')
     if class_names:
         refuse_out_within(out, data)
     if class_names and drop_duplicates:
@@ -703,7 +711,7 @@ def images_of_job(
         # `with_test` raises if `out` lies inside `data`
         kept = not dry_run or has_runs(out) or out.is_relative_to(data)
         place = out if kept else Path(draft)
-        root = data if class_names else with_test(data, place, labels, unlabelled)
+        root = data if class_names else with_test(data, place, labels, unlabelled, class_folder)
         drawn = root != data and not (labels and table_parts(labels))
         recipe = recipe_of_images(preset, fields, root, class_names)
         if check_dataset(recipe.dataset).side: # a preset for digits
@@ -718,6 +726,7 @@ def images_of_job(
         if unlabelled:
             refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
     return replace(images, root=data if root == data else out/root.name, same=same), fields
+
 
 # %% ../nbs/06_api.ipynb #8b4ab972
 def start_in_words(fields:dict)->str: # of Config, of a student
@@ -762,7 +771,7 @@ def command_of(
     "Returns the command line of a job, with what differs from the defaults."
     usual = {name: about.default for name, about in inspect.signature(job).parameters.items()}
     words = ['vitdistill', 'distill', str(given['data'])]
-    for name, value in (given | given['fields']).items():
+    for name, value in (given | plain_value(given['fields'])).items():
         if name in ('data', 'fields', 'dry_run') or value is None or value == usual.get(name):
             continue
         option = f"--{name.replace('_', '-')}"
@@ -867,7 +876,7 @@ def distill(
     # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
     teacher:str='vit_tiny_patch16_224',
     out:str|Path=None, # everything of the job goes here; None: out/mine, from the root
-    epochs:int=20, # of each student
+    epochs:int|None=None, # of each student; None: as the preset says for the plain one (own: 20)
     seeds:int=1, # students of each kind
     image_size:int|str='auto', # side in px of the crops; auto: the images', at most 224, without a GPU 128
     # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
@@ -901,6 +910,8 @@ def distill(
                            dry_run)
     first, *more = starts_of_students(students, fields, preset)
     print_models([first, *more], side, part)
+    if epochs is None:
+        epochs = config_of_preset(preset, 'baseline').epochs
     given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
     study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
     study['about'] = dict(images=about, same=images.same.strip(), command=command)

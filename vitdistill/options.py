@@ -89,14 +89,14 @@ def distill_parser()->argparse.ArgumentParser:
                                      usage='%(prog)s DIR [options] [--FIELD VALUE ...]')
     parser.add_argument('data', metavar='DIR',
                         help='folder of train/CLASS/* and val/CLASS/*, of CLASS/*, or without labels')
-    for name, (_, default, text) in declarations('vitdistill.api', 'distill').items():
+    for name, (kind, default, text) in declarations('vitdistill.api', 'distill').items():
         if default is False:
             parser.add_argument(option_of(name), action='store_true', help=text)
             continue
         if default is not None:
             text += f' (default: {default!r})'
-        kind = int if isinstance(default, int) else str
-        parser.add_argument(option_of(name), default=default, type=kind, help=text)
+        of_type = int if kind in ('int', 'int|None') else str
+        parser.add_argument(option_of(name), default=default, type=of_type, help=text)
     return parser
 
 # %% ../nbs/02_options.ipynb #283219c4
