@@ -95,7 +95,7 @@ def distill_parser()->argparse.ArgumentParser:
             continue
         if default is not None:
             text += f' (default: {default!r})'
-        of_type = int if kind in ('int', 'int|None') else str
+        of_type = int if kind in ('int', 'int | None') else str
         parser.add_argument(option_of(name), default=default, type=of_type, help=text)
     return parser
 

@@ -189,7 +189,10 @@ def read_pickle(path:Path)->dict:
         if not path.exists():
             raise VitdistillError(f'no file {path}: name as data_root the folder that holds '
                                   f'{path.parent.name}/.')
-        return _ArraysOnly(io.BytesIO(path.read_bytes()), encoding='latin1').load()
+        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding='latin1').load()
+        if not isinstance(content, dict):
+            raise ValueError('it holds no dictionary')
+        return content
 
 # %% ../../nbs/data/01_datasets.ipynb #38b36fac
 class _CifarFiles(typing.NamedTuple):
@@ -231,7 +234,10 @@ def load_cifar(name:str, root:Path)->Data:
     folder = root/files.folder
     if not folder.is_dir():
         raise VitdistillError(f'no {folder.name}/ in {root}: name as data_root the folder that holds it.')
-    classes = list(read_pickle(folder/files.meta)[files.classes])
+    meta = folder/files.meta
+    classes = [*read_pickle(meta).get(files.classes, [])]
+    if not classes:
+        raise VitdistillError(f'{meta} has no {files.classes}: download the dataset again.')
     train = _cifar_part(folder, files.train, files.labels, len(classes))
     test = _cifar_part(folder, files.test, files.labels, len(classes))
     constants = cifar100_constants if name == 'cifar100' else None
@@ -396,7 +402,7 @@ def _say(place, train, *others): # prints notes, such as which folders are the c
         broken |= part.broken
     if broken:
         say_once(f'{place}: {len(broken):,} left out, since skip_broken is set: {broken_in_words(broken)}.')
-    left_out = left_out_in_words(train, *others)
+    left_out = left_out_in_words(*(replace(part, broken={}) for part in (train, *others)))
     if left_out:
         say_once(f'{place}: left out of the dataset: {left_out}.')
 
@@ -431,6 +437,8 @@ def image_lines(config:Config)->typing.Iterator[bytes]:
     yield f'{_reading(config, train, test)}\n'.encode()
     if config.labels or config.class_names: # else the names of files have the classes
         yield '\n'.join(train.classes).encode()
+    if config.labels: # names of files in a table do not say their part
+        yield f'{len(train)} for training\n'.encode()
     for path, n_bytes, label in itertools.chain(train.files, test.files):
         yield os.fsencode(f'{path} {n_bytes} {label}\n')
 
@@ -449,7 +457,9 @@ def load_images(config:Config)->Data:
     side = image_side(config)
     parts = list_images(config)
     train, test = parts['train'], parts['test']
-    n_bytes = (len(train) + len(test))*side*side*3
+    # whole_image: crops are cut from whole images, of which `resident` would keep the centre square alone
+    held = len(test) if config.whole_image else len(train) + len(test)
+    n_bytes = held*side*side*3
     large = n_bytes > _room(config.data_on)
     if large:
         place = printable(config.data_root or config.dataset)
@@ -462,7 +472,6 @@ def load_images(config:Config)->Data:
 
     root = os.path.commonpath([path for path, *_ in train.files])
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
-    # whole_image: crops are cut from whole images, of which `resident` would keep the centre square alone
     train_part = read(train, on_disk=large or config.whole_image)
     test_part = read(test, on_disk=large)
     return Data(config.dataset, *train_part, *test_part, train.classes,

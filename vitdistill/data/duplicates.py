@@ -192,7 +192,8 @@ def same_images(
     files_a:ImageFiles,
     files_b:ImageFiles|None=None # None: pairs within the first list, a < b
 )->list[Pair]:
-    "Returns the images that two lists share. Of many copies, each is in a pair, but not with all others."
+    """Returns the images that two lists share, or that stand twice in one. Of many copies each is in a pair
+    with some; of over 16 copies in two lists some may be in none."""
     lists = [files_a] if files_b is None else [files_a, files_b]
     last = len(lists) - 1
     pairs = {} # (a, b) -> how

@@ -284,7 +284,8 @@ def _files_of_split(root, split):
         return None
     entries, left_out = files_in_tar(place, folders)
     prefix = f'{split}/'
-    if all(entry.name.startswith(prefix) for entry in entries): # the tar holds the folder of the split
+    # does the tar hold the folder of the split?
+    if all(entry.name.startswith(prefix) for entry in entries if is_image(entry.name)):
         entries = [entry._replace(name=entry.name.removeprefix(prefix)) for entry in entries]
         folders = [folder.removeprefix(prefix) for folder in folders if folder != split]
     return place, entries, left_out, folders
@@ -361,7 +362,7 @@ def in_shards(root:Path, split:str)->ImageFiles|None:
             elif ending != '.cls' and is_image(entry.name) and sample not in pictures:
                 pictures[sample] = entry
             else:
-                left_out[ending] += 1
+                left_out[ending or 'files without an ending'] += 1
         complete = [sample for sample in pictures if sample in labels]
         for sample in complete:
             image = pictures[sample]
@@ -529,7 +530,9 @@ def fit_together(
     left_out = left_out_in_words(train, test)
     why = f' ({left_out} left out)' if left_out else ''
     if not (train and test):
-        missing = 'test images' if train else 'images'
+        missing = 'images'
+        if train or test:
+            missing = 'training images' if test else 'test images'
         raise VitdistillError(f'no {missing} in {place}{why}: it needs {needs}.')
     classes, notes = classes_of(place, train, test, why)
     if len(classes) < 2:
@@ -799,6 +802,8 @@ class DiskImages:
             list(self.pool.map(decode, rows.tolist()))
         reasons = unreadable(self.files, broken)
         refuse_broken({self.files.path(row): why for row, why in reasons.items()})
+        for row in broken: # it could be read the second time, such as from a disk in the network
+            images[row] = self.square(row)
         return torch.from_numpy(images)
 
     def square(self, row:int, cut:typing.Callable=centred)->np.ndarray: # cut: as in `square_pixels`

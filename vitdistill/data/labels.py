@@ -120,6 +120,8 @@ def place_below(
     for spelling in dict.fromkeys(spellings): # each once
         if os.path.isabs(spelling):
             path = os.path.relpath(spelling, root)
+            if path.split(os.sep)[0] == '..': # perhaps the root is a link
+                path = os.path.relpath(os.path.realpath(spelling), os.path.realpath(root))
         else:
             path = os.path.normpath(spelling)
         if path.split(os.sep)[0] == '..':
@@ -149,7 +151,7 @@ def _refuse_classes(file, names): # names that a person reads as one class
     for group in by_words.values():
         if len(group) > 1:
             listed = ' and '.join(map(repr, sorted(group)))
-            refuse(f'{listed} differ in blanks alone')
+            refuse(f'{listed} differ in blanks or case alone')
 
 def _word_fault(row, parted): # what is wrong with the words of a line, or ''; parted: a part is needed
     if not row.file:

@@ -6,11 +6,12 @@
 __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'may_be_replaced', 'link_images',
            'places_without_labels', 'lies_in', 'refuse_out_within', 'link_labelled', 'is_part', 'class_of',
            'files_of_classes', 'refuse_parts', 'refuse_class_train', 'with_test', 'has_part', 'folder_of_tests',
-           'Images', 'sides_of', 'images_in', 'same_in_words', 'with_unique', 'fitting_side', 'fitting_fraction',
-           'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields',
-           'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_given', 'arms_of_student',
-           'question_of', 'study_of', 'begun_parts', 'write_study', 'names_without_labels', 'part_by_words',
-           'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision', 'same_threads']
+           'Images', 'sides_of', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'fitting_side',
+           'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
+           'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_given',
+           'arms_of_student', 'question_of', 'study_of', 'begun_parts', 'write_study', 'names_without_labels',
+           'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision',
+           'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import copy, math, os, re, shutil, statistics, tempfile
@@ -24,8 +25,8 @@ from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, re
 from ..base import free_threads, from_here, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.duplicates import Pair, same_images
-from ..data.files import TESTS, bare_folders, files_below, is_image, printable, reason_of
-from ..data.files import refuse_broken, say_once, unreadable
+from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_image, printable, reason_of
+from ..data.files import refuse_broken, say_once, some_rows, unreadable
 from ..data.labels import table_parts
 from .queue import Cell
 from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
@@ -390,6 +391,21 @@ def same_in_words(
         sentences += f' Images of train that are copies of others there: {len(copies):,}.'
     return sentences
 
+# %% ../../nbs/launch/04_images.ipynb #c5964503
+def shared_images(train:ImageFiles, test:ImageFiles, all_copies:bool)->list[Pair]:
+    "Returns the images that train and test share; all_copies: whether no copy in train may be left."
+    pairs = []
+    rows = [*range(len(train))] # of train
+    # of many copies one comparison may find some alone
+    while rows and (found := same_images(some_rows(train, rows), test)):
+        pairs += [Pair(rows[a], b, how) for a, b, how in found]
+        of_train = {a for a, *_ in found}
+        rows = [row for number, row in enumerate(rows) if number not in of_train]
+        if not all_copies:
+            break
+    return pairs
+
+
 # %% ../../nbs/launch/04_images.ipynb #9d8357c8
 def with_unique(
     config:Config, # of a student
@@ -405,7 +421,7 @@ def with_unique(
             return root, ''
         return root, (f' {len(train) + len(test):,} images were not compared: --drop-duplicates finds those '
                       'that are in train and in the test.')
-    across = same_images(train, test) if test else []
+    across = shared_images(train, test, drop) if test else []
     sentences = same_in_words(train, test, across, same_images(train), drop)
     if not (drop and across):
         return root, sentences
