@@ -10,9 +10,9 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'seconds_in_words', '
            'never_right', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
            'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'command_of',
-           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models', 'distill',
-           'save', 'class_orders', 'refuse_other_order', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'memo', 'small_head']
+           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models',
+           'given_to_students', 'distill', 'save', 'class_orders', 'refuse_other_order', 'checked_answers',
+           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import contextlib, functools, inspect, json, math, os, re, shlex, statistics, tempfile, time
@@ -867,6 +867,18 @@ def print_models(students:list, side:int, teacher:dict)->None: # students: of `s
     what = 'as it is' if 'weights' in teacher else 'fine-tuned first'
     print(f'teacher: {teacher["student"]} at {teacher["student_size"]} px, {what}', flush=True)
 
+# %% ../nbs/06_api.ipynb #2e46927c
+def given_to_students(
+    preset:str,
+    epochs:int|None, # None: as the preset says for the plain student
+    side:int         # of the crops, px
+)->dict:
+    "Returns the fields that every student of a job gets."
+    if epochs is None:
+        epochs = config_of_preset(preset, 'baseline').epochs
+    return dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
+
+
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
@@ -894,8 +906,7 @@ def distill(
 )->Distilled|None: # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
     command = command_of(distill, locals()) # while locals() has the arguments alone
-    data = from_here(data)
-    preset = typed_preset(preset)
+    data, preset = from_here(data), typed_preset(preset)
     out = from_here(out or default_place('out/mine'))
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     students = chosen_students(student, out, fields)
@@ -910,9 +921,7 @@ def distill(
                            dry_run)
     first, *more = starts_of_students(students, fields, preset)
     print_models([first, *more], side, part)
-    if epochs is None:
-        epochs = config_of_preset(preset, 'baseline').epochs
-    given = dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
+    given = given_to_students(preset, epochs, side)
     study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
     study['about'] = dict(images=about, same=images.same.strip(), command=command)
     return run_job(study, images, out, dry_run)

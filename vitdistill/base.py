@@ -127,12 +127,12 @@ def _below_root(folder)->bool: # or the root itself
 
 def from_root(path:str|Path)->Path:
     "Returns `path` if it is absolute, else the path below `repo_root()`."
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path)) # ~$a.png stays as it is
     return path if path.is_absolute() else repo_root()/path
 
 def from_here(path:str|Path)->Path:
     "Returns a user's path from the working folder; in a notebook below `repo_root()`, from there."
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path)) # ~$a.png stays as it is
     if not _below_root(Path.cwd()):
         return path.resolve()
     start = repo_root() if _in_notebook() else Path.cwd()
@@ -142,7 +142,7 @@ def default_place(path:str|Path)->Path:
     "Returns a default path of a command: below `repo_root()`, or outside it below the working folder."
     if _below_root(Path.cwd()):
         return from_root(path)
-    return Path(path).expanduser().resolve()
+    return Path(os.path.expanduser(path)).resolve()
 
 def typed_path(path:str|Path)->str:
     "Returns `from_here(path)` as a config keeps it: from `repo_root()` if it lies below, else absolute."

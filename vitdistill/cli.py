@@ -388,7 +388,7 @@ def write_layout(folder:Path)->None:
 # %% ../nbs/07_cli.ipynb #f8bb63c9
 def new_folder(folder:str|Path)->Path:
     "Makes and returns a folder of notebooks, presets and studies; a folder that is not empty is an error."
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(os.path.expanduser(folder)).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VitdistillError(f'{folder} is there and not empty: name a new folder.')
     with explained(f'{folder} can not be made', 'name a folder elsewhere', OSError):

@@ -306,7 +306,7 @@ def clean_config(
 
 def clean_path(name:str, value:str, root:Path, file_hash:str|None)->str:
     "Returns a path out of the repository as a record has it: of a field, with the hash of the file."
-    place = Path(value).expanduser()
+    place = Path(os.path.expanduser(value))
     if place.is_relative_to(root):
         return str(place.relative_to(root))
     for folder in (Config.work_dir, Config.runs_dir): # of another clone

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from ..base import VitdistillError, from_here, nearest, write_atomic
+from ..base import VitdistillError, explained, from_here, nearest, write_atomic
 from ..data.files import TESTS, decoded, in_folders, left_out_in_words, printable, say_once
 from .measure import class_shares
 from .predict import Predictor, load_model, read_batches
@@ -57,7 +57,8 @@ def check_classes(model:Predictor, names:list, root:Path)->None: # names: of the
     if unknown[0] != 'train':
         hint = nearest(unknown[0], model.classes, hint)
     others = len(unknown) - 1
-    are_no_class = f' and {others} more folders that are no class' if others else ', which is no class'
+    more = 'folder' if others == 1 else 'folders'
+    are_no_class = f' and {others} more {more} that are no class' if others else ', which is no class'
     raise VitdistillError(f'{printable(root)} has a folder {unknown[0]!r}{are_no_class} of {model.name}: '
                           f'{hint}')
 
@@ -148,16 +149,17 @@ def main(arguments:list=None)->int:
     if args.csv and from_here(args.csv).is_dir():
         raise VitdistillError(f'{args.csv} is a folder: name a file as --csv.')
     result = evaluate(load_model(args.model, args.runs), args.data, args.class_folder, skipped)
-    if args.csv:
-        text = io.StringIO()
-        table = csv.DictWriter(text, _columns, lineterminator='\n')
-        table.writeheader()
-        table.writerows(result.rows())
-        write_atomic(from_here(args.csv), text.getvalue())
     if args.json:
         low, high = wilson(int(result.right.sum()), len(result.right))
         print(json.dumps(dict(accuracy=result.accuracy, low=low, high=high, images=len(result.right),
                               balanced=result.balanced, classes=result.rows())))
     else:
-        print(result)
+        print(result, flush=True)
+    if args.csv: # last: where it can't be written, the result is seen
+        text = io.StringIO()
+        table = csv.DictWriter(text, _columns, lineterminator='\n')
+        table.writeheader()
+        table.writerows(result.rows())
+        with explained(f'{args.csv} can not be written', 'name another file as --csv', OSError):
+            write_atomic(from_here(args.csv), text.getvalue())
     return status

@@ -88,12 +88,13 @@ def from_folder(folder:Path)->Predictor: # of a run's model
     if card and card.pretrained_by:
         raise VitdistillError(f'{folder} is pre-trained without labels, and its head was never trained: '
                               f'fine-tune it with e00_teacher (student_weights: {folder}).')
+    about = about if isinstance(about, dict) else {} # of another program
     classes = card.classes if card else about.get('label_names')
-    if not classes:
+    pixels = about.get('pretrained_cfg')
+    if not (classes and pixels):
         raise VitdistillError(f'{folder} is no model folder that names its classes: '
                               'name one of a finished run.')
 
-    pixels = about['pretrained_cfg']
     size = pixels['input_size'][-1]
     fields = started_from(folder)
     model = create(fields['student'], len(classes), size, fields['stem'], **fields['student_kwargs'])
@@ -114,7 +115,10 @@ def model_folder(
         return weights_place(name)
     if not isinstance(name, Run) and (from_here(name)/'config.json').is_file():
         return from_here(name)
-    return find_run(name, runs).model
+    run = find_run(name, runs)
+    if run.status == 'running' and not (run.model/'config.json').is_file():
+        raise VitdistillError(f'{run.name} is still running: name a finished run.')
+    return run.model
 
 # %% ../../nbs/deploy/00_predict.ipynb #921574f1
 def load_model(
@@ -158,10 +162,10 @@ def named_images(
     for name in names:
         if not str(name):
             raise VitdistillError('a path of images is empty: name image files, or a folder.')
-        path = Path(name).expanduser()
-        if path.is_dir():
+        path = Path(os.path.expanduser(name)) # such as ~$a.png of an office program stays as it is
+        if os.path.isdir(path): # also False where the user may not look
             images += images_below(path)
-        elif path.is_file():
+        elif os.path.isfile(path):
             images.append(path)
         else:
             missing.append(printable(path))

@@ -226,6 +226,9 @@ def check_name(name:str)->None:
         raise VitdistillError(str(error)) from None
     if not source and not timm.is_model(name):
         raise VitdistillError(f'unknown model {name!r}: {near_models(name)}')
+    if not source:
+        with explained(f'unknown model {name!r}', 'leave out the tag, or name another', RuntimeError):
+            get_pretrained_cfg(name)
 
 # %% ../../nbs/models/02_create.ipynb #0eabe335
 def _reason(error:Exception)->str: # in a line, without torch's advice to allow code
@@ -283,7 +286,8 @@ def create(
     failure = f'{name} takes no such argument or value as in {kwargs}'
     advice = ('mend student_kwargs or teacher_kwargs; where a preset set them for another model, '
               '-y "student_kwargs: {}" takes them back')
-    kinds = AssertionError, KeyError, TypeError, ValueError, ArithmeticError # what timm's constructors raise
+    # what timm's constructors raise
+    kinds = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     loading = _download(name) if pretrained else contextlib.nullcontext()
     with explained(failure, advice, *kinds, reason=_reason), loading:
         made = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
@@ -334,7 +338,9 @@ def read_weights(
     try:
         with torch.serialization.safe_globals(safe_checkpoint_types()):
             state = load_state_dict(str(file))
-        return state if model is None else without_prefix(state, model)
+        others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+        if not (others or model is None):
+            state = without_prefix(state, model)
     except Exception as error: # safetensors', zipfile's and pickle's own errors
         reason = _reason(error)
         if reason.startswith('it calls'):
@@ -342,6 +348,10 @@ def read_weights(
                                   'ask for the same weights as a safetensors file.') from None
         raise VitdistillError(f'{file} is truncated or not a weights file ({reason}): '
                               'fetch it again.') from None
+    if others:
+        raise VitdistillError(f'{file} holds {others[0]!r}, which is no tensor: save the state dict of the '
+                              "model alone, or as 'state_dict'.")
+    return state
 
 # %% ../../nbs/models/02_create.ipynb #a6f35630
 def head_names(model:nn.Module)->tuple:
@@ -408,7 +418,7 @@ def _refuse_misfit(path, model, state, own): # name -> tensor of the file, and o
     name = model.pretrained_cfg.get('architecture', 'the model')
     advice = 'give weights of this architecture, these student_kwargs or teacher_kwargs and classes'
     if only_heads:
-        advice += ', or a student a new head (student_head: new)'
+        advice += ', or give a student a new head (student_head: new)'
     listed = '; '.join(parts)
     raise VitdistillError(f'{path} does not fit {name}: {listed} ({len(wrong)} tensors in all): {advice}.')
 

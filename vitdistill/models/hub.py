@@ -7,7 +7,7 @@ __all__ = ['HUB', 'FAILURES', 'FILES', 'failure_in_words', 'hub_answers', 'witho
            'weights_place', 'weights_file', 'push']
 
 # %% ../../nbs/models/00_hub.ipynb #bcd92bbc
-import contextlib, shutil, tempfile, typing
+import contextlib, os, shutil, tempfile, typing
 from pathlib import Path
 import huggingface_hub
 from filelock import FileLock
@@ -71,6 +71,9 @@ def fetch(
         with explained(f'{name} could not be fetched', advice, reason=failure_in_words):
             cached = huggingface_hub.snapshot_download(repository, revision=revision or None,
                                                        allow_patterns=list(FILES))
+        if not (Path(cached)/'model.safetensors').is_file():
+            raise VitdistillError(f'{name} has no model.safetensors: download its files, and name the file '
+                                  'of weights.')
         check(Path(cached), name)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.fetching-') as draft:
             shutil.copytree(cached, Path(draft)/'whole', symlinks=False).rename(folder)
@@ -102,7 +105,7 @@ def weights_place(
 # %% ../../nbs/models/00_hub.ipynb #3bb22cb9
 def weights_file(path:str|Path)->Path:
     "Returns the weights file in a model folder, or the file itself; a missing one is a `VitdistillError`."
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     file = path/'model.safetensors' if path.is_dir() else path
     if not file.is_file():
         raise VitdistillError(f'no weights at {file}: name a safetensors or pth file, '

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEMO_HEAD', 'WORDS', 'is_answers', 'answers_in', 'answers_head', 'memo_head', 'refuse_other_memos', 'weights_folder',
-           'file_hash', 'only_match', 'CardFields', 'Card', 'words_of', 'licenses_of', 'pretrained_licenses',
-           'license_in_readme', 'made_from', 'knows_images', 'training_mask', 'refuse_overlap', 'refuse_start_overlap',
-           'refuse_teacher_overlap', 'refuse_other_classes', 'card_rows']
+           'file_hash', 'only_match', 'CardFields', 'Card', 'words_of', 'name_of_source', 'licenses_of',
+           'pretrained_licenses', 'license_in_readme', 'made_from', 'knows_images', 'training_mask', 'refuse_overlap',
+           'refuse_start_overlap', 'refuse_teacher_overlap', 'refuse_other_classes', 'card_rows']
 
 # %% ../../nbs/teachers/00_card.ipynb #c2eaf87f
 import glob, hashlib, json, re, yaml
@@ -18,6 +18,7 @@ from timm.models import get_pretrained_cfg
 from ..base import VitdistillError, explained, fitting, write_atomic
 from ..config import Config, field_names, from_dict, student_name
 from ..data.datasets import Data, split_rows
+from ..models.create import our_resnets
 from ..models.hub import HUB, hub_license, weights_file, weights_place
 
 # %% ../../nbs/teachers/00_card.ipynb #1d2a7cf3
@@ -195,8 +196,8 @@ class Card(CardFields):
         try:
             return cls.from_dict(json.loads(file.read_text()))
         except (ValueError, TypeError, AttributeError): # it is no JSON, or entries are missing
-            raise VitdistillError(f'{file} is damaged: train the teacher again, or write its card anew with '
-                                  '`vitdistill.teachers.adopt`.') from None
+            raise VitdistillError(f'{file} is damaged: train the teacher again, or remove that file and '
+                                  'write a new one with `vitdistill.teachers.adopt`.') from None
 
     def write(self, folder:str|Path)->Path: # a model folder
         "Writes card.json; returns its path."
@@ -230,6 +231,10 @@ def words_of(weights:str|Path)->dict|None: # path of a model
     return json.loads(file.read_text()) if file.is_file() else None
 
 # %% ../../nbs/teachers/00_card.ipynb #ae698092
+def name_of_source(weights:str|Path)->str:
+    "Returns the last two parts of a path: many model folders and files of weights have the same last one."
+    return '/'.join(Path(weights).parts[-2:])
+
 def licenses_of(
     name:str,           # timm name of a model, or hf-hub:OWNER/MODEL
     weights:str|list='', # its file or model folder, or on the hub; of a mixture a list
@@ -254,7 +259,7 @@ def licenses_of(
     elif str(weights).startswith(HUB):
         source = weights
     else:
-        source = Path(weights).name
+        source = name_of_source(weights)
     return {source: license_in_readme(weights) or 'unknown'}
 
 # %% ../../nbs/teachers/00_card.ipynb #0eede21b
@@ -262,6 +267,8 @@ def pretrained_licenses(name:str)->dict: # timm name of a model, or hf-hub:OWNER
     "Returns the licences of a model's pretrained weights, {} if timm has none."
     if name.startswith(HUB):
         return {name: hub_license(name) or 'unknown'}
+    if name in our_resnets: # timm's weights of the ResNet that is changed
+        name = name.partition('_')[0]
     pretrained = get_pretrained_cfg(name)
     if not pretrained:
         return {}
@@ -283,6 +290,10 @@ def made_from(config:Config)->dict: # of a run
     "Returns the licences of the weights that a run's student begins with and learns from."
     start = licenses_of(config.student, config.student_weights, config.student_pretrained)
     if not config.teacher:
+        return start
+    if config.teacher == 'mixture' and config.teacher_pretrained and not config.teacher_weights:
+        for member in config.teacher_kwargs['members']:
+            start |= pretrained_licenses(member if isinstance(member, str) else member['model'])
         return start
     fetched = config.teacher_pretrained or config.teacher.startswith(HUB)
     return start | licenses_of(config.teacher, config.teacher_weights, fetched)
@@ -308,8 +319,8 @@ def refuse_overlap(
     seen = int(training_mask(card, data)[val].sum())
     if not seen:
         return
-    split = ', '.join(f'{name}={card.split[name]}' for name in card.split
-                      if name in ('val_fraction', 'val_rows', 'split_seed'))
+    split = ', '.join(f'{name}={value}' for name, value in card.split.items()
+                      if name != 'dataset' and value != getattr(config, name))
     raise VitdistillError(f"{seen} of the run's {len(val)} validation images were in {owner} training set: "
                           f'give the run the same split ({split}).')
 

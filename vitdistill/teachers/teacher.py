@@ -25,7 +25,7 @@ from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
 from ..models.create import create, load_weights, pretrained_constants, readme_head, save_model
 from ..models.create import started_from, try_size
 from .card import Card, answers_head, card_rows, is_answers, knows_images, licenses_of
-from .card import made_from, words_of
+from .card import made_from, name_of_source, refuse_overlap, words_of
 from .card import refuse_other_classes, refuse_teacher_overlap
 
 # %% ../../nbs/teachers/01_teacher.ipynb #758f9ae4
@@ -346,8 +346,8 @@ def refuse_used_images(
     for part, used_images in used.items():
         common = len(same_pixels(images, used_images))
         if common:
-            raise VitdistillError(f'{common} of the {len(images)} images to measure the teacher by are '
-                                  f'{part} images of {data.name}: give other images of its classes, or '
+            raise VitdistillError(f'{common} of the {len(images)} images to measure the teacher by occur '
+                                  f'among the {part} images of {data.name}: give others of its classes, or '
                                   'training images that it has not seen by val_rows.')
 
 # %% ../../nbs/teachers/01_teacher.ipynb #e570bba9
@@ -433,7 +433,7 @@ def adopted_readme(
     new_head:bool  # whether their head was replaced by an untrained one
 )->str:
     "Returns the README.md of an adopted teacher."
-    names = ', '.join(place.name for place in places)
+    names = ', '.join(map(name_of_source, places))
     origin = f'Adopted from {names}, with an untrained head.' if new_head else f'Adopted from {names}.'
     rows = card_rows(card, config.dataset)
     del rows['trained on'] # elsewhere, so it is only known what they have not seen
@@ -463,7 +463,10 @@ def adopt(
     is_mixture = isinstance(weights, list)
     places = [weights_place(place) for place in (weights if is_mixture else [weights])]
     for place in places:
-        refuse_other_normalization(Card.read(place), config)
+        given = Card.read(place)
+        refuse_other_normalization(given, config)
+        if given and not given.pretrained_by and knows_images(given, data):
+            refuse_overlap(given, config, data, "the weights'")
     try_size(model, config.student, size)
     load_weights(model, places if is_mixture else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
@@ -472,6 +475,9 @@ def adopt(
     if card:
         refuse_other_teacher(card, folder, teacher, config, data)
         return card
+    if (Path(folder)/'model.safetensors').exists():
+        raise VitdistillError(f'{folder} holds a model without a card: name another folder, or remove that '
+                              'one.')
     if held_out:
         images, labels = held_out
         held_out = Views(images, 0, device), labels, torch.arange(len(labels))
