@@ -282,7 +282,7 @@ class OptimizationFields:
     lr_batch:int=_optimization(0, '[0, inf)')
     momentum:float=_optimization(.9, '[0, 1)') # for optimizers that have one
 
-    # strength of weight decay; sgd and nesterov decay all parameters, other optimizers only matrices
+    # strength of weight decay; sgd and nesterov decay biases and norms too, other optimizers only matrices
     weight_decay:float=_optimization(5e-4, '[0, inf)')
 
     # learning rate factor per layer below the head (timm's layer_decay)

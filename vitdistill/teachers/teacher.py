@@ -7,7 +7,7 @@ __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest
            'Absent', 'refuse_new_head', 'refuse_other_weights', 'compiles_teacher', 'teacher_and_card', 'balance',
            'untrained', 'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images', 'with_members',
            'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images', 'adopted_readme',
-           'adopt']
+           'refuse_other_card', 'refuse_model', 'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import json, math
@@ -439,6 +439,19 @@ def adopted_readme(
     del rows['trained on'] # elsewhere, so it is only known what they have not seen
     return readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))
 
+# %% ../../nbs/teachers/01_teacher.ipynb #0f3b8f99
+def refuse_other_card(card:Card|None, config:Config, data:Data)->None: # card: of weights to adopt
+    "Raises a `VitdistillError` for weights of other pixels, or that saw the images that would measure them."
+    refuse_other_normalization(card, config)
+    if card and not card.pretrained_by and knows_images(card, data):
+        refuse_overlap(card, config, data, "the weights'")
+
+def refuse_model(folder:Path)->None: # without a card
+    if (folder/'model.safetensors').exists():
+        raise VitdistillError(f'{folder} holds a model without a card: name another folder, or remove that '
+                              'one.')
+
+
 # %% ../../nbs/teachers/01_teacher.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
@@ -463,10 +476,7 @@ def adopt(
     is_mixture = isinstance(weights, list)
     places = [weights_place(place) for place in (weights if is_mixture else [weights])]
     for place in places:
-        given = Card.read(place)
-        refuse_other_normalization(given, config)
-        if given and not given.pretrained_by and knows_images(given, data):
-            refuse_overlap(given, config, data, "the weights'")
+        refuse_other_card(Card.read(place), config, data)
     try_size(model, config.student, size)
     load_weights(model, places if is_mixture else places[0], new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
@@ -475,9 +485,7 @@ def adopt(
     if card:
         refuse_other_teacher(card, folder, teacher, config, data)
         return card
-    if (Path(folder)/'model.safetensors').exists():
-        raise VitdistillError(f'{folder} holds a model without a card: name another folder, or remove that '
-                              'one.')
+    refuse_model(Path(folder))
     if held_out:
         images, labels = held_out
         held_out = Views(images, 0, device), labels, torch.arange(len(labels))

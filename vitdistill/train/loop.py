@@ -258,10 +258,11 @@ class Progress:
         self.seconds = []       # of each epoch
         self.seen = 0           # images of this epoch
         self.answered = 0       # views of the present stretch
+        self.total = 0          # of them in all
         self.begun = self.stretch_begun = self.last_line = time.monotonic()
         self.first = None       # seen and time after the first step of this epoch, which may be slow
 
-    def say_seldom(self, text:str)->None: # after 10 s of silence; in a long run after a thirtieth of its time
+    def say_seldom(self, text:str)->None: # after 10 s, or a thirtieth of the time so far if that is longer
         now = time.monotonic()
         if not self.shown or now - self.last_line < max(10, (now - self.begun)/30):
             return
@@ -283,9 +284,9 @@ class Progress:
         self.say_seldom(text)
 
     def teacher(self, done:int, total:int)->None: # views of the present stretch: answered, in all
-        if done <= self.answered: # a new stretch
+        if done <= self.answered or self.total not in (0, total): # a new stretch
             self.stretch_begun = time.monotonic()
-        self.answered = done
+        self.answered, self.total = done, total
         left = tqdm.format_interval((time.monotonic() - self.stretch_begun)*(total/done - 1))
         self.say_seldom(f'teacher: {done:,} of {total:,} views answered, ETA {left}')
 
@@ -319,7 +320,10 @@ def high_first_loss(
 )->str:
     "Returns a warning if the first loss is more than twice that of guessing, else ''."
     classes = len(setup.data.classes)
-    guessing = setup.criterion.label_loss((torch.zeros(classes, classes),), torch.arange(classes)).item()
+    labels = setup.data.train_labels[setup.train_rows]
+    labels = labels[labels >= 0]
+    shares = torch.bincount(labels, minlength=classes)/max(1, len(labels)) # of the classes
+    guessing = setup.criterion.label_loss((torch.zeros(1, classes),), shares[None]).item()
     if setup.criterion.partly: # the others' loss of labels is 0
         guessing *= 1 - setup.config.unlabelled_share
     if label <= 2*guessing:

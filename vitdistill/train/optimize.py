@@ -58,7 +58,7 @@ def check_opt_kwargs(config:Config, optimizer:type)->None: # optimizer: a class 
     momentum = {'momentum': config.momentum} if 'momentum' in arguments else {}
     problem = f'opt_kwargs = {config.opt_kwargs}: {config.optimizer!r} refuses a value'
     advice = f'mend it{word_hint(config.opt_kwargs)}, or leave it out'
-    with explained(problem, advice, TypeError, ValueError, IndexError, AssertionError):
+    with explained(problem, advice, TypeError, ValueError, IndexError, AssertionError, RuntimeError):
         optimizer([nn.Parameter(torch.zeros(1, 1))], lr=peak_rate(config), **momentum, **config.opt_kwargs)
 
 # %% ../../nbs/train/00_optimize.ipynb #75f4ccbc
@@ -135,6 +135,10 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     for key in config.sched_kwargs.keys() - arguments:
         advice = 'leave it out.' if key in ours else nearest(key, arguments)
         raise VitdistillError(f'sched_kwargs: schedules, which step once an epoch, take no {key!r}: {advice}')
+    for key, field in dict(warmup_epochs='warmup_epochs', min_lr='min_lr', num_epochs='t_max').items():
+        if key in config.sched_kwargs:
+            raise VitdistillError(f'sched_kwargs: {key!r} is a field of the config itself: set {field} = '
+                                  f'{config.sched_kwargs[key]!r} there, and leave it out of sched_kwargs.')
     settings = dict(sched=config.scheduler, num_epochs=config.t_max or config.epochs, min_lr=config.min_lr,
                     warmup_epochs=warmup_length(config), warmup_lr=peak_rate(config)/100)
     if config.scheduler == 'constant': # steps that never come
@@ -143,7 +147,7 @@ def create_schedule(config:Config, optimizer:torch.optim.Optimizer):
     advice = f'mend it{word_hint(config.sched_kwargs)}, or leave it out'
     with explained(problem, advice, TypeError, ValueError, ArithmeticError, AssertionError):
         schedule, _ = create_scheduler_v2(optimizer, **settings | config.sched_kwargs)
-        for epoch in (warmup_length(config), 0): # some values fail only here
+        for epoch in (*range(config.epochs), 0): # some values fail only here
             schedule.step(epoch)
     return schedule
 

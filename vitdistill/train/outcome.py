@@ -122,10 +122,11 @@ def teacher_brief(
     return brief
 
 # %% ../../nbs/train/04_outcome.ipynb #8b275cd5
-def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
+def card_data(run:Run, result:dict, card:Card)->ModelCardData: # result: of `finish`
     "Returns the head of a model card for the hub: licence, data, tags, and accuracies as evaluation results."
     config = run.config
     is_public = bool(check_dataset(config.dataset).side) # images of a user's may have another licence
+    is_free = {*(card.made_from or {}).values()} <= {'apache-2.0'} # others may bind what is made from them
     measured = []
     columns = ('test_top1', 'test', 1), ('test_top5', 'test', 5), ('held_out_top1', 'validation', 1)
     for name, split, k in columns:
@@ -139,7 +140,7 @@ def card_data(run:Run, result:dict)->ModelCardData: # result: of `finish`
                                    metric_name=f'top-{k} accuracy',
                                    metric_value=result[name]))
     return ModelCardData(library_name='timm',
-                         license='apache-2.0' if is_public else None,
+                         license='apache-2.0' if is_public and is_free else None,
                          tags=['image-classification', 'distillation'],
                          datasets=[config.dataset],
                          model_name=run.name,
@@ -168,13 +169,14 @@ def model_card(
     if c.teacher and result.get('teacher_top1') is not None:
         images = result.get('teacher_measured_on') or 'images'
         rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {images}"
-    rows['licence'] = 'the weights are yours; the code that trained them, vitdistill, is Apache-2.0'
+    rows['licence'] = ('the weights are yours, as far as those that they are made from allow; the code that '
+                       'trained them, vitdistill, is Apache-2.0')
     summary = f'{c.student} on {c.dataset}, {taught}, seed {c.seed}.'
     head = readme_head(run.name, summary, rows, student_name(c), place)
     values = clean_config(asdict(c), repo_root()) # the hub has no use for this machine's paths
     changed = {name: value for name, value in values.items() if value != getattr(Config(), name)}
     return f"""---
-{card_data(run, result).to_yaml()}
+{card_data(run, result, card).to_yaml()}
 ---
 {head}
 | measured | |
@@ -297,7 +299,11 @@ def predictions_at(
     record:str|Path=None,  # folder to write into; None: the run's own
 )->Path: # the file, predictions-<epochs>.npz
     "Writes the test predictions of a checkpoint, without logits, into its run's record; the run may go on."
-    if not getattr(OBJECTIVES.get(run.config.distillation), 'labelled', False): # unknown here: another task's
+    if run.config.clip:
+        raise VitdistillError(f'{run.name} writes captions and decides nothing about classes: give the run '
+                              'of a student.')
+    # None: an objective that this process has not loaded, of pre-training
+    if not getattr(OBJECTIVES.get(run.config.distillation), 'labelled', False):
         raise VitdistillError(f'{run.name} is pre-trained without labels, and its head was never trained, so '
                               'it decides nothing: fine-tune it with e00_teacher, and ask that.')
     if run.config.class_names:

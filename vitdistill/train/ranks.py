@@ -42,9 +42,11 @@ class Ranks:
 
 # %% ../../nbs/train/01_ranks.ipynb #e9329df9
 def check_device(device:str)->None:
-    "Raises `VitdistillError` for CUDA without a GPU."
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise VitdistillError("device = 'cuda' but torch sees no GPU here: set device to auto or cpu.")
+    "Raises `VitdistillError` for a GPU that is not here."
+    is_here = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    if device in is_here and not is_here[device]():
+        raise VitdistillError(f'device = {device!r} but torch sees no GPU of this kind here: set device to '
+                              'auto or cpu.')
 
 # %% ../../nbs/train/01_ranks.ipynb #06c56ac0
 def place_among_ranks()->tuple:
@@ -64,6 +66,10 @@ def start_ranks(device:str)->Ranks:
         os.environ['LOCAL_WORLD_SIZE'] = local_world
     check_device(device)
     if device == 'cuda':
+        n = torch.cuda.device_count()
+        if local >= n:
+            raise VitdistillError(f'rank {rank} is number {local + 1} on this node, which shows it {n} '
+                                  'GPU(s): start one rank for each GPU, and let each rank see all of them.')
         device = f'cuda:{local}'
         torch.cuda.set_device(local)
     backend = dict(backend='gloo')
@@ -84,7 +90,9 @@ def timeout_error(rank:int)->VitdistillError:
 # %% ../../nbs/train/01_ranks.ipynb #8ab7068b
 def error_of_timeout(error:Exception)->VitdistillError|None:
     "Returns `timeout_error` if `error` is a timeout of this rank; None for other errors."
-    is_timeout = dist.is_initialized() and re.search('timed? ?out', str(error), re.IGNORECASE)
+    # gloo, NCCL and the store raise RuntimeErrors; a disk in the network may time out too, by an OSError
+    of_ranks = isinstance(error, RuntimeError) and dist.is_initialized()
+    is_timeout = of_ranks and re.search('timed? ?out', str(error), re.IGNORECASE)
     return timeout_error(dist.get_rank()) if is_timeout else None
 
 # %% ../../nbs/train/01_ranks.ipynb #a1a884a7

@@ -493,7 +493,8 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     views = Views(images, config.padding, place)
     processes = loading_processes(config, ranks)*ranks.local_world
     number = 4 if config.random_erasing else 1 # bytes of a pixel's number
-    refuse_cramped(processes, -(-config.batch_size//ranks.world)*3*data.side**2*number)
+    parts = 2 if ranks.world > 1 and (config.mixup or config.cutmix) else 1 # also the partners of images
+    refuse_cramped(processes, parts*-(-config.batch_size//ranks.world)*3*data.side**2*number)
     refuse_start_overlap(config, data)
 
     student = objective.fit(create_student(config, len(data.classes), data.side))
