@@ -572,10 +572,6 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
             raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below '
                                   'common, teacher, baseline or another part.')
         parts[part] = values or {} # a part may be empty
-        for key in ('runs_dir', 'work_dir'):
-            if part != 'common' and key in parts[part]:
-                raise VitdistillError(f'preset {name!r}: {part} has {key}: write it below common, where '
-                                      'studies look for it.')
     return parts
 
 def preset(

@@ -444,7 +444,12 @@ def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_
 def runs_folder(parameters:dict)->str: # of a notebook
     "Returns the folder of the run folders that a notebook writes with these parameters."
     preset = parameters.get('preset')
-    shared = preset_parts(preset).get('common', {}) if preset else {}
+    parts = preset_parts(preset) if preset else {}
+    shared = parts.get('common', {})
+    for part, fields in parts.items():
+        if fields.get('runs_dir', shared.get('runs_dir')) != shared.get('runs_dir'):
+            raise VitdistillError(f'preset {preset!r}: {part} has a runs_dir of its own: write it below '
+                                  'common, where a study looks for it.')
     return parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
 
 # %% ../../nbs/launch/00_studies.ipynb #86b3c4bd
