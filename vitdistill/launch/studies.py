@@ -446,8 +446,8 @@ def runs_folder(parameters:dict)->str: # of a notebook
     preset = parameters.get('preset')
     parts = preset_parts(preset) if preset else {}
     shared = parts.get('common', {})
-    for part, fields in parts.items():
-        if fields.get('runs_dir', shared.get('runs_dir')) != shared.get('runs_dir'):
+    for part, values in parts.items():
+        if values.get('runs_dir', shared.get('runs_dir')) != shared.get('runs_dir'):
             raise VitdistillError(f'preset {preset!r}: {part} has a runs_dir of its own: write it below '
                                   'common, where a study looks for it.')
     return parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
