@@ -65,7 +65,8 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: nothin
     if not len(both):
         return {}
     mean, low, high = paired_score(both.one.to_numpy(), both.other.to_numpy())
-    return dict(difference=mean, low=low, high=high, interval='test images', epochs=epochs)
+    shared = epochs if epochs == other_epochs else np.nan
+    return dict(difference=mean, low=low, high=high, interval='test images', epochs=shared)
 
 # %% ../../nbs/study/08_compare.ipynb #682a6780
 # of a table of differences
