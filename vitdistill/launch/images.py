@@ -155,14 +155,15 @@ def class_of(name:str, class_folder:str='first')->str: # name of a file below th
 
 def files_of_classes(
     root:Path, unlabelled:Path=None # as in `with_test`
-)->tuple[list, list]: # names of files, of folders
-    "Returns what lies in folders below the user's, without the folders of images without labels."
+)->tuple[list, list, list]: # names of files in folders, of folders, and of files in none
+    "Returns what lies below the user's folder, without the folders of images without labels."
     places = places_without_labels(root, unlabelled)
     folders = []
     files, *_ = files_below(root, folders)
     left_out = tuple(f'{folder}/' for folder in folders if folder and lies_in(root/folder, places))
     names = sorted(file.name for file in files if '/' in file.name and not file.name.startswith(left_out))
-    return names, [folder for folder in folders if not f'{folder}/'.startswith(left_out)]
+    bare = [file.name for file in files if '/' not in file.name]
+    return names, [folder for folder in folders if not f'{folder}/'.startswith(left_out)], bare
 
 
 # %% ../../nbs/launch/04_images.ipynb #a23fbe45
@@ -206,8 +207,8 @@ def with_test(
     if any((root/name).exists() for name in ('train', 'train.tar')):
         refuse_class_train(root)
         return root
-    names, folders = files_of_classes(root, unlabelled)
-    stray = [file.name for file in files_below(root)[0] if '/' not in file.name and is_image(file.name)]
+    names, folders, bare = files_of_classes(root, unlabelled)
+    stray = [name for name in bare if is_image(name)]
     if stray:
         say_once(f'{root}: {len(stray):,} images lie in no folder, such as {printable(min(stray))}: they are '
                  'left out.')
@@ -736,7 +737,7 @@ def names_without_labels(
         return [*words_of_classes([], given)]
     if not (by_words and data.is_dir()) or any((data/name).exists() for name in ('train', 'train.tar')):
         return []
-    files, _ = files_of_classes(data)
+    files, *_ = files_of_classes(data)
     folders = sorted({class_of(name) for name in files if is_image(name)})
     names = [name for name, _ in given_pairs(given)]
     if {*folders} & {*names} or len(folders) > 1 and len(names) < 2:
