@@ -684,7 +684,6 @@ def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Conf
     read = {name: value for name, value in fields.items() if name in about_images}
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
-
 # %% ../nbs/06_api.ipynb #18710d4f
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
@@ -726,7 +725,6 @@ def images_of_job(
         if unlabelled:
             refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
     return replace(images, root=data if root == data else out/root.name, same=same), fields
-
 
 # %% ../nbs/06_api.ipynb #8b4ab972
 def start_in_words(fields:dict)->str: # of Config, of a student
@@ -877,7 +875,6 @@ def given_to_students(
     if epochs is None:
         epochs = config_of_preset(preset, 'baseline').epochs
     return dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
-
 
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()

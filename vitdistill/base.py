@@ -6,8 +6,8 @@
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line',
            'explained', 'require', 'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path',
            'progress_apart', 'print_result', 'record_path', 'fitting', 'shipped', 'shipped_names', 'no_space',
-           'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads', 'timer_of',
-           'generator', 'seed_host']
+           'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads', 'errors_alone',
+           'timer_of', 'generator', 'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
 import contextlib, difflib, errno, glob, importlib.util, logging, math, os, random, re, shutil, socket
@@ -338,19 +338,27 @@ def free_threads(
                      f'{threads} thread(s) for each run.')
 
 # %% ../nbs/00_base.ipynb #155b03cf
+@contextlib.contextmanager
+def errors_alone(name:str): # of a logger
+    "Leaves out a logger's warnings; afterwards it is as it was."
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
 def timer_of(
     statement:str, # Python, such as 'model(images)'
     **names        # what the statement names
 ):                 # -> torch.utils.benchmark.Timer
     "Returns torch's timer of a statement; it uses as many threads as this process does."
     import torch # here, since `vitdistill --help` does without it
-    logger = logging.getLogger('torch.utils.cpp_extension')
-    level = logger.level
-    logger.setLevel(logging.ERROR) # its import warns where CUDA's compiler is installed and no GPU is there
-    from torch.utils.benchmark import Timer
-    logger.setLevel(level)
+    # its import warns where CUDA's compiler is installed and no GPU is there
+    with errors_alone('torch.utils.cpp_extension'):
+        from torch.utils.benchmark import Timer
     return Timer(statement, globals=names, num_threads=torch.get_num_threads())
-
 
 # %% ../nbs/00_base.ipynb #c07f9f07
 def generator(*numbers:int): # -> torch.Generator

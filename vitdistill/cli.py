@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FOREIGN_OPTIONS', 'COMMANDS', 'field_comments', 'field_help', 'train_parser', 'suggested_option', 'is_typed_path',
-           'typed_places', 'yaml_value', 'field_values', 'command_config', 'train', 'run_notebook', 'experiment_values',
-           'study_part', 'pair', 'run_pair', 'study_arguments', 'study', 'demo', 'analysis_parameters', 'figures',
-           'report', 'write_layout', 'new_folder', 'new', 'fields_without_config', 'captions', 'distill', 'grid',
-           'compare', 'evaluate', 'bench', 'predict', 'export', 'print_any_text', 'command_parser', 'main']
+           'typed_places', 'typed_value', 'field_values', 'command_config', 'train', 'run_notebook',
+           'experiment_values', 'study_part', 'pair', 'run_pair', 'study_arguments', 'study', 'demo',
+           'analysis_parameters', 'figures', 'report', 'write_layout', 'new_folder', 'new', 'fields_without_config',
+           'captions', 'distill', 'grid', 'compare', 'evaluate', 'bench', 'predict', 'export', 'print_any_text',
+           'command_parser', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
 import argparse, functools, inspect, os, shutil, sys, tempfile
@@ -117,16 +118,22 @@ def typed_places(values:dict)->dict: # name -> value, of fields of Config and of
     return places
 
 # %% ../nbs/07_cli.ipynb #d80c2b66
-def yaml_value(
+_fields = {field.name: field for field in fields(Config)}
+
+def typed_value(
     name:str, # of a field or a parameter
     text:str  # its value, as it was typed
 ):
-    "Returns a value as YAML reads it; text that is no YAML is a `VitdistillError`."
+    """Returns a value as its field has it: a text as it is, else as YAML reads it. No YAML, or no value, is a
+    `VitdistillError`."""
+    about = _fields.get(name)
+    if about and about.type is str:
+        return text
     try:
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError):
         raise VitdistillError(f'{name} = {text!r} is not YAML: write it as in a preset.') from None
-    if value is None and name != 'flip': # the one field that may be None
+    if value is None and not (about and about.default is None):
         raise VitdistillError(f'{name} = {text!r} is no value: give one, or leave the option out.')
     return value
 
@@ -145,11 +152,7 @@ def field_values(
         raise VitdistillError(f'unknown option {word!r}: {suggested_option(word, names)}')
     texts = vars(options)
     source = texts.pop('config')
-    kinds = {field.name: field.type for field in fields(Config)}
-    values = {}
-    for name, text in texts.items():
-        values[name] = text if kinds[name] is str else yaml_value(name, text)
-    return typed_places(values), source
+    return typed_places({name: typed_value(name, text) for name, text in texts.items()}), source
 
 # %% ../nbs/07_cli.ipynb #724e2b4b
 def command_config(
@@ -207,11 +210,7 @@ def experiment_values(
 )->dict:
     "Returns parameters of experiment notebooks, name -> value; a name that none has is a `VitdistillError`."
     from vitdistill.launch.runner import check_names, notebook_names
-    texts = {field.name for field in fields(Config) if field.type is str}
-    values = {}
-    for name, text in given:
-        values[name] = text if name in texts else yaml_value(name, text)
-    values = typed_places(values)
+    values = typed_places({name: typed_value(name, text) for name, text in given})
     if 'preset' in values:
         raise VitdistillError(f"give --preset {values['preset']}, not -p preset.")
     check_names(values, notebook_names)

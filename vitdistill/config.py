@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'FORMS', 'PLACES', 'StudentFields', 'DataFields', 'AugmentationFields', 'TeacherFields', 'ObjectiveFields',
            'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
            'field_names', 'plain_value', 'check', 'from_dict', 'YamlLoader', 'dump_yaml', 'refuse_repeats',
-           'keep_texts', 'parse_yaml', 'read_yaml', 'load', 'is_preset_file', 'typed_preset', 'preset_parts', 'preset',
+           'keep_texts', 'parse_yaml', 'read_yaml', 'load', 'is_yaml_file', 'typed_preset', 'preset_parts', 'preset',
            'save', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/01_config.ipynb #6870c0aa
@@ -550,19 +550,19 @@ def load(path:str|Path)->Config:
     return from_dict(values, str(path))
 
 # %% ../nbs/01_config.ipynb #84693365
-def is_preset_file(name:str)->bool:
-    return str(name).endswith(('.yaml', '.yml'))
+def is_yaml_file(name:str|Path)->bool:
+    "Returns whether a name is that of a YAML file, by its ending."
+    return str(name).lower().endswith(('.yaml', '.yml'))
 
 def typed_preset(name:str)->str:
     "Returns a preset's name as a config keeps it: the path of a file is relative to the working folder."
-    return typed_path(name) if is_preset_file(name) else name
-
+    return typed_path(name) if is_yaml_file(name) else name
 
 # %% ../nbs/01_config.ipynb #2052d357
 def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml, or path of a YAML file
     "Returns the parts of a preset, `common` and one per experiment, with their fields."
     # a relative path starts at the root
-    path = from_root(name) if is_preset_file(name) else shipped(f'nbs/presets/{name}.yaml')
+    path = from_root(name) if is_yaml_file(name) else shipped(f'nbs/presets/{name}.yaml')
     if not path.is_file():
         names = shipped_names('nbs/presets', '.yaml')
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, names)}')

@@ -178,7 +178,6 @@ def leave_out(
     # not -inf: KL would have inf - inf
     return torch.where(classes, logits.detach().amin(-1, keepdim=True) - 1e4, logits)
 
-
 # %% ../nbs/03_losses.ipynb #6aa19c83
 def decoupled_loss(
     logits:torch.Tensor,         # (B, C) of the student

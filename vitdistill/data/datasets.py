@@ -428,7 +428,6 @@ def reading_of(config:Config, *parts:ImageFiles)->str:
     "Returns what makes pixels of these files: the side in px, the reader, whether images are turned."
     return f'{image_side(config)} px, {_reading(config, *parts)}'
 
-
 # %% ../../nbs/data/01_datasets.ipynb #bcb3c9c6
 def image_lines(config:Config)->typing.Iterator[bytes]:
     "Yields how the config's images are read, and a line for each of their files: name, size and label."

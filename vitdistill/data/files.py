@@ -290,7 +290,6 @@ def _files_of_split(root, split):
         folders = [folder.removeprefix(prefix) for folder in folders if folder != split]
     return place, entries, left_out, folders
 
-
 # %% ../../nbs/data/00_files.ipynb #f1a6057d
 def in_folders(
     root:Path,
@@ -323,7 +322,6 @@ def in_folders(
     return ImageFiles(root, files, lambda row: images[row].open(),
                       classes=[printable(name) for name in classes], left_out=left_out,
                       notes=[note] if note else [], bare=[printable(f'{place.name}/{name}') for name in bare])
-
 
 # %% ../../nbs/data/00_files.ipynb #f844f576
 def shard_split(name:str)->str:

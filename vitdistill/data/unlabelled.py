@@ -22,7 +22,6 @@ def is_range(text:str)->bool: # value of `Config.unlabelled`
     "Returns whether unlabelled images are named as rows, such as '10000:40000', and not as a folder."
     return bool(re.fullmatch(r'\d+:\d+', text))
 
-
 # %% ../../nbs/data/06_unlabelled.ipynb #6738fa33
 def unlabelled_mark(config:Config)->str: # sixteen hexadecimal digits
     "Returns what identifies a config's unlabelled images, undecoded; '' without any."

@@ -6,12 +6,12 @@
 __all__ = ['PACKAGES', 'Pixels', 'largest_difference', 'export_onnx', 'export_int8', 'export_fp16', 'main']
 
 # %% ../../nbs/deploy/01_export.ipynb #008dca30
-import contextlib, json, logging, sys, tempfile, warnings
+import contextlib, json, sys, tempfile, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import nn
-from ..base import VitdistillError, from_here, generator, require, write_atomic
+from ..base import VitdistillError, errors_alone, from_here, generator, require, write_atomic
 from ..models.create import combine
 from ..options import export_parser
 from .predict import from_folder, from_onnx, model_folder
@@ -76,15 +76,11 @@ def export_onnx(
 # %% ../../nbs/deploy/01_export.ipynb #fef530a7
 def _traced(model:Pixels, side:int): # -> an ONNX ModelProto for any number of images
     with (contextlib.redirect_stdout(sys.stderr), # older exporters print what they rewrite
-          warnings.catch_warnings(action='ignore'), torch.inference_mode()):
-        logger = logging.getLogger('torch.onnx')
-        level = logger.level
-        logger.setLevel(logging.ERROR)
+          warnings.catch_warnings(action='ignore'), errors_alone('torch.onnx'), torch.inference_mode()):
         program = torch.onnx.export(
             model, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
             input_names=['pixels'], output_names=['probabilities'],
             dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
-        logger.setLevel(level)
     return program.model_proto
 
 # %% ../../nbs/deploy/01_export.ipynb #ad29c62d

@@ -82,7 +82,6 @@ def as_bool(name:str, value)->bool: # the name is for the message
         raise VitdistillError(f'{name} = {value!r} is neither true nor false: give True or False.')
     return value.lower() == 'true'
 
-
 # %% ../../nbs/launch/01_runner.ipynb #40ef22e8
 def parameters(
     values:dict=None # variables by name, with In, the list of cell sources; default: this notebook's
@@ -106,7 +105,6 @@ def parameters(
     for name in re.findall(r'^(\w+) *: *bool\b', cells[start], re.M):
         values[name] = as_bool(name, values[name]) # in the notebook too, where papermill left a word
     return {name: values[name] for name in (*declared, *injected)}
-
 
 # %% ../../nbs/launch/01_runner.ipynb #fd589654
 def configure(

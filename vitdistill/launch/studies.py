@@ -18,7 +18,8 @@ from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from ..base import VitdistillError, nearest, shipped, shipped_names
-from ..config import FORMS, Config, defining, from_dict, plain_value, preset_parts, read_yaml
+from ..config import FORMS, Config, defining, from_dict, is_yaml_file, plain_value, preset_parts
+from ..config import read_yaml
 from ..runs import Run, find_runs
 
 # %% ../../nbs/launch/00_studies.ipynb #e4aeb0b9
@@ -303,7 +304,6 @@ def check_study(study:Study)->None:
     check_seeds(study)
     refuse_equal_arms(study)
 
-
 # %% ../../nbs/launch/00_studies.ipynb #b5581ea3
 def refuse_unknown_arms(study:Study, key:str, arms:Iterable[str])->None: # key: of the file, that names them
     "Raises a `VitdistillError` for a name that is no arm of a study, with varied values or without."
@@ -321,7 +321,6 @@ def refuse_several_arms(study:Study, arms:Iterable[str])->None: # of a differenc
             choices = ', '.join(name for name, (base, _) in names.items() if base == arm)
             raise VitdistillError(f'{study.name}: compare names the arm {arm!r}, which varies: name one of '
                                   f'{choices}.')
-
 
 # %% ../../nbs/launch/00_studies.ipynb #aad09eb8
 def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
@@ -348,7 +347,7 @@ def with_places_of_today(values:dict, file:Path)->dict: # content of a study fil
 def study_file(name:str|Path)->Path: # name of a study, or path of its file
     "Returns the file of a study; a name without one is a `VitdistillError`."
     file = Path(name)
-    if file.suffix in ('.yaml', '.yml'):
+    if is_yaml_file(file):
         if file.is_file():
             return file
         raise VitdistillError(f'no study at {name}: name a YAML file such as those of nbs/studies.')

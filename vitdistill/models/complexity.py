@@ -140,7 +140,6 @@ def images_per_second(
         passes = timer_of('model(images)', model=model, images=images).timeit(repeats)
     return len(images)/passes.mean
 
-
 # %% ../../nbs/models/03_complexity.ipynb #dc6f31a5
 def _copies(image, n):
     return image.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)

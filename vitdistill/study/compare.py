@@ -178,8 +178,9 @@ def counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `varia
     names = variants(arms, other)
     base, values = arms[arm]
     other_base, _ = arms[names[0]]
-    if base == other_base: # a variant with another one that the file names, never with itself
-        return [] if arm == other or other not in arms else [other]
+    if base == other_base: # a variant is compared with another one that the file names with its values
+        is_another = other in arms and other != arm
+        return [other] if is_another else []
     def equal(name):
         return all(values[key] == value for key, value in arms[name][1].items() if key in values)
     return [name for name in names if equal(name)]

@@ -190,7 +190,6 @@ def kind_of_arm(
     "Returns the name of an arm without its student: `plain` for the arm `plain-resnet18`."
     return arm.removesuffix(f'-{short_name(student)}')
 
-
 # %% ../../nbs/study/09_job.ipynb #b44cc654
 def finished_models(comparison:Comparison, teacher:list[Run])->dict[str, list[Run]]: # teacher: its runs
     "Returns model -> its finished runs in the order of seeds; models without any are left out."

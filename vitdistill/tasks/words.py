@@ -12,7 +12,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F, yaml
 from timm.models import get_pretrained_cfg
 from ..base import VitdistillError, explained, first_line, from_here, nearest, require, write_atomic
-from ..config import parse_yaml
+from ..config import is_yaml_file, parse_yaml
 from ..data.files import natural_order
 from ..models.hub import hub_license
 from ..models.create import create, readme_head, save_model
@@ -52,11 +52,7 @@ def _pairs_in_csv(text, file): # -> [(folder, words)]; file: named in messages
                                   'and its words; words with a comma stand in quotes.')
     return rows
 
-
 # %% ../../nbs/tasks/05_words.ipynb #b621ef20
-def _is_yaml(file:Path)->bool:
-    return file.suffix.lower() in ('.yaml', '.yml')
-
 def _problem(error): # of YAML, in a line
     return getattr(error, 'problem', None) or first_line(error)
 
@@ -68,7 +64,7 @@ def read_pairs(file:Path)->list: # of (folder, words), words None where a file l
         text = content.decode('utf-8-sig')
     except UnicodeDecodeError:
         raise VitdistillError(f'{file} is not UTF-8: save it as CSV UTF-8.') from None
-    if not _is_yaml(file):
+    if not is_yaml_file(file):
         return _pairs_in_csv(text, file)
 
     what = f'{file} holds no lines of the form "folder: words"'
@@ -88,7 +84,7 @@ def given_pairs(
             pairs = _pairs_in_yaml(given)
     elif isinstance(given, str | Path):
         pairs = read_pairs(from_here(given)) if str(given) else []
-        is_csv = not _is_yaml(Path(given))
+        is_csv = not is_yaml_file(given)
     elif isinstance(given, dict):
         pairs = given.items()
     else:

@@ -367,10 +367,8 @@ def with_members(
                               'name a file or a model folder for each.')
     for folder in weights:
         card = Card.read(folder)
-        if not card:
-            continue
-        refuse_other_classes(card, data)
-        refuse_teacher_overlap(replace(config, teacher_weights=str(folder)), data, card)
+        if card:
+            refuse_other_classes(card, data)
     return replace(config, student='mixture', stem='imagenet', student_kwargs=dict(members=members))
 
 def member_of(weights:str|Path)->dict: # a model folder
@@ -450,7 +448,6 @@ def refuse_model(folder:Path)->None: # without a card
     if (folder/'model.safetensors').exists():
         raise VitdistillError(f'{folder} holds a model without a card: name another folder, or remove that '
                               'one.')
-
 
 # %% ../../nbs/teachers/01_teacher.ipynb #0cf8807d
 def adopt(
