@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, safetensors.torch, torch, torch.nn.functional as F
 from filelock import FileLock
-from .captions import Captioner, Facts, add_noise, bleu, build_tokenizer, check_templates
-from .captions import create_decoder, gap, noise_rule, parse_caption, share_right, tokens_of
-from .captions import write_captions
+from .captions import Captioner, Facts, add_noise, bleu, build_tokenizer, caption_rule
+from .captions import check_templates, create_decoder, every_caption, gap, noise_rule
+from .captions import parse_caption, share_right, tokens_of, write_captions
 from ..base import VitdistillError, from_here, from_root, generator, shipped, write_atomic
 from ..config import Config, preset
 from ..data.datasets import Data, digest, image_words, load_data, read_texts, split_rows, stratified
@@ -62,6 +62,7 @@ class Part:
     image:torch.Tensor|None # (N, D); None without images
     text:torch.Tensor       # (N, D)
     references:list[str]    # captions in the words of the training texts
+    every:torch.Tensor|None=None # (N, K, D): of each image's captions by K templates; of val only
 
 # %% ../../nbs/tasks/03_captioning.ipynb #9f817277
 def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tuple)->DualEncoder: # as below
@@ -178,6 +179,10 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
 
     parts = dict(val=make_part(0, choice, data.train_images, data.train_labels),
                  test=make_part(1, test, data.test_images, data.test_labels))
+    val = parts['val']
+    every = encoder.kept_texts([text for fact in val.facts for text in every_caption(fact, TOWER_TEMPLATES)],
+                               folder)
+    val.every = centred_embeddings(every, means.get('text', [])).unflatten(0, (len(val.facts), -1))
     return encoder, texts, source, parts, means
 
 # %% ../../nbs/tasks/03_captioning.ipynb #412c8dfa
@@ -212,7 +217,7 @@ def unlabelled_parts(config:Config, device:str)->tuple: # as `labelled_parts`
 
 # %% ../../nbs/tasks/03_captioning.ipynb #9c866fb8
 def noise_facts(config:Config, val:Part)->dict: # noise_std, and how it was found
-    "Returns the deviation of the noise, what the rule says of drawn pairs, and the gap of held-out pairs."
+    "Returns the deviation of the noise, what both rules say of drawn images, and the gap of held-out pairs."
     if val.image is None:
         if config.noise_std == 'auto':
             raise VitdistillError("noise_std = 'auto' reads the deviation off pairs of image and text, and a "
@@ -222,16 +227,19 @@ def noise_facts(config:Config, val:Part)->dict: # noise_std, and how it was foun
         raise VitdistillError(f'noise_pairs = {config.noise_pairs}, and {len(val.rows)} pairs are held out: '
                               'give fewer.')
 
-    def rule(draw): # number of a draw of pairs -> (what the rule says, numbers of the images)
+    def drawn(draw): # number of a draw -> rows of val
         order = torch.randperm(len(val.rows), generator=generator(config.split_seed, draw))
-        rows = order[:config.noise_pairs]
-        return noise_rule(val.text[rows], val.image[rows]), val.rows[rows].tolist()
+        return order[:config.noise_pairs]
 
-    value, images = rule(0)
+    draws = [drawn(draw) for draw in range(101)] # the first is what is used
+    rules = [noise_rule(val.text[rows], val.image[rows]) for rows in draws]
+    by_captions = [caption_rule(val.every[rows]) for rows in draws]
+    value = rules[0]
     std = config.noise_factor*(value if config.noise_std == 'auto' else config.noise_std)
     noisy = add_noise(val.text, std, generator(config.split_seed, 1, 1))
-    return dict(noise_std=std, noise_rule=value, noise_rule_images=images,
-                noise_rule_draws=[round(rule(draw)[0], 6) for draw in range(1, 101)],
+    return dict(noise_std=std, noise_rule=value, noise_rule_images=val.rows[draws[0]].tolist(),
+                noise_rule_draws=[round(rule, 6) for rule in rules[1:]], caption_rule=by_captions[0],
+                caption_rule_draws=[round(rule, 6) for rule in by_captions[1:]],
                 gap=gap(val.text, val.image), gap_with_noise=gap(noisy, val.image))
 
 def prepare_captions(config:Config, ranks:Ranks)->Captioning:
