@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, safetensors.torch, torch, torch.nn.functional as F
 from filelock import FileLock
 from .captions import Captioner, Facts, add_noise, bleu, build_tokenizer, caption_rule
-from .captions import check_templates, create_decoder, every_caption, gap, noise_rule
-from .captions import parse_caption, share_right, tokens_of, write_captions
+from .captions import check_templates, create_decoder, every_caption, forms_of, gap
+from .captions import noise_rule, parse_caption, share_right, tokens_of, write_captions
 from ..base import VitdistillError, from_here, from_root, generator, shipped, write_atomic
 from ..config import Config, preset
 from ..data.datasets import Data, digest, image_words, load_data, read_texts, split_rows, stratified
@@ -36,11 +36,12 @@ TOWER_TEMPLATES = 'plain' # of the texts that a text tower is fitted to
 PAIRS = 5/6               # share of the held-out images that it is fitted to
 
 def image_facts(config:Config, data:Data)->tuple: # two lists of `Facts`
-    "Returns what captions say of each training and each test image."
-    group = dict.fromkeys(data.classes, 'things')
-    if config.dataset == 'cifar100':
-        with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
-            group |= {row['class']: row['superclass'] for row in csv.DictReader(file)}
+    "Returns what captions say of each training and each test image: all of CIFAR-100's, else the class."
+    if config.dataset != 'cifar100':
+        return tuple([Facts(name=data.classes[label].replace('_', ' ')) for label in labels.tolist()]
+                     for labels in (data.train_labels, data.test_labels))
+    with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
+        group = {row['class']: row['superclass'] for row in csv.DictReader(file)}
 
     def facts_of(words, labels):
         facts = []
@@ -84,8 +85,9 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
         tower = TextTower(build_tokenizer([*texts, *pair_texts]), images_only.width, settings)
         losses = fit_text_tower(tower, pair_texts, embeddings, settings)
         print(f'text tower: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last, in {folder}', flush=True)
-        templates = check_templates(TOWER_TEMPLATES)
-        by_words = [text.format(word='{}', name='{}', group='{}') for text in templates]
+        grouped, _ = image_facts(config, data)
+        forms = forms_of(TOWER_TEMPLATES, grouped[0])
+        by_words = [form.format(word='{}', name='{}', group='{}') for form in forms]
         encoder = DualEncoder(image, facts, tower.to(device), by_words)
         save_dual(encoder, folder, dict(settings=settings, losses=losses))
     return encoder
@@ -359,9 +361,10 @@ def test_arrays(setup:Captioning, captions:dict)->dict: # captions: of `measure_
     part, val = setup.parts['test'], setup.parts['val']
     # name of a class -> label
     labels = {fact.name: label for fact, label in zip(part.facts, part.labels.tolist())}
+    forms = forms_of(setup.config.templates, part.facts[0])
     arrays = dict(test_image=part.rows.int().numpy(), test_label=part.labels.short().numpy())
     for kind, head in (('image', 'class'), ('text', 'text')):
-        names = [parse_caption(caption, setup.config.templates).name for caption in captions[kind]]
+        names = [parse_caption(caption, forms).name for caption in captions[kind]]
         decisions = [labels.get(name, -1) for name in names]
         arrays[f'test_{head}_decision'] = np.array(decisions, np.int16)
         arrays[f'test_{head}_confidence'] = np.full(len(decisions), np.nan, np.float16)
