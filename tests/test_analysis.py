@@ -264,6 +264,7 @@ def test_an_unfinished_arm_with_predictions_stops_no_report(tmp_path):
         shutil.copytree(place, here := tmp_path / "runs" / place.name)
         (here / "result.json").unlink()
         (here / "predictions.npz").rename(here / f"predictions-{Run(here).epochs_done}.npz")
+    (tmp_path / "bench").symlink_to(ROOT / "reports/bench")
     table = load_comparison("setting_a", find_runs(tmp_path / "runs")).table().set_index(["arm", "other"])
     assert table.seeds["hard labels", "plain"] == 0
     assert table.interval["hard labels", "plain"] == "test images"
