@@ -3,13 +3,13 @@ import re
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import torch
 from conftest import ROOT, TINY, record
 from test_notebooks import definitions, execute
 from safetensors.torch import save_file
 
-from vitdistill.base import VitdistillError
 from vitdistill.config import Config
 from vitdistill.runs import find_runs
 from vitdistill.launch.studies import Study
@@ -67,7 +67,7 @@ def test_figures_of_made_up_records(tmp_path):
 def test_weights_without_position_embeddings_are_one_sentence(tmp_path):
     (tmp_path / "runs").mkdir()
     save_file(dict(weight=torch.ones(1)), tmp_path / "other.safetensors")
-    with pytest.raises(VitdistillError, match="14 x 14 patches: name the weights"):
+    with pytest.raises(papermill.PapermillExecutionError, match="14 x 14 patches: name the weights"):
         execute("a06_deit", tmp_path / "a06.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"),
                 bench=str(tmp_path / "bench"), trained_positions=str(tmp_path / "other.safetensors"))
     assert not (tmp_path / "bench/positions.csv").exists()
