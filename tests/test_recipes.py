@@ -126,7 +126,7 @@ def test_recipe_runs(words, tmp_path):
     if "labels" in given:
         images = folders(tmp_path / "images")
         files = [path.relative_to(images) for path in images.rglob("*.png")]
-        table = [dict(image=str(file), label=file.parts[1], part=file.parts[0]) for file in files]
+        table = [dict({"file": str(file), "class": file.parts[1], "part": file.parts[0]}) for file in files]
         pd.DataFrame(table).to_csv(tmp_path / "labels.csv", index=False)
         small |= dict(dataset="imagefolder", data_root=str(images), labels=str(tmp_path / "labels.csv"),
                       image_size=32, batch_size=8)

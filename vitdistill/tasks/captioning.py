@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOWER_TEMPLATES', 'PAIRS', 'CAPTIONS', 'image_facts', 'Part', 'own_encoder', 'create_encoder', 'Captioning',
-           'centred_embeddings', 'labelled_parts', 'caption_rows', 'unlabelled_parts', 'noise_facts',
+           'centred_embeddings', 'every_embedding', 'labelled_parts', 'caption_rows', 'unlabelled_parts', 'noise_facts',
            'prepare_captions', 'caption_epoch', 'text_loss', 'measure_part', 'describe_captions', 'captions_epoch',
            'measure_captions', 'plane', 'test_arrays', 'save_captioner', 'captions_outcome', 'load_captioner',
            'caption_files', 'own_config']
@@ -146,6 +146,16 @@ def centred_embeddings(embeddings:torch.Tensor, mean:list)->torch.Tensor: # mean
         return embeddings
     return F.normalize(embeddings - torch.tensor(mean), dim=-1)
 
+# %% ../../nbs/tasks/03_captioning.ipynb #125dadf6
+def every_embedding(
+    encoder:Encoder, facts:list[Facts],
+    folder:Path, # of the memo
+    mean:list    # as in `centred_embeddings`
+)->torch.Tensor: # (N, K, D)
+    "Returns the embeddings of each image's captions, by all templates of the tower: for CapDec's own rule."
+    texts = [text for fact in facts for text in every_caption(fact, TOWER_TEMPLATES)]
+    return centred_embeddings(encoder.kept_texts(texts, folder), mean).unflatten(0, (len(facts), -1))
+
 # %% ../../nbs/tasks/03_captioning.ipynb #ea6d617a
 def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts, embeddings, parts, means
     "Loads a dataset of images with classes, and embeds its images and captions."
@@ -181,10 +191,7 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
 
     parts = dict(val=make_part(0, choice, data.train_images, data.train_labels),
                  test=make_part(1, test, data.test_images, data.test_labels))
-    val = parts['val']
-    every = encoder.kept_texts([text for fact in val.facts for text in every_caption(fact, TOWER_TEMPLATES)],
-                               folder)
-    val.every = centred_embeddings(every, means.get('text', [])).unflatten(0, (len(val.facts), -1))
+    parts['val'].every = every_embedding(encoder, parts['val'].facts, folder, means.get('text', []))
     return encoder, texts, source, parts, means
 
 # %% ../../nbs/tasks/03_captioning.ipynb #412c8dfa
@@ -244,6 +251,7 @@ def noise_facts(config:Config, val:Part)->dict: # noise_std, and how it was foun
                 caption_rule_draws=[round(rule, 6) for rule in by_captions[1:]],
                 gap=gap(val.text, val.image), gap_with_noise=gap(noisy, val.image))
 
+# %% ../../nbs/tasks/03_captioning.ipynb #b1246bb3
 def prepare_captions(config:Config, ranks:Ranks)->Captioning:
     "Loads texts, encoder and decoder, and checks them before anything is written."
     set_numerics(ranks.device, config.deterministic)
