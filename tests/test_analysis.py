@@ -238,8 +238,8 @@ def test_figure4_on_the_papers_axes(tmp_path):
     assert (rows["as published"] != "").all()
     assert {"student", "training images", "epochs run"} <= set(rows.index)
     explained = set(rows.index[rows["as published"] != "yes"])
-    assert explained == {"stem", "teacher", "epochs run", "epochs (planned)", "seed", "criterion", "num workers",
-                         "T_max"}
+    assert explained == {"stem", "teacher", "epochs run", "epochs (planned)", "seed", "criterion",
+                         "num workers", "T_max"}
 
 
 @pytest.mark.slow
