@@ -516,10 +516,9 @@ def fingerprint(config:Config)->str: # sixteen hexadecimal digits
 
 # %% ../../nbs/data/01_datasets.ipynb #03457c36
 def image_words(config:Config, data:Data)->tuple: # two lists: a word for each training and each test image
-    "Returns the word that each CIFAR image was searched by, from its file name; else the class's name."
+    "Returns the word that each CIFAR image was searched by, from its file name; '' of other data."
     if config.dataset not in _cifar:
-        train, test = data.train_labels.tolist(), data.test_labels.tolist()
-        return [data.classes[label] for label in train], [data.classes[label] for label in test]
+        return ['']*len(data.train_labels), ['']*len(data.test_labels)
     files = _cifar[config.dataset]
     folder = cifar_root(config)/files.folder
 

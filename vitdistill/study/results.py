@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'curves', 'mean_curve', 'mean_top1', 'published', 'published_value', 'significant', 'prediction_arrays',
-           'read_predictions', 'prediction_files', 'training_images', 'with_predictions', 'same_data', 'decisions',
-           'teacher_calls']
+           'read_predictions', 'prediction_files', 'training_images', 'with_predictions', 'stem_name', 'network_name',
+           'same_data', 'decisions', 'teacher_calls']
 
 # %% ../../nbs/study/00_results.ipynb #c873aebc
 import math
@@ -171,6 +171,15 @@ def with_predictions(runs:list[Run])->tuple[list[Run], list[str]]:
         else:
             readable.append(run)
     return readable, notes
+
+# %% ../../nbs/study/00_results.ipynb #1f85c422
+def stem_name(config:Config)->str:
+    "Returns how tables and pictures name a convnet's first layers: 7x7 or 3x3."
+    return dict(imagenet='7x7', cifar='3x3').get(config.stem, config.stem)
+
+def network_name(config:Config)->str:
+    "Returns how tables and pictures name a run's network: a ResNet with its stem."
+    return config.student + f' ({stem_name(config)} stem)'*('resnet' in config.student)
 
 # %% ../../nbs/study/00_results.ipynb #0a3df1c0
 def same_data(runs:list[Run])->None:

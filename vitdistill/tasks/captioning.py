@@ -36,12 +36,11 @@ TOWER_TEMPLATES = 'plain' # of the texts that a text tower is fitted to
 PAIRS = 5/6               # share of the held-out images that it is fitted to
 
 def image_facts(config:Config, data:Data)->tuple: # two lists of `Facts`
-    "Returns what captions say of each training and each test image: all of CIFAR-100's, else the class."
-    if config.dataset != 'cifar100':
-        return tuple([Facts(name=data.classes[label].replace('_', ' ')) for label in labels.tolist()]
-                     for labels in (data.train_labels, data.test_labels))
-    with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
-        group = {row['class']: row['superclass'] for row in csv.DictReader(file)}
+    "Returns what captions say of each training and each test image."
+    group = dict.fromkeys(data.classes, '')
+    if config.dataset == 'cifar100':
+        with open(shipped('reports/reference/cifar100_superclasses.csv')) as file:
+            group |= {row['class']: row['superclass'] for row in csv.DictReader(file)}
 
     def facts_of(words, labels):
         facts = []
@@ -72,7 +71,7 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
     facts = tower_facts(config, data)
     image = image_tower(facts, config.student_weights, config.teacher_precision, device)
     images_only = DualEncoder(image, facts, None)
-    pair_texts, pair_images = pairs
+    pair_texts, pair_images, forms = pairs
     about = json.dumps([images_only.image_key, settings], sort_keys=True)
     key = digest([about, '\n'.join([*pair_texts, *texts]), pair_images])
     folder = from_root(config.work_dir)/'encoders'/key
@@ -85,8 +84,6 @@ def own_encoder(config:Config, device:str, data:Data, texts:list[str], pairs:tup
         tower = TextTower(build_tokenizer([*texts, *pair_texts]), images_only.width, settings)
         losses = fit_text_tower(tower, pair_texts, embeddings, settings)
         print(f'text tower: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last, in {folder}', flush=True)
-        grouped, _ = image_facts(config, data)
-        forms = forms_of(TOWER_TEMPLATES, grouped[0])
         by_words = [form.format(word='{}', name='{}', group='{}') for form in forms]
         encoder = DualEncoder(image, facts, tower.to(device), by_words)
         save_dual(encoder, folder, dict(settings=settings, losses=losses))
@@ -98,7 +95,7 @@ def create_encoder(
     device:str,
     data:Data=None,        # with images, for an encoder of our own
     texts:list[str]=(),    # from which its tokens are made, beside those of the pairs
-    pairs:tuple=()         # (texts, images) that it is fitted to
+    pairs:tuple=()         # (texts, images, templates of the texts) that it is fitted to
 )->Encoder:
     "Returns the encoder that a config names; one of our own is fitted to pairs, or is there already."
     if config.clip == 'own':
@@ -170,7 +167,8 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
         lines = write_captions(facts[part], templates, config.split_seed, part)
         return [lines[row] for row in rows.tolist()]
 
-    tower_pairs = captions(0, pairs, TOWER_TEMPLATES), data.train_images[pairs]
+    forms = forms_of(TOWER_TEMPLATES, facts[0][0])
+    tower_pairs = captions(0, pairs, TOWER_TEMPLATES), data.train_images[pairs], forms
     encoder = create_encoder(config, device, data, captions(0, train, TOWER_TEMPLATES), tower_pairs)
     texts = captions(0, train)
     source = encoder.kept_texts(texts, folder)
