@@ -9,13 +9,13 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'seconds_in_words', '
            'accuracies', 'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8',
            'never_right', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
-           'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'command_of',
-           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models',
-           'given_to_students', 'distill', 'save', 'class_orders', 'refuse_other_order', 'checked_answers',
-           'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
+           'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types',
+           'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
+           'print_models', 'given_to_students', 'distill', 'save', 'class_orders', 'refuse_other_order',
+           'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
-import contextlib, functools, inspect, json, math, os, re, shlex, statistics, tempfile, time
+import contextlib, filecmp, functools, inspect, json, math, os, re, shlex, statistics, tempfile, time, typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,11 +42,14 @@ from .deploy.predict import from_folder, load_model, named_images, predict
 from .teachers.card import Card
 from .teachers.teacher import Teacher, least_accuracy
 from .train.setup import auto_device, auto_precision
+
+# %% ../nbs/06_api.ipynb #ca73a88e
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
-from .launch.images import names_of_students, names_without_labels, part_by_words, refuse_out_within
+from .launch.images import check_weights, names_of_students, names_without_labels, part_by_words
+from .launch.images import refuse_out_within
 from .launch.images import same_threads, seconds_an_image, sides_of, student_fields, study_of
 from .launch.images import teacher_part, with_precision, with_test, with_unique, write_study
 from .launch.studies import Study, runs_folder, runs_of
@@ -162,15 +165,19 @@ def draw_answers(
     return figure
 
 # %% ../nbs/06_api.ipynb #96cc59f0
-def link_model(run:Run, link:Path)->Path: # link
-    "Links the model folder of a run."
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if link.is_dir() and not link.is_symlink():
-        return link # a copy of the job has folders in place of links
-    if link.resolve() != run.model.resolve(): # none yet, or of another run, since a preset has changed
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(run.model, link.parent))
-    return link
+def link_model(run:Run, link:Path)->Path: # link: models/NAME of a job; -> the link, or the run's own folder
+    "Links the model folder of a run, unless something that is not of the job stands in the link's place."
+    job = link.parent.parent.resolve()
+    ours = link.is_symlink() and link.resolve().is_relative_to(job)
+    if ours or not os.path.lexists(link):
+        if link.resolve() != run.model.resolve(): # none yet, or of another run, since a preset has changed
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(run.model, link.parent))
+        return link
+    weights = link/'model.safetensors' # a copy of the job, as by cp -rL, has folders in place of links
+    same = weights.is_file() and filecmp.cmp(weights, run.model/weights.name, shallow=False)
+    return link if same else run.model
 
 # %% ../nbs/06_api.ipynb #67811f63
 @dataclass
@@ -714,6 +721,9 @@ def images_of_job(
         drawn = root != data and not (labels and table_parts(labels))
         recipe = recipe_of_images(preset, fields, root, class_names)
         if check_dataset(recipe.dataset).side: # a preset for digits
+            if 'dataset' in fields:
+                raise VitdistillError(f'dataset = {recipe.dataset!r} is not read from your folder: leave it '
+                                      'out.')
             fields = fields | dict(dataset='imagefolder')
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
         root, same = with_unique(recipe, place, drop_duplicates)
@@ -741,8 +751,12 @@ def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # stude
     "Returns the names of a job's students, checked: those that have begun in its folder come first."
     students = list(dict.fromkeys([*begun_students(out), *names_of_students(student)]))
     for name in students:
-        if not name.startswith('hf-hub:'):
-            check_name(name)
+        if name.startswith('hf-hub:'):
+            continue
+        if '/' in name and from_here(name).exists():
+            raise VitdistillError(f'student = {name!r} is a file or folder: give its weights as '
+                                  'student_weights (--student-weights), and its architecture as student.')
+        check_name(name)
     if len(students) == 1:
         return students
     for field in ('student_weights', 'student_kwargs'):
@@ -762,11 +776,30 @@ def starts_of_students(students:list, fields:dict, preset:str)->list[dict]: # st
     return starts
 
 # %% ../nbs/06_api.ipynb #448d041f
+def refuse_wrong_types(job:Callable, given:dict)->None: # as in `command_of`
+    "Raises a `VitdistillError` for an argument whose type is none that the job's signature names."
+    for name, about in inspect.signature(job).parameters.items():
+        if about.annotation is about.empty: # such as **fields
+            continue
+        value, kinds = plain_value(given[name]), about.annotation
+        if value is None and not about.default:
+            continue
+        known = typing.get_args(kinds) or (kinds,)
+        also = (os.PathLike,)*(Path in known) + (tuple,)*(list in known)
+        fits = isinstance(value, known + also)
+        if not fits or isinstance(value, bool) and kinds is not bool:
+            words = ' or '.join(kind.__name__ for kind in known if kind is not type(None))
+            shown = repr(value).partition('\n')[0][:60]
+            raise VitdistillError(f'{name} = {shown}: give {words}, not {type(value).__name__}.')
+        if value == '' and about.default not in ('', None): # such as an empty variable of a shell
+            raise VitdistillError(f"{name} = '' is empty: give a name.")
+
 def command_of(
     job:Callable, # `distill`
     given:dict    # its arguments, name -> value; fields: further ones
 )->str:
-    "Returns the command line of a job, with what differs from the defaults."
+    "Returns the command line of a job, with what differs from the defaults; refuses wrong types."
+    refuse_wrong_types(job, given)
     usual = {name: about.default for name, about in inspect.signature(job).parameters.items()}
     words = ['vitdistill', 'distill', str(given['data'])]
     for name, value in (given | plain_value(given['fields'])).items():
@@ -843,6 +876,7 @@ def run_job(
     "Writes a job's study, prints what it will take, trains what is missing and shows the result."
     cells = study_cells(Study(out.name, **study))
     check_cells(cells)
+    check_weights(cells, len(images.classes))
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
         study = with_precision(study, cells, out)
@@ -883,7 +917,7 @@ def distill(
     # timm name or hf-hub:OWNER/MODEL; several with commas between them
     student:str|list='mobilenetv3_small_100',
     # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
-    teacher:str='vit_tiny_patch16_224',
+    teacher:str|Path='vit_tiny_patch16_224',
     out:str|Path=None, # everything of the job goes here; None: out/mine, from the root
     epochs:int|None=None, # of each student; None: as the preset says for the plain one (own: 20)
     seeds:int=1, # students of each kind

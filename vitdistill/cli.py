@@ -552,7 +552,7 @@ def main(words:list[str]|None=None)->int:
         sys.exit(f'vitdistill {name} needs {e.name}, which is not installed here: '
                  'pip install vitdistill installs what it lacks.')
     except KeyboardInterrupt as e:
-        print(e, file=sys.stderr)
+        print(str(e) or 'interrupted', file=sys.stderr)
         return 130
     except BrokenPipeError: # such as by `| head`; Python would write what is left at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

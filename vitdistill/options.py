@@ -210,7 +210,7 @@ def predict_parser()->argparse.ArgumentParser:
 # %% ../nbs/02_options.ipynb #0eb1c4ba
 def evaluate_parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill evaluate`."
-    about = 'Say how many labelled images a trained model gets right, of each class too, with 95%% intervals.'
+    about = 'Say how many labelled images a trained model gets right, of each class too, with 95% intervals.'
     parser = argparse.ArgumentParser(prog='vitdistill evaluate', description=about)
     parser.add_argument('model', metavar='MODEL', help=f'ONNX file, {_MODELS}')
     parser.add_argument('data', metavar='DIR',

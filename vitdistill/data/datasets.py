@@ -642,8 +642,8 @@ def split_rows(
     else:
         train, val = held_out(labels, config.val_fraction, config.split_seed)
         if config.val_fraction and not len(val):
-            raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image of a class: '
-                                  'give a larger one, or 0.')
+            raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image, since the '
+                                  'classes are too small: give more images, a larger val_fraction, or 0.')
         # a share of all images, of which `held_out` has taken the same part
         kept = stratified(labels, config.data_fraction, config.split_seed)[1]
     train = torch.from_numpy(np.intersect1d(train.numpy(), kept.numpy()))

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'PARTS', 'Labelled', 'table_text', 'column_names', 'separa
 # %% ../../nbs/data/05_labels.ipynb #040b2a11
 import collections, csv, io, os, typing, unicodedata
 from pathlib import Path
-from ..base import VitdistillError, explained, nearest
+from ..base import VitdistillError, explained
 from .files import ImageFiles, alike, alike_in_words, file_size, is_image, natural_order
 from .files import printable
 
@@ -71,6 +71,10 @@ def _refuse_columns(file, names): # of a table
     for name in COLUMNS:
         if names.count(name) > 1:
             raise VitdistillError(f'labels = {printable(file)} has two columns {name!r}: remove one.')
+    likely = {'split', 'splits', 'parts', 'subset', 'set', 'partition', 'fold', 'usage', 'phase'} & {*names}
+    if likely and 'part' not in names:
+        raise VitdistillError(f'labels = {printable(file)} has a column {min(likely)!r} and none that is '
+                              'called part: call it part, with train, val or test in it, or remove it.')
 
 # %% ../../nbs/data/05_labels.ipynb #12029d4c
 def table_rows(file:Path)->list[Labelled]:
@@ -141,17 +145,9 @@ def _refuse_faults(file, faults): # faults: (line, sentence without its end)
     raise VitdistillError(f'labels = {printable(file)}: {shown}{more}: mend these lines.')
 
 def _refuse_classes(file, names): # names that a person reads as one class
-    def refuse(words):
-        raise VitdistillError(f'labels = {printable(file)}: the classes {words}: give them one name.')
     for group in alike(names):
-        refuse(alike_in_words(group))
-    by_words = collections.defaultdict(set) # name without further blanks -> names
-    for name in names:
-        by_words[' '.join(name.split()).casefold()].add(name)
-    for group in by_words.values():
-        if len(group) > 1:
-            listed = ' and '.join(map(repr, sorted(group)))
-            refuse(f'{listed} differ in blanks or case alone')
+        raise VitdistillError(f'labels = {printable(file)}: the classes {alike_in_words(group)}: give them '
+                              'one name.')
 
 def _word_fault(row, parted): # what is wrong with the words of a line, or ''; parted: a part is needed
     if not row.file:
@@ -162,7 +158,7 @@ def _word_fault(row, parted): # what is wrong with the words of a line, or ''; p
     if '/' in kind or kind[0] == '.' or len(os.fsencode(kind)) > 200 or not kind.isprintable():
         return f'the class {kind[:50]!r} can not be the name of a folder'
     if parted and row.part.lower() not in PARTS:
-        return f'part = {row.part!r} is none: {nearest(row.part, ["train", "val", "test"])}'
+        return f'part = {row.part!r} is none of train, val and test'
     return ''
 
 def _place(root, name): # (path from `root`, ''), or ('', what is wrong)

@@ -148,6 +148,8 @@ def main(arguments:list=None)->int:
         print(sentence, file=sys.stderr)
     if args.csv and from_here(args.csv).is_dir():
         raise VitdistillError(f'{args.csv} is a folder: name a file as --csv.')
+    if args.csv and not args.csv.lower().endswith('.csv'): # such as an image
+        raise VitdistillError(f'{args.csv} does not end in .csv: name such a file as --csv.')
     result = evaluate(load_model(args.model, args.runs), args.data, args.class_folder, skipped)
     if args.json:
         low, high = wilson(int(result.right.sum()), len(result.right))

@@ -56,6 +56,10 @@ def export_onnx(
         require(package, 'export')
     import onnx
     folder = model_folder(model)
+    place = Path(file or folder)
+    place = place/'model.onnx' if place.is_dir() else place
+    if place.suffix.lower() != '.onnx': # such as the model itself
+        raise VitdistillError(f'{place} does not end in .onnx: name such a file, or a folder.')
     predictor = from_folder(folder)
     crop_side, side = predictor.sides
     whole = Pixels(predictor.forward, *predictor.constants).eval()
@@ -70,8 +74,7 @@ def export_onnx(
             raise VitdistillError(f"onnxruntime's answers of {folder} differ from torch's by "
                                   f'{difference:.2g}, more than 0.0001: try other versions of onnxruntime '
                                   'and torch.')
-    place = Path(file or folder)
-    return write_atomic(place/'model.onnx' if place.is_dir() else place, write)
+    return write_atomic(place, write)
 
 # %% ../../nbs/deploy/01_export.ipynb #fef530a7
 def _traced(model:Pixels, side:int): # -> an ONNX ModelProto for any number of images

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'has_other_links', 'link_images',
            'places_without_labels', 'lies_in', 'refuse_out_within', 'link_labelled', 'is_part', 'class_of',
-           'files_of_classes', 'refuse_parts', 'refuse_class_train', 'with_test', 'has_part', 'folder_of_tests',
-           'Images', 'sides_of', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'fitting_side',
-           'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
-           'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_given',
-           'arms_of_student', 'question_of', 'study_of', 'begun_parts', 'write_study', 'names_without_labels',
-           'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision',
-           'same_threads']
+           'files_of_classes', 'refuse_parts', 'is_archive', 'refuse_parts_within', 'refuse_masks',
+           'refuse_other_layouts', 'refuse_class_train', 'with_test', 'has_part', 'folder_of_tests', 'Images',
+           'sides_of', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction',
+           'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields',
+           'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_given',
+           'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
+           'names_without_labels', 'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions',
+           'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
-import copy, math, os, re, shutil, statistics, tempfile
+import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,9 +28,10 @@ from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.duplicates import Pair, same_images
 from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_image, printable, reason_of
 from ..data.files import refuse_broken, say_once, some_rows, unreadable
-from ..data.labels import table_parts
+from ..data.labels import read_labels, table_parts
 from .queue import Cell
-from ..models.create import create, head_names, load_weights, near_models, read_weights, started_from
+from ..models.create import create, create_student, head_names, load_weights, near_models
+from ..models.create import read_weights, started_from
 from ..models.create import try_size
 from ..models.hub import hub_answers, weights_place
 from ..runs import find_runs, read_json
@@ -128,7 +130,8 @@ def link_labelled(
         for name, _, label in files.files:
             parted[name] = f'{part}/{classes[label]}/{name}'
     places = places_without_labels(root, unlabelled) # these images are learned from otherwise
-    others = [file.name for file in files_below(root)[0] if is_image(file.name) and file.name not in parted]
+    named = read_labels(labels, root) # also those of a part that is not used
+    others = [file.name for file in files_below(root)[0] if is_image(file.name) and file.name not in named]
     if places:
         others = [name for name in others if not lies_in(root/name, places)]
     if others:
@@ -176,6 +179,60 @@ def refuse_parts(root:Path, classes:list)->None: # the user's folder; names of i
     raise VitdistillError(f'{root}: the {which} like training or test images, not like classes: name the two '
                           'folders train and val.')
 
+# %% ../../nbs/launch/04_images.ipynb #b887a4d7
+def is_archive(file:Path)->bool:
+    endings = '.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar'
+    return file.suffix.lower() in endings and file.is_file()
+
+def refuse_parts_within(root:Path, images:list)->None: # images: names below the user's folder
+    "Raises a `VitdistillError` if the folders below the first ones are parts of a dataset."
+    parts = collections.defaultdict(set) # first folder -> folders below it
+    deep = collections.defaultdict(list) # first folder -> whether each image has two more folders above it
+    for name in images:
+        first, *below, _ = name.split('/')
+        parts[first].add(below[0] if below else '')
+        deep[first].append(len(below) > 1)
+    parted = [folder for folder, names in parts.items() if all(map(is_part, names))]
+    if not parted:
+        return
+    folder = max(parted, key=lambda folder: len(parts[folder]))
+    listed = printable(' and '.join(sorted(parts[folder])))
+    if all(deep[folder]): # folder/train/CLASS/*
+        raise VitdistillError(f'{root}: {printable(folder)} holds {listed}, and folders of classes in there: '
+                              f'name {printable(root/folder)}.')
+    raise VitdistillError(f'{root}: each class, such as {printable(folder)}, has folders {listed} of its '
+                          'own: make it train/CLASS/* and val/CLASS/*, or give a table with the columns file, '
+                          'class and part (--labels).')
+
+# %% ../../nbs/launch/04_images.ipynb #add536dc
+def refuse_masks(root:Path, classes:list)->None: # the user's folder; names of its folders of images
+    "Raises a `VitdistillError` if the folders are images and what was drawn on them, and not classes."
+    names = {name.lower() for name in classes}
+    drawn = {'mask', 'masks', 'label', 'labels', 'annotation', 'annotations', 'segmentation', 'segmentations'}
+    if names & {'image', 'images', 'img', 'imgs'} and names & drawn:
+        raise VitdistillError(f"{root}: the folders {printable(' and '.join(classes[:5]))} are no classes, "
+                              'and segmentation is not learned here: give a folder for each class, or a '
+                              'table of the classes (--labels).')
+
+def refuse_other_layouts(
+    root:Path,
+    images:list, bare:list, # names of the images in folders; of the files in none
+    classes:list            # names of the folders that would be the classes
+)->None:
+    "Raises a `VitdistillError` if a user's folder does not hold a folder of images for each class."
+    refuse_parts_within(root, images)
+    archives = sorted(name for name in bare if is_archive(root/name))
+    if len(classes) < 2 and archives:
+        raise VitdistillError(f'{root} holds {printable(archives[0])}: unpack it there, for only a plain '
+                              'train.tar is read as it is.')
+    if len(classes) < 2:
+        raise VitdistillError(f'{root} holds no train/ and not two folders of images: it needs train/CLASS/* '
+                              'and val/CLASS/*, or CLASS/* for each class; images without labels need a '
+                              'teacher by words and the names of the classes (--teacher clip:MODEL/WEIGHTS '
+                              f'--classes FILE --unlabelled {root}).')
+    refuse_parts(root, classes)
+    refuse_masks(root, classes)
+
 # %% ../../nbs/launch/04_images.ipynb #adf6a71a
 def refuse_class_train(root:Path)->None: # the user's folder, with train/ or train.tar
     "Raises a `VitdistillError` if train/ is a class: images lie in it and no folders of images."
@@ -194,12 +251,16 @@ def with_test(
     class_folder:str='first' # as in `class_of`
 )->Path:
     "Returns a folder with train/ and val/: the user's own, or one of links to its images in `out`."
+    if is_archive(root):
+        raise VitdistillError(f'{root} is an archive: unpack it, and name the folder.')
     if not root.is_dir():
         raise VitdistillError(f'no folder {root}: name the folder that holds your images.')
     if labels:
         return link_labelled(root, out, labels, unlabelled)
     if any((root/name).exists() for name in ('train', 'train.tar')):
         refuse_class_train(root)
+        for part in ('train', *TESTS):
+            refuse_out_within(out, root/part)
         return root
     names, folders, bare = files_of_classes(root, unlabelled)
     stray = [name for name in bare if is_image(name)]
@@ -209,12 +270,7 @@ def with_test(
     images = [name for name in names if is_image(name)]
     class_of_image = {name: class_of(name, class_folder) for name in images}
     classes = sorted({*class_of_image.values()})
-    if len(classes) < 2:
-        raise VitdistillError(f'{root} holds no train/ and not two folders of images: it needs train/CLASS/* '
-                              'and val/CLASS/*, or CLASS/* for each class; images without labels need a '
-                              'teacher by words and the names of the classes (--teacher clip:MODEL/WEIGHTS '
-                              f'--classes FILE --unlabelled {root}).')
-    refuse_parts(root, classes)
+    refuse_other_layouts(root, images, bare, classes)
     refuse_out_within(out, root)
     numbers = torch.tensor([classes.index(class_of_image[name]) for name in images])
     _, rows = stratified(numbers, .2, seed=0) # as `Images` says: a fifth of each class
@@ -559,6 +615,7 @@ def names_of_students(given:str|list)->list[str]: # a name, several with commas 
 
 def begun_students(out:Path)->list[str]: # folder of a job
     "Returns the names of the students of which something was trained in the folder of a job."
+    refuse_other_files(out)
     file = out/f'{out.name}.yaml'
     begun = begun_parts(out)
     if not file.is_file():
@@ -582,6 +639,17 @@ def student_fields(
     if normalization and 'student_normalization' not in given:
         fields |= dict(student_normalization=normalization)
     return fields
+
+# %% ../../nbs/launch/04_images.ipynb #2f5d7443
+def check_weights(cells:list[Cell], classes:int)->None: # of a job; number of classes
+    "Raises a `VitdistillError` if a student's file of weights is missing or of another architecture."
+    tried = set()
+    for cell in cells:
+        c = cell.config
+        if cell.name == 'teacher' or not c.student_weights or (c.student, c.student_weights) in tried:
+            continue
+        tried.add((c.student, c.student_weights))
+        create_student(c, classes, c.image_size)
 
 # %% ../../nbs/launch/04_images.ipynb #d0e805a8
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them
@@ -666,6 +734,23 @@ def study_of(
     title, asked = question_of(names, images.labelled)
     return dict(title=title, asked=asked, common=common | given_among({*field_names()} - teaching),
                 seeds=[*range(1, seeds + 1)], teachers=dict(teacher=teacher), arms=arms, compare=compare)
+
+# %% ../../nbs/launch/04_images.ipynb #bc958795
+def refuse_other_files(out:Path)->None: # folder of a job
+    "Raises a `VitdistillError` if a folder holds no job, and files where a job would write its own."
+    if out.exists() and not out.is_dir():
+        raise VitdistillError(f'out = {out} is a file: name a folder.')
+    file = out/f'{out.name}.yaml'
+    if not file.is_file():
+        theirs = [place for place in (out/f'{out.name}.html', out/'models') if os.path.lexists(place)]
+    else:
+        with contextlib.suppress(VitdistillError):
+            if 'arms' in read_yaml(file):
+                return
+        theirs = [file]
+    if theirs and not has_runs(out):
+        raise VitdistillError(f'{theirs[0]} is not of a job, which would write it: name another folder as '
+                              'out.')
 
 # %% ../../nbs/launch/04_images.ipynb #69d67d43
 def begun_parts(out:Path)->set: # folder of a job

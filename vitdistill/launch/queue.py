@@ -30,9 +30,10 @@ from ..base import repo_root, shipped, shipped_names, stoppable, write_atomic
 from ..config import Config, config_hash, field_names
 from ..data.unlabelled import is_range
 from . import runner
-from .runner import adopt_teacher, bind_to_parent, check_names, configure, is_weak, settable
-from .runner import stop, with_teacher
+from .runner import adopt_teacher, bind_to_parent, check_names, check_rank_count, configure
+from .runner import is_weak, settable, stop, with_teacher
 from ..losses import criterion
+from ..track import tracker_names
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from ..tasks.table import task_of
@@ -198,6 +199,9 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
             check_settings(config)
             criterion(config)
             task_of(config).refuse_foreign(config)
+            check_rank_count(cell.chosen.get('nproc'))
+            if here:
+                tracker_names(config.track)
         except VitdistillError as e:
             raise VitdistillError(f'{cell}: {e}') from None
         if not cell.takes_arm:

@@ -6,8 +6,8 @@
 __all__ = ['notebook_names', 'settable', 'PROGRESS', 'check_names', 'is_injected', 'assigned_names', 'as_bool', 'parameters',
            'configure', 'rank_count', 'rank_command', 'bind_to_parent', 'stop', 'failure', 'end_of_log', 'first_error',
            'follow', 'run_threads', 'train_on_ranks', 'rank_environment', 'makes_teacher', 'has_model',
-           'wait_until_done', 'check_launch', 'teacher_warning', 'run', 'train_interruptibly', 'print_end',
-           'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher', 'weak_teacher', 'teacher_of_preset',
+           'wait_until_done', 'check_rank_count', 'check_launch', 'teacher_warning', 'run', 'train_interruptibly',
+           'print_end', 'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher', 'weak_teacher', 'teacher_of_preset',
            'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
@@ -340,13 +340,16 @@ def wait_until_done(record:Run, nodes:int, patience:float=60.)->bool: # patience
     return True
 
 # %% ../../nbs/launch/01_runner.ipynb #e1a6f73c
+def check_rank_count(nproc:int|str|None)->None: # ranks on this node, as a user gives them
+    if nproc not in (None, 'auto') and not (type(nproc) is int and nproc > 0):
+        raise VitdistillError(f"nproc = {nproc!r}: give a whole number above 0, or 'auto'.")
+
 def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
     # each of these raises if something does not fit
     task_of(config).refuse_foreign(config)
     criterion(config)
-    if nproc not in (None, 'auto') and not (type(nproc) is int and nproc > 0):
-        raise VitdistillError(f"nproc = {nproc!r}: give a whole number above 0, or 'auto'.")
+    check_rank_count(nproc)
     tracker_names(config.track)
     check_folders(config)
     if makes_teacher(config.experiment) and not (config.val_fraction or config.val_rows or config.fold):

@@ -192,8 +192,11 @@ def try_size(
         reason = first_line(error)
         if isinstance(error, VitdistillError): # without its advice
             reason = reason.partition(': ')[0]
-        advice = ('give a larger image_size, student_size or test_size (teacher_size of a teacher), '
+        change = 'smaller' if 'alloc' in reason.lower() else 'larger'
+        advice = (f'give a {change} image_size, student_size or test_size (teacher_size of a teacher), '
                   'or another model')
+        if 'channels' in reason:
+            advice = 'images have 3 channels: mend student_kwargs or teacher_kwargs'
         raise VitdistillError(f'{name} can not take images of {size} px ({reason}): {advice}.') from None
     finally:
         model.train(training)
@@ -285,7 +288,7 @@ def create(
         kwargs = {'img_size': size, **kwargs}
     failure = f'{name} takes no such argument or value as in {kwargs}'
     advice = ('mend student_kwargs or teacher_kwargs; where a preset set them for another model, '
-              '-y "student_kwargs: {}" takes them back')
+              'student_kwargs: {} takes them back')
     # what timm's constructors raise
     kinds = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     loading = _download(name) if pretrained else contextlib.nullcontext()
