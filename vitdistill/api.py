@@ -9,7 +9,7 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'seconds_in_words', '
            'accuracies', 'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8',
            'never_right', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
-           'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types',
+           'named_as', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types',
            'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
            'print_models', 'given_to_students', 'distill', 'save', 'class_orders', 'refuse_other_order',
            'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'memo', 'small_head']
@@ -692,6 +692,14 @@ def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Conf
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
 # %% ../nbs/06_api.ipynb #18710d4f
+@contextlib.contextmanager
+def named_as(out:Path, draft:str): # folder of the job; folder of a dry run, which is removed
+    "Names the folder of the job in a message, in place of that of a dry run."
+    try:
+        yield
+    except VitdistillError as error:
+        raise VitdistillError(str(error).replace(draft, str(out))) from None
+
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
     preset:str,
@@ -713,7 +721,7 @@ def images_of_job(
     if class_names and drop_duplicates:
         raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
                               'without labels there are no test images: leave it out.')
-    with tempfile.TemporaryDirectory() as draft:
+    with tempfile.TemporaryDirectory() as draft, named_as(out, draft):
         # `with_test` raises if `out` lies inside `data`
         kept = not dry_run or has_runs(out) or out.is_relative_to(data)
         place = out if kept else Path(draft)

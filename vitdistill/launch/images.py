@@ -6,13 +6,13 @@
 __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'has_other_links', 'link_images',
            'places_without_labels', 'lies_in', 'refuse_out_within', 'link_labelled', 'is_part', 'class_of',
            'files_of_classes', 'refuse_parts', 'is_archive', 'refuse_parts_within', 'refuse_masks',
-           'refuse_other_layouts', 'refuse_class_train', 'with_test', 'has_part', 'folder_of_tests', 'Images',
-           'sides_of', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction',
-           'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields',
-           'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_given',
-           'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
-           'names_without_labels', 'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions',
-           'with_precision', 'same_threads']
+           'refuse_other_layouts', 'refuse_class_train', 'refuse_no_test', 'with_test', 'has_part', 'folder_of_tests',
+           'Images', 'sides_of', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'fitting_side',
+           'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
+           'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_weights',
+           'check_given', 'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts',
+           'write_study', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'quicker_precision',
+           'open_precisions', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile
@@ -26,8 +26,8 @@ from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, re
 from ..base import free_threads, from_here, from_root, nearest, write_atomic
 from ..data.datasets import held_out, list_images, split_rows, stratified
 from ..data.duplicates import Pair, same_images
-from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_image, printable, reason_of
-from ..data.files import refuse_broken, say_once, some_rows, unreadable
+from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_hidden, is_image
+from ..data.files import printable, reason_of, refuse_broken, say_once, some_rows, unreadable
 from ..data.labels import read_labels, table_parts
 from .queue import Cell
 from ..models.create import create, create_student, head_names, load_weights, near_models
@@ -201,8 +201,8 @@ def refuse_parts_within(root:Path, images:list)->None: # images: names below the
         raise VitdistillError(f'{root}: {printable(folder)} holds {listed}, and folders of classes in there: '
                               f'name {printable(root/folder)}.')
     raise VitdistillError(f'{root}: each class, such as {printable(folder)}, has folders {listed} of its '
-                          'own: make it train/CLASS/* and val/CLASS/*, or give a table with the columns file, '
-                          'class and part (--labels).')
+                          'own: make it train/CLASS/* and val/CLASS/*, or give a table with the columns '
+                          'file, class and part (--labels).')
 
 # %% ../../nbs/launch/04_images.ipynb #add536dc
 def refuse_masks(root:Path, classes:list)->None: # the user's folder; names of its folders of images
@@ -243,6 +243,16 @@ def refuse_class_train(root:Path)->None: # the user's folder, with train/ or tra
         raise VitdistillError(f'{root}/train holds images and no folders: training images need '
                               'train/CLASS/*. If it is a class, give it another name, such as trains.')
 
+def refuse_no_test(root:Path)->None: # as in `refuse_class_train`
+    "Raises a `VitdistillError` if test images seem to lie beside train/ in a folder that is not read."
+    if any((root/name).exists() or (root/f'{name}.tar').exists() for name in TESTS):
+        return
+    others = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+    others = [name for name in others if name not in ('train', UNLABELLED)]
+    if others:
+        raise VitdistillError(f'{root} holds train and none of {", ".join(TESTS)}, but '
+                              f"{printable(_first_names(others, 3))}: name the folder of test images val.")
+
 # %% ../../nbs/launch/04_images.ipynb #f7f8d2d0
 def with_test(
     root:Path, out:Path, # the user's folder; folder of the job
@@ -259,6 +269,7 @@ def with_test(
         return link_labelled(root, out, labels, unlabelled)
     if any((root/name).exists() for name in ('train', 'train.tar')):
         refuse_class_train(root)
+        refuse_no_test(root)
         for part in ('train', *TESTS):
             refuse_out_within(out, root/part)
         return root
