@@ -251,7 +251,7 @@ def refuse_no_test(root:Path)->None: # as in `refuse_class_train`
     others = [name for name in others if name not in ('train', UNLABELLED)]
     if others:
         raise VitdistillError(f'{root} holds train and none of {", ".join(TESTS)}, but '
-                              f"{printable(_first_names(others, 3))}: name the folder of test images val.")
+                              f"{printable(', '.join(others[:3]))}: name the folder of test images val.")
 
 # %% ../../nbs/launch/04_images.ipynb #f7f8d2d0
 def with_test(
