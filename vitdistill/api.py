@@ -691,7 +691,7 @@ def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Conf
     read = {name: value for name, value in fields.items() if name in about_images}
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
-# %% ../nbs/06_api.ipynb #18710d4f
+# %% ../nbs/06_api.ipynb #6fc78182
 @contextlib.contextmanager
 def named_as(out:Path, draft:str): # folder of the job; folder of a dry run, which is removed
     "Names the folder of the job in a message, in place of that of a dry run."
@@ -700,6 +700,7 @@ def named_as(out:Path, draft:str): # folder of the job; folder of a dry run, whi
     except VitdistillError as error:
         raise VitdistillError(str(error).replace(draft, str(out))) from None
 
+# %% ../nbs/06_api.ipynb #18710d4f
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
     preset:str,
