@@ -49,9 +49,9 @@ from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
 from .launch.images import check_weights, names_of_students, names_without_labels, part_by_words
-from .launch.images import refuse_out_within
-from .launch.images import same_threads, seconds_an_image, sides_of, student_fields, study_of
-from .launch.images import teacher_part, with_precision, with_test, with_unique, write_study
+from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
+from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
+from .launch.images import with_unique, write_study
 from .launch.studies import Study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, machine_in_words
 from .tasks.words import is_by_words

@@ -71,7 +71,7 @@ def _refuse_columns(file, names): # of a table
     for name in COLUMNS:
         if names.count(name) > 1:
             raise VitdistillError(f'labels = {printable(file)} has two columns {name!r}: remove one.')
-    likely = {'split', 'splits', 'parts', 'subset', 'set', 'partition', 'fold', 'usage', 'phase'} & {*names}
+    likely = {'split', 'splits', 'parts', 'subset', 'partition'} & {*names}
     if likely and 'part' not in names:
         raise VitdistillError(f'labels = {printable(file)} has a column {min(likely)!r} and none that is '
                               'called part: call it part, with train, val or test in it, or remove it.')

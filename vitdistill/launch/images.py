@@ -16,7 +16,6 @@ __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'has
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, timm, torch
@@ -29,10 +28,9 @@ from ..data.duplicates import Pair, same_images
 from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_hidden, is_image
 from ..data.files import printable, reason_of, refuse_broken, say_once, some_rows, unreadable
 from ..data.labels import read_labels, table_parts
-from .queue import Cell
+from .queue import Cell, cell_runs
 from ..models.create import create, create_student, head_names, load_weights, near_models
-from ..models.create import read_weights, started_from
-from ..models.create import try_size
+from ..models.create import read_weights, started_from, try_size
 from ..models.hub import hub_answers, weights_place
 from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
@@ -130,8 +128,10 @@ def link_labelled(
         for name, _, label in files.files:
             parted[name] = f'{part}/{classes[label]}/{name}'
     places = places_without_labels(root, unlabelled) # these images are learned from otherwise
-    named = read_labels(labels, root) # also those of a part that is not used
-    others = [file.name for file in files_below(root)[0] if is_image(file.name) and file.name not in named]
+    others = [file.name for file in files_below(root)[0] if is_image(file.name) and file.name not in parted]
+    if others:
+        named = read_labels(labels, root) # also of a part that is not used
+        others = [name for name in others if name not in named]
     if places:
         others = [name for name in others if not lies_in(root/name, places)]
     if others:
@@ -193,7 +193,8 @@ def refuse_parts_within(root:Path, images:list)->None: # images: names below the
         parts[first].add(below[0] if below else '')
         deep[first].append(len(below) > 1)
     parted = [folder for folder, names in parts.items() if all(map(is_part, names))]
-    if not parted:
+    found = {part.lower() for folder in parted for part in parts[folder]}
+    if found <= {'train', 'training'}: # none, or the vehicle
         return
     folder = max(parted, key=lambda folder: len(parts[folder]))
     listed = printable(' and '.join(sorted(parts[folder])))
@@ -625,7 +626,8 @@ def names_of_students(given:str|list)->list[str]: # a name, several with commas 
     return names
 
 def begun_students(out:Path)->list[str]: # folder of a job
-    "Returns the names of the students of which something was trained in the folder of a job."
+    """Returns the names of the students of which something was trained in the folder of a job; a folder of
+    other files is a `VitdistillError`."""
     refuse_other_files(out)
     file = out/f'{out.name}.yaml'
     begun = begun_parts(out)
@@ -658,6 +660,8 @@ def check_weights(cells:list[Cell], classes:int)->None: # of a job; number of cl
     for cell in cells:
         c = cell.config
         if cell.name == 'teacher' or not c.student_weights or (c.student, c.student_weights) in tried:
+            continue
+        if any(run.status == 'done' for run in cell_runs(cell)): # its file may be gone by now
             continue
         tried.add((c.student, c.student_weights))
         create_student(c, classes, c.image_size)
@@ -948,7 +952,7 @@ def with_precision(
     return study
 
 # %% ../../nbs/launch/04_images.ipynb #726a001a
-@contextmanager
+@contextlib.contextmanager
 def same_threads(out:Path): # folder of the job
     "Decides once how many threads the runs of a job take on a CPU; yields the number."
     most = min(cores(), environment_number('OMP_NUM_THREADS', cores()))
