@@ -498,8 +498,12 @@ def compare_runs(
 
 # %% ../../nbs/study/08_compare.ipynb #b013319c
 def write(comparison:Comparison, out:str|Path)->Path: # out: folder
-    "Writes tables, figures and a page of a study into a folder; returns the path of the page."
+    """Writes tables, figures and a page of a study into a folder; returns the path of the page. The folder of
+    the job that the study is of is a `VitdistillError`, since the job's own page has that name."""
     study, out = comparison.study, Path(out)
+    if study.about and (out/f'{study.name}.yaml').is_file():
+        raise VitdistillError(f"{out}/{study.name}.html is the job's own page: name another folder as out "
+                              '(--out).')
     lead = []
     if study.asked:
         lead.append(f'Asked: {study.asked}')
