@@ -152,7 +152,8 @@ def named_images(
     paths:Iterable[str|Path], # files, folders; '-': paths from standard input, one a line
     skipped:Callable=None     # as in `read_batches`, for a path that isn't there
 )->list[Path]:
-    "Returns image files that are named or lie in a folder; a path that isn't there is a `VitdistillError`."
+    """Returns image files that are named or lie in a folder; a path that isn't there is a `VitdistillError`.
+    In a notebook of the clone, what isn't below the working folder is sought below the root."""
     paths = [*paths]
     names = []
     for path in paths:
@@ -162,13 +163,14 @@ def named_images(
     for name in names:
         if not str(name):
             raise VitdistillError('a path of images is empty: name image files, or a folder.')
-        path = Path(os.path.expanduser(name)) # such as ~$a.png of an office program stays as it is
+        typed = Path(os.path.expanduser(name)) # such as ~$a.png of an office program stays as it is
+        path = typed if os.path.exists(typed) else from_here(typed)
         if os.path.isdir(path): # also False where the user may not look
             images += images_below(path)
         elif os.path.isfile(path):
             images.append(path)
         else:
-            missing.append(printable(path))
+            missing.append(printable(typed))
 
     if missing and skipped is None:
         few = ', '.join(missing[:20])

@@ -510,8 +510,8 @@ def teacher_of_preset(
     given:dict,              # parameters of a student's notebook
     experiment:str='teacher' # part of the preset that trains the teacher
 )->Config:
-    """Returns the config of a preset's teacher. It is trained on the student's share of the images, or on
-    `teacher_data_fraction`."""
+    """Returns the config of a preset's teacher. It is trained on the share `teacher_data_fraction` of the
+    images, or else on a given `data_fraction`, or else on its own of the preset."""
     if experiment not in preset_parts(given['preset']):
         able = [name for name in shipped_names('nbs/presets', '.yaml') if experiment in preset_parts(name)]
         raise VitdistillError(f"preset {given['preset']!r} trains no teacher: make one by e00_teacher (role "

@@ -263,8 +263,13 @@ class Showing:
             print(f'{name}: no runs yet.')
             return
         save_table(frame, self.out, name, caption, key)
-        shown = frame.head(50).drop(columns='runs', errors='ignore').map(format_cell)
+        most = 50 # rows
+        shown = frame.head(most).drop(columns='runs', errors='ignore').map(format_cell)
         with pd.option_context('display.max_colwidth', None):
             html = shown.to_html(index=False, border=0)
             text = shown.to_string(index=False)
         display({'text/html': html, 'text/plain': text}, raw=True)
+        if len(frame) > most:
+            caption += f' The first {most} of {len(frame)} rows; all are in tables/{name}.md.'
+        if caption:
+            print(textwrap.fill(caption.strip(), 120))

@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'curves', 'mean_curve', 'mean_top1', 'published', 'published
            'same_data', 'decisions', 'teacher_calls']
 
 # %% ../../nbs/study/00_results.ipynb #c873aebc
-import math
+import math, re
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.augment import unnumbered
@@ -174,12 +174,17 @@ def with_predictions(runs:list[Run])->tuple[list[Run], list[str]]:
 
 # %% ../../nbs/study/00_results.ipynb #1f85c422
 def stem_name(config:Config)->str:
-    "Returns how tables and pictures name a convnet's first layers: 7x7 or 3x3."
-    return dict(imagenet='7x7', cifar='3x3').get(config.stem, config.stem)
+    "Returns how tables and pictures name a network's first layers: 7x7 or 3x3, or else timm's own."
+    if config.stem == 'cifar':
+        return '3x3'
+    # resnet18, resnet18_distilled, resnext50_32x4d; not resnet10t, whose stem has three convolutions
+    plain = re.match(r'(wide_)?res(net|next)\d+(_|$)', config.student)
+    return '7x7' if plain and 'stem_type' not in config.student_kwargs else "timm's own"
 
 def network_name(config:Config)->str:
     "Returns how tables and pictures name a run's network: a ResNet with its stem."
-    return config.student + f' ({stem_name(config)} stem)'*('resnet' in config.student)
+    stem = stem_name(config)
+    return config.student if stem == "timm's own" else f'{config.student} ({stem} stem)'
 
 # %% ../../nbs/study/00_results.ipynb #0a3df1c0
 def same_data(runs:list[Run])->None:

@@ -44,7 +44,7 @@ def power(
         return float(difference != 0)
     bound = float(student_t.ppf(1 - level/2, freedom))
     shift = difference/std*np.sqrt(pairs)
-    below = nctdtr(freedom, shift, -bound)
+    below = np.nan_to_num(nctdtr(freedom, shift, -bound)) # scipy has nan for some tails of about 1e-16
     above = 1 - nctdtr(freedom, shift, bound)
     return float(above + below)
 
