@@ -55,7 +55,9 @@ def field_lines():
     comments = field_comments()
     for f in fields(Config):
         allowed = f.metadata["allowed"]
-        within = f"one of {', '.join(allowed)}" if isinstance(allowed, tuple) else f"in {allowed}"
+        within = f"in {allowed}"
+        if isinstance(allowed, tuple):
+            within = f"one of {', '.join(word or repr(word) for word in allowed)}"
         yield f.name, comments[f.name] + f"; {within}" * bool(allowed)
 
 

@@ -1,5 +1,5 @@
-"""Draws 600 pictures of ten shapes, for a first try without images of your own: python docs/shapes.py
-data/own"""
+"""Draws 600 pictures of ten shapes, for a first try without images of your own:
+python docs/shapes.py data/own"""
 import math
 import sys
 from pathlib import Path
@@ -45,6 +45,8 @@ def picture(name, seed):
 
 
 def main(folder):
+    if Path(folder).exists():
+        sys.exit(f"{folder} is there already: name a new folder.")
     for label, name in enumerate([*SIDES, *POINTS, *ROUND, *LINES]):
         place = Path(folder, name)
         place.mkdir(parents=True, exist_ok=True)
@@ -53,4 +55,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     main(sys.argv[1])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Interrupted', 'stoppable', 'nearest', 'first_line',
-           'explained', 'require', 'is_root', 'repo_root', 'from_root', 'from_here', 'default_place', 'typed_path',
-           'progress_apart', 'print_result', 'record_path', 'fitting', 'shipped', 'shipped_names', 'no_space',
-           'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads', 'errors_alone',
-           'timer_of', 'generator', 'seed_host']
+           'explained', 'require', 'is_root', 'repo_root', 'from_root', 'place_or_name', 'from_here', 'default_place',
+           'typed_path', 'progress_apart', 'print_result', 'record_path', 'fitting', 'shipped', 'shipped_names',
+           'no_space', 'write_atomic', 'cgroup_limit', 'environment_number', 'cores', 'busy_cores', 'free_threads',
+           'errors_alone', 'timer_of', 'generator', 'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
 import contextlib, difflib, errno, glob, importlib.util, logging, math, os, random, re, shutil, socket
@@ -130,6 +130,10 @@ def from_root(path:str|Path)->Path:
     path = Path(os.path.expanduser(path)) # ~$a.png stays as it is
     return path if path.is_absolute() else repo_root()/path
 
+def place_or_name(text:str)->str: # such as a folder, or the name of a model
+    "Returns the path of what is there, from `repo_root()` where relative; else the text."
+    return str(from_root(text)) if text and from_root(text).exists() else text
+
 def from_here(path:str|Path)->Path:
     "Returns a user's path from the working folder; in a notebook below `repo_root()`, from there."
     path = Path(os.path.expanduser(path)) # ~$a.png stays as it is
@@ -218,9 +222,11 @@ def no_space(
     *places:str|Path # folders that were written to
 )->VitdistillError|None:
     "Returns an error that names the full disk if that caused `error`, in whichever library; else None."
-    full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error)
-    for place in places: # torch's own writer doesn't say why it failed
-        full = full or shutil.disk_usage(_nearest_folder(Path(place))).free < 2**16
+    number = getattr(error, 'errno', None)
+    full = number in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error)
+    if number is None: # torch's own writer doesn't say why it failed
+        for place in places:
+            full = full or shutil.disk_usage(_nearest_folder(Path(place))).free < 2**16
     if not full:
         return None
     where = ', '.join(map(str, places)) or error

@@ -11,7 +11,7 @@ __all__ = ['FOREIGN_OPTIONS', 'COMMANDS', 'field_comments', 'field_help', 'train
            'command_parser', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
-import argparse, functools, inspect, os, shutil, sys, tempfile
+import argparse, errno, functools, inspect, os, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -169,7 +169,8 @@ def command_config(
         automatic = [field for field in config.auto if field not in given]
         return replace(config, **given, auto=automatic)
     own = {field: value for field, value in given.items() if field != 'experiment'} # it names the run alone
-    config = replace(preset(name, experiment, **own), experiment=given.get('experiment', experiment))
+    nulls = {field: None for field, value in own.items() if value is None} # which `preset` takes as not given
+    config = replace(preset(name, experiment, **own), experiment=given.get('experiment', experiment), **nulls)
     if not config.teacher:
         return config
     from vitdistill.launch.runner import with_teacher
@@ -557,6 +558,10 @@ def main(words:list[str]|None=None)->int:
     except BrokenPipeError: # such as by `| head`; Python would write what is left at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): # a place that may not be used
+            raise
+        sys.exit(f'{e.filename} can not be used ({e.strerror}): name another place, or change its rights.')
 
 # %% ../nbs/07_cli.ipynb #7f88583d
 #| eval: false

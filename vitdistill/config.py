@@ -379,7 +379,7 @@ def _value_for(f, given): # the value as a field `f` has it: of its type
     numbers = [kind for kind in kinds if kind in (int, float)]
     value = plain_value(given)
     if numbers and type(value) in (str, int): # such as '1e-3' of papermill's -y, or 1 for a float
-        with contextlib.suppress(ValueError): # 'auto' stays a word
+        with contextlib.suppress(ValueError, OverflowError): # 'auto' stays a word; 10**400 is no float
             value = numbers[0](value)
     may_be_none = f.default is None
     if type(value) in kinds or (value is None and may_be_none):

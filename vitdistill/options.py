@@ -159,7 +159,8 @@ def bench_parser()->argparse.ArgumentParser:
     parser.add_argument('--repeats', type=int, default=6, metavar='N',
                         help='rounds of turns; fewer than 6 give no interval (default: %(default)s)')
     parser.add_argument('--seconds', type=float,
-                        help='length of a turn, at least one step (default: 4 on a CPU, 30 on a GPU)')
+                        help='length of a turn, at least one step (default: 4 on a CPU, 30 on a GPU; '
+                             '--attention: 0.3; --scale has none)')
     parser.add_argument('--out', default=Path('out/bench'), type=from_here, metavar='DIR',
                         help='folder for tables and figures (default: %(default)s)')
     parser.add_argument('--keep', dest='out', action='store_const', const=Path('reports/bench'),

@@ -192,7 +192,7 @@ def find_run(
         if (place/'config.yaml').is_file():
             return Run(place)
         work = place.resolve().parent
-        if (work/'launch.yaml').is_file(): # of a model folder, or of a link to one
+        if place.is_dir() and (work/'launch.yaml').is_file(): # a model folder, or a link to one
             return _run_of_work(work, run)
     is_path = len(Path(run).parts) > 1 or run and from_here(run).exists()
     if is_path:
@@ -331,7 +331,8 @@ def environment()->dict:
                 instructions=backends.cpu.get_cpu_capability(), # AVX2, AVX512, ...
                 gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
                 cuda=torch.version.cuda, cudnn=backends.cudnn.version(),
-                tf32=dict(products=backends.cuda.matmul.allow_tf32, convolutions=backends.cudnn.allow_tf32),
+                tf32=dict(products=backends.cuda.matmul.fp32_precision == 'tf32',
+                          convolutions=backends.cudnn.conv.fp32_precision == 'tf32'),
                 # the variable is for a copy without .git
                 commit=_git('rev-parse', 'HEAD') or os.environ.get('VITDISTILL_COMMIT', ''),
                 uncommitted=bool(_git('status', '--porcelain', '--untracked-files=no')))

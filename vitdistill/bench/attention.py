@@ -16,6 +16,7 @@ from .results import headline, over_rounds, record
 from ..models.complexity import layers
 from ..models.layers import HiLo
 from ..models.create import create
+from ..train.ranks import set_numerics
 
 # %% ../../nbs/bench/02_attention.ipynb #aaf99cbf
 class Case(typing.NamedTuple):
@@ -98,6 +99,7 @@ def time_cases(
 )->pd.DataFrame: # a row per case and round: `case_costs`, batch, round, seconds per pass, memory_mb
     "Times all cases, one round after another, every other round backwards."
     counted = case_costs(cases)
+    set_numerics(device, deterministic=False) # fp32 is fp32, not TF32
     batch = 32 if device == 'cuda' else 1
     rows = []
     for turn in range(rounds):

@@ -7,7 +7,7 @@ __all__ = ['CLOSE', 'MEANS', 'peak_memory', 'serve', 'Worker', 'steps_a_turn', '
            'draw_rates', 'main', 'bench', 'pair_sentence']
 
 # %% ../../nbs/bench/03_bench.ipynb #79f67ae8
-import argparse, contextlib, functools, json, os, resource, subprocess, sys, tempfile, time, typing
+import argparse, contextlib, functools, json, os, subprocess, sys, tempfile, time, typing
 from pathlib import Path
 import pandas as pd, torch
 from .attention import attention_record, cases, time_cases
@@ -15,10 +15,10 @@ from .contenders import CONTENDERS, bench_config, built, contenders, random_data
 from .scale import scale_record
 from .results import OVER_ROUNDS, device_and_noise, over_rounds, record
 from ..base import VitdistillError, from_root
-from ..config import Config, load, read_yaml, save
+from ..config import Config, from_dict, load, read_yaml, save
 from ..models.create import student_size
 from ..options import bench_parser
-from ..train.ranks import start_ranks, threads_per_rank
+from ..train.ranks import set_numerics, start_ranks, threads_per_rank
 from ..data.views import view_count
 
 # %% ../../nbs/bench/03_bench.ipynb #1d957ef8
@@ -26,6 +26,7 @@ def peak_memory(device:str)->float:
     "Returns the peak memory of this process so far, MB: torch's allocations on a GPU, on a CPU resident."
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated()/1e6
+    import resource # Windows lacks it
     # bytes on a Mac; on Linux the peak starts from the launcher's, which is less
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e6
@@ -36,6 +37,7 @@ def serve(name:str, config:Config)->None: # name: in `CONTENDERS`
     from torch.utils.benchmark import timer # which waits for a GPU; here, since its import takes a while
     out, sys.stdout = sys.stdout, sys.stderr
     ranks = start_ranks(config.device)
+    set_numerics(ranks.device, deterministic=False) # fp32 is fp32, as in training
     torch.set_num_threads(threads_per_rank(config, 1))
     turn = built(name, config, ranks, random_data())
     for line in sys.stdin:
@@ -120,8 +122,17 @@ def time_contenders(config:Config, names:list, # names: in `CONTENDERS`
         for repeat, turn in enumerate(rounds):
             # every other round backwards, against drifting clocks
             for name in turn[::-1] if repeat % 2 else turn:
+                if name not in workers: # it has failed
+                    continue
                 worker, steps, first = workers[name]
-                row = dict(contender=name, repeat=repeat, start_seconds=first, **worker.ask(steps))
+                try:
+                    measured = worker.ask(steps)
+                except VitdistillError as error:
+                    failures.append(str(error))
+                    say(failures[-1])
+                    del workers[name]
+                    continue
+                row = dict(contender=name, repeat=repeat, start_seconds=first, **measured)
                 row['images_per_second'] = row['images']/row['seconds']
                 rows.append(row)
                 say(f"{repeat + 1}/{len(rounds)} {name}: {row['images_per_second']:.1f} images/s")
@@ -186,7 +197,7 @@ def main(arguments:list=None)->int:
 # %% ../../nbs/bench/03_bench.ipynb #4989a4b1
 MEANS = ('Medians over the turns. spread: (highest - lowest)/median of images/s; an epoch: 50,000 images, '
          'extrapolated from images_a_turn; memory_mb: peak of the training process (on a CPU resident, '
-         'loading processes not counted).')
+         'loading processes not counted). Loading processes work ahead between turns, which favours them.')
 
 def bench(args:argparse.Namespace)->str: # args: of `main`
     "Runs the bench that the command line asks for; returns its text."
@@ -196,16 +207,28 @@ def bench(args:argparse.Namespace)->str: # args: of `main`
     kind = args.kind or ''
     out = from_root(args.out)
     say = functools.partial(print, flush=True)
+    if kind in ('attention', 'scale') and args.config:
+        raise VitdistillError(f'config = {args.config} is not for --{kind}: leave it out.')
     if kind == 'attention':
-        passes = time_cases(cases(), device, args.repeats, args.seconds or .3, say)
+        seconds = .3 if args.seconds is None else args.seconds
+        passes = time_cases(cases(), device, args.repeats, seconds, say)
         return attention_record(passes, device, out/kind, noise)
     if kind == 'scale':
         return scale_record(out/kind, noise, say)
 
     given = read_yaml(Path(args.config)) if args.config else {}
+    from_dict(given) # a field that isn't one is an error
+    for name in ('device', 'experiment'): # of this bench, not of the run that a file describes
+        given.pop(name, None)
     config = bench_config(device, kind == 'recipe', **given)
-    seconds = args.seconds or (30. if device == 'cuda' else 4.)
+    if args.config: # the record has a name of its own
+        kind = '-'.join(filter(None, (kind, Path(args.config).stem)))
+    seconds = args.seconds
+    if seconds is None:
+        seconds = 30. if device == 'cuda' else 4.
     turns, failures = time_contenders(config, contenders(config), args.repeats, seconds, say)
+    if not len(turns):
+        raise VitdistillError(failures[0])
     medians = contender_medians(turns)
     compared = ratios(turns, config)
     parts = [pair_sentence(config), MEANS, medians.drop(columns='what'), medians[['contender', 'what']],

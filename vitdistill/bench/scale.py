@@ -15,7 +15,7 @@ from .results import record
 from ..data.datasets import generator, stratified
 from ..data.duplicates import same_images
 from ..data.files import ImageFiles, in_folders
-from ..data.views import epoch_plan
+from ..data.views import epoch_plan, expected_views
 from ..models.complexity import complexity
 
 # %% ../../nbs/bench/04_scale.ipynb #f25b9c19
@@ -99,7 +99,7 @@ def on_paper(
 )->dict:
     "Returns what training on so many images takes, calculated: hours, memos in GB, what disks must give."
     student, teacher = rates or calculated_rates()
-    different_views = images*views*(1 - (1 - 1/views)**epochs) # that come up
+    different_views = images*expected_views(views, epochs)
     hours = (images*epochs/student + different_views/teacher)/gpus/3600
     images_a_second = student*gpus
     row = dict(images=images, GPUs=gpus, hours=hours, images_a_second=images_a_second,

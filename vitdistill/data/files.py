@@ -638,7 +638,8 @@ def rgb_image(
     exif_orientation:bool=True  # turn it as its EXIF data say
 ): # PIL image
     "Returns an image in RGB as training sees it, white where transparent; over 16 bits it is a ValueError."
-    of_16_bits = ';16' in str(getattr(image, 'tile', '')) # Pillow's name of the raw pixels
+    raw = str(getattr(image, 'tile', '')) # Pillow's name of the raw pixels
+    of_16_bits = ';16' in raw and 'BGR;16' not in raw # the latter has 5 or 6 bits a channel
     scaled = image.format == 'PPM' and not of_16_bits # Pillow scales what has another largest value
     image.load()
     if exif_orientation:

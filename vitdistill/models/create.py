@@ -58,13 +58,13 @@ class DistilledResNet(ResNet):
         return self.fc, self.fc_dist
 
     def reset_classifier(self, num_classes:int, global_pool:str=None)->None:
-        super().reset_classifier(num_classes, global_pool)
+        super().reset_classifier(num_classes, global_pool or self.global_pool.pool_type)
         with_second_head(self)
 
 def with_second_head(model:ResNet)->DistilledResNet:
     "Gives a timm ResNet a second linear layer for the teacher's answers, in place."
     model.__class__ = DistilledResNet
-    model.fc_dist = nn.Linear(model.num_features, model.num_classes) if model.num_classes else nn.Identity()
+    model.fc_dist = nn.Linear(model.fc.in_features, model.num_classes) if model.num_classes else nn.Identity()
     return model
 
 # %% ../../nbs/models/02_create.ipynb #a11c0de2
@@ -225,8 +225,8 @@ def check_name(name:str)->None:
     "Raises `VitdistillError` for a model that timm doesn't know; the hub is asked when a model is created."
     try:
         source, _ = parse_model_name(name)
-    except ValueError as error:
-        raise VitdistillError(str(error)) from None
+    except (ValueError, AssertionError) as error: # the latter of older versions of timm, without words
+        raise VitdistillError(str(error) or f'unknown model {name!r}: give hf-hub:OWNER/MODEL.') from None
     if not source and not timm.is_model(name):
         raise VitdistillError(f'unknown model {name!r}: {near_models(name)}')
     if not source:
@@ -340,7 +340,7 @@ def read_weights(
     file = weights_file(path)
     try:
         with torch.serialization.safe_globals(safe_checkpoint_types()):
-            state = load_state_dict(str(file))
+            state = load_state_dict(str(file), weights_only=True) # timm's default since 1.0.26
         others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
         if not (others or model is None):
             state = without_prefix(state, model)
@@ -386,10 +386,10 @@ def fit_positions(
     if not isinstance(model, VisionTransformer) or 'pos_embed' not in state or model.pos_embed is None:
         return state
     prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens # class and distillation token
-    side = math.sqrt(state['pos_embed'].shape[1] - prefix_tokens)
+    side = math.sqrt(max(0, state['pos_embed'].shape[1] - prefix_tokens))
     patches = model.patch_embed.proj.weight
     same_patches = state.get('patch_embed.proj.weight', patches).shape == patches.shape
-    if side % 1 or not same_patches: # no square grid, or other patches: `load_weights` refuses it as it is
+    if not side or side % 1 or not same_patches: # no square grid, or others: `load_weights` refuses it
         return state
     return checkpoint_filter_fn(state, model, adapt_layer_scale=True, interpolation=interpolation)
 

@@ -62,6 +62,8 @@ def fetch(
     "Downloads a model from the hub once, and returns its folder; remove the folder to download again."
     short_name = name.removeprefix(HUB)
     repository, _, revision = short_name.partition('@')
+    if not repository:
+        raise VitdistillError(f'{name!r} names no model: give hf-hub:OWNER/MODEL.')
     folder = from_root('out/hub')/short_name.replace('/', '--')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f'.{folder.name}.lock')): # several ranks, several runs

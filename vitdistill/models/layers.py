@@ -374,7 +374,11 @@ def with_compiled_blocks(model:nn.Module)->nn.Module:
     "Returns a model with the same parameters and buffers, whose `equal_blocks` share a compiled program."
     same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, same)
-    for block in equal_blocks(twin):
+    blocks = equal_blocks(twin)
+    # where stochastic depth grows, each block has a rate of its own and needs its own program
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 4*len(blocks))
+    for block in blocks:
         block.compile(dynamic=False)
     return twin
 

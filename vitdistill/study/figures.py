@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLE_STYLES', 'NUMBER', 'SAME', 'PNG_BYTES', 'style', 'role_style', 'plot_curves', 'same_but_for_numbers',
-           'same_table', 'same_text', 'pictures_in', 'same_picture', 'is_unchanged', 'save_figure', 'format_cell',
-           'row_ids', 'save_table', 'markdown_table', 'small_png', 'content_hash', 'Showing']
+           'same_table', 'same_text', 'pictures_in', 'same_picture', 'is_unchanged', 'save_figure', 'no_formula',
+           'format_cell', 'row_ids', 'save_table', 'markdown_table', 'small_png', 'content_hash', 'Showing']
 
 # %% ../../nbs/study/03_figures.ipynb #61c003e6
 import base64, hashlib, io, math, re, textwrap
@@ -153,15 +153,19 @@ def save_figure(
     return file
 
 # %% ../../nbs/study/03_figures.ipynb #c271948d
+def no_formula(text:str)->str: # such as a study's title
+    "Returns a text that matplotlib shows as it is: without formulas between dollar signs."
+    return text.replace('$', r'\$')
+
 def format_cell(value)->str:
     "Returns a value as text for readers: four significant digits, a dash for no value."
     if value is None or value is pd.NA or value == '':
         return '–'
     if not isinstance(value, (float, np.floating)):
         return str(value)
-    if isinstance(value, float) and math.isnan(value):
+    if math.isnan(value):
         return '–'
-    return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
+    return f'{value:,.0f}' if abs(value) >= 9999.5 else f'{value:.4g}'
 
 # %% ../../nbs/study/03_figures.ipynb #2a3d28c8
 def row_ids(
@@ -171,7 +175,7 @@ def row_ids(
     "Returns a name for each row, such as 'out-of-fold', that a page can link to; equal names are numbered."
     def row_id(cells):
         words = ' '.join(map(format_cell, cells)).lower()
-        return re.sub('[^a-z0-9.]+', '-', words).strip('-')
+        return re.sub(r'(?:[^\w.]|_)+', '-', words).strip('-') or 'row'
 
     key = [name for name in key if name in frame] # a table without rows may lack them
     columns = key or [name for name in frame if name != 'runs']
@@ -182,9 +186,11 @@ def row_ids(
             break
 
     numbered = []
-    for i, name in enumerate(ids):
-        before = ids[:i].count(name)
-        numbered.append(f'{name}-{before + 1}' if before else name)
+    for name in ids:
+        new, number = name, 2
+        while new in numbered:
+            new, number = f'{name}-{number}', number + 1
+        numbered.append(new)
     return numbered
 
 # %% ../../nbs/study/03_figures.ipynb #ce9fca4c
@@ -196,7 +202,10 @@ def save_table(
     key:list[str]=(),   # columns that name a row, as `row_ids` takes them
 )->list[Path]:
     "Writes tables/<name>.csv (ten significant digits) and .md (rows with ids, for readers), if they changed."
-    frame = significant(frame, 10)
+    # a tiny p-value is no rounding error
+    tiny = [name for name in frame if re.search(r'(^|[ _])(p|q|holm)($|_)', str(name))]
+    exact = frame[tiny].map(lambda value: float(f'{value:.10g}') if isinstance(value, float) else value)
+    frame = significant(frame, 10).assign(**exact)
     folder = Path(out)/'tables'
     texts = {folder/f'{name}.csv': frame.to_csv(index=False),
              folder/f'{name}.md': markdown_table(frame, caption, key)}

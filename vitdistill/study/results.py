@@ -87,7 +87,7 @@ def significant(values, digits:int=4): # values: a number, array, Series or fram
         return np.reshape([significant(value, digits) for value in values.flat], values.shape)
     if not isinstance(values, (float, np.floating)) or not math.isfinite(values):
         return values
-    return float(f'{round(float(values), 15):.{digits}g}') # a rounding error around 0 becomes 0
+    return float(f'{values:.{digits}g}') if abs(values) > 5e-16 else 0. # a rounding error around 0
 
 # %% ../../nbs/study/00_results.ipynb #ba52a4b1
 PARTS = 'test', 'val', 'train'
@@ -123,8 +123,8 @@ def read_predictions(
         raise VitdistillError(f'no part {part!r}: {nearest(part, PARTS)}')
     arrays = prediction_arrays(run, part, file)
     if f'{part}_image' not in arrays:
-        raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there '
-                              f'(val_fraction {run.config.val_fraction:g}).')
+        why = f' (val_fraction {run.config.val_fraction:g})' if part == 'val' else ''
+        raise VitdistillError(f'{run.name} has no predictions on {part}, for it had no images there{why}.')
 
     heads = [name.split('_')[1] for name in arrays if name.endswith('_decision')]
     if not head:
@@ -175,10 +175,10 @@ def with_predictions(runs:list[Run])->tuple[list[Run], list[str]]:
 # %% ../../nbs/study/00_results.ipynb #1f85c422
 def stem_name(config:Config)->str:
     "Returns how tables and pictures name a network's first layers: 7x7 or 3x3, or else timm's own."
-    if config.stem == 'cifar':
-        return '3x3'
     # resnet18, resnet18_distilled, resnext50_32x4d; not resnet10t, whose stem has three convolutions
-    plain = re.match(r'(wide_)?res(net|next)\d+(_|$)', config.student)
+    plain = re.match(r'(wide_)?res(net|next)\d+(?!_clip|_mlp)([_.]|$)', config.student)
+    if config.stem == 'cifar' or plain and config.student.endswith('_cifar'):
+        return '3x3'
     return '7x7' if plain and 'stem_type' not in config.student_kwargs else "timm's own"
 
 def network_name(config:Config)->str:

@@ -38,6 +38,8 @@ def run_state(run:Run, now:float|None=None)->dict: # now: seconds since 1970; No
         state[name] = getattr(config, name, None)
     for name in measures:
         state[name] = float(last.get(name, math.nan))
+        if math.isnan(state[name]) and status == 'done': # of a task without epochs of its own
+            state[name] = float(run.result.get(name, math.nan))
     pace = rows.seconds.tail(5).median()
     if status == 'running' and pace >= 0:
         since_last = min(max(0., now - written), pace)
@@ -61,7 +63,7 @@ def runs(folder:str|Path='reports/runs')->pd.DataFrame: # absolute, or relative 
         more = f' and {len(others) - 5} more' if len(others) > 5 else ''
         print(f"Not listed, for they hold no config.yaml: {', '.join(others[:5])}{more}.")
     frame = pd.DataFrame([run_state(run) for run in records], columns=frame_columns)
-    frame = frame.astype(dict(seed='Int64', epochs='Int64', eta='datetime64[s]', written='datetime64[s]'))
+    frame = frame.astype(dict(seed='UInt64', epochs='Int64', eta='datetime64[s]', written='datetime64[s]'))
     return frame.sort_values(['written', 'run'], ascending=[False, True], ignore_index=True)
 
 # %% ../../nbs/study/06_watch.ipynb #7e78775b
@@ -71,7 +73,7 @@ def state_in_words(row:dict)->str: # of `run_state`
         of = f" of {row['epochs']}" if row['epochs'] else ''
         parts = [f"epoch {row['epochs_done']}{of}"]
     else:
-        parts = ['no epoch yet']
+        parts = [] if row['status'] == 'done' else ['no epoch yet']
     for name, form in _forms.items():
         if not math.isnan(row[name]):
             parts.append(form.format(row[name]))

@@ -18,7 +18,8 @@ from filelock import FileLock
 from .captions import Captioner, Facts, add_noise, bleu, build_tokenizer, caption_rule
 from .captions import check_templates, create_decoder, every_caption, forms_of, gap
 from .captions import noise_rule, parse_caption, share_right, tokens_of, write_captions
-from ..base import VitdistillError, from_here, from_root, generator, shipped, write_atomic
+from ..base import VitdistillError, from_here, from_root, generator, place_or_name, shipped
+from ..base import write_atomic
 from ..config import Config, preset
 from ..data.datasets import Data, digest, image_words, load_data, read_texts, split_rows, stratified
 from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower, image_tower
@@ -106,7 +107,7 @@ def create_encoder(
         return own_encoder(config, device, data, texts, pairs)
     if from_root(config.clip).is_dir():
         return load_dual(config.clip, config.teacher_precision, device)
-    return OpenClip(config.clip, config.clip_pretrained, device)
+    return OpenClip(config.clip, place_or_name(config.clip_pretrained), device)
 
 # %% ../../nbs/tasks/03_captioning.ipynb #6af29bce
 @dataclass(kw_only=True)

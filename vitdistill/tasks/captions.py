@@ -11,7 +11,7 @@ __all__ = ['TEMPLATES', 'PAD', 'END', 'SMALL', 'add_noise', 'noise_rule', 'capti
 import re, typing
 import torch, torch.nn.functional as F
 from torch import nn
-from ..base import VitdistillError, explained, generator, nearest, require
+from ..base import VitdistillError, explained, generator, nearest, place_or_name, require
 from ..config import Config
 from ..models.hub import failure_in_words, without_retries
 
@@ -153,15 +153,18 @@ def read_tokenizer(text:str): # of tokenizer.json
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token=PAD, eos_token=END)
 
 # %% ../../nbs/tasks/01_captions.ipynb #83addc0a
-def tokens_of(tokenizer, texts:list[str], most:int)->torch.Tensor: # (N, T) int64, T <= most
+def tokens_of(
+    tokenizer, texts:list[str],
+    most:int,       # tokens of a text
+    advice:str=', or give a longer context (decoder_kwargs: n_positions)' # the end of the message
+)->torch.Tensor:    # (N, T) int64, T <= most
     "Returns the tokens of texts, each with an end, filled up with -1; refuses one longer than `most`."
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)['input_ids']]
     longest = max(rows, key=len)
     if len(longest) > most:
         text = texts[rows.index(longest)]
         raise VitdistillError(f'a caption has {len(longest)} tokens, and the context has room for {most}: '
-                              f'shorten {text[:60]!r}, or give a longer context (decoder_kwargs: '
-                              'n_positions).')
+                              f'shorten {text[:60]!r}{advice}.')
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
 
 # %% ../../nbs/tasks/01_captions.ipynb #9cdb9648
@@ -199,7 +202,7 @@ def create_decoder(config:Config, texts:list[str])->tuple: # (GPT-2, its tokeniz
     "Returns the config's decoder: GPT-2 by name or folder, or a small one with a tokenizer of the texts."
     require('transformers', 'captions', 'captions')
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-    name = config.decoder
+    name = place_or_name(config.decoder)
     if name:
         advice = 'name a folder that holds GPT-2, or leave it out for a small one'
         with (explained(f'decoder = {name!r} can not be had', advice, reason=failure_in_words),

@@ -7,7 +7,7 @@ __all__ = ['TOWER', 'fill_embeddings', 'Encoder', 'OpenClip', 'tower_settings', 
            'tower_facts', 'image_tower', 'width_of', 'DualEncoder', 'save_dual', 'load_dual']
 
 # %% ../../nbs/tasks/02_encoders.ipynb #74fb97fd
-import json, typing
+import json, math, typing
 from functools import partial
 from pathlib import Path
 import numpy as np, safetensors.torch, timm, torch, torch.nn.functional as F
@@ -139,11 +139,13 @@ def tower_settings(given:dict)->dict: # as `Config.text_tower`
         kind = type(TOWER[name])
         try: # papermill reads 1e-3 as a word
             number = kind(value)
-            fits = number == float(value) and (number > 0 or name == 'seed')
-        except (TypeError, ValueError):
+            fits = math.isfinite(number) and number == float(value)
+            fits = fits and (number > 0 or name == 'seed' and number == 0)
+        except (TypeError, ValueError, OverflowError):
             fits = False
         if not fits:
-            raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[kind]} above 0.')
+            least = ', 0 or more' if name == 'seed' else ' above 0'
+            raise VitdistillError(f'text_tower: {name} = {value!r}: give {FORMS[kind]}{least}.')
         settings[name] = number
     if settings['width'] % settings['heads']:
         raise VitdistillError(f"text_tower: {settings['heads']} heads do not divide width = "
@@ -172,7 +174,7 @@ class TextTower(nn.Module):
             bos_token_id=tokenizer.eos_token_id, eos_token_id=len(tokenizer)))
 
     def tokens(self, texts:list[str])->torch.Tensor: # -> (B, T)
-        tokens = tokens_of(self.tokenizer, texts, self.length)
+        tokens = tokens_of(self.tokenizer, texts, self.length, advice='')
         # an end of its own, since transformers gives the number 2 a meaning
         tokens[tokens == self.tokenizer.eos_token_id] = len(self.tokenizer)
         return tokens.clamp_min(self.tokenizer.pad_token_id)

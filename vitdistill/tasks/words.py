@@ -36,10 +36,16 @@ def _rows_of_csv(text, delimiter): # without blank ones; a line break within a c
     return rows
 
 def _pairs_in_csv(text, file): # -> [(folder, words)]; file: named in messages
-    for delimiter in ';', '\t', ',': # the first that divides the first row, not within the quotes of a cell
-        rows = _rows_of_csv(text, delimiter)
-        if rows and len(rows[0]) > 1 and not any('"' in cell for cell in rows[0]):
-            break
+    def whole(cell): # a delimiter within quotes would leave half of them
+        return cell.count('"') % 2 == 0
+    delimiter = ','
+    rows = _rows_of_csv(text, delimiter)
+    most = 0 # rows of two columns
+    for each in ';', '\t', ',':
+        rows_of_each = _rows_of_csv(text, each)
+        pairs = sum(len(row) == 2 and all(map(whole, row)) for row in rows_of_each)
+        if pairs > most:
+            most, delimiter, rows = pairs, each, rows_of_each
     if all(len(row) == 1 for row in rows):
         names = [row[0] for row in rows]
         for name in names:

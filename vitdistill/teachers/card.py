@@ -296,7 +296,10 @@ def made_from(config:Config)->dict: # of a run
             start |= pretrained_licenses(member if isinstance(member, str) else member['model'])
         return start
     fetched = config.teacher_pretrained or config.teacher.startswith(HUB)
-    return start | licenses_of(config.teacher, config.teacher_weights, fetched)
+    start |= licenses_of(config.teacher, config.teacher_weights, fetched)
+    if config.fold_weights: # of the second teacher
+        start |= licenses_of(config.teacher, config.fold_weights)
+    return start
 
 # %% ../../nbs/teachers/00_card.ipynb #698bc31e
 def knows_images(card:Card, data:Data)->bool:
@@ -358,7 +361,9 @@ def refuse_other_classes(card:Card, data:Data)->None:
 # %% ../../nbs/teachers/00_card.ipynb #7e86c6b4
 def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
     "Returns what a card says as rows of a Markdown table, name -> text: classes, images, held-out accuracy."
-    names = [re.sub(r'([\\`*_<>|\[\]])', r'\\\1', name) for name in card.classes[:10]]
+    def literal(text): # in Markdown
+        return re.sub(r'([\\`*_<>|\[\]])', r'\\\1', text)
+    names = [*map(literal, card.classes[:10])]
     if len(card.classes) > 10:
         names.append('...')
     images = f'{card.n_train:,} images of {dataset}'
@@ -369,9 +374,11 @@ def card_rows(card:Card, dataset:str)->dict: # dataset: name of its data
     rows = {'classes': f"{len(card.classes)}: {', '.join(names)}", 'trained on': images}
     if card.words:
         text = card.words['templates'][0].replace('{}', next(iter(card.words['words'].values())))
-        rows['words'] = f"{card.words['teacher']} compares an image with texts such as \"{text}\""
+        teacher = literal(card.words['teacher'])
+        rows['words'] = f'{teacher} compares an image with texts such as "{literal(text)}"'
     if card.made_from:
-        rows['made from'] = ', '.join(f'{name} ({license})' for name, license in card.made_from.items())
+        sources = [f'{literal(name)} ({license})' for name, license in card.made_from.items()]
+        rows['made from'] = ', '.join(sources)
     if card.top1_held_out is not None:
         rows['held-out accuracy'] = f'{card.top1_held_out:.1%} of {card.n_measured:,} images'
     return rows

@@ -124,6 +124,9 @@ def check_settings(config:Config)->None:
     for name in (config.student, config.teacher):
         if name:
             check_name(name)
+        if name.startswith('local-dir:'): # its weights would not be in the run's hash
+            raise VitdistillError(f'{name!r} names a folder: give its timm name as student or teacher, and '
+                                  'the folder as student_weights or teacher_weights.')
     fixed = 'model', 'classes', 'size', 'stem', 'pretrained', 'checkpoint_path' # by other fields
     for role in ('student', 'teacher'):
         doubled = [name for name in getattr(config, f'{role}_kwargs') if name in fixed]
