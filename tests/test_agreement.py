@@ -82,5 +82,5 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     assert table["noise"]["difference (points)"].mean() == pytest.approx(gain, abs=1)
     # the teacher's error; one wrong draw in 100 is the label
     disagreement = table["disagreement"].set_index("different decisions (%)")
-    assert disagreement.labels["teacher"] == pytest.approx(15.8, abs=1.2)
+    assert disagreement.labels["teacher of taught"] == pytest.approx(15.8, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)

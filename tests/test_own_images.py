@@ -512,7 +512,8 @@ def test_notebook(job, images, weights, tmp_path):
     pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in
                 output.get("data", {})]
     assert len(pictures) == 2  # the curves, and some test images
-    shown = "".join(notebook["cells"][-1]["outputs"][0]["data"]["text/html"])
+    [page] = [cell for cell in notebook["cells"] if "".join(cell["source"]) == "result.show()"]
+    shown = "".join(page["outputs"][0]["data"]["text/html"])
     # JupyterLab leaves the frame out of a notebook that papermill has executed: the line names the page
     assert shown.startswith(f"<p>page: {out}/mine.html") and "<iframe srcdoc=" in shown
 

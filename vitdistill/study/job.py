@@ -655,8 +655,7 @@ def write_job(
 
     decisions = {name: test_decisions(runs) for name, runs in models.items()}
     decisions = {name: frame for name, frame in decisions.items() if len(frame)}
-    cards = [Card.read(runs[0].model) for runs in models.values()] # None: the model is gone
-    card = next(filter(None, cards), None)
+    card = next(filter(None, (Card.read(runs[0].model) for runs in models.values())), None) # one may be gone
     classes = class_names_of(card, decisions)
     table = recalls(decisions, classes)
     best = best_arm({name: runs for name, runs in models.items() if name in table})

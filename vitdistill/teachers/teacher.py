@@ -427,11 +427,11 @@ def refuse_unfit_images(
 def adopted_readme(
     config:Config, # of the teacher as a run
     card:Card,
-    places:list,   # files or folders of the weights
+    named:list,    # the weights as the user names them: files, folders, on the hub
     new_head:bool  # whether their head was replaced by an untrained one
 )->str:
     "Returns the README.md of an adopted teacher."
-    names = ', '.join(map(name_of_source, places))
+    names = ', '.join(map(name_of_source, named))
     origin = f'Adopted from {names}, with an untrained head.' if new_head else f'Adopted from {names}.'
     rows = card_rows(card, config.dataset)
     del rows['trained on'] # elsewhere, so it is only known what they have not seen
@@ -471,7 +471,8 @@ def adopt(
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
     is_mixture = isinstance(weights, list)
-    places = [weights_place(place) for place in (weights if is_mixture else [weights])]
+    named = weights if is_mixture else [weights] # such as hf-hub:OWNER/MODEL
+    places = [weights_place(place) for place in named]
     for place in places:
         refuse_other_card(Card.read(place), config, data)
     try_size(model, config.student, size)
@@ -488,8 +489,8 @@ def adopt(
         held_out = Views(images, 0, device), labels, torch.arange(len(labels))
     views = Views(data.train_images, config.padding, device)
     card = make_card(teacher, config, data, views, most, held_out)
-    card = replace(card, made_from=licenses_of(config.student, places), words=words_of(places[0]))
-    readme = adopted_readme(config, card, places, new_head)
+    card = replace(card, made_from=licenses_of(config.student, named), words=words_of(places[0]))
+    readme = adopted_readme(config, card, named, new_head)
     save_model(model.cpu(), folder, config.student_kwargs, card.classes, readme, constants, size)
     card.write(folder)
     return card
