@@ -24,8 +24,7 @@ from ..launch.studies import Study, arm_names, parameters_of, read_study, runs_f
 from ..launch.studies import seeds_of, sides, trains
 from .figures import no_formula, save_figure, save_table, style
 from .page import write_index, write_page
-from .results import curves, mean_curve, prediction_arrays, prediction_files, read_predictions
-from .results import same_data
+from .results import curves, mean_curve, prediction_files, read_predictions, same_data
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
 
 # %% ../../nbs/study/08_compare.ipynb #69508232
@@ -69,9 +68,8 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: nothin
     if not (epochs and other_epochs):
         return {}
 
-    for run, file in ((one, files[epochs]), (other, other_files[other_epochs])):
-        if 'test_image' not in prediction_arrays(run, 'test', file): # of images without labels
-            return {}
+    if one.config.class_names or other.config.class_names: # of images without labels
+        return {}
     same_data([one, other])
     right = dict(one=right_answers(one, files[epochs]), other=right_answers(other, other_files[other_epochs]))
     both = pd.concat(right, axis=1, join='inner')
