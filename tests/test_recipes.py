@@ -125,8 +125,9 @@ def test_recipe_runs(words, tmp_path):
         folds = given.get("out_of_fold")  # two teachers are trained here, on all digits
         small |= dict(teacher_kwargs=TINY, data_fraction=1.0 if folds else 0.5)
         small |= {} if folds else dict(allow_untrained=True, teacher_weights=None)
-    if given.get("dataset") == "imagefolder":
-        small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), batch_size=8)
+    if given.get("preset") == "own" and "labels" not in given:
+        small |= dict(dataset="imagefolder", data_root=str(folders(tmp_path / "images")), image_size=32,
+                      batch_size=8)
     if "labels" in given:
         images = folders(tmp_path / "images")
         files = [path.relative_to(images) for path in images.rglob("*.png")]
