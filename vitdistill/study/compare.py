@@ -22,7 +22,7 @@ from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
 from ..launch.studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of
 from ..launch.studies import seeds_of, sides, trains
-from .figures import no_formula, save_figure, save_table, style
+from .figures import save_figure, save_table, style, without_formulas
 from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
@@ -435,8 +435,7 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
     style()
     fig, ax = plt.subplots(figsize=(7.4, .9 + .34*len(rows)), layout='constrained')
     one_baseline = rows.other.nunique() == 1
-    names = rows.arm if one_baseline else rows.arm + ' - ' + rows.other
-    plot_forest(ax, rows, names.map(no_formula))
+    plot_forest(ax, rows, rows.arm if one_baseline else rows.arm + ' - ' + rows.other)
 
     notes = []
     if (rows.interval == 'seeds').any():
@@ -445,9 +444,10 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
         notes.append('hollow dots: seeds added later')
     if (rows.interval != 'seeds').any():
         notes.append('dashed: one seed, interval over test images')
-    minus = f' minus {no_formula(rows.other.iloc[0])}' if one_baseline else ''
+    minus = f' minus {rows.other.iloc[0]}' if one_baseline else ''
     xlabel = f"points of {comparison.measured}{minus}\n{'; '.join(notes)}"
-    ax.set(xlabel=xlabel, title=no_formula(comparison.study.title))
+    ax.set(xlabel=xlabel, title=comparison.study.title)
+    without_formulas(fig)
     return fig
 
 # %% ../../nbs/study/08_compare.ipynb #ff44c6fe
@@ -483,7 +483,7 @@ def draw_curves(
     lines = []
     for arm in sorted(means, key=rank)[:most]:
         mean = means[arm]
-        line, = ax.plot(mean.index, mean, label=no_formula(arm), color=colors.get(arm))
+        line, = ax.plot(mean.index, mean, label=arm, color=colors.get(arm))
         lines.append(line)
         ends = frames[arm].groupby('epoch').test_top1.agg(['min', 'max']).loc[mean.index]
         ax.fill_between(ends.index, ends['min'], ends['max'], color=line.get_color(), alpha=.15, linewidth=0)
@@ -491,7 +491,8 @@ def draw_curves(
         ax.legend(lines, [line.get_label() for line in lines], fontsize='small') # also of a name with _
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel='epoch', ylabel='test accuracy', title=no_formula(comparison.study.title))
+    ax.set(xlabel='epoch', ylabel='test accuracy', title=comparison.study.title)
+    without_formulas(ax.figure)
     return ax.figure
 
 # %% ../../nbs/study/08_compare.ipynb #92ade4d9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLE_STYLES', 'NUMBER', 'SAME', 'PNG_BYTES', 'style', 'role_style', 'plot_curves', 'same_but_for_numbers',
-           'same_table', 'same_text', 'pictures_in', 'same_picture', 'is_unchanged', 'save_figure', 'no_formula',
+           'same_table', 'same_text', 'pictures_in', 'same_picture', 'is_unchanged', 'save_figure', 'without_formulas',
            'format_cell', 'row_ids', 'save_table', 'markdown_table', 'small_png', 'content_hash', 'Showing']
 
 # %% ../../nbs/study/03_figures.ipynb #61c003e6
@@ -12,6 +12,7 @@ import base64, hashlib, io, math, re, textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from PIL import Image
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 from ..base import VitdistillError, from_root, nearest, write_atomic
 from ..runs import Run
@@ -152,11 +153,13 @@ def save_figure(
         write_atomic(file, text.getvalue())
     return file
 
-# %% ../../nbs/study/03_figures.ipynb #c271948d
-def no_formula(text:str)->str: # such as a study's title
-    "Returns a text that matplotlib shows as it is: without formulas between dollar signs."
-    return text.replace('$', r'\$')
+# %% ../../nbs/study/03_figures.ipynb #448e47da
+def without_formulas(figure)->None: # of matplotlib
+    "Lets a figure show its texts as they are: dollar signs in a study's title are no formula."
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
+# %% ../../nbs/study/03_figures.ipynb #c271948d
 def format_cell(value)->str:
     "Returns a value as text for readers: four significant digits, a dash for no value."
     if value is None or value is pd.NA or value == '':
@@ -203,9 +206,8 @@ def save_table(
 )->list[Path]:
     "Writes tables/<name>.csv (ten significant digits) and .md (rows with ids, for readers), if they changed."
     # a tiny p-value is no rounding error
-    tiny = [name for name in frame if re.search(r'(^|[ _])(p|q|holm)($|_)', str(name))]
-    exact = frame[tiny].map(lambda value: float(f'{value:.10g}') if isinstance(value, float) else value)
-    frame = significant(frame, 10).assign(**exact)
+    p_values = [name for name in frame if re.search(r'(^|[ _])(p|q|holm)($|_)', str(name))]
+    frame = significant(frame, 10).assign(**significant(frame[p_values], 10, least=0.))
     folder = Path(out)/'tables'
     texts = {folder/f'{name}.csv': frame.to_csv(index=False),
              folder/f'{name}.md': markdown_table(frame, caption, key)}

@@ -79,15 +79,19 @@ def published_value(
         return value
 
 # %% ../../nbs/study/00_results.ipynb #24109f75
-def significant(values, digits:int=4): # values: a number, array, Series or frame; text and None stay
+def significant(
+    values,            # a number, array, Series or frame; text and None stay
+    digits:int=4,
+    least:float=5e-16  # smaller numbers are rounding errors, which become 0
+):
     "Returns the values rounded to `digits` significant digits."
     if isinstance(values, (pd.DataFrame, pd.Series)):
-        return values.map(lambda value: significant(value, digits))
+        return values.map(lambda value: significant(value, digits, least))
     if isinstance(values, np.ndarray):
-        return np.reshape([significant(value, digits) for value in values.flat], values.shape)
+        return np.reshape([significant(value, digits, least) for value in values.flat], values.shape)
     if not isinstance(values, (float, np.floating)) or not math.isfinite(values):
         return values
-    return float(f'{values:.{digits}g}') if abs(values) > 5e-16 else 0. # a rounding error around 0
+    return float(f'{values:.{digits}g}') if abs(values) > least else 0.
 
 # %% ../../nbs/study/00_results.ipynb #ba52a4b1
 PARTS = 'test', 'val', 'train'
