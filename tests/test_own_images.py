@@ -295,6 +295,22 @@ def test_a_copied_job_uses_its_own_files(job, images, weights, tmp_path, capsys,
     assert find_run(copy / "models/taught").folder.parent == copy / "runs"
 
 
+def test_pictures_leave_out_images_that_the_job_left_out(job, tmp_path):
+    out, _, _ = job
+    copy = shutil.copytree(out, tmp_path / out.name, symlinks=True)
+    broken, *others = sorted((copy / "data/val").rglob("*.png"))
+    broken.unlink()
+    broken.write_bytes(b"no image")
+    with pytest.raises(VitdistillError, match="can not be read"):
+        api.Distilled(copy / "mine.yaml", copy).pictures(30)
+    asked = api.Distilled(copy / "mine.yaml", copy)
+    for run in asked.models[asked.best]:
+        run.config = replace(run.config, skip_broken=True)
+    assert sum(bool(ax.images) for ax in asked.pictures(30).axes) == len(others)
+    with pytest.raises(VitdistillError, match="most = 0"):
+        asked.pictures(0)
+
+
 def test_an_unreadable_image_is_named_and_the_others_are_predicted(job, tmp_path, capsys):
     out, _, _ = job
     (tmp_path / "broken.png").write_bytes(b"no image")

@@ -99,6 +99,7 @@ def test_another_default_dtype(loop):
 @pytest.mark.parametrize("given, message", [
     (dict(val_loader=[]), "yields no images"),
     (dict(classes=["a", "b"]), "2 names of classes"),
+    (dict(classes=["a", "a", "b"]), "'a' stands twice"),
     (dict(key=float), "torch.float64 of shape .2,.: give one whole number"),
     (dict(key=lambda row: row > 0), "torch.bool of shape"),
     (dict(key=lambda row: [row, row]), "keys of 2 images are"),

@@ -249,9 +249,9 @@ class Distilled:
         "Returns the best student, a model of timm's."
         return load_model(self.folder()).forward.model
 
-    def predict(self, images, top:int=5, name:str='')->pd.DataFrame: # name: as in `folder`
-        "Returns what the best student, or a named model, sees in image files, as `predict` does."
-        return predict(self.folder(name), images, top)
+    def predict(self, images, top:int=5, name:str='', skipped:Callable=None)->pd.DataFrame:
+        "Returns what a model (name: as in `folder`) sees in image files, as `predict` does."
+        return predict(self.folder(name), images, top, skipped=skipped)
 
 # %% ../nbs/06_api.ipynb #93cd2f23
 def draw_test_images(
@@ -260,13 +260,17 @@ def draw_test_images(
     name:str='' # of a model; '': the best student
 ): # -> a matplotlib figure
     "Draws some of a job's test images and what a model sees, as `draw_answers` does."
+    if most < 1:
+        raise VitdistillError(f'most = {most} draws no image: give 1 or more.')
     if result.labelled and result.test_images.name not in TESTS:
         raise VitdistillError(f'{result.test_images} has no folder of test images: give files to `predict`.')
     files = named_images([result.test_images])
     step = math.ceil(len(files)/most) # images of all classes, since files are sorted by class
     name = name or result.best
-    answers = result.predict(files[::step], 1, name)
+    result.folder(name) # an unknown name is an error
     config = result.models[name][0].config
+    leave_out = str if config.skip_broken else None # called with a sentence that the job has said already
+    answers = result.predict(files[::step], 1, name, leave_out)
     class_folder = config.class_folder if result.labelled else ''
     return draw_answers(answers, result.test_images, class_folder, config.exif_orientation)
 
@@ -412,7 +416,7 @@ def near_guessing(
             shares.append(f'{balanced:.0%} ({name})')
     if not shares:
         return []
-    return [f'Little better than guessing, which has {1/classes:.0%} of the test images right: '
+    return [f'Little better than guessing, which has {100/classes:.2g}% of the test images right: '
             f'{", ".join(shares)}, on average over the classes. Train longer (--epochs) before you compare '
             'these.']
 
@@ -982,6 +986,10 @@ def save(
         raise VitdistillError(f'{type(student).__name__} is no model of timm: save its state_dict by '
                               'safetensors.')
     outputs = getattr(student, 'num_classes', 0)
+    twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
+    if twice:
+        raise VitdistillError(f'{twice[0]!r} stands twice among the names of classes: give each output its '
+                              'own.')
     if len(classes) != outputs:
         raise VitdistillError(f'{len(classes)} names of classes are given and the student has {outputs} '
                               'outputs: give a name for each output, in their order.')
@@ -1105,6 +1113,9 @@ class Loss(torch.nn.Module):
         **given   # fields of Config, such as alpha
     ):
         super().__init__()
+        for field in {'distillation', 'teacher'} & {*given}:
+            raise VitdistillError(f'{field} = {given[field]!r} is no setting of a loss: leave it out (its '
+                                  'name comes first, and the teacher is given to `memo`).')
         config = from_dict(dict(distillation=name, teacher='a teacher', **given))
         if config.class_weights:
             raise VitdistillError('class_weights are made of the labels of a run, and a loss alone has none: '

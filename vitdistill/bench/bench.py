@@ -185,11 +185,11 @@ def draw_rates(turns:pd.DataFrame): # turns: of `time_contenders`
 def main(arguments:list=None)->int:
     "Runs the command line; returns the exit status."
     args = bench_parser().parse_args(arguments)
-    if args.serve:
-        serve(args.serve, load(args.config))
-        return 0
     try:
-        print(bench(args))
+        if args.serve:
+            serve(args.serve, load(args.config))
+        else:
+            print(bench(args))
     except VitdistillError as error:
         sys.exit(f'{error}')
     return 0

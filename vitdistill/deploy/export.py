@@ -14,7 +14,7 @@ from torch import nn
 from ..base import VitdistillError, errors_alone, from_here, generator, require, write_atomic
 from ..models.create import combine
 from ..options import export_parser
-from .predict import from_folder, from_onnx, model_folder
+from .predict import from_folder, from_onnx, is_onnx, model_folder
 from ..runs import Run
 
 # %% ../../nbs/deploy/01_export.ipynb #0db1547f
@@ -56,9 +56,9 @@ def export_onnx(
         require(package, 'export')
     import onnx
     folder = model_folder(model)
-    place = Path(file or folder)
+    place = from_here(file or folder)
     place = place/'model.onnx' if place.is_dir() else place
-    if place.suffix.lower() != '.onnx': # such as the model itself
+    if not is_onnx(place): # such as the model itself
         raise VitdistillError(f'{place} does not end in .onnx: name such a file, or a folder.')
     predictor = from_folder(folder)
     crop_side, side = predictor.sides

@@ -19,7 +19,7 @@ from ..data.datasets import split_rows
 from ..data.files import DiskImages, say_once
 from ..data.views import normalize
 from .export import PACKAGES, export_fp16, export_int8, export_onnx
-from .predict import Predictor, from_onnx, load_model, model_folder
+from .predict import Predictor, from_onnx, is_onnx, load_model, model_folder
 from ..options import export_parser
 from ..runs import Run, environment, find_run, machine_in_words
 from ..teachers.card import Card
@@ -162,7 +162,7 @@ def measure(
     "Returns what a model and smaller files of it cost, and how much of the test images each gets right."
     kinds = [*kinds]
     whole = load_model(model)
-    is_file = str(model).endswith('.onnx')
+    is_file = is_onnx(model)
     for kind in kinds:
         if kind not in SMALLER:
             raise VitdistillError(f'kind {kind!r} is not known: {nearest(kind, SMALLER)}')
@@ -203,7 +203,7 @@ def _exported(folder, kinds, images, side, file): # the ONNX files; images: (N, 
     whole = export_onnx(folder, file)
     files = [whole]
     for kind in kinds:
-        to = whole.with_name(f"{whole.name.removesuffix('.onnx')}.{kind}.onnx")
+        to = whole.with_name(f'{whole.stem}.{kind}.onnx')
         if kind == 'int8':
             pixels = normalize(images.permute(0, 3, 1, 2), (0,)*3, (1,)*3, side)
             files.append(export_int8(whole, pixels, to))
@@ -262,7 +262,7 @@ def main(
     for package in PACKAGES:
         require(package, 'export')
     kinds = [kind for kind in SMALLER if getattr(args, kind)]
-    if args.out or args.model.endswith('.onnx'): # `measure` refuses a file
+    if args.out or is_onnx(args.model): # `measure` refuses a file
         file = args.out and from_here(args.out)
     else:
         file = model_folder(args.model)

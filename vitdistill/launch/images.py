@@ -36,7 +36,7 @@ from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
 from .studies import with_places_of_today
 from ..teachers.card import Card, weights_folder, words_of
-from ..tasks.words import given_pairs, is_by_words, teacher_by_words, words_of_classes
+from ..tasks.words import encoder_hash, given_pairs, is_by_words, teacher_by_words, words_of_classes
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job
@@ -655,15 +655,16 @@ def student_fields(
 
 # %% ../../nbs/launch/04_images.ipynb #2f5d7443
 def check_weights(cells:list[Cell], classes:int)->None: # of a job; number of classes
-    "Raises a `VitdistillError` if a student's file of weights is missing or of another architecture."
+    "Raises a `VitdistillError` if a student's weights are missing or of another architecture."
     tried = set()
     for cell in cells:
         c = cell.config
-        if cell.name == 'teacher' or not c.student_weights or (c.student, c.student_weights) in tried:
+        start = c.student, c.student_weights, str(c.student_kwargs)
+        if cell.name == 'teacher' or not (c.student_weights or c.student_pretrained) or start in tried:
             continue
         if any(run.status == 'done' for run in cell_runs(cell)): # its file may be gone by now
             continue
-        tried.add((c.student, c.student_weights))
+        tried.add(start)
         create_student(c, classes, c.image_size)
 
 # %% ../../nbs/launch/04_images.ipynb #d0e805a8
@@ -856,8 +857,8 @@ def part_by_words(
     "Returns the part of a teacher that answers by words, and writes its model folder into that of the job."
     words = words_of_classes(images.classes, given)
     folder = out/'words'
-    now = dict(teacher=teacher, words=words)
-    before = words_of(folder) or now
+    now = dict(teacher=teacher, encoder_hash=encoder_hash(teacher), words=words)
+    before = now | (words_of(folder) or {}) # an older job has no hash
     changed = _changes(before, before | now) if has_runs(out) else []
     if changed:
         raise VitdistillError(f'{out} holds a job with other words or another teacher '

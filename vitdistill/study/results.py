@@ -146,7 +146,9 @@ def prediction_files(run:Run)->dict[int, str]:
     "Returns the names of the files with test decisions that a record holds, by the number of epochs done."
     files = {}
     for file in run.folder.glob('predictions-*.npz'):
-        files[int(file.stem.split('-')[1])] = file.name
+        epochs = file.stem.removeprefix('predictions-')
+        if epochs.isdecimal(): # else a user's copy
+            files[int(epochs)] = file.name
     if run.status == 'done' and (run.folder/'predictions.npz').is_file():
         files[run.epochs_done] = 'predictions.npz'
     return files
