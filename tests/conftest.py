@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from vitdistill.base import repo_root
-from vitdistill.config import Config, preset, save
-from vitdistill.runs import Run, RunWriter
-from vitdistill.train.setup import resolve
-from vitdistill.teachers.teacher import untrained
+# before huggingface_hub is imported: no test depends on what a hub answers, or on what lies in a cache
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "vitdistill-tests-hub")
+
+from vitdistill.base import repo_root  # noqa: E402
+from vitdistill.config import Config, preset, save  # noqa: E402
+from vitdistill.runs import Run, RunWriter  # noqa: E402
+from vitdistill.train.setup import resolve  # noqa: E402
+from vitdistill.teachers.teacher import untrained  # noqa: E402
 
 ROOT = repo_root(Path(__file__).parent)
 PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # starts a new process, under forked.py too

@@ -145,6 +145,7 @@ def test_a_loop_of_links_counts_each_file_once(tmp_path, capsys):
     assert "3 links to folders that were read already" in capsys.readouterr().out
 
 
+@pytest.mark.skipif("GNU tar" not in subprocess.getoutput("tar --version"), reason="needs GNU tar")
 @pytest.mark.parametrize("version", ["old", "0.0", "0.1", "1.0"])
 @pytest.mark.parametrize("kind", ["folders", "nested", "shards"])
 def test_a_sparse_tar_is_refused_by_its_member(tmp_path, kind, version):
@@ -249,10 +250,11 @@ def bomb():
 
 
 @pytest.mark.parametrize("tar", [False, True])
-@pytest.mark.parametrize("content", [big_text(), bomb(), PNG[:60], encoded(kind="JPEG")[:-300], b"", b"text",
+@pytest.mark.parametrize("content", [big_text, bomb, PNG[:60], encoded(kind="JPEG")[:-300], b"", b"text",
                                      PNG[:20] + b"\xff" * 50],
                          ids=["text", "bomb", "cut", "cut_jpeg", "empty", "no_image", "broken"])
 def test_whatever_pillow_raises_is_one_sentence(tmp_path, tar, content):
+    content = content() if callable(content) else content
     config = write(tmp_path, {"cat/1.png": content, "dog/1.png": PNG}, tar=tar)
     with pytest.raises(VitdistillError, match=r"train(.tar)?/cat/1.png can not be read .*\(.+\): replace"):
         load_data(config)
@@ -445,7 +447,8 @@ def test_a_long_narrow_image_takes_little_memory(tmp_path):
         print(most() - before)"""
     told = subprocess.run([sys.executable, "-c", command, tmp_path / "wide.png", tmp_path / "high.png"],
                           capture_output=True, text=True, check=True)
-    assert int(told.stdout) < 50_000  # KB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    assert int(told.stdout) * unit < 50e6
 
 
 BROKEN = {"cat/3.png": PNG[:60], "dog/1.png": b"text"}

@@ -108,8 +108,8 @@ def test_what_a_grid_trains_is_what_a_comparison_waits_for(tmp_path, capsys):
         metrics = pd.DataFrame(dict(epoch=[0], test_top1=[0.5]))
         record(config_of(cell), cell.arm, metrics=metrics, test_top1=0.5)
         assert n + 1 == len(cells) or any("not begun" in note for note in missing(load_comparison(file)))
-    notes = missing(load_comparison(file))
-    assert notes == ["vit - small and plain: no finished seed in common."]
+    [note] = missing(load_comparison(file))
+    assert "vit - small" in note and "plain" in note
     main([str(file), "--out", str(tmp_path / "out"), "--status"])
     assert f"{len(cells)} done" in capsys.readouterr().out
     rows = load_comparison(file).table().set_index("arm")

@@ -91,7 +91,8 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    here = dict(HF_ENDPOINT=address, HF_TOKEN="hf_made_up", HF_HOME=str(tmp_path / "hf"),
+    here = dict(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1",
+                HF_ENDPOINT=address, HF_TOKEN="hf_made_up", HF_HOME=str(tmp_path / "hf"),
                 HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1")
     yield Hub, {name: value for name, value in environment().items() if name != "HF_HUB_OFFLINE"} | here
     server.shutdown()

@@ -144,8 +144,7 @@ def test_package_away_from_a_clone(away, tmp_path):
     assert said["shipped"] == "share 128 True" and said["reference"] == "True 100"
     assert said["root"].startswith("True lr = -1.0 is out of range")
     assert said["grid"] == "True" and "done" in said["analysis"] and said["analysis"].endswith("True")
-    assert said["lacking"].endswith("vitdistill demo needs papermill, which is not installed here: "
-                                    "pip install vitdistill installs what it lacks.")
+    assert "papermill" in said["lacking"] and "pip install" in said["lacking"]
     mine = tmp_path / "mine"
     assert not list((mine / "out").iterdir()) and not (mine / "reports").exists()  # nothing half-written
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import PYTHON, ROOT
 from test_notebooks import execute, said
-from test_recipes import blocks, snippet
+from test_recipes import snippet
 from vitdistill import api
 from vitdistill.cli import main
 from vitdistill.base import VitdistillError
@@ -32,16 +32,16 @@ from vitdistill.data.datasets import load_data, split_rows
 from vitdistill.data.files import in_folders
 from vitdistill.launch.queue import config_of, grid_cells, run_cell
 from vitdistill.launch.images import fitting_fraction, teacher_part, with_test
-from vitdistill.losses import OBJECTIVES
 from vitdistill.deploy.predict import load_model, predict
 from vitdistill.train.ranks import Ranks
-from vitdistill.runs import find_run, find_runs
+from vitdistill.runs import find_run, find_runs, lock_folder
 from vitdistill.train.setup import prepare, resolve
 from vitdistill.study.results import read_predictions
 from vitdistill.train.loop import batches
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
-SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1)
+SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1,
+             student_pretrained=False)
 pytestmark = pytest.mark.usefixtures("known_speed")  # but for the command of `job`, which measures it
 
 
@@ -126,6 +126,8 @@ def test_the_page_of_a_job_shows_what_it_gets_wrong_and_needs_no_other_file(job,
     assert f"{(record.decision == record.label).mean():.1%}" in text
     seen_as = r"seen as <b><bdi>(\w+)</bdi></b>.*?is <b><bdi>(\w+)</bdi></b>.*?<bdi>(.*?)</bdi>"
     wrong = re.findall(seen_as, page, re.S)
+    best = read_predictions(find_run(api.Distilled(out / "mine.yaml", out).folder()))
+    assert len(wrong) == (best.decision != best.label).sum()  # of six test images all are shown
     below = re.search(r"Their paths start at (.*)\.", text)
     for seen, label, path in wrong:
         file = Path(below[1], path)
@@ -134,8 +136,8 @@ def test_the_page_of_a_job_shows_what_it_gets_wrong_and_needs_no_other_file(job,
     assert pairs["test images"].tolist() == [2, 2, 2] and {"plain", "taught", "teacher"} <= {*pairs.columns}
 
 
-def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, images, weights):
-    out, _, _ = job
+def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, images, weights, tmp_path):
+    out = shutil.copytree(job[0], tmp_path / "job" / job[0].name, symlinks=True)
     before = {run.name: (run.folder / "metrics.csv").stat().st_mtime_ns for run in find_runs(out / "runs")}
     result = api.distill(images, teacher=str(weights), out=out, seeds=2, **SMALL)
     after = {run.name: (run.folder / "metrics.csv").stat().st_mtime_ns for run in find_runs(out / "runs")}
@@ -146,6 +148,12 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, image
     both = [run.result["test_top1"] for run in find_runs(out / "runs") if "mine/plain" in run.arms]
     assert table.top1["plain"] == pytest.approx(np.mean(both))
     assert isinstance(result.student, timm.models.MobileNetV3) and result.curves() is not None
+
+
+def test_two_jobs_in_one_folder_do_not_mix(job, images, weights):
+    out, _, _ = job
+    with lock_folder(out), pytest.raises(VitdistillError, match="in use by another process"):
+        api.distill(images, teacher=str(weights), out=out, **SMALL)
 
 
 def test_it_says_that_so_few_images_show_nothing(job):
@@ -503,7 +511,6 @@ def test_another_student_is_a_further_row(job, images, weights):
     assert table.difference["taught-resnet10t"] == pytest.approx(one - other)
     assert pd.isna(table.difference["plain"])
     assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
-    assert f"plain, taught are students of {SMALL['student']}." in str(result)
     held_out = table.held_out.drop("teacher")
     best = held_out[held_out == held_out.max()].index[-1]
     assert result.best == best and result.folder() == out / "models" / best
@@ -534,28 +541,7 @@ def test_notebook(job, images, weights, tmp_path):
     assert shown.startswith(f"<p>page: {out}/mine.html") and "<iframe srcdoc=" in shown
 
 
-def test_the_loop_of_the_readme_runs(job, tmp_path):
-    """With the job's teacher; what it saves is a model that `predict` takes."""
-    out, _, _ = job
-    [code] = [block for block in blocks("python", [ROOT / "README.md"]) if "train_loader" in block]
-    code = code.replace("out/mine", str(out)).replace("out/memo", str(tmp_path / "memo"))
-    student = timm.create_model("mobilenetv3_small_050", num_classes=3)
-    pixels = [torch.full((2, 3, 64, 64), level) for level in (0.1, 0.5, 0.9)]
-    train = [(x, torch.tensor([c, c]), torch.tensor([2 * c, 2 * c + 1])) for c, x in enumerate(pixels)]
-    sees = api.load_teacher(out / "models/teacher")
-    val_loader = [(x, sees(x).argmax(-1)) for x in pixels]
-    seen = dict(student=student, optimizer=torch.optim.SGD(student.parameters(), 0.1),
-                classes=["a", "b", "c"], train_set=range(6), train_loader=train, val_loader=val_loader)
-    before = student.conv_stem.weight.detach().clone()
-    exec(code.replace("out/student", str(tmp_path / "student")), seen)
-    assert not torch.equal(student.conv_stem.weight, before) and student.classifier.weight.std() < 0.1
-    assert predict(tmp_path / "student", out / "data/val")["class"].isin(["a", "b", "c"]).all()
-
-
-KINDS = sorted({"hard", "soft", "hard+soft", "dist", "standardized"} & {*OBJECTIVES})
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["hard", "soft", "hard+soft", "dist", "standardized"])
 def test_a_loop_of_ones_own_has_the_losses_of_the_package(kind, tiny, tmp_path):
     """A teacher, a loss and a memo in a plain loop against `batches` and the package's criterion, batch by
     batch."""

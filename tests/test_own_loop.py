@@ -12,9 +12,11 @@ from conftest import ROOT
 from test_recipes import blocks
 from vitdistill import api
 from vitdistill.base import VitdistillError
+from vitdistill.deploy.predict import predict
 
 CLASSES = ["a", "b", "c"]
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
+IMAGE = ROOT / "docs/_static/jupyterlab.png"
 [LOOP] = [block for block in blocks("python", [ROOT / "README.md"]) if "train_loader" in block]
 
 
@@ -56,6 +58,7 @@ def loop(teacher, tmp_path):
                      train_set=data, train_loader=loader, val_loader=loader) | more
         code = LOOP.replace("out/mine/models/teacher", str(teacher)).replace("size=64", "size=32")
         exec(re.sub("out/(memo|student)", rf"{tmp_path}/\1", code), known)
+        assert predict(tmp_path / "student", IMAGE)["class"].isin(CLASSES).all()
         saved = api.load_teacher(tmp_path / "student")
         pixels = loader.dataset[0][0][None]
         expected = unwrap_model(student).eval()(pixels.to(compute)).float()
@@ -96,10 +99,47 @@ def test_another_default_dtype(loop):
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_memo_keeps_no_answer_that_is_not_finite(teacher, tmp_path):
+    answers = api.memo(api.load_teacher(teacher), tmp_path, api.loss("hard"), keys=4)
+    pixels = torch.rand(2, 3, 32, 32)
+    with pytest.raises(VitdistillError, match="not finite"):
+        answers(pixels * torch.nan, [0, 1])
+    assert answers(pixels, [0, 1]).equal(answers(pixels, [2, 3]))
+
+
+def test_a_model_replaces_no_other_file(tmp_path):
+    (tmp_path / "README.md").write_text("my notes")
+    with pytest.raises(VitdistillError, match="holds README.md and no model"):
+        api.save(made(), tmp_path, CLASSES, 32, PLAIN)
+    with pytest.raises(VitdistillError, match="is a file"):
+        api.save(made(), tmp_path / "README.md", CLASSES, 32, PLAIN)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    folder = api.save(made(), tmp_path / "model", CLASSES, 32, PLAIN)
+    assert api.save(made(), folder, CLASSES, 32, PLAIN) == folder  # a later model of one's own
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(size="32"), "size = '32'"), (dict(size=0), "size = 0"), (dict(mean_std=(0, 1)), "mean_std"),
+    (dict(mean_std=((0.5,) * 3, (0.0,) * 3)), "mean_std"),
+    (dict(classes=["a", "a", "b"]), "'a' stands twice")])
+def test_a_model_that_could_not_be_read_is_not_saved(tmp_path, given, message):
+    with pytest.raises(VitdistillError, match=message):
+        api.save(made(), tmp_path / "model", **(dict(classes=CLASSES, size=32, mean_std=PLAIN) | given))
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(mean_std=None), "mean_std = None"), (dict(precision="bf16-weight"), "mean 'bf16-weights'"),
+    (dict(weights="nope"), "no model in .*/nope")])
+def test_a_teacher_that_could_not_answer_is_not_loaded(teacher, given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitdistillError, match=message):
+        api.load_teacher(**(dict(weights=teacher) | given))
+
+
 @pytest.mark.parametrize("given, message", [
     (dict(val_loader=[]), "yields no images"),
     (dict(classes=["a", "b"]), "2 names of classes"),
-    (dict(classes=["a", "a", "b"]), "'a' stands twice"),
     (dict(key=float), "torch.float64 of shape .2,.: give one whole number"),
     (dict(key=lambda row: row > 0), "torch.bool of shape"),
     (dict(key=lambda row: [row, row]), "keys of 2 images are"),

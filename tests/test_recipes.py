@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, record
 from test_notebooks import execute
 from vitdistill.api import save
 from vitdistill.cli import COMMANDS, command_config, field_values
-from vitdistill.config import Config, defining, field_names
+from vitdistill.config import Config, defining, field_names, preset
 from vitdistill.data.datasets import image_side
 from vitdistill.launch.queue import check_cells, config_of, grid_cells, missing_weights, start_order
 from vitdistill.launch.queue import study_cells
@@ -189,7 +189,9 @@ def test_command_and_its_options_exist(words, capsys):
         config = command_config(source, given)
         assert all(getattr(config, name) == value for name, value in given.items()) and image_side(config)
     elif words[1] == "distill":
-        assert field_values(distill_parser().parse_known_args(words[2:])[1])
+        options, others = distill_parser().parse_known_args(words[2:])
+        given, source = field_values(others)
+        assert not source and preset(options.preset, "baseline", **given)
     elif words[1] == "grid":
         assert words[2] == "alpha.yaml" or study_file(grid_parser().parse_args(words[2:]).grid)
     else:
@@ -333,7 +335,7 @@ def test_records_are_cells_of_the_studies_that_they_name():
         if run.config.experiment not in ("adopted_teacher", "finetune"):
             for study in {arm.partition("/")[0] for arm in run.arms} - CHANGED:
                 wanted.setdefault(study, []).append(run)
-    assert len(wanted) > 40
+    assert wanted
     for study, runs in wanted.items():
         cells = [config_of(cell) for cell in grid_cells(study)]
         made = {known(config, has_card) for config in cells for has_card in (True, False)}

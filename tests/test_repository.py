@@ -121,7 +121,7 @@ def test_committed_yaml_reads_as_in_yaml_1_1():
     files = [*(ROOT / "reports/runs").glob("*/config.yaml"), *(ROOT / "nbs/presets").glob("*.yaml"),
              *(ROOT / "nbs/studies").glob("*.yaml")]
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    assert len(files) > 100
+    assert files
     for file in files:
         assert repr(read_yaml(file)) == repr(yaml.load(file.read_text(), loader)), file
 
@@ -182,7 +182,7 @@ def was_asked(run, arm, commit):
 
 
 def has_history():
-    return git("cat-file", "-e", f"{STUDIES}^") is not None
+    return git("show", f"{STUDIES}^:README.md") is not None  # a clone without blobs may be offline
 
 
 def test_a_run_before_its_study_is_seen():

@@ -552,6 +552,10 @@ def main(words:list[str]|None=None)->int:
     if name not in COMMANDS:
         sys.exit(f'unknown command {name!r}: {nearest(name, COMMANDS)}')
     try:
+        os.getcwd()
+    except FileNotFoundError: # torch would end the process without a word of it
+        sys.exit('the working folder was removed: cd to another.')
+    try:
         status = COMMANDS[name](with_hyphens(words[1:])) or 0
         sys.stdout.flush()
         return status
@@ -567,6 +571,9 @@ def main(words:list[str]|None=None)->int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e:
+        if e.errno == errno.ENOSPC: # perhaps that of the output, which Python would try to write again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(f'there is no space left for {e.filename or "the output"}: free some.')
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): # a place that may not be used
             raise
         sys.exit(f'{e.filename} can not be used ({e.strerror}): name another place, or change its rights.')

@@ -142,7 +142,8 @@ class DataFields:
 
     # leave out images that can not be read; all are decoded to find them
     skip_broken:bool=_data(False, shared=True)
-    exif_orientation:bool=_data(True, shared=True) # turn images as their EXIF data say (timm does not)
+    # turn images as their EXIF data say (timm does not); Pillow turns a TIFF in any case
+    exif_orientation:bool=_data(True, shared=True)
     padding:int=_data(4, '[0, inf)', shared=True) # zeros around an image before the random crop, in px
     flip:bool|None=_data(None, shared=True) # random horizontal flip; None: yes, but not for digits
 
@@ -374,6 +375,13 @@ def plain_value(value):
 FORMS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list',
          dict: 'a dict'}
 
+def _refuse_switches(name, values): # of a field that is a dict; no is a text by YAML 1.2, and counts as true
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _refuse_switches(name, value)
+        if isinstance(value, str) and value.lower() in ('yes', 'no', 'on', 'off'):
+            raise VitdistillError(f'{name}: {key} = {value!r} is text: write true or false.')
+
 def _value_for(f, given): # the value as a field `f` has it: of its type
     kinds = typing.get_args(f.type) or (f.type,)
     numbers = [kind for kind in kinds if kind in (int, float)]
@@ -381,6 +389,8 @@ def _value_for(f, given): # the value as a field `f` has it: of its type
     if numbers and type(value) in (str, int): # such as '1e-3' of papermill's -y, or 1 for a float
         with contextlib.suppress(ValueError, OverflowError): # 'auto' stays a word; 10**400 is no float
             value = numbers[0](value)
+    if type(value) is dict:
+        _refuse_switches(f.name, value)
     may_be_none = f.default is None
     if type(value) in kinds or (value is None and may_be_none):
         return value
@@ -518,8 +528,11 @@ def parse_yaml(
     node = reader.get_single_node()
     if not node: # an empty text
         return None
-    refuse_repeats(node)
-    keep_texts(node, names)
+    try:
+        refuse_repeats(node)
+        keep_texts(node, names)
+    except RecursionError: # by an anchor
+        raise ValueError('a value holds itself') from None
     return reader.construct_document(node)
 
 def _line_and_problem(error): # of a YAML text

@@ -1,7 +1,6 @@
 """Cells of notebooks that need a GPU (`#| cuda`, run by `nbdev_test --flags cuda`) call the checks by their
 names."""
 import json
-import sys
 
 import checks
 import pytest
@@ -22,4 +21,4 @@ def test_each_check_has_its_cell(monkeypatch):
 @pytest.mark.parametrize("name", ["views equal the CPU's", "losses equal the CPU's", "a memo on the device"])
 def test_a_check_can_be_looked_at(name):
     """What such a cell shows is a sentence; here of the CPU beside itself."""
-    assert isinstance(checks.look(name, "cpu"), str) and "checks" in sys.modules
+    assert isinstance(checks.look(name, "cpu"), str)

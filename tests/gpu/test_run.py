@@ -48,7 +48,6 @@ def test_it_goes_on_and_says_which_failed(short, monkeypatch, tmp_path, capsys):
     assert ended == dict.fromkeys(SCRIPTS, "done") | dict(profile="failed", ranks="cut")
     assert {row["step"] for row in found["found"]} == {"checks", "modes", "study"}
     assert "failed: profile" in capsys.readouterr().err and "profile" in (tmp_path / "page.md").read_text()
-    assert len(list(tmp_path.iterdir())) <= 8
 
 
 ENDLESS = """

@@ -56,8 +56,10 @@ def say_once(text:str, warning:bool=False)->None: # warning: print to stderr
 
 # %% ../../nbs/data/00_files.ipynb #6e686f13
 def is_hidden(folder:str)->bool: # name of a folder
-    "Returns whether a folder is none of the user's: .git, __MACOSX of a zip, @eaDir of a Synology disk."
-    return folder[0] == '.' or folder in ('__MACOSX', '@eaDir')
+    "Returns whether a folder is none of the user's, such as .git, or one of a system."
+    # of a Mac's zips, of Synology disks, of Windows
+    systems = '__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN', 'System Volume Information'
+    return folder[0] == '.' or folder in systems
 
 class FileEntry(typing.NamedTuple):
     "Holds where a file of a dataset lies."
@@ -74,6 +76,8 @@ class FileEntry(typing.NamedTuple):
 
 def file_size(path:str|Path)->int: # bytes
     "Returns the size of a file of a dataset; an unreadable one raises a `VitdistillError`."
+    if os.path.islink(path) and not os.path.exists(path):
+        raise VitdistillError(f'{printable(path)} is a link that leads nowhere: mend it, or remove it.')
     what = f'{printable(path)} belongs to the dataset and can not be read'
     with explained(what, 'unpack its images again', OSError):
         return os.path.getsize(path)

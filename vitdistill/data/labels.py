@@ -10,8 +10,8 @@ __all__ = ['COLUMNS', 'PARTS', 'Labelled', 'table_text', 'column_names', 'separa
 import collections, csv, io, os, typing, unicodedata
 from pathlib import Path
 from ..base import VitdistillError, explained
-from .files import ImageFiles, alike, alike_in_words, file_size, is_image, natural_order
-from .files import printable
+from .files import ImageFiles, alike, alike_in_words, file_size, is_hidden, is_image
+from .files import natural_order, printable
 
 # %% ../../nbs/data/05_labels.ipynb #568450c3
 COLUMNS = 'file', 'class', 'part' # of a table of labels; the last may be missing
@@ -131,8 +131,8 @@ def place_below(
         if path.split(os.sep)[0] == '..':
             raise VitdistillError(f'leads out of {printable(root)}')
         if os.path.isfile(os.path.join(root, path)):
-            if path[0] == '.' or '/.' in path:
-                raise VitdistillError('is hidden, by the dot before its name')
+            if any(map(is_hidden, path.split('/'))):
+                raise VitdistillError('is hidden, by its name or that of a folder')
             return path
     return ''
 

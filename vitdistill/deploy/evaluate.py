@@ -14,7 +14,7 @@ import numpy as np, torch
 from ..base import VitdistillError, explained, from_here, nearest, write_atomic
 from ..data.files import TESTS, decoded, in_folders, left_out_in_words, printable, say_once
 from .measure import class_shares
-from .predict import Predictor, load_model, read_batches
+from .predict import Predictor, class_numbers, load_model, read_batches
 from ..options import evaluate_parser
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #dd743736
@@ -44,13 +44,13 @@ def labelled_files(
     left_out = left_out_in_words(files)
     if left_out:
         say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
-    numbers = [model.classes.index(name) for name in files.classes]
+    numbers = class_numbers(model, files.classes)
     return files, np.array([numbers[label] for *_, label in files.files])
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #88117165
 def check_classes(model:Predictor, names:list, root:Path)->None: # names: of the folders below root
     "Raises a `VitdistillError` if a folder is no class of the model."
-    unknown = [name for name in names if name not in model.classes]
+    unknown = [name for name, number in zip(names, class_numbers(model, names)) if number is None]
     if not unknown:
         return
     hint = f'name the folder that holds those of its classes, such as {model.classes[0]}.'

@@ -19,7 +19,7 @@ from ..data.datasets import split_rows
 from ..data.files import DiskImages, say_once
 from ..data.views import normalize
 from .export import PACKAGES, export_fp16, export_int8, export_onnx
-from .predict import Predictor, from_onnx, is_onnx, load_model, model_folder
+from .predict import Predictor, class_numbers, from_onnx, is_onnx, load_model, model_folder
 from ..options import export_parser
 from ..runs import Run, environment, find_run, machine_in_words
 from ..teachers.card import Card
@@ -75,13 +75,17 @@ def images_of(
             raise
         reason = str(error).rstrip('.')
         raise VitdistillError(f'the images of {model.name} are not here ({reason}): {advice}') from None
-    if images.classes != model.classes:
+    numbers = class_numbers(model, images.classes)
+    if {*numbers} != {*range(len(model.classes))}:
         place = config.data_root or config.dataset
         classes = _classes_in_words(model.classes, ' classes')
         others = _classes_in_words(images.classes)
         raise VitdistillError(f'{model.name} knows {classes}, and {place} has {others}: give a folder with '
                               'the same classes.')
     rows, *_ = split_rows(images.train_labels, config, images.classes)
+    own = torch.tensor(numbers) # the model may have its classes in another order
+    images = replace(images, train_labels=own[images.train_labels], test_labels=own[images.test_labels],
+                     classes=model.classes)
     return images, rows
 
 # %% ../../nbs/deploy/02_measure.ipynb #fdcfb3d3

@@ -177,7 +177,8 @@ def refuse_parts(root:Path, classes:list)->None: # the user's folder; names of i
     names = printable(' and '.join(parts))
     which = f'folder {names} looks' if len(parts) == 1 else f'folders {names} look'
     raise VitdistillError(f'{root}: the {which} like training or test images, not like classes: name the two '
-                          'folders train and val.')
+                          'folders train and val. If they are classes, make them train/CLASS/* and '
+                          'val/CLASS/*.')
 
 # %% ../../nbs/launch/04_images.ipynb #b887a4d7
 def is_archive(file:Path)->bool:
@@ -217,20 +218,25 @@ def refuse_masks(root:Path, classes:list)->None: # the user's folder; names of i
 
 def refuse_other_layouts(
     root:Path,
-    images:list, bare:list, # names of the images in folders; of the files in none
+    names:list, bare:list,  # names of the files in folders; of those in none
     classes:list            # names of the folders that would be the classes
 )->None:
     "Raises a `VitdistillError` if a user's folder does not hold a folder of images for each class."
-    refuse_parts_within(root, images)
+    refuse_parts_within(root, [name for name in names if is_image(name)])
     archives = sorted(name for name in bare if is_archive(root/name))
     if len(classes) < 2 and archives:
         raise VitdistillError(f'{root} holds {printable(archives[0])}: unpack it there, for only a plain '
-                              'train.tar is read as it is.')
+                              'train.tar is read as it is. Shards of WebDataset are read by vitdistill train '
+                              '--dataset wds/NAME.')
     if len(classes) < 2:
-        raise VitdistillError(f'{root} holds no train/ and not two folders of images: it needs train/CLASS/* '
-                              'and val/CLASS/*, or CLASS/* for each class; images without labels need a '
-                              'teacher by words and the names of the classes (--teacher clip:MODEL/WEIGHTS '
-                              f'--classes FILE --unlabelled {root}).')
+        endings = collections.Counter(Path(name).suffix.lower() or 'without an ending'
+                                      for name in names if not is_image(name))
+        left_out = ', '.join(f'{count:,} {printable(what)}' for what, count in endings.most_common(3))
+        why = f' that Pillow reads ({left_out} left out)' if endings else ''
+        raise VitdistillError(f'{root} holds no train/ and not two folders of images{why}: it needs '
+                              'train/CLASS/* and val/CLASS/*, or CLASS/* for each class; images without '
+                              'labels need a teacher by words and the names of the classes (--teacher '
+                              f'clip:MODEL/WEIGHTS --classes FILE --unlabelled {root}).')
     refuse_parts(root, classes)
     refuse_masks(root, classes)
 
@@ -282,7 +288,7 @@ def with_test(
     images = [name for name in names if is_image(name)]
     class_of_image = {name: class_of(name, class_folder) for name in images}
     classes = sorted({*class_of_image.values()})
-    refuse_other_layouts(root, images, bare, classes)
+    refuse_other_layouts(root, names, bare, classes)
     refuse_out_within(out, root)
     numbers = torch.tensor([classes.index(class_of_image[name]) for name in images])
     _, rows = stratified(numbers, .2, seed=0) # as `Images` says: a fifth of each class

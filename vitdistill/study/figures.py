@@ -22,7 +22,7 @@ from .results import mean_curve, significant
 def style()->None:
     "Sets the look of every figure of the study."
     sns.set_theme(context='paper', style='ticks', font='DejaVu Sans', font_scale=1.05, rc={
-        'figure.dpi': 110, 'savefig.dpi': 200, 'figure.figsize': (5.2, 3.4),
+        'text.usetex': False, 'figure.dpi': 110, 'savefig.dpi': 200, 'figure.figsize': (5.2, 3.4),
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True,
         'grid.color': '#e6e6e6', 'grid.linewidth': .6,
         'axes.titlesize': 'medium', 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',

@@ -297,7 +297,8 @@ def settings(models:dict)->pd.DataFrame: # of `finished_models`; -> setting, and
 @contextmanager
 def any_text():
     "Lets matplotlib draw names of any kind: none is a formula, and its font may lack characters."
-    text_settings = {'text.parse_math': False, 'svg.fonttype': 'none', 'svg.hashsalt': 'vitdistill'}
+    text_settings = {'text.parse_math': False, 'text.usetex': False, 'svg.fonttype': 'none',
+                     'svg.hashsalt': 'vitdistill'}
     with plt.rc_context(text_settings), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')
         yield

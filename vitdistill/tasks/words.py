@@ -64,7 +64,8 @@ def _problem(error): # of YAML, in a line
 
 def read_pairs(file:Path)->list: # of (folder, words), words None where a file lists names alone
     "Returns what a file says: YAML lines `folder: words` or `- name`, or a CSV of two columns or one."
-    with explained(f'no file of words at {file}', 'mend the path', OSError):
+    advice = "mend the path, or write names as '[cat, dog]'"
+    with explained(f'no file of words at {file}', advice, OSError):
         content = file.read_bytes()
     try: # a spreadsheet may begin with a byte order mark
         text = content.decode('utf-8-sig')
