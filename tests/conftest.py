@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 # before huggingface_hub is imported: no test depends on what a hub answers, or on what lies in a cache
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "vitdistill-tests-hub")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), f"vitdistill-tests-hub-{os.getuid()}")
+os.environ.pop("HF_HUB_CACHE", None)
 
 from vitdistill.base import repo_root  # noqa: E402
 from vitdistill.config import Config, preset, save  # noqa: E402

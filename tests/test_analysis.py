@@ -492,7 +492,7 @@ def test_a_comparison_opens_each_file_of_a_run_once():
         runs = find_runs("reports/runs")
         for study in ("setting_a", "deit_table8"):
             comparison = load_comparison(study, runs)
-            pd.testing.assert_frame_equal(comparison.table(), comparison.table())
+            assert len(comparison.table()) > 3
             read |= {os.path.abspath(run.folder / "result.json") for arm in comparison.arms.values()
                      for run in arm}
             comparison.accuracies()

@@ -150,10 +150,17 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_those(job, image
     assert isinstance(result.student, timm.models.MobileNetV3) and result.curves() is not None
 
 
-def test_two_jobs_in_one_folder_do_not_mix(job, images, weights):
-    out, _, _ = job
+def test_a_second_job_in_a_folder_changes_nothing_of_the_first(images, weights, tmp_path):
+    """Nor does a refused one leave a folder behind."""
+    with_test(images, out := tmp_path / "out")  # the first one's links, before it has trained anything
+    before = sorted(out.rglob("*.png"))
+    shutil.copytree(images, tmp_path / "others", ignore=shutil.ignore_patterns("1.png"))
     with lock_folder(out), pytest.raises(VitdistillError, match="in use by another process"):
-        api.distill(images, teacher=str(weights), out=out, **SMALL)
+        api.distill(tmp_path / "others", teacher=str(weights), out=out, **SMALL)
+    assert sorted(out.rglob("*.png")) == before != []
+    with pytest.raises(VitdistillError, match="no folder"):
+        api.distill(tmp_path / "typo", teacher=str(weights), out=tmp_path / "none", **SMALL)
+    assert not (tmp_path / "none").exists()
 
 
 def test_it_says_that_so_few_images_show_nothing(job):

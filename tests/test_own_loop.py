@@ -109,12 +109,12 @@ def test_a_memo_keeps_no_answer_that_is_not_finite(teacher, tmp_path):
 
 def test_a_model_replaces_no_other_file(tmp_path):
     (tmp_path / "README.md").write_text("my notes")
-    with pytest.raises(VitdistillError, match="holds README.md and no model"):
+    with pytest.raises(VitdistillError, match="holds README.md, which is of no model"):
         api.save(made(), tmp_path, CLASSES, 32, PLAIN)
     with pytest.raises(VitdistillError, match="is a file"):
         api.save(made(), tmp_path / "README.md", CLASSES, 32, PLAIN)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-    folder = api.save(made(), tmp_path / "model", CLASSES, 32, PLAIN)
+    folder = api.save(made(), tmp_path / "model", CLASSES, torch.tensor(32), ((0.5,), (0.5,)))
     assert api.save(made(), folder, CLASSES, 32, PLAIN) == folder  # a later model of one's own
 
 
@@ -130,6 +130,7 @@ def test_a_model_that_could_not_be_read_is_not_saved(tmp_path, given, message):
 
 @pytest.mark.parametrize("given, message", [
     (dict(mean_std=None), "mean_std = None"), (dict(precision="bf16-weight"), "mean 'bf16-weights'"),
+    (dict(device="gpu"), "device = 'gpu' is not known"),
     (dict(weights="nope"), "no model in .*/nope")])
 def test_a_teacher_that_could_not_answer_is_not_loaded(teacher, given, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

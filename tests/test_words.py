@@ -83,7 +83,7 @@ def test_a_student_learns_classes_from_words(images, encoder, tmp_path, capsys):
     assert seen["class"].tolist() == ["c3"]
     again = api.distill(images, classes=words, alpha=1.0, **job)  # nothing is trained twice
     assert again.table().equals(result.table())
-    with pytest.raises(VitdistillError, match="other words or another .*c1: 'dark' then, 'black' now"):
+    with pytest.raises(VitdistillError, match="words, weights or another .*c1: 'dark' then, 'black' now"):
         api.distill(images, classes=WORDS | dict(c1="black"), alpha=1.0, **job)
 
 

@@ -11,12 +11,13 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'PRECISIONS', 'loss', 'second
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
            'named_as', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types',
            'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
-           'print_models', 'given_to_students', 'distill', 'check_constants', 'save', 'class_orders',
-           'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'memo', 'small_head']
+           'print_models', 'given_to_students', 'alone_in', 'distill', 'check_constants', 'refuse_other_project',
+           'save', 'class_orders', 'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher',
+           'load_teacher', 'Loss', 'memo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
-import contextlib, filecmp, functools, inspect, json, math, os, re, shlex, statistics, tempfile, time, typing
+import collections, contextlib, filecmp, functools, inspect, json, math, os, re, shlex, shutil, statistics
+import tempfile, time, typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -891,10 +892,8 @@ def run_job(
     "Writes a job's study, prints what it will take, trains what is missing and shows the result."
     cells = study_cells(Study(out.name, **study))
     check_cells(cells)
-    check_weights(cells, len(images.classes))
-    # a second job in this folder would mix its runs with those of the first
-    alone = contextlib.nullcontext() if dry_run else lock_folder(out)
-    with alone, same_threads(out) as threads:
+    check_weights(cells, len(images.classes), download=not dry_run)
+    with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
         study = with_precision(study, cells, out)
         file = write_study(study, out, dry_run) # refuses other settings
@@ -926,6 +925,18 @@ def given_to_students(
     if epochs is None:
         epochs = config_of_preset(preset, 'baseline').epochs
     return dict(preset=preset, student_head_init='small', epochs=epochs, image_size=side)
+
+# %% ../nbs/06_api.ipynb #05ded7ad
+@contextlib.contextmanager
+def alone_in(out:Path): # folder of a job
+    """Keeps a second job out of the folder, where it would change the images of the first and mix the runs of
+    both; leaves no folder behind for a job that was refused."""
+    with lock_folder(out):
+        try:
+            yield
+        finally:
+            if os.listdir(out) == ['lock']:
+                shutil.rmtree(out)
 
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
@@ -960,31 +971,49 @@ def distill(
     students = chosen_students(student, out, fields)
     class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
     unlabelled = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates, unlabelled,
-                                   class_names)
-    about = about_images(images)
-    print(about, flush=True)
-    side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
-    part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images, out,
-                           dry_run)
-    first, *more = starts_of_students(students, fields, preset)
-    print_models([first, *more], side, part)
-    given = given_to_students(preset, epochs, side)
-    study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
-    study['about'] = dict(images=about, same=images.same.strip(), command=command)
-    return run_job(study, images, out, dry_run)
+    with contextlib.nullcontext() if dry_run else alone_in(out):
+        images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates,
+                                       unlabelled, class_names)
+        about = about_images(images)
+        print(about, flush=True)
+        side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
+        part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images, out,
+                               dry_run)
+        first, *more = starts_of_students(students, fields, preset)
+        print_models([first, *more], side, part)
+        given = given_to_students(preset, epochs, side)
+        study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
+        study['about'] = dict(images=about, same=images.same.strip(), command=command)
+        return run_job(study, images, out, dry_run)
 
 # %% ../nbs/06_api.ipynb #a04980be
 def check_constants(mean_std:tuple)->None: # (mean, std) per channel
     "Raises `VitdistillError` if pixels can't be normalized so."
     try:
         mean, std = ([float(value) for value in part] for part in mean_std)
-        fits = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+        fits = len(mean) == len(std) and len(mean) in (1, 3) # one value is for all channels
+        fits = fits and all(map(math.isfinite, mean + std)) and min(std) > 0
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise VitdistillError(f'mean_std = {mean_std!r}: give means and standard deviations of three '
                               'channels, such as ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).')
+
+# %% ../nbs/06_api.ipynb #21483a53
+def refuse_other_project(folder:Path)->None: # in which a model would be saved
+    "Raises `VitdistillError` if a model would replace a file, or the README.md or config.json of other work."
+    if folder.exists() and not folder.is_dir():
+        raise VitdistillError(f'{folder} is a file: name a folder for the model.')
+    try:
+        about = json.loads((folder/'config.json').read_text())
+    except (OSError, ValueError):
+        about = None
+    if isinstance(about, dict) and 'architecture' in about: # an earlier model
+        return
+    for name in ('README.md', 'config.json'):
+        if (folder/name).exists():
+            raise VitdistillError(f'{folder} holds {name}, which is of no model: name another folder, for a '
+                                  'model has a file of that name.')
 
 # %% ../nbs/06_api.ipynb #fb86fdc1
 def save(
@@ -1002,24 +1031,20 @@ def save(
         raise VitdistillError(f'{type(student).__name__} is no model of timm: save its state_dict by '
                               'safetensors.')
     outputs = getattr(student, 'num_classes', 0)
-    twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
-    if twice:
-        raise VitdistillError(f'{twice[0]!r} stands twice among the names of classes: give each output its '
-                              'own.')
+    for name, count in collections.Counter(classes).items():
+        if count > 1:
+            raise VitdistillError(f'{name!r} stands twice among the names of classes: give each output its '
+                                  'own.')
     if len(classes) != outputs:
         raise VitdistillError(f'{len(classes)} names of classes are given and the student has {outputs} '
                               'outputs: give a name for each output, in their order.')
+    size = plain_value(size)
     if type(size) is not int or size < 1:
         raise VitdistillError(f'size = {size!r}: give the side of the input, a whole number of pixels.')
     check_constants(mean_std)
     refuse_not_finite('the student', student.state_dict())
     place = from_here(folder)
-    if place.exists() and not place.is_dir():
-        raise VitdistillError(f'{place} is a file: name a folder for the model.')
-    others = [name for name in ('README.md', 'config.json') if (place/name).exists()]
-    if others and not (place/'model.safetensors').exists():
-        raise VitdistillError(f'{place} holds {others[0]} and no model: name another folder, for a model has '
-                              'a file of that name.')
+    refuse_other_project(place)
     readme = (f"# {student.pretrained_cfg['architecture']}\n\n{len(classes)} classes: {', '.join(classes)}. "
               f'Input: {size} px.\n\n`vitdistill predict FOLDER IMAGES` says what it sees in images.\n')
     return save_model(student, place, kwargs, classes, readme, mean_std, size, verify=True)
@@ -1135,13 +1160,20 @@ def load_teacher(
     precision = kw.get('precision', 'fp32')
     if precision not in PRECISIONS:
         raise VitdistillError(f'precision = {precision!r}: {nearest(precision, PRECISIONS)}')
-    check_device(str(kw.get('device', 'cpu')).partition(':')[0]) # cuda:1 is the second GPU
+    device = str(kw.get('device', 'cpu'))
+    device = auto_device() if device == 'auto' else device
+    kind = device.partition(':')[0] # cuda:1 is the second GPU
+    if kind not in ('cpu', 'cuda', 'mps'):
+        raise VitdistillError(f"device = {device!r} is not known: give 'auto', 'cpu', 'cuda' or such as "
+                              "'cuda:1'.")
+    check_device(kind)
     place = from_here(weights)
     if not place.exists():
         elsewhere = weights_place(weights) # on the hub, or below the root
         place = elsewhere if elsewhere.exists() else place
     model = from_folder(place)
     _, side = model.sides # of the crop, and of the model's input
+    kw |= dict(device=device)
     return LoadedTeacher(model.forward.model, model.classes, model.constants, side, mean_std, **kw)
 
 # %% ../nbs/06_api.ipynb #7db95f6d

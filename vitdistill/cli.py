@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, explained, from_here
-from .base import from_root, nearest, progress_apart, repo_root, typed_path, write_atomic
+from .base import from_root, nearest, no_space, progress_apart, repo_root, typed_path, write_atomic
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset, typed_preset
 from .options import bench_parser, captions_parser, compare_parser, declarations, distill_parser
 from .options import evaluate_parser, export_parser, grid_parser, option_of, predict_parser
@@ -246,7 +246,7 @@ def pair(
 ): # -> a `Study`
     "Returns the study of a teacher, a student on labels alone, and the same student with the teacher."
     from vitdistill.launch.studies import Study
-    others = [name for name in OTHER_TEACHER if name in given]
+    others = [name for name in OTHER_TEACHER if given.get(name)] # False or '' asks for none
     if teacher and others:
         raise VitdistillError(f"teacher = {teacher!r} is where the study's own teacher starts, and "
                               f'{others[0]} asks for another one: leave one of them out.')
@@ -571,9 +571,10 @@ def main(words:list[str]|None=None)->int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e:
-        if e.errno == errno.ENOSPC: # perhaps that of the output, which Python would try to write again
+        full = no_space(e)
+        if full: # perhaps for the output, which Python would try to write again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(f'there is no space left for {e.filename or "the output"}: free some.')
+            sys.exit(str(full))
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): # a place that may not be used
             raise
         sys.exit(f'{e.filename} can not be used ({e.strerror}): name another place, or change its rights.')

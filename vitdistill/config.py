@@ -375,12 +375,18 @@ def plain_value(value):
 FORMS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list',
          dict: 'a dict'}
 
-def _refuse_switches(name, values): # of a field that is a dict; no is a text by YAML 1.2, and counts as true
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _refuse_switches(name, value)
-        if isinstance(value, str) and value.lower() in ('yes', 'no', 'on', 'off'):
-            raise VitdistillError(f'{name}: {key} = {value!r} is text: write true or false.')
+_switches = 'yes', 'no', 'on', 'off', 'y', 'n', 'true', 'false' # as texts, which all count as true
+
+def _refuse_switches(name, value): # name: of a field that is a dict; value: it, or a part of it
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str) and inner.lower() in _switches:
+                raise VitdistillError(f'{name}: {key} = {inner!r} is text: write true or false, without '
+                                      'quotes.')
+            _refuse_switches(name, inner)
+    if isinstance(value, list):
+        for inner in value:
+            _refuse_switches(name, inner)
 
 def _value_for(f, given): # the value as a field `f` has it: of its type
     kinds = typing.get_args(f.type) or (f.type,)

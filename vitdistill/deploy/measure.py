@@ -83,7 +83,7 @@ def images_of(
         raise VitdistillError(f'{model.name} knows {classes}, and {place} has {others}: give a folder with '
                               'the same classes.')
     rows, *_ = split_rows(images.train_labels, config, images.classes)
-    own = torch.tensor(numbers) # the model may have its classes in another order
+    own = torch.tensor([*numbers, -1]) # the model may have its classes in another order; -1: no label
     images = replace(images, train_labels=own[images.train_labels], test_labels=own[images.test_labels],
                      classes=model.classes)
     return images, rows

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'Predictor', 'from_onnx', 'from_folder', 'model_folder', '
            'print_csv']
 
 # %% ../../nbs/deploy/00_predict.ipynb #7ec3da76
-import ast, csv, json, os, sys, unicodedata
+import ast, csv, json, os, re, sys, unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +101,13 @@ def from_folder(folder:Path)->Predictor: # of a run's model
         raise VitdistillError(f'{folder} is no model folder that names its classes: '
                               'name one of a finished run.')
     for name in ('input_size', 'mean', 'std'):
-        if name not in pixels:
-            raise VitdistillError(f'{file} lacks pretrained_cfg.{name}: copy the model again.')
+        if not (isinstance(pixels.get(name), list) and pixels[name]):
+            raise VitdistillError(f'{file} has no list pretrained_cfg.{name}: copy the model again.')
 
     size = pixels['input_size'][-1]
     fields = started_from(folder)
     model = create(fields['student'], len(classes), size, fields['stem'], **fields['student_kwargs'])
-    student = Student(load_weights(model, folder)).eval()
+    student = Student(load_weights(model, folder)).eval().float() # whatever torch's default is
     sides = card.image_size if card else size, size
     return Predictor(
         str(folder), classes, sides, (pixels['mean'], pixels['std']), student,
@@ -185,7 +185,7 @@ def named_images(
     for name in names:
         if not str(name):
             raise VitdistillError('a path of images is empty: name image files, or a folder.')
-        if str(name).startswith(('http:', 'https:')):
+        if re.match('[a-z0-9]{2,}:/', str(name).lower()): # C:/ is a disk; pathlib leaves one slash of two
             raise VitdistillError(f'{name} is an address: download the image, and name its file.')
         typed = Path(os.path.expanduser(name)) # such as ~$a.png of an office program stays as it is
         path = typed if os.path.exists(typed) else from_here(typed)
@@ -263,11 +263,12 @@ def predict(
         model = load_model(model)
     if isinstance(images, (str, Path)):
         images = [images]
-    try:
-        images = [os.fspath(path) for path in images]
-    except TypeError: # such as a picture of Pillow
-        raise VitdistillError(f'images are paths here, not {type(images).__name__}: give image files or '
-                              'folders.') from None
+    others = [images] # such as a picture of Pillow
+    if isinstance(images, Iterable):
+        images = [*images]
+        others = [path for path in images if not isinstance(path, (str, os.PathLike))]
+    if others:
+        raise VitdistillError(f'{type(others[0]).__name__} is no path: give paths of image files or folders.')
     return pd.DataFrame(answers(model, images, top, batch, skipped), columns=[*COLUMNS])
 
 # %% ../../nbs/deploy/00_predict.ipynb #d0cb79e5

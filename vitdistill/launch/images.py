@@ -660,13 +660,17 @@ def student_fields(
     return fields
 
 # %% ../../nbs/launch/04_images.ipynb #2f5d7443
-def check_weights(cells:list[Cell], classes:int)->None: # of a job; number of classes
+def check_weights(
+    cells:list[Cell], classes:int, # of a job; number of classes
+    download:bool=True             # whether timm's weights are tried too, which may have to be fetched
+)->None:
     "Raises a `VitdistillError` if a student's weights are missing or of another architecture."
     tried = set()
     for cell in cells:
         c = cell.config
         start = c.student, c.student_weights, str(c.student_kwargs)
-        if cell.name == 'teacher' or not (c.student_weights or c.student_pretrained) or start in tried:
+        trained = c.student_weights or (c.student_pretrained and download)
+        if cell.name == 'teacher' or not trained or start in tried:
             continue
         if any(run.status == 'done' for run in cell_runs(cell)): # its file may be gone by now
             continue
@@ -863,11 +867,14 @@ def part_by_words(
     "Returns the part of a teacher that answers by words, and writes its model folder into that of the job."
     words = words_of_classes(images.classes, given)
     folder = out/'words'
-    now = dict(teacher=teacher, encoder_hash=encoder_hash(teacher), words=words)
-    before = now | (words_of(folder) or {}) # an older job has no hash
+    before = words_of(folder) or {}
+    # of a job that has begun, the weights may be gone, and an older one has no hash of them
+    weights = encoder_hash(teacher) or before.get('weights_hash', '')
+    now = dict(teacher=teacher, weights_hash=weights, words=words)
+    before = now | before
     changed = _changes(before, before | now) if has_runs(out) else []
     if changed:
-        raise VitdistillError(f'{out} holds a job with other words or another teacher '
+        raise VitdistillError(f'{out} holds a job with other words, weights or another teacher '
                               f"({'; '.join(changed[:3])}): name another folder as out, or remove that one.")
     with tempfile.TemporaryDirectory() as draft:
         place = folder if has_runs(out) or not dry_run else Path(draft)
