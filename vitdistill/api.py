@@ -953,8 +953,7 @@ def distill(
     # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
     teacher_size:int|str='auto',
     teacher_name:str='', # architecture of a file of weights; '': the file's name up to its first dot
-    # only with a clip: teacher: prompt words for each class folder; for unlabelled images, the class names.
-    # File, dict or list.
+    # only with a clip: teacher: words for each class folder, or names of classes; a file, dict or list
     classes:str|Path|dict|list=None,
     preset:str='own', # recipe of teacher and students: a name in nbs/presets, or a YAML file
     labels:str|Path='', # CSV with columns file (from data) and class, or part too: train, val or test
