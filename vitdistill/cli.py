@@ -250,11 +250,14 @@ def pair(
     if teacher and others:
         raise VitdistillError(f"teacher = {teacher!r} is where the study's own teacher starts, and "
                               f'{others[0]} asks for another one: leave one of them out.')
-    begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
-    own = dict(teacher=study_part('e00_teacher', given, 'student', 'teacher', **begun))
-    teachers = {} if others else own
+    teachers = {}
+    own_teacher = {}
+    if not others:
+        begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
+        teachers = dict(teacher=study_part('e00_teacher', given, 'student', 'teacher', **begun))
+        own_teacher = dict(teacher='teacher')
     arms = dict(plain=study_part('e01_baseline_resnet50', given, 'teacher'),
-                taught=study_part('e02_distilled_resnet50', given, **dict.fromkeys(teachers, 'teacher')))
+                taught=study_part('e02_distilled_resnet50', given, **own_teacher))
     if deit: # with the preset's own teacher
         arms['deit'] = study_part('e03_deit_from_regnet', given, 'student', 'teacher')
     return Study('pair', common=dict(preset=preset_name), arms=arms, teachers=teachers)

@@ -7,12 +7,12 @@ __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'has
            'places_without_labels', 'lies_in', 'refuse_out_within', 'link_labelled', 'is_part', 'class_of',
            'files_of_classes', 'refuse_parts', 'is_archive', 'refuse_parts_within', 'refuse_masks',
            'refuse_other_layouts', 'refuse_class_train', 'refuse_no_test', 'with_test', 'has_part', 'folder_of_tests',
-           'Images', 'sides_of', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'fitting_side',
-           'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of', 'outputs', 'teacher_part',
-           'refuse_job_fields', 'short_name', 'names_of_students', 'begun_students', 'student_fields', 'check_weights',
-           'check_given', 'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts',
-           'write_study', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'quicker_precision',
-           'open_precisions', 'with_precision', 'same_threads']
+           'Images', 'own_test', 'unlike_classes', 'images_in_words', 'sides_of', 'images_in', 'same_in_words',
+           'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here',
+           'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students',
+           'begun_students', 'student_fields', 'check_weights', 'check_given', 'arms_of_student', 'question_of',
+           'study_of', 'refuse_other_files', 'begun_parts', 'write_study', 'names_without_labels', 'part_by_words',
+           'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile
@@ -36,7 +36,7 @@ from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
 from .studies import with_places_of_today
 from ..teachers.card import Card, weights_folder, words_of
-from ..tasks.words import encoder_hash, given_pairs, is_by_words, teacher_by_words, words_of_classes
+from ..tasks.words import about_words, given_pairs, is_by_words, teacher_by_words, words_of_classes
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job
@@ -342,39 +342,47 @@ class Images:
         return self.test > 0
 
     def __str__(self):
-        names = _first_names(self.classes, 10)
-        if not self.labelled:
-            return (f'{self.root}: {self.train + self.held_out:,} images without labels, about {self.side} '
-                    f'px, for {len(self.classes)} classes ({names}). A student learns from {self.train:,} of '
-                    f'them; {self.held_out:,} are held out, to see how often it answers as its teacher.'
-                    f'{self.same}')
-        origin = 'a fifth of each class, set aside' if self.drawn else self.own_test()
-        return (f'{self.root}: {len(self.classes)} classes ({names}), about {self.side} px. {self.train:,} '
-                f'training images, {self.test:,} test images ({origin}). {self.held_out:,} more of train are '
-                f'held out: no model learns from them. Records call them val.{self.shares()}{self.same}')
+        return images_in_words(self)
 
-    def own_test(self)->str:
-        "Returns which of the user's folders are the test images, and which are not used."
-        part = self.test_part.removesuffix('.tar')
-        unused = [name for name in TESTS if name != part and has_part(self.root, name)]
-        if not unused:
-            return f'your folder {part}'
-        return f"your folder {part}; {' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used"
+# %% ../../nbs/launch/04_images.ipynb #92ae635f
+def own_test(images:Images)->str:
+    "Returns which of the user's folders are the test images, and which are not used."
+    part = images.test_part.removesuffix('.tar')
+    unused = [name for name in TESTS if name != part and has_part(images.root, name)]
+    if not unused:
+        return f'your folder {part}'
+    return f"your folder {part}; {' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used"
 
-    def shares(self)->str:
-        "Returns sentences on classes of unlike size and on those of which nothing is held out."
-        counts = self.train_counts or [1]
-        most = counts.index(max(counts))
-        least = counts.index(min(counts))
-        sentences = ''
-        if counts[most] > 3*counts[least]:
-            hint = '' if self.weighted else '; with --class-weights balanced each counts alike'
-            sentences += (f' The classes differ in size: {self.classes[most]} has {counts[most]:,} training '
-                          f'images, {self.classes[least]} has {counts[least]:,}{hint}.')
-        lacking = [name for name, count in zip(self.classes, self.held_out_counts) if not count]
-        if self.held_out and lacking:
-            sentences += f' No image of {_first_names(lacking, 5)} is held out.'
-        return sentences
+# %% ../../nbs/launch/04_images.ipynb #a0fff0df
+def unlike_classes(images:Images)->str:
+    "Returns sentences on classes of unlike size and on those of which nothing is held out."
+    counts = images.train_counts or [1]
+    most = counts.index(max(counts))
+    least = counts.index(min(counts))
+    sentences = ''
+    if counts[most] > 3*counts[least]:
+        hint = '' if images.weighted else '; with --class-weights balanced each counts alike'
+        sentences += (f' The classes differ in size: {images.classes[most]} has {counts[most]:,} training '
+                      f'images, {images.classes[least]} has {counts[least]:,}{hint}.')
+    lacking = [name for name, count in zip(images.classes, images.held_out_counts) if not count]
+    if images.held_out and lacking:
+        sentences += f' No image of {_first_names(lacking, 5)} is held out.'
+    return sentences
+
+# %% ../../nbs/launch/04_images.ipynb #e5ae6870
+def images_in_words(images:Images)->str:
+    "Returns what a job finds in a folder of images, as sentences."
+    names = _first_names(images.classes, 10)
+    classes = len(images.classes)
+    if not images.labelled:
+        return (f'{images.root}: {images.train + images.held_out:,} images without labels, about '
+                f'{images.side} px, for {classes} classes ({names}). A student learns from '
+                f'{images.train:,} of them; {images.held_out:,} are held out, to see how often it answers '
+                f'as its teacher.{images.same}')
+    origin = 'a fifth of each class, set aside' if images.drawn else own_test(images)
+    return (f'{images.root}: {classes} classes ({names}), about {images.side} px. {images.train:,} training '
+            f'images, {images.test:,} test images ({origin}). {images.held_out:,} more of train are held '
+            f'out: no model learns from them. Records call them val.{unlike_classes(images)}{images.same}')
 
 # %% ../../nbs/launch/04_images.ipynb #9b117e8e
 def _first_names(names, most): # '...' stands for the others
@@ -867,18 +875,14 @@ def part_by_words(
     "Returns the part of a teacher that answers by words, and writes its model folder into that of the job."
     words = words_of_classes(images.classes, given)
     folder = out/'words'
-    before = words_of(folder) or {}
-    # of a job that has begun, the weights may be gone, and an older one has no hash of them
-    weights = encoder_hash(teacher) or before.get('weights_hash', '')
-    now = dict(teacher=teacher, weights_hash=weights, words=words)
-    before = now | before
-    changed = _changes(before, before | now) if has_runs(out) else []
+    now, before = about_words(teacher, words, folder)
+    changed = _changes(before, before | now) if before and has_runs(out) else []
     if changed:
         raise VitdistillError(f'{out} holds a job with other words, weights or another teacher '
                               f"({'; '.join(changed[:3])}): name another folder as out, or remove that one.")
     with tempfile.TemporaryDirectory() as draft:
         place = folder if has_runs(out) or not dry_run else Path(draft)
-        teacher_by_words(teacher, words, place, auto_device())
+        teacher_by_words(now, place, auto_device())
         side = read_json(place/'config.json')['pretrained_cfg']['input_size'][-1]
         if size not in (0, side):
             raise VitdistillError(f'teacher_size = {size}: {teacher} takes images of {side} px: leave it '

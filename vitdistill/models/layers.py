@@ -219,6 +219,18 @@ def _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate
         before = width
     return nn.Sequential(*stages)
 
+# %% ../../nbs/models/01_layers.ipynb #856963e5
+def _maps(widths, patch_size): # of the stages, as timm describes the maps of a model
+    maps = []
+    for stage, width in enumerate(widths):
+        maps.append(dict(num_chs=width, reduction=patch_size*2**stage, module=f'stages.{stage}'))
+    return maps
+
+def _draw_weights(layer):
+    if isinstance(layer, nn.Linear):
+        trunc_normal_(layer.weight, std=.02)
+        nn.init.zeros_(layer.bias)
+
 # %% ../../nbs/models/01_layers.ipynb #230f9993
 class LITv2(nn.Module):
     "LITv2 (Pan et al., 2022) with timm's interface: patches, stages that begin with a merging, norm, head."
@@ -239,12 +251,8 @@ class LITv2(nn.Module):
         if not len(depths) == len(num_heads) == len(windows):
             raise VitdistillError(f'depths {depths}, num_heads {num_heads} and windows {windows} are of '
                                   'different numbers of stages: give each a value a stage.')
-        widths = []
-        self.feature_info = [] # as timm describes the maps of a model
-        for stage in range(len(depths)):
-            width, scale = embed_dim*2**stage, patch_size*2**stage
-            widths.append(width)
-            self.feature_info.append(dict(num_chs=width, reduction=scale, module=f'stages.{stage}'))
+        widths = [embed_dim*2**stage for stage in range(len(depths))]
+        self.feature_info = _maps(widths, patch_size)
         self.num_classes = num_classes
         self.num_features = widths[-1]
         self.offset_lr = offset_lr
@@ -255,10 +263,7 @@ class LITv2(nn.Module):
         self.stages = _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate)
         self.norm = nn.LayerNorm(widths[-1])
         self.head = ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt='NHWC')
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                trunc_normal_(layer.weight, std=.02)
-                nn.init.zeros_(layer.bias)
+        self.apply(_draw_weights)
 
     def forward_features(self, x):
         return self.norm(self.stages(self.patch_embed(x)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENCODER_FILES', 'read_pairs', 'given_pairs', 'words_of_classes', 'is_by_words', 'encoder_place', 'encoder_hash',
            'load_encoder', 'describe_tower', 'license_of', 'templates_of', 'text_embeddings', 'classifier_by_words',
-           'teacher_by_words']
+           'about_words', 'teacher_by_words']
 
 # %% ../../nbs/tasks/05_words.ipynb #cbc74d46
 import csv, hashlib, io, json
@@ -17,7 +17,7 @@ from ..config import is_yaml_file, parse_yaml
 from ..data.files import natural_order
 from ..models.hub import hub_license
 from ..models.create import create, readme_head, save_model
-from ..teachers.card import WORDS
+from ..teachers.card import WORDS, words_of
 from .encoders import DualEncoder, Encoder, OpenClip, load_dual
 
 # %% ../../nbs/tasks/05_words.ipynb #71b56013
@@ -163,6 +163,7 @@ def encoder_place(teacher:str)->Path|None: # teacher: clip:...
     file = from_here(weights)
     return file if weights and file.is_file() else None
 
+# %% ../../nbs/tasks/05_words.ipynb #cfd24516
 ENCODER_FILES = '.safetensors', '.bin', '.pt', '.pth', '.json' # endings of weights and settings in a folder
 
 def encoder_hash(teacher:str)->str: # teacher: clip:...
@@ -274,22 +275,33 @@ def classifier_by_words(encoder:Encoder, words:list, templates:list)->torch.nn.M
                               'model of open_clip as teacher.')
     return model
 
+# %% ../../nbs/tasks/05_words.ipynb #a3ba6494
+def about_words(
+    teacher:str, # clip:...
+    words:dict,  # of `words_of_classes`
+    folder:Path  # its model folder, which may not be there yet
+)->tuple[dict, dict]:
+    "Returns teacher, weights_hash and words; and those of the teacher in the folder, {} without one."
+    kept = words_of(folder) or {}
+    # a finished one does without its weights, and an older one has no hash of them
+    weights = encoder_hash(teacher) or kept.get('weights_hash', '')
+    now = dict(teacher=teacher, weights_hash=weights, words=words)
+    return now, now | kept if kept else {}
+
+# %% ../../nbs/tasks/05_words.ipynb #c10cff14
 def teacher_by_words(
-    teacher:str,  # clip:...
-    words:dict,   # of `words_of_classes`
-    folder:Path,  # the model folder to write; one of the same teacher, weights and words is kept
+    about:dict,  # what the teacher is, of `about_words`
+    folder:Path, # the model folder to write; one of the same teacher is kept
     device:str='cpu' # for the texts
 )->Path: # folder
     "Writes the model folder of a teacher by words, without measured accuracy; returns the folder."
+    teacher, words = about['teacher'], about['words']
+    kept = words_of(folder)
+    if kept:
+        same = all(kept.get(key, value) == value for key, value in about.items()) # an old one has no hash
+        if same and [*kept['words']] == [*words]: # their order is that of the logits
+            return folder
     file = folder/WORDS
-    kept = json.loads(file.read_text()) if file.is_file() else {}
-    # a finished one does without its weights, and an older one has no hash of them
-    weights = encoder_hash(teacher) or kept.get('weights_hash', '')
-    about = dict(teacher=teacher, weights_hash=weights, words=words)
-    kept = about | kept if kept else {}
-    # the order of the words is that of the logits
-    if all(kept.get(key) == about[key] for key in about) and [*kept['words']] == [*words]:
-        return folder
     file.unlink(missing_ok=True) # it is written last
     encoder = load_encoder(teacher, device)
     templates = templates_of(encoder)

@@ -500,8 +500,7 @@ class Checkpoints:
         states = copy.deepcopy({name: part.state_dict() for name, part in self.kept.items()})
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         with self.lock:
-            state = dict(epochs=epochs, world=self.world, **states)
-            self.held = (state, keep)
+            self.held = dict(epochs=epochs, world=self.world, **states), keep
             if self.on_gpu: # the copies must be complete: `flush` reads them in another stream
                 torch.cuda.synchronize()
         is_due = epochs % c.checkpoint_every == 0 and late
