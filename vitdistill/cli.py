@@ -578,7 +578,8 @@ def main(words:list[str]|None=None)->int:
         if full: # perhaps for the output, which Python would try to write again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(str(full))
-        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): # a place that may not be used
+        places = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG # that can not be used
+        if e.errno not in places:
             raise
         sys.exit(f'{e.filename} can not be used ({e.strerror}): name another place, or change its rights.')
 

@@ -122,7 +122,7 @@ def model_folder(
     "Returns the folder of a trained model; a name that fits none or several is a `VitdistillError`."
     if str(name).startswith(HUB):
         return weights_place(name)
-    if not isinstance(name, Run) and os.path.isfile(from_here(name)/'config.json'): # also of a name too long
+    if not isinstance(name, Run) and (from_here(name)/'config.json').is_file():
         return from_here(name)
     run = find_run(name, runs)
     if run.status == 'running' and not (run.model/'config.json').is_file():
