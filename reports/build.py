@@ -75,7 +75,7 @@ def main():
         executed = run_notebook(name, ROOT / f"out/figures/{name}.ipynb", given)
         write_outputs(ROOT / f"nbs/analysis/{name}.ipynb", executed)
         print("executed notebook:", executed, flush=True)
-    print("page:", write_index(ROOT / "reports", "Runs in reports/runs"))
+    print("page:", write_index(ROOT / "reports", "Figures, tables and benches"))
 
 
 if __name__ == "__main__":

@@ -220,12 +220,12 @@ def test_who_decides_alike(tmp_path):
     first = {"class": [0, 0, 1, 1], "distillation": [0, 0, 0, 1], "softmax": [0, 0, 0, 1]}
     students = [decided(tmp_path, given, seed, **TAUGHT) for seed, given in
                 ((1, first), (2, first | {"class": [0, 0, 0, 1]}))]
-    shares = NOTEBOOK.head_disagreement(students, teacher)
+    shares = NOTEBOOK.head_disagreement(students, {1: teacher, 2: teacher})
     assert [*shares] == ["label", "teacher", "class", "distillation", "softmax"]
     assert shares.teacher.tolist() == pytest.approx([0, 0, 0.375, 0.25, 0.25])
     assert shares["class"]["distillation"] == 0.125 and shares.equals(shares.T)
     plain = [decided(tmp_path / "plain", {"class": [1, 1, 1, 1]}, seed) for seed in (1, 2)]
-    assert NOTEBOOK.head_disagreement(students, plain=plain[:1]).shape == (4, 4)  # seed 2 has none
+    assert NOTEBOOK.head_disagreement(students, {1: teacher}, plain[:1]).shape == (4, 4)  # seed 2 has none
     both = NOTEBOOK.head_disagreement(students, plain=plain)
     assert both["labels alone"].tolist() == pytest.approx([1, 0, 0.625, 0.75, 0.75])
 

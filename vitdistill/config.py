@@ -600,7 +600,7 @@ def preset(
 )->Config:
     "Returns the config of an experiment of a preset; unknown presets, parts and keys are `VitdistillError`s."
     parts = preset_parts(name)
-    experiments = set(parts) - {'common'}
+    experiments = [part for part in parts if part != 'common']
     if experiment not in experiments:
         advice = nearest(experiment, experiments)
         raise VitdistillError(f'preset {name!r} has no part {experiment!r}: {advice}')

@@ -34,7 +34,7 @@ from ..models.create import read_weights, started_from, try_size
 from ..models.hub import hub_answers, weights_place
 from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
-from .studies import with_places_of_today
+from .studies import job_folder, with_places_of_today
 from ..teachers.card import Card, weights_folder, words_of
 from ..tasks.words import about_words, given_pairs, is_by_words, teacher_by_words, words_of_classes
 
@@ -775,14 +775,15 @@ def refuse_other_files(out:Path)->None: # folder of a job
     if out.exists() and not out.is_dir():
         raise VitdistillError(f'out = {out} is a file: name a folder.')
     file = out/f'{out.name}.yaml'
-    if not file.is_file():
-        theirs = [place for place in (out/f'{out.name}.html', out/'models') if os.path.lexists(place)]
+    if file.is_file():
+        try:
+            theirs = [] if job_folder(read_yaml(file), file) else [file]
+        except VitdistillError: # it is broken
+            theirs = [] if has_runs(out) else [file]
     else:
-        with contextlib.suppress(VitdistillError):
-            if 'arms' in read_yaml(file):
-                return
-        theirs = [file]
-    if theirs and not has_runs(out):
+        written = [out/f'{out.name}.html', out/'models']
+        theirs = [] if has_runs(out) else [place for place in written if os.path.lexists(place)]
+    if theirs:
         raise VitdistillError(f'{theirs[0]} is not of a job, which would write it: name another folder as '
                               'out.')
 

@@ -7,7 +7,7 @@ __all__ = ['STATES', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'recipe_f
            'part_cells', 'grid_cells', 'check_cells', 'slot_environment', 'record_of', 'write_record', 'read_record',
            'cell_runs', 'new_threads', 'end', 'model_for', 'cell_has_model', 'missing_weights', 'execute',
            'papermill_command', 'state_at_end', 'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of',
-           'set_progress', 'count_states', 'state_table', 'refuse_busy', 'forget_old_cells', 'hold_folder',
+           'set_progress', 'count_states', 'state_table', 'may_wait', 'refuse_busy', 'forget_old_cells', 'hold_folder',
            'cut_running', 'run_in_order', 'run_batch', 'submit_batch', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
@@ -267,10 +267,11 @@ def new_threads(cell:Cell, threads:int)->dict: # threads: of each new run of a b
     return {} if goes_on else dict(threads=threads)
 
 # %% ../../nbs/launch/03_queue.ipynb #0acf582c
-def end(process:subprocess.Popen, cell:Cell, patience:float=25.)->None: # patience: seconds for ranks to save
-    "Ends a cell's notebook and waits until its ranks have released their runs."
-    stop(process)
-    runs = cell_runs(cell)
+def end(processes:list, cells:list[Cell], patience:float=25.)->None: # patience: seconds for ranks to save
+    "Ends the notebooks of cells and waits until their ranks have released their runs."
+    for process in processes:
+        stop(process)
+    runs = [run for cell in cells for run in cell_runs(cell)]
     give_up = time.monotonic() + patience
     while any(is_locked(run.folder/'lock') for run in runs) and time.monotonic() < give_up:
         time.sleep(.1)
@@ -339,7 +340,7 @@ def execute(
             if cell.state == 'running': # not 'cut': at Ctrl-C `cut_running`, in the main thread, sets that
                 cell.state = state_at_end(status, log)
         except BaseException: # this process has to stop
-            end(process, cell)
+            end([process], [cell])
             cell.state = 'cut'
             raise
         finally:
@@ -529,11 +530,19 @@ def state_table(cells:list[Cell])->str: # cells: of `states_of`
     return '\n'.join([*lines, count_states(cells)])
 
 # %% ../../nbs/launch/03_queue.ipynb #72b769e1
+def may_wait(record:Path)->bool: # of a cell with a job
+    "Returns whether a cell's job may wait or run, if Slurm can't be asked."
+    return read_json(record).get('state') in ('left', 'waiting', 'running', 'cut')
+
 def refuse_busy(folder:Path)->None:
     "Raises `VitdistillError` if cells of a grid with this folder are running, or waiting for a cluster."
     jobs = read_json(folder/'slurm.json')
-    queue = queued() or {}
-    busy = {job for job in jobs.values() if job in queue} # numbers of jobs, and names of cells without a job
+    queue = queued()
+    if queue is None and any(may_wait(folder/f'{cell}.json') for cell in jobs):
+        raise VitdistillError(f'{folder} has jobs in Slurm, which does not answer: start it where squeue '
+                              f"works or, if none of them waits or runs, remove {folder/'slurm.json'}.")
+    # numbers of jobs, and names of cells without a job
+    busy = {job for job in jobs.values() if job in (queue or {})}
     for lock in folder.glob('[0-9]*.lock'):
         if is_locked(lock):
             busy.add(jobs.get(lock.stem, lock.stem))
@@ -578,12 +587,11 @@ def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
 
 # %% ../../nbs/launch/03_queue.ipynb #fc329c5d
 def cut_running(cells:list[Cell], processes:list)->None:
-    "Marks the cells that run as cut, and ends their processes."
-    for cell in cells:
-        if cell.state == 'running':
-            cell.state = 'cut'
-    for process in processes:
-        stop(process)
+    "Marks the cells that run as cut, and ends their processes and ranks."
+    running = [cell for cell in cells if cell.state == 'running']
+    for cell in running:
+        cell.state = 'cut'
+    end(processes, running)
 
 # %% ../../nbs/launch/03_queue.ipynb #af786b39
 @stoppable()

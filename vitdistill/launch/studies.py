@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'Study', 'as_list', 'trains', 'full_name', 'parameters_of', 'order', 'check_vary', 'combinations',
            'name_with_values', 'arm_names', 'trained_part', 'references', 'seeds_of', 'sides', 'check_seeds',
-           'refuse_equal_arms', 'check_part', 'check_study', 'refuse_unknown_arms', 'refuse_several_arms',
-           'with_places_of_today', 'study_file', 'read_study', 'parse_study', 'runs_of', 'matching_runs', 'teachers_of',
-           'runs_folder', 'runs_with', 'model_of']
+           'refuse_equal_arms', 'check_part', 'check_choose', 'check_study', 'refuse_unknown_arms',
+           'refuse_several_arms', 'job_folder', 'with_places_of_today', 'study_file', 'read_study', 'parse_study',
+           'runs_of', 'matching_runs', 'teachers_of', 'runs_folder', 'runs_with', 'model_of']
 
 # %% ../../nbs/launch/00_studies.ipynb #379135ec
 import itertools, json
@@ -121,7 +121,8 @@ def order(study:Study)->dict: # name of a part -> names of the parts that it wai
 def check_vary(vary:dict, name:str)->None: # name: of what varies it, for the message
     "Raises a `VitdistillError` for values to vary that are no lists, or that repeat."
     if not isinstance(vary, dict):
-        raise VitdistillError(f'vary = {vary!r} of {name} names no parameters: write "vary: {{seed: ...}}".')
+        raise VitdistillError(f'vary = {vary!r} of {name} names no parameters: write "vary: {{lr: [0.1, '
+                              '0.2]}".')
     for key, values in vary.items():
         if not values or not isinstance(values, list):
             example = 1 if values == [] else values
@@ -179,16 +180,12 @@ def references(study:Study, name:str)->list[tuple[Study, str]]:
 # %% ../../nbs/launch/00_studies.ipynb #f0fc596f
 def seeds_of(study:Study, arm:str)->list[int]: # arm: name of a part, also with varied values
     "Returns the seeds of an arm, its own before those of the study; []: the seed of its notebook."
-    name, varied = arm_names(study).get(arm, (arm, {}))
+    name, _ = arm_names(study).get(arm, (arm, {}))
     part = study.parts[name]
     if not trains(part):
         return []
-    if 'seed' in varied:
-        return [varied['seed']]
-    vary = part.get('vary') or {}
-    own = vary.get('seed') or part.get('seeds')
-    if own:
-        return own
+    if part.get('seeds'):
+        return part['seeds']
     if 'seed' in part:
         return [] if part['seed'] is None else [part['seed']]
     if name not in study.arms: # a teacher
@@ -208,8 +205,8 @@ def sides(pair:list)->list[str]: # an entry of `compare`
 # %% ../../nbs/launch/00_studies.ipynb #a95b12db
 def check_seeds(study:Study)->None:
     "Raises a `VitdistillError` for seeds that are no whole numbers, or would do nothing."
-    for name in study.parts:
-        for seed in seeds_of(study, name):
+    for name, seeds in [*((name, seeds_of(study, name)) for name in study.parts), ('later', study.later)]:
+        for seed in seeds:
             if type(seed) is not int:
                 raise VitdistillError(f'{study.name}: {name} has the seed {seed!r}, which is no whole '
                                       'number: write "seeds: [1, 2]".')
@@ -223,7 +220,7 @@ def check_seeds(study:Study)->None:
             raise VitdistillError(f'{study.name}: later = {study.later} has seed {seed}, with which no arm '
                                   'runs: add it to seeds, or remove it.')
 
-# %% ../../nbs/launch/00_studies.ipynb #37a102cc
+# %% ../../nbs/launch/00_studies.ipynb #620d7b25
 def refuse_equal_arms(study:Study)->None:
     "Raises a `VitdistillError` for two arms of equal settings."
     arms = {} # settings -> arm
@@ -237,6 +234,7 @@ def refuse_equal_arms(study:Study)->None:
                                   'one.')
         arms[settings] = name
 
+# %% ../../nbs/launch/00_studies.ipynb #37a102cc
 def check_part(study:Study, name:str)->None:
     "Raises a `VitdistillError` for a teacher or an arm of the wrong form."
     part = study.parts[name]
@@ -244,6 +242,8 @@ def check_part(study:Study, name:str)->None:
     def refuse(what):
         raise VitdistillError(f'{study.name}: {name} {what}')
 
+    if not isinstance(name, str):
+        refuse('is no name of a teacher or an arm: write text, such as plain.')
     if name in study.teachers and name in study.arms:
         refuse('is both a teacher and an arm: rename one.')
     if not isinstance(part, dict) or not {'notebook', 'runs', 'arms'} & part.keys():
@@ -260,15 +260,34 @@ def check_part(study:Study, name:str)->None:
     ways = [way for way in ('notebook', 'runs', 'arms') if way in part]
     if len(ways) > 1:
         refuse(f"has {' and '.join(ways)}: remove one.")
+    if part.get('arms') == []:
+        refuse('= [] stands for no arm: name one, such as small_tuned/plain.')
     idle = [key for key in part if key not in ways]
     if idle and not trains(part):
         refuse(f'trains nothing itself, so that {idle[0]} would do nothing: remove it.')
-    for key in vary:
-        for other in {key, 'seeds' if key == 'seed' else key} & part.keys():
-            refuse(f'has {other} and varies {key}: remove one.')
+    for key, values in vary.items():
+        if key == 'seed':
+            refuse(f'varies seed: write "seeds: {values}" instead, which makes one arm of them.')
+        if key in part:
+            refuse(f'has {key} and varies {key}: remove one.')
         # a record holds its images, not its place
         if key not in Config.__dataclass_fields__ or key == 'unlabelled':
             refuse(f'varies {key}, which no record holds: write an arm for each of its values.')
+
+# %% ../../nbs/launch/00_studies.ipynb #00b50334
+def check_choose(study:Study)->None:
+    "Raises a `VitdistillError` for a choice that no arm offers."
+    for key in study.choose:
+        if key not in ('field', 'by'):
+            raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
+    by, field = study.choose.get('by', 'val_top1'), study.choose.get('field')
+    if not isinstance(by, str):
+        raise VitdistillError(f'{study.name}: choose: by = {by!r} is no number of result.json: write one, '
+                              'such as val_top1.')
+    varied = {key for _, values in arm_names(study).values() for key in values}
+    if 'field' in study.choose and field not in [*varied]: # also of a list
+        raise VitdistillError(f'{study.name}: choose: field = {field!r} is varied by no arm: '
+                              f"{nearest(str(field), varied, 'vary it, or leave field out.')}")
 
 # %% ../../nbs/launch/00_studies.ipynb #b7d64580
 def check_study(study:Study)->None:
@@ -278,9 +297,6 @@ def check_study(study:Study)->None:
     if not study.measure.endswith(('top1', 'top5')): # tables and pictures show percent
         raise VitdistillError(f'{study.name}: measure = {study.measure!r} is no share of right answers: take '
                               'one such as test_top1 or val_top1.')
-    for key in study.choose:
-        if key not in ('field', 'by'):
-            raise VitdistillError(f'{study.name}: choose has field and by, not {key!r}.')
     for key in _keys:
         if key in study.common:
             place = 'beside common, or at an arm' if key == 'seeds' else 'at each arm'
@@ -290,6 +306,7 @@ def check_study(study:Study)->None:
     if study.seeds:
         check_vary(dict(seed=study.seeds), study.name)
     order(study)
+    check_choose(study)
     refuse_unknown_arms(study, 'published', study.published)
     refuse_unknown_arms(study, 'baseline', as_list(study.baseline or None))
     for pair in study.compare:
@@ -323,15 +340,20 @@ def refuse_several_arms(study:Study, arms:Iterable[str])->None: # of a differenc
                                   f'{choices}.')
 
 # %% ../../nbs/launch/00_studies.ipynb #aad09eb8
-def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
-    "Returns the content of a job's study file with the file's folder of today where it names that of then."
+def job_folder(values:dict, file:Path)->Path|None: # content of a study file; the file
+    "Returns the folder of the job that a study file is of, as the file has it; None: it is of no job."
     common = values.get('common')
     if not isinstance(common, dict):
-        return values
-    old = Path(str(common.get('runs_dir'))).parent # the job's folder, as the file has it
+        return None
+    folder = Path(str(common.get('runs_dir'))).parent
+    is_job = folder.is_absolute() and folder.name == file.stem
+    return folder if is_job and str(common.get('work_dir')) == str(folder/'work') else None
+
+def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
+    "Returns the content of a job's study file with the file's folder of today where it names that of then."
+    old = job_folder(values, file)
     new = file.resolve().parent
-    is_job = old.is_absolute() and old.name == file.stem and str(common.get('work_dir')) == str(old/'work')
-    if not is_job or not (new/'runs').is_dir() or old.resolve() == new:
+    if not old or not (new/'runs').is_dir() or old.resolve() == new:
         return values
 
     def moved(value):
@@ -423,13 +445,16 @@ def _asked_values(config:Config)->dict: # 'auto' where a run was asked for it, a
     return vars(config) | defining(config)
 
 # %% ../../nbs/launch/00_studies.ipynb #64cc9f46
-def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_of` takes them
+def teachers_of(
+    study:Study, arm:str, records:list[Run], # as `runs_of` takes them
+    seed:int=None                            # of a student; None: its teachers of all seeds
+)->list[Run]:
     "Returns the runs of the teacher that an arm names or, without one, of the teachers that it waits for."
     arm, _ = arm_names(study).get(arm, (arm, {}))
     others = references(study, arm)
     if others:
         other, name = others[0]
-        return teachers_of(other, name, records)
+        return teachers_of(other, name, records, seed)
     part = study.parts[arm]
     if not trains(part):
         return []
@@ -437,7 +462,14 @@ def teachers_of(study:Study, arm:str, records:list[Run])->list[Run]: # as `runs_
     names = [name for name in as_list(part.get('after')) if name in study.teachers]
     if 'teacher_weights' in models:
         names = [models['teacher_weights']]
-    return [run for name in names for run in runs_of(study, name, records)]
+    runs = []
+    for name in names:
+        of_name = runs_of(study, name, records)
+        several = len(of_name) > 1 and not of_name[0].config.fold # teachers of folds belong together
+        if several and seed is not None: # the student's is that of its own seed
+            of_name = [run for run in of_name if run.config.seed == seed]
+        runs += of_name
+    return runs
 
 # %% ../../nbs/launch/00_studies.ipynb #91ad3564
 def runs_folder(parameters:dict)->str: # of a notebook
@@ -449,7 +481,10 @@ def runs_folder(parameters:dict)->str: # of a notebook
         if values.get('runs_dir', shared.get('runs_dir')) != shared.get('runs_dir'):
             raise VitdistillError(f'preset {preset!r}: {part} has a runs_dir of its own: write it below '
                                   'common, where a study looks for it.')
-    return parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
+    folder = parameters.get('runs_dir') or shared.get('runs_dir') or Config().runs_dir
+    if not isinstance(folder, str):
+        raise VitdistillError(f'runs_dir = {folder!r} is no folder: write one, such as reports/runs.')
+    return folder
 
 # %% ../../nbs/launch/00_studies.ipynb #86b3c4bd
 def runs_with(

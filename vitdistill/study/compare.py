@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'difference_over_images',
            'Comparison', 'run_names', 'run_folders', 'load_comparison', 'variants', 'counterparts', 'pairs',
-           'difference', 'one_pair', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair',
-           'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'write_tables', 'write_pictures',
-           'studies_with_runs', 'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
+           'difference', 'one_pair', 'different_data', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs',
+           'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write',
+           'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies', 'points',
+           'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -21,7 +22,7 @@ from ..config import Config, defining, field_names
 from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
 from ..launch.studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of
-from ..launch.studies import seeds_of, sides, trains
+from ..launch.studies import references, seeds_of, sides, trains
 from .figures import save_figure, save_table, style, without_formulas
 from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
@@ -121,6 +122,8 @@ class Comparison:
         for one, other in pairs(self):
             if len(one) > 1 and not gains:
                 continue
+            if different_data(self, one, other):
+                continue
             row = difference(self, one, other, tops, allow_image_interval)
             over_images = row['interval'] == 'test images'
             if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
@@ -158,6 +161,9 @@ def run_folders(study:Study)->list[str]:
             continue
         parameters, _ = parameters_of(study, name)
         places.add(runs_folder(parameters))
+    for name in study.parts:
+        for other, _ in references(study, name):
+            places.update(run_folders(other))
     return sorted(places)
 
 def load_comparison(
@@ -273,6 +279,16 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
         return []
     return [runs_of_one[common[0]], runs_of_other[common[0]]]
 
+# %% ../../nbs/study/08_compare.ipynb #96aa59f0
+def different_data(comparison:Comparison, one:tuple, other:tuple)->str: # one, other: of `pairs`
+    "Returns why arms are not compared, if their runs are on different data; '' if they are on the same."
+    runs = [run for arm in (*one, *other) for run in comparison.arms[arm]]
+    try:
+        same_data([run for run in runs if run.config.data_hash]) # '' before a run has read its images
+    except VitdistillError as e:
+        return f"{' - '.join(one)} and {' - '.join(other)}: {e}"
+    return ''
+
 # %% ../../nbs/study/08_compare.ipynb #a78ef33c
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
     """Returns a row per tried arm, and marks the best: by its mean over the seeds that all have, or over each
@@ -308,7 +324,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
 
 # %% ../../nbs/study/08_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
-    "Returns sentences on arms with unfinished or missing runs, and on arms without a common finished seed."
+    "Returns sentences on arms with unfinished or missing runs, and on arms that are not compared."
     study, notes = comparison.study, []
     for arm, runs in comparison.arms.items():
         for run in runs:
@@ -323,6 +339,9 @@ def missing(comparison:Comparison)->list[str]:
         elif not runs: # of an arm without planned seeds
             notes.append(f'{arm}: no run.')
     for one, other in pairs(comparison):
+        if reason := different_data(comparison, one, other):
+            notes.append(reason)
+            continue
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
         if all(seeds) and not set.intersection(*seeds):
             names = f"{' - '.join(one)} and {' - '.join(other)}"
