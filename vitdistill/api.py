@@ -51,7 +51,8 @@ from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, 
 from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
-from .launch.images import check_weights, names_of_students, names_without_labels, part_by_words
+from .launch.images import check_tokens, check_weights, names_of_students
+from .launch.images import names_without_labels, part_by_words
 from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
 from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
 from .launch.images import with_unique, write_study
@@ -327,8 +328,10 @@ def measure_costs(result:Distilled)->None:
             continue
         rows = pd.DataFrame([row])
         table = (pd.concat([table, rows], ignore_index=True) if len(table) else rows).reindex(columns=COSTS)
-        for column in ('ms', 'int8_ms'): # one architecture has one speed: its least disturbed measurement
-            table[column] = table.groupby(table.run.map(architecture_of))[column].transform('min')
+        # one architecture has one speed on a machine: its least disturbed measurement
+        for column in ('ms', 'int8_ms'):
+            alike = table.groupby([table.run.map(architecture_of), 'machine'])
+            table[column] = alike[column].transform('min')
         save_table(table, result.out, costs_file(result).stem, 'What each student costs: parameters; '
                    'megabytes and milliseconds an image (one at a time, one thread, onnxruntime) of its ONNX '
                    'file; the same after int8, whose accuracy minus that of the whole model has its 95% '
@@ -573,9 +576,12 @@ def findings(result:Distilled)->list[str]:
         lines.append(f"{', '.join(of_first)} {are} of {students[0]}. The other names end with their student.")
     if not result.labelled:
         return [*lines, *about_answers(result)]
-    for row in result.comparison.table().dropna(subset='difference').itertuples():
+    left_out = False
+    rows = result.comparison.table().dropna(subset='difference')
+    for row in rows.itertuples():
         sure = row.low > 0 or row.high < 0
         if several and not sure: # the table has it
+            left_out = True
             continue
         doubt = ''
         if not sure:
@@ -583,9 +589,9 @@ def findings(result:Distilled)->list[str]:
         elif row.seeds < 2:
             doubt = '; another seed may differ by more'
         lines.append(points(row) + doubt) # `points`: the difference as a sentence
-    if several and len(lines) > 1:
+    if left_out and len(lines) > 1:
         lines.append('The other differences between students of one architecture may be chance.')
-    elif several:
+    elif left_out:
         lines.append('No difference between students of one architecture is clear: each may be chance.')
     lines += costs_of_int8(model_costs(result))
     return [*lines, *never_right(result), *about_unlabelled(result), *advice(result)]
@@ -598,7 +604,8 @@ def write_page_of(result:Distilled)->Path:
     folders = {name: result.folder(name) for name in models}
     caption = ''
     if len(costs):
-        caption = f'ms: one image at a time, one thread, onnxruntime on {costs.machine.iloc[0]}.'
+        machines = ' or '.join(costs.machine.unique())
+        caption = f'ms: one image at a time, one thread, onnxruntime on {machines}.'
     return write_job(result.comparison, result.out, models.get('teacher', []), folders, findings(result),
                      costs.drop(columns='machine'), caption)
 
@@ -893,6 +900,7 @@ def run_job(
     cells = study_cells(Study(out.name, **study))
     check_cells(cells)
     check_weights(cells, len(images.classes), download=not dry_run)
+    check_tokens(cells, len(images.classes))
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
         study = with_precision(study, cells, out)
@@ -1008,6 +1016,10 @@ def refuse_other_project(folder:Path)->None: # in which a model would be saved
         about = json.loads((folder/'config.json').read_text())
     except (OSError, ValueError):
         about = None
+    for name in ('card.json', 'words.json'):
+        if (folder/name).exists():
+            raise VitdistillError(f'{folder} is the model of a run, which {name} describes: name another '
+                                  'folder.')
     if isinstance(about, dict) and 'architecture' in about: # an earlier model
         return
     for name in ('README.md', 'config.json'):

@@ -166,7 +166,7 @@ def command_config(
     name = typed_preset(name)
     if not colon or Path(source).is_file():
         config = load(source)
-        automatic = [field for field in config.auto if field not in given]
+        automatic = {field: config.auto[field] for field in config.auto if field not in given}
         return replace(config, **given, auto=automatic)
     own = {field: value for field, value in given.items() if field != 'experiment'} # it names the run alone
     nulls = {field: None for field, value in own.items() if value is None} # which `preset` takes as not given

@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'FORMS', 'PLACES', 'StudentFields', 'DataFields', 'Augmenta
            'CaptionFields', 'OptimizationFields', 'MachineFields', 'RecordFields', 'FoundFields', 'Config',
            'field_names', 'plain_value', 'check', 'from_dict', 'YamlLoader', 'dump_yaml', 'refuse_repeats',
            'keep_texts', 'parse_yaml', 'read_yaml', 'load', 'is_yaml_file', 'typed_preset', 'preset_parts', 'preset',
-           'save', 'defining', 'config_hash', 'student_name', 'run_name']
+           'save', 'is_automatic', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/01_config.ipynb #6870c0aa
 import contextlib, dataclasses, functools, hashlib, json, re, typing
@@ -341,7 +341,7 @@ class FoundFields:
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
     unlabelled_hash:str=_found('', teaching=True) # hash of the rows or files of unlabelled images
-    auto:list=_found(list, hashed=False) # fields that were 'auto' before `resolve`
+    auto:dict=_found(dict, hashed=False) # fields that were 'auto' before `resolve` -> what became of them
 
 # %% ../nbs/01_config.ipynb #de604553
 @dataclass(frozen=True)
@@ -445,8 +445,9 @@ def from_dict(
         if key not in names:
             place = f' in {source}' if source else ''
             raise VitdistillError(f'unknown key {key!r}{place}: {nearest(key, names)}')
-    if values.get('auto', []) is None: # version 0.2 wrote auto: null
-        values = values | dict(auto=[])
+    auto = values.get('auto', {})
+    if not isinstance(auto, dict): # earlier versions wrote the names alone, or null
+        values = values | dict(auto={name: values.get(name) for name in auto or []})
     return Config(**values)
 
 # %% ../nbs/01_config.ipynb #2eb0b684
@@ -618,6 +619,10 @@ def save(config:Config, path:str|Path)->Path:
 # %% ../nbs/01_config.ipynb #bb005a53
 _default = functools.cache(Config) # _default() is the config of all defaults
 
+def is_automatic(config:Config, name:str)->bool:
+    "Returns whether a field was 'auto', and nobody has changed what became of it."
+    return name in config.auto and config.auto[name] == getattr(config, name)
+
 def defining(config:Config)->dict: # name -> value
     "Returns the fields that change the result; resolved values count as 'auto', former defaults as today's."
     values = {}
@@ -625,7 +630,7 @@ def defining(config:Config)->dict: # name -> value
         if not f.metadata['hashed']:
             continue
         value = getattr(config, f.name)
-        if f.name in config.auto:
+        if is_automatic(config, f.name):
             value = 'auto'
         elif value in f.metadata['formerly']:
             value = getattr(_default(), f.name)

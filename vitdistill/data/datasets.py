@@ -39,10 +39,13 @@ def _histogram(channel): # (N, H, W) uint8 -> (256,) float64; in parts, since bi
     return counts.double()
 
 # %% ../../nbs/data/01_datasets.ipynb #1864c82e
-def mean_std_of(images)->tuple: # images: (N, H, W, 3) uint8, in memory or on disk
+def mean_std_of(
+    images,   # (N, H, W, 3) uint8, in memory or on disk
+    most:int=0 # images that are drawn; 0: all of those in memory
+)->tuple:
     "Returns (mean, std) per channel of pixels in [0, 1]."
-    if not isinstance(images, torch.Tensor): # on disk: 5,000 images give both to three digits
-        images = images[torch.randperm(len(images), generator=generator(0))[:5000]]
+    if most:
+        images = images[torch.randperm(len(images), generator=generator(0))[:most]]
     counts = torch.stack([_histogram(images[..., channel]) for channel in range(3)])
     value = torch.arange(256).double()/255
     mean = (counts*value).sum(1)/counts.sum(1)
@@ -78,7 +81,10 @@ class Data:
     @functools.cached_property
     def mean_std(self)->tuple:
         "Returns (mean, std) per channel, of the training pixels in [0, 1]."
-        return self.constants or mean_std_of(self.train_images)
+        if self.constants:
+            return self.constants
+        # files may lie in memory or on the disk: both take the same 5,000, good to two digits
+        return mean_std_of(self.train_images, 5000 if self.listing else 0)
 
     @functools.cached_property
     def train_hash(self)->str:
@@ -583,7 +589,7 @@ def row_range(
 )->torch.Tensor:
     "Returns the rows of a range of the training images; a text that is no such range is a `VitdistillError`."
     start, _, stop = text.partition(':')
-    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop) <= n):
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= n):
         raise VitdistillError(f"{field} = {text!r}: give 'start:stop' with start < stop <= {n}, "
                               'the number of training images.')
     return torch.arange(int(start), int(stop))
@@ -596,7 +602,7 @@ def fold_rows(
 )->torch.Tensor: # (N,) bool
     "Returns which images are in the k-th of n class-balanced parts."
     k, _, n = fold.partition('/')
-    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n) and int(n) > 1):
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) and int(n) > 1):
         raise VitdistillError(f"fold = {fold!r}: give 'k/n' with 1 <= k <= n and n >= 2, such as '1/2'.")
 
     def first_folds(count): # which images are in the first `count` parts: shares are nested

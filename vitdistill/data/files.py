@@ -171,7 +171,10 @@ def files_in_tar(
     what = f'{printable(path)} is damaged, cut or compressed'
     with explained(what, 'make it again as a plain tar', tarfile.TarError, OSError, reason=first_line):
         with open(path, 'rb') as file:
-            return list(_members(file, str(path), 0, left_out, folders)), left_out
+            entries = list(_members(file, str(path), 0, left_out, folders))
+    last = {entry.name: entry for entry in entries} # as tar has it: the last file of a name replaces others
+    left_out['replaced by a later one in the tar'] += len(entries) - len(last)
+    return list(last.values()), +left_out
 
 # %% ../../nbs/data/00_files.ipynb #9aa0a26b
 def folder_classes(
@@ -284,12 +287,15 @@ def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
 
 # %% ../../nbs/data/00_files.ipynb #d16fbe10
 def _files_of_split(root, split):
-    "Returns (folder or tar, [`FileEntry`], Counter of links, names of folders); None without folder and tar."
+    """Returns (folder or tar, [`FileEntry`], Counter of links, names of folders); None without either.
+
+    A split that ends with .tar is that tar, also if a folder lies beside it."""
     folders = []
     place = root/split
     if place.is_dir():
         entries, left_out = files_below(place, folders)
         return place, entries, left_out, folders
+    split = split.removesuffix('.tar')
     place = root/f'{split}.tar'
     if not place.is_file():
         return None

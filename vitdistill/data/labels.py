@@ -86,7 +86,7 @@ def table_rows(file:Path)->list[Labelled]:
     _refuse_columns(file, names)
     places = [names.index(name) for name in COLUMNS if name in names]
     rows = []
-    reader = csv.reader(io.StringIO(text), delimiter=mark)
+    reader = csv.reader(io.StringIO(text), delimiter=mark, strict=True) # an open quote is an error
     try:
         for cells in reader:
             cells = [cell.strip() for cell in cells]

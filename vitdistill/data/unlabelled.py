@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_range', 'unlabelled_mark', 'JoinedImages', 'joined', 'Unlabelled', 'unlabelled_rows', 'refuse_own_folder',
-           'unlabelled_files', 'unlabelled_images', 'labels_of_all', 'rows_of_all']
+           'unused_files', 'unlabelled_files', 'unlabelled_images', 'labels_of_all', 'rows_of_all']
 
 # %% ../../nbs/data/06_unlabelled.ipynb #0cae87e5
 import collections, os, re, typing
@@ -15,7 +15,8 @@ from ..config import Config
 from .datasets import Data, check_dataset, digest, image_side, list_images, reading_of
 from .datasets import row_range
 from .duplicates import same_bytes, same_pixels
-from .files import TESTS, DiskImages, centred, files_in, printable, some_rows
+from .files import TESTS, DiskImages, ImageFiles, centred, files_in, printable, some_rows
+from .labels import in_table
 
 # %% ../../nbs/data/06_unlabelled.ipynb #9d40a099
 def is_range(text:str)->bool: # value of `Config.unlabelled`
@@ -136,6 +137,11 @@ def _rows_of_copies(files, images, others, other_images): # rows of files that a
     return rows
 
 # %% ../../nbs/data/06_unlabelled.ipynb #17cda077
+def unused_files(config:Config)->ImageFiles|None:
+    "Returns the images of part test in a table whose part val is the test set; None without such a table."
+    parts = in_table(from_root(config.data_root), from_root(config.labels)) if config.labels else {}
+    return parts.get('test') if 'val' in parts else None
+
 def unlabelled_files(config:Config, data:Data)->Unlabelled:
     "Returns the unlabelled images of a folder, without those that the dataset has too."
     refuse_own_folder(config)
@@ -151,8 +157,12 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     has_files = not check_dataset(config.dataset).side and not config.dataset.startswith('hfds/')
     own_files = list_images(config) if has_files else {}
     copies = set()
-    for part, own_images in (('train', data.train_images), ('test', data.test_images)):
-        rows = _rows_of_copies(files, images, own_files.get(part), own_images)
+    parts = [('train', own_files.get('train'), data.train_images),
+             ('test', own_files.get('test'), data.test_images)]
+    if unused := unused_files(config):
+        parts.append(('part test', unused, None))
+    for part, of_part, own_images in parts:
+        rows = _rows_of_copies(files, images, of_part, own_images)
         left_out[f'also in {part}'] += len(rows - copies)
         copies |= rows
 

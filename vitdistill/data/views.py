@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['n_views', 'view_count', 'centre_view', 'expected_views', 'view_parts', 'cut_views', 'Views', 'scaled', 'normalize',
-           'Plan', 'plan_rows', 'repeated', 'epoch_plan', 'rows_of_passes', 'unlabelled_places', 'plan_with_unlabelled']
+           'Plan', 'plan_rows', 'order_by_copy', 'repeated', 'epoch_plan', 'rows_of_passes', 'unlabelled_places',
+           'plan_with_unlabelled']
 
 # %% ../../nbs/data/02_views.ipynb #3ceba16c
 import functools, typing
@@ -144,6 +145,15 @@ def plan_rows(
     return images
 
 # %% ../../nbs/data/02_views.ipynb #8b7f76d9
+def order_by_copy(
+    copy:torch.Tensor, # (n,) number of each row's copy
+    copies:int,        # of an image in a pass; a later pass counts on
+    batch:int          # rows of a batch
+)->torch.Tensor:       # (n,) rows
+    "Returns the order in which all first copies of a batch stand before all second ones."
+    batch_number = torch.arange(len(copy))//batch
+    return (batch_number*copies + copy % copies).argsort(stable=True)
+
 def repeated(
     image:torch.Tensor, # (n,) int64, in order
     copies:int,         # of an image in a batch
@@ -155,8 +165,7 @@ def repeated(
     n = len(image)
     image = image.repeat_interleave(copies)[:n]
     copy = torch.arange(n) % copies
-    batch_number = torch.arange(n)//batch
-    order = (batch_number*copies + copy).argsort(stable=True) # by batch, then by copy
+    order = order_by_copy(copy, copies, batch)
     return image[order], copy[order]
 
 # %% ../../nbs/data/02_views.ipynb #f7f6e00f
@@ -229,13 +238,17 @@ def plan_with_unlabelled(
     lengths:tuple,       # rows in a pass over labelled, over unlabelled images
     places:torch.Tensor, # (n,) bool: True for an unlabelled row; every epoch has the same number
     epoch:int,           # from 0
-    copies:int=1         # of a labelled image in a pass
+    copies:int=1,        # of a labelled image in a pass
+    batch:int=0          # above 0: in so many labelled rows, first copies stand before second ones
 )->Plan:
     "Returns an epoch's plan in which the rows at these places are unlabelled images."
     n_unlabelled = int(places.sum())
     n_labelled = len(places) - n_unlabelled
     labelled_pass, unlabelled_pass = lengths
     of_labelled = rows_of_passes(labelled, labelled_pass, epoch*n_labelled, n_labelled, copies)
+    if batch:
+        order = order_by_copy(of_labelled.copy, copies, batch)
+        of_labelled = Plan(*(column[order] for column in of_labelled))
     of_unlabelled = rows_of_passes(unlabelled, unlabelled_pass, epoch*n_unlabelled, n_unlabelled)
     columns = [] # image, copy, view
     for labelled_column, unlabelled_column in zip(of_labelled, of_unlabelled):

@@ -33,7 +33,7 @@ def labelled_files(
         if not files and part not in model.classes:
             files = in_folders(root, part, class_folder)
     if not files:
-        files = in_folders(root.parent, root.name.removesuffix('.tar'), class_folder)
+        files = in_folders(root.parent, root.name, class_folder)
     if not files:
         raise VitdistillError(f'no images in {printable(root)}: it needs a folder for each class, such as '
                               f'{model.classes[0]}/*, or val/ or test/ with these.')

@@ -82,6 +82,7 @@ def from_onnx(file:Path)->Predictor:
 # %% ../../nbs/deploy/00_predict.ipynb #d99fa373
 def from_folder(folder:Path)->Predictor: # of a run's model
     "Returns the model in a folder that a run wrote."
+    folder = from_here(folder)
     file = folder/'config.json'
     try:
         about = json.loads(file.read_text())

@@ -10,9 +10,10 @@ __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'has
            'Images', 'own_test', 'unlike_classes', 'images_in_words', 'sides_of', 'images_in', 'same_in_words',
            'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here',
            'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students',
-           'begun_students', 'student_fields', 'check_weights', 'check_given', 'arms_of_student', 'question_of',
-           'study_of', 'refuse_other_files', 'begun_parts', 'write_study', 'names_without_labels', 'part_by_words',
-           'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision', 'same_threads']
+           'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'check_given', 'arms_of_student',
+           'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study', 'names_without_labels',
+           'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision',
+           'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile
@@ -29,6 +30,7 @@ from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_hidden
 from ..data.files import printable, reason_of, refuse_broken, say_once, some_rows, unreadable
 from ..data.labels import read_labels, table_parts
 from .queue import Cell, cell_runs
+from ..losses import check_token
 from ..models.create import create, create_student, head_names, load_weights, near_models
 from ..models.create import read_weights, started_from, try_size
 from ..models.hub import hub_answers, weights_place
@@ -614,7 +616,10 @@ JOB_FIELDS = dict(data_root='name the folder of your images as DIR',
                   runs_dir='give out (--out), which holds all of it',
                   work_dir='give out (--out), which holds all of it', experiment='leave it out',
                   teacher_weights='give the weights as teacher (--teacher)', fold_weights='leave it out',
-                  class_names='name the classes by classes (--classes)')
+                  class_names='name the classes by classes (--classes)',
+                  fold_answers='leave it out, since one teacher sees all images',
+                  teacher_pretrained='name a model of timm as teacher (--teacher)',
+                  teacher_kwargs='name a model folder as teacher (--teacher), which holds them')
 
 def refuse_job_fields(given:dict)->None: # fields of Config, name -> value
     "Raises a `VitdistillError` for a field that the job sets itself, such as a folder."
@@ -686,6 +691,14 @@ def check_weights(
         create_student(c, classes, c.image_size)
 
 # %% ../../nbs/launch/04_images.ipynb #d0e805a8
+def check_tokens(cells:list[Cell], classes:int)->None: # as in `check_weights`
+    "Raises a `VitdistillError` if a student lacks the output that is to learn the teacher's answers."
+    for cell in cells:
+        c = cell.config
+        if cell.name != 'teacher' and c.token != 'auto':
+            untrained = replace(c, student_weights='', student_pretrained=False)
+            check_token(c.token, len(create_student(untrained, classes, c.image_size).heads) > 1)
+
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them
 
 def check_given(seeds:int, given:dict)->None: # as in `study_of`

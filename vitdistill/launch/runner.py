@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from ..base import Interrupted, VitdistillError, free_threads, from_root, nearest, shipped_names
-from ..config import Config, field_names, preset, preset_parts, save, student_name
+from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
 from ..data.datasets import labelled_images, load_data
 from ..losses import OBJECTIVES, criterion
 from ..tasks.table import task_of
@@ -291,7 +291,7 @@ def train_on_ranks(
         print(busy)
     work = from_root(config.work_dir)/record.name
     # what `resolve` has filled in is 'auto' again, for each rank resolves it for its own node
-    config = replace(config, **dict.fromkeys(config.auto, 'auto'))
+    config = replace(config, **{name: 'auto' for name in config.auto if is_automatic(config, name)})
     file = save(config, work/'launch.yaml')
     environment = rank_environment(threads, from_root(config.work_dir)/'compiled')
     with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:

@@ -7,9 +7,10 @@ __all__ = ['two_heads', 'cifar_stems', 'no_shortcuts', 'our_resnets', 'default_c
            'OWN_CFG', 'with_cifar_stem', 'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts',
            'is_timms', 'check_size', 'try_size', 'near_models', 'check_name', 'create', 'safe_checkpoint_types',
            'without_prefix', 'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm',
-           'load_weights', 'combine', 'Student', 'student_size', 'check_initial_weights', 'has_new_head',
-           'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants',
-           'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
+           'load_weights', 'constants_of_folder', 'combine', 'Student', 'student_size', 'check_initial_weights',
+           'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student',
+           'pretrained_constants', 'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model', 'readme_head',
+           'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
 import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
@@ -443,7 +444,18 @@ def load_weights(
     _refuse_misfit(path, model, state, tensors(model.state_dict()))
     refuse_not_finite(str(path), state)
     model.load_state_dict(state, strict=False)
+    model.pretrained_cfg.update(constants_of_folder(Path(path)))
     return model
+
+# %% ../../nbs/models/02_create.ipynb #898af188
+def constants_of_folder(folder:Path)->dict: # a model folder, as timm writes it; of a mere file it returns {}
+    "Returns the mean and std per channel that the weights in a folder expect, if its config.json names them."
+    file = folder/'config.json'
+    if not file.is_file():
+        return {}
+    with explained(f'{file} is no JSON of timm', 'mend it, or name the file of weights alone'):
+        known = json.loads(file.read_text(encoding='utf-8')).get('pretrained_cfg') or {}
+        return {key: tuple(known[key]) for key in ('mean', 'std') if known.get(key)}
 
 # %% ../../nbs/models/02_create.ipynb #059c9fe4
 def combine(
@@ -526,8 +538,9 @@ def with_constant_drop_path(model:nn.Module)->nn.Module:
     if not rate:
         return model
     for block in list(model.modules()): # a list, since branches are replaced
-        for name in 'drop_path', 'drop_path1', 'drop_path2', 'drop_path3': # timm's names
-            if hasattr(block, name):
+        for name, part in [*vars(block).items(), *block.named_children()]:
+            is_branch = part is None or isinstance(part, nn.Module) # None: its rate is 0
+            if 'drop_path' in name and is_branch: # timm's names, such as drop_path1 and mlp_drop_path
                 setattr(block, name, DropPath(rate))
     return model
 
@@ -741,17 +754,38 @@ def _tensors_to_save(model, state, prefix, metadata): # a hook of state_dict: wh
     state.clear()
     state.update(tensors)
 
-def _verify_folder(model, folder, size): # reloads what was written, and raises if it doesn't fit
+def _answers(model, pixels): # logits in eval mode; the model is left as it is
+    modes = {part: part.training for part in model.modules()}
+    weight = next(model.parameters())
+    try:
+        with torch.no_grad():
+            return model.eval()(pixels.to(weight.device, weight.dtype)).float().cpu()
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+def _verify_folder(model, folder, size): # reloads what was written, and raises if it is another model
     start = started_from(folder)
     name, kwargs = start['student'], start['student_kwargs']
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        answers = _answers(model, noise)
+    except Exception as error: # each model has its own
+        raise VitdistillError(f'size = {size}: the student can not take images of {size} px '
+                              f'({first_line(error)}): give the size that it was made for.') from None
     with torch.random.fork_rng(devices=[]):
         try:
-            load_weights(create(name, model.num_classes, size, start['stem'], **kwargs), folder)
+            again = load_weights(create(name, model.num_classes, size, start['stem'], **kwargs), folder)
         except VitdistillError as error:
             reason = str(error).replace(str(folder), 'the student').partition(': give ')[0]
             raise VitdistillError(f'the saved student could not be read back as {name} with {kwargs} '
                                   f'({reason}): mend it, or give the further arguments of timm.create_model '
                                   'that made it.') from None
+    apart = (_answers(again, noise) - answers).abs().max()
+    if apart > .05*answers.abs().max(): # half precision stays far below
+        raise VitdistillError(f'the saved student, read back as {name} with {kwargs}, answers otherwise: a '
+                              'layer was changed by hand, so save its state_dict by safetensors, or give the '
+                              'further arguments of timm.create_model that made it.')
 
 # %% ../../nbs/models/02_create.ipynb #8a1fe341
 # Keys of a config.json; others describe timm's weights.
@@ -772,8 +806,8 @@ def save_model(
     model = unwrap_model(model)
     mean, std = plain_value(mean_std)
     size = plain_value(size)
-    cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., mean=mean, std=std,
-               num_classes=model.num_classes)
+    cfg = dict(input_size=(3, size, size), interpolation='bilinear', crop_pct=1., crop_mode='center',
+               mean=mean, std=std, num_classes=model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
@@ -787,8 +821,11 @@ def save_model(
             hook.remove()
         file = Path(draft)/'config.json'
         about = json.loads(file.read_text())
-        cfg = about['pretrained_cfg']
-        about['pretrained_cfg'] = {key: cfg[key] for key in cfg if key in OWN_CFG}
+        timms = about['pretrained_cfg']
+        about['pretrained_cfg'] = {key: timms[key] for key in timms if key in OWN_CFG} | cfg
+        built = timms['input_size'][-1] # timm's side of a model of fixed size, which may take others
+        if built != size and 'img_size' in about.get('model_args', {}):
+            about['model_args']['img_size'] = size
         file.write_text(json.dumps(about, indent=2))
         if verify:
             _verify_folder(model, Path(draft), size)

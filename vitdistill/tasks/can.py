@@ -51,9 +51,10 @@ def split_patches(
     u:torch.Tensor, # (B, N) uniform numbers in (0, 1)
     mask:float      # share of the patches to hide, in [0, 1)
 )->tuple:           # (B, K) kept patches, (B, N - K) hidden patches
-    "Draws which patches are kept: at least one, rounded as in MAE."
+    "Draws which patches are kept: at least one, and with a mask not all, rounded as in MAE."
     order = u.argsort(dim=1, stable=True)
-    kept = max(1, int(u.shape[1]*(1 - mask)))
+    patches = u.shape[1]
+    kept = max(1, min(int(patches*(1 - mask)), patches - (mask > 0))) # a mask hides at least one
     return order[:, :kept], order[:, kept:]
 
 # %% ../../nbs/tasks/00_can.ipynb #1ac9e00e

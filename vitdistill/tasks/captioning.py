@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOWER_TEMPLATES', 'PAIRS', 'CAPTIONS', 'image_facts', 'Part', 'own_encoder', 'create_encoder', 'Captioning',
            'centred_embeddings', 'every_embedding', 'labelled_parts', 'caption_rows', 'unlabelled_parts', 'noise_facts',
-           'prepare_captions', 'caption_epoch', 'text_loss', 'measure_part', 'describe_captions', 'captions_epoch',
-           'measure_captions', 'plane', 'test_arrays', 'save_captioner', 'captions_outcome', 'load_captioner',
-           'caption_files', 'own_config']
+           'prepare_captions', 'caption_epoch', 'text_loss', 'measure_part', 'first_caption_loss', 'describe_captions',
+           'captions_epoch', 'measure_captions', 'plane', 'test_arrays', 'save_captioner', 'captions_outcome',
+           'load_captioner', 'caption_files', 'own_config']
 
 # %% ../../nbs/tasks/03_captioning.ipynb #5a9b6589
 import csv, functools, json, time, typing
@@ -26,6 +26,7 @@ from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower,
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
 from ..deploy.predict import named_images, read_batches
 from ..train.ranks import Ranks, batch_bounds, local_rows, parallel, seed_step, set_numerics
+from ..train.ranks import warm_up_ddp
 from ..train.ranks import threads_per_rank
 from ..runs import RunWriter
 from ..teachers.card import file_hash, refuse_start_overlap
@@ -214,7 +215,7 @@ def unlabelled_parts(config:Config, device:str)->tuple: # as `labelled_parts`
         raise VitdistillError(f'center = {config.center}, learn_from = {config.learn_from!r}: a file of '
                               'texts has no images for either: leave them out.')
     order = torch.randperm(len(texts), generator=generator(config.split_seed)).tolist()
-    n_val = round(config.val_fraction*len(texts))
+    n_val = min(round(config.val_fraction*len(texts)), len(texts) - 1) # one is left to learn from
     val_texts = [texts[i] for i in sorted(order[:n_val])]
     train_texts = [texts[i] for i in sorted(order[n_val:])]
     val_texts = val_texts or train_texts[:100]
@@ -337,13 +338,23 @@ def measure_part(setup:Captioning, name:str)->tuple: # of a part -> numbers, {'i
     return numbers, captions
 
 # %% ../../nbs/tasks/03_captioning.ipynb #7004cf35
+def first_caption_loss(setup:Captioning, model:torch.nn.Module)->torch.Tensor: # model: perhaps in DDP
+    "Returns the loss of the first caption."
+    tokens = setup.tokens[:1]
+    tokens = tokens[:, :int((tokens >= 0).sum())].to(setup.ranks.device)
+    with setup.autocast():
+        return model.train()(setup.embeddings[:1].to(tokens.device), tokens).mean()
+
 def describe_captions(setup:Captioning)->list[str]:
     "Returns what a run of captions will do, in a sentence."
     return [f'{len(setup.texts):,} captions, noise {setup.std:.4g}, {setup.ranks.world} rank(s)']
 
 def captions_epoch(setup:Captioning, optimizer:torch.optim.Optimizer)->typing.Callable:
     "Returns the function (epoch, progress) -> row of metrics that trains the decoder, over all ranks."
-    return functools.partial(caption_epoch, setup, parallel(setup.student, setup.ranks), optimizer)
+    model = parallel(setup.student, setup.ranks)
+    if setup.ranks.world > 2:
+        warm_up_ddp(model, lambda: first_caption_loss(setup, model))
+    return functools.partial(caption_epoch, setup, model, optimizer)
 
 def measure_captions(setup:Captioning, average:None)->dict: # average: of the weights, which is not made here
     "Returns how good the captions of the held-out images are, as columns of metrics; {} off rank 0."

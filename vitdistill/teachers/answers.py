@@ -389,7 +389,7 @@ class AnswerSource:
 
     def for_step(self,
         epoch:int, plan:Plan,   # of the epoch
-        steps:list, number:int, # `Step`s of the epoch (`train.loop`), and which of them it is
+        steps:list, number:int, # `RankSlice`s of the epoch (`train.loop`), and which of them it is
         pixels:torch.Tensor,    # (B, 3, H, W) in [0, 255]: what the student sees of this rank's rows
         progress:typing.Callable=lambda done, total: None # called with numbers of answers
     )->torch.Tensor: # (B, ...)
@@ -409,7 +409,7 @@ class AnswerSource:
             self.close()
         return answers
 
-    def in_stretch(self, step)->slice: # a `Step`
+    def in_stretch(self, step)->slice: # a `RankSlice`
         "Returns this rank's rows of a step, from the start of the stretch."
         return slice(step.rows.start - self.first, step.rows.stop - self.first)
 

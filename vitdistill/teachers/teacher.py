@@ -16,7 +16,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from filelock import FileLock
 from ..base import VitdistillError, timer_of, write_atomic
-from ..config import Config, from_dict, student_name
+from ..config import Config, from_dict, is_automatic, student_name
 from ..data.datasets import Data, digest, load_data, split_rows
 from ..data.duplicates import same_pixels
 from ..models.hub import weights_file, weights_place
@@ -237,7 +237,7 @@ def refuse_other_weights(teacher:Teacher, card:Card|None, config:Config)->None: 
 
 def compiles_teacher(config:Config, device)->bool: # config: of the student
     "Returns whether a run compiles its teacher."
-    if 'compile' in config.auto: # the resolved value depends on the student: ranks, batch norm
+    if is_automatic(config, 'compile'): # the resolved value depends on the student: ranks, batch norm
         return str(device).startswith('cuda') and not compiler_missing(device)
     return config.compile not in ('none', 'auto', 'graph')
 

@@ -6,8 +6,8 @@
 __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'epoch_steps', 'from_processes', 'cut_ahead', 'cut_in_processes',
            'cut_in_thread', 'copy_views', 'drawn_views', 'cut_in_step', 'step_cutter', 'batches', 'epoch_in_words',
            'Progress', 'current_lr', 'high_first_loss', 'train_epoch', 'epoch_accuracies', 'create_objective',
-           'restore', 'describe', 'announce', 'warm_up_ddp', 'Checkpoints', 'student_epoch', 'Task', 'train_epochs',
-           'measure_once', 'train', 'fill_memo', 'rank_main', 'main', 'end_process']
+           'with_kernels', 'restore', 'describe', 'announce', 'first_loss', 'Checkpoints', 'student_epoch', 'Task',
+           'train_epochs', 'measure_once', 'train', 'fill_memo', 'rank_main', 'main', 'end_process']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
 import argparse, copy, dataclasses, os, sys, threading, time, traceback, typing
@@ -23,16 +23,17 @@ from tqdm import tqdm
 from ..teachers.answers import fill
 from ..data.augment import drawn_mix, mixed, mixed_targets, uniform
 from ..base import VitdistillError, first_line, from_root, no_space, record_path
-from ..config import Config, load
+from ..config import Config, is_automatic, load
 from ..losses import Batch, Objective
 from .outcome import finish, student_outcome
 from .optimize import create_optimizer, create_schedule, weight_average
-from .ranks import Ranks, at_signal, batch_bounds, end_by_signal, end_with_parent
+from .ranks import Ranks, at_signal, end_by_signal, end_with_parent
 from .ranks import error_of_timeout, has_batch_norm, local_rows, parallel, seed_step
+from .ranks import warm_up_ddp
 from .ranks import start_ranks
 from ..runs import Run, RunWriter
 from .setup import BaseSetup, Setup, accuracy_on, auto_device, compiled, loading_processes
-from .setup import prepare, program, resolve
+from .setup import prepare, program, resolve, student_batches
 from .step import TrainingStep, create_step
 from ..data.views import Plan, cut_views, scaled, view_count
 
@@ -55,15 +56,10 @@ class RankSlice(typing.NamedTuple):
         return tensor[first:last].flip(0)
 
 def epoch_steps(setup:Setup, rows:int)->list: # rows: number of rows in the plan
-    """Returns this rank's slice of each step's batch.
-
-    Batch norm needs two images on each rank, a contrastive loss two in all."""
+    "Returns this rank's slice of each step's batch."
     ranks = setup.ranks
-    norm = has_batch_norm(setup.student)
-    needs_two = norm or setup.criterion.needs_two
-    need_two = ranks.world if norm else 1 # ranks that need two images each
     slices = []
-    for start, stop in batch_bounds(rows, setup.config.batch_size, need_two, needs_two):
+    for start, stop in student_batches(rows, setup.config, setup.student, setup.criterion, ranks):
         own, weight = local_rows(start, stop, ranks.rank, ranks.world)
         slices.append(RankSlice(start, stop, own, weight))
     return slices
@@ -374,6 +370,17 @@ def create_objective(
     wrapped_student = compiled(parallel(student, ranks), mode)
     return criterion.objective(wrapped_student, loss)
 
+# %% ../../nbs/train/05_loop.ipynb #6238eed4
+def with_kernels(state:dict, optimizer:torch.optim.Optimizer)->dict: # state: of an optimizer
+    "Returns the state with the kernels of this optimizer, which fit the machine that goes on."
+    groups = []
+    for group, own in zip(state['param_groups'], optimizer.param_groups):
+        group = group | {key: own[key] for key in ('fused', 'foreach', 'capturable') if key in own}
+        if not isinstance(own['lr'], torch.Tensor):
+            group['lr'] = float(group['lr']) # a captured step has a tensor
+        groups.append(group)
+    return state | dict(param_groups=groups)
+
 # %% ../../nbs/train/05_loop.ipynb #9661612e
 def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> object with a state_dict
     "Loads the checkpoint, if there is one, on every rank; returns (epochs done, number of ranks so far)."
@@ -395,7 +402,10 @@ def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> o
             raise VitdistillError(f'some ranks would go on after epoch {first}, others after {last}: '
                                   'set runs_dir and work_dir to folders on a disk that all nodes share.')
     for name in kept.keys() & state.keys():
-        kept[name].load_state_dict(state[name])
+        of_part = state[name]
+        if name == 'optimizer':
+            of_part = with_kernels(of_part, kept[name])
+        kept[name].load_state_dict(of_part)
     if setup.ranks.rank == 0:
         run.keep_epochs(state['epochs']) # cuts metrics.csv: later epochs are trained again
     return state['epochs'], state['world']
@@ -447,8 +457,8 @@ def announce(
         progress.say(sentence)
 
 # %% ../../nbs/train/05_loop.ipynb #3cc86d7f
-def warm_up_ddp(setup:Setup, objective:Objective)->None:
-    "Runs a step forward and back that changes nothing, after which DDP keeps its order of summing gradients."
+def first_loss(setup:Setup, objective:Objective)->torch.Tensor:
+    "Returns the loss of a student's first batch, with a blank answer of the teacher."
     device = setup.ranks.device
     rank_slice = epoch_steps(setup, len(setup.train_rows))[0]
     rows = setup.train_rows[rank_slice.rows]
@@ -458,12 +468,8 @@ def warm_up_ddp(setup:Setup, objective:Objective)->None:
     if setup.answers:
         blank = setup.answers.blank
         answer = blank.expand(len(rows), *blank.shape[1:]).to(device)
-    before = copy.deepcopy(objective.state_dict())
     with setup.autocast():
-        out = objective.train()(Batch(pixels, labels, answer, image=rows.to(device)))
-    out.loss.backward()
-    objective.zero_grad()
-    objective.load_state_dict(before)
+        return objective.train()(Batch(pixels, labels, answer, image=rows.to(device))).loss
 
 # %% ../../nbs/train/05_loop.ipynb #c74e192c
 class Checkpoints:
@@ -522,7 +528,7 @@ def student_epoch(setup:Setup, optimizer:torch.optim.Optimizer)->typing.Callable
     objective = create_objective(setup.student, setup.criterion, setup.config.compile, setup.ranks)
     step = create_step(setup, objective, optimizer)
     if setup.ranks.world > 2:
-        warm_up_ddp(setup, step.objective)
+        warm_up_ddp(step.objective, lambda: first_loss(setup, step.objective))
     def train_one(epoch, progress):
         row = train_epoch(step, epoch, progress)
         first = step.meter.first_label # None without labels
@@ -550,7 +556,7 @@ class Task:
         changed = {}
         for f in dataclasses.fields(Config):
             group = f.metadata['group']
-            if f.name in config.auto: # `resolve` has filled it in, not the user
+            if is_automatic(config, f.name): # `resolve` has filled it in, not the user
                 continue
             is_read = (f.name in self.reads or group in self.reads) and f.name not in self.unused
             is_changed = getattr(config, f.name) != getattr(defaults, f.name)

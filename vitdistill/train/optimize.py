@@ -95,6 +95,8 @@ def create_optimizer(
     name, optimizer_type = optimizer_class(config)
     if not kernels:
         kernels = fast_kernels(config, optimizer_type, on_gpu=next(model.parameters()).is_cuda)
+    if 'deterministic' in inspect.signature(optimizer_type).parameters: # kron draws alike on all ranks
+        kernels = kernels | dict(deterministic=True)
     only_matrices = name not in ('momentum', 'nesterov') # weight decay leaves biases and norms out
     optimizer = timm.optim.create_optimizer_v2(
         model, name, lr=peak_rate(config), weight_decay=config.weight_decay, momentum=config.momentum,

@@ -14,7 +14,7 @@ import numpy as np, torch, yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models.deit import VisionTransformerDistilled
 from ..base import VitdistillError, from_root, repo_root
-from ..config import Config, student_name
+from ..config import Config, is_automatic, student_name
 from ..data.datasets import check_dataset
 from ..models.hub import push, weights_place
 from ..losses import OBJECTIVES
@@ -313,7 +313,8 @@ def predictions_at(
     alone = dict(distillation='none', teacher='', unlabelled='', objective_kwargs={}, student_weights='',
                  student_pretrained=False, student_head='new', student_resampling='bicubic',
                  keep_logits=False)
-    device = auto_device() if 'device' in run.config.auto else run.config.device # 'auto': chosen anew here
+    # what was 'auto' is chosen anew here
+    device = auto_device() if is_automatic(run.config, 'device') else run.config.device
     setup = prepare(replace(run.config, **alone), start_ranks(device))
     setup.student.model.load_state_dict(state['model'])
     name = f"predictions-{state['epochs']:04d}.npz"

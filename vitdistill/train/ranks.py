@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'place_among_ranks', 'start_ranks', 'timeout_error',
            'error_of_timeout', 'error_of_watchdog', 'end_with_parent', 'end_by_signal', 'threads_per_rank',
-           'set_numerics', 'batch_bounds', 'local_rows', 'has_batch_norm', 'parallel', 'seed_step']
+           'set_numerics', 'batch_bounds', 'local_rows', 'has_batch_norm', 'parallel', 'warm_up_ddp', 'seed_step']
 
 # %% ../../nbs/train/01_ranks.ipynb #2950b6db
-import inspect, os, re, signal, sys, threading, time
+import copy, inspect, os, re, signal, sys, threading, time, typing
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,7 +177,7 @@ def batch_bounds(
     n:int,           # rows of the epoch
     batch:int,       # rows of a global batch
     world:int,       # number of ranks
-    needs_two:bool   # each rank needs two images, for batch norm, or for a contrast, which has world = 1
+    needs_two:bool   # each rank needs two images
 )->list:
     "Returns (start, stop) of each global batch; with `needs_two` a last one of fewer images is dropped."
     size = min(batch, n)
@@ -217,6 +217,17 @@ def parallel(model:nn.Module, ranks:Ranks)->nn.Module:
         sends_buffers = 'forward_sync_buffers'
     device_ids = [ranks.device] if on_gpu else None
     return DistributedDataParallel(model, device_ids=device_ids, **{sends_buffers: False})
+
+# %% ../../nbs/train/01_ranks.ipynb #d6987ec7
+def warm_up_ddp(
+    module:nn.Module,     # what DDP wraps, or it
+    loss:typing.Callable  # () -> the loss of a first step
+)->None:
+    "Runs a step forward and back that changes nothing, after which DDP keeps its order of summing gradients."
+    before = copy.deepcopy(module.state_dict())
+    loss().backward()
+    module.zero_grad()
+    module.load_state_dict(before)
 
 # %% ../../nbs/train/01_ranks.ipynb #273e0372
 def seed_step(

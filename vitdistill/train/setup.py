@@ -7,7 +7,7 @@ __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', '
            'check_settings', 'refuse_compilation', 'resolve', 'compiled', 'program', 'loading_processes',
            'refuse_cramped', 'BaseSetup', 'run_plan', 'Setup', 'image_device', 'refuse_absent_teacher',
            'teacher_answers', 'load_answers', 'refuse_missing_answers', 'refuse_share', 'place_model',
-           'warn_of_emulation', 'prepare', 'pass_size', 'student_logits', 'accuracy_on']
+           'student_batches', 'warn_of_emulation', 'prepare', 'pass_size', 'student_logits', 'accuracy_on']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, math, os, shutil, tempfile, typing
@@ -21,7 +21,7 @@ from ..teachers.answers import teacher_memo
 from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
-from ..config import Config
+from ..config import Config, is_automatic
 from ..data.datasets import Data, fingerprint, generator, image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
@@ -168,13 +168,15 @@ def resolve(config:Config)->Config:
                      weights_hash=file_hash(config.student_weights),
                      unlabelled_hash=unlabelled_mark(config),
                      teacher_hash='+'.join(map(file_hash, teachers)),
-                     auto=sorted({*chosen, *config.auto}),
+                     auto={name: value for name, value in config.auto.items()
+                           if is_automatic(config, name)} | chosen,
                      **chosen)
     record = Run.of(config)
     if not (record.folder/'config.yaml').is_file() or record.status == 'unreadable':
         return config
-    kept = [name for name in chosen if name not in ('device', 'compile')] # these depend on machine and ranks
-    return replace(config, **{name: getattr(record.config, name) for name in kept})
+    kept = {name: getattr(record.config, name) for name in chosen
+            if name not in ('device', 'compile')} # these depend on machine and ranks
+    return replace(config, **kept, auto=config.auto | kept)
 
 # %% ../../nbs/train/02_setup.ipynb #a34e7e26
 def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: as `Config.compile`
@@ -243,19 +245,19 @@ def run_plan(
     "Returns the plan of an epoch of a run."
     c = config
     n_views = view_count(config)
-    def labelled_pass(number, batch): # over the labelled images; batch: rows of one
-        together = max(1, batch) if c.repeats > 1 and c.repeats_mode == 'public' else 0
-        return epoch_plan(rows, images, n_views, c.seed, number, c.repeats, together)
+    grouped = c.repeats > 1 and c.repeats_mode == 'public' # first copies of a batch stand before second ones
+    def labelled_pass(number, batch=1): # over the labelled images; batch: rows of one, where it is grouped
+        return epoch_plan(rows, images, n_views, c.seed, number, c.repeats, batch if grouped else 0)
     if unlabelled is None:
         return labelled_pass(epoch, c.batch_size)
-    labelled_batch = c.batch_size - round(c.unlabelled_share*c.batch_size)
+    labelled_batch = max(1, c.batch_size - round(c.unlabelled_share*c.batch_size))
     seed = generator(c.seed, 8).initial_seed() # 8: other draws than those of the config's seed
     def unlabelled_pass(number):
         return epoch_plan(unlabelled.rows, int(unlabelled.rows.max()) + 1, n_views, seed, number)
     length = plan_rows(c, len(rows))
     places = unlabelled_places(length, c.batch_size, c.unlabelled_share, c.seed, epoch)
-    return plan_with_unlabelled(lambda number: labelled_pass(number, labelled_batch), unlabelled_pass,
-                                (length, len(unlabelled)), places, epoch, c.repeats)
+    return plan_with_unlabelled(labelled_pass, unlabelled_pass, (length, len(unlabelled)), places, epoch,
+                                c.repeats, labelled_batch if grouped else 0)
 
 # %% ../../nbs/train/02_setup.ipynb #7569cf3e
 @dataclass(kw_only=True)
@@ -376,7 +378,8 @@ def teacher_answers(
         teacher.chunk = batch
     if teacher.device.type == 'cuda' and not is_absent:
         chunks = (batch,) if online else (512, 1024)
-        compiles = (False, True) if teacher.compile and 'compile' in config.auto else (teacher.compile,)
+        both = teacher.compile and is_automatic(config, 'compile')
+        compiles = (False, True) if both else (teacher.compile,)
         use_quickest(teacher, chunks, compiles, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card.constants):
@@ -467,10 +470,21 @@ def place_model(
         with_plain_attention(model)
     return model.to(device, memory_format=torch.channels_last)
 
+# %% ../../nbs/train/02_setup.ipynb #8e01f58a
+def student_batches(
+    rows:int, # of an epoch
+    config:Config, student:nn.Module, objective:nn.Module, ranks:Ranks
+)->list:
+    """Returns (start, stop) of each global batch.
+
+    Batch norm needs two images on each rank, a contrastive loss two in all."""
+    norm = has_batch_norm(student)
+    return batch_bounds(rows, config.batch_size, ranks.world if norm else 1, norm or objective.needs_two)
+
 # %% ../../nbs/train/02_setup.ipynb #f357b114
 def warn_of_emulation(config:Config, ranks:Ranks)->None:
     "Prints a line if the user chose bf16 on a processor that has to emulate it."
-    by_user = config.precision == 'bf16' and 'precision' not in config.auto
+    by_user = config.precision == 'bf16' and not is_automatic(config, 'precision')
     if by_user and ranks.device == 'cpu' and auto_precision('cpu') == 'fp32' and not ranks.rank:
         print("precision = 'bf16' is slower than fp32 on this processor, which emulates it: set precision to "
               "'auto'.", flush=True)
@@ -507,8 +521,7 @@ def prepare(config:Config, ranks:Ranks)->Setup:
             try_size(student.model, config.student, side)
     student = place_model(student, ranks.device, precision=config.precision)
     objective = objective.to(ranks.device)
-    needs_two = has_batch_norm(student) or objective.needs_two
-    batch_bounds(len(train), config.batch_size, ranks.world, needs_two) # raises if batches are too small
+    student_batches(len(train), config, student, objective, ranks) # raises if batches are too small
     taught = load_answers(config, data, views, ranks, train, unlabelled) if objective.wants else {}
     return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
