@@ -1,6 +1,7 @@
 """Captions from text alone, by the same road as every run: kills, ranks, the command line, a notebook; bad
 input."""
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -101,6 +102,20 @@ def test_ranks_share_a_batch(config, alone, place):
     assert start(both, place / "two.yaml", ranks=2).wait(120) == 0
     losses = [run.metrics().train_loss for run in (alone, run_of(both))]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_to_the_same_weights(config, place):
+    """From the checkpoint of epoch 2 of 4: DDP sums gradients in the order of the run that was left alone."""
+    three = replace(config, runs_dir=str(place / "three"), epochs=4, keep_checkpoints=[2])
+    assert start(three, place / "three.yaml", ranks=3).wait(240) == 0
+    alone = run_of(three).result["weights_hash"]
+    run = run_of(three)
+    (run.folder / "result.json").unlink()
+    [kept] = run.work.glob("checkpoint-*2.pt")
+    shutil.copy(kept, run.work / "checkpoint.pt")
+    assert start(three, place / "three.yaml", ranks=3).wait(240) == 0
+    assert run_of(three).result["weights_hash"] == alone
 
 
 def test_decoder_recovers_its_training_texts(config, place):

@@ -116,6 +116,37 @@ def test_a_model_replaces_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     folder = api.save(made(), tmp_path / "model", CLASSES, torch.tensor(32), ((0.5,), (0.5,)))
     assert api.save(made(), folder, CLASSES, 32, PLAIN) == folder  # a later model of one's own
+    (folder / "card.json").write_text("{}")
+    with pytest.raises(VitdistillError, match="is the model of a run"):
+        api.save(made(), folder, CLASSES, 32, PLAIN)
+
+
+def test_a_model_is_read_as_it_was_saved(tmp_path):
+    """At its size, though timm built it for another; without squeezing, by us and by timm; also a table of
+    weights."""
+    student = timm.create_model("xcit_nano_12_p16_224", num_classes=3, depth=1)
+    folder = api.save(student, tmp_path / "xcit", CLASSES, 64, PLAIN, depth=1)
+    pixels = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(api.load_teacher(folder)(pixels), student.eval()(pixels), atol=1e-4)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    about = timm.data.resolve_model_data_config(again)
+    assert about["input_size"] == (3, 64, 64) and about["crop_mode"] == "center"
+    student.train()
+    student.norm.eval()
+    modes = [part.training for part in student.modules()]
+    api.save(student, tmp_path / "xcit", CLASSES, 64, PLAIN, depth=1)
+    assert [part.training for part in student.modules()] == modes
+
+
+def test_a_student_that_is_another_is_not_saved(tmp_path):
+    """A layer without weights was changed by hand; a size that it can't take."""
+    student = timm.create_model("resnet10t", num_classes=3)
+    student.maxpool = nn.Identity()
+    with pytest.raises(VitdistillError, match="answers otherwise: a layer was changed by hand"):
+        api.save(student, tmp_path / "model", CLASSES, 32, PLAIN)
+    fixed = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1)
+    with pytest.raises(VitdistillError, match="can not take images of 64 px"):
+        api.save(fixed, tmp_path / "model", CLASSES, 64, PLAIN, depth=1)
 
 
 @pytest.mark.parametrize("given, message", [

@@ -690,7 +690,7 @@ def check_weights(
         tried.add(start)
         create_student(c, classes, c.image_size)
 
-# %% ../../nbs/launch/04_images.ipynb #d0e805a8
+# %% ../../nbs/launch/04_images.ipynb #ce95d19f
 def check_tokens(cells:list[Cell], classes:int)->None: # as in `check_weights`
     "Raises a `VitdistillError` if a student lacks the output that is to learn the teacher's answers."
     for cell in cells:
@@ -699,6 +699,7 @@ def check_tokens(cells:list[Cell], classes:int)->None: # as in `check_weights`
             untrained = replace(c, student_weights='', student_pretrained=False)
             check_token(c.token, len(create_student(untrained, classes, c.image_size).heads) > 1)
 
+# %% ../../nbs/launch/04_images.ipynb #d0e805a8
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them
 
 def check_given(seeds:int, given:dict)->None: # as in `study_of`
