@@ -955,11 +955,13 @@ def distill(
     student:str|list='mobilenetv3_small_100',
     # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
     teacher:str|Path='vit_tiny_patch16_224',
-    out:str|Path=None, # everything of the job goes here; None: out/mine, from the root
+    out:str|Path=None, # everything of the job goes here; None: out/mine
     epochs:int|None=None, # of each student; None: as the preset says for the plain one (own: 20)
     seeds:int=1, # students of each kind
-    image_size:int|str='auto', # side in px of the crops; auto: the images', at most 224, without a GPU 128
-    # side of the teacher's input, px; auto: a model folder's own, else 224, no GPU: 128
+    # side in px of the crops; auto: the images' in steps of 32, at most 224, without a GPU 128
+    image_size:int|str='auto',
+    # side of the teacher's input, px; auto: a model folder's own, else 224 (no GPU: 128), or image_size if
+    # that is larger
     teacher_size:int|str='auto',
     teacher_name:str='', # architecture of a file of weights; '': the file's name up to its first dot
     # only with a clip: teacher: words for each class folder, or names of classes; a file, dict or list

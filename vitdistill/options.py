@@ -91,6 +91,7 @@ def distill_parser()->argparse.ArgumentParser:
     parser.add_argument('data', metavar='DIR',
                         help='folder of train/CLASS/* and val/CLASS/*, of CLASS/*, or without labels')
     for name, (kind, default, text) in declarations('vitdistill.api', 'distill').items():
+        text = text.replace('None: ', 'if not given: ')
         if default is False:
             parser.add_argument(option_of(name), action='store_true', help=text)
             continue

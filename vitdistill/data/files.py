@@ -126,7 +126,7 @@ def files_below(
                     folders.append(name_below(path))
     return entries, left_out
 
-# %% ../../nbs/data/00_files.ipynb #2e410d8a
+# %% ../../nbs/data/00_files.ipynb #58f22645
 def _check_end(file, end): # file: an open tar; end: the byte after its last member
     file.seek(end)
     if file.read(512) != bytes(512): # else tarfile says nothing
@@ -161,6 +161,7 @@ def _members(file, path, start, left_out, folders): # yields each file in an ope
                 yield FileEntry(name, member.size, path, content_start)
         _check_end(file, tar.offset)
 
+# %% ../../nbs/data/00_files.ipynb #2e410d8a
 def files_in_tar(
     path:Path,
     folders:list=None # is filled with the names of the folders in it, if it is given

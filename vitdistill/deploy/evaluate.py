@@ -30,8 +30,12 @@ def labelled_files(
 
     files = None
     for part in TESTS:
-        if not files and part not in model.classes:
-            files = in_folders(root, part, class_folder)
+        if part in model.classes or not (found := in_folders(root, part, class_folder)):
+            continue
+        if files:
+            say_once(f'{printable(root)} has {files.files[0][0].partition("/")[0]} and {part}: the images of '
+                     f'{part} are not counted, so name {part} itself for these.', warning=True)
+        files = files or found
     if not files:
         files = in_folders(root.parent, root.name, class_folder)
     if not files:
