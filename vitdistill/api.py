@@ -958,11 +958,8 @@ def distill(
     out:str|Path=None, # everything of the job goes here; None: out/mine
     epochs:int|None=None, # of each student; None: as the preset says for the plain one (own: 20)
     seeds:int=1, # students of each kind
-    # side in px of the crops; auto: the images' in steps of 32, at most 224, without a GPU 128
-    image_size:int|str='auto',
-    # side of the teacher's input, px; auto: a model folder's own, else 224 (no GPU: 128), or image_size if
-    # that is larger
-    teacher_size:int|str='auto',
+    image_size:int|str='auto', # px of the crops; auto: the images' in steps of 32, up to 224 (no GPU: 128)
+    teacher_size:int|str='auto', # px of its input; auto: a folder's, else image_size, at least 128 (GPU: 224)
     teacher_name:str='', # architecture of a file of weights; '': the file's name up to its first dot
     # only with a clip: teacher: words for each class folder, or names of classes; a file, dict or list
     classes:str|Path|dict|list=None,

@@ -446,7 +446,7 @@ def from_dict(
             place = f' in {source}' if source else ''
             raise VitdistillError(f'unknown key {key!r}{place}: {nearest(key, names)}')
     auto = values.get('auto', {})
-    if not isinstance(auto, dict): # earlier versions wrote the names alone, or null
+    if auto is None or isinstance(auto, list): # earlier versions wrote the names alone, or null
         values = values | dict(auto={name: values.get(name) for name in auto or []})
     return Config(**values)
 

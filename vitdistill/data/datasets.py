@@ -39,13 +39,10 @@ def _histogram(channel): # (N, H, W) uint8 -> (256,) float64; in parts, since bi
     return counts.double()
 
 # %% ../../nbs/data/01_datasets.ipynb #1864c82e
-def mean_std_of(
-    images,   # (N, H, W, 3) uint8, in memory or on disk
-    most:int=0 # images that are drawn; 0: all of those in memory
-)->tuple:
+def mean_std_of(images)->tuple: # images: (N, H, W, 3) uint8, in memory or on disk
     "Returns (mean, std) per channel of pixels in [0, 1]."
-    if most:
-        images = images[torch.randperm(len(images), generator=generator(0))[:most]]
+    if not isinstance(images, torch.Tensor): # on disk: 5,000 images give both to two digits
+        images = images[torch.randperm(len(images), generator=generator(0))[:5000]]
     counts = torch.stack([_histogram(images[..., channel]) for channel in range(3)])
     value = torch.arange(256).double()/255
     mean = (counts*value).sum(1)/counts.sum(1)
@@ -81,10 +78,7 @@ class Data:
     @functools.cached_property
     def mean_std(self)->tuple:
         "Returns (mean, std) per channel, of the training pixels in [0, 1]."
-        if self.constants:
-            return self.constants
-        # files may lie in memory or on the disk: both take the same 5,000, good to two digits
-        return mean_std_of(self.train_images, 5000 if self.listing else 0)
+        return self.constants or mean_std_of(self.train_images)
 
     @functools.cached_property
     def train_hash(self)->str:

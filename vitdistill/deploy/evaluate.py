@@ -30,12 +30,14 @@ def labelled_files(
 
     files = None
     for part in TESTS:
-        if part in model.classes or not (found := in_folders(root, part, class_folder)):
+        if part in model.classes:
             continue
-        if files:
-            say_once(f'{printable(root)} has {files.files[0][0].partition("/")[0]} and {part}: the images of '
-                     f'{part} are not counted, so name {part} itself for these.', warning=True)
-        files = files or found
+        there = [place for place in (root/part, root/f'{part}.tar') if place.exists()]
+        if files and there:
+            counted = files.files[0][0].partition('/')[0]
+            say_once(f'{printable(there[0])} is not counted, but {counted}: name it for its images.',
+                     warning=True)
+        files = files or in_folders(root, part, class_folder)
     if not files:
         files = in_folders(root.parent, root.name, class_folder)
     if not files:

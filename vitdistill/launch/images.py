@@ -31,8 +31,8 @@ from ..data.files import printable, reason_of, refuse_broken, say_once, some_row
 from ..data.labels import read_labels, table_parts
 from .queue import Cell, cell_runs
 from ..losses import check_token
-from ..models.create import create, create_student, head_names, load_weights, near_models
-from ..models.create import read_weights, started_from, try_size
+from ..models.create import Student, create, create_student, head_names, load_weights
+from ..models.create import near_models, read_weights, started_from, try_size
 from ..models.hub import hub_answers, weights_place
 from ..runs import find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
@@ -696,8 +696,9 @@ def check_tokens(cells:list[Cell], classes:int)->None: # as in `check_weights`
     for cell in cells:
         c = cell.config
         if cell.name != 'teacher' and c.token != 'auto':
-            untrained = replace(c, student_weights='', student_pretrained=False)
-            check_token(c.token, len(create_student(untrained, classes, c.image_size).heads) > 1)
+            side = c.student_size or c.image_size
+            student = Student(create(c.student, classes, side, c.stem, **c.student_kwargs))
+            check_token(c.token, len(student.heads) > 1)
 
 # %% ../../nbs/launch/04_images.ipynb #d0e805a8
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them

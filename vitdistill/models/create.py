@@ -7,10 +7,9 @@ __all__ = ['two_heads', 'cifar_stems', 'no_shortcuts', 'our_resnets', 'default_c
            'OWN_CFG', 'with_cifar_stem', 'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts',
            'is_timms', 'check_size', 'try_size', 'near_models', 'check_name', 'create', 'safe_checkpoint_types',
            'without_prefix', 'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm',
-           'load_weights', 'constants_of_folder', 'combine', 'Student', 'student_size', 'check_initial_weights',
-           'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student',
-           'pretrained_constants', 'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model', 'readme_head',
-           'token_cosines']
+           'load_weights', 'combine', 'Student', 'student_size', 'check_initial_weights', 'has_new_head',
+           'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants',
+           'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
 import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
@@ -22,7 +21,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.utils import unwrap_model
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, load_state_dict
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs
+from timm.models import get_pretrained_cfg, load_state_dict
 from timm.models import load_model_config_from_hf, parse_model_name, register_model, save_for_hf
 from torch import nn
 from ..base import VitdistillError, explained, first_line, nearest, no_space, require, write_atomic
@@ -444,18 +444,7 @@ def load_weights(
     _refuse_misfit(path, model, state, tensors(model.state_dict()))
     refuse_not_finite(str(path), state)
     model.load_state_dict(state, strict=False)
-    model.pretrained_cfg.update(constants_of_folder(Path(path)))
     return model
-
-# %% ../../nbs/models/02_create.ipynb #898af188
-def constants_of_folder(folder:Path)->dict: # a model folder, as timm writes it; of a mere file it returns {}
-    "Returns the mean and std per channel that the weights in a folder expect, if its config.json names them."
-    file = folder/'config.json'
-    if not file.is_file():
-        return {}
-    with explained(f'{file} is no JSON of timm', 'mend it, or name the file of weights alone'):
-        known = json.loads(file.read_text(encoding='utf-8')).get('pretrained_cfg') or {}
-        return {key: tuple(known[key]) for key in ('mean', 'std') if known.get(key)}
 
 # %% ../../nbs/models/02_create.ipynb #059c9fe4
 def combine(
@@ -739,6 +728,10 @@ def started_from(
     if not file.is_file():
         return {}
     name, kwargs = _architecture(f'local-dir:{file.parent}')
+    tag = (json.loads(file.read_text()).get('pretrained_cfg') or {}).get('tag')
+    cfg = get_pretrained_cfg(name)
+    if cfg and tag != cfg.tag and f'{name}.{tag}' in get_arch_pretrained_cfgs(name):
+        name = f'{name}.{tag}' # by it timm knows which pixels these weights expect
     kwargs = {key: value for key, value in kwargs.items() if key not in OF_DATA}
     kwargs |= {key: value for key, value in usual.items() if key in OF_TRAINING}
     if name in cifar_stems:
@@ -771,7 +764,7 @@ def _verify_folder(model, folder, size): # reloads what was written, and raises 
     try:
         answers = _answers(model, noise)
     except Exception as error: # each model has its own
-        raise VitdistillError(f'size = {size}: the student can not take images of {size} px '
+        raise VitdistillError(f'size = {size}: the student can not take three channels of {size} px '
                               f'({first_line(error)}): give the size that it was made for.') from None
     with torch.random.fork_rng(devices=[]):
         try:

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'difference_over_images',
            'Comparison', 'run_names', 'run_folders', 'load_comparison', 'variants', 'counterparts', 'pairs',
-           'difference', 'one_pair', 'different_data', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs',
-           'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write',
-           'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies', 'points',
-           'printed', 'main']
+           'difference', 'one_pair', 'seeds_apart', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels',
+           'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'write_tables',
+           'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -122,9 +121,8 @@ class Comparison:
         for one, other in pairs(self):
             if len(one) > 1 and not gains:
                 continue
-            if different_data(self, one, other):
-                continue
-            row = difference(self, one, other, tops, allow_image_interval)
+            of_pair = tops.drop(index=[*seeds_apart(self, one, other)], errors='ignore')
+            row = difference(self, one, other, of_pair, allow_image_interval)
             over_images = row['interval'] == 'test images'
             if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
                 rows.append(row)
@@ -275,19 +273,28 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
     runs_of_one = {run.config.seed: run for run in one}
     runs_of_other = {run.config.seed: run for run in other}
     common = seeds or sorted(runs_of_one.keys() & runs_of_other.keys())
+    def data(runs, seed):
+        return runs[seed].config.data_hash
+    common = [seed for seed in common if data(runs_of_one, seed) == data(runs_of_other, seed)]
     if not common:
         return []
     return [runs_of_one[common[0]], runs_of_other[common[0]]]
 
 # %% ../../nbs/study/08_compare.ipynb #96aa59f0
-def different_data(comparison:Comparison, one:tuple, other:tuple)->str: # one, other: of `pairs`
-    "Returns why arms are not compared, if their runs are on different data; '' if they are on the same."
-    runs = [run for arm in (*one, *other) for run in comparison.arms[arm]]
-    try:
-        same_data([run for run in runs if run.config.data_hash]) # '' before a run has read its images
-    except VitdistillError as e:
-        return f"{' - '.join(one)} and {' - '.join(other)}: {e}"
-    return ''
+def seeds_apart(comparison:Comparison, one:tuple, other:tuple)->dict: # one, other: of `pairs`
+    "Returns the seeds whose runs are not compared, since they are on different data -> why."
+    apart = {}
+    for arms in [one, other] if len(one) > 1 else [one + other]: # two gains may be on different data
+        by_seed = {}
+        for run in (run for arm in arms for run in comparison.arms[arm]):
+            if run.config.data_hash: # '' before a run has read its images
+                by_seed.setdefault(run.config.seed, []).append(run)
+        for seed, runs in by_seed.items():
+            try:
+                same_data(runs)
+            except VitdistillError as e:
+                apart[seed] = str(e)
+    return apart
 
 # %% ../../nbs/study/08_compare.ipynb #a78ef33c
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
@@ -339,12 +346,12 @@ def missing(comparison:Comparison)->list[str]:
         elif not runs: # of an arm without planned seeds
             notes.append(f'{arm}: no run.')
     for one, other in pairs(comparison):
-        if reason := different_data(comparison, one, other):
-            notes.append(reason)
-            continue
+        names = f"{' - '.join(one)} and {' - '.join(other)}"
+        apart = seeds_apart(comparison, one, other)
+        for seed, reason in apart.items():
+            notes.append(f'{names}: seed {seed} is left out, for there are {reason}')
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
-        if all(seeds) and not set.intersection(*seeds):
-            names = f"{' - '.join(one)} and {' - '.join(other)}"
+        if all(seeds) and not (apart or set.intersection(*seeds)):
             notes.append(f'{names}: no finished seed in common.')
     return notes
 

@@ -622,6 +622,8 @@ def plan_key(
     recipe = {name: getattr(config, name) for name in PLAN}
     if config.whole_image:
         recipe['whole_image'] = True
+    if unlabelled is not None and config.repeats > 1 and config.repeats_mode == 'public':
+        recipe['copies together'] = True # an earlier version let them fall apart
     libraries = np, PIL, timm, torch, torchvision # which draw the images
     key = memo_key(teacher, config, data)
     if unlabelled:

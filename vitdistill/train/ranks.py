@@ -177,7 +177,7 @@ def batch_bounds(
     n:int,           # rows of the epoch
     batch:int,       # rows of a global batch
     world:int,       # number of ranks
-    needs_two:bool   # each rank needs two images
+    needs_two:bool   # each of these ranks needs two images (a contrast needs two in all: world is 1)
 )->list:
     "Returns (start, stop) of each global batch; with `needs_two` a last one of fewer images is dropped."
     size = min(batch, n)
