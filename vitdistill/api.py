@@ -577,8 +577,7 @@ def findings(result:Distilled)->list[str]:
     if not result.labelled:
         return [*lines, *about_answers(result)]
     left_out = False
-    rows = result.comparison.table().dropna(subset='difference')
-    for row in rows.itertuples():
+    for row in result.comparison.table().dropna(subset='difference').itertuples():
         sure = row.low > 0 or row.high < 0
         if several and not sure: # the table has it
             left_out = True
@@ -958,8 +957,8 @@ def distill(
     out:str|Path=None, # everything of the job goes here; None: out/mine
     epochs:int|None=None, # of each student; None: as the preset says for the plain one (own: 20)
     seeds:int=1, # students of each kind
-    image_size:int|str='auto', # px of the crops; auto: the images' in steps of 32, up to 224 (no GPU: 128)
-    teacher_size:int|str='auto', # px of its input; auto: a folder's, else image_size, at least 128 (GPU: 224)
+    image_size:int|str='auto', # side of the crops, px; auto: that of the images, at most 224 (no GPU: 128)
+    teacher_size:int|str='auto', # px; auto: a folder's own, else image_size, at least 128 (GPU: 224)
     teacher_name:str='', # architecture of a file of weights; '': the file's name up to its first dot
     # only with a clip: teacher: words for each class folder, or names of classes; a file, dict or list
     classes:str|Path|dict|list=None,

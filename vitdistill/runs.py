@@ -6,7 +6,7 @@
 __all__ = ['columns', 'is_locked', 'read_rows', 'place_of_today', 'read_checkpoint', 'read_json', 'read_result', 'Run',
            'find_runs', 'find_run', 'read_arrays', 'share_images', 'npz_bytes', 'is_outside', 'clean_config',
            'clean_path', 'environment', 'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'with_resume',
-           'write_config', 'RunWriter']
+           'write_config', 'keep_rows', 'write_checkpoint', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, hashlib, io, json, os, platform, shutil, subprocess
@@ -435,6 +435,30 @@ def write_config(config:Config, folder:Path)->None: # folder: of a run
         (folder/PLACES).unlink(missing_ok=True)
     write_atomic(folder/'config.yaml', dump_yaml(record))
 
+# %% ../nbs/05_runs.ipynb #21638be4
+def keep_rows(file:Path, n:int)->None: # file: a metrics.csv
+    "Keeps the first rows of metrics; without any, the file goes."
+    import pandas as pd
+    rows = read_rows(file)[:n]
+    if rows:
+        write_atomic(file, pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
+    else:
+        file.unlink(missing_ok=True)
+
+# %% ../nbs/05_runs.ipynb #a179d099
+def write_checkpoint(
+    folder:Path, # a run's working folder
+    state:dict,  # with `epochs`, those that are done
+    keep:bool    # whether to write checkpoint-EPOCHS.pt too
+)->None:
+    "Writes checkpoint.pt, whole or not at all."
+    import torch
+    last = folder/'checkpoint.pt'
+    kept = folder/f"checkpoint-{state['epochs']:04d}.pt"
+    write_atomic(kept if keep else last, lambda path: torch.save(state, path))
+    if keep: # second, so that no resume misses it
+        write_atomic(last, lambda path: shutil.copyfile(kept, path))
+
 # %% ../nbs/05_runs.ipynb #5563a667
 class RunWriter(Run):
     "Writes a run folder, in the one process that holds its lock."
@@ -472,21 +496,10 @@ class RunWriter(Run):
         self._track(trackers, append_row(self.folder/'metrics.csv', row))
 
     def keep_epochs(self, n:int)->None: # drops rows written after the checkpoint that a resume starts from
-        import pandas as pd
-        rows = self.rows()[:n]
-        file = self.folder/'metrics.csv'
-        if rows:
-            write_atomic(file, pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
-        else:
-            file.unlink(missing_ok=True)
+        keep_rows(self.folder/'metrics.csv', n)
 
     def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also as checkpoint-EPOCHS.pt
-        import torch
-        last = self.work/'checkpoint.pt'
-        kept = self.work/f"checkpoint-{state['epochs']:04d}.pt"
-        write_atomic(kept if keep else last, lambda path: torch.save(state, path))
-        if keep: # second, so that no resume misses it
-            write_atomic(last, lambda path: shutil.copyfile(kept, path))
+        write_checkpoint(self.work, state, keep)
 
     def save_predictions(self, file:str='predictions.npz', **arrays)->Path: # arrays: name -> array
         return write_atomic(self.folder/file, npz_bytes(share_images(self.folder, arrays)))

@@ -35,8 +35,8 @@ def labelled_files(
         there = [place for place in (root/part, root/f'{part}.tar') if place.exists()]
         if files and there:
             counted = files.files[0][0].partition('/')[0]
-            say_once(f'{printable(there[0])} is not counted, but {counted}: name it for its images.',
-                     warning=True)
+            say_once(f'the images in {counted} are counted; to count those in {there[0].name}, name '
+                     f'{printable(there[0])}.', warning=True)
         files = files or in_folders(root, part, class_folder)
     if not files:
         files = in_folders(root.parent, root.name, class_folder)

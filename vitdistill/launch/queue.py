@@ -7,8 +7,8 @@ __all__ = ['STATES', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'recipe_f
            'part_cells', 'grid_cells', 'check_cells', 'slot_environment', 'record_of', 'write_record', 'read_record',
            'cell_runs', 'new_threads', 'end', 'model_for', 'cell_has_model', 'missing_weights', 'execute',
            'papermill_command', 'state_at_end', 'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of',
-           'set_progress', 'count_states', 'state_table', 'may_wait', 'refuse_busy', 'forget_old_cells', 'hold_folder',
-           'cut_running', 'run_in_order', 'run_batch', 'submit_batch', 'main']
+           'set_progress', 'count_states', 'state_table', 'may_be_queued', 'refuse_busy', 'forget_old_cells',
+           'hold_folder', 'cut_running', 'run_in_order', 'run_batch', 'submit_batch', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -530,15 +530,16 @@ def state_table(cells:list[Cell])->str: # cells: of `states_of`
     return '\n'.join([*lines, count_states(cells)])
 
 # %% ../../nbs/launch/03_queue.ipynb #72b769e1
-def may_wait(record:Path)->bool: # of a cell with a job
-    "Returns whether a cell's job may wait or run, if Slurm can't be asked."
-    return read_json(record).get('state') in ('left', 'waiting', 'running', 'cut')
+def may_be_queued(record:Path)->bool: # of a cell with a job
+    "Returns whether a cell's job may wait or run, if Slurm can't be asked: it has not ended by its record."
+    state = read_json(record).get('state')
+    return state in STATES and state != 'done'
 
 def refuse_busy(folder:Path)->None:
     "Raises `VitdistillError` if cells of a grid with this folder are running, or waiting for a cluster."
     jobs = read_json(folder/'slurm.json')
     queue = queued()
-    if queue is None and any(may_wait(folder/f'{cell}.json') for cell in jobs):
+    if queue is None and any(may_be_queued(folder/f'{cell}.json') for cell in jobs):
         raise VitdistillError(f'{folder} has jobs in Slurm, which does not answer: start it where squeue '
                               f"works or, if none of them waits or runs, remove {folder/'slurm.json'}.")
     # numbers of jobs, and names of cells without a job

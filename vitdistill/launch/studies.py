@@ -209,7 +209,7 @@ def check_seeds(study:Study)->None:
         for seed in seeds:
             if type(seed) is not int:
                 raise VitdistillError(f'{study.name}: {name} has the seed {seed!r}, which is no whole '
-                                      'number: write "seeds: [1, 2]".')
+                                      'number: write a list such as [1, 2].')
     if study.seeds and 'seed' in study.common:
         raise VitdistillError(f"{study.name}: common has a seed, so that seeds would do nothing: remove one.")
     if not all(map(trains, study.arms.values())): # other studies say with which seeds they ran

@@ -208,6 +208,9 @@ class LITBlock(nn.Module):
 
 # %% ../../nbs/models/01_layers.ipynb #cedc2370
 def _stages(widths, depths, num_heads, windows, alpha, mlp_ratio, drop_path_rate): # LITv2's stages
+    if not len(depths) == len(num_heads) == len(windows):
+        raise VitdistillError(f'depths {depths}, num_heads {num_heads} and windows {windows} are of '
+                              'different numbers of stages: give each a value a stage.')
     drop_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
     stages = []
     before = None # channels of the stage before
@@ -248,9 +251,6 @@ class LITv2(nn.Module):
         offset_lr:float=.01 # learning rate of the merging's offsets, relative to that of the rest
     ):
         super().__init__()
-        if not len(depths) == len(num_heads) == len(windows):
-            raise VitdistillError(f'depths {depths}, num_heads {num_heads} and windows {windows} are of '
-                                  'different numbers of stages: give each a value a stage.')
         widths = [embed_dim*2**stage for stage in range(len(depths))]
         self.feature_info = _maps(widths, patch_size)
         self.num_classes = num_classes

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'difference_over_images',
-           'Comparison', 'run_names', 'run_folders', 'load_comparison', 'variants', 'counterparts', 'pairs',
-           'difference', 'one_pair', 'seeds_apart', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels',
-           'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'write_tables',
-           'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
+           'Comparison', 'run_names', 'accuracies_of', 'run_folders', 'load_comparison', 'variants', 'counterparts',
+           'pairs', 'difference', 'one_pair', 'seeds_on_other_data', 'choices', 'missing', 'taught_pairs',
+           'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs',
+           'write', 'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies',
+           'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -121,8 +122,7 @@ class Comparison:
         for one, other in pairs(self):
             if len(one) > 1 and not gains:
                 continue
-            of_pair = tops.drop(index=[*seeds_apart(self, one, other)], errors='ignore')
-            row = difference(self, one, other, of_pair, allow_image_interval)
+            row = difference(self, one, other, tops, allow_image_interval)
             over_images = row['interval'] == 'test images'
             if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
                 rows.append(row)
@@ -131,24 +131,29 @@ class Comparison:
 
     def accuracies(self)->pd.DataFrame: # fractions
         "Returns a row per arm: mean and deviation over seeds, and the accuracy of its teacher."
-        tops = self.tops()
-        train_tops = self.tops('train_top1')
-        teacher_tops = self.tops('teacher_top1')
-        rows = []
-        for arm in tops:
-            runs = self.arms[arm]
-            rows.append(dict(
-                arm=arm, seeds=tops[arm].count(), top1=tops[arm].mean(), std=tops[arm].std(),
-                train_top1=train_tops[arm].mean(), teacher_top1=teacher_tops[arm].mean(),
-                epochs=runs[0].config.epochs if runs else 0,
-                published=self.study.published.get(arm, np.nan),
-                runs=run_names(finished_runs(runs).values())))
-        return pd.DataFrame(rows)
+        return accuracies_of(self)
 
 # %% ../../nbs/study/08_compare.ipynb #50f62345
 def run_names(runs)->str:
     "Returns the names of runs, for a table's row."
     return ', '.join(run.name for run in runs)
+
+# %% ../../nbs/study/08_compare.ipynb #9d125a2d
+def accuracies_of(comparison:Comparison)->pd.DataFrame: # as `Comparison.accuracies`
+    "Returns a row per arm: mean and deviation over seeds, and the accuracy of its teacher."
+    tops = comparison.tops()
+    train_tops = comparison.tops('train_top1')
+    teacher_tops = comparison.tops('teacher_top1')
+    rows = []
+    for arm in tops:
+        runs = comparison.arms[arm]
+        rows.append(dict(
+            arm=arm, seeds=tops[arm].count(), top1=tops[arm].mean(), std=tops[arm].std(),
+            train_top1=train_tops[arm].mean(), teacher_top1=teacher_tops[arm].mean(),
+            epochs=runs[0].config.epochs if runs else 0,
+            published=comparison.study.published.get(arm, np.nan),
+            runs=run_names(finished_runs(runs).values())))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/study/08_compare.ipynb #9e217ccc
 def run_folders(study:Study)->list[str]:
@@ -235,7 +240,9 @@ def difference(
     "Returns a difference with its intervals, as a row of `Comparison.table`."
     study = comparison.study
     names = [*one, *other]
+    apart = seeds_on_other_data(comparison, one, other)
     both = tops[list(dict.fromkeys(names))].dropna() # each arm once: two gains may share one
+    both = both.drop(index=[*apart], errors='ignore')
     def value(side): # by seed: an arm's, or the gain of one arm over another
         if len(side) == 2:
             return both[side[0]] - both[side[1]]
@@ -259,7 +266,8 @@ def difference(
         low, high = pooled_interval(row['difference'], len(both), *pooled_scatter(tops))
         row |= dict(pooled_low=low, pooled_high=high)
     elif allow_image_interval:
-        pair = one_pair(comparison.arms[names[0]], comparison.arms[names[1]], [*both.index])
+        alike = [[run for run in comparison.arms[name] if run.config.seed not in apart] for name in names]
+        pair = one_pair(*alike, [*both.index])
         if pair:
             row |= difference_over_images(*pair) # in place of the interval over seeds; {}: no common epoch
             runs = pair
@@ -273,15 +281,12 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
     runs_of_one = {run.config.seed: run for run in one}
     runs_of_other = {run.config.seed: run for run in other}
     common = seeds or sorted(runs_of_one.keys() & runs_of_other.keys())
-    def data(runs, seed):
-        return runs[seed].config.data_hash
-    common = [seed for seed in common if data(runs_of_one, seed) == data(runs_of_other, seed)]
     if not common:
         return []
     return [runs_of_one[common[0]], runs_of_other[common[0]]]
 
 # %% ../../nbs/study/08_compare.ipynb #96aa59f0
-def seeds_apart(comparison:Comparison, one:tuple, other:tuple)->dict: # one, other: of `pairs`
+def seeds_on_other_data(comparison:Comparison, one:tuple, other:tuple)->dict: # one, other: of `pairs`
     "Returns the seeds whose runs are not compared, since they are on different data -> why."
     apart = {}
     for arms in [one, other] if len(one) > 1 else [one + other]: # two gains may be on different data
@@ -347,7 +352,7 @@ def missing(comparison:Comparison)->list[str]:
             notes.append(f'{arm}: no run.')
     for one, other in pairs(comparison):
         names = f"{' - '.join(one)} and {' - '.join(other)}"
-        apart = seeds_apart(comparison, one, other)
+        apart = seeds_on_other_data(comparison, one, other)
         for seed, reason in apart.items():
             notes.append(f'{names}: seed {seed} is left out, for there are {reason}')
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]

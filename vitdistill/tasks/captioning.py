@@ -26,8 +26,7 @@ from .encoders import DualEncoder, Encoder, OpenClip, TextTower, fit_text_tower,
 from .encoders import load_dual, save_dual, tower_facts, tower_settings
 from ..deploy.predict import named_images, read_batches
 from ..train.ranks import Ranks, batch_bounds, local_rows, parallel, seed_step, set_numerics
-from ..train.ranks import warm_up_ddp
-from ..train.ranks import threads_per_rank
+from ..train.ranks import threads_per_rank, warm_up_ddp
 from ..runs import RunWriter
 from ..teachers.card import file_hash, refuse_start_overlap
 from ..train import EVERY, BaseSetup, Progress, Task

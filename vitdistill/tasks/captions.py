@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PAD', 'END', 'SMALL', 'add_noise', 'noise_rule', 'caption_rule', 'gap', 'check_templates', 'Facts',
            'forms_of', 'write_captions', 'every_caption', 'parse_caption', 'share_right', 'bleu', 'build_tokenizer',
-           'read_tokenizer', 'tokens_of', 'MlpMapper', 'TransformerMapper', 'create_decoder', 'Captioner']
+           'read_tokenizer', 'tokens_of', 'MlpMapper', 'TransformerMapper', 'create_decoder', 'create_mapper',
+           'Captioner']
 
 # %% ../../nbs/tasks/01_captions.ipynb #3702a488
 import re, typing
@@ -216,6 +217,20 @@ def create_decoder(config:Config, texts:list[str])->tuple: # (GPT-2, its tokeniz
     with explained(problem, 'mend it', reason=failure_in_words): # transformers' own errors, or torch's
         return GPT2LMHeadModel(GPT2Config(**settings)), tokenizer
 
+# %% ../../nbs/tasks/01_captions.ipynb #a660210b
+def create_mapper(
+    name:str,      # 'mlp' or 'transformer'
+    width:int,     # of embeddings
+    decoder_width:int,
+    prefix:int     # tokens that it makes
+)->nn.Module:
+    "Returns what turns an embedding into tokens of the decoder."
+    if name == 'transformer' and decoder_width % 8:
+        raise VitdistillError(f'mapper = {name!r} has 8 heads, which do not divide the width {decoder_width} '
+                              'of the decoder: give another n_embd, or mapper mlp.')
+    kind = dict(mlp=MlpMapper, transformer=TransformerMapper)[name]
+    return kind(width, decoder_width, prefix)
+
 # %% ../../nbs/tasks/01_captions.ipynb #c4803511
 class Captioner(nn.Module):
     "Turns embeddings into captions."
@@ -226,12 +241,7 @@ class Captioner(nn.Module):
         mapper:str='mlp',  # or transformer
         prefix:int=10):    # tokens that the mapper makes
         super().__init__()
-        if mapper == 'transformer' and decoder.config.n_embd % 8:
-            raise VitdistillError(f'mapper = {mapper!r} has 8 heads, which do not divide the width '
-                                  f'{decoder.config.n_embd} of the decoder: give another n_embd, or mapper '
-                                  'mlp.')
-        kind = dict(mlp=MlpMapper, transformer=TransformerMapper)[mapper]
-        self.mapper = kind(width, decoder.config.n_embd, prefix)
+        self.mapper = create_mapper(mapper, width, decoder.config.n_embd, prefix)
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.width = width

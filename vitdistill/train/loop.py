@@ -29,8 +29,7 @@ from .outcome import finish, student_outcome
 from .optimize import create_optimizer, create_schedule, weight_average
 from .ranks import Ranks, at_signal, end_by_signal, end_with_parent
 from .ranks import error_of_timeout, has_batch_norm, local_rows, parallel, seed_step
-from .ranks import warm_up_ddp
-from .ranks import start_ranks
+from .ranks import start_ranks, warm_up_ddp
 from ..runs import Run, RunWriter
 from .setup import BaseSetup, Setup, accuracy_on, auto_device, compiled, loading_processes
 from .setup import prepare, program, resolve, student_batches
@@ -506,7 +505,8 @@ class Checkpoints:
         states = copy.deepcopy({name: part.state_dict() for name, part in self.kept.items()})
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         with self.lock:
-            self.held = dict(epochs=epochs, world=self.world, **states), keep
+            state = dict(epochs=epochs, world=self.world, **states)
+            self.held = (state, keep)
             if self.on_gpu: # the copies must be complete: `flush` reads them in another stream
                 torch.cuda.synchronize()
         is_due = epochs % c.checkpoint_every == 0 and late
