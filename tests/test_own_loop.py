@@ -145,7 +145,7 @@ def test_a_student_that_is_another_is_not_saved(tmp_path):
     with pytest.raises(VitdistillError, match="answers otherwise: a layer was changed by hand"):
         api.save(student, tmp_path / "model", CLASSES, 32, PLAIN)
     fixed = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1)
-    with pytest.raises(VitdistillError, match="can not take three channels of 64 px"):
+    with pytest.raises(VitdistillError, match="can not read RGB images of 64 px"):
         api.save(fixed, tmp_path / "model", CLASSES, 64, PLAIN, depth=1)
 
 

@@ -619,7 +619,7 @@ JOB_FIELDS = dict(data_root='name the folder of your images as DIR',
                   class_names='name the classes by classes (--classes)',
                   fold_answers='leave it out, since one teacher sees all images',
                   teacher_pretrained='name a model of timm as teacher (--teacher)',
-                  teacher_kwargs='name a model folder as teacher (--teacher), which holds them')
+                  teacher_kwargs='name a model folder as teacher (--teacher), which has its own')
 
 def refuse_job_fields(given:dict)->None: # fields of Config, name -> value
     "Raises a `VitdistillError` for a field that the job sets itself, such as a folder."
@@ -799,8 +799,8 @@ def refuse_other_files(out:Path)->None: # folder of a job
         written = [out/f'{out.name}.html', out/'models']
         theirs = [] if has_runs(out) else [place for place in written if os.path.lexists(place)]
     if theirs:
-        raise VitdistillError(f'{theirs[0]} is not of a job, which would write it: name another folder as '
-                              'out.')
+        raise VitdistillError(f'{theirs[0]} was not written by a job, and this job would replace it: name '
+                              'another folder as out.')
 
 # %% ../../nbs/launch/04_images.ipynb #69d67d43
 def begun_parts(out:Path)->set: # folder of a job

@@ -764,7 +764,7 @@ def _verify_folder(model, folder, size): # reloads what was written, and raises 
     try:
         answers = _answers(model, noise)
     except Exception as error: # each model has its own
-        raise VitdistillError(f'size = {size}: the student can not take three channels of {size} px '
+        raise VitdistillError(f'size = {size}: the student can not read RGB images of {size} px '
                               f'({first_line(error)}): give the size that it was made for.') from None
     with torch.random.fork_rng(devices=[]):
         try:
