@@ -144,9 +144,9 @@ def test_records_are_committed_without_their_logits():
 
 
 STUDIES = "60db79c7"  # the commit that made lists of runs to studies; older records were checked before
-# As their files say: deit3_strengths was committed minutes after its first runs had begun, small_pretrained
-# before they began, but in another clone than theirs.
-ADMITTED = "deit3_strengths/", "small_pretrained/"
+# As their files say: deit3_strengths was committed minutes after its first runs had begun, the others before
+# they began, but in another clone than theirs.
+ADMITTED = "deit3_strengths/", "small_pretrained/", "unlabelled_controls/soft long"
 LOST = "2ee85e7d"  # the commit of four records before STUDIES, whose machine was lost
 SEEN = {name for name in field_names(hashed=True) if not name.endswith("_weights")} - {"data_root"}
 
