@@ -518,9 +518,9 @@ def test_another_student_is_a_further_row(job, images, weights):
     assert table.difference["taught-resnet10t"] == pytest.approx(one - other)
     assert pd.isna(table.difference["plain"])
     assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
-    held_out = table.held_out.drop("teacher")
-    best = held_out[held_out == held_out.max()].index[-1]
-    assert result.best == best and result.folder() == out / "models" / best
+    best = result.best  # of so few held-out images none decides: a student on labels alone, the smaller one
+    assert best in ("plain", "plain-resnet10t") and result.folder() == out / "models" / best
+    assert f"Take {best}. " in str(result) and "3 held-out images show no clear difference from" in str(result)
     file = next((images / "dark").glob("*.png"))
     for name in ("", "plain-resnet10t"):
         wanted = predict(out / "models" / (name or best), file)

@@ -62,7 +62,8 @@ from .tasks.words import is_by_words
 from .study.agreement import answers_given
 from .study.compare import Comparison, load_comparison, points
 from .study.figures import save_table
-from .study.job import Page, agreement, best_arm, cost_text, draw_learning, finished_models
+from .study.choice import Choice, choice_in_words, choice_of, finished_models
+from .study.job import Page, agreement, cost_text, draw_learning
 from .study.job import write_job
 from .study.results import read_predictions, teacher_calls
 from .study.stats import paired_score
@@ -233,10 +234,15 @@ class Distilled:
         "Returns all that the job's page holds, for a notebook."
         return Page(write_page_of(self))
 
+    @functools.cached_property
+    def choice(self)->Choice:
+        "Returns which student to take, and why."
+        return choice_of(self.models, self.comparison.table())
+
     @property
     def best(self)->str: # such as taught; '': no student has ended
-        "Returns the name of the student with the best accuracy on held-out images."
-        return best_arm(self.models)
+        "Returns the name of the student to take."
+        return self.choice.student
 
     def folder(self, name:str='')->Path: # a key of `runs`; '': the best student
         "Returns the folder of a model, of the first seed: a link in the folder of the job."
@@ -562,7 +568,7 @@ def in_words(result:Distilled)->str:
     else:
         width = max([8, *map(len, table.model)])
         lines = [row_in_words(row, result.labelled, width) for row in table.itertuples()]
-    return '\n'.join([*lines, *findings(result)])
+    return '\n'.join([*lines, ' '.join(choice_in_words(result.choice)), *findings(result)]).strip()
 
 # %% ../nbs/06_api.ipynb #a5313719
 def findings(result:Distilled)->list[str]:
@@ -571,7 +577,8 @@ def findings(result:Distilled)->list[str]:
     several = len(students) > 1
     lines = []
     if several:
-        of_first = [name for name in result.comparison.arms if '-' not in name]
+        of_first = [name for name, runs in result.models.items()
+                    if name != 'teacher' and runs[0].config.student == students[0]]
         are = 'are students' if len(of_first) > 1 else 'is a student'
         lines.append(f"{', '.join(of_first)} {are} of {students[0]}. The other names end with their student.")
     if not result.labelled:
@@ -586,7 +593,7 @@ def findings(result:Distilled)->list[str]:
         if not sure:
             doubt = ': this may be chance'
         elif row.seeds < 2:
-            doubt = '; another seed may differ by more'
+            doubt = '; this is one seed, and another may differ'
         lines.append(points(row) + doubt) # `points`: the difference as a sentence
     if left_out and len(lines) > 1:
         lines.append('The other differences between students of one architecture may be chance.')
