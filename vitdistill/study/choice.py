@@ -91,7 +91,7 @@ def better_by_scores(scores:dict)->list[Better]: # student -> of `held_out_score
     return found
 
 def better_by_tests(differences:pd.DataFrame, students:list)->list[Better]: # of `Comparison.table`; names
-    "Returns which students are clearly better than others by the differences on test images that were planned."
+    "Returns which students are clearly better than others by the planned differences on test images."
     found = []
     for row in differences.itertuples():
         if row.low > 0:
@@ -163,8 +163,8 @@ def choice_in_words(choice:Choice)->list[str]:
     by_held_out = [one.other for one in choice.better if one.images == 'held-out']
     by_test = [f'{one.other} ({points_in_words(one)})' for one in choice.better if one.images == 'test']
     if by_held_out:
-        lines.append(f'It is clearly better than {names_in_words(by_held_out)} on the {choice.images} held-out '
-                     'images.')
+        others = names_in_words(by_held_out)
+        lines.append(f'It is clearly better than {others} on the {choice.images} held-out images.')
     if by_test:
         lines.append(f'On the test images it is clearly better than {names_in_words(by_test)}; the '
                      f'{choice.images} held-out images could not decide that.')

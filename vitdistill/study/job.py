@@ -543,7 +543,7 @@ MEANINGS = dict(plain='trained on the labels alone', taught="trained on the labe
                 unlabelled='taught, with images that have no label') # of names of arms
 
 def introduction(models:dict)->list[str]: # models: of `finished_models`
-    "Returns what the names of the models mean, as a sentence; [] without labels, or if they have other names."
+    "Returns what the names of the models mean, as a sentence; [] without labels, or for other names."
     if is_unlabelled(models):
         return []
     names = {kind_of_arm(name, runs[0].config.student) for name, runs in models.items()}
@@ -624,7 +624,8 @@ def write_job(
     classes = class_names_of(card, decisions)
     table = recalls(decisions, classes)
     gaps = comparison.table()
-    choice = choice_of({name: runs for name, runs in models.items() if name in table or name == 'teacher'}, gaps)
+    shown = {name: runs for name, runs in models.items() if name in table or name == 'teacher'}
+    choice = choice_of(shown, gaps)
     best = choice.student
     with any_text():
         curves = learning(comparison, models)
@@ -641,10 +642,10 @@ def write_job(
     lead = [*introduction(models), ' '.join(choice_in_words(choice)), *findings, *missing(comparison)]
     if study.about.get('same'): # images that stand twice
         lead.append(study.about['same'])
-    shown = table_item(accuracy_table(models, comparison, table), results_note(comparison, models))
+    accuracies = table_item(accuracy_table(models, comparison, table), results_note(comparison, models))
     about_images = study.about.get('images')
     return write_page(out/f'{study.name}.html', study.title or study.name, lead, {
-        'Results': [shown, *cost_items(costs, costs_caption, comparison)],
+        'Results': [accuracies, *cost_items(costs, costs_caption, comparison)],
         'Learning curves': curves,
         'What is wrong': wrong,
         'The images': [dict(caption=about_images, links={})] if about_images else [],
