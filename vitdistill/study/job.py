@@ -634,11 +634,7 @@ def write_job(
             root = study.common.get('data_root', '')
             wrong += mistake_items(models[best], best, decisions[best], classes, root)
 
-    save_table(gaps.drop(columns=['gaps', 'later']), out, study.name, 'Differences between arms.')
-    if decisions:
-        caption = 'Share of the test images of each class that a model has right.'
-        save_table(table, out, f'{study.name}_classes', caption)
-
+    _save_tables(study.name, out, gaps, table if decisions else None)
     lead = [*introduction(models), ' '.join(choice_in_words(choice)), *findings, *missing(comparison)]
     if study.about.get('same'): # images that stand twice
         lead.append(study.about['same'])
@@ -651,6 +647,13 @@ def write_job(
         'The images': [dict(caption=about_images, links={})] if about_images else [],
         'The models': model_items(folders, out),
         'How it was made': how_it_was_made(comparison, models)})
+
+# %% ../../nbs/study/10_job.ipynb #7a10d001
+def _save_tables(name, out, gaps, classes): # gaps: of `Comparison.table`; classes: of `recalls`, or None
+    save_table(gaps.drop(columns=['gaps', 'later']), out, name, 'Differences between arms.')
+    if classes is not None:
+        caption = 'Share of the test images of each class that a model has right.'
+        save_table(classes, out, f'{name}_classes', caption)
 
 # %% ../../nbs/study/10_job.ipynb #ec146ae9
 @dataclass
