@@ -4,6 +4,8 @@ import re
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -12,7 +14,9 @@ from conftest import ROOT
 from test_recipes import blocks
 from vitdistill import api
 from vitdistill.base import VitdistillError
+from vitdistill.data.views import normalize
 from vitdistill.deploy.predict import predict
+from vitdistill.losses import OBJECTIVES, Batch, RelationalDistillation, whole_batch
 
 CLASSES = ["a", "b", "c"]
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
@@ -183,3 +187,90 @@ def test_what_is_refused(loop, teacher, given, message):
     data = Pictures(api.load_teacher(teacher), **changes)
     with pytest.raises(VitdistillError, match=message):
         loop(data=data, **{name: given[name] for name in given.keys() - changes})
+
+
+WITH_TEACHER = [name for name, made in OBJECTIVES.items() if made.wants]
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loss_within_autocast_is_that_of_float32(name, dtype):
+    """The value and the gradient, also where the default dtype is float64."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 20, generator=generator) * 4
+    start = teacher + torch.randn(64, 20, generator=generator) * 0.3
+    criterion, results = api.loss(name, alpha=1.0), []
+    for on, default in (False, torch.float32), (True, torch.float32), (True, torch.float64):
+        z = start.clone().requires_grad_()
+        torch.set_default_dtype(default)
+        try:
+            with torch.autocast("cpu", dtype, enabled=on):
+                value = criterion(z, teacher, teacher.argmax(1))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        value.backward()
+        results.append((value.detach(), z.grad))
+    for value, gradient in results[1:]:
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, results[0][0], rtol=1e-5)
+        assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-7)
+
+
+class Gram(RelationalDistillation):
+    """A loss of one's own, of products between the images of the whole batch."""
+    def term(self, logits, batch):
+        student, teacher = whole_batch(logits), whole_batch(batch.answer)
+        return (student @ student.T - teacher @ teacher.T).square().mean()
+
+
+def test_a_loss_of_ones_own_is_computed_in_float32():
+    z, teacher = torch.randn(2, 16, 10, generator=torch.Generator().manual_seed(0))
+    expected = (z @ z.T - teacher @ teacher.T).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = Gram(alpha=1.0)((z,), Batch(None, teacher.argmax(1), teacher))
+    assert torch.allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dist", "rsd"])
+def test_one_rank_of_several_can_measure_a_loss(name, monkeypatch):
+    """Without gradients it asks no other rank, which may be at a barrier; with gradients it has to."""
+    z, teacher = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    labels, criterion = torch.arange(8) % 4, api.loss(name)
+    alone = criterion(z, teacher, labels)
+
+    def waits(*_):
+        raise AssertionError("waits for the other rank")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", waits)
+    with torch.no_grad():
+        assert criterion(z, teacher, labels).equal(alone)
+    with pytest.raises(AssertionError, match="waits for the other rank"):
+        criterion(z, teacher, labels)
+
+
+def test_a_teachers_logits_are_a_target_of_any_loss(teacher):
+    """Of mean squared error, in place; also where the answers were computed in inference mode."""
+    sees, student, pixels = api.load_teacher(teacher), made(), torch.rand(4, 3, 32, 32)
+    F.mse_loss(student(pixels), sees(pixels)).backward()
+    mean = sees(pixels)
+    mean += sees(pixels)
+    (student(pixels) * mean / 2).mean().backward()
+    with torch.inference_mode():
+        answer = sees(pixels)
+    for name in WITH_TEACHER:
+        api.loss(name)(student(pixels), answer, answer.argmax(-1)).backward()
+
+
+def test_pixels_are_normalized_in_float32_whatever_the_default_was():
+    """Of constants that no earlier test has asked for."""
+    constants = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2617)
+    pixels = torch.full((1, 3, 2, 2), 200, dtype=torch.uint8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        normalize(pixels, *constants)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert normalize(pixels, *constants).dtype == torch.float32

@@ -1232,6 +1232,8 @@ class Loss(torch.nn.Module):
         are_logits = answer.shape == logits.shape and answer.shape != wanted
         if are_logits:
             answer = self.kind.make(answer)
+        if answer.is_inference(): # of a teacher of one's own, within torch.inference_mode
+            answer = answer.clone()
         if answer.shape != wanted:
             raise VitdistillError(f"the student's logits have shape {(*logits.shape,)} and the teacher's "
                                   f'answer {(*answer.shape,)}: give both the same images and classes.')

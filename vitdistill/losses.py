@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['FP16_MOST', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'TopK', 'Embedding', 'kind_of', 'soft_loss',
            'leave_out', 'decoupled_loss', 'standardize', 'pearson', 'relation_losses', 'log_confidence', 'refined_loss',
-           'redundancy_loss', 'entropy_weights', 'whole_batch', 'Batch', 'balanced_weights', 'weighed_loss',
-           'partly_labelled_loss', 'check_token', 'Labels', 'check_range', 'check_weight', 'check_temperature',
-           'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation', 'HardAndSoftDistillation',
-           'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation', 'RefinedDistillation',
-           'DecorrelatedDistillation', 'EntropyDistillation', 'named_objective', 'answer_kind', 'refuse_unlabelled',
-           'check_objective', 'criterion', 'Output', 'Objective']
+           'redundancy_loss', 'entropy_weights', 'rows_of_all_ranks', 'whole_batch', 'Batch', 'balanced_weights',
+           'weighed_loss', 'partly_labelled_loss', 'check_token', 'Labels', 'check_range', 'check_weight',
+           'check_temperature', 'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation',
+           'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation',
+           'RefinedDistillation', 'DecorrelatedDistillation', 'EntropyDistillation', 'named_objective', 'answer_kind',
+           'refuse_unlabelled', 'check_objective', 'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import inspect, math, typing
 from dataclasses import dataclass
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from .base import VitdistillError, explained, nearest
+from .base import VitdistillError, explained, nearest, without_autocast
 from .config import Config, field_names
 
 # %% ../nbs/03_losses.ipynb #91f3c0d5
@@ -271,8 +271,9 @@ def redundancy_loss(
     def scaled(x): # mean 0 and standard deviation 1 over the batch
         x = x.float()
         return (x - x.mean(0))/(x.std(0, correction=0) + 1e-5)
-    correlation = scaled(teacher_logits).T@scaled(logits)/len(logits)
-    identity = torch.eye(len(correlation), device=correlation.device)
+    with without_autocast(logits.device.type): # a product in bf16 has an error of a few percent
+        correlation = scaled(teacher_logits).T@scaled(logits)/len(logits)
+    identity = torch.eye(len(correlation), device=correlation.device, dtype=correlation.dtype)
     weights = identity + others_weight*(1 - identity)
     return ((correlation - identity)**2*weights).sum()
 
@@ -289,12 +290,11 @@ def entropy_weights(
     return entropy(teacher_logits)*(1 + student_share)/2
 
 # %% ../nbs/03_losses.ipynb #b7a4d16e
-def whole_batch(
+def rows_of_all_ranks(
     x:torch.Tensor,    # (B, ...) of this rank
     has_rows:bool=True # False: this rank's rows are dummies and are dropped
-)->torch.Tensor:     # (all ranks' B, ...)
-    """Returns all ranks' rows in order. If each rank weighs a loss on these by its weight, DDP's mean of the
-    gradients is the gradient of the whole batch."""
+)->torch.Tensor:       # (all ranks' B, ...)
+    "Returns all ranks' rows in order; each rank has to call it."
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     from torch.distributed.nn.functional import all_gather
@@ -306,6 +306,14 @@ def whole_batch(
     own_rows = x[:longest] # a rank of dummies may have more rows than that
     gathered = all_gather(torch.cat([own_rows, padding]))
     return torch.cat([part[:size] for part, size in zip(gathered, sizes.tolist())])
+
+def whole_batch(x:torch.Tensor, has_rows:bool=True)->torch.Tensor: # as of `rows_of_all_ranks`
+    """Returns the rows that a loss compares: in training those of all ranks; without gradients, which one
+    rank may compute alone, its own.
+
+    If each rank weighs a loss on these by its weight, DDP's mean of the gradients is the gradient of the
+    whole batch."""
+    return rows_of_all_ranks(x, has_rows) if torch.is_grad_enabled() else x
 
 # %% ../nbs/03_losses.ipynb #656bf1a7
 class Batch(typing.NamedTuple):
@@ -413,7 +421,8 @@ class Labels(nn.Module):
         return sum(F.cross_entropy(z.float(), targets, label_smoothing=smoothing) for z in heads)/len(heads)
 
     def forward(self, heads:tuple, batch:Batch)->tuple: # heads: logits (B, C) of each, class first
-        label = self.label_loss(heads, batch.targets)
+        with without_autocast(heads[0].device.type):
+            label = self.label_loss(heads, batch.targets)
         return label, dict(label=label)
 
 # %% ../nbs/03_losses.ipynb #df6a836e
@@ -464,8 +473,9 @@ class SwitchedDistillationLoss(Labels):
         return F.cross_entropy(logits, self.wants.decision(batch.answer))
 
     def forward(self, heads:tuple, batch:Batch)->tuple:
-        label = self.label_loss(heads[:1], batch.targets)
-        teacher = self.term(heads[-1].float(), batch)
+        with without_autocast(heads[0].device.type): # a loss is computed in float32
+            label = self.label_loss(heads[:1], batch.targets)
+            teacher = self.term(heads[-1].float(), batch)
         return (1 - self.alpha)*label + self.alpha*teacher, dict(label=label, teacher=teacher)
 
 # %% ../nbs/03_losses.ipynb #1d94e7a3

@@ -101,7 +101,7 @@ def _byte_constants(
     device
 )->torch.Tensor: # (3, 1, 1), for pixels in [0, 255]
     with torch.inference_mode(False): # an inference tensor could not be used in training
-        return torch.tensor(values, device=device)[:, None, None]*255
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]*255
 
 # %% ../../nbs/data/02_views.ipynb #1f335891
 def scaled(

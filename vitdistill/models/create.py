@@ -25,7 +25,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pr
 from timm.models import get_pretrained_cfg, load_state_dict
 from timm.models import load_model_config_from_hf, parse_model_name, register_model, save_for_hf
 from torch import nn
-from ..base import VitdistillError, explained, first_line, nearest, no_space, require, write_atomic
+from ..base import VitdistillError, explained, first_line, nearest, no_space, require
+from ..base import without_autocast, write_atomic
 from ..config import Config, plain_value
 from .hub import weights_file, weights_place, failure_in_words, without_retries
 from .layers import LITv2
@@ -694,7 +695,7 @@ class ByWords(nn.Module):
 
     def forward(self, x):
         features = self.embed(x)
-        with torch.autocast(x.device.type, enabled=False): # logits of about 100 have few digits in bf16
+        with without_autocast(x.device.type): # logits of about 100 have few digits in bf16
             return F.linear(F.normalize(features.float(), dim=-1), self.head.weight.float())
 
 # %% ../../nbs/models/02_create.ipynb #bbd58a95

@@ -9,7 +9,6 @@ __all__ = ['FEW', 'Heads', 'HiFi', 'LoFi', 'HiLo', 'hilo_flops', 'ConvFFN', 'Def
 
 # %% ../../nbs/models/01_layers.ipynb #9fb98863
 import copy, os, platform, shutil, sysconfig
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 import torch
@@ -20,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import DeformConv2d, deform_conv2d
-from ..base import VitdistillError
+from ..base import VitdistillError, without_autocast
 
 # %% ../../nbs/models/01_layers.ipynb #79da953b
 FEW = 128 # up to this many tokens, attention step by step trains faster in bf16 on a CPU
@@ -151,12 +150,6 @@ class ConvFFN(MlpWithDepthwiseConv):
     def forward(self, x):
         return super().forward(x.flatten(1, 2), x.shape[1:3]).unflatten(1, x.shape[1:3])
 
-# %% ../../nbs/models/01_layers.ipynb #faa18790
-def _without_autocast(device:str): # 'cpu', 'cuda' or another; 'meta' has no autocast
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
 # %% ../../nbs/models/01_layers.ipynb #e5331f28
 class DeformableMerging(nn.Module):
     "Merges four tokens into one, sampled at learned offsets: (B, H, W, dim) -> (B, H//2, W//2, out)."
@@ -173,7 +166,7 @@ class DeformableMerging(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, x):
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             own = self.conv.weight.dtype
             wide = torch.promote_types(own, torch.float32) # deform_conv2d has no bf16
             x = x.permute(0, 3, 1, 2).to(own)

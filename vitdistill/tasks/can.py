@@ -21,7 +21,7 @@ from ..base import VitdistillError, generator, require
 from ..config import Config
 from ..data.augment import coloured, cropped, crops, normal, uniform
 from ..data.datasets import image_side
-from ..losses import OBJECTIVES, Batch, Output, whole_batch, check_range
+from ..losses import OBJECTIVES, Batch, Output, check_range, rows_of_all_ranks, whole_batch
 from ..models.create import Student, create, student_size
 from ..runs import RunWriter
 from ..teachers.card import Card, file_hash
@@ -541,7 +541,7 @@ def features(
     for part in own_rows.split(setup.images_a_pass):
         with setup.autocast():
             means.append(encoder(setup.input(views(part))).mean(1).float())
-    return whole_batch(torch.cat(means)).cpu().numpy()
+    return rows_of_all_ranks(torch.cat(means)).cpu().numpy()
 
 # %% ../../nbs/tasks/00_can.ipynb #9f86d98c
 def probe_accuracies(

@@ -70,7 +70,7 @@ class Teacher:
     def dtype_name(self)->str: # for the keys of memos
         return f'{self.precision} compiled' if self.compile else self.precision
 
-    @torch.inference_mode()
+    @torch.no_grad() # not inference_mode: autograd may keep these logits, as the target of a loss
     def logits(self, pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W) in [0, 255], uint8 or float32
         "Returns the logits, (B, C) float32, on the teacher's device."
         answers = []
