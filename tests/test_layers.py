@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock
+from timm.models.resnetv2 import PreActBasic
 from torch import nn
 
 from conftest import ROOT, record
@@ -253,3 +255,26 @@ def test_notebook_compares_teachers_with_the_plain_student(tmp_path):
     rows = pd.read_csv(tmp_path / "out/tables/hilo_students.csv").set_index(["arm", "other"]).difference
     differences = {("LITv2", "plain ResNet-18"): 0.25, ("DeiT", "plain ResNet-18"): -0.05}
     assert rows.to_dict() == pytest.approx(differences)
+
+
+def test_a_resnet34_whose_further_blocks_are_zero_is_a_resnet18():
+    """A deeper network can emulate a shallower one, as He et al. argue: each further block adds nothing."""
+    torch.manual_seed(0)
+    deep, shallow = (timm.create_model(name, num_classes=10).eval() for name in ("resnet34", "resnet18"))
+    deep.load_state_dict(shallow.state_dict(), strict=False)
+    further = set(dict(deep.named_modules())) - set(dict(shallow.named_modules()))
+    for name in further:
+        if name.endswith("bn2"):  # the last layer of a block's branch
+            nn.init.zeros_(deep.get_submodule(name).weight)
+    with torch.no_grad():
+        assert torch.equal(deep(images()), shallow(images()))
+
+
+def test_only_a_block_with_norm_and_relu_inside_can_be_the_identity():
+    """Where ReLU follows the sum, no weights let a negative number through."""
+    x = torch.randn(2, 32, 6, 6, generator=torch.Generator().manual_seed(1))
+    for block, same in ((PreActBasic(32), True), (BasicBlock(32, 32), False)):
+        for weight in block.parameters():
+            nn.init.zeros_(weight)
+        with torch.no_grad():
+            assert torch.equal(block.eval()(x), x if same else x.relu())
