@@ -36,6 +36,17 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
     assert [first, head_accuracies(last)["class"]] == pytest.approx(list(told), abs=1e-5)
 
 
+def test_students_that_start_from_the_images_start_alike(tiny, tmp_path):
+    """Two arms of one seed begin with the same weights, computed from the same images; their records say so."""
+    student = dict(student="airbench94", student_kwargs=dict(widths=[8, 8, 8]), epochs=1)
+    plain = train(elsewhere(replace(tiny, **student, distillation="none", teacher=""), tmp_path / "plain"))
+    taught = train(elsewhere(replace(tiny, **student), tmp_path / "taught"))
+    assert plain.result["start_hash"] == taught.result["start_hash"]
+    assert plain.result["weights_hash"] != taught.result["weights_hash"]
+    other = train(elsewhere(replace(plain.config, seed=2), tmp_path / "other"))
+    assert other.result["start_hash"] != plain.result["start_hash"]
+
+
 @pytest.mark.slow
 def test_trackers_hold_what_the_record_holds(tiny, tmp_path):
     """Every column of metrics.csv, the config and the result, by TensorBoard's reader and from trackio's

@@ -29,6 +29,7 @@ from ..base import VitdistillError, explained, first_line, nearest, no_space, re
 from ..base import without_autocast, write_atomic
 from ..config import Config, plain_value
 from .hub import weights_file, weights_place, failure_in_words, without_retries
+from .airbench import Airbench
 from .layers import LITv2
 
 # %% ../../nbs/models/02_create.ipynb #8fee561b
@@ -157,6 +158,15 @@ def _litv2_model(name:str, pretrained=False, **kwargs):
 
 for name in _litv2:
     _register(name, functools.partial(_litv2_model, name))
+
+# %% ../../nbs/models/02_create.ipynb #a94b0002
+default_cfgs |= generate_default_cfgs({
+    'airbench94': dict(input_size=(3, 32, 32), first_conv='whiten', classifier='head')})
+
+def _airbench(pretrained=False, **kwargs):
+    return build_model_with_cfg(Airbench, 'airbench94', pretrained, **kwargs)
+
+_register('airbench94', _airbench)
 
 # %% ../../nbs/models/02_create.ipynb #8066de93
 def check_size(

@@ -224,9 +224,11 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
     card = make_card(frozen, config, data, setup.views)
     unlabelled = {} if setup.unlabelled is None else dict(n_unlabelled=len(setup.unlabelled))
     card = replace(card, **unlabelled)
+    started = dict(start_hash=setup.start_hash) if setup.start_hash else {}
     result = dict(**measured,
                   n_train=card.n_train,
                   **unlabelled,
+                  **started,
                   weights_hash=card.weights_hash,
                   train_views_top1=card.top1_train_views,
                   held_out_top1=card.top1_held_out,
