@@ -37,7 +37,7 @@ def test_decisions_of_a_checkpoint(tiny, tmp_path):
 
 
 def test_students_that_start_from_the_images_start_alike(tiny, tmp_path):
-    """Two arms of one seed begin with the same weights, computed from the same images; their records say so."""
+    """Two arms of one seed begin with the same weights, computed from the same images."""
     student = dict(student="airbench94", student_kwargs=dict(widths=[8, 8, 8]), epochs=1)
     plain = train(elsewhere(replace(tiny, **student, distillation="none", teacher=""), tmp_path / "plain"))
     taught = train(elsewhere(replace(tiny, **student), tmp_path / "taught"))
