@@ -204,17 +204,37 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
     assert f"vitdistill predict {out / 'models/plain'} IMAGES" in text
 
 
-def test_a_model_that_is_gone_is_named(job, monkeypatch, capsys):
-    """What is done is shown all the same."""
+def test_models_stay_where_the_folder_of_work_is_removed(job, images, tmp_path, capsys):
+    """They are folders of their own, also for a copy, as on a stick; a job that goes on takes them from there. A
+    model that is in neither place is named, and what is done is shown all the same."""
     out, words, _ = job
-    model = find_run(out / "models/plain").model
-    model.rename(out / "aside")
-    try:
-        with pytest.raises(SystemExit, match="its model is not in .* remove .* to train it again"):
-            main(words)
-    finally:
-        (out / "aside").rename(model)
+    copy = shutil.copytree(out, tmp_path / "stick" / out.name)
+    before = predict(out / "models/plain", images)
+    shutil.rmtree(copy / "work")
+    assert not [path for path in (copy / "models").rglob("*") if path.is_symlink()]
+    again = predict(copy / "models/plain", images)
+    pd.testing.assert_frame_equal(before, again)
+    assert find_run(copy / "models/plain").folder.parent == copy / "runs"
+    words = [str(copy) if word == str(out) else word for word in words]
+    assert main(words) == 0 and "use one: vitdistill predict" in capsys.readouterr().out
+    run = find_run(copy / "models/plain")
+    assert predict(run.model, images).probability.tolist() == before.probability.tolist()
+    for folder in (run.model, copy / "models/plain"):
+        shutil.rmtree(folder)
+    with pytest.raises(SystemExit, match="its model is not in .* remove .* to train it again"):
+        main(words)
     assert "plain    mobilenetv3" in capsys.readouterr().out
+
+
+def test_an_adopted_teacher_keeps_its_card(job, images, tmp_path):
+    """Its card says what it was trained on: not the images of the job that took it. The record names a command
+    that ran."""
+    source = job[0] / "models/teacher"
+    result = api.distill(images, teacher=source, out=tmp_path / "other", **SMALL)
+    assert (result.folder("teacher") / "card.json").read_bytes() == (source / "card.json").read_bytes()
+    record, = result.models["teacher"]
+    assert record.environment["command"].startswith("vitdistill distill ")
+    assert json.loads((record.model / "card.json").read_text())["n_train"] == 21
 
 
 def test_a_field_that_loosens_a_check_is_the_same_job(job, images, weights):

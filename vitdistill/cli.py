@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FOREIGN_OPTIONS', 'OTHER_TEACHER', 'COMMANDS', 'field_comments', 'field_help', 'train_parser', 'suggested_option',
-           'is_typed_path', 'typed_places', 'typed_value', 'field_values', 'command_config', 'train', 'run_notebook',
-           'experiment_values', 'study_part', 'pair', 'run_pair', 'study_arguments', 'study', 'demo',
-           'analysis_parameters', 'figures', 'report', 'write_layout', 'new_folder', 'new', 'fields_without_config',
-           'captions', 'distill', 'grid', 'compare', 'evaluate', 'bench', 'predict', 'export', 'print_any_text',
-           'command_parser', 'main']
+           'is_typed_path', 'typed_places', 'typed_value', 'refuse_unknown_options', 'typed_fields', 'field_values',
+           'command_config', 'train', 'run_notebook', 'experiment_values', 'study_part', 'pair', 'run_pair',
+           'study_arguments', 'study', 'demo', 'analysis_parameters', 'figures', 'report', 'write_layout', 'new_folder',
+           'new', 'CommandLine', 'command_line', 'captions', 'distill', 'grid', 'compare', 'evaluate', 'bench',
+           'predict', 'export', 'print_any_text', 'command_parser', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
 import argparse, errno, functools, inspect, os, shutil, sys, tempfile
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import Field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 import yaml
 from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, explained, from_here
@@ -138,21 +139,31 @@ def typed_value(
     return value
 
 # %% ../nbs/07_cli.ipynb #1e4d91b2
-def field_values(
-    words:list[str], # arguments, such as `--lr 1e-3 --opt-kwargs '{betas: [.9, .95]}'`; _ may replace hyphens
+def refuse_unknown_options(
+    unknown:list[str],  # words that a parser doesn't know
     more:Iterable[str]=() # the command's own options, for advice
-)->tuple[dict, str|None]: # fields as YAML reads them, value of --config
-    "Returns the fields and the config file of a command line; an unknown option is an error with advice."
-    options, unknown = train_parser().parse_known_args(with_hyphens(words))
+)->None:
+    "Raises a `VitdistillError` with advice for the first word of a command line that belongs to no option."
     resolved = field_names(group='found')
     names = ['config', *more, *(name for name in field_names() if name not in resolved)]
     for word in unknown:
         if not word.startswith('--'):
             raise VitdistillError(f'{word!r} belongs to no option: write --FIELD VALUE.')
         raise VitdistillError(f'unknown option {word!r}: {suggested_option(word, names)}')
+
+def typed_fields(texts:dict)->dict: # texts: name of a field -> as it was typed
+    "Returns fields of `Config` as YAML reads them; paths start at the working folder."
+    return typed_places({name: typed_value(name, text) for name, text in texts.items()})
+
+def field_values(
+    words:list[str] # arguments, such as `--lr 1e-3 --opt-kwargs '{betas: [.9, .95]}'`; _ may replace hyphens
+)->tuple[dict, str|None]: # fields as YAML reads them, value of --config
+    "Returns the fields and the config file of a command line; an unknown option is an error with advice."
+    options, unknown = train_parser().parse_known_args(with_hyphens(words))
+    refuse_unknown_options(unknown)
     texts = vars(options)
     source = texts.pop('config')
-    return typed_places({name: typed_value(name, text) for name, text in texts.items()}), source
+    return typed_fields(texts), source
 
 # %% ../nbs/07_cli.ipynb #724e2b4b
 def command_config(
@@ -423,19 +434,35 @@ def new(words:list[str])->int:
     return 0
 
 # %% ../nbs/07_cli.ipynb #e680e030
-def fields_without_config(words:list[str], options:dict)->dict: # options: the command's own, for advice
-    "Returns the fields of a command line; a config file is a `VitdistillError`."
-    values, source = field_values(words, options)
-    if source:
-        advice = 'give --preset, or fields such as --lr 0.01'
-        raise VitdistillError(f'--config {source} is for vitdistill train: {advice}.')
-    return values
+class CommandLine(NamedTuple):
+    "Holds what was typed after a command that takes fields of `Config` too."
+    options:dict # the command's own, name -> value
+    fields:dict  # of Config, name -> value
+
+def command_line(parser:argparse.ArgumentParser, words:list[str])->CommandLine: # parser: of the command
+    """Returns the options and the fields of a command line. One parser knows both, so that the value of a
+    field is never taken for a folder; a config file is a `VitdistillError`."""
+    resolved = field_names(group='found')
+    names = []
+    for name in ('config', *field_names()):
+        if name not in resolved:
+            with suppress(argparse.ArgumentError): # the command has an option of that name
+                parser.add_argument(option_of(name), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+                names.append(name)
+    options, unknown = parser.parse_known_args(with_hyphens(words))
+    values = vars(options)
+    texts = {name: values.pop(name) for name in names if name in values}
+    refuse_unknown_options(unknown, values)
+    if 'config' in texts:
+        raise VitdistillError(f"--config {texts['config']} is for vitdistill train: give --preset, or fields "
+                              'such as --lr 0.01.')
+    return CommandLine(values, typed_fields(texts))
 
 # %% ../nbs/07_cli.ipynb #3694294e
 def captions(words:list[str])->int:
     "learns captions from a text file, and writes one for each of your images"
-    options, others = captions_parser().parse_known_args(with_hyphens(words))
-    values = fields_without_config(others, vars(options))
+    own, values = command_line(captions_parser(), words)
+    options = argparse.Namespace(**own)
     from vitdistill.data.files import printable # these import torch, which --help does without
     from vitdistill.deploy.predict import named_images, print_json
     from vitdistill.launch.runner import run
@@ -459,11 +486,10 @@ def captions(words:list[str])->int:
 # %% ../nbs/07_cli.ipynb #95d9cc00
 def distill(words:list[str])->int:
     "trains a student on a folder of your images, with and without a teacher, and compares them"
-    options, others = distill_parser().parse_known_args(with_hyphens(words))
-    values = fields_without_config(others, vars(options))
+    options, values = command_line(distill_parser(), words)
     from vitdistill import api
-    with nullcontext() if options.dry_run else progress_apart():
-        api.distill(**vars(options), **values)
+    with nullcontext() if options['dry_run'] else progress_apart():
+        api.distill(**options, **values)
     return 0
 
 # %% ../nbs/07_cli.ipynb #09a43fc2

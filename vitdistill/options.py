@@ -84,8 +84,8 @@ def with_hyphens(words:list[str])->list[str]:
 def distill_parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill distill`, without the fields of Config."
     about = ('Train a student with and without a teacher on a folder of images, compare them, and keep both. '
-             'Any field that `vitdistill train --help` lists can be given too, after DIR, such as --lr 0.01, '
-             'but for those that the job sets itself.')
+             'Any field that `vitdistill train --help` lists can be given too, such as --lr 0.01, but for those '
+             'that the job sets itself.')
     parser = argparse.ArgumentParser(prog='vitdistill distill', description=about, allow_abbrev=False,
                                      usage='%(prog)s DIR [options] [--FIELD VALUE ...]')
     parser.add_argument('data', metavar='DIR',
@@ -107,7 +107,7 @@ def captions_parser()->argparse.ArgumentParser:
     about = ('Learn to write from a text file, and caption images: CSV with path and caption. A finished run '
              'is not repeated. Any field of Config can be given, as vitdistill train --help lists them, such '
              'as --clip, --clip-pretrained, --decoder and --noise-std.')
-    parser = argparse.ArgumentParser(prog='vitdistill captions', description=about)
+    parser = argparse.ArgumentParser(prog='vitdistill captions', description=about, allow_abbrev=False)
     parser.add_argument('--texts', required=True, metavar='FILE', help='text file, one caption a line')
     parser.add_argument('--images', required=True, nargs='+', metavar='DIR',
                         help='image files, or folders of them')

@@ -194,6 +194,9 @@ def find_run(
         work = place.resolve().parent
         if place.is_dir() and (work/'launch.yaml').is_file(): # a model folder, or a link to one
             return _run_of_work(work, run)
+        record = work.parent/'runs'/str(read_json(place/'card.json').get('run')) # of models/NAME of a job
+        if (record/'config.yaml').is_file():
+            return Run(record)
     is_path = len(Path(run).parts) > 1 or run and from_here(run).exists()
     if is_path:
         raise VitdistillError(f'{run} is no run folder and no model folder: give one, such as '

@@ -375,7 +375,8 @@ def state_at_end(status:int, log:Path)->str: # exit status and output of a cell'
 def run_cell(
     cell:Cell,
     threads:int=0,          # as in `new_threads`
-    show:bool|Callable=True # as in `runner.run`
+    show:bool|Callable=True, # as in `runner.run`
+    command:str=''          # that runs the cell, for the record of an adopted teacher
 )->Run:
     "Runs a cell without its notebook, unless its run is finished; returns the run."
     models = {key: model_for(cell, arm) for key, arm in cell.models.items()}
@@ -383,7 +384,7 @@ def run_cell(
     if cell.notebook.stem == 'e04_adopted_teacher':
         if not any(run.status == 'done' for run in cell_runs(cell)):
             print('measuring the teacher: it answers all images', flush=True)
-        _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm) # a finished run is kept
+        _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm, command) # a finished run is kept
         share = run.result['test_top1']
         if share is not None:
             print(f'{share:.1%} of the test images', flush=True)

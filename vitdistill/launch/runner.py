@@ -471,7 +471,8 @@ def is_weak(card:Card)->bool: # of a teacher
 def adopt_teacher(
     config:Config, # of the teacher as a run
     given:dict,    # parameters of e04: weights, adopted, new_head, held_out, keep_record, keep_answers
-    arm:str=None   # 'study/arm' that its record gets
+    arm:str=None,  # 'study/arm' that its record gets
+    command:str='papermill nbs/experiments/e04_adopted_teacher.ipynb' # that its record names
 )->tuple[Config, Card, Run|None]:
     "Makes a teacher's folder of weights, and a record if `given` asks for it; returns config, card and run."
     config = resolve(config)
@@ -489,7 +490,7 @@ def adopt_teacher(
         raise weak_teacher(card, weights)
     if not (given.get('keep_record') or given.get('keep_answers')):
         return config, card, None
-    record = record_adopted(config, folder)
+    record = record_adopted(config, folder, command)
     if arm:
         record.add_arm(arm)
     return config, card, record

@@ -319,7 +319,7 @@ def check_health(
         return None, ''
     own_images = card and knows_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card.split) if own_images else config)
-    rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
+    rows, which = (val, 'images that were held out') if len(val) else (train, 'training images')
     sample = sample_rows(rows, 1000)
     classes = len(data.classes)
     if isinstance(teacher, Absent):
@@ -490,6 +490,9 @@ def adopt(
     views = Views(data.train_images, config.padding, device)
     card = make_card(teacher, config, data, views, most, held_out)
     card = replace(card, made_from=licenses_of(config.student, named), words=words_of(places[0]))
+    source = Card.read(places[0])
+    if source and not is_mixture: # what it was trained on is known; the images here only measure it
+        card = replace(card, n_train=source.n_train, n_unlabelled=source.n_unlabelled)
     readme = adopted_readme(config, card, named, new_head)
     save_model(model.cpu(), folder, config.student_kwargs, card.classes, readme, constants, size)
     card.write(folder)

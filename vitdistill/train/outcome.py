@@ -256,7 +256,8 @@ def finish(
 # %% ../../nbs/train/04_outcome.ipynb #b206e82c
 def record_adopted(
     config:Config,    # of the adopted teacher, resolved
-    folder:str|Path   # the teacher's model folder
+    folder:str|Path,  # the teacher's model folder
+    command:str       # that adopts it, for the record
 )->RunWriter:
     "Writes and returns the record of a teacher that was trained elsewhere: predictions, its card as result."
     card = Card.read(folder)
@@ -267,7 +268,7 @@ def record_adopted(
     setup = prepare(replace(config, student_weights=''), Ranks(device=config.device))
     load_weights(setup.student.model, weights_place(str(folder))) # with the head
     with run.lock():
-        run.begin(config, 'papermill nbs/experiments/e04_adopted_teacher.ipynb')
+        run.begin(config, command)
         arrays = predictions(setup)
         run.save_predictions(**arrays)
         heads = head_accuracies(arrays)
