@@ -319,7 +319,7 @@ def check_health(
         return None, ''
     own_images = card and knows_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card.split) if own_images else config)
-    rows, which = (val, 'images that were held out') if len(val) else (train, 'training images')
+    rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     sample = sample_rows(rows, 1000)
     classes = len(data.classes)
     if isinstance(teacher, Absent):
