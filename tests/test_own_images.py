@@ -205,8 +205,8 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
 
 
 def test_models_stay_where_the_folder_of_work_is_removed(job, images, tmp_path, capsys):
-    """They are folders of their own, also for a copy, as on a stick; a job that goes on takes them from there. A
-    model that is in neither place is named, and what is done is shown all the same."""
+    """They are folders of their own, also for a copy, as on a stick; a job that goes on takes them from
+    there. A model that is in neither place is named, and what is done is shown all the same."""
     out, words, _ = job
     copy = shutil.copytree(out, tmp_path / "stick" / out.name)
     before = predict(out / "models/plain", images)
@@ -227,8 +227,8 @@ def test_models_stay_where_the_folder_of_work_is_removed(job, images, tmp_path, 
 
 
 def test_an_adopted_teacher_keeps_its_card(job, images, tmp_path):
-    """Its card says what it was trained on: not the images of the job that took it. The record names a command
-    that ran."""
+    """Its card says what it was trained on: not the images of the job that took it. The record names a
+    command that ran."""
     source = job[0] / "models/teacher"
     result = api.distill(images, teacher=source, out=tmp_path / "other", **SMALL)
     assert (result.folder("teacher") / "card.json").read_bytes() == (source / "card.json").read_bytes()

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from timm.utils import unwrap_model
 from tqdm import tqdm
 from .teachers.answers import open_memo
-from .base import VitdistillError, default_place, explained, first_line, from_here, from_root, nearest
+from .base import VitdistillError, default_place, explained, first_line, from_here, nearest
 from .base import print_result, stoppable
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
 from .config import typed_preset

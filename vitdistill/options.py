@@ -84,8 +84,8 @@ def with_hyphens(words:list[str])->list[str]:
 def distill_parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill distill`, without the fields of Config."
     about = ('Train a student with and without a teacher on a folder of images, compare them, and keep both. '
-             'Any field that `vitdistill train --help` lists can be given too, such as --lr 0.01, but for those '
-             'that the job sets itself.')
+             'Any field that `vitdistill train --help` lists can be given too, such as --lr 0.01, but for '
+             'those that the job sets itself.')
     parser = argparse.ArgumentParser(prog='vitdistill distill', description=about, allow_abbrev=False,
                                      usage='%(prog)s DIR [options] [--FIELD VALUE ...]')
     parser.add_argument('data', metavar='DIR',

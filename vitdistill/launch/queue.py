@@ -384,7 +384,8 @@ def run_cell(
     if cell.notebook.stem == 'e04_adopted_teacher':
         if not any(run.status == 'done' for run in cell_runs(cell)):
             print('measuring the teacher: it answers all images', flush=True)
-        _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm, command) # a finished run is kept
+        # a finished run is kept
+        _, _, run = adopt_teacher(config_of(cell, **models), given, cell.arm, command)
         share = run.result['test_top1']
         if share is not None:
             print(f'{share:.1%} of the test images', flush=True)
