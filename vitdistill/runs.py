@@ -191,12 +191,9 @@ def find_run(
     for place in (from_here(run), folder/run) if run else ():
         if (place/'config.yaml').is_file():
             return Run(place)
-        work = place.resolve().parent
-        if place.is_dir() and (work/'launch.yaml').is_file(): # a model folder, or a link to one
-            return _run_of_work(work, run)
-        record = work.parent/'runs'/str(read_json(place/'card.json').get('run')) # of models/NAME of a job
-        if (record/'config.yaml').is_file():
-            return Run(record)
+        of_model = _run_of_model(place, run) if place.is_dir() else None
+        if of_model:
+            return of_model
     is_path = len(Path(run).parts) > 1 or run and from_here(run).exists()
     if is_path:
         raise VitdistillError(f'{run} is no run folder and no model folder: give one, such as '
@@ -217,6 +214,14 @@ def _run_by_name(part:str, folder:Path)->Run: # part: of the name
         return fitting[0]
     raise VitdistillError(f'{len(fitting)} runs fit {part!r}: name more of one, such as '
                           f'{fitting[-1].name!r}.')
+
+# %% ../nbs/05_runs.ipynb #7a10e001
+def _run_of_model(place:Path, name:str|Path)->Run|None: # place: a model folder; name: as the user wrote it
+    work = place.resolve().parent
+    if (work/'launch.yaml').is_file():
+        return _run_of_work(work, name)
+    record = work.parent/'runs'/str(read_json(place/'card.json').get('run')) # of models/NAME of a job
+    return Run(record) if (record/'config.yaml').is_file() else None
 
 def _run_of_work(work:Path, name:str|Path)->Run: # work: a working folder; name: as the user wrote it
     config = load(work/'launch.yaml')
