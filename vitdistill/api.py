@@ -195,6 +195,7 @@ def copy_model(
             shutil.copyfile(card, new/'card.json')
         new.rename(to)
 
+# %% ../nbs/06_api.ipynb #7a10e002
 def keep_model(
     run:Run, place:Path,  # place: models/NAME of a job
     card:Path|None=None   # as in `copy_model`
@@ -216,6 +217,7 @@ def keep_model(
         return place
     return run.model
 
+# %% ../nbs/06_api.ipynb #7a10e003
 def return_models(out:Path)->None: # folder of a job
     "Puts the models of a job back into its folder of work, if that was removed."
     for place in out.glob('models/*'):
