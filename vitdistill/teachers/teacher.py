@@ -7,7 +7,7 @@ __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest
            'Absent', 'refuse_new_head', 'refuse_other_weights', 'compiles_teacher', 'teacher_and_card', 'balance',
            'untrained', 'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images', 'with_members',
            'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images', 'adopted_readme',
-           'refuse_other_card', 'refuse_model', 'adopt']
+           'refuse_other_card', 'with_training_of', 'refuse_model', 'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import json, math
@@ -444,6 +444,10 @@ def refuse_other_card(card:Card|None, config:Config, data:Data)->None: # card: o
     if card and not card.pretrained_by and knows_images(card, data):
         refuse_overlap(card, config, data, "the weights'")
 
+def with_training_of(source:Card|None, card:Card)->Card: # source: beside the weights that were adopted
+    "Returns a card that says how many images trained the weights, where that is known."
+    return replace(card, n_train=source.n_train, n_unlabelled=source.n_unlabelled) if source else card
+
 def refuse_model(folder:Path)->None: # without a card
     if (folder/'model.safetensors').exists():
         raise VitdistillError(f'{folder} holds a model without a card: name another folder, or remove that '
@@ -490,9 +494,7 @@ def adopt(
     views = Views(data.train_images, config.padding, device)
     card = make_card(teacher, config, data, views, most, held_out)
     card = replace(card, made_from=licenses_of(config.student, named), words=words_of(places[0]))
-    source = Card.read(places[0])
-    if source and not is_mixture: # what it was trained on is known; the images here only measure it
-        card = replace(card, n_train=source.n_train, n_unlabelled=source.n_unlabelled)
+    card = with_training_of(None if is_mixture else Card.read(places[0]), card)
     readme = adopted_readme(config, card, named, new_head)
     save_model(model.cpu(), folder, config.student_kwargs, card.classes, readme, constants, size)
     card.write(folder)
