@@ -175,10 +175,10 @@ def ratios(turns:pd.DataFrame, config:Config)->pd.DataFrame: # turns: of `time_c
 def draw_rates(turns:pd.DataFrame): # turns: of `time_contenders`
     "Returns a figure of the images per second of every contender."
     import seaborn as sns # here, so that workers start faster
-    from vitdistill.study.figures import style
-    style()
-    grid = sns.catplot(turns, x='images_per_second', y='contender', kind='box', log_scale=True,
-                       height=4, aspect=1.8)
+    from vitdistill.study.figures import styled
+    with styled():
+        grid = sns.catplot(turns, x='images_per_second', y='contender', kind='box', log_scale=True,
+                           height=4, aspect=1.8)
     return grid.set(xlabel='images/s (log scale)', ylabel='').figure
 
 # %% ../../nbs/bench/03_bench.ipynb #e632df7b

@@ -23,7 +23,7 @@ from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
 from ..launch.studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of
 from ..launch.studies import references, seeds_of, sides, trains
-from .figures import save_figure, save_table, style, without_formulas
+from .figures import save_figure, save_table, styled, without_formulas
 from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
@@ -458,12 +458,12 @@ def plot_forest(
     ax.tick_params(axis='y', length=0)
 
 # %% ../../nbs/study/08_compare.ipynb #97011c27
+@styled()
 def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without rows
     "Draws the differences of a study."
     rows = comparison.table(gains=False)
     if not len(rows):
         return None
-    style()
     fig, ax = plt.subplots(figsize=(7.4, .9 + .34*len(rows)), layout='constrained')
     one_baseline = rows.other.nunique() == 1
     plot_forest(ax, rows, rows.arm if one_baseline else rows.arm + ' - ' + rows.other)
@@ -484,6 +484,7 @@ def draw_forest(comparison:Comparison): # -> a matplotlib figure; None without r
 # %% ../../nbs/study/08_compare.ipynb #ff44c6fe
 MOST_CURVES = 7
 
+@styled()
 def draw_curves(
     comparison:Comparison,
     most:int=MOST_CURVES, # arms that are drawn
@@ -505,7 +506,6 @@ def draw_curves(
     if not frames:
         return None
 
-    style()
     alone = ax is None
     if alone:
         _, ax = plt.subplots(figsize=(6.4, 3.8), layout='constrained')

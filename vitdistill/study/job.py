@@ -31,7 +31,7 @@ from ..runs import Run, machine_in_words
 from .agreement import agreements
 from .choice import choice_in_words, choice_of, finished_models, is_unlabelled
 from .compare import Comparison, draw_curves, finished_runs, missing
-from .figures import format_cell, save_table, style
+from .figures import format_cell, save_table, styled
 from .page import address, write_page
 from .results import read_predictions, with_predictions
 from ..teachers.card import Card
@@ -87,9 +87,9 @@ def shortened(name:str, most:int=24)->str: # most: characters
 
 MOST_NUMBERS = 12 # classes of which the numbers are drawn
 
+@styled()
 def draw_confusion(counts:np.ndarray, classes:list): # counts: of `confusion`; names; -> a matplotlib figure
     "Draws the share of each class (row) that is taken for each class; of few classes with the numbers."
-    style()
     many = len(classes) > MOST_NUMBERS
     labels = [shortened(name) for name in classes]
     total = counts.sum(1, keepdims=True)
@@ -109,9 +109,9 @@ def draw_confusion(counts:np.ndarray, classes:list): # counts: of `confusion`; n
 # %% ../../nbs/study/10_job.ipynb #6d961b5a
 MARKERS = 'osD^vP*X'
 
+@styled()
 def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `recalls`; colors: model -> colour
     "Draws the share that each model has right of each tested class, the most difficult classes first."
-    style()
     tested = table[table['test images'] > 0]
     students = [name for name in colors if name != 'teacher'] or [*colors]
     order = tested[students].mean(axis=1).sort_values(kind='stable').index[:most]
@@ -307,13 +307,13 @@ COSTS = {'parameters': 'parameters, M', 'mb': 'MB', 'int8_top1': 'int8: test acc
          'int8_difference': 'int8 minus whole, points', 'int8_mb': 'int8: MB', 'int8_ms': 'int8: ms'}
 COST_FORMATS = dict(parameters='.1f', mb='.1f', ms='.2f', int8_top1='.1%', int8_mb='.1f', int8_ms='.2f')
 
+@styled()
 def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -> a matplotlib figure
     "Draws accuracy against ms an image, a line a student's architecture. Returns None without ms."
     costs = costs.dropna(subset='ms').set_index('model')
     tops = 100*comparison.tops().mean()
     if not len(costs) or tops.isna().all():
         return None
-    style()
     figure, ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')
     students = {}
     for arm, runs in comparison.arms.items():
@@ -461,6 +461,7 @@ def mistake_items(
 # %% ../../nbs/study/10_job.ipynb #a0ca776d
 MOST_CURVES = 6 # of a student, beside the teacher's line
 
+@styled()
 def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its finished runs; -> a figure
     "Draws test accuracy by epoch, a panel for each architecture; dashed: the teacher. None without curves."
     students = arms_of_students(comparison.arms)
@@ -474,7 +475,6 @@ def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its f
     columns = min(2, n)
     rows = math.ceil(n/columns)
     size = (5.4, 3.5) if n == 1 else (4.8, .7 + 1.8*rows) # it is read on a phone too
-    style()
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False,
                                 layout='constrained')
     plt.close(figure)
