@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from ..base import Interrupted, VitdistillError, free_threads, from_root, nearest, shipped_names
+from ..base import stoppable
 from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
 from ..data.datasets import labelled_images, load_data
 from ..losses import OBJECTIVES, criterion
@@ -369,6 +370,7 @@ def teacher_warning(result:dict)->str: # of a run
             'a better teacher may help more')
 
 # %% ../../nbs/launch/01_runner.ipynb #94680760
+@stoppable()
 def run(
     config:Config,
     nproc:int=None,   # ranks on this node; None: nproc of the config, at most the visible GPUs

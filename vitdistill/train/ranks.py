@@ -115,6 +115,8 @@ def end_with_parent()->None:
                 with suppress(PermissionError):
                     if launcher:
                         os.kill(launcher, 0)
+        os.kill(os.getpid(), signal.SIGTERM) # `end_by_signal` saves first
+        time.sleep(60)
         os._exit(3)
     threading.Thread(target=watch, daemon=True).start()
 

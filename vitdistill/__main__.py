@@ -1,0 +1,6 @@
+"""Runs the command line: `python -m vitdistill`."""
+import sys
+
+from .cli import main
+
+sys.exit(main())
