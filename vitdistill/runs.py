@@ -6,7 +6,7 @@
 __all__ = ['columns', 'is_locked', 'read_rows', 'place_of_today', 'read_checkpoint', 'read_json', 'read_result', 'Run',
            'find_runs', 'find_run', 'read_arrays', 'share_images', 'npz_bytes', 'is_outside', 'clean_config',
            'clean_path', 'environment', 'machine_in_words', 'append_row', 'lock_folder', 'check_folders', 'with_resume',
-           'write_config', 'keep_rows', 'write_checkpoint', 'RunWriter']
+           'write_config', 'write_rows', 'write_checkpoint', 'RunWriter']
 
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, hashlib, io, json, os, platform, shutil, subprocess
@@ -46,13 +46,18 @@ def is_locked(file:Path)->bool:
 
 # %% ../nbs/05_runs.ipynb #25e64ad9
 def read_rows(file:Path)->list: # file: a metrics.csv
-    "Returns the rows of metrics, oldest first: column -> text, '' for an empty field; [] without a file."
+    """Returns the whole rows of metrics, oldest first: column -> text, '' for an empty field; [] without a
+    file."""
     try:
-        text = file.read_text(errors='replace')
+        text = file.read_text(encoding='utf-8-sig', errors='replace') # an editor may add a byte order mark
     except (FileNotFoundError, NotADirectoryError):
         return []
     whole_lines = text[:text.rfind('\n') + 1]
-    return list(csv.DictReader(io.StringIO(whole_lines)))
+    rows = []
+    for row in csv.DictReader(io.StringIO(whole_lines)):
+        if None not in row and None not in row.values(): # as many fields as columns
+            rows.append(row)
+    return rows
 
 # %% ../nbs/05_runs.ipynb #f87e9b0a
 def place_of_today(
@@ -444,10 +449,9 @@ def write_config(config:Config, folder:Path)->None: # folder: of a run
     write_atomic(folder/'config.yaml', dump_yaml(record))
 
 # %% ../nbs/05_runs.ipynb #21638be4
-def keep_rows(file:Path, n:int)->None: # file: a metrics.csv
-    "Keeps the first rows of metrics; without any, the file goes."
+def write_rows(file:Path, rows:list[dict])->None: # file: a metrics.csv; rows: as `read_rows` returns them
+    "Writes metrics; without a row, the file goes."
     import pandas as pd
-    rows = read_rows(file)[:n]
     if rows:
         write_atomic(file, pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
     else:
@@ -483,7 +487,11 @@ class RunWriter(Run):
         facts = {**environment(), 'begun': now, 'command': command}
         first = {'begun': self.begun, **self.environment}
         self.config = config
-        goes_on = self.epochs_done and (self.work/'checkpoint.pt').is_file()
+        checkpoint = self.work/'checkpoint.pt'
+        record = [self.folder/name for name in ('config.yaml', 'environment.json', 'metrics.csv')]
+        if checkpoint.is_file() and not any(file.is_file() for file in record): # it was removed
+            checkpoint.rename(self.work/'checkpoint-before.pt') # so that the run trains again
+        goes_on = checkpoint.is_file()
         write_config(config, self.folder)
         self._write_json('environment.json', with_resume(first, facts) if goes_on else facts)
         self.__dict__.pop('trackers', None)
@@ -503,8 +511,8 @@ class RunWriter(Run):
         trackers = self.trackers # created before the row is written, or they would get it twice
         self._track(trackers, append_row(self.folder/'metrics.csv', row))
 
-    def keep_epochs(self, n:int)->None: # drops rows written after the checkpoint that a resume starts from
-        keep_rows(self.folder/'metrics.csv', n)
+    def set_rows(self, rows:list[dict])->None: # those of the checkpoint that a resume starts from
+        write_rows(self.folder/'metrics.csv', rows)
 
     def save_checkpoint(self, state:dict, keep:bool=False)->None: # keep: also as checkpoint-EPOCHS.pt
         write_checkpoint(self.work, state, keep)

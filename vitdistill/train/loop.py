@@ -6,8 +6,9 @@
 __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'epoch_steps', 'from_processes', 'cut_ahead', 'cut_in_processes',
            'cut_in_thread', 'copy_views', 'drawn_views', 'cut_in_step', 'step_cutter', 'batches', 'epoch_in_words',
            'Progress', 'current_lr', 'high_first_loss', 'train_epoch', 'epoch_accuracies', 'create_objective',
-           'with_kernels', 'restore', 'describe', 'announce', 'first_loss', 'Checkpoints', 'student_epoch', 'Task',
-           'train_epochs', 'measure_once', 'train', 'fill_memo', 'rank_main', 'main', 'end_process']
+           'with_kernels', 'rows_of_checkpoint', 'restore', 'describe', 'announce', 'first_loss', 'Checkpoints',
+           'student_epoch', 'Task', 'train_epochs', 'measure_once', 'train', 'fill_memo', 'rank_main', 'main',
+           'end_process']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
 import argparse, copy, dataclasses, os, sys, threading, time, traceback, typing
@@ -381,18 +382,24 @@ def with_kernels(state:dict, optimizer:torch.optim.Optimizer)->dict: # state: of
     return state | dict(param_groups=groups)
 
 # %% ../../nbs/train/05_loop.ipynb #9661612e
+def rows_of_checkpoint(run:RunWriter, state:dict)->list[dict]: # state: a checkpoint
+    "Returns the rows of metrics up to a checkpoint, which keeps them; one of 0.3 and before does not."
+    epochs = state['epochs']
+    for rows in (state.get('rows', []), run.rows()):
+        if len(rows) >= epochs:
+            return rows[:epochs]
+    raise VitdistillError(f'{run.folder/"metrics.csv"} has {len(rows)} epochs, and the checkpoint in '
+                          f'{run.work} has {epochs}: put the missing rows back, or remove checkpoint.pt to '
+                          'train from the beginning.')
+
 def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> object with a state_dict
     "Loads the checkpoint, if there is one, on every rank; returns (epochs done, number of ranks so far)."
     nothing_done = dict(epochs=0, world=setup.ranks.world)
     state = run.checkpoint() or nothing_done
-    in_csv = run.epochs_done
-    csv_is_short = in_csv < state['epochs'] # it would have gaps
-    checkpoint_is_gone = in_csv > 0 and not state['epochs']
-    if csv_is_short or checkpoint_is_gone:
-        if not setup.ranks.rank:
-            print(f'{run.name} starts anew: metrics.csv has {in_csv} epochs, its checkpoint '
-                  f"{state['epochs'] or 'none'}", flush=True)
-        state = nothing_done
+    rows = rows_of_checkpoint(run, state)
+    if run.epochs_done and not state['epochs'] and not setup.ranks.rank:
+        print(f'{run.name} starts anew: metrics.csv has {run.epochs_done} epochs, and there is no checkpoint',
+              flush=True)
     if setup.ranks.world > 1: # each rank has read its own disk
         epochs = [None]*setup.ranks.world
         dist.all_gather_object(epochs, state['epochs'])
@@ -406,7 +413,7 @@ def restore(setup:BaseSetup, run:RunWriter, kept:dict)->tuple: # kept: name -> o
             of_part = with_kernels(of_part, kept[name])
         kept[name].load_state_dict(of_part)
     if setup.ranks.rank == 0:
-        run.keep_epochs(state['epochs']) # cuts metrics.csv: later epochs are trained again
+        run.set_rows(rows) # later epochs are trained again
     return state['epochs'], state['world']
 
 # %% ../../nbs/train/05_loop.ipynb #e50dcd49
@@ -505,7 +512,7 @@ class Checkpoints:
         states = copy.deepcopy({name: part.state_dict() for name, part in self.kept.items()})
         late = time.monotonic() - self.last >= c.checkpoint_seconds
         with self.lock:
-            state = dict(epochs=epochs, world=self.world, **states)
+            state = dict(epochs=epochs, world=self.world, rows=self.run.rows(), **states)
             self.held = (state, keep)
             if self.on_gpu: # the copies must be complete: `flush` reads them in another stream
                 torch.cuda.synchronize()
@@ -627,7 +634,7 @@ def measure_once(setup:BaseSetup, run:RunWriter, task:Task)->None:
     row['seconds'] = time.perf_counter() - start
     if setup.ranks.rank:
         return
-    run.keep_epochs(0) # of a start that was interrupted
+    run.set_rows([]) # of a start that was interrupted
     run.append(row)
     progress.epoch(dict(images_per_second=0.) | row)
 
