@@ -2,6 +2,7 @@
 ended."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,64 @@ def test_a_signal_saves_first(tiny, tmp_path):
         process.kill()
     assert run_of(config).checkpoint()["epochs"] >= run_of(config).epochs_done - 1 >= 3
     assert run_of(config).status == "interrupted"  # and the lock left nothing stale
+
+
+def command(config, file, *before):
+    """`vitdistill train` of a config as a user starts it, after the words `before`."""
+    words = [*before, PYTHON, "-m", "vitdistill", "train", "--config", str(save(config, file))]
+
+    def heed():  # a background job ignores SIGINT, and its children inherit that
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(words, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, preexec_fn=heed)
+
+
+def children(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+AS_PROCESS_ONE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+if not shutil.which("unshare") or subprocess.run([*AS_PROCESS_ONE, "true"], capture_output=True).returncode:
+    AS_PROCESS_ONE = []  # needs root on Linux
+
+
+def test_docker_stop_saves_first(tiny, tmp_path):
+    """SIGTERM for the command, which is process 1 of a container: it ends in less than the ten seconds that
+    docker waits, and has lost no epoch."""
+    config = replace(tiny, epochs=500, checkpoint_seconds=3600.0)
+    process = command(config, tmp_path / "c.yaml", *AS_PROCESS_ONE)
+    try:
+        assert wait_until(lambda: run_of(config).epochs_done >= 4, 90)
+        first = children(process)[0] if AS_PROCESS_ONE else psutil.Process(process.pid)
+        first.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=10)[0]
+        assert process.returncode == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert run_of(config).checkpoint()["epochs"] >= run_of(config).epochs_done - 1 >= 3
+    assert "interrupted; run this again to go on after epoch" in printed and "Traceback" not in printed
+
+
+def test_a_second_interrupt_does_not_wait(tiny, tmp_path):
+    """A rank hangs; Ctrl-C waits for it, a second one does not, and nothing is left."""
+    config = replace(tiny, epochs=500)
+    process = command(config, tmp_path / "c.yaml")
+    try:
+        assert wait_until(lambda: run_of(config).epochs_done >= 2, 90)
+        rank, = [p for p in children(process) if "vitdistill.train" in " ".join(p.cmdline())]
+        rank.suspend()
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(2) == 128 + signal.SIGINT
+        rank.resume()
+        printed = process.communicate(timeout=10)[0]
+        assert "ended at once" in printed and "Traceback" not in printed
+        assert wait_until(lambda: not processes_mentioning(str(tmp_path / "tiny")), 10)
+    finally:
+        process.kill()
 
 
 @pytest.mark.slow
