@@ -7,7 +7,8 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Unwritable', 
            'interrupt_by_signals', 'nearest', 'first_line', 'explained', 'require', 'is_root', 'repo_root', 'from_root',
            'place_or_name', 'from_here', 'default_place', 'typed_path', 'progress_apart', 'print_result', 'record_path',
            'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number',
-           'cores', 'busy_cores', 'free_threads', 'errors_alone', 'timer_of', 'generator', 'seed_host']
+           'cores', 'busy_cores', 'free_threads', 'errors_alone', 'timer_of', 'without_autocast', 'generator',
+           'seed_host']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
 import contextlib, difflib, errno, glob, importlib.util, logging, math, os, random, re, shutil, signal
@@ -395,6 +396,14 @@ def timer_of(
     with errors_alone('torch.utils.cpp_extension'):
         from torch.utils.benchmark import Timer
     return Timer(statement, globals=names, num_threads=torch.get_num_threads())
+
+# %% ../nbs/00_base.ipynb #1c6f0a52
+def without_autocast(device:str): # 'cpu', 'cuda' or another type; 'meta' has no autocast
+    "Returns a context in which torch computes in the precision of its inputs, also within autocast."
+    import torch
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 # %% ../nbs/00_base.ipynb #c07f9f07
 def generator(*numbers:int): # -> torch.Generator

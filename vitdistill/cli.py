@@ -11,9 +11,9 @@ __all__ = ['FOREIGN_OPTIONS', 'OTHER_TEACHER', 'COMMANDS', 'field_comments', 'fi
            'predict', 'export', 'print_any_text', 'command_parser', 'main']
 
 # %% ../nbs/07_cli.ipynb #598bd3f4
-import argparse, errno, functools, inspect, os, shutil, sys, tempfile
+import argparse, ast, errno, functools, inspect, os, shutil, signal, sys, tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import Field, fields, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import NamedTuple
 import yaml
 from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, explained, from_here
-from .base import from_root, nearest, no_space, progress_apart, repo_root, typed_path, write_atomic
+from .base import from_root, interrupt_by_signals, nearest, no_space, progress_apart, repo_root
+from .base import typed_path, write_atomic
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset, typed_preset
 from .options import bench_parser, captions_parser, compare_parser, declarations, distill_parser
 from .options import evaluate_parser, export_parser, grid_parser, option_of, predict_parser
@@ -344,7 +345,7 @@ def analysis_parameters(
 # %% ../nbs/07_cli.ipynb #0ce52bdc
 def figures(words:list[str])->int:
     "compares the arms of each study that has runs; one page lists pictures, tables and runs"
-    about = f'{inspect.getdoc(figures).capitalize()}.'
+    about = f'{_sentence(figures).capitalize()}.'
     parser = argparse.ArgumentParser(prog='vitdistill figures', description=about)
     parser.add_argument('--reports', type=from_here, metavar='DIR', help='folder of run folders (default: '
                         'reports/runs, and where the studies of nbs/studies have theirs)')
@@ -358,7 +359,7 @@ def figures(words:list[str])->int:
 # %% ../nbs/07_cli.ipynb #af65f53e
 def report(words:list[str])->int:
     "writes everything in reports/ into one HTML page"
-    parser = argparse.ArgumentParser(prog='vitdistill report', description=inspect.getdoc(report))
+    parser = argparse.ArgumentParser(prog='vitdistill report', description=_sentence(report))
     parser.add_argument('--reports', default=Path('reports'), type=from_here,
                         help='folder with figures/, tables/, bench/ and runs/ (default: %(default)s)')
     parser.add_argument('--out', default=Path('out/report'), type=from_here,
@@ -555,11 +556,14 @@ def print_any_text()->None:
         os.environ['PYTHONIOENCODING'] = f'{encoding}:backslashreplace'
 
 # %% ../nbs/07_cli.ipynb #ec084e45
+def _sentence(command:Callable)->str: # its docstring, which Python leaves out with PYTHONOPTIMIZE=2
+    return inspect.getdoc(command) or ast.get_docstring(ast.parse(inspect.getsource(command)).body[0])
+
 def command_parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill`: it lists the commands, and takes the name of one."
     lines = ['commands (for the options of one: vitdistill COMMAND --help):']
     for name, command in COMMANDS.items():
-        lines.append(f'  {name:9}{inspect.getdoc(command)}')
+        lines.append(f'  {name:9}{_sentence(command)}')
     about = 'Train, compare and export image models that learn from a teacher (knowledge distillation).'
     parser = argparse.ArgumentParser(prog='vitdistill', usage='%(prog)s [-h] [--version] COMMAND ...',
                                      description=about, epilog='\n'.join(lines),
@@ -571,7 +575,10 @@ def command_parser()->argparse.ArgumentParser:
 # %% ../nbs/07_cli.ipynb #94b4e5fb
 def main(words:list[str]|None=None)->int:
     "Runs a command and returns its exit status; an error is one sentence, and a missing library is named."
-    words = sys.argv[1:] if words is None else words
+    signals = []
+    if words is None: # this process is the command's own
+        words = sys.argv[1:]
+        signals = interrupt_by_signals()
     print_any_text()
     parser = command_parser()
     name = parser.parse_args(words[:1]).command
@@ -595,7 +602,7 @@ def main(words:list[str]|None=None)->int:
                  'pip install vitdistill installs what it lacks.')
     except KeyboardInterrupt as e:
         print(str(e) or 'interrupted', file=sys.stderr)
-        return 130
+        return 128 + (signals or [signal.SIGINT])[0]
     except BrokenPipeError: # such as by `| head`; Python would write what is left at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
