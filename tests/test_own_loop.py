@@ -1,4 +1,5 @@
-"""README's own training loop, with students, loaders and settings as people have them."""
+"""The training loop of the documentation, with students, loaders and settings as people have them."""
+import pickle
 import re
 
 import pytest
@@ -21,7 +22,8 @@ from vitdistill.losses import OBJECTIVES, Batch, RelationalDistillation, whole_b
 CLASSES = ["a", "b", "c"]
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
 IMAGE = ROOT / "docs/_static/jupyterlab.png"
-[LOOP] = [block for block in blocks("python", [ROOT / "README.md"]) if "train_loader" in block]
+[LOOP] = [block for block in blocks("python") if "in train_loader" in block]
+[DATASET] = [block for block in blocks("python") if "Dataset)" in block]
 
 
 def made():
@@ -29,17 +31,17 @@ def made():
 
 
 class Pictures(Dataset):
-    """Six images with their keys; a label is what the teacher answers."""
-    def __init__(self, teacher, classes=CLASSES, key=int, more=0):
+    """Six images with their numbers, in one view; a label is what the teacher answers."""
+    def __init__(self, teacher, classes=CLASSES, more=0):
         self.pixels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         self.labels = teacher(self.pixels).argmax(-1) + more
-        self.classes, self.key = classes, key
+        self.classes = classes
 
     def __len__(self):
         return 6
 
     def __getitem__(self, row):
-        return self.pixels[row], self.labels[row], self.key(row)
+        return self.pixels[row], self.labels[row], row, 0
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def loop(teacher, tmp_path):
-    """Returns what runs README's loop with a student, data, and other names that it knows; returns what it
-    saved."""
+    """Returns what runs the loop with a student, data, and other names that it knows; returns the memo."""
     def run(student=None, data=None, compute=torch.float32, **more):
         data = Pictures(api.load_teacher(teacher)) if data is None else data
         student = made() if student is None else student
@@ -67,7 +68,7 @@ def loop(teacher, tmp_path):
         pixels = loader.dataset[0][0][None]
         expected = unwrap_model(student).eval()(pixels.to(compute)).float()
         assert torch.allclose(saved(pixels), expected, atol=1e-4)
-        return known["answers"](pixels, [0])
+        return known["answers"]
     return run
 
 
@@ -94,11 +95,13 @@ def test_parts_of_datasets(loop, teacher):
             loop(data=together(swapped))
 
 
-def test_another_default_dtype(loop):
-    expected = loop()
+def test_another_default_dtype(loop, teacher):
+    data = Pictures(api.load_teacher(teacher))
+    expected = loop(data=data)(data.pixels[:1], [0])
+    data.pixels = data.pixels.double()
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.allclose(loop(compute=torch.float64), expected)
+        assert torch.allclose(loop(data=data, compute=torch.float64)(data.pixels[:1], [0]), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -176,17 +179,92 @@ def test_a_teacher_that_could_not_answer_is_not_loaded(teacher, given, message, 
 @pytest.mark.parametrize("given, message", [
     (dict(val_loader=[]), "yields no images"),
     (dict(classes=["a", "b"]), "2 names of classes"),
-    (dict(key=float), "torch.float64 of shape .2,.: give one whole number"),
-    (dict(key=lambda row: row > 0), "torch.bool of shape"),
-    (dict(key=lambda row: [row, row]), "keys of 2 images are"),
-    (dict(key=lambda row: f"{row}.png"), "keys of 2 images are"),
-    (dict(key=lambda row: row + 1), "key 6 is not in 0 to 5"),
     (dict(more=3), "fit no 3 classes")], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_refused(loop, teacher, given, message):
-    changes = {name: given[name] for name in given.keys() & {"key", "more"}}
-    data = Pictures(api.load_teacher(teacher), **changes)
+    more = dict(given)
+    data = Pictures(api.load_teacher(teacher), more=more.pop("more", 0))
     with pytest.raises(VitdistillError, match=message):
-        loop(data=data, **{name: given[name] for name in given.keys() - changes})
+        loop(data=data, **more)
+
+
+def test_crops_and_flips_have_keys_of_their_own(loop, teacher):
+    """Over several epochs of the documented dataset the memo answers about the pixels of each step; keys
+    that are numbers of images are refused as soon as another view comes."""
+    sees, known = api.load_teacher(teacher), {}
+    images = Pictures(sees)
+    exec(DATASET, known)
+    data = known["Views"]([image[:2] for image in images])
+    data.classes = CLASSES
+    torch.manual_seed(0)
+    answers, asked = loop(data=data, val_loader=DataLoader(images, 2)), []
+    hook = answers.teacher.model.register_forward_pre_hook(lambda *_: asked.append(1))
+    for _ in range(20):
+        for pixels, _, image, view in DataLoader(data, 2):
+            expected = answers.kind.make(sees(pixels))
+            assert torch.allclose(answers(pixels, image * 18 + view), expected, atol=0.05)
+    hook.remove()
+    assert 0 < len(asked) < 60  # of sixty batches
+    by_image = api.memo(sees, answers.folder / "by image", api.loss("hard"), keys=6)
+    with pytest.raises(VitdistillError, match="key [0-5] comes with other pixels"):
+        for _ in range(3):
+            for pixels, _, image, _ in DataLoader(data, 2):
+                by_image(pixels, image)
+
+
+@pytest.mark.parametrize("name", ["hard", "soft"])
+def test_a_memo_of_other_images_is_refused(name, teacher, tmp_path):
+    """In the next program; the same images are known in half precision, normalized, and on their own."""
+    plain = api.load_teacher(teacher), tmp_path, api.loss(name), 8
+    first, second = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    answers = api.memo(*plain)(first, range(8))
+    assert api.memo(*plain)(first.half(), torch.arange(8)).equal(answers)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert api.memo(*plain)(first[5:6], [5]).equal(answers[5:6])
+    with pytest.raises(VitdistillError, match="8 of 8 keys.*the images have changed, another folder"):
+        api.memo(*plain)(second, range(8))
+    with pytest.raises(VitdistillError, match="key 3 comes with other pixels"):
+        api.memo(*plain)(first.flip(-1)[3:4], [3])
+
+
+def test_a_memo_of_another_teacher_is_refused(teacher, tmp_path):
+    """Whose weights are the same, and whose layers compute something else."""
+    pixels, sees = torch.rand(8, 3, 32, 32), api.load_teacher(teacher)
+    api.memo(sees, tmp_path, api.loss("soft"), 8)(pixels, range(8))
+    sees.model.fc.register_forward_hook(lambda *parts: parts[-1] / 4)
+    with pytest.raises(VitdistillError, match="differs from the teacher in 8 of 8 answers"):
+        api.memo(sees, tmp_path, api.loss("soft"), 8)(pixels, range(8))
+
+
+class Answered(Dataset):
+    """Images with a memo's answers."""
+    def __init__(self, answers, pixels):
+        self.answers, self.pixels = answers, pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, row):
+        return self.answers(self.pixels[row][None], [row])[0]
+
+
+def test_a_memo_is_sent_to_the_workers_of_a_loader(teacher, tmp_path):
+    """That are spawned: each opens the file, and what one has answered the others know."""
+    pixels = torch.rand(4, 3, 32, 32)
+    answers = api.memo(api.load_teacher(teacher), tmp_path, api.loss("soft"), keys=4)
+    known = answers(pixels[:2], [0, 1])
+    loader = DataLoader(Answered(answers, pixels), 4, num_workers=1, multiprocessing_context="spawn")
+    [of_worker] = loader
+    assert of_worker[:2].equal(known) and answers(pixels, range(4)).equal(of_worker)
+
+
+def test_a_compiled_teacher_is_pickled(teacher):
+    sees, pixels = api.load_teacher(teacher), torch.rand(2, 3, 32, 32)
+    expected = sees(pixels)
+    sees.use(sees.chunk, compile=True)
+    again = pickle.loads(pickle.dumps(sees))
+    assert again.compile and again.forward is not again.model
+    again.use(2, compile=False)
+    assert again(pixels).equal(expected)
 
 
 WITH_TEACHER = [name for name, made in OBJECTIVES.items() if made.wants]

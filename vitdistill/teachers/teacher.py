@@ -66,6 +66,13 @@ class Teacher:
         else:
             self.forward = torch.compile(self.model, dynamic=False)
 
+    def __getstate__(self): # what torch.compile made can't be pickled
+        return {name: value for name, value in vars(self).items() if name != 'forward'}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.use(self.chunk, self.compile)
+
     @property
     def dtype_name(self)->str: # for the keys of memos
         return f'{self.precision} compiled' if self.compile else self.precision
