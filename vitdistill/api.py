@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK', 'memo', 'seconds_in_words', 'new_answers',
-           'seconds_of_cells', 'draw_answers', 'link_model', 'Distilled', 'draw_test_images', 'costs_file',
-           'model_costs', 'costs_of_model', 'measure_costs', 'class_recalls', 'balanced_accuracy', 'is_unbalanced',
-           'agreed_rows', 'accuracy_rows', 'accuracies', 'architectures', 'fits_training_images', 'near_guessing',
-           'advice', 'costs_of_int8', 'never_right', 'costs_table', 'share_in_words', 'about_unlabelled',
-           'about_answers', 'row_in_words', 'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock',
-           'train_all', 'recipe_of_images', 'named_as', 'images_of_job', 'start_in_words', 'chosen_students',
-           'starts_of_students', 'refuse_wrong_types', 'command_of', 'unlabelled_folder', 'chosen_side',
-           'part_of_teacher', 'run_job', 'about_images', 'print_models', 'given_to_students', 'alone_in', 'distill',
-           'check_constants', 'refuse_other_project', 'save', 'class_orders', 'refuse_other_order',
-           'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'TeacherMemo',
-           'small_head']
+           'seconds_of_cells', 'draw_answers', 'has_weights_of', 'copy_model', 'keep_model', 'return_models',
+           'Distilled', 'draw_test_images', 'costs_file', 'model_costs', 'costs_of_model', 'measure_costs',
+           'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
+           'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
+           'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
+           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'named_as',
+           'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types',
+           'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
+           'print_models', 'given_to_students', 'alone_in', 'distill', 'check_constants', 'refuse_other_project',
+           'save', 'class_orders', 'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher',
+           'load_teacher', 'Loss', 'TeacherMemo', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import collections, contextlib, filecmp, functools, inspect, json, math, os, re, shlex, shutil, statistics
@@ -58,7 +58,7 @@ from .launch.images import refuse_out_within, same_threads, seconds_an_image, si
 from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
 from .launch.images import with_unique, write_study
 from .launch.studies import Study, runs_folder, runs_of
-from .runs import Run, environment, find_runs, lock_folder, machine_in_words
+from .runs import Run, environment, find_runs, lock_folder, machine_in_words, read_json
 from .tasks.words import is_by_words
 from .study.agreement import answers_given
 from .study.compare import Comparison, load_comparison, points
@@ -171,19 +171,61 @@ def draw_answers(
     return figure
 
 # %% ../nbs/06_api.ipynb #96cc59f0
-def link_model(run:Run, link:Path)->Path: # link: models/NAME of a job; -> the link, or the run's own folder
-    "Links the model folder of a run, unless something that is not of the job stands in the link's place."
-    job = link.parent.parent.resolve()
-    ours = link.is_symlink() and link.resolve().is_relative_to(job)
-    if ours or not os.path.lexists(link):
-        if link.resolve() != run.model.resolve(): # none yet, or of another run, since a preset has changed
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(run.model, link.parent))
-        return link
-    weights = link/'model.safetensors' # a copy of the job, as by cp -rL, has folders in place of links
-    same = weights.is_file() and filecmp.cmp(weights, run.model/weights.name, shallow=False)
-    return link if same else run.model
+def has_weights_of(folder:Path, other:Path)->bool: # model folders
+    "Returns whether two model folders hold the same weights."
+    files = [place/'model.safetensors' for place in (folder, other)]
+    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+
+def _linked(source, target): # a hard link, or a copy on a disk without them
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+def copy_model(
+    source:Path, to:Path, # a run's model folder; the folder to write, which is not there
+    card:Path|None=None   # card.json of an adopted teacher; None: that of the run
+)->None:
+    "Copies a model folder without a teacher's stored answers."
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix='.draft-') as draft:
+        new = Path(draft, to.name)
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns('memo-*'), copy_function=_linked)
+        if card:
+            (new/'card.json').unlink(missing_ok=True) # it may be a link to that of the run
+            shutil.copyfile(card, new/'card.json')
+        new.rename(to)
+
+# %% ../nbs/06_api.ipynb #7a10e002
+def keep_model(
+    run:Run, place:Path,  # place: models/NAME of a job
+    card:Path|None=None   # as in `copy_model`
+)->Path:                  # place, or the run's own folder
+    "Copies the model of a run to its place, unless something that is not of the job stands there."
+    job = place.parent.parent
+    if place.is_symlink() and place.resolve().is_relative_to(job.resolve()): # of an earlier version
+        place.unlink()
+    if not os.path.lexists(place):
+        copy_model(run.model, place, card)
+    if has_weights_of(place, run.model):
+        return place
+    if not run.model.is_dir(): # `work` was removed
+        own = read_json(place/'card.json').get('run') == run.name
+        return place if own else run.model
+    if any(has_weights_of(place, model) for model in job.glob('work/*/model')): # trained anew since then
+        shutil.rmtree(place)
+        copy_model(run.model, place, card)
+        return place
+    return run.model
+
+# %% ../nbs/06_api.ipynb #7a10e003
+def return_models(out:Path)->None: # folder of a job
+    "Puts the models of a job back into its folder of work, if that was removed."
+    for place in out.glob('models/*'):
+        name = read_json(place/'card.json').get('run')
+        run = Run(out/'runs'/name) if name else None
+        if run and run.status == 'done' and not run.model.exists():
+            copy_model(place, run.model)
 
 # %% ../nbs/06_api.ipynb #67811f63
 @dataclass
@@ -205,6 +247,16 @@ class Distilled:
         study = self.comparison.study
         teacher = runs_of(study, 'teacher', find_runs(runs_folder(study.common)))
         return finished_models(self.comparison, teacher)
+
+    @property
+    def teacher_card(self)->Path|None: # a file
+        "Returns the card that came with a teacher that was adopted as it is."
+        weights = self.comparison.study.teachers['teacher'].get('weights')
+        if not weights: # it was trained here
+            return None
+        with contextlib.suppress(VitdistillError): # they are gone
+            card = weights_place(weights)/'card.json'
+            return card if card.is_file() else None
 
     @property
     def labelled(self)->bool:
@@ -246,10 +298,11 @@ class Distilled:
         return self.choice.student
 
     def folder(self, name:str='')->Path: # a key of `runs`; '': the best student
-        "Returns the folder of a model, of the first seed: a link in the folder of the job."
+        "Returns the folder of a model, of the first seed, in the folder of the job."
         name = name or self.best
         if name in self.models:
-            return link_model(self.models[name][0], self.out/'models'/name)
+            card = self.teacher_card if name == 'teacher' else None
+            return keep_model(self.models[name][0], self.out/'models'/name, card)
         near = 'wait until one has, or run the job again.'
         if name and self.models:
             near = nearest(name, self.models)
@@ -689,10 +742,12 @@ def train_all(
 )->Distilled:
     "Trains what is missing of a job, prints its result and returns it."
     result = Distilled(file, out)
+    return_models(out)
     clock = JobClock(seconds)
+    command = result.comparison.study.about.get('command', '')
 
     def run(cell, _): # without the number of its slot, as all run in one
-        return run_cell(cell, threads, clock.start(cell))
+        return run_cell(cell, threads, clock.start(cell), command)
 
     try:
         run_in_order(cells, range(len(cells)), run, show=True)
