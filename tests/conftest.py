@@ -19,6 +19,7 @@ os.environ.pop("HF_HUB_CACHE", None)
 from vitdistill.base import repo_root  # noqa: E402
 from vitdistill.config import Config, preset, save  # noqa: E402
 from vitdistill.runs import Run, RunWriter  # noqa: E402
+from vitdistill.train.loop import train  # noqa: E402
 from vitdistill.train.setup import resolve  # noqa: E402
 from vitdistill.teachers.teacher import untrained  # noqa: E402
 
@@ -66,11 +67,15 @@ def tiny(alike, teacher, tmp_path):
 
 @pytest.fixture
 def recipe(tiny):
-    """The same with mixing, a weight average, clipped gradients and dropped paths: the preset of that
-    name."""
+    """The same with mixing, a weight average, clipped gradients and dropped paths."""
+    return recipe_of(tiny)
+
+
+def recipe_of(config):
+    """The preset of that name, as short and on as few images as a tiny run."""
     ours = ("teacher_weights", "data_fraction", "epochs", "precision", "teacher_precision", "device",
             "threads", "checkpoint_seconds", "runs_dir", "work_dir")
-    return preset("recipe", "distilled", **{name: getattr(tiny, name) for name in ours})
+    return preset("recipe", "distilled", **{name: getattr(config, name) for name in ours})
 
 
 def elsewhere(config, folder):
@@ -105,20 +110,49 @@ def environment():
 
 
 def train_command(file, ranks=1, python=sys.executable):
-    launcher = []
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = torchrun(ranks) if ranks > 1 else []
     return [python, *launcher, "-m", "vitdistill.train", "--config", str(file)]
+
+
+def torchrun(ranks):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def on_ranks(config, folder, *counts, python=sys.executable):
     """The finished runs of a config, each on so many gloo ranks."""
     places = [elsewhere(config, folder / str(ranks)) for ranks in counts]
     for ranks, here in zip(counts, places):
-        command = train_command(save(here, folder / f"{ranks}.yaml"), ranks, python=python)
-        done = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_ranks(train_command(save(here, folder / f"{ranks}.yaml"), ranks, python=python))
     return [run_of(here) for here in places]
+
+
+IN_TURN = """
+import sys
+from torch import distributed
+from vitdistill.config import load
+from vitdistill.train.loop import train
+from vitdistill.train.ranks import start_ranks
+ranks = start_ranks("cpu")
+for file in sys.argv[1:]:
+    train(load(file), ranks)
+distributed.destroy_process_group()
+"""
+
+
+def in_turn(configs, folder, ranks):
+    """The finished runs of several configs, by name: the same ranks train one after the other."""
+    places = {name: elsewhere(config, folder / name) for name, config in configs.items()}
+    if ranks == 1:
+        return {name: train(here) for name, here in places.items()}
+    files = [str(save(here, folder / f"{name}.yaml")) for name, here in places.items()]
+    (script := folder / "in_turn.py").write_text(IN_TURN)
+    run_ranks([sys.executable, *torchrun(ranks), str(script), *files])
+    return {name: run_of(here) for name, here in places.items()}
+
+
+def run_ranks(command):
+    done = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=480)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def assert_same_losses(one, other, atol=1e-5):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from conftest import ROOT, TINY, assert_same_losses, elsewhere, on_ranks
+from conftest import ROOT, TINY, assert_same_losses
 from vitdistill.study.results import published
 from vitdistill.data.augment import AUGMENTATIONS
 from vitdistill.base import VitdistillError
@@ -284,50 +284,6 @@ def test_what_does_not_fit_is_one_sentence(recipe, change, words):
         prepare(resolve(replace(recipe, **change)), Ranks())
     text = str(said.value)
     assert all(word in text for word in words) and "\n" not in text
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_planned_memo_teaches_later_students(recipe, tmp_path, ranks):
-    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks
-    online."""
-    config = replace(recipe, student_kwargs={**recipe.student_kwargs, "drop_path_rate": 0.0}, epochs=2,
-                     lr=1e-4)
-    online, = on_ranks(config, tmp_path / "online", 1)
-    first, = on_ranks(replace(config, plan_memo=True), tmp_path / "first", ranks)
-    again = train(replace(first.config, runs_dir=str(tmp_path / "again"), work_dir=str(tmp_path / "work")))
-    assert first.metrics().memo_hit_rate.tolist() == [0, 0]
-    assert again.metrics().memo_hit_rate.tolist() == [1, 1]
-    for run in (first, again):
-        assert_same_losses(run, online)
-    assert len(list((tmp_path / "first").rglob("memo-*.bin"))) == 1
-
-
-def test_one_pass_of_the_teacher_serves_hard_and_soft_students(tiny, tmp_path):
-    """Whichever is first, also on two ranks, the others ask nothing; each ends with the weights that it has
-    alone."""
-    tiny = replace(tiny, epochs=1, data_fraction=0.1)
-
-    def run(name, distillation, **places):
-        config = replace(tiny, distillation=distillation, **places)
-        return train(config if places else elsewhere(config, tmp_path / name))
-
-    def later(first, kind):  # beside the first one's teacher
-        own = tmp_path / f"{first.config.distillation}-{kind}"
-        places = {place: str(own / place) for place in ("runs", "work")}
-        return run("", kind, teacher_weights=first.config.teacher_weights, runs_dir=places["runs"],
-                   work_dir=places["work"])
-
-    with mock.patch("vitdistill.teachers.answers.keeps_both_kinds", lambda *_: False):  # a memo of one kind
-        alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft")}
-    assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 2
-    hard, = on_ranks(tiny, tmp_path / "two", 2)
-    soft = run("first", "soft")
-    assert hard.metrics().memo_hit_rate[0] == soft.metrics().memo_hit_rate[0] == 0
-    assert soft.result["weights_hash"] == alone["soft"].result["weights_hash"]
-    for first, kind in ((hard, "soft"), (soft, "hard")):
-        its = later(first, kind)
-        assert its.metrics().memo_hit_rate[0] == 1, kind
-        assert its.result["weights_hash"] == alone[kind].result["weights_hash"], kind
 
 
 def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):

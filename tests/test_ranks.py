@@ -3,23 +3,45 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
 
-from conftest import PYTHON, assert_same_losses, elsewhere, environment, on_ranks, run_of, train_command
-from conftest import wait_until
+from conftest import PYTHON, TINY, assert_same_losses, elsewhere, environment, in_turn, on_ranks, recipe_of
+from conftest import run_of, torchrun, train_command, wait_until
 from vitdistill.config import save
 from vitdistill.launch.runner import rank_command
+from vitdistill.train.loop import train
 
 
-def test_ranks_give_the_same_losses(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def ranked(alike, teacher, tmp_path_factory):
+    """The runs of all tests below, by the number of ranks and by name: each number is launched once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny = replace(alike, teacher_weights=teacher)
+    still = {**TINY, "drop_path_rate": 0.0}  # what a rank drops is drawn by rank
+    recipe = replace(recipe_of(tiny), student_kwargs=still, lr=1e-4)
+    large = dict(
+        whole=replace(tiny, epochs=20, batch_size=512, checkpoint_every=20, evaluate_every=20),
+        hard=replace(recipe, batch_size=48, epochs=2, class_weights="balanced"),
+        dist=replace(recipe, batch_size=48, epochs=2, distillation="dist"))
+    some = dict(unlabelled="0:900", unlabelled_share=0.4, epochs=3, distillation="soft", label_smoothing=0.1)
+    planned = replace(recipe, epochs=2)
+    small = dict(unlabelled=replace(tiny, **some), mixed=replace(recipe, batch_size=48, **some))
+    once = replace(tiny, epochs=1, data_fraction=0.1)
+    configs = {1: large | small | dict(planned=planned),
+               2: large | small | dict(planned=replace(planned, plan_memo=True), once=once),
+               8: large}
+    return {ranks: in_turn(given, folder / str(ranks), ranks) for ranks, given in configs.items()}
+
+
+def test_ranks_give_the_same_losses(ranked):
     """1, 2 and 8 gloo ranks: twenty fp32 steps, each a whole epoch of 287 images (uneven over 8), the same to
     1e-5."""
-    config = replace(tiny, epochs=20, batch_size=512, checkpoint_every=20, evaluate_every=20)
-    runs = on_ranks(config, tmp_path, 1, 2, 8)
-    one, *others = runs
-    weights = [safetensors.torch.load_file(run.model / "model.safetensors") for run in runs]
+    one, *others = [ranked[ranks]["whole"] for ranks in (1, 2, 8)]
+    weights = [safetensors.torch.load_file(run.model / "model.safetensors") for run in (one, *others)]
     first, last = one.metrics().train_loss.iloc[[0, -1]]
     assert last < first - 0.05  # it learned: the losses are not trivially equal
     for other, state in zip(others, weights[1:]):
@@ -28,24 +50,72 @@ def test_ranks_give_the_same_losses(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["hard", "dist"])
-def test_ranks_give_the_same_with_all_of_a_recipe(recipe, tmp_path, objective):
+def test_ranks_give_the_same_with_all_of_a_recipe(ranked, objective):
     """Mixing, average, clipping; classes weighed, or relations across a batch; the last batch is uneven."""
-    still = {**recipe.student_kwargs, "drop_path_rate": 0.0}  # what a rank drops is drawn by rank
-    config = replace(recipe, student_kwargs=still, batch_size=48, epochs=2, lr=1e-4, distillation=objective,
-                     class_weights="balanced" if objective == "hard" else "")
-    one, *others = on_ranks(config, tmp_path, 1, 2, 8)
+    one, *others = [ranked[ranks][objective] for ranks in (1, 2, 8)]
     for other in others:
         assert_same_losses(other, one)
         averages = [run.checkpoint()["average"] for run in (one, other)]
         assert all((averages[0][name] - averages[1][name]).abs().max() < 1e-4 for name in averages[0])
 
 
+@pytest.mark.parametrize("name", ["unlabelled", "mixed"])
+def test_ranks_share_images_without_labels(ranked, name):
+    """Some rows of each batch have no label, on one rank more of them than on another: the losses agree to
+    1e-5."""
+    one, two = (ranked[ranks][name] for ranks in (1, 2))
+    assert_same_losses(one, two)
+    assert one.metrics().train_top1.round(5).equals(two.metrics().train_top1.round(5))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_planned_memo_teaches_later_students(ranked, tmp_path, ranks):
+    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks
+    online."""
+    online, first = ranked[1]["planned"], ranked[2]["planned"]
+    if ranks > 2:
+        first, = on_ranks(first.config, tmp_path / "first", ranks)
+    places = {place: str(tmp_path / "again" / place) for place in ("runs_dir", "work_dir")}
+    again = train(replace(first.config, **places))
+    assert first.metrics().memo_hit_rate.tolist() == [0, 0]
+    assert again.metrics().memo_hit_rate.tolist() == [1, 1]
+    for run in (first, again):
+        assert_same_losses(run, online)
+    assert len(list(Path(first.config.teacher_weights).glob("memo-*.bin"))) == 1
+
+
+def test_one_pass_of_the_teacher_serves_hard_and_soft_students(ranked, alike, teacher, tmp_path):
+    """Whichever is first, also on two ranks, the others ask nothing; each ends with the weights that it has
+    alone."""
+    once = replace(alike, teacher_weights=teacher, epochs=1, data_fraction=0.1)
+
+    def run(name, distillation):
+        return train(elsewhere(replace(once, distillation=distillation), tmp_path / name))
+
+    def later(first, kind):  # beside the first one's teacher
+        own = tmp_path / f"{first.config.distillation}-{kind}"
+        return train(replace(first.config, distillation=kind, runs_dir=str(own / "runs"),
+                             work_dir=str(own / "work")))
+
+    with mock.patch("vitdistill.teachers.answers.keeps_both_kinds", lambda *_: False):  # a memo of one kind
+        alone = {kind: run(f"alone-{kind}", kind) for kind in ("hard", "soft")}
+    assert len(list(tmp_path.glob("alone-*/teacher/memo-*.bin"))) == 2
+    hard, soft = ranked[2]["once"], run("first", "soft")
+    assert hard.metrics().memo_hit_rate[0] == soft.metrics().memo_hit_rate[0] == 0
+    assert soft.result["weights_hash"] == alone["soft"].result["weights_hash"]
+    for first, kind in ((hard, "soft"), (soft, "hard")):
+        its = later(first, kind)
+        assert its.metrics().memo_hit_rate[0] == 1, kind
+        assert its.result["weights_hash"] == alone[kind].result["weights_hash"], kind
+
+
 def test_uneven_last_batch_is_weighted(tiny, tmp_path):
     """Batches of 64 from 287 images leave 31, over 2 ranks 16 and 15: still the gradient of the global mean.
 
-    These are new processes: forks of one have the same hashes of strings, and the same state of numpy's
+    The two are new processes: forks of one have the same hashes of strings, and the same state of numpy's
     generator."""
-    assert_same_losses(*on_ranks(tiny, tmp_path, 1, 2, python=PYTHON))
+    two, = on_ranks(tiny, tmp_path, 2, python=PYTHON)
+    assert_same_losses(train(elsewhere(tiny, tmp_path / "one")), two)
 
 
 LATE = """
@@ -66,15 +136,18 @@ def test_ranks_wait_for_one_that_finishes(tiny, tmp_path):
     """Rank 0 takes 10 s to finish: beyond torch's patience, 5 s, not ours; beyond ours too, there is a
     sentence."""
     (script := tmp_path / "late.py").write_text(LATE)
-    for patience, failed in ((60, False), (5, True)):
+    started = {}
+    for patience in (60, 5):
         config = elsewhere(replace(tiny, epochs=1), tmp_path / str(patience))
         file = save(config, tmp_path / f"{patience}.yaml")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run([*torchrun, script, file, str(patience)], env=environment(),
-                              capture_output=True, text=True, timeout=240)
-        assert bool(done.returncode) == failed, done.stderr[-2000:]
-    assert "[rank 1] rank 1 waited 5 s for the others and gave up: see in the log" in done.stderr
-    assert "[rank 1] Traceback" not in done.stderr
+        command = [sys.executable, *torchrun(2), script, file, str(patience)]
+        started[patience] = subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.DEVNULL,
+                                             stderr=subprocess.PIPE)
+    printed = {patience: process.communicate(timeout=240)[1] for patience, process in started.items()}
+    assert started[60].returncode == 0, printed[60][-2000:]
+    assert started[5].returncode != 0
+    assert "[rank 1] rank 1 waited 5 s for the others and gave up: see in the log" in printed[5]
+    assert "[rank 1] Traceback" not in printed[5]
 
 
 @pytest.mark.slow
