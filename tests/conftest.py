@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-# before huggingface_hub is imported: no test depends on what a hub answers, or on what lies in a cache
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), f"vitdistill-tests-hub-{os.getuid()}")
-os.environ.pop("HF_HUB_CACHE", None)
+from forked import leave_the_hub
+
+leave_the_hub()  # before huggingface_hub is imported
 
 from vitdistill.base import repo_root  # noqa: E402
 from vitdistill.config import Config, preset, save  # noqa: E402

@@ -26,8 +26,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-IMPORTED = ("ipykernel.zmqshell ipywidgets papermill scipy.stats seaborn sklearn.metrics timm torch._dynamo "
-            "torch.distributed.run torchvision.transforms.v2").split()
+IMPORTED = ("ipykernel.zmqshell ipywidgets papermill scipy.stats seaborn sklearn.datasets sklearn.metrics "
+            "timm torch._dynamo torch.distributed.run torchvision.transforms.v2").split()
 READ_AT_IMPORT = "PYTHONPATH", "HF_", "ATEN_", "ONEDNN_", "TMPDIR"  # one differs: a new process starts
 SCRIPT = """#!/bin/sh
 '''exec' "{python}" -IS "$0" "$@"
@@ -55,6 +55,14 @@ if -status != signal.SIGKILL:
     signal.signal(-status, signal.SIG_DFL)
 os.kill(os.getpid(), -status)
 """
+
+
+def leave_the_hub():
+    """No test depends on what a hub answers, or on what lies in a cache: before huggingface_hub is
+    imported."""
+    own = os.path.join(tempfile.gettempdir(), f"vitdistill-tests-hub-{os.getuid()}")
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=own)
+    os.environ.pop("HF_HUB_CACHE", None)
 
 
 def free_port(cache, ip):
@@ -174,6 +182,8 @@ def status_of(words):
 if __name__ == "__main__":
     if sys.platform != "linux":
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    if "pytest" in sys.argv:  # as conftest.py does, so that what a test starts is a fork
+        leave_the_hub()
     given = dict(os.environ)  # imports add to it
     for name in IMPORTED:
         importlib.import_module(name)
