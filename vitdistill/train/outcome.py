@@ -174,7 +174,8 @@ def model_card(
     summary = f'{c.student} on {c.dataset}, {taught}, seed {c.seed}.'
     head = readme_head(run.name, summary, rows, student_name(c), place)
     values = clean_config(asdict(c), repo_root()) # the hub has no use for this machine's paths
-    changed = {name: value for name, value in values.items() if value != getattr(Config(), name)}
+    default = Config()
+    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
     return f"""---
 {card_data(run, result, card).to_yaml()}
 ---
