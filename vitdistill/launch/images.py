@@ -443,45 +443,56 @@ def images_in(
                    weighted=bool(config.class_weights))
 
 # %% ../../nbs/launch/04_images.ipynb #7713c4c6
+def _examples(train, test, pairs): # pairs of train and test -> names of the first three
+    shown = [f'{printable(train.files[a][0])} = {printable(test.files[b][0])}' for a, b, _ in pairs[:3]]
+    return '; '.join([*shown, '...'] if len(pairs) > 3 else shown)
+
+def _two_classes(train, test, pairs): # as in `_examples` -> a sentence
+    differ = sum(train.files[a][2] != test.files[b][2] for a, b, _ in pairs)
+    return f' Pairs of these with two classes: {differ:,}.' if differ else ''
+
 def same_in_words(
     train, test,       # `ImageFiles`
     across:list[Pair], # of train and test
     within:list[Pair], # of train
-    dropped:bool       # whether those that are test images too were left out of train
+    dropped:bool       # whether copies of test images were left out of train
 )->str:
-    "Returns sentences on images that stand twice; '' if none does."
-    pairs = [f'{printable(train.files[a][0])} = {printable(test.files[b][0])}' for a, b, _ in across[:3]]
-    if len(across) > 3:
-        pairs.append('...')
-    pairs = '; '.join(pairs)
-    of_train = {a for a, _, _ in across}
-    of_test = {b for _, b, _ in across}
+    "Returns sentences on images that stand twice and on those that look alike; '' without any."
+    copies = [pair for pair in across if pair.is_copy]
+    similar = [pair for pair in across if not pair.is_copy]
+    of_test = len({b for _, b, _ in copies})
     sentences = ''
-    if across and dropped:
-        sentences += f' Left out of training, since they are test images too: {len(of_train):,} ({pairs}).'
-    elif across:
-        sentences += (f' Test images that are also in train: {len(of_test):,} ({pairs}). They make the test '
-                      'accuracy too high; --drop-duplicates leaves them out of training.')
-    differ = sum(train.files[a][2] != test.files[b][2] for a, b, _ in across)
-    if differ:
-        sentences += f' Pairs of these with two classes: {differ:,}.'
-    copies = {b for _, b, _ in within}
-    if copies:
-        sentences += f' Images of train that are copies of others there: {len(copies):,}.'
+    if copies and dropped:
+        of_train = len({a for a, *_ in copies})
+        sentences += (f' Left out of training, since they are test images too: {of_train:,} '
+                      f'({_examples(train, test, copies)}).')
+    elif copies:
+        sentences += (f' Test images that are also in train: {of_test:,} ({_examples(train, test, copies)}). '
+                      'They make the test accuracy too high; --drop-duplicates leaves them out of training.')
+    sentences += _two_classes(train, test, copies)
+    if similar:
+        shown = _examples(train, test, similar).replace(' = ', ' and ')
+        alike = len({b for _, b, _ in similar})
+        sentences += (f' Test images that look like one of train but are no copies: {alike:,} ({shown}). '
+                      'They stay. If both show one object, new objects are harder than this test.')
+        sentences += _two_classes(train, test, similar)
+    twice = len({pair.b for pair in within if pair.is_copy})
+    if twice:
+        sentences += f' Images of train that are copies of others there: {twice:,}.'
     return sentences
 
 # %% ../../nbs/launch/04_images.ipynb #c5964503
 def shared_images(train:ImageFiles, test:ImageFiles, all_copies:bool)->list[Pair]:
     "Returns the images that train and test share; all_copies: whether no copy in train may be left."
-    pairs = []
-    rows = [*range(len(train))] # of train
-    # of many copies one comparison may find some alone
-    while rows and (found := same_images(some_rows(train, rows), test)):
-        pairs += [Pair(rows[a], b, how) for a, b, how in found]
-        of_train = {a for a, *_ in found}
-        rows = [row for number, row in enumerate(rows) if number not in of_train]
-        if not all_copies:
+    pairs = same_images(train, test)
+    copies = {pair.a for pair in pairs if pair.is_copy}
+    while all_copies and copies: # of many copies one comparison may find some alone
+        rows = [row for row in range(len(train)) if row not in copies]
+        more = [pair for pair in same_images(some_rows(train, rows), test) if pair.is_copy]
+        if not more:
             break
+        pairs += [pair._replace(a=rows[pair.a]) for pair in more]
+        copies |= {rows[pair.a] for pair in more}
     return pairs
 
 # %% ../../nbs/launch/04_images.ipynb #9d8357c8
@@ -501,12 +512,12 @@ def with_unique(
                       'that are in train and in the test.')
     across = shared_images(train, test, drop) if test else []
     sentences = same_in_words(train, test, across, same_images(train), drop)
-    if not (drop and across):
+    dropped = {pair.a for pair in across if pair.is_copy}
+    if not (drop and dropped):
         return root, sentences
     if not all((root/files.files[0][0]).is_file() for files in (train, test)):
         raise VitdistillError(f'{root}: images in archives can not be left out: unpack them, or leave out '
                               '--drop-duplicates.')
-    dropped = {a for a, *_ in across}
     labels_left = {label for row, (*_, label) in enumerate(train.files) if row not in dropped}
     gone = [train.classes[label] for label in {label for *_, label in train.files} - labels_left]
     if gone:
