@@ -269,7 +269,7 @@ def test_predictions_are_those_of_the_run(job, capsys):
     assert [row["class"] for row in rows] == table["class"].tolist() and len(rows[0]["top"]) == 2
 
 
-def test_the_export_predicts_the_same(job, capsys):
+def test_the_export_predicts_the_same(job, tmp_path, capsys):
     """By vitdistill, and by the lines of docs/library.md, which do without it."""
     from vitdistill.deploy.export import export_onnx
     out, _, _ = job
@@ -280,11 +280,16 @@ def test_the_export_predicts_the_same(job, capsys):
     assert np.allclose(one.probability, other.probability, atol=1e-3)
     image = Path(one.path[0])
     lines = snippet("onnxruntime").replace("'model.onnx'", repr(str(file)))
-    lines = lines.replace("'image.png'", repr(str(image)))
-    exec(lines, seen := {})
+    exec(lines.replace("'image.png'", repr(str(image))), seen := {})
     assert capsys.readouterr().out.split()[0] == one["class"][0]
     assert seen["probabilities"].max() == pytest.approx(one.probability[0], abs=0.01)
     assert len(seen["probabilities"]) == 3 and seen["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+    rng = np.random.default_rng(0)  # photographs of 4:3, upright and not, whose middle is between pixels
+    for number, (width, height) in enumerate([(400, 300), (301, 401), (1023, 767), (640, 481), (45, 33)]):
+        photo = tmp_path / f"{number}.png"
+        Image.fromarray(rng.integers(256, (height, width, 3), dtype=np.uint8)).save(photo)
+        exec(lines.replace("'image.png'", repr(str(photo))), seen := {})
+        assert np.array_equal(seen["square"], load_model(file).read(photo))
 
 
 def test_smaller_files_of_a_job_are_measured_on_its_images(job, tmp_path, capsys):
