@@ -287,7 +287,7 @@ def test_the_export_predicts_the_same(job, tmp_path, capsys):
     rng = np.random.default_rng(0)  # photographs of 4:3, upright and not, whose middle is between pixels
     for number, (width, height) in enumerate([(400, 300), (301, 401), (1023, 767), (640, 481), (45, 33)]):
         photo = tmp_path / f"{number}.png"
-        Image.fromarray(rng.integers(256, (height, width, 3), dtype=np.uint8)).save(photo)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(photo)
         exec(lines.replace("'image.png'", repr(str(photo))), seen := {})
         assert np.array_equal(seen["square"], load_model(file).read(photo))
 
