@@ -57,7 +57,7 @@ from .launch.images import names_without_labels, part_by_words
 from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
 from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
 from .launch.images import with_unique, write_study
-from .launch.studies import Study, runs_folder, runs_of
+from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, lock_folder, machine_in_words, read_json
 from .tasks.words import is_by_words
 from .study.agreement import answers_given
@@ -744,7 +744,7 @@ def train_all(
     result = Distilled(file, out)
     return_models(out)
     clock = JobClock(seconds)
-    command = result.comparison.study.about.get('command', '')
+    command = read_study(file).about.get('command', '') # `result` reads the runs when it is first asked
 
     def run(cell, _): # without the number of its slot, as all run in one
         return run_cell(cell, threads, clock.start(cell), command)
