@@ -63,7 +63,8 @@ from .tasks.words import is_by_words
 from .study.agreement import answers_given
 from .study.compare import Comparison, load_comparison, points
 from .study.figures import save_table
-from .study.choice import Choice, choice_in_words, choice_of, finished_models
+from .study.choice import Choice, choice_of, finished_models, kind_of
+from .study.choice import Kind, Verdict, share_of, verdict_of
 from .study.job import Page, agreement, cost_text, draw_learning
 from .study.job import write_job
 from .study.results import read_predictions, teacher_calls
@@ -293,6 +294,12 @@ class Distilled:
         return choice_of(self.models, self.comparison.table())
 
     @property
+    def verdict(self)->Verdict:
+        "Returns which student to take and why, how good it is, and what to do next."
+        side = self.comparison.study.about.get('side', 0)
+        return verdict_of(self.models, self.comparison.table(), side)
+
+    @property
     def best(self)->str: # such as taught; '': no student has ended
         "Returns the name of the student to take."
         return self.choice.student
@@ -428,22 +435,27 @@ def accuracy_rows(result:Distilled)->pd.DataFrame: # as `accuracies`, without di
     rows = []
     for name, runs in result.models.items():
         for run in runs:
-            row = dict(model=name, architecture=run.config.student, seeds=1,
+            row = dict(model=name, architecture=run.config.student, seeds=1, test=len(read_predictions(run)),
                        held_out=run.result.get('held_out_top1'), top1=run.result['test_top1'])
             if is_unbalanced(run):
                 recalls = class_recalls(run)
                 row |= dict(balanced=recalls.mean(), worst=recalls.min())
             rows.append(row)
     # over the runs of a model
-    columns = dict(seeds='sum', held_out='mean', top1='mean', balanced='mean', worst='mean')
+    columns = dict(seeds='sum', held_out='mean', top1='mean', balanced='mean', worst='mean', test='min')
     table = pd.DataFrame(rows, columns=['model', 'architecture', *columns])
     table = table.astype(dict(held_out=float)) # NaN for None
-    return table.groupby(['model', 'architecture'], sort=False, as_index=False).agg(columns)
+    table = table.groupby(['model', 'architecture'], sort=False, as_index=False).agg(columns)
+    shares = [share_of(row.top1, int(row.test)) for row in table.itertuples()]
+    table['top1_low'] = [share.low for share in shares]
+    table['top1_high'] = [share.high for share in shares]
+    return table.drop(columns='test')
 
 def accuracies(result:Distilled)->pd.DataFrame:
     """Returns a row for each model of a job. Fractions, means over seeds:
 
-    - `held_out`: right answers on images of train that no model saw; `top1`: on test images
+    - `held_out`: right answers on images of train that no model saw; `top1`: on test images, with the ends
+      of its interval over these images
     - `difference`: of `top1` from the plain student, with the ends of its interval
     - `balanced`, `worst`: mean over the classes, and the worst class, where the test images are unbalanced
     - without labels `agrees`: share of the held-out `images` on which student and teacher decide alike
@@ -499,6 +511,8 @@ def advice(result:Distilled)->list[str]:
     classes = max([len(card.classes) for card in cards.values() if card], default=0)
     lines += near_guessing({name: run for name, run in first.items() if name != 'teacher'}, classes)
     top1 = result.table().set_index('model').top1
+    def on_labels(name):
+        return kind_of(first[name].config) == Kind.plain
     for row in result.comparison.table().itertuples():
         if not {row.arm, row.other} <= first.keys(): # not finished
             continue
@@ -508,7 +522,7 @@ def advice(result:Distilled)->list[str]:
         if clearly_worse and taught < plain and not fits_training_images(first[row.arm]):
             lines.append(f'The student {row.arm} is not trained out: it has {taught:.0%} of its training '
                          f'images right, {row.other} {plain:.0%}. Give more --epochs.')
-        elif row.other.startswith('plain') and 'teacher' in first and top1['teacher'] <= top1[row.other]:
+        elif on_labels(row.other) and 'teacher' in first and top1['teacher'] <= top1[row.other]:
             lines.append(f'On the test images the teacher is no better than {row.other}: a better one may '
                          'help more.')
     return list(dict.fromkeys(lines)) # one sentence may hold for several students
@@ -608,6 +622,8 @@ def row_in_words(row, labelled:bool, width:int)->str: # row: of `accuracies`; wi
     seeds = f', mean of {row.seeds} seeds' if row.seeds > 1 else ''
     if labelled:
         measured = f'{row.top1:6.1%} of the test images'
+        if not math.isnan(row.top1_low):
+            measured += f' ({100*row.top1_low:.0f} to {100*row.top1_high:.0f})'
     elif row.model == 'teacher':
         measured = 'knows the classes by their names'
     else:
@@ -622,7 +638,12 @@ def in_words(result:Distilled)->str:
     else:
         width = max([8, *map(len, table.model)])
         lines = [row_in_words(row, result.labelled, width) for row in table.itertuples()]
-    return '\n'.join([*lines, ' '.join(choice_in_words(result.choice)), *findings(result)]).strip()
+    verdict = result.verdict
+    lines += [*verdict.lines, *findings(result)]
+    if verdict.steps:
+        lines += ['What to do next, what usually helps most first:']
+        lines += [f'{number}. {step}' for number, step in enumerate(verdict.steps, 1)]
+    return '\n'.join(lines)
 
 # %% ../nbs/06_api.ipynb #a5313719
 def findings(result:Distilled)->list[str]:
@@ -661,12 +682,11 @@ def write_page_of(result:Distilled)->Path:
     "Writes the page of a job; returns its path."
     models = result.models
     costs = model_costs(result).drop(columns='run')
-    folders = {name: result.folder(name) for name in models}
     caption = ''
     if len(costs):
         machines = ' or '.join(costs.machine.unique())
         caption = f'ms: one image at a time, one thread, onnxruntime on {machines}.'
-    return write_job(result.comparison, result.out, models.get('teacher', []), folders, findings(result),
+    return write_job(result.comparison, result.out, models.get('teacher', []), findings(result),
                      costs.drop(columns='machine'), caption)
 
 def print_job(result:Distilled)->None:
@@ -1052,7 +1072,8 @@ def distill(
         print_models([first, *more], side, part)
         given = given_to_students(preset, epochs, side)
         study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
-        study['about'] = dict(images=about, same=images.same.strip(), command=command)
+        study['about'] = dict(images=about, same=images.same.strip(), command=command, side=images.side,
+                              folder=data.name)
         return run_job(study, images, out, dry_run)
 
 # %% ../nbs/06_api.ipynb #a04980be

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MOST_NUMBERS', 'MARKERS', 'COSTS', 'COST_FORMATS', 'MOST_CURVES', 'MEANINGS', 'test_decisions', 'recalls',
-           'confusion', 'confused_pairs', 'shortened', 'draw_confusion', 'draw_recalls', 'test_files', 'thumbnail',
-           'surest_mistakes', 'kind_of_arm', 'agreement', 'initial_weights', 'percent', 'mean_result', 'accuracy_row',
-           'accuracy_table', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'html_item', 'draw_costs',
-           'cost_text', 'costs_item', 'arms_of_students', 'colors_of', 'class_items', 'mistake_items', 'draw_learning',
-           'how_it_was_made', 'learning', 'introduction', 'results_note', 'cost_items', 'model_items', 'class_names_of',
-           'write_job', 'Page']
+           'confusion', 'confused_pairs', 'shortened', 'draw_confusion', 'draw_recalls', 'listed_files', 'thumbnail',
+           'test_files', 'surest_mistakes', 'kind_of_arm', 'agreement', 'initial_weights', 'percent', 'mean_result',
+           'accuracy_row', 'accuracy_table', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'html_item',
+           'draw_costs', 'cost_text', 'costs_item', 'arms_of_students', 'colors_of', 'class_items', 'mistake_items',
+           'draw_learning', 'command_without_places', 'how_it_was_made', 'learning', 'introduction', 'results_note',
+           'cost_items', 'model_items', 'class_names_of', 'image_items', 'write_job', 'Page']
 
 # %% ../../nbs/study/10_job.ipynb #64f7a660
-import base64, html, io, math, os, warnings
+import base64, html, io, math, os, shlex, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,14 +25,15 @@ from tqdm import tqdm
 from ..base import VitdistillError
 from ..config import Config, field_names
 from ..data.datasets import check_dataset, files_of_table, fingerprint
-from ..data.files import ImageFiles, decoded, image_files, printable
+from ..data.files import ImageFiles, decoded, image_files, left_out_in_words, printable
 from ..launch.images import short_name
 from ..runs import Run, machine_in_words
 from .agreement import agreements
-from .choice import choice_in_words, choice_of, finished_models, is_unlabelled
+from .choice import choice_of, finished_models, held_out_scores, is_unlabelled
+from .choice import share_of, verdict_of
 from .compare import Comparison, draw_curves, finished_runs, missing
 from .figures import format_cell, save_table, styled
-from .page import address, write_page
+from .page import write_page
 from .results import read_predictions, with_predictions
 from ..teachers.card import Card
 
@@ -133,8 +134,8 @@ def draw_recalls(table:pd.DataFrame, colors:dict, most:int=30): # table: of `rec
     return figure
 
 # %% ../../nbs/study/10_job.ipynb #9a30de47
-def test_files(config:Config)->ImageFiles: # of a run
-    "Lists a run's test images; raises `VitdistillError` if they are no files, are gone or have changed."
+def listed_files(config:Config)->dict[str, ImageFiles]: # of a run; -> train and test
+    "Lists a run's images; raises `VitdistillError` if they are no files, are gone or have changed."
     row = check_dataset(config.dataset)
     if row.side:
         raise VitdistillError(f'the images of {row.title} are no files.')
@@ -142,7 +143,7 @@ def test_files(config:Config)->ImageFiles: # of a run
     if fingerprint(config) != config.data_hash:
         raise VitdistillError(f'the images in {config.data_root} are others than those that the run has '
                               'seen.')
-    return files['test']
+    return files
 
 def thumbnail(files:ImageFiles, row:int, config:Config, side:int=144)->str: # side: px
     "Returns an image as a model reads it: a JPEG in base64; '' if it can not be read."
@@ -153,6 +154,9 @@ def thumbnail(files:ImageFiles, row:int, config:Config, side:int=144)->str: # si
     jpeg = io.BytesIO()
     Image.fromarray(np.asarray(pixels)).save(jpeg, 'JPEG', quality=82)
     return base64.b64encode(jpeg.getvalue()).decode()
+def test_files(config:Config)->ImageFiles: # of a run
+    "Lists a run's test images, as `listed_files` does."
+    return listed_files(config)['test']
 
 # %% ../../nbs/study/10_job.ipynb #64f42f4d
 def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple[list[dict], str]:
@@ -167,7 +171,8 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
         files = test_files(config)
     except VitdistillError as error:
         files = None
-        note = f'Paths and pictures are missing: {error}'
+        reason = str(error).replace(config.data_root, Path(config.data_root).name)
+        note = f'Paths and pictures are missing: {reason}'
     mistakes = []
     for row in wrong.sort_values('confidence', ascending=False, kind='stable').head(most).itertuples():
         mistakes.append(dict(
@@ -181,7 +186,7 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
     common = os.path.commonpath([os.path.dirname(mistake['path']) for mistake in mistakes])
     for mistake in mistakes:
         mistake['path'] = os.path.relpath(mistake['path'], common)
-    return mistakes, f'Their paths start at {common}.'
+    return mistakes, f'Their paths start in {Path(common).name}.'
 
 # %% ../../nbs/study/10_job.ipynb #51922c16
 def kind_of_arm(
@@ -222,11 +227,14 @@ def accuracy_row(
     "Returns the row of a model in the table of accuracies, texts for readers."
     runs = models[name]
     row = {'model': name}
+    held_out = held_out_scores(models, name)
     if is_unlabelled(models):
-        row['as its teacher'] = percent(agreement(models, name).agree, 1)
+        agreed = agreement(models, name)
+        row['as its teacher'] = str(share_of(agreed.agree, int(agreed.fillna(0).images)))
     else:
-        row['held-out images'] = percent(mean_result(runs, 'held_out_top1'), 1)
-        row['test images'] = percent(mean_result(runs, 'test_top1'), 1)
+        tested = len(read_predictions(runs[0])) if name in class_recalls else 0
+        row['test images'] = str(share_of(mean_result(runs, 'test_top1'), tested))
+        row['held-out images'] = str(share_of(held_out.mean(), len(held_out)))
     for gap in differences[differences.arm == name].dropna(subset='difference').itertuples():
         ends = '' if np.isnan(gap.low) else f' ({100*gap.low:.1f} to {100*gap.high:.1f})'
         other = kind_of_arm(gap.other, runs[0].config.student) # of the same architecture
@@ -245,7 +253,7 @@ def accuracy_table(models:dict, comparison:Comparison, class_recalls:pd.DataFram
     differences = comparison.table()
     rows = [accuracy_row(name, models, differences, class_recalls) for name in models]
     frame = pd.DataFrame(rows).fillna('')
-    measured = [name for name in ('held-out images', 'test images', 'as its teacher') if name in frame]
+    measured = [name for name in ('test images', 'held-out images', 'as its teacher') if name in frame]
     several = frame.architecture[frame.model != 'teacher'].nunique() > 1
     architecture = ['architecture', 'begins with'] if several else []
     minus = [name for name in frame if name.startswith('minus ')]
@@ -266,7 +274,8 @@ def settings(models:dict)->pd.DataFrame: # of `finished_models`; -> setting, and
             continue
         row = dict(setting=field)
         for name, value in values.items():
-            row[name] = str(value)
+            text = str(value)
+            row[name] = Path(text).name if os.path.isabs(text) else text
         rows.append(row)
     return pd.DataFrame(rows, columns=['setting', *models])
 
@@ -291,7 +300,7 @@ def svg(figure)->bytes: # a matplotlib figure
 def picture(figure, caption:str)->dict: # -> an item of `write_page`
     "Returns a picture for a page, no wider than it was drawn."
     return dict(caption=caption, picture=base64.b64encode(svg(figure)).decode(), links={},
-                width=round(96*figure.get_figwidth()))
+                width=round(96*figure.get_figwidth()), half=figure.get_figwidth() < 6)
 
 def table_item(frame:pd.DataFrame, caption:str, folded:str='')->dict: # folded: what a click on it opens
     "Returns a table for a page, text and numbers as they are shown."
@@ -429,33 +438,28 @@ def mistake_items(
     classes:list,    # names
     data_root:str='' # where the images are now; '': where the run found them
 )->list[dict]:
-    "Returns a page's confusion matrix of an arm (above 30 classes: confused pairs), and its surest mistakes."
-    student = arm
-    seeds = decisions.seed.unique()
-    several_seeds = len(seeds) > 1
-    if several_seeds:
-        student += f', over {len(seeds)} seeds'
+    "Returns a page's surest mistakes of an arm, and its confusion matrix (above 30 classes: confused pairs)."
+    seeds = decisions.seed.unique() # the model to take is of the first one
+    decisions = decisions[decisions.seed == seeds[0]]
+    student = f'{arm} of seed {seeds[0]}' if len(seeds) > 1 else arm
+    first = next(run for run in runs if run.config.seed == seeds[0]) # another's predictions may be lost
     counts = confusion(decisions, len(classes))
     pairs = confused_pairs(counts, classes)
     items = []
+    mistakes, note = surest_mistakes(first, classes, data_root)
+    if mistakes:
+        thumbnails = _mistakes.render(mistakes=mistakes)
+        items.append(html_item(thumbnails, f'The surest mistakes of {student}. {note}'))
+    elif not len(pairs):
+        items.append(html_item('', f'No test image is seen wrong by {student}.'))
     if len(classes) <= 30:
         caption = f'What classes are seen as, by {student}. A row is a class.'
         if len(classes) <= MOST_NUMBERS:
-            caption += ' Numbers: decisions on test images.'
+            caption += ' Numbers: test images.'
         items.append(picture(draw_confusion(counts, classes), caption))
     elif len(pairs):
         pairs['share of the class'] = pairs['share of the class'].map(percent)
-        if several_seeds: # they are added up
-            pairs = pairs.rename(columns={'images': 'decisions'})
         items.append(table_item(pairs, f'The classes that are confused most often, by {student}.'))
-    first = next(run for run in runs if run.config.seed == seeds[0]) # another's predictions may be lost
-    mistakes, note = surest_mistakes(first, classes, data_root)
-    if mistakes:
-        which = f'{arm} of seed {seeds[0]}' if several_seeds else arm
-        thumbnails = _mistakes.render(mistakes=mistakes)
-        items.append(html_item(thumbnails, f'The surest mistakes of {which}. {note}'))
-    elif not len(pairs):
-        items.append(html_item('', f'No test image is seen wrong by {student}.'))
     return items
 
 # %% ../../nbs/study/10_job.ipynb #a0ca776d
@@ -508,6 +512,11 @@ def draw_learning(comparison:Comparison, teacher:list[Run]=()): # teacher: its f
 _text = Template("""{% for name, text in texts.items() if text %}<p>{{ name }}</p><pre>{{ text }}</pre>
 {% endfor %}""", autoescape=True)
 
+def command_without_places(command:str)->str:
+    "Returns a command with the names of files and folders alone: a page may be mailed."
+    words = [Path(word).name if os.path.isabs(word) else word for word in shlex.split(command)]
+    return shlex.join(words)
+
 def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: of `finished_models`
     "Returns the items of a page on machine, command and settings."
     first = [*models.values()][0][0]
@@ -521,7 +530,7 @@ def how_it_was_made(comparison:Comparison, models:dict)->list[dict]: # models: o
         seconds = sum(run.result.get('seconds', 0) for run in runs)
         if seconds:
             times.append(f'{name} {tqdm.format_interval(seconds)}')
-    command = comparison.study.about.get('command', '')
+    command = command_without_places(comparison.study.about.get('command', ''))
     texts = {'The command': command, 'The machine': machine, 'Training took': ', '.join(times)}
     return [html_item(_text.render(texts=texts)),
             table_item(settings(models), '', 'Settings that differ from the defaults')]
@@ -551,11 +560,9 @@ def introduction(models:dict)->list[str]: # models: of `finished_models`
     return [f"{'; '.join(meanings)}.".capitalize()] if meanings else []
 
 # %% ../../nbs/study/10_job.ipynb #765af6e1
-_models = Template('<p>Their folders lie beside this page. Use: '
-                   '<code>vitdistill predict FOLDER IMAGES</code></p>\n<ul>'
-                   '{% for name, address in models.items() %}'
-                   '<li><a href="{{ address }}">{{ name }}</a></li>\n'
-                   '{% endfor %}</ul>', autoescape=True)
+_models = Template('<p>Their folders lie in <code>models</code>, beside this page. Use: '
+                   '<code>vitdistill predict models/NAME IMAGES</code></p>\n<ul>'
+                   '{% for name in names %}<li>{{ name }}</li>\n{% endfor %}</ul>', autoescape=True)
 
 def results_note(comparison:Comparison, models:dict)->str: # models: of `finished_models`
     "Returns what stands below the table of accuracies."
@@ -582,14 +589,11 @@ def cost_items(costs:pd.DataFrame, caption:str, comparison:Comparison)->list[dic
                                      'square: with unlabelled images.'))
     return items
 
-def model_items(folders:dict, out:Path)->list[dict]: # model -> its folder
-    "Returns a page's links to the folders of the models."
-    if not folders:
-        return []
+def model_items(models:dict)->list[dict]: # of `finished_models`
+    "Returns a page's names of the models; a link would lead nowhere in a mail."
     files = 'For other programs, such as those of a phone: model.onnx and model.int8.onnx in such a ' \
             'folder, or vitdistill export FOLDER --int8.'
-    links = {name: address(folder, out) for name, folder in folders.items()}
-    return [html_item(_models.render(models=links), files)]
+    return [html_item(_models.render(names=[*models]), files)]
 
 # %% ../../nbs/study/10_job.ipynb #8b995474
 def class_names_of(card:Card|None, decisions:dict)->list[str]: # decisions: model -> of `test_decisions`
@@ -602,18 +606,43 @@ def class_names_of(card:Card|None, decisions:dict)->list[str]: # decisions: mode
     return [str(label) for label in range(classes)]
 
 # %% ../../nbs/study/10_job.ipynb #dd8469b6
+_box = Template("""{% for line in verdict.lines %}<p>{{ line }}</p>
+{% endfor %}{% if verdict.steps %}<p>What to do next, what usually helps most first:</p>
+<ol>{% for step in verdict.steps %}<li>{{ step }}</li>
+{% endfor %}</ol>{% endif %}""", autoescape=True)
+
+def image_items(comparison:Comparison, models:dict)->list[dict]: # models: of `finished_models`
+    "Returns what a page says of the images: what there is, what stands twice, which files were left out."
+    about = comparison.study.about
+    root = str(comparison.study.common.get('data_root', ''))
+    lines = [about.get('images', '').replace(root, Path(root).name) if root else about.get('images', ''),
+             about.get('same', '')]
+    config = replace([*models.values()][0][0].config, data_root=root)
+    try:
+        left_out = left_out_in_words(*listed_files(config).values())
+    except VitdistillError: # gone, or others by now
+        left_out = ''
+    if left_out:
+        lines.append(f'Files that were left out: {left_out}.')
+    return [dict(caption=line, links={}) for line in lines if line]
+
+def _save_tables(name, out, gaps, classes): # gaps: of `Comparison.table`; classes: of `recalls`, or None
+    save_table(gaps.drop(columns=['gaps', 'later']), out, name, 'Differences between arms.')
+    if classes is not None:
+        caption = 'Share of the test images of each class that a model has right.'
+        save_table(classes, out, f'{name}_classes', caption)
+
+# %% ../../nbs/study/10_job.ipynb #7a10d002
 def write_job(
     comparison:Comparison,
     out:str|Path,            # folder of the job
     teacher:list[Run]=(),    # its runs
-    folders:dict={},         # model -> its folder, for links
-    findings:list[str]=(),   # sentences that come first
+    findings:list[str]=(),   # sentences below the table
     costs:pd.DataFrame=None, # model and keys of COSTS, a row a model
     costs_caption:str=''     # how they were measured
 )->Path:
     "Writes the page of a job, and the tables of its differences and classes; returns the path of the page."
     study = comparison.study
-    out = Path(out)
     models = finished_models(comparison, [*teacher])
     if not models:
         raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
@@ -624,36 +653,29 @@ def write_job(
     classes = class_names_of(card, decisions)
     table = recalls(decisions, classes)
     gaps = comparison.table()
-    shown = {name: runs for name, runs in models.items() if name in table or name == 'teacher'}
-    choice = choice_of(shown, gaps)
-    best = choice.student
+    usable = models if is_unlabelled(models) else {name: models[name] for name in decisions}
+    best = choice_of(usable, gaps).student
+    verdict = verdict_of(usable, gaps, study.about.get('side', 0))
     with any_text():
         curves = learning(comparison, models)
         wrong = class_items(table, best, comparison)
-        if best:
+        if best in decisions:
             root = study.common.get('data_root', '')
-            wrong += mistake_items(models[best], best, decisions[best], classes, root)
+            wrong = mistake_items(models[best], best, decisions[best], classes, root) + wrong
 
-    _save_tables(study.name, out, gaps, table if decisions else None)
-    lead = [*introduction(models), ' '.join(choice_in_words(choice)), *findings, *missing(comparison)]
-    if study.about.get('same'): # images that stand twice
-        lead.append(study.about['same'])
-    accuracies = table_item(accuracy_table(models, comparison, table), results_note(comparison, models))
-    about_images = study.about.get('images')
-    return write_page(out/f'{study.name}.html', study.title or study.name, lead, {
-        'Results': [accuracies, *cost_items(costs, costs_caption, comparison)],
+    _save_tables(study.name, Path(out), gaps, table if decisions else None)
+    notes = '\n'.join([*introduction(models), *findings, *missing(comparison)])
+    shown = table_item(accuracy_table(models, comparison, table), results_note(comparison, models))
+    first = [*models.values()][0][0]
+    return write_page(Path(out)/f'{study.name}.html', study.title or study.name, [], {
+        'Results': [shown, dict(caption=notes, links={}), *cost_items(costs, costs_caption, comparison)],
+        'Mistakes': wrong,
         'Learning curves': curves,
-        'What is wrong': wrong,
-        'The images': [dict(caption=about_images, links={})] if about_images else [],
-        'The models': model_items(folders, out),
-        'How it was made': how_it_was_made(comparison, models)})
-
-# %% ../../nbs/study/10_job.ipynb #7a10d001
-def _save_tables(name, out, gaps, classes): # gaps: of `Comparison.table`; classes: of `recalls`, or None
-    save_table(gaps.drop(columns=['gaps', 'later']), out, name, 'Differences between arms.')
-    if classes is not None:
-        caption = 'Share of the test images of each class that a model has right.'
-        save_table(classes, out, f'{name}_classes', caption)
+        'The images': image_items(comparison, models),
+        'The models': model_items(models),
+        'How it was made': how_it_was_made(comparison, models)},
+        box=Markup(_box.render(verdict=verdict)) if verdict.lines else '',
+        about=', '.join(filter(None, [study.about.get('folder', ''), first.begun[:10]])))
 
 # %% ../../nbs/study/10_job.ipynb #ec146ae9
 @dataclass

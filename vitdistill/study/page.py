@@ -73,6 +73,9 @@ body { margin: auto; max-width: 60rem; padding: 1.5rem 1rem; font: 1rem/1.55 sys
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin-top: 2.5rem; break-after: avoid }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; border-block: 1px solid #8886 }
 figure { margin: 1.5rem 0 2.2rem; overflow-x: auto; break-inside: avoid }
+.box { padding: .4rem 1.1rem; border: 2px solid #2a7f62; border-radius: 8px; break-inside: avoid }
+.box p:first-child { font-size: 1.15rem } .box li { margin: .3rem 0 }
+.half { display: inline-block; width: 100%; max-width: 29rem; margin-right: .8rem; vertical-align: top }
 img { box-sizing: border-box; width: 100%; min-width: 36rem; padding: .5rem; background: #fff;
   border-radius: 6px }
 figcaption { margin: .5rem 0; opacity: .8; font-size: .9rem; white-space: pre-line }
@@ -85,14 +88,21 @@ pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-siz
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8886 }
 td { white-space: nowrap } .wrap td { white-space: normal; min-width: 3.2rem; max-width: 22rem }
+@media (max-width: 40rem) { .wrap thead { display: none } .wrap, .wrap tbody, .wrap tr { display: block }
+  .wrap tr { padding: .6rem 0; border-bottom: 1px solid #8886 }
+  .wrap td { display: flex; gap: 1rem; justify-content: space-between; max-width: none; border: 0;
+    padding: .1rem 0 }
+  .wrap td::before { content: attr(data-name); opacity: .7 } .wrap td:first-child { font-weight: bold }
+  .half img { min-width: 0 !important } }
 @media print { body { max-width: none; font-size: 10pt } nav, .links { display: none } a { color: inherit }
   img { width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm } figure { overflow: visible }
   table { font-size: 7.5pt } td { white-space: normal } tr { break-inside: avoid } }
 </style></head><body><h1>{{ title }}</h1>
+{% if about %}<p>{{ about }}</p>{% endif %}{% if box %}<div class="box">{{ box }}</div>{% endif %}
 {% for line in lead %}<p style="white-space: pre-line">{{ line }}</p>{% endfor %}
 <nav>{% for name in parts %}<a href="#{{ name|replace(' ', '-') }}">{{ name }}</a>{% endfor %}</nav>
 {% for name, items in parts.items() %}<section id="{{ name|replace(' ', '-') }}"><h2>{{ name }}</h2>
-{% for it in items %}<figure{{ dict(id=it.id)|xmlattr }}>
+{% for it in items %}<figure{{ dict(id=it.id)|xmlattr }}{{ ' class="half"'|safe if it.half }}>
 {% if it.picture %}<img alt="{{ it.caption }}"
 {% if it.width %}style="max-width: {{ it.width }}px; min-width: {{ it.width*6//10 }}px" {% endif -%}
 src="data:image/svg+xml;base64,{{ it.picture }}">{% endif %}
@@ -102,7 +112,9 @@ src="data:image/svg+xml;base64,{{ it.picture }}">{% endif %}
 {{ it.html or '' }}{% if it.folded %}<details><summary>{{ it.folded }}</summary>{% endif %}
 {% if it.head %}<table{{ ' class="wrap"'|safe if it.wrap }}>
 <thead><tr>{% for cell in it.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in it.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+{% for row in it.rows %}<tr>{% for cell in row %}<td
+{{- dict([('data-name', it.head[loop.index0])] if it.wrap else [])|xmlattr }}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
 </tbody></table>{% endif %}{% if it.folded %}</details>{% endif %}
 </figure>{% endfor %}</section>{% else %}<p>Nothing here yet.</p>{% endfor %}
 </body></html>
@@ -114,6 +126,8 @@ def write_page(
     title:str,
     lead:list[str]=(), # opening paragraphs, plain text
     parts:dict=(),     # heading -> SVG files and tables (CSV or Markdown), or ready items, in order
+    box:Markup='',     # HTML that comes first, in a frame
+    about:str=''       # a line below the title
 )->Path:
     "Writes a page of pictures and tables that needs no other file; returns its path."
     file = Path(file)
@@ -127,7 +141,7 @@ def write_page(
         if items:
             items_of[heading] = items
     page = Template(_page, autoescape=True) # escapes all text but `Markup`
-    return write_atomic(file, page.render(title=title, lead=lead, parts=items_of))
+    return write_atomic(file, page.render(title=title, about=about, box=box, lead=lead, parts=items_of))
 
 # %% ../../nbs/study/07_page.ipynb #34ff0fea
 def sort_key(path:Path, first:list[str]=())->tuple: # first: patterns of names
