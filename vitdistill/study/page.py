@@ -62,11 +62,8 @@ def address(path:Path, here:Path)->str:
     "Returns the address of a file for a link on a page in the folder `here`."
     return quote(Path(os.path.relpath(path, here)).as_posix())
 
-# %% ../../nbs/study/07_page.ipynb #8689168c
-_page = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title><style>
+# %% ../../nbs/study/07_page.ipynb #7a10f001
+_style = Markup("""
 :root { color-scheme: light dark }
 body { margin: auto; max-width: 60rem; padding: 1.5rem 1rem; font: 1rem/1.55 system-ui, sans-serif;
   overflow-wrap: break-word }
@@ -97,7 +94,13 @@ td { white-space: nowrap } .wrap td { white-space: normal; min-width: 3.2rem; ma
 @media print { body { max-width: none; font-size: 10pt } nav, .links { display: none } a { color: inherit }
   img { width: auto; min-width: 0; max-width: 100%; max-height: 9.5cm } figure { overflow: visible }
   table { font-size: 7.5pt } td { white-space: normal } tr { break-inside: avoid } }
-</style></head><body><h1>{{ title }}</h1>
+""")
+
+# %% ../../nbs/study/07_page.ipynb #8689168c
+_page = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>{{ style }}</style></head><body><h1>{{ title }}</h1>
 {% if about %}<p>{{ about }}</p>{% endif %}{% if box %}<div class="box">{{ box }}</div>{% endif %}
 {% for line in lead %}<p style="white-space: pre-line">{{ line }}</p>{% endfor %}
 <nav>{% for name in parts %}<a href="#{{ name|replace(' ', '-') }}">{{ name }}</a>{% endfor %}</nav>
@@ -141,7 +144,8 @@ def write_page(
         if items:
             items_of[heading] = items
     page = Template(_page, autoescape=True) # escapes all text but `Markup`
-    return write_atomic(file, page.render(title=title, about=about, box=box, lead=lead, parts=items_of))
+    text = page.render(style=_style, title=title, about=about, box=box, lead=lead, parts=items_of)
+    return write_atomic(file, text)
 
 # %% ../../nbs/study/07_page.ipynb #34ff0fea
 def sort_key(path:Path, first:list[str]=())->tuple: # first: patterns of names
