@@ -295,7 +295,8 @@ def test_the_export_predicts_the_same(job, tmp_path, capsys):
 
 def test_smaller_files_of_a_job_are_measured_on_its_images(job, tmp_path, capsys):
     """By the command; the whole model has the accuracy of its run, `evaluate` that of the table."""
-    from vitdistill.deploy import evaluate, measure
+    from vitdistill.deploy.evaluate import evaluate
+    from vitdistill.deploy.measure import measure
     out, _, _ = job
     run = next(run for run in find_runs(out / "runs") if "mine/taught" in run.arms)
     file = tmp_path / "student.onnx"

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from timm.utils import unwrap_model
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -352,3 +353,119 @@ def test_pixels_are_normalized_in_float32_whatever_the_default_was():
     finally:
         torch.set_default_dtype(torch.float32)
     assert normalize(pixels, *constants).dtype == torch.float32
+
+
+class Net(nn.Module):
+    """A module that is none of timm's."""
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.drop = nn.Dropout()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.drop(self.conv(x).mean((2, 3))))
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def normalized(pixels, constants):
+    mean, std = (torch.tensor(part)[:, None, None] for part in constants)
+    return (pixels - mean) / std
+
+
+def test_a_module_of_ones_own_teaches():
+    """A copy of it, frozen, gets the loader's pixels as they are; or at the size and with the constants that
+    are given."""
+    net, pixels = Net(), torch.rand(3, 3, 16, 16)
+    given = normalized(pixels, IMAGENET)
+    sees = api.load_teacher(net, IMAGENET, classes=CLASSES)
+    own = api.load_teacher(nn.DataParallel(net), classes=CLASSES, size=8, constants=((0.5,) * 3, (0.25,) * 3))
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    expected = net.eval()(given)
+    assert torch.allclose(sees(given), expected, atol=1e-4)
+    halved = F.interpolate((pixels - 0.5) / 0.25, (8, 8), mode="bilinear")
+    assert torch.allclose(own(pixels), net(halved), atol=1e-4)
+    net.head.weight.data.zero_()  # the teacher has its own
+    assert torch.allclose(sees(given), expected, atol=1e-4)
+    assert 0 <= sees.check([(given, expected.argmax(1))]) <= 1
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A file of weights of test_resnet, for 1,000 classes, which timm has as its pretrained weights."""
+    torch.manual_seed(0)
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), file)
+    monkeypatch.setattr("timm.models._builder.load_pretrained",
+                        lambda model, **_: model.load_state_dict(load_file(file)))
+    return file
+
+
+def test_any_model_of_timm_teaches(weights):
+    """By its name with timm's weights, or by a file; its own constants are undone and done."""
+    model = timm.create_model("test_resnet").eval()
+    model.load_state_dict(load_file(weights))
+    about = model.pretrained_cfg
+    side, constants = about["input_size"][-1], (about["mean"], about["std"])
+    pixels = torch.rand(2, 3, side, side)
+    expected = model(normalized(pixels, constants))
+    named = api.load_teacher("test_resnet", IMAGENET)
+    assert named.classes[0] == "n01440764" and len(named.classes) == 1000  # the tench
+    assert torch.allclose(named(normalized(pixels, IMAGENET)), expected, atol=1e-4)
+    by_file = api.load_teacher(weights, architecture="test_resnet", classes=range(1000))
+    assert torch.allclose(by_file(pixels), expected, atol=1e-4)
+    plain = api.load_teacher(weights, architecture="test_resnet", classes=range(1000), constants=PLAIN)
+    assert torch.allclose(plain(pixels), model(pixels), atol=1e-4)
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(weights=Net()), "Net does not name its classes"),
+    (dict(weights="test_resnet", classes=CLASSES), "trained for 1000 classes and 3 are given"),
+    (dict(weights="resnet18_plain"), "no pretrained weights of resnet18_plain"),
+    (dict(weights="resnet18_plane"), "timm has none of this name: did you mean 'resnet18_plain'"),
+    (dict(), "holds weights alone: give their architecture"),
+    (dict(architecture="test_resnet"), "classes="),
+    (dict(architecture="test_resnet", classes=CLASSES), "fc.weight is .1000"),
+    (dict(architecture="test_resnets", classes=CLASSES), "unknown model 'test_resnets'"),
+    (dict(size=-1), "size = -1")], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_teacher_without_what_it_needs(weights, given, message):
+    with pytest.raises(VitdistillError, match=message):
+        api.load_teacher(**(dict(weights=weights) | given))
+
+
+class Returns(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+@pytest.mark.parametrize("returns", [lambda x: dict(logits=x), lambda x: (x, x), lambda x: x[:, :2],
+                                     lambda x: x[:, :, None]])
+def test_a_module_that_returns_no_logits(returns):
+    net = Net()
+    net.head = nn.Sequential(net.head, Returns(returns))
+    sees = api.load_teacher(net, classes=CLASSES)
+    with pytest.raises(VitdistillError, match="with logits of 3 classes.*give a module that returns"):
+        sees(torch.rand(2, 3, 16, 16))
+
+
+def test_a_folder_and_its_file_are_one_teacher(teacher):
+    pixels = torch.rand(2, 3, 32, 32)
+    assert api.load_teacher(teacher / "model.safetensors")(pixels).equal(api.load_teacher(teacher)(pixels))
+    with pytest.raises(VitdistillError, match="names its classes itself .a, b, c"):
+        api.load_teacher(teacher, classes=["c", "b", "a"])
+
+
+def test_the_table_of_losses_has_them_all():
+    rows = re.findall(r"^\| `(.+)` \|.*\| (yes|no) \|$", (ROOT / "docs/library.md").read_text(), re.M)
+    assert dict(rows) == {name: "yes" if OBJECTIVES[name].needs_label else "no" for name in WITH_TEACHER}
+    for name in OBJECTIVES.keys() - WITH_TEACHER:
+        with pytest.raises(VitdistillError, match=f"'{name}' has no teacher: choose from hard, soft"):
+            api.loss(name)
+    with pytest.raises(VitdistillError, match="'rld' needs the label of each image"):
+        api.loss("rld")(torch.rand(2, 3), torch.rand(2, 3), torch.tensor([0, -1]))

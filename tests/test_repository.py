@@ -1,6 +1,7 @@
 """The repository's own rules: notebooks are the source, clean, and documented."""
 import ast
 import functools
+import importlib
 import json
 import os
 import re
@@ -222,3 +223,12 @@ def test_a_study_asks_before_its_runs_answer():
         asked = any(was_asked(run, arm, commit) or arm.startswith(ADMITTED) for arm in run.arms)
         assert old or measured or asked, (
             f"{run.name} is of no study at {commit[:8]}: write and commit its study before it runs")
+
+
+def test_no_name_of_a_wing_hides_a_room():
+    """`import vitdistill.models.create as m` gives the module, and not a function of that name."""
+    for path in sorted((ROOT / "vitdistill").glob("*/*.py")):
+        if not path.stem.startswith("_"):
+            wing = importlib.import_module(f"vitdistill.{path.parent.name}")
+            room = importlib.import_module(f"vitdistill.{path.parent.name}.{path.stem}")
+            assert getattr(wing, path.stem) is room, path

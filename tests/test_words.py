@@ -13,7 +13,8 @@ from PIL import Image
 
 from vitdistill import api
 from vitdistill.base import VitdistillError
-from vitdistill.deploy import evaluate, measure
+from vitdistill.deploy.evaluate import evaluate
+from vitdistill.deploy.measure import measure
 from vitdistill.deploy.predict import predict
 from vitdistill.study.agreement import agreements
 from vitdistill.study.results import read_predictions

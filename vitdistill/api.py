@@ -14,15 +14,16 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK',
            'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
            'print_models', 'given_to_students', 'alone_in', 'distill', 'check_constants', 'refuse_other_project',
            'save', 'class_orders', 'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher',
-           'load_teacher', 'Loss', 'TeacherMemo', 'small_head']
+           'load_teacher', 'Loss', 'TeacherMemo', 'predict', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
-import collections, contextlib, filecmp, functools, inspect, json, math, os, re, shlex, shutil, statistics
-import tempfile, time, typing
+import collections, contextlib, copy, filecmp, functools, inspect, json, math, os, re, shlex, shutil
+import statistics, tempfile, time, typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch, torch.nn.functional as F
+from timm.models import get_pretrained_cfg
 from timm.utils import unwrap_model
 from tqdm import tqdm
 from .teachers.answers import open_memo
@@ -37,8 +38,9 @@ from .data.labels import table_parts
 from .data.unlabelled import files_in, refuse_own_folder
 from .data.views import expected_views, plan_rows, view_count
 from .models.hub import HUB, weights_place
-from .losses import Batch, Embedding, TopK, criterion
-from .models.create import check_name, refuse_not_finite, save_model
+from .losses import OBJECTIVES, Batch, Embedding, TopK, criterion
+from .models.create import check_name, create, load_weights, near_models, pretrained_constants
+from .models.create import refuse_not_finite, save_model
 from .models.create import small_head # noqa: F401 (handed on)
 from .deploy.measure import measure
 from .deploy.predict import from_folder, load_model, named_images, predict
@@ -71,7 +73,7 @@ from .study.results import read_predictions, teacher_calls
 from .study.stats import paired_score
 
 # %% ../nbs/06_api.ipynb #63aaaca9
-_all_ = ['small_head']
+_all_ = ['predict', 'small_head']
 
 # %% ../nbs/06_api.ipynb #93cd2f11
 def seconds_in_words(seconds:dict)->str: # of `seconds_of_cells`
@@ -1230,7 +1232,14 @@ class LoadedTeacher(Teacher):
         if not self.compile: # passes of about one size, so that none is filled up with black images
             passes = max(1, math.ceil(len(pixels)/self.largest_pass))
             self.chunk = math.ceil(len(pixels)/passes)
-        return self.logits(plain*255)
+        failure = (f'the teacher does not answer pixels of shape {(*pixels.shape,)} with logits of '
+                   f'{len(self.classes)} classes')
+        advice = 'give a module that returns (B, C), a name for each of its C outputs, and its size'
+        with explained(failure, advice, AttributeError, TypeError, reason=first_line): # such as a dictionary
+            logits = self.logits(plain*255)
+        if logits.shape != (len(pixels), len(self.classes)):
+            raise VitdistillError(f'{failure}, but {(*logits.shape,)}: {advice}.')
+        return logits
 
     def check(self, loader)->float: # yields (pixels, labels, ...)
         "Returns the share of a loader's images that it answers right; raises if it seems untrained."
@@ -1250,29 +1259,135 @@ class LoadedTeacher(Teacher):
                               'weights that fit these classes, labels in the order of teacher.classes, and '
                               'as mean_std how the loader normalizes.')
 
+# %% ../nbs/06_api.ipynb #a4ddfa4c
+class _Classifier(typing.NamedTuple):
+    "What a teacher is made of."
+    model:torch.nn.Module
+    classes:list    # names, in the order of its outputs
+    constants:tuple # (mean, std) per channel, by which its pixels are normalized
+    size:int        # side of its input, px; 0: that of the loader's pixels
+
+def _side_of(architecture:str, size:int)->int: # size: as given, 0: timm's
+    "Returns the side of a model's input."
+    about = get_pretrained_cfg(architecture)
+    if not (size or about):
+        raise VitdistillError(f'timm does not know the size of {architecture}: give it, such as size=224.')
+    return size or about.input_size[-1]
+
+def _from_timm(name:str, classes:list|None, size:int)->_Classifier:
+    "Returns a model of timm's with its pretrained weights; its classes are those of ImageNet, or as given."
+    check_name(name)
+    about = get_pretrained_cfg(name)
+    if not (about and about.has_weights):
+        raise VitdistillError(f'timm has no pretrained weights of {name}: name a model that has some '
+                              '(timm.list_pretrained), or a file of weights with its architecture.')
+    if classes is None:
+        subset = timm.data.infer_imagenet_subset(about.to_dict())
+        if not subset:
+            raise VitdistillError(f'timm does not name the {about.num_classes} classes of {name}: give them, '
+                                  'classes=[...], in the order of its outputs.')
+        classes = timm.data.ImageNetInfo(subset).label_names()
+    if len(classes) != about.num_classes:
+        raise VitdistillError(f'{name} was trained for {about.num_classes} classes and {len(classes)} are '
+                              'given: fine-tune it on yours first (vitdistill distill, or e00_teacher).')
+    side = _side_of(name, size)
+    model = create(name, len(classes), side, pretrained=True)
+    return _Classifier(model, classes, pretrained_constants(model), side)
+
+def _from_file(
+    file:Path,         # safetensors or pth
+    architecture:str,  # timm's name
+    classes:list|None,
+    size:int           # px; 0: timm's
+)->_Classifier:
+    "Returns a model of timm's with the weights of a file."
+    if not (architecture and classes):
+        raise VitdistillError(f'{file} holds weights alone: give their architecture (a name of timm) and '
+                              'classes=[...], a name for each output.')
+    check_name(architecture)
+    side = _side_of(architecture, size)
+    model = load_weights(create(architecture, len(classes), side), file)
+    return _Classifier(model, classes, pretrained_constants(model), side)
+
+def _from_module(
+    module:torch.nn.Module, # also compiled or in DistributedDataParallel; it is copied
+    classes:list|None,
+    size:int,               # px; 0: that of the loader's pixels
+    mean_std:tuple          # of the loader's pixels, which it takes as they are
+)->_Classifier:
+    "Returns a copy of a module as a teacher for a loader's pixels."
+    module = unwrap_model(module)
+    if not classes:
+        raise VitdistillError(f'{type(module).__name__} does not name its classes: give them, classes=[...], '
+                              'in the order of its outputs.')
+    outputs = getattr(module, 'num_classes', len(classes))
+    if outputs != len(classes):
+        raise VitdistillError(f'{len(classes)} names of classes are given and {type(module).__name__} has '
+                              f'{outputs} outputs: give a name for each output, in their order.')
+    return _Classifier(copy.deepcopy(module), classes, mean_std, size)
+
+def _from_model_folder(folder:Path, classes:list|None, size:int)->_Classifier: # size: as given
+    "Returns the model of a folder that this tool wrote."
+    model = from_folder(folder)
+    _, side = model.sides # of the crop, and of the model's input
+    if classes not in (None, model.classes):
+        raise VitdistillError(f'{folder} names its classes itself ({", ".join(model.classes[:3])}, ...): '
+                              'leave classes out.')
+    if size not in (0, side):
+        raise VitdistillError(f'{folder} is a model for {side} px: leave size out.')
+    return _Classifier(model.forward.model, model.classes, model.constants, side)
+
+def _classifier(
+    weights:str|Path|torch.nn.Module, architecture:str, classes:list|None, size:int, mean_std:tuple
+)->_Classifier: # all as of `load_teacher`
+    if isinstance(weights, torch.nn.Module):
+        return _from_module(weights, classes, size, mean_std)
+    place = from_here(weights)
+    if not place.exists():
+        elsewhere = weights_place(weights) # on the hub, or below the root
+        place = elsewhere if elsewhere.exists() else place
+    if place.name == 'model.safetensors' and (place.parent/'config.json').is_file():
+        place = place.parent
+    if place.is_file():
+        return _from_file(place, architecture, classes, size)
+    if place.exists():
+        return _from_model_folder(place, classes, size)
+    name = str(weights)
+    if timm.is_model(name):
+        return _from_timm(name, classes, size)
+    raise VitdistillError(f'there is no model in {place}, and timm has none of this name: '
+                          f'{near_models(name)}')
+
 # %% ../nbs/06_api.ipynb #3bc83f5c
 def load_teacher(
-    weights:str|Path,               # model folder, or hf-hub:OWNER/MODEL of one
+    # model folder, hf-hub:OWNER/MODEL of one, model of timm, file of weights, or a module, which is copied
+    weights:str|Path|torch.nn.Module,
     mean_std:tuple=((0., 0., 0.), (1., 1., 1.)), # by which the loader normalized pixels of 0 to 1
-    **kw                            # precision (fp32, bf16 or bf16-weights), device and compile of `Teacher`
+    classes:list|None=None,     # names in the order of its outputs; None: as a folder or ImageNet names them
+    architecture:str='',        # timm's name of the model whose weights a file holds
+    size:int=0,                 # side of its input, px; 0: its own, of a module that of the loader's pixels
+    constants:tuple|None=None,  # (mean, std) of its own pixels; None: its own, of a module the loader's
+    precision:str='fp32', device:str='cpu', compile:bool=False # as in `Teacher`; device also 'auto'
 )->LoadedTeacher:
-    "Returns a teacher from a model folder that this tool wrote, here or on the hub."
-    Config(teacher_precision=kw.get('precision', 'fp32')) # raises for another one
-    device = str(kw.get('device', 'cpu'))
-    device = auto_device() if device == 'auto' else device
+    "Returns a frozen teacher for a loader's pixels."
+    Config(teacher_precision=precision) # raises for another one
+    device = auto_device() if device == 'auto' else str(device)
     kind = device.partition(':')[0] # cuda:1 is the second GPU
     if kind not in ('cpu', 'cuda', 'mps'):
         raise VitdistillError(f"device = {device!r} is not known: give 'auto', 'cpu', 'cuda' or such as "
                               "'cuda:1'.")
     check_device(kind)
-    place = from_here(weights)
-    if not place.exists():
-        elsewhere = weights_place(weights) # on the hub, or below the root
-        place = elsewhere if elsewhere.exists() else place
-    model = from_folder(place)
-    _, side = model.sides # of the crop, and of the model's input
-    kw |= dict(device=device)
-    return LoadedTeacher(model.forward.model, model.classes, model.constants, side, mean_std, **kw)
+    check_constants(mean_std)
+    size = plain_value(size)
+    if type(size) is not int or size < 0:
+        raise VitdistillError(f'size = {size!r}: give the side of the input, a whole number of pixels.')
+    names = None if classes is None else [*map(str, classes)]
+    made = _classifier(weights, architecture, names, size, mean_std)
+    if constants is not None:
+        check_constants(constants)
+        made = made._replace(constants=plain_value(constants))
+    return LoadedTeacher(made.model, made.classes, made.constants, made.size, mean_std, precision=precision,
+                         device=device, compile=compile)
 
 # %% ../nbs/06_api.ipynb #7db95f6d
 class Loss(torch.nn.Module):
@@ -1286,10 +1401,15 @@ class Loss(torch.nn.Module):
         for field in {'distillation', 'teacher'} & {*given}:
             raise VitdistillError(f'{field} = {given[field]!r} is no setting of a loss: leave it out (its '
                                   'name comes first, and the teacher is given to `memo`).')
+        if name in OBJECTIVES and OBJECTIVES[name].wants is None:
+            with_teacher = [name for name, kind in OBJECTIVES.items() if kind.wants]
+            raise VitdistillError(f"{name!r} has no teacher: choose from {', '.join(with_teacher)}, or take "
+                                  "torch's own loss for labels alone.")
         config = from_dict(dict(distillation=name, teacher='a teacher', **given))
         if config.class_weights:
             raise VitdistillError('class_weights are made of the labels of a run, and a loss alone has none: '
                                   'leave them out, and draw rare classes more often (WeightedRandomSampler).')
+        self.name = name
         self.criterion = criterion(config)
         self.criterion.partly = True # a label may be -1
         self.kind = self.criterion.wants
@@ -1304,8 +1424,8 @@ class Loss(torch.nn.Module):
         heads = logits if isinstance(logits, tuple) else (logits,)
         answer = self._fitting(answer, heads[0])
         if self.criterion.needs_label and labels.ndim == 1 and (labels < 0).any():
-            raise VitdistillError('this loss needs the label of each image, and some are -1: leave images '
-                                  "without labels out, or take another loss, such as 'soft'.")
+            raise VitdistillError(f'{self.name!r} needs the label of each image, and some are -1: leave '
+                                  "images without labels out, or take another loss, such as 'soft'.")
         return self.criterion(heads, Batch(None, labels, answer, epoch))[0]
 
     def _fitting(self, answer, logits): # the answer, made of a teacher's logits if it is not yet of its kind

@@ -195,7 +195,8 @@ def try_size(
     name:str,        # of the model, for the message
     size:int         # side of the images, px
 )->None:
-    "Raises `VitdistillError` if a model can not compute the logits of an image of `size` px."
+    """Raises `VitdistillError` if a model can not compute the logits of an image of `size` px, or lacks what
+    timm needs to save it."""
     training = model.training
     try:
         with torch.no_grad():
@@ -220,6 +221,11 @@ def try_size(
         listed = ' and '.join(map(str, shapes))
         raise VitdistillError(f'{name} returns {listed} for an image, not a row of logits: '
                               'mend student_kwargs or teacher_kwargs, such as features_only or global_pool.')
+    needed = 'pretrained_cfg', 'num_features' # by `save_model`, at the end of a run
+    missing = [attribute for attribute in needed if not getattr(model, attribute, None)]
+    if missing:
+        raise VitdistillError(f"{name} has no {' and no '.join(missing)}, so timm could not save it: set it "
+                              "in the model's class (timm's build_model_with_cfg sets pretrained_cfg).")
 
 # %% ../../nbs/models/02_create.ipynb #02a1b2c3
 def near_models(name:str)->str: # a name that timm does not know
