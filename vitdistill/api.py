@@ -1274,6 +1274,7 @@ def _side_of(architecture:str, size:int)->int: # size: as given, 0: timm's
         raise VitdistillError(f'timm does not know the size of {architecture}: give it, such as size=224.')
     return size or about.input_size[-1]
 
+# %% ../nbs/06_api.ipynb #ef465bdf
 def _from_timm(name:str, classes:list|None, size:int)->_Classifier:
     "Returns a model of timm's with its pretrained weights; its classes are those of ImageNet, or as given."
     check_name(name)
@@ -1294,6 +1295,7 @@ def _from_timm(name:str, classes:list|None, size:int)->_Classifier:
     model = create(name, len(classes), side, pretrained=True)
     return _Classifier(model, classes, pretrained_constants(model), side)
 
+# %% ../nbs/06_api.ipynb #e8a4903d
 def _from_file(
     file:Path,         # safetensors or pth
     architecture:str,  # timm's name
@@ -1309,6 +1311,7 @@ def _from_file(
     model = load_weights(create(architecture, len(classes), side), file)
     return _Classifier(model, classes, pretrained_constants(model), side)
 
+# %% ../nbs/06_api.ipynb #200960a3
 def _from_module(
     module:torch.nn.Module, # also compiled or in DistributedDataParallel; it is copied
     classes:list|None,
@@ -1326,6 +1329,7 @@ def _from_module(
                               f'{outputs} outputs: give a name for each output, in their order.')
     return _Classifier(copy.deepcopy(module), classes, mean_std, size)
 
+# %% ../nbs/06_api.ipynb #4c18912d
 def _from_model_folder(folder:Path, classes:list|None, size:int)->_Classifier: # size: as given
     "Returns the model of a folder that this tool wrote."
     model = from_folder(folder)
@@ -1337,6 +1341,7 @@ def _from_model_folder(folder:Path, classes:list|None, size:int)->_Classifier: #
         raise VitdistillError(f'{folder} is a model for {side} px: leave size out.')
     return _Classifier(model.forward.model, model.classes, model.constants, side)
 
+# %% ../nbs/06_api.ipynb #36d9761c
 def _classifier(
     weights:str|Path|torch.nn.Module, architecture:str, classes:list|None, size:int, mean_std:tuple
 )->_Classifier: # all as of `load_teacher`
