@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np, torch, torch.nn.functional as F
 from ..base import VitdistillError, from_root
 from ..config import Config
-from .datasets import Data, check_dataset, digest, image_side, list_images, reading_of
-from .datasets import row_range
+from .datasets import CONTENT, Data, check_dataset, digest, digest_store, image_side
+from .datasets import list_images, reading_of, row_range
+from .digests import digests
 from .duplicates import same_bytes, same_pixels
 from .files import TESTS, DiskImages, ImageFiles, centred, files_in, printable, some_rows
 from .labels import in_table
@@ -24,14 +25,16 @@ def is_range(text:str)->bool: # value of `Config.unlabelled`
     return bool(re.fullmatch(r'\d+:\d+', text))
 
 # %% ../../nbs/data/06_unlabelled.ipynb #6738fa33
-def unlabelled_mark(config:Config)->str: # sixteen hexadecimal digits
+def unlabelled_mark(config:Config, like:str=CONTENT)->str: # like: as in `fingerprint`
     "Returns what identifies a config's unlabelled images, undecoded; '' without any."
     if not config.unlabelled:
         return ''
     if is_range(config.unlabelled):
         return digest([config.unlabelled])
-    files = files_in(config.unlabelled).files
-    return digest(os.fsencode(f'{name} {size}\n') for name, size, _ in files)
+    files = files_in(config.unlabelled)
+    if like.startswith(CONTENT):
+        return CONTENT + digest(digests(files, digest_store(config)))
+    return digest(os.fsencode(f'{name} {size}\n') for name, size, _ in files.files)
 
 # %% ../../nbs/data/06_unlabelled.ipynb #19e0d2b7
 class JoinedImages(DiskImages):
@@ -84,6 +87,7 @@ class Unlabelled:
     rows:torch.Tensor   # (M,) int64, rows of all images, the dataset's own first
     images:'torch.Tensor|DiskImages|None'=None # those of a folder; None: rows of the dataset
     mark:str=''         # identifies those of a folder, and how they are read
+    digests:list=()     # of the bytes of each image file
     left_out:collections.Counter=field(default_factory=collections.Counter) # why -> number
 
     def __len__(self)->int:
@@ -109,7 +113,8 @@ def unlabelled_rows(
         overlap = torch.isin(rows, used)
         left_out[why] = int(overlap.sum())
         rows = rows[~overlap]
-    return Unlabelled(config.unlabelled, rows, left_out=left_out)
+    contents = [data.train_digests[row] for row in rows.tolist()] if data.train_digests else []
+    return Unlabelled(config.unlabelled, rows, digests=contents, left_out=left_out)
 
 # %% ../../nbs/data/06_unlabelled.ipynb #44a67a08
 def refuse_own_folder(config:Config)->None:
@@ -173,9 +178,10 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     else:
         images = DiskImages(files, side, config.exif_orientation)
     reading = f'{side} px, {reading_of(config, files)}, turned {config.exif_orientation}\n'
-    mark = digest([reading, *(os.fsencode(f'{name} {size}\n') for name, size, _ in files.files)])
+    contents = digests(files, digest_store(config))
+    mark = CONTENT + digest([reading, *contents])
     numbers = len(data.train_labels) + torch.arange(len(rows))
-    return Unlabelled(config.unlabelled, numbers, images, mark, left_out)
+    return Unlabelled(config.unlabelled, numbers, images, mark, contents, left_out)
 
 # %% ../../nbs/data/06_unlabelled.ipynb #8d1c64d1
 def unlabelled_images(

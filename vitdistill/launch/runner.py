@@ -21,7 +21,7 @@ from filelock import FileLock
 from ..base import Interrupted, VitdistillError, free_threads, from_root, nearest, shipped_names
 from ..base import stoppable
 from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
-from ..data.datasets import labelled_images, load_data
+from ..data.datasets import labelled_images, load_data, write_images
 from ..losses import OBJECTIVES, criterion
 from ..tasks.table import task_of
 from ..train.outcome import record_adopted
@@ -291,6 +291,7 @@ def train_on_ranks(
     if busy and show:
         print(busy)
     work = from_root(config.work_dir)/record.name
+    write_images(config)
     # what `resolve` has filled in is 'auto' again, for each rank resolves it for its own node
     config = replace(config, **{name: 'auto' for name in config.auto if is_automatic(config, name)})
     file = save(config, work/'launch.yaml')

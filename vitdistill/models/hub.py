@@ -53,7 +53,8 @@ def without_retries(name:str=''): # of a model; for a folder on this machine the
         constants.HF_HUB_OFFLINE = before
 
 # %% ../../nbs/models/00_hub.ipynb #28994d1c
-FILES = 'model.safetensors', 'config.json', 'card.json', 'README.md', 'memo-*' # of a model on the hub
+# of a model on the hub
+FILES = 'model.safetensors', 'config.json', 'card.json', 'seen.csv', 'README.md', 'memo-*'
 
 def fetch(
     name:str, # 'hf-hub:OWNER/MODEL', or with '@REVISION'

@@ -34,10 +34,13 @@ def memo_key(
 )->dict:
     "Returns everything that an answer and its storage depend on."
     kwargs = json.loads(json.dumps(config.teacher_kwargs, sort_keys=True)) # in one order
+    train_images = data.train_hash
+    if isinstance(teacher, Absent): # perhaps an earlier version wrote its answers
+        train_images = data.train_hash_like(teacher.key['train_images'])
     return dict(version=2,
                 architecture=f'{config.teacher} {kwargs}' if kwargs else config.teacher,
                 weights=teacher.weights_hash(),
-                train_images=data.train_hash,
+                train_images=train_images,
                 images=len(data.train_labels),
                 classes=len(data.classes),
                 padding=config.padding,

@@ -25,8 +25,8 @@ from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
 from ..models.create import create, load_weights, pretrained_constants, readme_head, save_model
 from ..models.create import started_from, try_size
 from .card import Card, answers_head, card_rows, is_answers, knows_images, licenses_of
-from .card import made_from, name_of_source, refuse_overlap, words_of
-from .card import refuse_other_classes, refuse_teacher_overlap
+from .card import made_from, name_of_source, read_seen, refuse_overlap, words_of
+from .card import refuse_other_classes, refuse_teacher_overlap, write_seen
 
 # %% ../../nbs/teachers/01_teacher.ipynb #758f9ae4
 def model_hash(model:torch.nn.Module)->str:
@@ -399,7 +399,8 @@ def refuse_other_teacher(
     data:Data
 )->None:
     "Raises `VitdistillError` if the card of a folder is not that of the teacher to adopt."
-    new = replace(Card.of(config, data, teacher.size, teacher.constants), weights_hash=teacher.weights_hash())
+    new = replace(Card.of(config, data, teacher.size, teacher.constants), weights_hash=teacher.weights_hash(),
+                  train_hash=data.train_hash_like(card.train_hash))
     differences = card.differences(new)
     if differences:
         raise VitdistillError(f"{folder} holds another teacher (its {', '.join(differences)} differ): adopt "
@@ -504,5 +505,6 @@ def adopt(
     card = with_training_of(None if is_mixture else Card.read(places[0]), card)
     readme = adopted_readme(config, card, named, new_head)
     save_model(model.cpu(), folder, config.student_kwargs, card.classes, readme, constants, size)
+    write_seen(folder, {content: part for place in places for content, part in read_seen(place).items()})
     card.write(folder)
     return card

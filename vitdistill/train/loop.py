@@ -33,7 +33,7 @@ from .ranks import error_of_timeout, has_batch_norm, local_rows, parallel, seed_
 from .ranks import start_ranks, warm_up_ddp
 from ..runs import Run, RunWriter
 from .setup import BaseSetup, Setup, accuracy_on, auto_device, compiled, loading_processes
-from .setup import prepare, program, resolve, student_batches
+from .setup import prepare, program, refuse_other_list, resolve, student_batches
 from .step import TrainingStep, create_step
 from ..data.views import Plan, cut_views, scaled, view_count
 
@@ -699,6 +699,8 @@ def rank_main(
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
         launcher = f'torchrun --nproc-per-node {ranks.local_world}' if ranks.world > 1 else 'python'
         command = f'{launcher} -m vitdistill.train --config {record_path(path)}'
+        if Path(path).name == 'launch.yaml': # of a call that has listed the images
+            refuse_other_list(config)
         if ahead:
             fill_memo(config, ranks)
             end = 'the memo is full'

@@ -22,7 +22,8 @@ from ..models.create import combine, load_weights, readme_head, save_model, toke
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint
 from .setup import BaseSetup, Setup, auto_device, prepare, resolve, student_logits
-from ..teachers.card import Card, card_rows, knows_images, training_mask
+from ..teachers.card import Card, card_rows, knows_images, seen_by_student, training_mask
+from ..teachers.card import write_seen
 from ..teachers.teacher import Teacher, make_card
 
 # %% ../../nbs/train/04_outcome.ipynb #15ac9fdb
@@ -210,6 +211,8 @@ def save_student(
     model = setup.student.model.cpu().to(memory_format=torch.contiguous_format)
     kwargs = config.student_kwargs
     save_model(model, run.model, kwargs, card.classes, readme, setup.constants, card.input_size)
+    unlabelled = setup.unlabelled.digests if setup.unlabelled else ()
+    write_seen(run.model, seen_by_student(config, setup.data, unlabelled))
     replace(card, run=run.name, result=result).write(run.model)
     if config.hub_repo:
         push(config.hub_repo, run.model, run.name)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', 'auto_values', 'refuse_unfit_folds',
-           'check_settings', 'refuse_compilation', 'resolve', 'compiled', 'program', 'loading_processes',
-           'refuse_cramped', 'BaseSetup', 'run_plan', 'Setup', 'image_device', 'refuse_absent_teacher',
-           'teacher_answers', 'load_answers', 'refuse_missing_answers', 'refuse_share', 'place_model',
-           'student_batches', 'start_model', 'warn_of_emulation', 'prepare', 'pass_size', 'student_logits',
+           'check_settings', 'refuse_compilation', 'as_begun', 'resolve', 'refuse_other_list', 'compiled', 'program',
+           'loading_processes', 'refuse_cramped', 'BaseSetup', 'run_plan', 'Setup', 'image_device',
+           'refuse_absent_teacher', 'teacher_answers', 'load_answers', 'refuse_missing_answers', 'refuse_share',
+           'place_model', 'student_batches', 'warn_of_emulation', 'prepare', 'pass_size', 'student_logits',
            'accuracy_on']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
-import functools, math, os, shutil, tempfile, typing
+import functools, glob, math, os, shutil, tempfile, typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
 from ..config import Config, is_automatic
-from ..data.datasets import Data, fingerprint, generator, image_side, load_data, split_rows
+from ..data.datasets import Data, by_content, fingerprint, generator, how_images_differ
+from ..data.datasets import image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
 from ..losses import HardLabel, answer_kind, balanced_weights, criterion, named_objective
@@ -35,7 +36,7 @@ from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, check_health, model_hash, teacher_and_card, use_quickest
+from ..teachers.teacher import Absent, check_health, teacher_and_card, use_quickest
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
@@ -156,6 +157,16 @@ def refuse_compilation(config:Config, device:str)->None: # config: with the user
                               "where compiled batch norm hangs or is wrong: set compile to 'none' or 'auto'.")
 
 # %% ../../nbs/train/02_setup.ipynb #11aaa83c
+def as_begun(config:Config)->Config: # with its hashes
+    "Returns a config with hashes of names and sizes if a run of it began under these, with version 0.3."
+    run = Run.of(config).folder
+    of_this_name = run.parent.glob(f"{glob.escape(run.name.rpartition('-')[0])}-*")
+    if run.exists() or not by_content(config) and not config.unlabelled or not any(of_this_name):
+        return config
+    earlier = replace(config, data_hash=fingerprint(config, like=''),
+                      unlabelled_hash=unlabelled_mark(config, like=''))
+    return earlier if (Run.of(earlier).folder/'config.yaml').is_file() else config
+
 def resolve(config:Config)->Config:
     "Returns the config with `auto` values, path patterns and file hashes; a started run keeps its values."
     check_settings(config)
@@ -172,12 +183,20 @@ def resolve(config:Config)->Config:
                      auto={name: value for name, value in config.auto.items()
                            if is_automatic(config, name)} | chosen,
                      **chosen)
+    config = as_begun(config)
     record = Run.of(config)
     if not (record.folder/'config.yaml').is_file() or record.status == 'unreadable':
         return config
     kept = {name: getattr(record.config, name) for name in chosen
             if name not in ('device', 'compile')} # these depend on machine and ranks
     return replace(config, **kept, auto=config.auto | kept)
+def refuse_other_list(config:Config)->None: # as the call that starts a run has resolved it
+    "Raises `VitdistillError` if this process finds other images than that call."
+    differ = how_images_differ(config) if config.data_hash else ''
+    if differ:
+        raise VitdistillError(f'this run finds other images in {config.data_root} than the call that started '
+                              f'it ({differ}): they changed meanwhile, or the two processes read other '
+                              'formats, so start it again when no file changes.')
 
 # %% ../../nbs/train/02_setup.ipynb #a34e7e26
 def compiled(function:typing.Callable, mode:str)->typing.Callable: # mode: as `Config.compile`
@@ -275,7 +294,6 @@ class Setup(BaseSetup):
     answers:Answers|None=None # the teacher's answers; None without a teacher
     teacher_top1:float|None=None # on rank 0, with a teacher and labels
     teacher_measured_on:str='' # 'images that it held out' or 'training images'
-    start_hash:str=''     # of the first weights, if the model computed some from the training images
     pass_images:int=0 # images in a forward pass of evaluation; 0: `pass_size` chooses
 
     def input(self,
@@ -483,15 +501,6 @@ def student_batches(
     norm = has_batch_norm(student)
     return batch_bounds(rows, config.batch_size, ranks.world if norm else 1, norm or objective.needs_two)
 
-# %% ../../nbs/train/02_setup.ipynb #a94b0011
-def start_model(setup:Setup)->str: # the setup of a student without weights of its own
-    "Gives the training images to a model that has `start_from`; returns a hash of its weights, or ''."
-    model = setup.student.model
-    if setup.config.student_weights or not hasattr(model, 'start_from'):
-        return ''
-    model.start_from(setup.input(setup.views(rows)) for rows in setup.train_rows.split(1000))
-    return model_hash(model)
-
 # %% ../../nbs/train/02_setup.ipynb #f357b114
 def warn_of_emulation(config:Config, ranks:Ranks)->None:
     "Prints a line if the user chose bf16 on a processor that has to emulate it."
@@ -534,11 +543,9 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     objective = objective.to(ranks.device)
     student_batches(len(train), config, student, objective, ranks) # raises if batches are too small
     taught = load_answers(config, data, views, ranks, train, unlabelled) if objective.wants else {}
-    setup = Setup(config=config, ranks=ranks, data=data, student=student, views=views,
-                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
-                  unlabelled=unlabelled, criterion=objective, **taught)
-    setup.start_hash = start_model(setup)
-    return setup
+    return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
+                 test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
+                 unlabelled=unlabelled, criterion=objective, **taught)
 
 # %% ../../nbs/train/02_setup.ipynb #0a265ca3
 def pass_size(side:int, device:str)->int: # side: of the student's input, px
