@@ -22,8 +22,8 @@ from ..config import Config
 from .digests import STORE, digests, how_lists_differ, image_list, read_list
 from .digests import write_list
 from .files import DiskImages, ImageFiles, broken_in_words, files_in, fit_together
-from .files import image_files, in_folders, left_out_in_words, printable, refuse_private_readers
-from .files import say_once, some_rows, without_broken
+from .files import image_files, in_folders, left_out_in_words, printable
+from .files import refuse_private_readers, say_once, some_rows, without_broken
 from .labels import in_table
 
 # %% ../../nbs/data/01_datasets.ipynb #01d19e57
