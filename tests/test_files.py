@@ -11,15 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFile, PngImagePlugin
 from torchvision.datasets import ImageFolder
 
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, config_hash
 from vitdistill.data.datasets import fingerprint, image_lines, labelled_images, load_data
-from vitdistill.data.files import in_folders, read_image, rgb_image, say_once, square_pixels
+from vitdistill.data.files import in_folders, read_image, rgb_image, say_once, square_pixels, unreadable
+from vitdistill.runs import Run, RunWriter
 from vitdistill.train.ranks import Ranks
-from vitdistill.train.setup import prepare, resolve
+from vitdistill.train.setup import prepare, refuse_other_list, resolve
 from vitdistill.train.loop import batches
 
 
@@ -268,7 +269,7 @@ def test_names_may_be_any_bytes(tmp_path, tar):
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
     data = load_data(config)
-    assert data.classes == ["caf\\xe9", "é"] and len(data.train_hash) == len(fingerprint(config)) == 16
+    assert data.classes == ["caf\\xe9", "é"] and len({data.train_hash, fingerprint(config)}) == 2
     place = "train.tar" if tar else "train"
     lines = [f"{place}/é/ß.png {len(PNG)} 1\n".encode(), os.fsencode(f"{place}/{odd} {len(PNG)} 0\n")]
     assert lines == sorted(list(image_lines(config))[1:3], reverse=True)
@@ -483,6 +484,72 @@ def test_unreadable_images_are_left_out_where_asked(tmp_path, capsys, kind):
     assert config_hash(skips) != config_hash(config) == config_hash(replace(skips, skip_broken=False))
     told = capsys.readouterr().out
     assert "4 left out, since skip_broken is set" in told and all(name in told for name in BROKEN)
+
+
+def test_files_that_become_whole_are_read(tmp_path):
+    """Such as those of a copy that still ran: they have their size already, and zeros in place of bytes."""
+    files = {f"{kind}/{i}.png": encoded(i, 9, 9) for kind in ("cat", "dog") for i in range(4)}
+    copying = {name: bytes(len(content)) if "1" in name else content for name, content in files.items()}
+    config = replace(write(tmp_path, copying), skip_broken=True)
+    assert len(load_data(config).train_labels) == 6
+    whole = load_data(write(tmp_path, files))
+    assert load_data(config).train_images.equal(whole.train_images) and len(whole.train_labels) == 8
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_other_images_of_the_same_names_and_sizes_are_other_images(tmp_path, tar):
+    """As of a camera, or exported anew: a run, its memo and its teacher's card would be of the first ones."""
+    red, blue = (encoded(*color, kind="BMP") for color in ((200, 0, 0), (0, 0, 200)))
+    config = replace(write(tmp_path, {"cat/1.bmp": red, "dog/1.bmp": blue}, tar=tar), student="resnet10t",
+                     runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    before, run = load_data(config), resolve(config)
+    write(tmp_path, {"cat/1.bmp": blue, "dog/1.bmp": red}, tar=tar)
+    after, again = load_data(config), resolve(config)
+    assert before.train_hash != after.train_hash and before.hashes & after.hashes  # these are of names
+    assert run.data_hash != again.data_hash and Run.of(run).name != Run.of(again).name
+    with pytest.raises(VitdistillError, match="finds other images .* than the call that started it"):
+        refuse_other_list(run)
+    refuse_other_list(again)
+
+
+def test_a_run_that_began_with_names_and_sizes_goes_on(tmp_path):
+    """Of version 0.3, on images that are as they were; a new run of the same settings is by content."""
+    files = {"cat/1.png": PNG, "dog/1.png": PNG}
+    config = replace(write(tmp_path, files), student="resnet10t", runs_dir=str(tmp_path / "runs"))
+    new = resolve(config)
+    old = replace(new, data_hash=fingerprint(config, like=""))
+    record = RunWriter.of(old)
+    record.begin(old, "")
+    assert resolve(config).data_hash == old.data_hash != new.data_hash
+    write(tmp_path, {"cat/1.png": encoded(1, 2, 3) + bytes(9)}, splits=["val"])
+    assert resolve(config).data_hash not in (old.data_hash, new.data_hash)
+
+
+class _Own(ImageFile.ImageFile):
+    format = "OWN"
+
+    def _open(self):
+        if self.fp.read(3) != b"OWN":
+            raise SyntaxError("another format")
+        self._mode, self._size, self.tile = "RGB", (8, 8), [("raw", (0, 0, 8, 8), 3, ("RGB", 0, 1))]
+
+
+def test_what_this_process_alone_can_read_is_refused_before_a_run_starts(tmp_path, monkeypatch):
+    """A run is a process of its own: it has no plug-in of a notebook, and does not read cut files."""
+    config = write(tmp_path, {"cat/1.own": b"OWN" + bytes(192), "cat/1.png": PNG, "dog/1.png": PNG})
+    left_out = fingerprint(config)
+    monkeypatch.setitem(Image.OPEN, "OWN", (_Own, None))
+    monkeypatch.setitem(Image.EXTENSION, ".own", "OWN")
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "OWN"])
+    assert read_image(tmp_path / "train/cat/1.own", 8).shape == (8, 8, 3)  # as `predict` reads it here
+    for read in (fingerprint, load_data):
+        with pytest.raises(VitdistillError, match="1.own is read by a plug-in .* can not read .own: save"):
+            read(config)
+    monkeypatch.undo()
+    assert fingerprint(config) == left_out
+    write(tmp_path, {"cat/1.png": encoded(5, 5, 5, kind="JPEG")[:-20]}, splits=["train"])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert [*unreadable(in_folders(tmp_path, "train"), range(2))] == [0] and ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_a_class_of_unreadable_images_alone_is_refused(tmp_path):

@@ -53,7 +53,7 @@ def _endings_of_runs(readers): # of the images that another Python process reads
     if modules <= {'PIL'}: # no plug-ins
         return image_endings()
     code = f'from {__name__} import image_endings; print(*image_endings())'
-    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    said = subprocess.run([sys.executable, '-P', '-c', code], capture_output=True, text=True)
     return {*said.stdout.split()} or image_endings()
 
 def is_image(name:str)->bool:
