@@ -7,8 +7,8 @@ __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'auto_compile', '
            'check_settings', 'refuse_compilation', 'as_begun', 'resolve', 'refuse_other_list', 'compiled', 'program',
            'loading_processes', 'refuse_cramped', 'BaseSetup', 'run_plan', 'Setup', 'image_device',
            'refuse_absent_teacher', 'teacher_answers', 'load_answers', 'refuse_missing_answers', 'refuse_share',
-           'place_model', 'student_batches', 'warn_of_emulation', 'prepare', 'pass_size', 'student_logits',
-           'accuracy_on']
+           'place_model', 'student_batches', 'start_model', 'warn_of_emulation', 'prepare', 'pass_size',
+           'student_logits', 'accuracy_on']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, glob, math, os, shutil, tempfile, typing
@@ -36,7 +36,7 @@ from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, check_health, teacher_and_card, use_quickest
+from ..teachers.teacher import Absent, check_health, model_hash, teacher_and_card, use_quickest
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
@@ -294,6 +294,7 @@ class Setup(BaseSetup):
     answers:Answers|None=None # the teacher's answers; None without a teacher
     teacher_top1:float|None=None # on rank 0, with a teacher and labels
     teacher_measured_on:str='' # 'images that it held out' or 'training images'
+    start_hash:str=''     # of the first weights, if the model computed some from the training images
     pass_images:int=0 # images in a forward pass of evaluation; 0: `pass_size` chooses
 
     def input(self,
@@ -501,6 +502,15 @@ def student_batches(
     norm = has_batch_norm(student)
     return batch_bounds(rows, config.batch_size, ranks.world if norm else 1, norm or objective.needs_two)
 
+# %% ../../nbs/train/02_setup.ipynb #a94b0011
+def start_model(setup:Setup)->str: # the setup of a student without weights of its own
+    "Gives the training images to a model that has `start_from`; returns a hash of its weights, or ''."
+    model = setup.student.model
+    if setup.config.student_weights or not hasattr(model, 'start_from'):
+        return ''
+    model.start_from(setup.input(setup.views(rows)) for rows in setup.train_rows.split(1000))
+    return model_hash(model)
+
 # %% ../../nbs/train/02_setup.ipynb #f357b114
 def warn_of_emulation(config:Config, ranks:Ranks)->None:
     "Prints a line if the user chose bf16 on a processor that has to emulate it."
@@ -543,9 +553,11 @@ def prepare(config:Config, ranks:Ranks)->Setup:
     objective = objective.to(ranks.device)
     student_batches(len(train), config, student, objective, ranks) # raises if batches are too small
     taught = load_answers(config, data, views, ranks, train, unlabelled) if objective.wants else {}
-    return Setup(config=config, ranks=ranks, data=data, student=student, views=views,
-                 test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
-                 unlabelled=unlabelled, criterion=objective, **taught)
+    setup = Setup(config=config, ranks=ranks, data=data, student=student, views=views,
+                  test_views=Views(data.test_images, 0, place), train_rows=train, val_rows=val,
+                  unlabelled=unlabelled, criterion=objective, **taught)
+    setup.start_hash = start_model(setup)
+    return setup
 
 # %% ../../nbs/train/02_setup.ipynb #0a265ca3
 def pass_size(side:int, device:str)->int: # side: of the student's input, px
