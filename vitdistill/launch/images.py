@@ -8,12 +8,12 @@ __all__ = ['UNLABELLED', 'JOB_FIELDS', 'LOOSENS', 'has_runs', 'begun_runs', 'has
            'files_of_classes', 'refuse_parts', 'is_archive', 'refuse_parts_within', 'refuse_masks',
            'refuse_other_layouts', 'refuse_class_train', 'refuse_no_test', 'with_test', 'has_part', 'folder_of_tests',
            'Images', 'own_test', 'unlike_classes', 'images_in_words', 'sides_of', 'images_in', 'same_in_words',
-           'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here',
-           'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name', 'names_of_students',
-           'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'check_given', 'arms_of_student',
-           'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study', 'names_without_labels',
-           'part_by_words', 'seconds_an_image', 'quicker_precision', 'open_precisions', 'with_precision',
-           'same_threads']
+           'shared_images', 'with_unique', 'seen_in_words', 'fitting_side', 'fitting_fraction', 'few_test_images',
+           'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name',
+           'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'check_given',
+           'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
+           'refuse_changed_images', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'quicker_precision',
+           'open_precisions', 'with_precision', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
 import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile
@@ -24,20 +24,22 @@ from PIL import Image
 from ..base import VitdistillError, cores, environment_number, explained, timer_of
 from ..config import Config, dump_yaml, field_names, parse_yaml, plain_value, read_yaml
 from ..base import free_threads, from_here, from_root, nearest, write_atomic
-from ..data.datasets import held_out, list_images, split_rows, stratified
+from ..data.datasets import held_out, how_images_differ, list_images, split_rows, stratified
+from ..data.digests import digests
 from ..data.duplicates import Pair, same_images
 from ..data.files import TESTS, ImageFiles, bare_folders, files_below, is_hidden, is_image
 from ..data.files import printable, reason_of, refuse_broken, say_once, some_rows, unreadable
 from ..data.labels import read_labels, table_parts
+from ..data.unlabelled import is_range, unlabelled_mark
 from .queue import Cell, cell_runs
 from ..losses import check_token
 from ..models.create import Student, create, create_student, head_names, load_weights
 from ..models.create import near_models, read_weights, started_from, try_size
-from ..models.hub import hub_answers, weights_place
-from ..runs import find_runs, read_json
+from ..models.hub import HUB, hub_answers, weights_place
+from ..runs import Run, find_runs, read_json
 from ..train.setup import auto_device, auto_precision, place_model
 from .studies import job_folder, with_places_of_today
-from ..teachers.card import Card, weights_folder, words_of
+from ..teachers.card import Card, read_seen, seen_rows, weights_folder, words_of
 from ..tasks.words import about_words, given_pairs, is_by_words, teacher_by_words, words_of_classes
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
@@ -527,6 +529,32 @@ def with_unique(
     kept += [name for name, *_ in test.files]
     return link_images({name: name for name in kept}, root, out/'unique'), sentences
 
+# %% ../../nbs/launch/04_images.ipynb #34695694
+def seen_in_words(
+    config:Config, # of a student
+    weights:list   # that the job begins with or learns from, as the user names them
+)->str:
+    "Returns sentences on test and held-out images that given weights were trained on; '' without any."
+    sentences = ''
+    for name in weights:
+        place = name if str(name).startswith(HUB) else from_here(name)
+        known = str(place).startswith(HUB) or place.exists() # else it is a model of timm, or words
+        if not (known and read_seen(place)):
+            continue
+        train, test = list_images(config).values()
+        labels = torch.tensor([label for *_, label in train.files])
+        _, rows = split_rows(labels, config, train.classes)
+        counts = []
+        for part, files in (('test', test), ('held-out', some_rows(train, rows.tolist()))):
+            seen = seen_rows(place, digests(files))
+            if seen:
+                example = printable(files.files[seen[0]][0])
+                counts.append(f'{len(seen):,} of {len(files):,} {part} images, such as {example}')
+        if counts:
+            sentences += (f" {name} has seen {', and '.join(counts)}: its accuracy there is too high, and "
+                          'so is that of what it teaches or becomes.')
+    return sentences
+
 # %% ../../nbs/launch/04_images.ipynb #9f129d83
 def fitting_side(
     side:int,      # usual shorter side of the images, px
@@ -857,6 +885,30 @@ def _changes(old, new, name=''): # lines that say in which entries two parts of 
     for key in old | new:
         lines += [within + line for line in _changes(old.get(key), new.get(key), key)]
     return lines
+
+# %% ../../nbs/launch/04_images.ipynb #5b9e77a0
+def refuse_changed_images(
+    out:Path,     # folder of a job
+    config:Config # of one of its runs, as it would start now
+)->None:
+    "Raises a `VitdistillError` if a job has begun on other images than those that are there now."
+    compared = set()
+    for run in map(Run, begun_runs(out)):
+        if run.status == 'unreadable' or (run.config.data_hash, run.config.unlabelled_hash) in compared:
+            continue
+        before = run.config
+        compared.add((before.data_hash, before.unlabelled_hash))
+        today = replace(before, data_root=config.data_root, work_dir=config.work_dir)
+        differ = how_images_differ(today) if before.data_hash else ''
+        further = before.unlabelled
+        is_folder = further and not is_range(further) and from_root(further).is_dir()
+        if is_folder and unlabelled_mark(today, like=before.unlabelled_hash) != before.unlabelled_hash:
+            differ = differ or f'others in {further}'
+        if differ:
+            teacher = out/'models/teacher'
+            keeps = f' (--teacher {teacher} keeps its teacher)' if teacher.exists() else ''
+            raise VitdistillError(f'{out} holds a job on other images than your folder holds now ({differ}): '
+                                  f'name another folder as out{keeps}, or remove that one.')
 
 # %% ../../nbs/launch/04_images.ipynb #a8b111f1
 def names_without_labels(
