@@ -1,6 +1,7 @@
 """A folder of images becomes a teacher, two students, a comparison and predictions: by command, call and
 notebook."""
 import contextlib
+import functools
 import html
 import io
 import json
@@ -29,6 +30,7 @@ from vitdistill.cli import main
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, preset
 from vitdistill.data.datasets import load_data, split_rows
+from vitdistill.data.digests import digests
 from vitdistill.data.files import in_folders
 from vitdistill.launch.queue import config_of, grid_cells, run_cell
 from vitdistill.launch.images import fitting_fraction, teacher_part, with_test
@@ -244,6 +246,69 @@ def test_a_field_that_loosens_a_check_is_the_same_job(job, images, weights):
     api.distill(**given | dict(allow_untrained=True))
     with pytest.raises(VitdistillError, match=f"epochs: 1 then, 2 now.*--teacher {out}/models/teacher keeps"):
         api.distill(**given | dict(epochs=2))
+
+
+@pytest.fixture
+def own_job(job, images, tmp_path):
+    """A copy of the job and of its images, which a test may change: (images, folder of the job)."""
+    root, out = tmp_path / "images", tmp_path / "job" / job[0].name
+    shutil.copytree(images, root)
+    shutil.copytree(job[0], out, symlinks=True)
+    for link in (out / "data").rglob("*.png"):
+        target = root / link.readlink().relative_to(images)
+        link.unlink()
+        link.symlink_to(target)
+    return root, out
+
+
+def test_a_job_whose_images_were_replaced_says_so(own_job, weights, capsys):
+    """By others of the same names and sizes; a dry run says it too, and nothing is trained or written."""
+    root, out = own_job
+    again = functools.partial(api.distill, root, out=out, teacher=weights, **SMALL)
+    again(dry_run=True)
+    assert "all is done" in capsys.readouterr().out
+    first, second = (root / name / "0.png" for name in ("dark", "light"))
+    one, other = first.read_bytes(), second.read_bytes()
+    longest = max(len(one), len(other))  # zeros after its end belong to no picture
+    for file, content in ((first, one), (second, other)):
+        file.write_bytes(content.ljust(longest, b"\0"))
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    for dry_run in (True, False):
+        with pytest.raises(VitdistillError, match=r"other images .* \(2 changed, such as .*0.png\): name"):
+            again(dry_run=dry_run)
+        assert "all is done" not in capsys.readouterr().out
+    after = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    assert {file for file in before if before[file] != after.get(file)} <= {out / "lock"}
+
+
+def test_evaluate_says_which_images_the_model_was_trained_on(job, images, capsys):
+    """Of 30 images three were held out and six are for the test; its accuracy of these nine is said too."""
+    out = job[0]
+    assert main(["evaluate", str(out / "models/plain"), str(images)]) == 0
+    text = capsys.readouterr().out
+    assert "21 of these 30 images are training images" in text and "Of the other 9 images" in text
+    main(["evaluate", str(out / "models/plain"), str(out / "data/val"), "--json"])
+    assert json.loads(capsys.readouterr().out)["training_images"] == 0
+
+
+def test_a_job_says_which_test_images_its_weights_have_seen(own_job, capsys):
+    """It goes on with another job's teacher and student, after images were added and divided anew; weights
+    that are trained further have seen what the first ones had."""
+    root, out = own_job
+    for name in ("dark", "grey", "light"):
+        for i in range(10, 15):
+            Image.new("RGB", (9, 9), (i, i, i)).save(root / name / f"{i}.png")
+    api.distill(root, out=out.parent / "next", teacher=out / "models/teacher", dry_run=True,
+                **SMALL | dict(student_weights=out / "models/taught"))
+    text = capsys.readouterr().out
+    split = with_test(root, out.parent / "split")
+    trained = {line.split(",")[0] for line in (out / "models/taught/seen.csv").read_text().splitlines()
+               if line.endswith(",train")}
+    tested = digests(in_folders(split, "val"))
+    seen = len(trained & {*tested})
+    assert len(trained) == 21 and len(tested) == 9 and seen
+    for name in ("models/teacher", "models/taught"):
+        assert re.search(rf"{out / name} has seen {seen} of 9 test images, such as val/", text)
 
 
 def test_it_is_a_study(job, capsys):
