@@ -55,8 +55,7 @@ from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
 from .launch.images import check_tokens, check_weights, names_of_students
-from .launch.images import names_without_labels, part_by_words
-from .launch.images import refuse_changed_images, seen_in_words
+from .launch.images import names_without_labels, part_by_words, refuse_changed_images
 from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
 from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
 from .launch.images import with_unique, write_study
@@ -809,7 +808,7 @@ def images_of_job(
     drop_duplicates:bool=False, # whether to train without images that are test images too
     unlabelled:Path=None, # folder of images without labels, beside others with labels
     class_names:list=(), # of the classes, if no image has a label
-    weights:list=()      # that the job begins with or learns from, as in `seen_in_words`
+    weights:list=()      # as in `seen_in_words`
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     labels = from_here(labels) if labels else None
@@ -840,12 +839,10 @@ def images_of_job(
         fraction = fitting_fraction(recipe)
         if fraction != recipe.val_fraction:
             fields = fields | dict(val_fraction=fraction)
-        recipe = replace(recipe, val_fraction=fraction)
-        images = images_in(recipe, drawn)
-        same += seen_in_words(recipe, weights)
+        images = images_in(replace(recipe, val_fraction=fraction), drawn, weights)
         if unlabelled:
             refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
-    return replace(images, root=data if root == data else out/root.name, same=same), fields
+    return replace(images, root=data if root == data else out/root.name, same=same + images.same), fields
 
 # %% ../nbs/06_api.ipynb #8b4ab972
 def start_in_words(fields:dict)->str: # of Config, of a student
@@ -1067,10 +1064,9 @@ def distill(
     students = chosen_students(student, out, fields)
     class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
     unlabelled = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    weights = [name for name in (teacher, fields.get('student_weights')) if name]
     with contextlib.nullcontext() if dry_run else alone_in(out):
         images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates,
-                                       unlabelled, class_names, weights)
+                                       unlabelled, class_names, [teacher, fields.get('student_weights')])
         about = about_images(images)
         print(about, flush=True)
         side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())

@@ -121,6 +121,7 @@ class Evaluation:
         lines += [f'no image of {name}' for name in self.classes if name not in with_images]
         return '\n'.join([*lines, *_about_seen(self)])
 
+# %% ../../nbs/deploy/03_evaluate.ipynb #4858f73c
 _columns = 'class', 'images', 'right', 'recall', 'low', 'high'
 
 def _about_seen(result): # `Evaluation` -> sentences

@@ -421,7 +421,8 @@ def sides_of(
 # %% ../../nbs/launch/04_images.ipynb #a5ff824e
 def images_in(
     config:Config, # of a student
-    drawn:bool     # as in `Images`
+    drawn:bool,    # as in `Images`
+    weights:list=() # as in `seen_in_words`
 )->Images:
     "Returns what is in a config's folder of images."
     train, test = list_images(config).values()
@@ -432,7 +433,8 @@ def images_in(
     used, held_out = split_rows(labels, config, train.classes)
     parts = [train] if config.class_names else [train, test]
     side = round(statistics.median(sides_of(*parts)))
-    images = Images(Path(config.data_root), train.classes, len(used), len(held_out), 0, side, drawn)
+    images = Images(Path(config.data_root), train.classes, len(used), len(held_out), 0, side, drawn,
+                    same=seen_in_words(config, weights))
     if config.class_names: # no image has a label
         return images
 
@@ -536,7 +538,7 @@ def seen_in_words(
 )->str:
     "Returns sentences on test and held-out images that given weights were trained on; '' without any."
     sentences = ''
-    for name in weights:
+    for name in filter(None, weights):
         place = name if str(name).startswith(HUB) else from_here(name)
         known = str(place).startswith(HUB) or place.exists() # else it is a model of timm, or words
         if not (known and read_seen(place)):

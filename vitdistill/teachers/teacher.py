@@ -461,6 +461,11 @@ def refuse_model(folder:Path)->None: # without a card
         raise VitdistillError(f'{folder} holds a model without a card: name another folder, or remove that '
                               'one.')
 
+def _refuse_no_weights(weights): # as in `adopt`
+    if not weights:
+        raise VitdistillError(f'weights = {weights!r}: name the safetensors or pth file that is to be the '
+                              'teacher.')
+
 # %% ../../nbs/teachers/01_teacher.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
@@ -474,9 +479,7 @@ def adopt(
     most:int=5000       # most images that each accuracy is measured on
 )->Card:
     "Writes model, config.json and a card with measured accuracies; returns the card."
-    if not weights:
-        raise VitdistillError(f'weights = {weights!r}: name the safetensors or pth file that is to be the '
-                              'teacher.')
+    _refuse_no_weights(weights)
     refuse_unfit_images(config, data, held_out)
     size = config.student_size or data.side
     config = with_members(config, weights, data)
