@@ -5,20 +5,27 @@ import functools
 import html
 import io
 import json
+import logging
+import os
+import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
+from matplotlib import colors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -34,12 +41,14 @@ from vitdistill.data.digests import digests
 from vitdistill.data.files import in_folders
 from vitdistill.launch.queue import config_of, grid_cells, run_cell
 from vitdistill.launch.images import fitting_fraction, teacher_part, with_test
+from vitdistill.deploy.evaluate import evaluate
 from vitdistill.deploy.predict import load_model, predict
 from vitdistill.train.ranks import Ranks
 from vitdistill.runs import find_run, find_runs, lock_folder
 from vitdistill.train.setup import prepare, resolve
+from vitdistill.study.compare import load_comparison, write_pictures
 from vitdistill.study.results import read_predictions
-from vitdistill.train.loop import batches
+from vitdistill.train.loop import batches, train
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
 SMALL = dict(student="mobilenetv3_small_050", epochs=1, image_size=32, teacher_size=32, nproc=1,
@@ -316,6 +325,74 @@ def test_it_is_a_study(job, capsys):
     assert main(["grid", str(out / "mine.yaml"), "--status"]) == 0
     assert ", 0 left" in capsys.readouterr().out
     assert main(["compare", str(out / "mine.yaml"), "--out", str(out / "again")]) == 0
+
+
+def state_of_the_notebook():
+    """What a user's own cells depend on, and a call of ours might change."""
+    loggers = {name: logging.getLogger(name).level for name in ("", "torch", "matplotlib", "PIL", "timm")}
+    options = ("display.max_rows", "display.max_columns", "display.max_colwidth", "display.precision")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("KMP_")}  # OpenMP's
+    return dict(
+        matplotlib=dict(plt.rcParams), colors=[colors.to_hex(letter) for letter in "bgrmyck"],
+        random=[random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()],
+        torch=[torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+               torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()],
+        pandas={name: pd.get_option(name) for name in options}, numpy=np.geterr(), logging=loggers,
+        signals=[signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        process=[os.getcwd(), environment, sys.path[:], sys.stdout, sys.stderr, warnings.filters[:]])
+
+
+def test_a_call_leaves_the_notebook_as_it_was(job, images, weights, tmp_path, monkeypatch):
+    """Also what the notebook has set itself: a call sets nothing back to a default."""
+    out, _, _ = job
+    monkeypatch.setitem(plt.rcParams, "lines.linewidth", 7)
+    result = api.Distilled(out / "mine.yaml", out)
+    files = [str(images / f"dark/{i}.png") for i in range(3)]
+    pixels = torch.zeros(2, 3, 32, 32)
+    student = timm.create_model("resnet10t", num_classes=3)
+    config = Config(dataset="digits", data_fraction=0.02, student="resnet10t", epochs=1, batch_size=8,
+                    threads=1, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    constants = ((0.5,) * 3,) * 2
+
+    def own_loop():
+        loss = api.loss("soft", alpha=0.5)
+        teacher_answers = api.memo(api.load_teacher(result.folder()), tmp_path / "memo", loss, 2)
+        loss(student(pixels), teacher_answers(pixels, [0, 1]), torch.tensor([0, 1])).backward()
+
+    def job_again(**more):
+        return lambda: api.distill(images, out=out, teacher=weights, **SMALL, **more)
+
+    calls = dict(
+        again=job_again(), dry=job_again(dry_run=True), table=result.table, curves=result.curves,
+        pictures=result.pictures, show=result.show, words=lambda: str(result), own_loop=own_loop,
+        predict=lambda: result.predict(files), student=lambda: result.student,
+        evaluate=lambda: evaluate(result.folder(), images),
+        save=lambda: api.save(student, tmp_path / "saved", list("abc"), 32, constants),
+        compare=lambda: write_pictures(load_comparison(out / "mine.yaml"), tmp_path), train=lambda: train(config))
+    for name, call in calls.items():
+        before = state_of_the_notebook()
+        call()
+        after = state_of_the_notebook()
+        changed = [part for part in before if before[part] != after[part]]
+        assert not changed, (name, changed)
+
+
+def test_a_finished_job_is_shown_where_nothing_can_be_written(job, tmp_path, capsys):
+    """Such as /kaggle/input: a disk that is mounted for reading."""
+    here = shutil.copytree(job[0], tmp_path / "mine", symlinks=True)
+    mount = subprocess.run(["mount", "--bind", here, here], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting needs root on Linux")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", here], check=True)
+        result = api.Distilled(here / "mine.yaml", here)
+        assert len(result.table()) == 3 and "<svg" in result.show()._repr_html_() and result.folder().is_dir()
+        with pytest.raises(SystemExit) as refusal:
+            main(["export", str(result.folder())])
+        sentence = str(refusal.value)
+        assert "model.onnx can not be written" in sentence and "--out" in sentence and ".tmp" not in sentence
+    finally:
+        subprocess.run(["umount", "-l", here])
 
 
 def test_predictions_are_those_of_the_run(job, capsys):

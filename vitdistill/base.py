@@ -8,11 +8,11 @@ __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Unwritable', 
            'place_or_name', 'from_here', 'default_place', 'typed_path', 'progress_apart', 'print_result', 'record_path',
            'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number',
            'cores', 'busy_cores', 'free_threads', 'errors_alone', 'timer_of', 'without_autocast', 'generator',
-           'seed_host']
+           'seed_host', 'say_once', 'user_call']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
-import contextlib, difflib, errno, glob, importlib.util, logging, math, os, random, re, shutil, signal
-import socket, sys, time, typing
+import contextlib, difflib, errno, functools, glob, importlib.util, logging, math, os, random, re, shutil
+import signal, socket, sys, time, typing
 from pathlib import Path
 
 # %% ../nbs/00_base.ipynb #a776e99e
@@ -421,3 +421,35 @@ def seed_host(*numbers:int)->int:
     np.random.seed(state % 2**32)
     random.seed(state)
     return state
+
+# %% ../nbs/00_base.ipynb #db96477b
+@functools.cache
+def say_once(text:str, warning:bool=False)->None: # warning: print to stderr
+    "Prints a line on rank 0, once in a `user_call`; outside of one, once in a process."
+    from timm.utils.distributed import world_info_from_env # here, since help needs no timm
+    if world_info_from_env()[1] == 0:
+        print(text, file=sys.stderr if warning else None, flush=True)
+
+_calls = [] # the `user_call` that is open, if any
+
+@contextlib.contextmanager
+def user_call(): # use it as a decorator of what users call
+    """Leaves random numbers and torch's threads of the caller as they were, and begins anew with what
+    `say_once` says. A call within a call is a part of it."""
+    if _calls:
+        yield
+        return
+    import numpy as np, torch
+    say_once.cache_clear()
+    _calls.append(True)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        _calls.pop()
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.set_num_threads
+        for setter, state in zip(setters, states):
+            setter(state)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)

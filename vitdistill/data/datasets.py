@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from filelock import FileLock
 from ..base import VitdistillError, cgroup_limit, explained, first_line, from_root, generator
-from ..base import nearest, require
+from ..base import nearest, require, user_call
 from ..config import Config
 from .digests import STORE, digests, how_lists_differ, image_list, read_list
 from .digests import write_list
@@ -549,6 +549,7 @@ def labelled_images(
     return pixels, torch.tensor([label_of[label] for *_, label in images.files])
 
 # %% ../../nbs/data/01_datasets.ipynb #2f794f03
+@user_call()
 def load_data(config:Config)->Data:
     "Loads the dataset of a config; a missing or damaged one raises a `VitdistillError`."
     refuse_labels(config)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np, torch
-from ..base import VitdistillError, from_here, nearest, require, timer_of, typed_path
+from ..base import VitdistillError, from_here, nearest, require, say_once, timer_of, typed_path
+from ..base import user_call
 from ..config import Config, from_dict
 from ..data.datasets import Data, check_dataset, generator, image_side, list_images, load_data
 from ..data.datasets import split_rows
-from ..data.files import DiskImages, say_once
+from ..data.files import DiskImages
 from ..data.views import normalize
 from .export import PACKAGES, export_fp16, export_int8, export_onnx
 from .predict import Predictor, class_numbers, from_onnx, is_onnx, load_model, model_folder
@@ -157,6 +158,7 @@ def predicted_classes(
 # %% ../../nbs/deploy/02_measure.ipynb #f033b854
 SMALLER = 'int8', 'fp16'
 
+@user_call()
 def measure(
     model:Run|str|Path,     # as in `load_model`
     kinds:Iterable[str]=(), # of SMALLER, for a model that is no ONNX file

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..base import VitdistillError, explained, first_line, from_here, require
+from ..base import VitdistillError, explained, first_line, from_here, require, user_call
 from ..data.files import files_below, is_image, natural_order, printable, read_image
 from ..models.hub import HUB, weights_place
 from ..models.create import Student, combine, create, load_weights, started_from
@@ -253,6 +253,7 @@ def answers(
             yield {'path': str(file), 'class': name, 'probability': share, 'top': likeliest}
 
 # %% ../../nbs/deploy/00_predict.ipynb #9d3a4390
+@user_call()
 def predict(
     model:str|Path|Predictor,    # as in `load_model`
     images:Iterable[str|Path]|str|Path, # files and folders, or one of them

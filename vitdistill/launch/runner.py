@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from ..base import Interrupted, VitdistillError, free_threads, from_root, nearest, shipped_names
-from ..base import stoppable
+from ..base import stoppable, user_call
 from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
 from ..data.datasets import labelled_images, load_data, write_images
 from ..losses import OBJECTIVES, criterion
@@ -471,6 +471,7 @@ def is_weak(card:Card)->bool: # of a teacher
     return seems_untrained(card.top1_held_out, card.n_measured, len(card.classes))
 
 # %% ../../nbs/launch/01_runner.ipynb #5e533de4
+@user_call()
 def adopt_teacher(
     config:Config, # of the teacher as a run
     given:dict,    # parameters of e04: weights, adopted, new_head, held_out, keep_record, keep_answers

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from ..teachers.answers import fill
 from ..data.augment import drawn_mix, mixed, mixed_targets, uniform
-from ..base import VitdistillError, first_line, from_root, no_space, record_path
+from ..base import VitdistillError, first_line, from_root, no_space, record_path, user_call
 from ..config import Config, is_automatic, load
 from ..losses import Batch, Objective
 from .outcome import finish, student_outcome
@@ -638,6 +638,7 @@ def measure_once(setup:BaseSetup, run:RunWriter, task:Task)->None:
     run.append(row)
     progress.epoch(dict(images_per_second=0.) | row)
 
+@user_call()
 def train(
     config:Config,      # resolved or not
     ranks:Ranks|None=None, # default: one process
