@@ -368,7 +368,8 @@ def test_a_call_leaves_the_notebook_as_it_was(job, images, weights, tmp_path, mo
         predict=lambda: result.predict(files), student=lambda: result.student,
         evaluate=lambda: evaluate(result.folder(), images),
         save=lambda: api.save(student, tmp_path / "saved", list("abc"), 32, constants),
-        compare=lambda: write_pictures(load_comparison(out / "mine.yaml"), tmp_path), train=lambda: train(config))
+        compare=lambda: write_pictures(load_comparison(out / "mine.yaml"), tmp_path),
+        train=lambda: train(config))
     for name, call in calls.items():
         before = state_of_the_notebook()
         call()
