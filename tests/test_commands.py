@@ -1,4 +1,5 @@
 """What a user types: where paths start, what --help costs, what a dry run leaves behind."""
+import os
 import subprocess
 import sys
 
@@ -28,6 +29,32 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "--teacher-size" in done.stdout and "--gpus-per-node" in done.stdout
     assert not [word for word in done.stdout.split() if word.startswith("--") and "_" in word]
+
+
+def test_the_help_is_whole_without_docstrings():
+    """PYTHONOPTIMIZE=2 takes them away, as some images of containers do."""
+    helps = []
+    for level in ("", "2"):
+        command = [sys.executable, "-m", "vitdistill", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"PYTHONOPTIMIZE": level})
+        assert done.returncode == 0, done.stderr[-2000:]
+        helps.append(done.stdout)
+    assert helps[0] == helps[1] and "image" in helps[1]
+    code = "import sys; from vitdistill.cli import main; main(sys.argv[1:])"
+    for name in "figures", "report":  # whose own help begins with that sentence
+        command = [sys.executable, "-OO", "-c", code, name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        sentence = done.stdout.split("\n\n")[1].replace("\n", " ").lower()
+        assert sentence.rstrip(".") in " ".join(helps[0].lower().split()), sentence
+
+
+def test_comparing_needs_no_torch():
+    """Who looks at runs does not wait for the libraries that train."""
+    code = "import sys, vitdistill.study.compare, vitdistill.study.page; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not {"torch", "timm", "papermill"} & {*done.stdout.split()}
 
 
 @pytest.fixture

@@ -7,11 +7,16 @@ __all__ = ['Study', 'read_study', 'runs_of', 'teachers_of', 'adopt_teacher', 'ch
            'settable', 'store_answers', 'teacher_of_preset', 'trained_teacher', 'with_teacher']
 
 # %% ../../nbs/launch/09_package.ipynb #26815d3a
+import importlib
 from .studies import Study, read_study, runs_of, teachers_of
-from .runner import (adopt_teacher, check_launch, configure, parameters, run,
-    settable, store_answers, teacher_of_preset, trained_teacher, with_teacher)
 
 # %% ../../nbs/launch/09_package.ipynb #458aa803
 _all_ = ['Study', 'read_study', 'runs_of', 'teachers_of', 'adopt_teacher', 'check_launch', 'configure',
-    'parameters', 'run', 'settable', 'store_answers', 'teacher_of_preset', 'trained_teacher',
-    'with_teacher']
+         'parameters', 'run', 'settable', 'store_answers', 'teacher_of_preset', 'trained_teacher',
+         'with_teacher']
+
+def __getattr__(name:str):
+    "Returns a name of `runner`, which imports torch and timm: who only reads studies does without."
+    if name not in _all_:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module('vitdistill.launch.runner'), name)

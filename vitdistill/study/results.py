@@ -11,11 +11,9 @@ __all__ = ['PARTS', 'curves', 'mean_curve', 'mean_top1', 'published', 'published
 import math, re
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..data.augment import unnumbered
 from ..base import VitdistillError, nearest, shipped
 from ..config import Config
 from ..runs import Run, read_arrays
-from ..data.views import expected_views, plan_rows, view_count
 
 # %% ../../nbs/study/00_results.ipynb #2499a97a
 def curves(runs:list[Run])->pd.DataFrame: # run, seed, epoch, columns of metrics.csv
@@ -225,6 +223,8 @@ def teacher_calls(
     unlabelled:int=0 # number of unlabelled images
 )->dict: # heard: answers used; online: passes without a memo; memo, shared: passes per run with one
     "Returns the number of teacher answers that a run uses, and the expected number of teacher passes."
+    from vitdistill.data.augment import unnumbered # here, since tables and figures do without torch
+    from vitdistill.data.views import expected_views, plan_rows, view_count
     seen = config.epochs*plan_rows(config, 1) # how often a run sees an image
     heard = images*seen if config.teacher else 0.
     if config.fold_answers == 'drawn': # centre views, once
