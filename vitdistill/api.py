@@ -807,7 +807,6 @@ def named_as(out:Path, draft:str): # folder of the job; folder of a dry run, whi
         raise VitdistillError(str(error).replace(draft, str(out))) from None
 
 # %% ../nbs/06_api.ipynb #18710d4f
-@user_call()
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
     preset:str,
@@ -830,7 +829,7 @@ def images_of_job(
     if class_names and drop_duplicates:
         raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
                               'without labels there are no test images: leave it out.')
-    with tempfile.TemporaryDirectory() as draft, named_as(out, draft):
+    with user_call(), tempfile.TemporaryDirectory() as draft, named_as(out, draft):
         # `with_test` raises if `out` lies inside `data`
         kept = not dry_run or has_runs(out) or out.is_relative_to(data)
         place = out if kept else Path(draft)
@@ -1044,7 +1043,6 @@ def alone_in(out:Path): # folder of a job
 
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
-@user_call()
 def distill(
     data:str|Path, # folder of train/CLASS/* and val/CLASS/* (or test), of CLASS/*, or without labels
     # timm name or hf-hub:OWNER/MODEL; several with commas between them
@@ -1074,7 +1072,7 @@ def distill(
     students = chosen_students(student, out, fields)
     class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
     unlabelled = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-    with contextlib.nullcontext() if dry_run else alone_in(out):
+    with user_call(), contextlib.nullcontext() if dry_run else alone_in(out):
         images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates,
                                        unlabelled, class_names, [teacher, fields.get('student_weights')])
         about = about_images(images)

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['TESTS', 'printable', 'natural_order', 'image_endings', 'is_image', 'is_hidden', 'FileEntry', 'file_size',
-           'files_below', 'files_in_tar', 'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles',
-           'some_rows', 'left_out_in_words', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub',
-           'classes_of', 'fit_together', 'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded',
-           'read_image', 'unreadable', 'broken_in_words', 'refuse_broken', 'without_broken', 'files_in', 'DiskImages']
+           'file_stamp', 'may_change_unseen', 'files_below', 'files_in_tar', 'folder_classes', 'bare_folders', 'alike',
+           'alike_in_words', 'ImageFiles', 'some_rows', 'left_out_in_words', 'refuse_private_readers', 'Remembered',
+           'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of', 'fit_together',
+           'image_files', 'centred', 'rgb_image', 'square_pixels', 'reason_of', 'decoded', 'read_image', 'unreadable',
+           'broken_in_words', 'refuse_broken', 'without_broken', 'files_in', 'DiskImages']
 
 # %% ../../nbs/data/00_files.ipynb #743dfde6
-import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re
-import tarfile, typing, unicodedata
+import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, stat, subprocess, sys
+import tarfile, time, typing, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from ..base import VitdistillError, explained, first_line, from_root, say_once
 from ..config import Config
 
@@ -36,11 +37,24 @@ def natural_order(name:str)->tuple:
 _undecoded = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 
 @functools.cache
-def image_endings()->set:
-    "Returns the endings of the image files that Pillow reads, such as '.png'."
-    formats = Image.registered_extensions() # ending -> format; fills Image.OPEN too
+def _endings_of(readers): # readers: how many are registered; a plug-in may come later
+    formats = Image.registered_extensions() # ending -> format
     decoded = {*Image.OPEN, 'MPO'} - _undecoded # Pillow opens MPO as JPEG
     return {ending for ending, format in formats.items() if format in decoded}
+
+def image_endings()->set:
+    "Returns the endings of the image files that Pillow reads, such as '.png'."
+    Image.init() # fills Image.OPEN
+    return _endings_of((len(Image.OPEN), len(Image.EXTENSION)))
+
+@functools.cache
+def _endings_of_runs(readers): # of the images that another Python process reads; readers: as in `_endings_of`
+    modules = {reader.__module__.partition('.')[0] for reader, _ in Image.OPEN.values()}
+    if modules <= {'PIL'}: # no plug-ins
+        return image_endings()
+    code = f'from {__name__} import image_endings; print(*image_endings())'
+    said = subprocess.run([sys.executable, '-P', '-c', code], capture_output=True, text=True)
+    return {*said.stdout.split()} or image_endings()
 
 def is_image(name:str)->bool:
     "Returns whether a file's ending says that Pillow reads it."
@@ -73,6 +87,24 @@ def file_size(path:str|Path)->int: # bytes
     what = f'{printable(path)} belongs to the dataset and can not be read'
     with explained(what, 'unpack its images again', OSError):
         return os.path.getsize(path)
+
+# %% ../../nbs/data/00_files.ipynb #723c32fb
+def file_stamp(path:str)->tuple|None: # path: of an image; one in a tar lies below the name of the tar
+    "Returns size, times of change and number of the file that holds an image; None: it is on no disk."
+    while os.path.dirname(path) != path and os.path.isabs(path):
+        try:
+            about = os.stat(path)
+        except OSError: # it lies in a tar, or is gone
+            path = os.path.dirname(path)
+            continue
+        is_file = stat.S_ISREG(about.st_mode)
+        return (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino) if is_file else None
+    return None
+
+def may_change_unseen(stamp:tuple, now:int)->bool: # of `file_stamp`; now: time in ns at which it was taken
+    "Returns whether a file may still change and keep its stamp, since it has changed just now."
+    *_, changed, _ = stamp
+    return now - changed < 2*10**9 # ns; the coarsest clock of a disk goes by two seconds
 
 # %% ../../nbs/data/00_files.ipynb #03c9568a
 def files_below(
@@ -262,6 +294,10 @@ class ImageFiles:
         path = f'{self.root}/{self.files[row][0]}'
         return printable(os.path.realpath(path) if os.path.islink(path) else path)
 
+    def stamps(self)->list: # of `file_stamp`
+        "Returns what tells of each image that its bytes are as they were."
+        return [file_stamp(f'{self.root}/{name}') for name, *_ in self.files]
+
 def some_rows(files:ImageFiles, rows:list)->ImageFiles: # rows: numbers of images
     "Returns some of the images, in this order."
     def opener(row):
@@ -277,6 +313,46 @@ def left_out_in_words(*parts:ImageFiles)->str: # such as '12 .heic, 1 .txt'
     if broken:
         left_out['that can not be read'] = broken
     return ', '.join(f'{count:,} {printable(what)}' for what, count in left_out.most_common())
+
+# %% ../../nbs/data/00_files.ipynb #f659d9d7
+def refuse_private_readers(files:ImageFiles)->None:
+    "Raises `VitdistillError` for images that this process alone can read: runs are processes of their own."
+    private = image_endings() - _endings_of_runs((len(Image.OPEN), len(Image.EXTENSION)))
+    if not private:
+        return
+    for row, (name, *_) in enumerate(files.files):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in private:
+            raise VitdistillError(f'{files.path(row)} is read by a plug-in of Pillow that this program has '
+                                  f'registered, and runs, which are processes of their own, can not read '
+                                  f'{ending}: save such images as PNG or JPEG, or move them away.')
+
+# %% ../../nbs/data/00_files.ipynb #ec675849
+class Remembered:
+    "Remembers what was found out about each image as long as its file is unchanged."
+    def __init__(self):
+        self.known = {} # path of an image -> (its stamp, what was found out)
+
+    def of(self,
+        files:ImageFiles,
+        find_out:typing.Callable # rows -> row -> what is remembered of it
+    )->list: # a value for each image
+        "Returns what is known of each image; finds it out for those that are new or have changed."
+        now = time.time_ns()
+        paths = [f'{files.root}/{name}' for name, *_ in files.files]
+        stamps = files.stamps()
+        new = []
+        for row, (path, stamp) in enumerate(zip(paths, stamps)):
+            if stamp is None or self.known.get(path, (None,))[0] != stamp:
+                new.append(row)
+        found = find_out(new) if new else {}
+        for row in new:
+            if stamps[row] and not may_change_unseen(stamps[row], now):
+                self.known[paths[row]] = stamps[row], found[row]
+        for row, path in enumerate(paths):
+            if row not in found:
+                found[row] = self.known[path][1]
+        return [found[row] for row in range(len(paths))]
 
 # %% ../../nbs/data/00_files.ipynb #d16fbe10
 def _files_of_split(root, split):
@@ -698,6 +774,15 @@ def read_image(file:Path, size:int, exif_orientation:bool=True)->torch.Tensor: #
     return torch.from_numpy(np.array(decoded(opened, file, size, exif_orientation)))
 
 # %% ../../nbs/data/00_files.ipynb #fcb44713
+@contextlib.contextmanager
+def _as_a_run_reads(): # a notebook may let Pillow read cut files, and runs are processes of their own
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
 def unreadable(files:ImageFiles, rows:typing.Iterable[int])->dict: # row -> why
     "Decodes images; returns those that can not be read, and why."
     def reason(row): # None for an image that can be read
@@ -709,7 +794,7 @@ def unreadable(files:ImageFiles, rows:typing.Iterable[int])->dict: # row -> why
 
     rows = [*rows]
     reasons = {}
-    with ThreadPoolExecutor() as pool:
+    with _as_a_run_reads(), ThreadPoolExecutor() as pool:
         for start in range(0, len(rows), 256):
             part = rows[start:start + 256]
             for row, why in zip(part, pool.map(reason, part)):
@@ -734,14 +819,13 @@ def refuse_broken(broken:dict)->None: # path -> why
         raise VitdistillError(f'{len(broken):,} images can not be read: {broken_in_words(broken)}: '
                               f'replace or remove them, {_skip}.')
 
-_unreadable = {} # hash of a listing -> rows and why
+# %% ../../nbs/data/00_files.ipynb #0ddf95c4
+_faults = Remembered() # why an image can not be read; None: it can
 
 def without_broken(files:ImageFiles)->ImageFiles:
     "Returns the images that can be read."
-    key = hash((str(files.root), tuple(files.files)))
-    if key not in _unreadable:
-        _unreadable[key] = unreadable(files, range(len(files)))
-    reasons = _unreadable[key]
+    faults = _faults.of(files, lambda rows: dict.fromkeys(rows) | unreadable(files, rows))
+    reasons = {row: why for row, why in enumerate(faults) if why}
     if not reasons:
         return files
     rows = [row for row in range(len(files)) if row not in reasons]

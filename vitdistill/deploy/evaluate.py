@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from ..base import VitdistillError, explained, from_here, nearest, user_call, write_atomic
+from ..data.digests import digests
 from ..data.files import TESTS, decoded, in_folders, left_out_in_words, printable, say_once
 from .measure import class_shares
 from .predict import Predictor, class_numbers, load_model, read_batches
 from ..options import evaluate_parser
+from ..teachers.card import seen_rows
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #dd743736
 def labelled_files(
@@ -82,6 +84,8 @@ class Evaluation:
     classes:list       # names of all classes of the model
     labels:np.ndarray  # (n,) of the images that could be read
     right:np.ndarray   # (n,) bool
+    seen:np.ndarray=None # (n,) bool, whether the model was trained on the image; None: unknown
+    paths:list=()      # of the images
 
     @property
     def accuracy(self)->float:
@@ -115,9 +119,21 @@ class Evaluation:
                          f"{row['low']:.1%} to {row['high']:.1%}")
         with_images = {row['class'] for row in rows}
         lines += [f'no image of {name}' for name in self.classes if name not in with_images]
-        return '\n'.join(lines)
+        return '\n'.join([*lines, *_about_seen(self)])
 
+# %% ../../nbs/deploy/03_evaluate.ipynb #4858f73c
 _columns = 'class', 'images', 'right', 'recall', 'low', 'high'
+
+def _about_seen(result): # `Evaluation` -> sentences
+    if result.seen is None or not result.seen.any():
+        return
+    count, total = int(result.seen.sum()), len(result.seen)
+    yield (f'{count:,} of these {total:,} images are training images of the model, such as '
+           f'{result.paths[result.seen.argmax()]}: this accuracy is too high.')
+    others = result.right[~result.seen]
+    if len(others):
+        low, high = wilson(int(others.sum()), len(others))
+        yield f'Of the other {len(others):,} images {others.mean():.1%} ({low:.1%} to {high:.1%}) are right.'
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #c1b56c75
 @user_call()
@@ -142,7 +158,9 @@ def evaluate(
     if not rows:
         raise VitdistillError(f'no image in {printable(data)} can be read: give images that Pillow reads.')
     labels = labels[rows]
-    return Evaluation(model.classes, labels, labels == np.array(decisions))
+    contents = digests(files)
+    seen = np.isin(rows, seen_rows(model.name, contents))
+    return Evaluation(model.classes, labels, labels == np.array(decisions), seen, [*map(files.path, rows)])
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #ba80cedc
 def main(arguments:list=None)->int:
@@ -161,7 +179,8 @@ def main(arguments:list=None)->int:
     if args.json:
         low, high = wilson(int(result.right.sum()), len(result.right))
         print(json.dumps(dict(accuracy=result.accuracy, low=low, high=high, images=len(result.right),
-                              balanced=result.balanced, classes=result.rows())))
+                              balanced=result.balanced, training_images=int(result.seen.sum()),
+                              classes=result.rows())))
     else:
         print(result, flush=True)
     if args.csv: # last: where it can't be written, the result is seen
