@@ -38,7 +38,7 @@ from .data.labels import table_parts
 from .data.unlabelled import files_in, refuse_own_folder
 from .data.views import expected_views, plan_rows, view_count
 from .models.hub import HUB, weights_place
-from .losses import OBJECTIVES, Batch, Embedding, TopK, criterion
+from .losses import OBJECTIVES, Batch, Logits, TopK, criterion
 from .models.create import check_name, create, load_weights, near_models, pretrained_constants
 from .models.create import refuse_not_finite, save_model
 from .models.create import small_head # noqa: F401 (handed on)
@@ -1472,7 +1472,7 @@ def _whole_keys(key, images:int)->torch.Tensor: # (B,) int64
     raise VitdistillError(f'the keys of {images} images are {form}: give one whole number for each image.')
 
 # %% ../nbs/06_api.ipynb #59f7df99
-MARKS = 4 # sums that a memo keeps of the pixels of a key
+MARKS = 2 # sums that a memo keeps of the pixels of a key
 SAME_MARK = .01 # most by which a sum of the same pixels may differ: 2.5 of 255 levels of noise
 
 @functools.lru_cache(8)
@@ -1489,7 +1489,8 @@ def _marks_of(pixels:torch.Tensor)->torch.Tensor: # (B, 3, H, W) in [0, 1] -> (B
     "Returns numbers by which pixels are known again."
     rows = pixels.detach().flatten(1)
     with without_autocast(pixels.device.type):
-        return F.linear(rows, _random_signs(rows.shape[1], rows.device)).cpu()
+        sums = F.linear(rows, _random_signs(rows.shape[1], rows.device))
+    return Logits().make(sums).cpu() # as the memo keeps them: in fp16
 
 # %% ../nbs/06_api.ipynb #04cfbac2
 class TeacherMemo:
@@ -1511,7 +1512,7 @@ class TeacherMemo:
                          mean_std=teacher.mean_std, constants=teacher.constants, teacher_size=teacher.size,
                          dtype=teacher.dtype_name)
         about = dict(questions, classes=len(teacher.classes), **self.kind.key())
-        marks = dict(questions, classes=MARKS, **Embedding().key(), marks_of=self.kind.key())
+        marks = dict(questions, classes=MARKS, **Logits().key(), marks_of=self.kind.key())
         self.keys = json.loads(json.dumps([about, marks])) # as files have them
         self._open()
 

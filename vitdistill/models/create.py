@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['two_heads', 'cifar_stems', 'no_shortcuts', 'our_resnets', 'default_cfgs', 'HEAD_STD', 'OF_TRAINING', 'OF_DATA',
            'OWN_CFG', 'with_cifar_stem', 'DistilledResNet', 'with_second_head', 'NoShortcut', 'without_shortcuts',
-           'is_timms', 'check_size', 'try_size', 'near_models', 'check_name', 'create', 'safe_checkpoint_types',
-           'without_prefix', 'read_weights', 'head_names', 'refuse_not_finite', 'fit_positions', 'resampled_norm',
-           'load_weights', 'combine', 'Student', 'student_size', 'check_initial_weights', 'has_new_head',
-           'with_constant_drop_path', 'with_drawn_class_token', 'small_head', 'create_student', 'pretrained_constants',
-           'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model', 'readme_head', 'token_cosines']
+           'is_timms', 'check_size', 'refuse_lacking', 'try_size', 'near_models', 'check_name', 'create',
+           'safe_checkpoint_types', 'without_prefix', 'read_weights', 'head_names', 'refuse_not_finite',
+           'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
+           'check_initial_weights', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
+           'create_student', 'pretrained_constants', 'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model',
+           'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
 import contextlib, functools, json, math, re, sys, tempfile, textwrap, typing
@@ -189,6 +190,13 @@ def check_size(
         raise VitdistillError(f'{name} is built for {built} px but would be given {size} px: '
                               f'set img_size to {size}, or dynamic_img_size to true.')
 
+# %% ../../nbs/models/02_create.ipynb #2f42c5fd
+def refuse_lacking(model:nn.Module, name:str, attribute:str)->None:
+    "Raises `VitdistillError` if a model lacks an attribute that timm needs to save it."
+    if not getattr(model, attribute, None):
+        raise VitdistillError(f"{name} has no {attribute}, so timm could not save it: set it in the model's "
+                              "class (timm's build_model_with_cfg sets pretrained_cfg).")
+
 # %% ../../nbs/models/02_create.ipynb #7ad20c12
 def try_size(
     model:nn.Module, # on the CPU
@@ -221,11 +229,7 @@ def try_size(
         listed = ' and '.join(map(str, shapes))
         raise VitdistillError(f'{name} returns {listed} for an image, not a row of logits: '
                               'mend student_kwargs or teacher_kwargs, such as features_only or global_pool.')
-    needed = 'pretrained_cfg', 'num_features' # by `save_model`, at the end of a run
-    missing = [attribute for attribute in needed if not getattr(model, attribute, None)]
-    if missing:
-        raise VitdistillError(f"{name} has no {' and no '.join(missing)}, so timm could not save it: set it "
-                              "in the model's class (timm's build_model_with_cfg sets pretrained_cfg).")
+    refuse_lacking(model, name, 'num_features')
 
 # %% ../../nbs/models/02_create.ipynb #02a1b2c3
 def near_models(name:str)->str: # a name that timm does not know
@@ -312,6 +316,7 @@ def create(
     loading = _download(name) if pretrained else contextlib.nullcontext()
     with explained(failure, advice, *kinds, reason=_reason), loading:
         made = timm.create_model(name, pretrained=pretrained, num_classes=classes, **kwargs)
+    refuse_lacking(made, name, 'pretrained_cfg')
     check_size(made, name, size)
     return made
 
