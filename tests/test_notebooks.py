@@ -1,5 +1,7 @@
 """Every experiment notebook runs under plain papermill; analysis notebooks run on its runs, and on none."""
 import ast
+import contextlib
+import io
 import json
 import re
 from dataclasses import replace
@@ -54,37 +56,48 @@ def said(notebook):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """The demo's path at its smallest: a teacher that learns enough to be healthy, a baseline, a distilled
-    student."""
+def batch(tmp_path_factory):
+    """A study at its smallest, trained two runs at a time: a teacher that learns enough to be healthy, a
+    plain student, one that names the teacher, and an arm that fails."""
     folder = tmp_path_factory.mktemp("study")
     where = dict(runs_dir=str(folder / "runs"), work_dir=str(folder / "work"), data_fraction=0.5)
-    vit = dict(student_kwargs=SMALL_VIT, epochs=32, batch_size=64, lr=2e-3)
-    execute("e00_teacher", folder / "e00.ipynb", arm="pair/teacher", **vit, **where)
-    teacher = next(run for run in find_runs(folder / "runs") if run.config.experiment == "teacher")
-    short = dict(epochs=2, student="resnet18", **where)
-    with pytest.MonkeyPatch.context() as jupyterlab:  # where the curve is drawn while it trains
-        jupyterlab.setenv("JPY_SESSION_NAME", "a notebook")
-        execute("e01_baseline_resnet50", folder / "e01.ipynb", EXPERIMENTS, "pair/plain", **short)
-    taught = dict(teacher_weights=str(teacher.model), teacher_kwargs=SMALL_VIT)
-    execute("e02_distilled_resnet50", folder / "e02.ipynb", arm="pair/taught", **taught, **short)
-    return folder
+    vit = dict(notebook="e00_teacher", student="vit_tiny_patch16_224", student_kwargs=SMALL_VIT, epochs=32,
+               batch_size=64, lr=2e-3)
+    plain = dict(notebook="e01_baseline_resnet50")
+    taught = dict(notebook="e02_distilled_resnet50", teacher="teacher")
+    study = dict(common=dict(preset="demo", student="test_resnet", epochs=2, **where),
+                 teachers=dict(teacher=vit), baseline="plain", seeds=[1],
+                 arms=dict(plain=plain, taught=taught, broken=dict(plain, student="resnet5")))
+    (file := folder / "pair.yaml").write_text(yaml.safe_dump(study))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cells = run_batch(grid_cells(file, folder / "out"), folder / "out", at_once=2)
+    return SimpleNamespace(folder=folder, file=file, printed=printed.getvalue(),
+                           cells={cell.arm.partition("/")[2]: cell for cell in cells})
 
 
-def test_study_runs_by_papermill(study):
-    runs = {run.config.experiment: run for run in find_runs(study / "runs")}
+@pytest.fixture(scope="module")
+def study(batch):
+    """The folder of this study."""
+    return batch.folder
+
+
+def pictures_of(notebook):
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return [output for output in outputs if "image/png" in str(output)]
+
+
+def test_study_runs_by_papermill(batch):
+    runs = {run.config.experiment: run for run in find_runs(batch.folder / "runs")}
     states = {name: run.status for name, run in runs.items()}
     assert states == dict(teacher="done", baseline="done", distilled="done")
     measured = runs["teacher"].result["held_out_top1"]
     assert runs["distilled"].result["teacher_top1"] == pytest.approx(measured, abs=1e-4)
-    text = (study / "e02.ipynb").read_text()
+    text = batch.cells["taught"].place.read_text()
     assert "epoch 1/2" in text and "epoch 2/2" in text  # a line an epoch in the executed notebook
-    for name, file in (("teacher", "e00"), ("baseline", "e01"), ("distilled", "e02")):
-        notebook = json.loads((study / f"{file}.ipynb").read_text())
+    for name, arm in (("teacher", "teacher"), ("baseline", "plain"), ("distilled", "taught")):
+        notebook = json.loads(batch.cells[arm].place.read_text())
         assert f"record: {runs[name].folder}" in said(notebook)  # where to look
-        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-        pictures = [output for output in outputs if "image/png" in str(output)]
-        assert pictures
+        assert pictures_of(notebook)
 
 
 def test_paper_analysis_draws_the_runs(study):
@@ -110,45 +123,44 @@ def test_the_pair_is_compared(study, tmp_path):
     assert 'href="pair.html"' in page and all(run.name in page for run in runs.values())
 
 
-def test_a_study_is_trained_and_compared(tmp_path, capsys):
+def test_a_study_is_trained_and_compared(batch, tmp_path, capsys):
     """A teacher, then a student that names it; the comparison knows both; an arm that fails stops no
     other."""
-    file, folder = tmp_path / "mine.yaml", tmp_path / "out/compare"
-    common = dict(preset="demo", runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"),
-                  data_fraction=0.2, epochs=1)
-    vit = dict(notebook="e00_teacher", student_kwargs=SMALL_VIT, **common)
-    plain = dict(notebook="e01_baseline_resnet50", student="vit_tiny_patch16_224", student_kwargs=SMALL_VIT)
-    taught = dict(plain, notebook="e02_distilled_resnet50", teacher="vit", allow_untrained=True)
-    study = dict(common=common, teachers=dict(vit=vit), baseline="plain", seeds=[1],
-                 arms=dict(plain=plain, taught=taught, broken=dict(plain, student="resnet5")))
-    file.write_text(yaml.safe_dump(study))
-    cells = run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out", at_once=2)
-    states = {cell.name: cell.state for cell in cells}
-    assert "unknown model 'resnet5'" in states.pop("broken seed=1")
+    states = {name: cell.state for name, cell in batch.cells.items()}
+    assert "unknown model 'resnet5'" in states.pop("broken")
     assert set(states.values()) == {"done"}, states
-    assert "3 done, 1 failed, 0 running, 0 left" in capsys.readouterr().out
-    runs = {arm: run for run in find_runs(tmp_path / "runs") for arm in run.arms}
-    assert runs.keys() == {"mine/vit", "mine/plain", "mine/taught"}
-    assert runs["mine/taught"].config.teacher_weights == str(runs["mine/vit"].model)
-    assert compare([str(file), "--runs", str(tmp_path / "runs"), "--out", str(folder)]) == 0
-    gap = 100 * (runs["mine/taught"].result["test_top1"] - runs["mine/plain"].result["test_top1"])
+    assert "3 done, 1 failed, 0 running, 0 left" in batch.printed
+    runs = {arm: run for run in find_runs(batch.folder / "runs") for arm in run.arms}
+    assert runs.keys() == {"pair/teacher", "pair/plain", "pair/taught"}
+    assert runs["pair/taught"].config.teacher_weights == str(runs["pair/teacher"].model)
+    assert compare([str(batch.file), "--runs", str(batch.folder / "runs"), "--out", str(tmp_path)]) == 0
+    gap = 100 * (runs["pair/taught"].result["test_top1"] - runs["pair/plain"].result["test_top1"])
     assert f"taught minus plain: {gap:+.1f} points" in capsys.readouterr().out
-    assert (folder / "mine.html").is_file() and (folder / "tables/mine.csv").is_file()
-    assert {"mine_forest.svg", "mine_curves.svg"} <= {path.name for path in (folder / "figures").iterdir()}
+    assert (tmp_path / "pair.html").is_file() and (tmp_path / "tables/pair.csv").is_file()
+    assert {"pair_forest.svg", "pair_curves.svg"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+
+
+def test_a_new_arm_is_a_line_of_the_file(batch, tmp_path, monkeypatch):
+    """Only this arm trains; here as in JupyterLab, where the curve is drawn meanwhile."""
+    study = yaml.safe_load(batch.file.read_text())
     del study["arms"]["broken"]
-    study["arms"]["alone"] = dict(plain, label_smoothing=0.1)  # a new arm is a line of the file
-    file.write_text(yaml.safe_dump(study))
+    study["arms"]["alone"] = dict(study["arms"]["plain"], label_smoothing=0.1, data_fraction=0.1,
+                                  runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    (file := tmp_path / "pair.yaml").write_text(yaml.safe_dump(study))
+    monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")
     cells = run_batch(grid_cells(file, tmp_path / "out"), tmp_path / "out")
     assert [cell.state for cell in cells] == ["done"] * 4
-    assert len(find_runs(tmp_path / "runs")) == 4
-    assert "alone" in load_comparison(file, tmp_path / "runs").table().arm.to_list()
+    notebook, = (json.loads(cell.place.read_text()) for cell in cells if cell.arm == "pair/alone")
+    assert len(pictures_of(notebook)) == 2  # while it trains, and below
+    assert len(find_runs(batch.folder / "runs")) == 3 and len(find_runs(tmp_path / "runs")) == 1
+    assert "alone" in load_comparison(file).table().arm.to_list()
 
 
 def test_deit_notebook(tmp_path):
     """An untrained convnet teaches a ViT with a distillation token; both heads, joined in both ways, are
     reported."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), data_fraction=0.5)
-    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18", teacher_size=32,
+    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="test_resnet", teacher_size=32,
             allow_untrained=True, epochs=2, **where,
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3))
     run = next(r for r in find_runs(tmp_path / "runs") if r.config.experiment == "deit")
@@ -205,7 +217,7 @@ def test_deit_notebook_with_its_own_teacher(tmp_path):
     check."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"), epochs=2,
                  data_fraction=0.5)
-    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="resnet18",
+    execute("e03_deit_from_regnet", tmp_path / "e03.ipynb", teacher="test_resnet",
             student_kwargs=dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3), **where)
     runs = {run.config.experiment: run for run in find_runs(tmp_path / "runs")}
     teacher, student = runs["deit_teacher"], runs["deit"]
@@ -219,7 +231,7 @@ def test_out_of_fold_notebook(tmp_path):
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     execute("e00_teacher", tmp_path / "e00.ipynb", fold="1/2", student_kwargs=SMALL_VIT, **where)  # of them
     execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", out_of_fold=True, teacher_kwargs=SMALL_VIT,
-            student="resnet18", epochs=1, distillation="hard", **where)
+            student="test_resnet", epochs=1, distillation="hard", **where)
     runs = find_runs(tmp_path / "runs")
     assert sorted(run.config.fold for run in runs) == ["", "1/2", "2/2"]
     held_out = [run.result["held_out_top1"] for run in runs if run.config.fold]
