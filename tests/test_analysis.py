@@ -413,11 +413,12 @@ def test_rows_of_pretrainings(tmp_path):
         record(config, f"mine/{arm}", held_out_top1=top1, test_top1=top1 - 0.01, seconds=9)
     (tmp_path / "mine.yaml").write_text("""
 measure: linear_test_top1
+seeds: [1, 2, 3]
 arms:
   CAN: {notebook: e06_pretrain}
-  SimCLR: {notebook: e06_pretrain, mask: 0}
+  SimCLR: {notebook: e06_pretrain, epochs: 30}
   tuned: {notebook: e00_teacher}
-  scratch: {notebook: e00_teacher, epochs: 9}
+  scratch: {notebook: e00_teacher, layer_decay: 1.0}
 compare: [[CAN, SimCLR], [tuned, scratch]]
 """)
     mine = load_comparison(tmp_path / "mine.yaml", tmp_path)

@@ -131,7 +131,8 @@ def test_an_arm_of_any_name_is_in_the_forest(tmp_path):
             record(config, f"mine/{arm}", test_top1=0.5 + 0.1 * n + 0.01 * seed)
     told = {arm: dict(notebook="e01_baseline_resnet50", lr=0.1 + n) for n, arm in enumerate(arms)}
     gains = [["other", "plain"], ["vit - small", "plain"]]
-    study = dict(common=dict(runs_dir=str(tmp_path / "runs")), arms=told, baseline="plain", compare=[gains])
+    study = dict(common=dict(runs_dir=str(tmp_path / "runs")), arms=told, baseline="plain", compare=[gains],
+                 seeds=[1, 2])
     file.write_text(yaml.safe_dump(study, sort_keys=False))
     comparison = load_comparison(file)
     assert len(comparison.table()) == 4

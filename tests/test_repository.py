@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from conftest import PYTHON, ROOT, environment
+from vitdistill.base import shipped_names
 from vitdistill.config import field_names, read_yaml
 from vitdistill.runs import Run
-from vitdistill.launch.studies import Study, combinations, matching_runs, parameters_of, trains
+from vitdistill.launch.studies import Study, combinations, matching_runs, parameters_of, read_study, trains
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TEMPLATES = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "analysis")]
@@ -232,3 +233,25 @@ def test_no_name_of_a_wing_hides_a_room():
             wing = importlib.import_module(f"vitdistill.{path.parent.name}")
             room = importlib.import_module(f"vitdistill.{path.parent.name}.{path.stem}")
             assert getattr(wing, path.stem) is room, path
+
+
+def refuses_late_tests(now, then):
+    """Whether a study names other tests than it did when a run began."""
+    return bool(now.tests) and (then is None or then.tests != now.tests)
+
+
+def test_a_study_names_its_tests_before_its_runs_answer():
+    """Holm's correction over few tests counts only if nobody had seen which of them succeed."""
+    if not has_history():
+        pytest.skip("this clone has no history")
+    late = Study("mine", arms={}, tests=[["taught", "plain"]])
+    assert refuses_late_tests(late, replace(late, tests=[])) and refuses_late_tests(late, None)
+    assert not refuses_late_tests(late, replace(late))
+    assert not refuses_late_tests(replace(late, tests=[]), None)
+    for record in sorted((ROOT / "reports/runs").glob("*/environment.json")):
+        run = Run(record.parent)
+        for name in {arm.partition("/")[0] for arm in run.arms} & shipped_names("nbs/studies", ".yaml"):
+            study = read_study(name)
+            if study.tests:
+                assert not refuses_late_tests(study, study_at(run.environment.get("commit", ""), name)), (
+                    f"{name} named its tests after {run.name} had begun: remove tests from its file")

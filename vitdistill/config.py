@@ -10,7 +10,7 @@ __all__ = ['GROUPS', 'FORMS', 'PLACES', 'StudentFields', 'DataFields', 'Augmenta
            'save', 'is_automatic', 'defining', 'config_hash', 'student_name', 'run_name']
 
 # %% ../nbs/01_config.ipynb #6870c0aa
-import contextlib, dataclasses, functools, hashlib, json, re, typing
+import contextlib, copy, dataclasses, functools, hashlib, json, re, typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import yaml
@@ -336,11 +336,13 @@ class RecordFields:
 # %% ../nbs/01_config.ipynb #6e851f94
 @dataclass(frozen=True)
 class FoundFields:
-    "Fields that `resolve` fills in."
+    "Fields that `preset` and `resolve` fill in."
     data_hash:str=_found('') # hash of the dataset's files
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
     unlabelled_hash:str=_found('', teaching=True) # hash of the rows or files of unlabelled images
+    preset:str=_found('', hashed=False) # preset that the fields were read from; '': not known
+    given:list=_found(list, hashed=False) # names of the fields that were given beside it
     auto:dict=_found(dict, hashed=False) # fields that were 'auto' before `resolve` -> what became of them
 
 # %% ../nbs/01_config.ipynb #de604553
@@ -586,13 +588,17 @@ def preset_parts(name:str)->dict: # name of a file in nbs/presets without .yaml,
     if not path.is_file():
         names = shipped_names('nbs/presets', '.yaml')
         raise VitdistillError(f'unknown preset {name!r}: {nearest(name, names)}')
-    parts = {}
-    for part, values in read_yaml(path).items():
+    parts = copy.deepcopy(_preset_values(path, path.stat().st_mtime_ns))
+    for part, values in parts.items():
         if values and not isinstance(values, dict):
             raise VitdistillError(f'preset {name!r}: {part}: {values!r} stands in no part: write it below '
                                   'common, teacher, baseline or another part.')
         parts[part] = values or {} # a part may be empty
     return parts
+
+@functools.lru_cache
+def _preset_values(path, changed): # changed: time of the file's last change
+    return read_yaml(path)
 
 def preset(
     name:str,       # as in `preset_parts`
@@ -606,9 +612,8 @@ def preset(
         advice = nearest(experiment, experiments)
         raise VitdistillError(f'preset {name!r} has no part {experiment!r}: {advice}')
     values = {'experiment': experiment, **parts.get('common', {}), **parts[experiment]}
-    for key, value in given.items():
-        if value is not None:
-            values[key] = value
+    replaced = {key: value for key, value in given.items() if value is not None}
+    values |= replaced | dict(preset=name, given=sorted(replaced))
     return from_dict(values, f'preset {name}')
 
 # %% ../nbs/01_config.ipynb #ad8ba557

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'difference_over_images',
-           'Comparison', 'run_names', 'accuracies_of', 'run_folders', 'load_comparison', 'variants', 'counterparts',
-           'pairs', 'difference', 'one_pair', 'seeds_on_other_data', 'choices', 'missing', 'taught_pairs',
-           'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs',
-           'write', 'write_tables', 'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies',
-           'points', 'printed', 'main']
+           'Comparison', 'run_names', 'accuracies_of', 'load_comparison', 'variants', 'counterparts', 'pairs', 'tests',
+           'difference', 'one_pair', 'seeds_on_other_data', 'unequal', 'unlike_conditions', 'choices', 'missing',
+           'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves',
+           'compare_runs', 'teachers_in_words', 'write', 'write_tables', 'write_pictures', 'studies_with_runs',
+           'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -21,11 +21,13 @@ from ..base import VitdistillError, default_place, from_root, shipped_names
 from ..config import Config, defining, field_names
 from ..options import compare_parser
 from ..runs import Run, find_run, find_runs
-from ..launch.studies import Study, arm_names, parameters_of, read_study, runs_folder, runs_of
-from ..launch.studies import references, seeds_of, sides, trains
+from ..launch.studies import Study, arm_names, left_in_words, of_values, parameters_of, read_study
+from ..launch.studies import records_of, run_folders, seeds_of, sides, trains, varied_fields
+from ..launch.studies import verdicts_of
 from .figures import save_figure, save_table, styled, without_formulas
 from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
+from .results import training_images
 from .stats import holm, paired_difference, paired_score, pooled_interval, pooled_scatter
 
 # %% ../../nbs/study/08_compare.ipynb #69508232
@@ -85,7 +87,7 @@ def difference_over_images(one:Run, other:Run)->dict: # ended or not; {}: nothin
 columns = ['arm', 'other', 'seeds', 'arm_top1', 'other_top1',
            'difference', 'low', 'high', 'interval', # interval: over 'seeds' or over 'test images'
            'pooled_low', 'pooled_high',             # with the scatter of all arms of the study
-           'p', 'holm',                             # Student's, and Holm's for all rows of the table
+           'p', 'holm',                             # Student's, and Holm's for the study's tests
            'welch_low', 'welch_high',               # of unpaired seeds
            'std', 'correlation', 'detectable',      # of the gaps; of the arms; at a power of 80%
            'published', 'epochs', 'gaps', 'later', 'runs']
@@ -96,11 +98,17 @@ class Comparison:
     "Holds a study and the runs of its arms, and shows what they say."
     study:Study
     arms:dict[str, list[Run]] # arm's name, with its varied values -> runs, ended or not
+    teachers:dict[str, list[Run]] = field(default_factory=dict) # name of a teacher -> likewise
+    left:list[str] = field(default_factory=list) # sentences on runs that do not count for their arm
 
     @property
     def measured(self)->str: # what is compared, in words
         words = dict(test_top1='test accuracy', val_top1='accuracy on held-out images')
         return words.get(self.study.measure, self.study.measure)
+
+    @cached_property
+    def varied(self)->set[str]: # fields of Config
+        return varied_fields(self.study)
 
     def tops(self, measure:str='')->pd.DataFrame: # a row a seed, a column an arm; NaN: no finished run
         "Returns one metric of every finished run, a number of result.json; by default the study's `measure`."
@@ -115,19 +123,21 @@ class Comparison:
         tops:pd.DataFrame=None, # of `tops` for another metric; None: of the study's measure
         gains:bool=True         # whether differences of gains have rows too
     )->pd.DataFrame:            # `columns`
-        "Returns a row per difference, in fractions; column holm is p corrected for all rows of the table."
+        """Returns a row per difference, in fractions; column holm is p corrected for the study's tests, or
+        for all rows if its file names none."""
         allow_image_interval = tops is None and self.study.measure == 'test_top1'
         tops = self.tops() if tops is None else tops
-        rows = []
+        rows, is_test = [], []
         for one, other in pairs(self):
-            if len(one) > 1 and not gains:
+            if len(one) > 1 and not gains or unequal(self, one, other):
                 continue
             row = difference(self, one, other, tops, allow_image_interval)
             over_images = row['interval'] == 'test images'
             if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
                 rows.append(row)
+                is_test.append((one, other) in tests(self))
         frame = pd.DataFrame(rows).reindex(columns=columns)
-        return frame.assign(holm=holm(frame.p))
+        return frame.assign(holm=holm(frame.p.where(is_test)))
 
     def accuracies(self)->pd.DataFrame: # fractions
         "Returns a row per arm: mean and deviation over seeds, and the accuracy of its teacher."
@@ -156,35 +166,21 @@ def accuracies_of(comparison:Comparison)->pd.DataFrame: # as `Comparison.accurac
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/08_compare.ipynb #9e217ccc
-def run_folders(study:Study)->list[str]:
-    "Returns the folders that hold the runs of a study."
-    places = {runs_folder(study.common)}
-    for name, part in study.parts.items():
-        if not trains(part):
-            continue
-        parameters, _ = parameters_of(study, name)
-        places.add(runs_folder(parameters))
-    for name in study.parts:
-        for other, _ in references(study, name):
-            places.update(run_folders(other))
-    return sorted(places)
-
 def load_comparison(
     study:str|Path|Study,  # name in nbs/studies, or path of a file
     runs:str|Path|list='', # folder of run folders, or the runs; '': where the study's file puts them
 )->Comparison:
-    "Returns a study with the runs that are there: of each arm and seed the one that was started last."
+    "Returns a study with the runs that count for its arms: of each seed the one that was started last."
     if not isinstance(study, Study):
         study = read_study(study)
     if not isinstance(runs, list):
-        folders = [runs] if runs else run_folders(study)
-        runs = []
-        for folder in folders:
-            runs += [run for run in find_runs(folder) if run.status != 'unreadable']
-    arms = {}
-    for name in arm_names(study):
-        arms[name] = newest(runs_of(study, name, runs))
-    return Comparison(study, arms)
+        runs = find_runs(runs) if runs else records_of(study)
+    found = {part: verdicts_of(study, part, runs) for part in study.parts}
+    def counting(name, part):
+        return newest([verdict.run for verdict in of_values(study, name, found[part]) if verdict.counts])
+    arms = {name: counting(name, base) for name, (base, _) in arm_names(study).items()}
+    teachers = {name: counting(name, name) for name in study.teachers}
+    return Comparison(study, arms, teachers, left_in_words(study, found))
 
 # %% ../../nbs/study/08_compare.ipynb #4032c5c8
 def variants(arms:dict, arm:str)->list[str]: # arms: of `arm_names`, name -> (arm of the file, what it varies)
@@ -208,27 +204,31 @@ def counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `varia
 def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, other), (arm, other)) for gains
     "Returns what is compared: each arm with the baseline, then what the file adds."
     study = comparison.study
+    found = []
+    if study.baseline:
+        arms = arm_names(study)
+        for arm in arms:
+            found += [((arm,), (name,)) for name in counterparts(arms, arm, study.baseline)]
+    return list(dict.fromkeys(found + _named_pairs(study, study.compare + study.tests)))
+
+def tests(comparison:Comparison)->list[tuple]: # as `pairs`
+    "Returns those comparisons that are the study's tests: those that its file names as such, or all."
+    named = _named_pairs(comparison.study, comparison.study.tests)
+    return named or pairs(comparison)
+
+def _named_pairs(study, entries): # entries: as in `compare` of a study's file
     arms = arm_names(study)
     found = []
-
-    def add(arm, other):
-        for name in counterparts(arms, arm, other):
-            found.append(((arm,), (name,)))
-
-    if study.baseline:
-        for arm in arms:
-            add(arm, study.baseline)
-    for pair in study.compare:
+    for pair in entries:
         one, other = pair
         if len(sides(pair)) == 4: # [[a, b], [c, d]]: the gain of a over b, minus that of c over d
             found.append((tuple(one), tuple(other)))
+        elif one in arms and other in arms: # both with their values, which may differ
+            found.append(((one,), (other,)))
         else:
-            if one in arms and other in arms: # both with their values, which may differ
-                found.append(((one,), (other,)))
-                continue
             for arm in variants(arms, one):
-                add(arm, other)
-    return list(dict.fromkeys(found))
+                found += [((arm,), (name,)) for name in counterparts(arms, arm, other)]
+    return found
 
 # %% ../../nbs/study/08_compare.ipynb #18d4a197
 def difference(
@@ -301,6 +301,63 @@ def seeds_on_other_data(comparison:Comparison, one:tuple, other:tuple)->dict: # 
                 apart[seed] = str(e)
     return apart
 
+# %% ../../nbs/study/08_compare.ipynb #6a2d8e10
+# fields that decide how many images are trained on
+_split = 'dataset', 'data_fraction', 'val_fraction', 'val_rows', 'fold'
+
+def unequal(comparison:Comparison, one:tuple, other:tuple)->str: # one, other: of `pairs`
+    "Returns why two arms have no difference: by what they differ though the file does not vary it; or ''."
+    varied = comparison.varied
+    for arms in [one, other] if len(one) > 1 else [one + other]: # gains may be of unequal arms
+        runs = {arm: comparison.arms.get(arm, []) for arm in arms}
+        names = [{run.name for run in each} for each in runs.values()]
+        if len(runs) > 1 and names[0] and names[0] == names[1]:
+            return 'they are the same runs'
+        epochs = {arm: {run.config.epochs for run in each} for arm, each in runs.items() if each}
+        if 'epochs' not in varied and _differ(epochs):
+            return (f'their epochs are {_by_arm(epochs)}; if that is meant, write "varies: [epochs]" in the '
+                    'file')
+        if not varied.intersection(_split) and _differ(_splits(runs)):
+            images = {arm: {training_images(run) for run in each} for arm, each in runs.items() if each}
+            if _differ(images):
+                return (f'their training images are {_by_arm(images)}; if that is meant, write '
+                        '"varies: [data_fraction]" in the file')
+    return ''
+
+def _splits(runs): # arm -> the values that decide how many images its runs are trained on
+    return {arm: {tuple(getattr(run.config, key) for key in _split) for run in each}
+            for arm, each in runs.items() if each}
+
+def _differ(values): # arm -> set of values
+    return len({frozenset(each) for each in values.values()}) > 1
+
+def _by_arm(values): # such as '16 (plain), 2 (short)'
+    return ', '.join(f"{' and '.join(f'{one:.6g}' for one in sorted(each))} ({arm})"
+                     for arm, each in values.items())
+
+# %% ../../nbs/study/08_compare.ipynb #3c7e9b52
+def unlike_conditions(comparison:Comparison)->list[str]:
+    "Returns sentences on compared arms with unlike batch size, precision or version of the package."
+    facts = {'batch size': lambda run: run.config.batch_size, 'precision': lambda run: run.config.precision,
+             'version of vitdistill': lambda run: run.environment.get('vitdistill')}
+    varied = {key.replace('_', ' ') for key in comparison.varied}
+    sentences = []
+    for what, fact in facts.items():
+        unlike = {} # arm -> its values
+        for one, other in pairs(comparison):
+            values = {arm: {str(fact(run)) for run in comparison.arms.get(arm, []) if fact(run)}
+                      for arm in (*one, *other)}
+            values = {arm: each for arm, each in values.items() if each}
+            if _differ(values):
+                unlike |= values
+        if unlike and what not in varied:
+            by_value = {}
+            for arm, each in unlike.items():
+                by_value.setdefault(' and '.join(sorted(each)), []).append(arm)
+            words = '; '.join(f"{value} in {', '.join(arms)}" for value, arms in by_value.items())
+            sentences.append(f'The {what} is unequal ({words}): a difference may come from it.')
+    return sentences
+
 # %% ../../nbs/study/08_compare.ipynb #a78ef33c
 def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `choose`
     """Returns a row per tried arm, and marks the best: by its mean over the seeds that all have, or over each
@@ -337,7 +394,7 @@ def choices(comparison:Comparison)->pd.DataFrame: # empty unless the file has `c
 # %% ../../nbs/study/08_compare.ipynb #979f9ceb
 def missing(comparison:Comparison)->list[str]:
     "Returns sentences on arms with unfinished or missing runs, and on arms that are not compared."
-    study, notes = comparison.study, []
+    study, notes = comparison.study, [*comparison.left]
     for arm, runs in comparison.arms.items():
         for run in runs:
             if run.status == 'done':
@@ -352,13 +409,17 @@ def missing(comparison:Comparison)->list[str]:
             notes.append(f'{arm}: no run.')
     for one, other in pairs(comparison):
         names = f"{' - '.join(one)} and {' - '.join(other)}"
+        reason = unequal(comparison, one, other)
+        if reason:
+            notes.append(f'{names}: no difference is shown, since {reason}.')
+            continue
         apart = seeds_on_other_data(comparison, one, other)
         for seed, reason in apart.items():
             notes.append(f'{names}: seed {seed} is left out, for there are {reason}')
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
         if all(seeds) and not (apart or set.intersection(*seeds)):
             notes.append(f'{names}: no finished seed in common.')
-    return notes
+    return notes + unlike_conditions(comparison)
 
 # %% ../../nbs/study/08_compare.ipynb #d7208f41
 def taught_pairs(
@@ -544,6 +605,38 @@ def compare_runs(
     plt.close(figure) # the notebook shows what is returned
     return figure
 
+# %% ../../nbs/study/08_compare.ipynb #8e41d70b
+def teachers_in_words(comparison:Comparison)->list[str]:
+    "Returns a line for each teacher's test accuracy, and sentences on those worse than a plain student."
+    tops = comparison.tops('test_top1')
+    arms = arm_names(comparison.study)
+    lines, worse = [], []
+    for name, runs in comparison.teachers.items():
+        results = [run.result for run in finished_runs(runs).values()]
+        values = [result['test_top1'] for result in results if result.get('test_top1')]
+        if not values:
+            continue
+        top1 = np.mean(values)
+        lines.append(_accuracy_line(f'{name} (teacher)', top1, len(values)))
+        for one, other in pairs(comparison):
+            plain, taught = comparison.arms.get(other[0]), comparison.arms.get(one[0])
+            if len(one) > 1 or not plain or not taught or not on_labels(plain[0].config):
+                continue
+            base, _ = arms[one[0]]
+            if name == _teacher_of(comparison.study, base) and top1 < tops[other[0]].mean():
+                worse.append(f'The teacher {name} ({100*top1:.1f}%) is worse than the plain student '
+                             f'{other[0]} ({100*tops[other[0]].mean():.1f}%).')
+    return lines + list(dict.fromkeys(worse))
+
+def _teacher_of(study, arm): # its name in the file; None: the file does not say
+    if not trains(study.parts[arm]):
+        return None
+    _, models = parameters_of(study, arm)
+    return models.get('teacher_weights')
+
+def _accuracy_line(name, top1, seeds):
+    return f"{name:34} {100*top1:6.1f}%  {seeds} {'seed' if seeds == 1 else 'seeds'}"
+
 # %% ../../nbs/study/08_compare.ipynb #b013319c
 def write(comparison:Comparison, out:str|Path)->Path: # out: folder
     """Writes tables, figures and a page of a study into a folder; returns the path of the page. The folder of
@@ -557,6 +650,7 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
         lead.append(f'Asked: {study.asked}')
     if study.expected:
         lead.append(f'Expected before it ran: {study.expected}')
+    lead += teachers_in_words(comparison)
     notes = missing(comparison)
     if notes:
         lead.append(' '.join(notes))
@@ -665,12 +759,11 @@ def points(row)->str: # row: of `Comparison.table`, as a tuple
 
 def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
-    lines = [comparison.study.title]
+    lines = [comparison.study.title, *teachers_in_words(comparison)]
     for row in comparison.accuracies().itertuples():
         if not row.seeds:
             continue
-        seeds = 'seed' if row.seeds == 1 else 'seeds'
-        lines.append(f'{row.arm:34} {100*row.top1:6.1f}%  {row.seeds} {seeds}')
+        lines.append(_accuracy_line(row.arm, row.top1, row.seeds))
     lines += [points(row) for row in comparison.table().itertuples()]
     return '\n'.join(lines + missing(comparison))
 
