@@ -25,7 +25,6 @@ from ..base import VitdistillError, fitting, nearest, shipped, shipped_names
 from ..config import FORMS, Config, defining, field_names, from_dict, is_yaml_file, plain_value
 from ..config import preset, preset_parts, read_yaml
 from ..runs import Run, find_runs
-from ..teachers.card import file_hash
 
 # %% ../../nbs/launch/00_studies.ipynb #e4aeb0b9
 @dataclass
@@ -594,6 +593,7 @@ def _hash_of(run, key): # of the file that a field names
 
 @lru_cache(maxsize=256)
 def _hash_of_file(path, changed): # changed: time of the file's last change
+    from vitdistill.teachers.card import file_hash # here, so that listing runs doesn't import torch
     return file_hash(path)
 
 def other_file(run:Run, key:str, path:str)->str: # key: such as teacher_weights; path: of the study's file
