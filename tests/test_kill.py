@@ -25,8 +25,8 @@ from vitdistill.train.loop import train
 NO_KERNEL = re.compile("Kernel died before replying|Kernel didn't respond in")
 
 
-def start(config, file, ranks=1):
-    command = train_command(save(config, file), ranks, python=PYTHON)
+def start(config, file, ranks=1, python=PYTHON):  # a process that is killed can be no fork
+    command = train_command(save(config, file), ranks, python=python)
     return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
@@ -51,7 +51,7 @@ def test_killed_run_ends_as_one_left_alone(recipe, tmp_path):
     assert run_of(cut).status == "interrupted"
     metrics = run_of(cut).folder / "metrics.csv"
     metrics.write_text(metrics.read_text()[:-1])  # an editor drops the last newline
-    assert start(cut, tmp_path / "cut.yaml").wait(120) == 0
+    assert start(cut, tmp_path / "cut.yaml", python=sys.executable).wait(120) == 0
     two = run_of(cut)
     assert_same(one, two)
     assert one.metrics().ema_test_top1.notna().all() and len(set(one.metrics().train_loss)) == 8
@@ -259,7 +259,7 @@ def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
         pytest.skip("this container may not mount a tmpfs")
     try:
         config = replace(tiny, work_dir=str(disk), epochs=6)
-        process = start(config, tmp_path / "c.yaml")
+        process = start(config, tmp_path / "c.yaml", python=sys.executable)
         assert wait_until(lambda: list(disk.glob("*/checkpoint.pt")), 90)
         ballast = open(disk / "ballast", "wb", buffering=0)
         try:
