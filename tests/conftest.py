@@ -23,8 +23,8 @@ from vitdistill.teachers.teacher import untrained  # noqa: E402
 
 ROOT = repo_root(Path(__file__).parent)
 PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # starts a new process, under forked.py too
-LONGEST = ["notebooks", "analysis", "own_images", "kill", "captions", "ranks", "deit_figures", "real_data",
-           "pretraining", "deit", "hub"]
+LONGEST = ["analysis", "own_images", "kill", "notebooks", "ranks", "deit_figures", "captions", "install",
+           "hub", "pretraining", "real_data", "deit"]
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
