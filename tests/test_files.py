@@ -611,6 +611,15 @@ def test_damaged_shards_are_refused(tmp_path):
         load_data(config)
 
 
+def test_class_weights_are_of_the_images_that_are_trained_on(tmp_path):
+    """Eight of ten cats are held out: two cats and ten dogs count as 12/(2 x 2) and 12/(2 x 10)."""
+    files = {f"{kind}/{i}.png": encoded(20 * i, 0, 0) for kind in ("cat", "dog") for i in range(10)}
+    config = replace(write(tmp_path, files), class_weights="balanced", val_rows="0:8", student="resnet10t",
+                     device="cpu", batch_size=4, epochs=1)
+    weights = prepare(resolve(config), Ranks()).criterion.class_weights
+    torch.testing.assert_close(weights, torch.tensor([3, 0.6]))
+
+
 def test_a_seed_is_a_number_that_torch_takes():
     torch.manual_seed(Config(seed=2**64 - 1).seed)
     with pytest.raises(VitdistillError, match="seed = 18446744073709551616 is out of range"):

@@ -103,3 +103,18 @@ def test_a_folder_becomes_a_third_student(tmp_path, more, known_speed, capsys):
     (mine / "unlabelled" / "broken.png").write_bytes(b"no image")
     with pytest.raises(VitdistillError, match="broken.png"):
         api.distill(mine, **given)
+
+
+def test_copies_of_the_training_images_are_named_before_anything_trains(tmp_path):
+    """People keep all their images in one folder, and sort a part of them into classes."""
+    draw = np.random.default_rng(2)
+    for part, name in [(part, name) for part in ("train", "val") for name in ("cat", "dog")]:
+        (tmp_path / "mine" / part / name).mkdir(parents=True)
+        for n in range(15):
+            pixels = draw.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "mine" / part / name / f"{n}.png")
+    shutil.copytree(tmp_path / "mine/train", tmp_path / "mine/unlabeled_2020")
+    folder = api.unlabelled_folder(tmp_path / "mine", None)
+    assert folder.name == "unlabeled_2020"
+    with pytest.raises(VitdistillError, match="leaves no image to learn from .30 also in train of 30"):
+        api.images_of_job(tmp_path / "mine", tmp_path / "job", "own", {}, True, unlabelled=folder)

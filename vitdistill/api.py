@@ -35,7 +35,7 @@ from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
 from .data.augment import unnumbered
 from .data.labels import table_parts
-from .data.unlabelled import files_in, refuse_own_folder
+from .data.unlabelled import check_unlabelled, files_in, refuse_own_folder
 from .data.views import expected_views, plan_rows, view_count
 from .models.hub import HUB, weights_place
 from .losses import OBJECTIVES, Batch, Logits, TopK, criterion
@@ -53,6 +53,7 @@ from .train.setup import auto_device, auto_precision
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
+from .launch.images import folders_without_labels, is_unlabelled
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
 from .launch.images import check_tokens, check_weights, names_of_students
 from .launch.images import names_without_labels, part_by_words, refuse_changed_images
@@ -849,7 +850,9 @@ def images_of_job(
             fields = fields | dict(val_fraction=fraction)
         images = images_in(replace(recipe, val_fraction=fraction), drawn, weights)
         if unlabelled:
-            refuse_own_folder(replace(recipe, unlabelled=str(unlabelled)))
+            with_more = replace(recipe, unlabelled=str(unlabelled))
+            refuse_own_folder(with_more)
+            print(check_unlabelled(with_more, images.train), end='', flush=True)
     return replace(images, root=data if root == data else out/root.name, same=same + images.same), fields
 
 # %% ../nbs/06_api.ipynb #8b4ab972
@@ -936,17 +939,22 @@ def command_of(
 # %% ../nbs/06_api.ipynb #1ed6a10e
 def unlabelled_folder(
     data:Path,               # the user's folder
-    named:str|Path|None,     # as the user gives it; None: data/unlabelled, if that is there
+    named:str|Path|None,     # as the user gives it; None: one in data with a name such as unlabelled
     skip_broken:bool=False   # as in a config
 )->Path|None:
     "Returns the folder of images without labels, None without one, and prints what is in it."
-    if named is None and not (data/UNLABELLED).is_dir():
+    places = [named] if named is not None else folders_without_labels(data)
+    if not places:
         return None
-    place = from_here(named or data/UNLABELLED).resolve()
+    if len(places) > 1:
+        names = printable(' and '.join(place.name for place in places))
+        raise VitdistillError(f'{data} holds {names}: name the one whose images have no labels as unlabelled '
+                              '(--unlabelled), and move the others away.')
+    place = from_here(places[0]).resolve()
     top = data.resolve()
     below = place.relative_to(top).parts if place.is_relative_to(top) else ()
     has_train = any((data/name).exists() for name in ('train', 'train.tar'))
-    elsewhere = not below or below[0] == UNLABELLED or has_train # in no folder that names a class
+    elsewhere = not below or is_unlabelled(below[0]) or has_train # in no folder that names a class
     advice = 'name a folder beside those of the classes.'
     if top.is_relative_to(place):
         raise VitdistillError(f'unlabelled = {str(place)!r} holds your images with labels: {advice}')

@@ -141,7 +141,9 @@ def files_below(
                 if name[0] == '.':
                     continue
                 path = os.path.join(folder, name)
-                if is_image(path):
+                if os.path.exists(path) and not os.path.isfile(path):
+                    left_out['pipes or devices'] += 1 # to read one may wait for ever
+                elif is_image(path):
                     entries.append(FileEntry(name_below(path), size_of(path), path))
                 elif os.path.exists(path):
                     entries.append(FileEntry(name_below(path), 0, path))

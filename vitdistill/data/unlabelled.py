@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_range', 'unlabelled_mark', 'JoinedImages', 'joined', 'Unlabelled', 'unlabelled_rows', 'refuse_own_folder',
-           'unused_files', 'unlabelled_files', 'unlabelled_images', 'labels_of_all', 'rows_of_all']
+           'unused_files', 'unlabelled_files', 'unlabelled_images', 'check_unlabelled', 'labels_of_all', 'rows_of_all']
 
 # %% ../../nbs/data/06_unlabelled.ipynb #0cae87e5
 import collections, os, re, typing
@@ -15,7 +15,7 @@ from ..config import Config
 from .datasets import CONTENT, Data, check_dataset, digest, digest_store, image_side
 from .datasets import list_images, reading_of, row_range
 from .digests import digests
-from .duplicates import same_bytes, same_pixels
+from .duplicates import same_bytes, same_images, same_pixels
 from .files import TESTS, DiskImages, ImageFiles, centred, files_in, printable, some_rows
 from .labels import in_table
 
@@ -199,6 +199,37 @@ def unlabelled_images(
         return unlabelled
     raise VitdistillError(f'unlabelled = {config.unlabelled!r} leaves no image ({unlabelled}): name images '
                           'that are not trained on with labels, not held out and not for tests.')
+
+# %% ../../nbs/data/06_unlabelled.ipynb #bf70821e
+_few = .1 # as many unlabelled images as this share of the labelled ones are few
+
+def check_unlabelled(
+    config:Config,
+    labelled:int, # number of images that are trained on with labels
+    most:int=100_000 # images that are compared by more than their bytes
+)->str:
+    """Returns lines on what a folder of unlabelled images holds besides copies of the dataset's images; '' if
+    there is nothing to say. None besides copies is a `VitdistillError`."""
+    files = files_in(config.unlabelled, config.skip_broken)
+    parts = list_images(config)
+    whole = len(files) + sum(map(len, parts.values())) <= most
+    copies = {} # part -> rows of files
+    for part, own in parts.items():
+        if whole:
+            copies[part] = {pair.a for pair in same_images(files, own) if pair.is_copy}
+        else:
+            copies[part] = _rows_of_copies(files, None, own, None)
+    left = len(files) - len(set().union(*copies.values()))
+    name = printable(config.unlabelled)
+    also = ' and '.join(f'{len(rows):,} also in {part}' for part, rows in copies.items() if rows)
+    if not left:
+        raise VitdistillError(f'unlabelled = {name!r} leaves no image to learn from ({also} of {len(files):,}'
+                              '): name a folder of other images, or leave it out.')
+    lines = f'{name}: {left:,} of {len(files):,} are left ({also}).\n' if also else ''
+    if left < _few*labelled:
+        lines += (f'{name}: {left:,} images without labels are few beside {labelled:,} with labels, and '
+                  f'{config.unlabelled_share:.0%} of each batch will be these.\n')
+    return lines
 
 # %% ../../nbs/data/06_unlabelled.ipynb #fdc605be
 def labels_of_all(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from ..base import VitdistillError, explained, first_line, from_here, require, user_call
-from ..data.files import files_below, is_image, natural_order, printable, read_image
+from ..data.files import files_below, is_image, natural_order, printable, read_image, say_once
 from ..models.hub import HUB, weights_place
 from ..models.create import Student, combine, create, load_weights, started_from
 from ..options import predict_parser
@@ -165,8 +165,11 @@ def input_lines()->list[str]:
     return [line for line in lines if line.strip()]
 
 def images_below(folder:Path)->list[Path]:
-    "Returns the image files in a folder, in natural order."
-    files, *_ = files_below(folder, size_of=lambda file: 0)
+    "Returns the image files in a folder, in natural order, and names what is left out on stderr."
+    files, left_out = files_below(folder, size_of=lambda file: 0)
+    if left_out:
+        kinds = ', '.join(f'{count:,} {kind}' for kind, count in left_out.items())
+        say_once(f'{printable(folder)}: left out: {kinds}.', warning=True)
     images = [file for file in files if is_image(file.name)]
     return [Path(file.path) for file in sorted(images, key=lambda file: natural_order(file.name))]
 
