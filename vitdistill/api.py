@@ -35,7 +35,7 @@ from .data.datasets import check_dataset
 from .data.files import TESTS, printable, read_image
 from .data.augment import unnumbered
 from .data.labels import table_parts
-from .data.unlabelled import check_unlabelled, files_in, refuse_own_folder
+from .data.unlabelled import check_unlabelled, files_in
 from .data.views import expected_views, plan_rows, view_count
 from .models.hub import HUB, weights_place
 from .losses import OBJECTIVES, Batch, Logits, TopK, criterion
@@ -851,7 +851,6 @@ def images_of_job(
         images = images_in(replace(recipe, val_fraction=fraction), drawn, weights)
         if unlabelled:
             with_more = replace(recipe, unlabelled=str(unlabelled))
-            refuse_own_folder(with_more)
             print(check_unlabelled(with_more, images.train), end='', flush=True)
     return replace(images, root=data if root == data else out/root.name, same=same + images.same), fields
 

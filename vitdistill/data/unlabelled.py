@@ -210,6 +210,7 @@ def check_unlabelled(
 )->str:
     """Returns lines on what a folder of unlabelled images holds besides copies of the dataset's images; '' if
     there is nothing to say. None besides copies is a `VitdistillError`."""
+    refuse_own_folder(config)
     files = files_in(config.unlabelled, config.skip_broken)
     parts = list_images(config)
     whole = len(files) + sum(map(len, parts.values())) <= most

@@ -39,6 +39,7 @@ def _pairs_in_yaml(text, classes): # of (folder, words); words None where names 
         return [(name, None) for name in values]
     raise ValueError('it is neither "folder: words" nor "- name" throughout')
 
+# %% ../../nbs/tasks/05_words.ipynb #7dd3c61a
 def _rows_of_csv(text, delimiter): # without blank ones; a line break within a cell is a space
     rows = []
     for row in csv.reader(io.StringIO(text, newline=''), delimiter=delimiter):
