@@ -460,7 +460,7 @@ def images_in_words(images:Images)->str:
     origin = 'a fifth of each class, set aside' if images.drawn else own_test(images)
     return (f'{images.root}: {classes} classes ({names}), about {images.side} px. {images.train:,} training '
             f'images, {images.test:,} test images ({origin}). {images.held_out:,} more of train are held '
-            f'out: no model learns from them. Records call them val.{unlike_classes(images)}{images.same}')
+            f'out: no model learns from them.{unlike_classes(images)}{images.same}')
 
 # %% ../../nbs/launch/04_images.ipynb #9b117e8e
 def _first_names(names, most): # '...' stands for the others

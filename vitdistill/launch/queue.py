@@ -682,6 +682,8 @@ def run_batch(
         def run(cell, slot):
             if all(cells[first].state == 'done' for first in cell.after):
                 own = slot_environment(slot, slots, gpus)
+                if not show:
+                    print(f'started: {cell}', flush=True)
                 execute(cell, own, new_threads(cell, threads), processes, show)
             else:
                 cell.state = NO_TEACHER

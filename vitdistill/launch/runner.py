@@ -217,7 +217,7 @@ def end_of_log(lines:list[str])->str:
     "Returns why a launch failed if no rank could write its error: the last lines before those of torchrun."
     of_ranks = itertools.takewhile(lambda line: not re.match(r'E\d{4} ', line), lines)
     shown = list(of_ranks) or lines
-    return 'the ranks ended without a result; the log ends:\n' + '\n'.join(shown[-12:])
+    return 'training ended without a result; the last lines of its log:\n' + '\n'.join(shown[-12:])
 
 def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
     "Returns the message of the first `VitdistillError` in these files, else the end of the first traceback."
@@ -231,7 +231,7 @@ def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
     return f'rank {files[0].parent.name} failed:\n' + '\n'.join(trace[-12:])
 
 # %% ../../nbs/launch/01_runner.ipynb #1e6f6059
-PROGRESS = re.compile(r'epoch |  \d+% of epoch |teacher: [\d,]+ of ')
+PROGRESS = re.compile(r'epoch |  \d+% of epoch |  measuring |teacher: [\d,]+ of ')
 _rank_error = re.compile(r'\[rank \d+\]|Traceback ') # first line of a rank's error
 _torchrun = re.compile(r'[WIEF]\d{4} |\*{5}')        # a line of torchrun's own
 
@@ -412,8 +412,8 @@ def train_interruptibly(config:Config, record:Run, nproc:int|None, show:bool|typ
     except KeyboardInterrupt:
         checkpoint = record.checkpoint() if record.status != 'new' else None
         epochs = checkpoint['epochs'] if checkpoint else 0
-        where = f'go on after epoch {epochs}' if epochs else 'start from the beginning'
-        raise Interrupted(f'interrupted; run this again to {where}') from None
+        where = f'go on after epoch {epochs}' if epochs else 'train this run from its beginning'
+        raise Interrupted(f'interrupted; run this again to {where}; finished runs are kept') from None
 
 # %% ../../nbs/launch/01_runner.ipynb #79c28067
 def print_end(record:Run)->None:

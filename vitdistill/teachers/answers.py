@@ -484,7 +484,7 @@ class Online(AnswerSource):
         yield self, torch.arange(len(image))
 
     def in_words(self, config:Config, rows:torch.Tensor, shown:int=0)->str: # as `memo_in_words` takes them
-        return 'no memo: the teacher runs on every batch'
+        return 'the teacher runs on every batch: no answers are stored'
 
 # %% ../../nbs/teachers/02_answers.ipynb #fe427288
 class Answers(Online):
@@ -582,9 +582,11 @@ def break_even(
     times = ''
     if not math.isnan(rate):
         times = f' ({duration(with_memo)} against {duration(without)} at {rate:,.0f} images/s here)'
-    saves_little = '; for one student alone the memo saves almost nothing' if with_memo > .95*without else ''
+    saves_little = ''
+    if with_memo > .95*without:
+        saves_little = '; for one student alone storing them saves almost nothing'
     return (f'{passes:g} passes show {views:.1f} of {n_views} views of an image: about {with_memo:,.0f} '
-            f'questions to the teacher with the memo, {without:,} without{times}{saves_little}')
+            f'questions to the teacher where answers are stored, {without:,} without{times}{saves_little}')
 
 def memo_in_words(
     answers:Answers,
@@ -600,7 +602,7 @@ def memo_in_words(
         rows_an_image = shown/len(rows) if shown else plan_rows(config, 1)
         passes = round(config.epochs*rows_an_image, 1)
         cost = break_even(len(rows), view_count(config), passes, rate, share)
-    return f'memo: {share:.1%} of the answers are known; {cost}'
+    return f'answers of the teacher: {share:.1%} are stored; {cost}'
 
 # %% ../../nbs/teachers/02_answers.ipynb #592e0260
 # `whole_image` enters a key only if it is set (`plan_key`)

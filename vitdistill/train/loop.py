@@ -11,9 +11,9 @@ __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'epoch_steps', 'from_processes'
            'end_process']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
-import argparse, copy, dataclasses, os, sys, threading, time, traceback, typing
+import argparse, copy, dataclasses, math, os, sys, threading, time, traceback, typing
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from statistics import fmean
 import torch, torch.distributed as dist
 from timm.utils import distribute_bn
@@ -237,7 +237,7 @@ def epoch_in_words(row:dict, epochs:int)->str: # row: of metrics; epochs: of the
     for name in ('train', 'val', 'test', 'knn_test', 'linear_test'):
         top1 = row.get(f'{name}_top1')
         if top1 is not None:
-            text += f'  {name} {top1:.1%}'
+            text += f"  {'held out' if name == 'val' else name} {top1:.1%}"
     text += f"  {row['images_per_second']:.0f} images/s"
     if row.get('teacher_seconds') is not None:
         text += f"  teacher {row['teacher_seconds']:.1f} s"
@@ -257,6 +257,8 @@ class Progress:
         self.total = 0          # of them in all
         self.begun = self.stretch_begun = self.last_line = time.monotonic()
         self.first = None       # seen and time after the first step of this epoch, which may be slow
+        self.epoch_begun = self.begun
+        self.measured = None    # seconds that accuracies took; None: not yet measured
 
     def say_seldom(self, text:str)->None: # after 10 s, or a thirtieth of the time so far if that is longer
         now = time.monotonic()
@@ -275,7 +277,8 @@ class Progress:
         if self.seen > first_seen and now > first_time:
             pace = (self.seen - first_seen)/(now - first_time)
             images_left = max(0, (self.config.epochs - self.done)*self.images - self.seen)
-            seconds_left = images_left/pace # without the evaluations
+            epochs_left = math.ceil((self.config.epochs - self.done)/self.config.evaluate_every)
+            seconds_left = images_left/pace + (self.measured or 0)*epochs_left
             text += f'  {pace:.0f} images/s  ETA {tqdm.format_interval(seconds_left)}'
         self.say_seldom(text)
 
@@ -284,13 +287,25 @@ class Progress:
             self.stretch_begun = time.monotonic()
         self.answered, self.total = done, total
         left = tqdm.format_interval((time.monotonic() - self.stretch_begun)*(total/done - 1))
-        self.say_seldom(f'teacher: {done:,} of {total:,} views answered, ETA {left}')
+        self.say_seldom(f'teacher: {done:,} of {total:,} views answered, {left} for the others of these')
+
+    @contextmanager
+    def measuring(self):
+        "Says that accuracies are measured, if that takes a while, and keeps how long it took."
+        start = time.monotonic()
+        known = self.measured is not None
+        takes_long = self.measured > 10 if known else start - self.epoch_begun > 30
+        if self.shown and takes_long:
+            left = f', about {tqdm.format_interval(self.measured)}' if known else ''
+            print(f'  measuring accuracies after epoch {self.done + 1}{left}', flush=True)
+        yield
+        self.measured = time.monotonic() - start
 
     def epoch(self, row:dict)->None: # of metrics
         self.done = row['epoch'] + 1
         self.seen = 0
         self.first = None
-        self.last_line = time.monotonic()
+        self.last_line = self.epoch_begun = time.monotonic()
         if not self.shown:
             return
         self.seconds.append(row['seconds'])
@@ -430,7 +445,9 @@ def describe(setup:Setup)->typing.Iterator[str]:
     if setup.answers:
         measured = 'not measured, for there are no labels'
         if setup.data.labelled:
-            measured = f'{setup.teacher_top1:.1%} top-1 on {setup.teacher_measured_on}'
+            held_out = setup.teacher_measured_on == 'images that it held out'
+            of = 'held-out images' if held_out else 'training images'
+            measured = f'{setup.teacher_top1:.1%} of the {of} right'
         yield f'teacher {c.teacher}: {measured}'
         yield setup.answers.in_words(c, setup.answered_rows, setup.rows)
     norm = has_batch_norm(setup.student)
@@ -617,7 +634,8 @@ def train_epochs(setup:BaseSetup, run:RunWriter, task:Task=DISTILLATION)->None:
                 for model in models:
                     distribute_bn(model, ranks.world)
             if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
-                row |= task.measure(setup, average)
+                with progress.measuring():
+                    row |= task.measure(setup, average)
             row['seconds'] = time.perf_counter() - start
             if ranks.rank == 0:
                 run.append(row)
