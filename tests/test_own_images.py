@@ -220,7 +220,7 @@ def test_models_stay_where_the_folder_of_work_is_removed(job, images, tmp_path, 
     """They are folders of their own, also for a copy, as on a stick; a job that goes on takes them from
     there. A model that is in neither place is named, and what is done is shown all the same."""
     out, words, _ = job
-    copy = shutil.copytree(out, tmp_path / "stick" / out.name)
+    copy = shutil.copytree(out, tmp_path / "stick" / out.name, symlinks=True)
     before = predict(out / "models/plain", images)
     shutil.rmtree(copy / "work")
     assert not [path for path in (copy / "models").rglob("*") if path.is_symlink()]
@@ -690,7 +690,7 @@ def test_another_student_is_a_further_row(job, images, weights):
     assert load_model(result.folder("taught-resnet10t")).forward.model.num_classes == 3
     best = result.best  # of so few held-out images none decides: a student on labels alone, the smaller one
     assert best in ("plain", "plain-resnet10t") and result.folder() == out / "models" / best
-    assert f"Take {best}. 3 held-out images show no clear difference from" in str(result)
+    assert f"Take {best}.\n3 held-out images show no clear difference from" in str(result)
     file = next((images / "dark").glob("*.png"))
     for name in ("", "plain-resnet10t"):
         wanted = predict(out / "models" / (name or best), file)

@@ -211,7 +211,7 @@ def keep_model(
         return place if (place/'model.safetensors').is_file() else run.model
     if place.is_symlink() and place.resolve().is_relative_to(job.resolve()): # of an earlier version
         place.unlink()
-    if not os.path.lexists(place):
+    if run.model.is_dir() and not os.path.lexists(place):
         copy_model(run.model, place, card)
     if has_weights_of(place, run.model):
         return place
@@ -862,7 +862,7 @@ def start_in_words(fields:dict)->str: # of Config, of a student
         return f'from {weights}'
     if fields['student_pretrained']:
         return "from timm's weights"
-    return "from scratch: timm's weights are not here, or not wanted"
+    return 'from random weights'
 
 # %% ../nbs/06_api.ipynb #1bf9cc84
 def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # student, fields: of `distill`
@@ -1017,10 +1017,19 @@ def about_images(images:Images)->str:
     warning = few_test_images(images.test) if images.labelled else ''
     return f'{images}\n{warning}' if warning else str(images)
 
-def print_models(students:list, side:int, teacher:dict)->None: # students: of `starts_of_students`; side: px
-    "Prints what a job trains; teacher: the part of a study."
+def print_models(
+    students:list, side:int, # students: of `starts_of_students`; side: px
+    teacher:dict,            # the part of a study
+    chosen:bool=False        # whether the user says if a student begins with timm's weights
+)->None:
+    "Prints what a job trains, and a warning for each student without the weights to begin with."
     for fields in students:
-        print(f'student: {fields["student"]} at {side} px, {start_in_words(fields)}', flush=True)
+        start = start_in_words(fields)
+        print(f'student: {fields["student"]} at {side} px, {start}', flush=True)
+        if start == 'from random weights' and not chosen:
+            print(f"warning: {fields['student']} begins with random weights, for timm has none or the hub "
+                  'does not answer: expect a much lower accuracy. Give a file of weights '
+                  '(--student-weights), or try again where the hub answers.', flush=True)
     what = 'as it is' if 'weights' in teacher else 'fine-tuned first'
     print(f'teacher: {teacher["student"]} at {teacher["student_size"]} px, {what}', flush=True)
 
@@ -1088,7 +1097,7 @@ def distill(
         part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images, out,
                                dry_run)
         first, *more = starts_of_students(students, fields, preset)
-        print_models([first, *more], side, part)
+        print_models([first, *more], side, part, fields.get('student_pretrained') is not None)
         given = given_to_students(preset, epochs, side)
         study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
         study['about'] = dict(images=about, same=images.same.strip(), command=command, side=images.side,
