@@ -7,8 +7,8 @@ __all__ = ['UNLABELLED', 'MASKS', 'NO_LABELS', 'CLASS_RULES', 'PART_RULES', 'JOB
            'has_other_links', 'link_images', 'folders_without_labels', 'places_without_labels', 'lies_in',
            'refuse_out_within', 'link_labelled', 'is_unlabelled', 'is_part', 'class_of', 'files_of_classes', 'Content',
            'FolderRule', 'refuse_faults', 'is_archive', 'classes_of_parts', 'with_test', 'has_part', 'folder_of_tests',
-           'Images', 'own_test', 'unlike_classes', 'images_in_words', 'sides_of', 'images_in', 'same_in_words',
-           'shared_images', 'with_unique', 'seen_in_words', 'fitting_side', 'fitting_fraction', 'few_test_images',
+           'Images', 'own_test', 'unlike_classes', 'images_in_words', 'sides_of', 'seen_in_words', 'images_in',
+           'same_in_words', 'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction', 'few_test_images',
            'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name',
            'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'check_given',
            'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
@@ -492,6 +492,32 @@ def sides_of(
     refuse_broken(broken)
     return sides
 
+# %% ../../nbs/launch/04_images.ipynb #34695694
+def seen_in_words(
+    config:Config, # of a student
+    weights:list   # that the job begins with or learns from, as the user names them
+)->str:
+    "Returns sentences on test and held-out images that given weights were trained on; '' without any."
+    sentences = ''
+    for name in filter(None, weights):
+        place = name if str(name).startswith(HUB) else from_here(name)
+        known = str(place).startswith(HUB) or place.exists() # else it is a model of timm, or words
+        if not (known and read_seen(place)):
+            continue
+        train, test = list_images(config).values()
+        labels = torch.tensor([label for *_, label in train.files])
+        _, rows = split_rows(labels, config, train.classes)
+        counts = []
+        for part, files in (('test', test), ('held-out', some_rows(train, rows.tolist()))):
+            seen = seen_rows(place, digests(files))
+            if seen:
+                example = printable(files.files[seen[0]][0])
+                counts.append(f'{len(seen):,} of {len(files):,} {part} images, such as {example}')
+        if counts:
+            sentences += (f" {name} has seen {', and '.join(counts)}: its accuracy there is too high, and "
+                          'so is that of what it teaches or becomes.')
+    return sentences
+
 # %% ../../nbs/launch/04_images.ipynb #a5ff824e
 def images_in(
     config:Config, # of a student
@@ -604,32 +630,6 @@ def with_unique(
     kept = [name for row, (name, *_) in enumerate(train.files) if row not in dropped]
     kept += [name for name, *_ in test.files]
     return link_images({name: name for name in kept}, root, out/'unique'), sentences
-
-# %% ../../nbs/launch/04_images.ipynb #34695694
-def seen_in_words(
-    config:Config, # of a student
-    weights:list   # that the job begins with or learns from, as the user names them
-)->str:
-    "Returns sentences on test and held-out images that given weights were trained on; '' without any."
-    sentences = ''
-    for name in filter(None, weights):
-        place = name if str(name).startswith(HUB) else from_here(name)
-        known = str(place).startswith(HUB) or place.exists() # else it is a model of timm, or words
-        if not (known and read_seen(place)):
-            continue
-        train, test = list_images(config).values()
-        labels = torch.tensor([label for *_, label in train.files])
-        _, rows = split_rows(labels, config, train.classes)
-        counts = []
-        for part, files in (('test', test), ('held-out', some_rows(train, rows.tolist()))):
-            seen = seen_rows(place, digests(files))
-            if seen:
-                example = printable(files.files[seen[0]][0])
-                counts.append(f'{len(seen):,} of {len(files):,} {part} images, such as {example}')
-        if counts:
-            sentences += (f" {name} has seen {', and '.join(counts)}: its accuracy there is too high, and "
-                          'so is that of what it teaches or becomes.')
-    return sentences
 
 # %% ../../nbs/launch/04_images.ipynb #9f129d83
 def fitting_side(
