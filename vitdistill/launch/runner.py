@@ -6,9 +6,9 @@
 __all__ = ['notebook_names', 'settable', 'PROGRESS', 'check_names', 'is_injected', 'assigned_names', 'as_bool', 'parameters',
            'configure', 'rank_count', 'rank_command', 'bind_to_parent', 'stop', 'failure', 'end_of_log', 'first_error',
            'follow', 'run_threads', 'train_on_ranks', 'rank_environment', 'makes_teacher', 'has_model',
-           'wait_until_done', 'check_rank_count', 'check_launch', 'teacher_warning', 'run', 'train_interruptibly',
-           'print_end', 'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher', 'weak_teacher', 'teacher_of_preset',
-           'teacher_fields', 'with_teacher', 'trained_teacher']
+           'wait_until_done', 'check_rank_count', 'check_launch', 'teacher_warning', 'as_begun', 'run',
+           'train_interruptibly', 'print_end', 'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher',
+           'weak_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
 import ast, collections, ctypes, itertools, json, os, re, shutil, signal
@@ -370,6 +370,15 @@ def teacher_warning(result:dict)->str: # of a run
     return (f'the teacher has {teacher:.1%} of held-out images right, its student {student:.1%}: '
             'a better teacher may help more')
 
+# %% ../../nbs/launch/01_runner.ipynb #4f8a6c20
+def as_begun(config:Config)->Config: # resolved
+    """Returns the config, or the one that differs in `allow_untrained` alone if only its run has begun: what
+    loosens a check makes no other run."""
+    other = replace(config, allow_untrained=not config.allow_untrained)
+    if Run.of(config).status == 'new' and Run.of(other).status != 'new':
+        return other
+    return config
+
 # %% ../../nbs/launch/01_runner.ipynb #94680760
 @stoppable()
 def run(
@@ -382,6 +391,8 @@ def run(
     "Trains a config on its ranks; a finished run is not repeated. A failure raises `VitdistillError`."
     check_launch(config, nproc)
     config = resolve(config)
+    if as_begun(config) != config:
+        config = resolve(as_begun(config)) # with what that run has resolved
     record = Run.of(config)
     if arm:
         RunWriter(record.folder).add_arm(arm)
