@@ -80,6 +80,7 @@ def from_onnx(file:Path)->Predictor:
         parameters=int(about['parameters']) if 'parameters' in about else None) # earlier versions lack it
 
 # %% ../../nbs/deploy/00_predict.ipynb #d99fa373
+@user_call()
 def from_folder(folder:Path)->Predictor: # of a run's model
     "Returns the model in a folder that a run wrote."
     folder = from_here(folder)
