@@ -198,7 +198,7 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
 _beside_a_run = 'nproc', 'hub_repo', 'onnx', 'fill_memo', 'keep_record', 'keep_answers', 'arm'
 
 def refuse_one_run(cells:list[Cell])->None:
-    "Raises a `VitdistillError` for two arms that would be one run."
+    "Raises a `VitdistillError` for two arms of a study that would be one run."
     known = {} # what a run is known by -> its cell
     for cell in cells:
         if not cell.config:
@@ -210,7 +210,8 @@ def refuse_one_run(cells:list[Cell])->None:
             if counts and key not in _beside_a_run and value not in (None, cell.declared.get(key)):
                 others[key] = value
         others.pop('preset', None)
-        facts = cell.notebook.stem, config_hash(cell.config), others, cell.models
+        study, _, _ = cell.arm.partition('/')
+        facts = study, cell.notebook.stem, config_hash(cell.config), others, cell.models
         key = json.dumps(facts, sort_keys=True, default=str)
         if key in known and known[key].arm != cell.arm:
             raise VitdistillError(f'{known[key]} and {cell} are one run: no setting that changes a result '
