@@ -90,12 +90,13 @@ def test_a_class_is_the_last_folder_where_asked(tmp_path, tar):
     assert config_hash(config) != config_hash(replace(config, class_folder="first"))
 
 
-def test_which_folder_is_the_class_is_said_once_where_both_could_be(tmp_path, capsys):
+def test_which_folder_is_the_class_is_said_once_a_call_where_both_could_be(tmp_path, capsys):
     config = write(tmp_path, NESTED)
-    load_data(config)
-    load_data(config)
-    told = capsys.readouterr().out
-    assert told.count("\n") == told.count("first folder is the class of an image, such as cat, dog, not") == 1
+    for _ in range(2):
+        load_data(config)
+        told = capsys.readouterr().out
+        said = told.count("first folder is the class of an image, such as cat, dog, not")
+        assert told.count("\n") == said == 1
     files = dict.fromkeys(["cat/images/1.png", "dog/images/1.png"], PNG)
     load_data(write(tmp_path / "plain", files))  # the last folder would make one class of all
     assert capsys.readouterr().out == ""
@@ -210,8 +211,7 @@ def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path,
     files = {f"{end}/1.{end}": encoded(200, 100, 50, kind=kind) for end, kind in kinds.items()}
     rest = {"png/1.heic": b"", "gif/2.HEIC": b"", "png/notes": b"", "png/a.tar.gz": b""}
     config = write(tmp_path, files | rest)
-    for _ in range(2):
-        data = load_data(config)
+    data = load_data(config)
     assert len(data.classes) == len(kinds) == len(data.train_labels)
     difference = data.train_images.int() - torch.tensor([200, 100, 50])
     assert difference.abs().max() <= 4  # JPEG's and GIF's losses
