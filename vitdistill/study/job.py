@@ -140,7 +140,7 @@ def listed_files(config:Config)->dict[str, ImageFiles]: # of a run; -> train and
     if row.side:
         raise VitdistillError(f'the images of {row.title} are no files.')
     files = files_of_table(config) if config.labels else image_files(config, row.package, row.needs)
-    if fingerprint(config) != config.data_hash:
+    if fingerprint(config, like=config.data_hash) != config.data_hash:
         raise VitdistillError(f'the images in {config.data_root} are others than those that the run has '
                               'seen.')
     return files
