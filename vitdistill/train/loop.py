@@ -718,7 +718,7 @@ def rank_main(
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
         launcher = f'torchrun --nproc-per-node {ranks.local_world}' if ranks.world > 1 else 'python'
         command = f'{launcher} -m vitdistill.train --config {record_path(path)}'
-        if path.endswith('launch.yaml'): # of a call that has listed the images
+        if str(path).endswith('launch.yaml'): # of a call that has listed the images
             refuse_other_list(config)
         if ahead:
             fill_memo(config, ranks)
