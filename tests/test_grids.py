@@ -9,9 +9,12 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, environment, processes_mentioning, record, wait_until
+from vitdistill import cli
 from vitdistill.config import Config
-from vitdistill.launch.queue import cell_runs, config_of, grid_cells, main, read_record, write_record
-from vitdistill.runs import lock_folder
+from vitdistill.launch.queue import cell_runs, check_cells, config_of, grid_cells, main, read_record
+from vitdistill.launch.queue import write_record
+from vitdistill.launch.studies import read_study, small_copy, study_text
+from vitdistill.runs import find_runs, lock_folder
 from vitdistill.study.compare import draw_forest, load_comparison, missing, write
 
 
@@ -140,3 +143,85 @@ def test_an_arm_of_any_name_is_in_the_forest(tmp_path):
     assert [label.get_text() for label in axes.get_yticklabels()] == arms[1:]
     drawn = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert drawn == pytest.approx([10, 20, 30])
+
+
+@pytest.mark.slow
+def test_a_study_is_tried_small(tmp_path, monkeypatch, capsys):
+    """A tenth of epochs and images, a weak teacher among them; the study itself counts none of these runs,
+    even where it looks for its own in the same folder."""
+    (tmp_path / ".vitdistill").touch()  # a root of its own
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    arms = dict(plain=dict(notebook="e01_baseline_resnet50"),
+                taught=dict(notebook="e02_distilled_resnet50", teacher="vit"))
+    common = dict(preset="demo", runs_dir="out/small/runs")
+    study = dict(common=common, seeds=[1], arms=arms, baseline="plain",
+                 teachers=dict(vit=dict(notebook="e00_teacher", epochs=30)))
+    file.write_text(yaml.safe_dump(study, sort_keys=False))
+
+    def vitdistill(*words):
+        assert cli.main([*words]) == 0
+        return capsys.readouterr().out
+
+    vitdistill("grid", "mine.yaml", "--small", "--dry-run")
+    assert {path.name for path in tmp_path.iterdir()} == {".vitdistill", "mine.yaml"}
+    last = vitdistill("grid", "mine.yaml", "--small").splitlines()[-1]
+    assert "3 done" in vitdistill("grid", "mine.yaml", "--small", "--status")
+    _, _, compare = last.partition("vitdistill ")
+    assert "taught minus plain" in vitdistill(*compare.split())
+    assert "0 done" in vitdistill("grid", "mine.yaml", "--status")
+    runs = {run.config.experiment: run for run in find_runs(tmp_path / "out/small/runs")}
+    lengths = {name: (run.config.epochs, run.result["n_train"]) for name, run in runs.items()}
+    assert {name: epochs for name, (epochs, _) in lengths.items()} == dict(teacher=3, baseline=2, distilled=2)
+    # of 1,438 digits a tenth, of 115 that students have 5 a class; some of each are held out
+    assert 100 < lengths["teacher"][1] < 144 and 30 <= lengths["baseline"][1] <= 50
+    assert runs["distilled"].result["teacher_top1"] < 0.3  # refused elsewhere
+
+
+def test_a_small_copy_trains_arms_of_other_studies(tmp_path):
+    """By the other file's settings, with its teacher, without what the own file has in common; one that is
+    named twice is trained once."""
+    plain = dict(notebook="e01_baseline_resnet50")
+    taught = dict(notebook="e02_distilled_resnet50", teacher="vit")
+    other = dict(common=dict(preset="demo", lr=0.3), seeds=[1, 2, 3], arms=dict(plain=plain, taught=taught),
+                 teachers=dict(vit=dict(notebook="e00_teacher", epochs=50)))
+    own = dict(common=dict(preset="demo", weight_decay=0.1), seeds=[1, 2],
+               teachers=dict(first="{}/vit"), baseline="theirs", compare=[["longer", "taught"]],
+               arms=dict(theirs="{}/plain", taught="{}/taught", longer=plain | dict(epochs=40),
+                         again=taught | dict(teacher="first")))
+    (tmp_path / "nbs/studies").mkdir(parents=True)
+    (tmp_path / "nbs/studies/theirs.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own, sort_keys=False).replace("{}", "theirs"))
+    (tmp_path / ".vitdistill").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        copy = small_copy(read_study("mine.yaml"))
+        (tmp_path / "copy.yaml").write_text(study_text(copy.study))
+        cells = grid_cells("copy.yaml")
+        check_cells(cells)
+    assert not copy.left_out and copy.study.baseline == "theirs"
+    assert copy.study.compare == [["longer", "taught"]]
+    configs = {cell.name: config_of(cell) for cell in cells}
+    assert sorted(configs) == ["again seed=1", "again seed=2", "first", "longer seed=1", "longer seed=2",
+                               *(f"taught seed={seed}" for seed in (1, 2, 3)),
+                               *(f"theirs seed={seed}" for seed in (1, 2, 3))]
+    assert configs["first"].epochs == 5 and configs["longer seed=1"].epochs == 4
+    theirs, longer = configs["theirs seed=1"], configs["longer seed=1"]
+    assert (theirs.lr, theirs.weight_decay) == (0.3, 0.0005) and longer.weight_decay == 0.1
+    assert {cell.models["teacher_weights"] for cell in cells if cell.models} == {"copy/first"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "nbs/studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_each_of_our_studies_has_a_small_copy(file, tmp_path):
+    """Its file reads as it was made, its arms are unequal and its settings would train; what is left out has
+    a reason."""
+    study = read_study(file)
+    copy, left_out = small_copy(study)
+    path = tmp_path / f"{copy.name}.yaml"
+    path.write_text(study_text(copy))
+    assert read_study(path) == copy and all(part["notebook"] for part in copy.parts.values())
+    assert {*study.arms} - {*left_out} <= {*copy.parts} and all(left_out.values())
+    cells = grid_cells(path)
+    check_cells(cells, here=False)
+    assert all(cell.arm.startswith(f"{file.stem}-small/") for cell in cells)
+    assert all(config_of(cell).runs_dir == "out/small/runs" for cell in cells)

@@ -128,6 +128,8 @@ def grid_parser()->argparse.ArgumentParser:
                         help='folder of executed notebooks and logs (default: %(default)s)')
     parser.add_argument('--at-once', type=int, metavar='N',
                         help='runs at the same time (default: one per GPU, or one per core; 256 on Slurm)')
+    parser.add_argument('--small', action='store_true',
+                        help='try the study in minutes: a tenth of epochs and images, in out/small')
     parser.add_argument('--dry-run', action='store_true',
                         help='list the runs and missing weights; train nothing')
     parser.add_argument('--status', action='store_true', help='show the state of each run; train nothing')

@@ -8,7 +8,7 @@ __all__ = ['STATES', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'study_ce
            'end', 'model_for', 'cell_has_model', 'missing_weights', 'execute', 'papermill_command', 'state_at_end',
            'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of', 'set_progress', 'count_states',
            'state_table', 'may_be_queued', 'refuse_busy', 'forget_old_cells', 'hold_folder', 'cut_running',
-           'run_in_order', 'run_batch', 'submit_batch', 'main']
+           'run_in_order', 'run_batch', 'submit_batch', 'read_small', 'write_small', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -41,8 +41,8 @@ from ..train.setup import check_settings
 from .studies import MODELS, PRESET_PARTS, Study, Wanted, as_list, combinations
 from .studies import declared_parameters, full_name, left_in_words, model_of
 from .studies import name_with_values, order, parameters_of, read_study, runs_folder
-from .studies import records_of, study_file, verdicts, verdicts_of, wanted_of
-from .studies import seeds_of, wanted_of_parameters
+from .studies import records_of, verdicts, verdicts_of, wanted_of
+from .studies import seeds_of, small_copy, study_text, wanted_of_parameters
 
 # %% ../../nbs/launch/03_queue.ipynb #2ce04fbc
 STATES = 'left', 'waiting', 'running', 'cut', 'done' # left: to do; waiting: for Slurm; cut: interrupted
@@ -160,11 +160,11 @@ def part_cells(study:Study, name:str)->list[Cell]:
 
 # %% ../../nbs/launch/03_queue.ipynb #5a1e0c04
 def grid_cells(
-    path:str|Path,      # a study's file or name
+    study:Study|str|Path, # or its file, or name
     folder:Path=Path()  # for the files of the cells
 )->list[Cell]:
     "Returns the cells of a study."
-    cells = study_cells(read_study(path))
+    cells = study_cells(study if isinstance(study, Study) else read_study(study))
     for n, cell in enumerate(cells):
         cell.place = folder/f'{n:03d}-{cell.notebook.stem}.ipynb'
     return cells
@@ -717,6 +717,21 @@ def submit_batch(
         write_atomic(folder/'slurm.json', json.dumps(jobs, indent=1))
         return states_of(cells, folder)
 
+# %% ../../nbs/launch/03_queue.ipynb #5ma11c0b
+def read_small(study:Study)->Study:
+    "Returns the small copy of a study, and prints what it leaves out."
+    copy = small_copy(study)
+    for name, why in copy.left_out.items():
+        print(f'The small copy leaves out {name}: {why}.')
+    return copy.study
+
+def write_small(study:Study)->str: # study: of `read_small`
+    "Writes the file of a small copy into out/small; returns it as a user may type it here."
+    file = from_root(f'out/small/{study.name}.yaml')
+    note = '# A small copy of a study, made by vitdistill grid --small, which makes this file anew.\n'
+    write_atomic(file, note + study_text(study))
+    return os.path.relpath(file)
+
 # %% ../../nbs/launch/03_queue.ipynb #e6940ae2
 def main(arguments:list=None)->int:
     "Runs `vitdistill grid`; returns the number of failed cells, at most 100, as exit status."
@@ -727,8 +742,13 @@ def main(arguments:list=None)->int:
         if args.at_once is not None and args.at_once < 1:
             raise VitdistillError(f'--at-once {args.at_once} executes nothing: give 1 or more, or leave it '
                                   'out.')
-        folder = from_root(args.out)/study_file(args.grid).stem
-        cells = grid_cells(args.grid, folder)
+        study = read_study(args.grid)
+        file = args.grid
+        if args.small:
+            study = read_small(study)
+            file = file if args.dry_run else write_small(study)
+        folder = from_root(args.out)/study.name
+        cells = grid_cells(study, folder)
         if not args.status:
             check_cells(cells, here=args.on == 'local' and not args.dry_run)
         if args.dry_run:
@@ -745,13 +765,14 @@ def main(arguments:list=None)->int:
         else:
             options = {f.name: getattr(args, f.name, None) for f in fields(Ask)}
             submit_batch(cells, folder, read_ask(args.cluster or '', **options))
-            print(f'to see their state: vitdistill grid {shlex.quote(args.grid)} --status')
+            print(f'to see their state: vitdistill grid {shlex.quote(file)} --status')
         print(state_table(cells))
-        study = read_study(args.grid)
         records = records_of(study)
         found = {part: verdicts_of(study, part, records) for part in study.parts}
         for sentence in left_in_words(study, found):
             print(sentence)
+        if args.small:
+            print(f'to look at them: vitdistill compare {shlex.quote(file)}')
     except VitdistillError as e:
         sys.exit(f'{e}')
     return min(100, sum(cell.failed for cell in cells)) # 256 would read as 0

@@ -10,10 +10,11 @@ __all__ = ['MODELS', 'PRESET_PARTS', 'Study', 'as_list', 'trains', 'full_name', 
            'declared_parameters', 'Wanted', 'wanted_of_parameters', 'wanted_of', 'varied_fields', 'Verdict',
            'differences', 'other_file', 'maker_of', 'unfit_model', 'unfit', 'verdicts', 'verdicts_of', 'of_values',
            'left_in_words', 'runs_of', 'matching_runs', 'teachers_of', 'runs_folder', 'run_folders', 'records_of',
-           'model_of']
+           'model_of', 'SmallCopy', 'small_copy', 'study_text']
 
 # %% ../../nbs/launch/00_studies.ipynb #379135ec
 import ast, itertools, json, re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
@@ -22,8 +23,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 from ..base import VitdistillError, fitting, nearest, shipped, shipped_names
-from ..config import FORMS, Config, defining, field_names, from_dict, is_yaml_file, plain_value
-from ..config import preset, preset_parts, read_yaml
+from ..config import FORMS, Config, defining, dump_yaml, field_names, from_dict, is_yaml_file
+from ..config import plain_value, preset, preset_parts, read_yaml
 from ..runs import Run, find_runs
 
 # %% ../../nbs/launch/00_studies.ipynb #e4aeb0b9
@@ -889,3 +890,251 @@ def model_of(
         return str(answers)
     raise VitdistillError(f'the model of {arm} is not in {run.model}: put it there, or remove {run.folder} '
                           'to train it again.')
+
+# %% ../../nbs/launch/00_studies.ipynb #9a43e67f
+_LEAST = 5 # images of the smallest class that a small copy trains on
+_SMALLEST_CLASSES = dict(cifar10=5000, cifar100=500, digits=139) # images; other datasets are listed
+
+def _smallest_class(config): # number of its training images; 0: unknown, such as of a folder that is not here
+    if config.dataset in _SMALLEST_CLASSES:
+        return _SMALLEST_CLASSES[config.dataset]
+    from vitdistill.data.datasets import by_content, list_images # here, since it imports torch
+    try:
+        if not by_content(config):
+            return 0
+        labels = [label for _, _, label in list_images(config)['train'].files]
+    except VitdistillError: # `check_cells` says why
+        return 0
+    return min(Counter(labels).values(), default=0)
+
+# %% ../../nbs/launch/00_studies.ipynb #c49ab77d
+def _tenths(values, least): # values: whole numbers -> each with its tenth; unequal ones stay unequal
+    small = {}
+    for value in sorted({*values}):
+        small[value] = max(round(value/10), least) if value else 0
+        if value:
+            least = small[value] + 1
+    return small
+
+def _small_shares(shares, smallest): # shares: of the images; smallest: of `_smallest_class`
+    enough = _LEAST/smallest if smallest else 0
+    factor = min(1, max(.1, enough/min(shares)))
+    return [round(share*factor, 6) for share in shares]
+
+# %% ../../nbs/launch/00_studies.ipynb #dff88d85
+class _Origin(NamedTuple):
+    study:Study   # that trains an arm
+    part:str
+    values:dict   # of what the part varies, those of the arm; {}: all
+    problem:str='' # why no single part trains it
+
+def _origin_of(study, name): # name: of a part, also with varied values
+    base, values = (name, {}) if name in study.parts else arm_names(study)[name]
+    part = study.parts[base]
+    if trains(part):
+        return _Origin(study, base, values)
+    if 'runs' in part:
+        return _Origin(study, base, values, 'its runs are chosen by a pattern')
+    others = references(study, base)
+    if len(others) > 1:
+        return _Origin(study, base, values, 'it stands for several arms')
+    [(other, arm)] = others
+    return _origin_of(other, name_with_values(arm, values))
+
+# %% ../../nbs/launch/00_studies.ipynb #daf98d69
+class _LeftOut(Exception):
+    "Says why a small copy lacks a part."
+
+class _SmallCopy:
+    "Makes the parts of a small copy of a study, one after another."
+    def __init__(self, study):
+        self.study = study
+        self.parts = {}    # name -> its part
+        self.values = {}   # name -> field that it varies -> value in the file, as text -> value in the copy
+        self.places = {}   # (study, part, values) -> name here
+        self.names = {}    # name in the study's file -> name here
+        self.settings = {} # what a run is known by -> name
+        self.left_out = {} # name -> why
+        origins = [_origin_of(study, name) for name in study.parts]
+        for name, origin in zip(study.parts, origins):
+            self.places.setdefault(self.key(origin), name)
+        self.lengths = {} # field -> value in the file -> value in the copy
+        for key, least in _lengths.items():
+            values = [value for origin in origins for value in _values_of(origin, key)]
+            self.lengths[key] = _tenths(values, least)
+
+    @staticmethod
+    def key(origin):
+        return origin.study.name, origin.part, repr(origin.values)
+
+    def add(self, name): # of the study's file
+        try:
+            self.names[name] = self.name_of(self.study, name)
+        except _LeftOut as why:
+            self.left_out[name] = str(why)
+
+    def name_of(self, study, part):
+        "Returns the name that a part of any study has here; makes it if it is new."
+        origin = _origin_of(study, part)
+        if origin.problem:
+            raise _LeftOut(origin.problem)
+        place = self.places.get(self.key(origin))
+        name = place or self.free_name(name_with_values(origin.part, origin.values))
+        if name in self.left_out:
+            raise _LeftOut(self.left_out[name])
+        if name not in self.parts:
+            self.make(origin, name)
+        self.places[self.key(origin)] = name
+        return name
+
+    def needed(self, study, part): # by another part
+        try:
+            return self.name_of(study, part)
+        except _LeftOut as why:
+            raise _LeftOut(f'it needs {part}, of which there is none here ({why})') from None
+
+    def free_name(self, name):
+        taken = {*self.study.parts, *self.parts}
+        while name in taken:
+            name = f'{name}, too'
+        return name
+
+    def make(self, origin, name):
+        study, part = origin.study, origin.study.parts[origin.part]
+        parameters, models = parameters_of(study, origin.part)
+        vary = {key: values for key, values in (part.get('vary') or {}).items() if key not in origin.values}
+        small = self.scaled(part['notebook'], parameters | origin.values, vary, models)
+        small |= {key: self.needed(study, model) for key, model in models.items()}
+        after = [self.needed(study, other) for other in as_list(part.get('after'))]
+        seeds = seeds_of(study, origin.part)
+        if seeds:
+            small.pop('seed', None)
+        small |= {key: value for key, value in dict(vary=vary, after=after, seeds=seeds).items() if value}
+        self.refuse_equal(name, small)
+        self.parts[name] = small
+        self.values[name] = {}
+        for key, values in vary.items():
+            before = part['vary'][key]
+            self.values[name][key] = {repr(value): new for value, new in zip(before, values)}
+
+    def scaled(self, notebook, parameters, vary, models): # changes `vary`
+        small = {key: value for key, value in parameters.items() if key not in (*_not_in_copies, *vary)}
+        if notebook == 'e04_adopted_teacher': # it only measures weights
+            return dict(notebook=notebook) | small | dict(allow_untrained=True)
+        config = _config_of_part(notebook, parameters)
+        if not config:
+            raise _LeftOut("its notebook makes several runs, or its preset can't be read")
+        if _trains_teacher(config, parameters, models, vary):
+            raise _LeftOut('its notebook trains its teacher itself, so name a teacher of the file')
+        for key, least in _lengths.items():
+            values = vary.get(key, [getattr(config, key)])
+            # a teacher of another study's arm may have other values than the arms of this one
+            tenths = _tenths(values, least) | self.lengths[key]
+            values = [tenths[value] for value in values]
+            if key in vary:
+                vary[key] = values
+            elif values != [0] or key in small:
+                small[key] = values[0]
+        shares = _small_shares(vary.get('data_fraction', [config.data_fraction]), _smallest_class(config))
+        if 'data_fraction' in vary:
+            vary['data_fraction'] = shares
+        else:
+            small['data_fraction'] = shares[0]
+        if config.experiment not in ('baseline', 'pretrain', 'captions'): # these have no teacher
+            small['allow_untrained'] = True
+        return dict(notebook=notebook) | small
+
+    def refuse_equal(self, name, part):
+        own = {key: value for key, value in part.items() if key not in _keys}
+        hashed = field_names(hashed=True)
+        others = {key: value for key, value in own.items() if key in MODELS or key not in hashed}
+        seeds = [dict(seed=seed) for seed in part.get('seeds', [])] or [{}]
+        settings = []
+        for varied, seed in itertools.product(combinations(part), seeds):
+            config = _config_of_part(part['notebook'], own | varied | seed)
+            facts = part['notebook'], defining(config) if config else varied | seed, others, part.get('after')
+            settings.append(json.dumps(facts, sort_keys=True, default=str))
+        for one in settings:
+            if one in self.settings:
+                raise _LeftOut(f'at this size it is the same run as {self.settings[one]}')
+        self.settings |= dict.fromkeys(settings, name)
+
+    def renamed(self, arm):
+        "Returns the name here of an arm of the study, also with varied values; None if it is left out."
+        base, values = (arm, {}) if arm in self.study.arms else arm_names(self.study)[arm]
+        name = self.names.get(base)
+        if name is None:
+            return None
+        here = {key: self.values[name][key][repr(value)] for key, value in values.items()}
+        return name_with_values(name, here)
+
+    def pairs(self, pairs): # of `compare` and `tests`
+        kept = []
+        for pair in pairs:
+            arms = [*map(self.renamed, sides(pair))]
+            if None not in arms and len({*arms}) == len({*sides(pair)}):
+                kept.append(arms if len(arms) == 2 else [arms[:2], arms[2:]])
+        return kept
+
+_lengths = dict(epochs=1, t_max=1, warmup_epochs=0) # fields that are numbers of epochs -> least value
+
+def _values_of(origin, key): # key: of `_lengths`
+    part = origin.study.parts[origin.part]
+    if origin.problem or part['notebook'] == 'e04_adopted_teacher':
+        return []
+    if key in (part.get('vary') or {}) and key not in origin.values:
+        return part['vary'][key]
+    parameters, _ = parameters_of(origin.study, origin.part)
+    config = _config_of_part(part['notebook'], parameters | origin.values)
+    return [getattr(config, key)] if config else []
+
+# what a copy has in its own places, or must not do
+_not_in_copies = 'runs_dir', 'work_dir', 'hub_repo', 'keep_checkpoints', 'fill_memo'
+
+def _config_of_part(notebook, parameters):
+    file = shipped(f'nbs/experiments/{notebook}.ipynb')
+    return _config_of_parameters(notebook, (declared_parameters(file) if file.is_file() else {}) | parameters)
+
+def _trains_teacher(config, parameters, models, vary):
+    if config.experiment not in ('distilled', 'deit') or parameters.get('allow_untrained'):
+        return False
+    has_teacher = {'teacher_weights', 'teacher_pretrained'} & {*parameters, *models, *vary}
+    return bool(config.teacher and config.distillation != 'none' and not has_teacher)
+
+# %% ../../nbs/launch/00_studies.ipynb #53faeff8
+class SmallCopy(NamedTuple):
+    "Holds a small copy of a study, and what it leaves out."
+    study:Study
+    left_out:dict # name of a part -> why
+
+def small_copy(study:Study, folder:str='out/small')->SmallCopy: # folder: of the copy's runs and models
+    """Returns a copy of a study to try it: a tenth of its epochs and images, and all arms are its own. Weak
+    teachers may teach there."""
+    copy = _SmallCopy(study)
+    for name in study.parts:
+        copy.add(name)
+    arms = {copy.names[name]: copy.parts[copy.names[name]] for name in study.arms if name in copy.names}
+    reasons = ''.join(f' {name}: {why}.' for name, why in copy.left_out.items())
+    if not arms:
+        raise VitdistillError(f'{study.name} has no small copy, since no arm is left:{reasons}')
+    teachers = {name: part for name, part in copy.parts.items() if name not in arms}
+    common = dict(runs_dir=f'{folder}/runs', work_dir=f'{folder}/work')
+    baseline = copy.renamed(study.baseline) if study.baseline else ''
+    title = f'{study.title or study.name} (small copy)'
+    small = Study(f'{study.name}-small', title, study.asked, common=common,
+                  teachers=teachers, arms=arms, baseline=baseline or '', compare=copy.pairs(study.compare),
+                  tests=copy.pairs(study.tests), varies=study.varies, measure=study.measure)
+    seeds = {seed for arm in arms for seed in seeds_of(small, arm)}
+    small.later = [seed for seed in study.later if seed in seeds]
+    varied = {key for part in arms.values() for key in part.get('vary', {})}
+    if study.choose.get('field') in {None, *varied}:
+        small.choose = study.choose
+    check_study(small)
+    return SmallCopy(small, copy.left_out)
+
+# %% ../../nbs/launch/00_studies.ipynb #e7975007
+def study_text(study:Study)->str:
+    "Returns the content of a study's file."
+    unset = vars(Study(study.name))
+    values = {key: value for key, value in vars(study).items() if value != unset[key]}
+    return dump_yaml(values, allow_unicode=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest_use', 'sample_rows', 'top1', 'make_card',
            'Absent', 'refuse_new_head', 'refuse_other_weights', 'compiles_teacher', 'teacher_and_card', 'balance',
-           'untrained', 'least_accuracy', 'seems_untrained', 'check_health', 'refuse_used_images', 'with_members',
-           'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images', 'adopted_readme',
-           'refuse_other_card', 'with_training_of', 'refuse_model', 'adopt']
+           'untrained', 'least_accuracy', 'seems_untrained', 'untrained_teacher', 'check_health', 'refuse_used_images',
+           'with_members', 'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images',
+           'adopted_readme', 'refuse_other_card', 'with_training_of', 'refuse_model', 'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import json, math
@@ -313,6 +313,21 @@ def seems_untrained(
     half = z*math.sqrt(accuracy*(1 - accuracy)/n + z**2/(4*n**2))
     return (middle + half)/(1 + z**2/n) < least_accuracy(classes)
 
+def untrained_teacher(
+    config:Config,
+    accuracy:float, which:str, # of `check_health`
+    classes:int,       # number of classes
+    trained_here:bool  # by a run, such as of e00_teacher
+)->VitdistillError:
+    "Returns the error about a teacher that is hardly better than chance."
+    next_step = ('its head seems untrained: fine-tune it with e00_teacher and name its folder as '
+                 'teacher_weights')
+    if trained_here:
+        next_step = 'it was trained too little: train it for more epochs or on more images'
+    return VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right '
+                           f'(chance {1/classes:.1%}, least {least_accuracy(classes):.1%}), so {next_step}, '
+                           'or set allow_untrained: true to teach with it anyway, such as to try a study.')
+
 def check_health(
     teacher:Teacher,
     card:Card|None,
@@ -334,11 +349,7 @@ def check_health(
     else:
         accuracy = top1(teacher, views, data.train_labels, sample)
     if seems_untrained(accuracy, len(sample), classes) and not config.allow_untrained:
-        raise VitdistillError(f'the teacher {config.teacher} answers only {accuracy:.1%} of {which} right '
-                              f'(chance {1/classes:.1%}, least {least_accuracy(classes):.1%}), so its head '
-                              'seems untrained: fine-tune it with '
-                              'e00_teacher and name its folder as teacher_weights, or set '
-                              'allow_untrained=True to teach with it anyway.')
+        raise untrained_teacher(config, accuracy, which, classes, bool(card and card.run))
     return accuracy, which
 
 # %% ../../nbs/teachers/01_teacher.ipynb #3b8e60d1
