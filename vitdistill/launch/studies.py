@@ -941,10 +941,37 @@ def _origin_of(study, name): # name: of a part, also with varied values
     [(other, arm)] = others
     return _origin_of(other, name_with_values(arm, values))
 
-# %% ../../nbs/launch/00_studies.ipynb #daf98d69
+# %% ../../nbs/launch/00_studies.ipynb #5ma11003
+_lengths = dict(epochs=1, t_max=1, warmup_epochs=0) # fields that are numbers of epochs -> least value
+
+def _values_of(origin, key): # key: of `_lengths`
+    part = origin.study.parts[origin.part]
+    if origin.problem or part['notebook'] == 'e04_adopted_teacher':
+        return []
+    if key in (part.get('vary') or {}) and key not in origin.values:
+        return part['vary'][key]
+    parameters, _ = parameters_of(origin.study, origin.part)
+    config = _config_of_part(part['notebook'], parameters | origin.values)
+    return [getattr(config, key)] if config else []
+
+# what a copy has in its own places, or must not do
+_not_in_copies = 'runs_dir', 'work_dir', 'hub_repo', 'keep_checkpoints', 'fill_memo'
+
+def _config_of_part(notebook, parameters):
+    file = shipped(f'nbs/experiments/{notebook}.ipynb')
+    return _config_of_parameters(notebook, (declared_parameters(file) if file.is_file() else {}) | parameters)
+
+def _trains_teacher(config, parameters, models, vary):
+    if config.experiment not in ('distilled', 'deit') or parameters.get('allow_untrained'):
+        return False
+    has_teacher = {'teacher_weights', 'teacher_pretrained'} & {*parameters, *models, *vary}
+    return bool(config.teacher and config.distillation != 'none' and not has_teacher)
+
+# %% ../../nbs/launch/00_studies.ipynb #5ma11004
 class _LeftOut(Exception):
     "Says why a small copy lacks a part."
 
+# %% ../../nbs/launch/00_studies.ipynb #daf98d69
 class _SmallCopy:
     "Makes the parts of a small copy of a study, one after another."
     def __init__(self, study):
@@ -1075,31 +1102,6 @@ class _SmallCopy:
             if None not in arms and len({*arms}) == len({*sides(pair)}):
                 kept.append(arms if len(arms) == 2 else [arms[:2], arms[2:]])
         return kept
-
-_lengths = dict(epochs=1, t_max=1, warmup_epochs=0) # fields that are numbers of epochs -> least value
-
-def _values_of(origin, key): # key: of `_lengths`
-    part = origin.study.parts[origin.part]
-    if origin.problem or part['notebook'] == 'e04_adopted_teacher':
-        return []
-    if key in (part.get('vary') or {}) and key not in origin.values:
-        return part['vary'][key]
-    parameters, _ = parameters_of(origin.study, origin.part)
-    config = _config_of_part(part['notebook'], parameters | origin.values)
-    return [getattr(config, key)] if config else []
-
-# what a copy has in its own places, or must not do
-_not_in_copies = 'runs_dir', 'work_dir', 'hub_repo', 'keep_checkpoints', 'fill_memo'
-
-def _config_of_part(notebook, parameters):
-    file = shipped(f'nbs/experiments/{notebook}.ipynb')
-    return _config_of_parameters(notebook, (declared_parameters(file) if file.is_file() else {}) | parameters)
-
-def _trains_teacher(config, parameters, models, vary):
-    if config.experiment not in ('distilled', 'deit') or parameters.get('allow_untrained'):
-        return False
-    has_teacher = {'teacher_weights', 'teacher_pretrained'} & {*parameters, *models, *vary}
-    return bool(config.teacher and config.distillation != 'none' and not has_teacher)
 
 # %% ../../nbs/launch/00_studies.ipynb #53faeff8
 class SmallCopy(NamedTuple):

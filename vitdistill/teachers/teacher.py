@@ -298,7 +298,7 @@ def untrained(
     card.write(folder)
     return str(folder)
 
-# %% ../../nbs/teachers/01_teacher.ipynb #dfe2b525
+# %% ../../nbs/teachers/01_teacher.ipynb #5ma11005
 def least_accuracy(classes:int)->float: # number of classes
     "Returns the accuracy below which a teacher seems untrained: a quarter of the way from chance to 1."
     return 1/classes + (1 - 1/classes)/4
@@ -328,6 +328,7 @@ def untrained_teacher(
                            f'(chance {1/classes:.1%}, least {least_accuracy(classes):.1%}), so {next_step}, '
                            'or set allow_untrained: true to teach with it anyway, such as to try a study.')
 
+# %% ../../nbs/teachers/01_teacher.ipynb #dfe2b525
 def check_health(
     teacher:Teacher,
     card:Card|None,
