@@ -342,6 +342,10 @@ def analysis_parameters(
     names = papermill.inspect_notebook(str(SHIPPED/f'nbs/analysis/{name}.ipynb'))
     return {name: value for name, value in values.items() if name in names}
 
+# %% ../nbs/07_cli.ipynb #7c115e01
+def _sentence(command:Callable)->str: # its docstring, which Python leaves out with PYTHONOPTIMIZE=2
+    return inspect.getdoc(command) or ast.get_docstring(ast.parse(inspect.getsource(command)).body[0])
+
 # %% ../nbs/07_cli.ipynb #0ce52bdc
 def figures(words:list[str])->int:
     "compares the arms of each study that has runs; one page lists pictures, tables and runs"
@@ -556,9 +560,6 @@ def print_any_text()->None:
         os.environ['PYTHONIOENCODING'] = f'{encoding}:backslashreplace'
 
 # %% ../nbs/07_cli.ipynb #ec084e45
-def _sentence(command:Callable)->str: # its docstring, which Python leaves out with PYTHONOPTIMIZE=2
-    return inspect.getdoc(command) or ast.get_docstring(ast.parse(inspect.getsource(command)).body[0])
-
 def command_parser()->argparse.ArgumentParser:
     "Returns the parser of `vitdistill`: it lists the commands, and takes the name of one."
     lines = ['commands (for the options of one: vitdistill COMMAND --help):']
