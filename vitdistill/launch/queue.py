@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from functools import cached_property, lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -172,6 +173,8 @@ def grid_cells(
 # %% ../../nbs/launch/03_queue.ipynb #86c8808e
 def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they will train on this machine
     "Raises `VitdistillError` for settings with which a cell could not train, before the first one trains."
+    if here and not find_spec('papermill'): # which executes each cell
+        raise ModuleNotFoundError('papermill is not installed here', name='papermill')
     as_checked = dict(fold_answers='unseen') # other values need teachers of folds, which are trained later
     if not here:
         as_checked['device'] = 'auto' # this machine may lack the cluster's
