@@ -141,15 +141,15 @@ def test_complexity_analysis(rebuilt):
     assert not list(out.parent.glob("*/*/complexity_seconds*"))
 
 
-def curve_run(root, accuracy, seed=1, done=60, **over):
+def curve_run(root, accuracy, seed=1, done=60, drawn=None, **over):
     """A run folder of 60 planned epochs whose test accuracy follows `accuracy(epoch)`, with noise of a
-    point."""
+    point, of the seed `drawn` or else of the run's."""
     c = Config(dataset="digits", epochs=60, seed=seed, runs_dir=str(root), work_dir=str(root.parent / "work"),
                **over)
     epoch = np.arange(1, done + 1)
-    noise = np.random.default_rng([seed, len(over)]).normal(0, 0.01, done)
+    noise = np.random.default_rng([drawn or seed, len(over)]).normal(0, 0.01, done)
     frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=accuracy(epoch) + noise))
-    return record(c, "pair/taught" if c.teacher else "pair/plain", metrics=frame,
+    return record(c, "small_overtake/hard" if c.teacher else "small_overtake/plain", metrics=frame,
                   **dict(epochs=60) if done == 60 else {}).folder
 
 
@@ -168,13 +168,13 @@ def logarithm(epoch, more):
 def test_trends_analysis_says_what_is_cut_short(tmp_path):
     """Three seeds a side, one run cut short in its last line, one of another layout: drawn, and said."""
     taught = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
-    for seed in (1, 4, 2):
-        curve_run(tmp_path / "runs", fast_curve, seed)
+    for seed, drawn in (1, 1), (3, 4), (2, 2):  # the seeds of small_overtake
+        curve_run(tmp_path / "runs", fast_curve, seed, drawn=drawn)
         done = 50 if seed == 2 else 60
-        last = curve_run(tmp_path / "runs", slow_curve, seed, done=done, **taught)
+        last = curve_run(tmp_path / "runs", slow_curve, seed, done=done, drawn=drawn, **taught)
     with (last / "metrics.csv").open("a") as file:
         file.write("50,0.")
-    (curve_run(tmp_path / "runs", np.sqrt, seed=3) / "config.yaml").write_text("learning_rat: 1")
+    (curve_run(tmp_path / "runs", np.sqrt, seed=4) / "config.yaml").write_text("learning_rat: 1")
     text = said(execute("a03_trends", tmp_path / "a03.ipynb", reports=str(tmp_path / "runs"),
                         out=str(tmp_path / "out"), bootstraps=20))
     assert f"Cut short: {last.name} is interrupted, 50 of 60" in text
@@ -217,7 +217,7 @@ def papers_pair(root, taught_less_plain, done=(150, 140), seeds=(1, 2, 3)):
             noise = np.random.default_rng(seed + len(way)).normal(0, 0.003, n)
             top1 = 0.05 + 0.1 * np.log(epoch) + more + noise
             frame = pd.DataFrame(dict(epoch=epoch - 1, test_top1=top1, seconds=1.0, teacher_seconds=0.5))
-            record(c, "pair/taught" if way else "pair/plain", metrics=frame)
+            record(c, "small_overtake/hard" if way else "small_overtake/plain", metrics=frame)
 
 
 def test_figure4_on_the_papers_axes(tmp_path):
@@ -331,8 +331,8 @@ def test_long_runs_are_compared_as_far_as_both_have_come(tmp_path):
 
 
 def test_overfitting_is_the_gap_of_training_and_test(tmp_path):
-    ends = dict(plain=0.5, taught=0.53)
-    both = {arm: curve_arm(tmp_path / arm, (0.2, end), (1, 2)) for arm, end in ends.items()}
+    both = dict(plain=curve_arm(tmp_path, (0.2, 0.5), (1, 2)),
+                taught=curve_arm(tmp_path, (0.2, 0.53), (1, 2), **TAUGHT))
     study = Study("mine", arms=dict.fromkeys(both, {}), baseline="plain")
     row = STUDY.overfit_rows(Comparison(study, both)).iloc[0]
     assert [row.gap, row.gap_other, row.difference] == pytest.approx([0.1, 0.1, 0])  # 10 points for both
@@ -492,7 +492,8 @@ def test_a_comparison_opens_each_file_of_a_run_once():
     read = set()
 
     def listen(event, details):
-        if listening and event == "open" and str(details[0]).endswith(watched):
+        asked = listening and event == "open" and str(details[0]).endswith(watched)
+        if asked and os.path.exists(details[0]):  # a run that goes on may be asked again for its result
             opened[str(details[0])] += 1
 
     sys.addaudithook(listen)
