@@ -1,5 +1,6 @@
 """Packaging: settings.ini has the declarations; what it names as shipped is copied into a wheel."""
 import json
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -13,6 +14,23 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 suffix = "_requirements"  # of an extra
 first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
+BLOB = f"{cfg['git_url']}/blob/{cfg['branch']}"
+CLASSIFIERS = [
+    "Development Status :: 4 - Beta",
+    "Framework :: Jupyter",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: MacOS",
+    "Operating System :: POSIX :: Linux",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Topic :: Scientific/Engineering :: Image Recognition",
+]
+
+
+def with_whole_links(text):
+    """Returns a page whose links and pictures lead to the repository online, for it is read on PyPI too."""
+    text = re.sub(r"(!\[[^\]]*\])\((?!https?:|#)([^)]+)\)", rf"\1({BLOB}/\2?raw=true)", text)
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", rf"]({BLOB}/\1)", text)
 
 
 def without_outputs(notebook):
@@ -47,18 +65,25 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=with_whole_links((ROOT / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={
+        "Source": cfg["git_url"],
+        "Changelog": f"{BLOB}/CHANGELOG.md",
+        "Issues": f"{cfg['git_url']}/issues",
+        "The study": f"{BLOB}/reports/study.md",
+    },
+    keywords=cfg["keywords"].split(),
     license="Apache-2.0",
     packages=find_packages(include=["vitdistill", "vitdistill.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={key.removesuffix(suffix): cfg[key].split() for key in cfg if key.endswith(suffix)},
     entry_points={"console_scripts": ["vitdistill=vitdistill.cli:main"]},
-    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(first, last + 1)],
+    classifiers=CLASSIFIERS + [f"Programming Language :: Python :: 3.{minor}" for minor in range(first, last + 1)],
     cmdclass={"build_py": Build},
     zip_safe=False,
 )
