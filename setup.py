@@ -24,6 +24,7 @@ CLASSIFIERS = [
     "Operating System :: POSIX :: Linux",
     "Topic :: Scientific/Engineering :: Artificial Intelligence",
     "Topic :: Scientific/Engineering :: Image Recognition",
+    *(f"Programming Language :: Python :: 3.{minor}" for minor in range(first, last + 1)),
 ]
 
 
@@ -83,7 +84,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={key.removesuffix(suffix): cfg[key].split() for key in cfg if key.endswith(suffix)},
     entry_points={"console_scripts": ["vitdistill=vitdistill.cli:main"]},
-    classifiers=CLASSIFIERS + [f"Programming Language :: Python :: 3.{minor}" for minor in range(first, last + 1)],
+    classifiers=CLASSIFIERS,
     cmdclass={"build_py": Build},
     zip_safe=False,
 )
