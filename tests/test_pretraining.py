@@ -328,7 +328,7 @@ def test_chain_of_notebooks(tmp_path):
     ran("e02_distilled_resnet50", teacher_kwargs=vit, teacher_weights=str(tmp_path / "work/can-s1/model"),
             student="resnet18", epochs=1, **where)
     pupil = next(run for run in find_runs(tmp_path / "runs") if run.config.experiment == "distilled")
-    one_image = 1 / 145  # of those held out: the pupil asks in the precision that is quicker here
+    one_image = 1 / 145  # of those held out: the pupil asks in the precision of this processor
     assert pupil.result["teacher_top1"] == pytest.approx(tuned.result["held_out_top1"], abs=1.01 * one_image)
     execute("a08_can", tmp_path / "a08.ipynb", reports=str(tmp_path / "runs"), out=str(tmp_path / "out"))
     assert (tmp_path / "out/figures/can_reconstructions.svg").stat().st_size > 5_000

@@ -12,11 +12,10 @@ __all__ = ['UNLABELLED', 'MASKS', 'NO_LABELS', 'CLASS_RULES', 'PART_RULES', 'JOB
            'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'refuse_job_fields', 'short_name',
            'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'check_given',
            'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
-           'refuse_changed_images', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'quicker_precision',
-           'open_precisions', 'with_precision', 'same_threads']
+           'refuse_changed_images', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
-import collections, contextlib, copy, math, os, re, shutil, statistics, tempfile, typing
+import collections, contextlib, math, os, re, shutil, statistics, tempfile, typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, timm, torch
@@ -37,7 +36,7 @@ from ..models.create import Student, create, create_student, head_names, load_we
 from ..models.create import near_models, read_weights, started_from, try_size
 from ..models.hub import HUB, hub_answers, weights_place
 from ..runs import Run, find_runs, read_json
-from ..train.setup import auto_device, auto_precision, place_model
+from ..train.setup import auto_device, place_model
 from .studies import job_folder, with_places_of_today
 from ..teachers.card import Card, read_seen, seen_rows, weights_folder, words_of
 from ..tasks.words import about_words, given_pairs, is_by_words, teacher_by_words, words_of_classes
@@ -1068,61 +1067,6 @@ def seconds_an_image(
 
     passes = timer_of('step()', step=step).blocked_autorange(min_run_time=seconds) # the first one warms up
     return passes.mean/len(pixels)
-
-# %% ../../nbs/launch/04_images.ipynb #2c6898e1
-def quicker_precision(config:Config, train:bool)->str: # train: as in `seconds_an_image`
-    "Returns the precision in which the config's student takes less time here: bf16 or fp32."
-    size = config.student_size or config.image_size
-    def seconds(precision):
-        return seconds_an_image(config.student, size, 'cpu', precision == 'bf16', train, config.stem,
-                                seconds=.5, **config.student_kwargs)
-    return min(('bf16', 'fp32'), key=seconds)
-
-def open_precisions(study:dict)->dict: # of `study_of`
-    """Returns the parts of a job's study that share a precision: name of an arm -> parts, field that they
-    need. A student's is that of its plain arm, also where there is none."""
-    arms = study['arms']
-    taught = [arm for arm in arms.values() if 'teacher' in arm]
-    shared = dict(plain=([study['common']], 'precision'),
-                  teacher=([study['teachers']['teacher']], 'precision'),
-                  taught=(taught, 'teacher_precision'))
-    for name, arm in arms.items():
-        if 'student' in arm and name.startswith('taught'): # a further student's
-            same = [other for other in arms.values() if other.get('student') == arm['student']]
-            shared[name.replace('taught', 'plain', 1)] = same, 'precision'
-    return shared
-
-# %% ../../nbs/launch/04_images.ipynb #c43668a8
-def with_precision(
-    study:dict, cells:list[Cell], # of `study_of`; its cells
-    out:Path                      # folder of the job
-)->dict:
-    "Returns a job's study with the quicker precision for each model; what has begun keeps its own."
-    study = copy.deepcopy(study)
-    file = out/f'{out.name}.yaml'
-    before = open_precisions(read_yaml(file)) if has_runs(out) and file.is_file() else {}
-    configs = {cell.arm.rpartition('/')[2]: cell.config for cell in cells}
-    if 'plain' not in configs:
-        configs |= {name.replace('taught', 'plain', 1): config for name, config in configs.items()}
-    teacher_trains = study['teachers']['teacher']['notebook'] != 'e04_adopted_teacher'
-    quickest = {} # model -> precision
-    for name, (parts, key) in open_precisions(study).items():
-        for part in parts:
-            if part.get(key, 'auto') != 'auto': # the user chooses
-                continue
-            if name in before: # a job that has begun is not measured again
-                old_parts, _ = before[name]
-                if old_parts and key in old_parts[0]:
-                    part[key] = old_parts[0][key]
-                continue
-            device = auto_device() if configs['plain'].device == 'auto' else configs['plain'].device
-            if getattr(configs[name], key) != 'auto' or device != 'cpu' or auto_precision('cpu') == 'fp32':
-                continue
-            model = 'teacher' if name == 'taught' else name # whose precision a taught student needs
-            if model not in quickest:
-                quickest[model] = quicker_precision(configs[model], model != 'teacher' or teacher_trains)
-            part[key] = quickest[model]
-    return study
 
 # %% ../../nbs/launch/04_images.ipynb #726a001a
 @contextlib.contextmanager
