@@ -317,7 +317,7 @@ def test_a_job_says_which_test_images_its_weights_have_seen(own_job, capsys):
     seen = len(trained & {*tested})
     assert len(trained) == 21 and len(tested) == 9 and seen
     for name in ("models/teacher", "models/taught"):
-        assert re.search(rf"{out / name} has seen {seen} of 9 test images, such as val/", text)
+        assert re.search(rf"{out / name} has seen {seen} of 9 test images, such as \w+/\d", text)
 
 
 def test_it_is_a_study(job, capsys):
@@ -665,6 +665,32 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(given, message, im
     with pytest.raises(VitdistillError, match=message):
         api.distill(**dict(data=images, teacher=str(weights), out=tmp_path) | SMALL | given)
     assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("*.yaml"))  # another try is free
+
+
+def test_all_that_is_wrong_is_named_at_once_in_the_users_words(
+        images, weights, tmp_path, capsys, monkeypatch):
+    """A dry run writes into a temporary folder, which nobody knows."""
+    (tmp_path / "drafts").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "drafts"))
+    mine, out = shutil.copytree(images, tmp_path / "mine"), tmp_path / "out"
+    for name in ("dark", "grey"):
+        (mine / name / "notes.txt").touch()
+    given = dict(data=mine, teacher=str(weights), out=out, dry_run=True)
+    api.distill(**given, **SMALL)
+    said = capsys.readouterr().out
+    assert f"{mine}: 3 classes" in said and f"{mine}: left out" in said
+
+    (mine / "dark/0.png").write_bytes(b"no image")
+    (mine / "few").mkdir()
+    shutil.copy(mine / "dark/1.png", mine / "few/1.png")
+    wrong = dict(teacher="vit_tiny_patch16", unlabelled="nowhere", lr=-1, optimiser="adam", seeds=0)
+    with pytest.raises(VitdistillError, match="^7 things to mend") as error:
+        api.distill(**given | SMALL | wrong)
+    for words in ("dark/0.png", "few: too few", "vit_tiny_patch16", "nowhere", "lr = -1", "optimiser",
+                  "seeds = 0"):
+        assert words in str(error.value)
+    said += capsys.readouterr().out + str(error.value)
+    assert "drafts" not in said and str(out) not in said and not out.exists()
 
 
 def test_a_recipe_for_other_data_reads_the_folder(images, weights, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK',
            'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
            'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
            'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
-           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'named_as',
-           'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types',
-           'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
-           'print_models', 'given_to_students', 'alone_in', 'distill', 'check_constants', 'refuse_other_project',
-           'save', 'class_orders', 'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher',
+           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job',
+           'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types', 'command_of',
+           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models',
+           'given_to_students', 'alone_in', 'distill', 'check_constants', 'refuse_other_project', 'save',
+           'class_orders', 'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher',
            'load_teacher', 'Loss', 'TeacherMemo', 'predict', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
@@ -27,7 +27,8 @@ from timm.models import get_pretrained_cfg
 from timm.utils import unwrap_model
 from tqdm import tqdm
 from .teachers.answers import open_memo
-from .base import Unwritable, VitdistillError, default_place, explained, first_line, from_here
+from .base import Findings, Unwritable, VitdistillError, default_place, explained, first_line
+from .base import from_here
 from .base import nearest, print_result, stoppable, user_call, without_autocast
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
 from .config import typed_preset
@@ -47,19 +48,19 @@ from .deploy.predict import from_folder, load_model, named_images, predict
 from .teachers.card import Card
 from .teachers.teacher import Teacher, least_accuracy
 from .train.ranks import check_device
-from .train.setup import auto_device, student_precision
+from .train.setup import auto_device, auto_precision
 
 # %% ../nbs/06_api.ipynb #ca73a88e
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
-from .launch.images import folders_without_labels, is_unlabelled
+from .launch.images import check_seeds, folders_without_labels, has_other_links, is_unlabelled
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
 from .launch.images import check_tokens, check_weights, names_of_students
 from .launch.images import names_without_labels, part_by_words, refuse_changed_images
 from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
-from .launch.images import student_fields, study_of, teacher_part, with_test
-from .launch.images import with_unique, write_study
+from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
+from .launch.images import usable_fields, with_unique, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, lock_folder, machine_in_words, read_json
 from .tasks.words import is_by_words
@@ -121,7 +122,7 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
 
     def of_image(c, train): # train: a training step, or an answer
         device = auto_device() if c.device == 'auto' else c.device
-        precision = student_precision(c, device) if c.precision == 'auto' else c.precision
+        precision = auto_precision(device) if c.precision == 'auto' else c.precision
         model = c.student, c.student_size or c.image_size, device, precision == 'bf16', train, c.stem
         key = str((*model, c.student_kwargs))
         if key not in measured:
@@ -798,15 +799,6 @@ def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Conf
     read = {name: value for name, value in fields.items() if name in about_images}
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
-# %% ../nbs/06_api.ipynb #6fc78182
-@contextlib.contextmanager
-def named_as(out:Path, draft:str): # folder of the job; folder of a dry run, which is removed
-    "Names the folder of the job in a message, in place of that of a dry run."
-    try:
-        yield
-    except VitdistillError as error:
-        raise VitdistillError(str(error).replace(draft, str(out))) from None
-
 # %% ../nbs/06_api.ipynb #18710d4f
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
@@ -830,11 +822,20 @@ def images_of_job(
     if class_names and drop_duplicates:
         raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
                               'without labels there are no test images: leave it out.')
-    with user_call(), tempfile.TemporaryDirectory() as draft, named_as(out, draft):
+    with user_call(), tempfile.TemporaryDirectory() as draft:
         # `with_test` raises if `out` lies inside `data`
         kept = not dry_run or has_runs(out) or out.is_relative_to(data)
         place = out if kept else Path(draft)
-        root = data if class_names else with_test(data, place, labels, unlabelled, class_folder)
+        root = data
+        found = Findings()
+        with found.step():
+            root = data if class_names else with_test(data, place, labels, unlabelled, class_folder)
+            if root == place/'data' != out/'data' and (out/'data').exists():
+                has_other_links(out/'data', {}, data) # raises for files that are not of a job
+        if found.errors and data.is_dir(): # its images are looked at nevertheless
+            with found.step():
+                sides_of(files_in(str(data), bool(fields.get('skip_broken')), 'data_root'))
+        found.refuse()
         drawn = root != data and not (labels and table_parts(labels))
         recipe = recipe_of_images(preset, fields, root, class_names)
         if check_dataset(recipe.dataset).side: # a preset for digits
@@ -852,7 +853,8 @@ def images_of_job(
         if unlabelled:
             with_more = replace(recipe, unlabelled=str(unlabelled))
             print(check_unlabelled(with_more, images.train), end='', flush=True)
-    return replace(images, root=data if root == data else out/root.name, same=same + images.same), fields
+    root = data if root == data else out/root.name
+    return replace(images, root=root, folder=data, same=same + images.same), fields
 
 # %% ../nbs/06_api.ipynb #8b4ab972
 def start_in_words(fields:dict)->str: # of Config, of a student
@@ -975,11 +977,12 @@ def chosen_side(size:int|str)->int: # as the user gives it
 def part_of_teacher(
     teacher:str|Path, name:str, classes, # `teacher`, `teacher_name` and `classes` of `distill`
     size:int, side:int, # of the teacher's input, 0: auto; of the student's images, px
-    images:Images, out:Path, dry_run:bool # as `part_by_words` takes them
+    images:Images|None, # None: they are not known
+    out:Path, dry_run:bool # as `part_by_words` takes them
 )->dict: # as a study file has it
     "Returns the teacher's part of a study; one from a model folder keeps its own size."
     if is_by_words(str(teacher)):
-        return part_by_words(teacher, classes, size, images, out, dry_run)
+        return {} if images is None else part_by_words(teacher, classes, size, images, out, dry_run)
     if classes:
         raise VitdistillError(f'classes = {classes!r} is for a teacher by words: give teacher = '
                               'clip:MODEL/WEIGHTS, or leave it out.')
@@ -988,23 +991,32 @@ def part_of_teacher(
     card = Card.read(place) if is_folder else None
     if not size:
         size = card.input_size if card else max(side, 224 if torch.cuda.is_available() else 128)
-    return teacher_part(str(place), name, size, images.classes)
+    names = images.classes if images else ['one', 'other'] # of classes
+    return teacher_part(str(place), name, size, names)
 
 # %% ../nbs/06_api.ipynb #7def310e
 def run_job(
     study:dict, images:Images, # of `study_of`; of `images_of_job`
     out:Path,                  # folder of the job
-    dry_run:bool=False         # whether only to say how long it takes
+    dry_run:bool=False,        # whether only to say how long it takes
+    found:Findings|None=None   # what is wrong with the job, so far
 )->Distilled|None:             # None after a dry run
     "Writes a job's study, prints what it will take, trains what is missing and shows the result."
-    cells = study_cells(Study(out.name, **study))
-    check_cells(cells)
-    check_weights(cells, len(images.classes), download=not dry_run)
-    check_tokens(cells, len(images.classes))
-    refuse_changed_images(out, cells[-1].config)
+    found = found or Findings()
+    with found.step():
+        cells = study_cells(Study(out.name, **study))
+        with found.step():
+            refuse_changed_images(out, cells[-1].config)
+        check_cells(cells)
+        with found.step():
+            check_weights(cells, len(images.classes), download=not dry_run)
+        check_tokens(cells, len(images.classes))
+    found.refuse()
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
+        study = with_precision(study, cells, out)
         file = write_study(study, out, dry_run) # refuses other settings
+        cells = study_cells(Study(out.name, **study))
         seconds = seconds_of_cells(cells, images)
         print(seconds_in_words(seconds), flush=True)
         return None if dry_run else train_all(cells, file, out, threads, seconds)
@@ -1082,25 +1094,45 @@ def distill(
     command = command_of(distill, locals()) # while locals() has the arguments alone
     data, preset = from_here(data), typed_preset(preset)
     out = from_here(out or default_place('out/mine'))
+    found = Findings() # all is looked at, before the job is refused
     fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
-    students = chosen_students(student, out, fields)
-    class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
-    unlabelled = None if class_names else unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
+    fields = usable_fields(fields, found)
+    side, side_of_teacher, count, students, class_names, images, part = 0, 0, 1, [], [], None, None
+    with found.step():
+        check_seeds(seeds)
+        count = seeds
+    with found.step():
+        side = chosen_side(image_size)
+    with found.step():
+        side_of_teacher = chosen_side(teacher_size)
     with user_call(), contextlib.nullcontext() if dry_run else alone_in(out):
-        images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates,
-                                       unlabelled, class_names, [teacher, fields.get('student_weights')])
-        about = about_images(images)
-        print(about, flush=True)
-        side = chosen_side(image_size) or fitting_side(images.side, torch.cuda.is_available())
-        part = part_of_teacher(teacher, teacher_name, classes, chosen_side(teacher_size), side, images, out,
-                               dry_run)
-        first, *more = starts_of_students(students, fields, preset)
-        print_models([first, *more], side, part, fields.get('student_pretrained') is not None)
+        with found.step():
+            students = starts_of_students(chosen_students(student, out, fields), fields, preset)
+        with found.step():
+            class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
+        more_images = None
+        with found.step():
+            if not class_names:
+                more_images = unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
+        with found.step():
+            images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates,
+                                           more_images, class_names,
+                                           [teacher, fields.get('student_weights')])
+            print(about_images(images), flush=True)
+            side = side or fitting_side(images.side, torch.cuda.is_available())
+        with found.step():
+            part = part_of_teacher(teacher, teacher_name, classes, side_of_teacher, side or 32, images, out,
+                                   dry_run)
+        if not (images and part and students):
+            found.refuse()
+        print_models(students, side, part, fields.get('student_pretrained') is not None)
+        first, *more = students
         given = given_to_students(preset, epochs, side)
-        study = study_of(images, out, part, seeds, given | first, more, str(unlabelled or ''))
+        study = study_of(images, out, part, count, given | first, more, str(more_images or ''))
+        about = about_images(replace(images, folder=data.name))
         study['about'] = dict(images=about, same=images.same.strip(), command=command, side=images.side,
                               folder=data.name)
-        return run_job(study, images, out, dry_run)
+        return run_job(study, images, out, dry_run, found)
 
 # %% ../nbs/06_api.ipynb #a04980be
 def check_constants(mean_std:tuple)->None: # (mean, std) per channel

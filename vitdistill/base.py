@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROOT_MARKS', 'SHIPPED', 'Message', 'VitdistillError', 'Unwritable', 'Interrupted', 'stoppable',
-           'interrupt_by_signals', 'nearest', 'first_line', 'explained', 'require', 'is_root', 'repo_root', 'from_root',
-           'place_or_name', 'from_here', 'default_place', 'typed_path', 'progress_apart', 'print_result', 'record_path',
-           'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit', 'environment_number',
-           'cores', 'busy_cores', 'free_threads', 'errors_alone', 'timer_of', 'without_autocast', 'generator',
-           'seed_host', 'say_once', 'user_call']
+           'interrupt_by_signals', 'nearest', 'first_line', 'Findings', 'explained', 'require', 'is_root', 'repo_root',
+           'from_root', 'place_or_name', 'from_here', 'default_place', 'typed_path', 'progress_apart', 'print_result',
+           'record_path', 'fitting', 'shipped', 'shipped_names', 'no_space', 'write_atomic', 'cgroup_limit',
+           'environment_number', 'cores', 'busy_cores', 'free_threads', 'errors_alone', 'timer_of', 'without_autocast',
+           'generator', 'seed_host', 'say_once', 'user_call']
 
 # %% ../nbs/00_base.ipynb #6870c0aa
 import contextlib, difflib, errno, functools, glob, importlib.util, logging, math, os, random, re, shutil
@@ -23,6 +23,7 @@ class Message:
 
 class VitdistillError(Message, ValueError):
     "An error that the user can fix; the message says how."
+    parts = {} # sentence -> error, of one that names several (`Findings`)
 
 class Unwritable(VitdistillError, OSError):
     "A file that can not be written where it belongs, as on a disk that can only be read."
@@ -83,6 +84,31 @@ def first_line(error:Exception)->str:
     "Returns the first line of an exception's message, or the name of its type if it has none."
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+# %% ../nbs/00_base.ipynb #58e0c8ab
+class Findings:
+    "Collects what a user has to mend, so that all of it is named at once."
+    def __init__(self):
+        self.errors = {} # sentence -> the `VitdistillError` that says it
+
+    @contextlib.contextmanager
+    def step(self):
+        "Keeps a `VitdistillError` of its block; the program goes on behind it."
+        try:
+            yield
+        except VitdistillError as error:
+            self.errors |= error.parts or {str(error): error}
+
+    def refuse(self)->None:
+        "Raises a `VitdistillError` that names all that was found; raises nothing if nothing was."
+        if len(self.errors) == 1:
+            raise [*self.errors.values()][0]
+        if self.errors:
+            lines = [f'{number}. {sentence}' for number, sentence in enumerate(self.errors, 1)]
+            error = VitdistillError('\n'.join([f'{len(lines)} things to mend:', *lines]))
+            error.parts = self.errors
+            raise error
+
 
 # %% ../nbs/00_base.ipynb #c9f3abc9
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..config import Config
 from .digests import STORE, digests, how_lists_differ, image_list, read_list
 from .digests import write_list
 from .files import DiskImages, ImageFiles, broken_in_words, files_in, fit_together
-from .files import image_files, in_folders, left_out_in_words, printable
+from .files import image_files, in_folders, known_as, left_out_in_words, printable
 from .files import refuse_private_readers, say_once, some_rows, without_broken
 from .labels import in_table
 
@@ -433,10 +433,13 @@ def _say(place, train, *others): # prints notes, such as which folders are the c
         say_once(f'{place}: left out of the dataset: {left_out}.')
 
 # %% ../../nbs/data/01_datasets.ipynb #4bcc1025
+def _place(config): # of images, for messages
+    return printable(known_as(config.data_root) if config.data_root else config.dataset)
+
 def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
     "Returns the image files of a config's dataset; prints which folders are classes and what is left out."
     parts = _parts(config)
-    _say(printable(config.data_root or config.dataset), parts['train'], parts['test'])
+    _say(_place(config), parts['train'], parts['test'])
     return parts
 
 # %% ../../nbs/data/01_datasets.ipynb #541bd83c
@@ -508,8 +511,8 @@ def load_images(config:Config)->Data:
     n_bytes = held*side*side*3
     large = n_bytes > _room(config.data_on)
     if large:
-        place = printable(config.data_root or config.dataset)
-        say_once(f'{place}: {n_bytes/1e9:.1f} GB of pixels stay on the disk and are decoded for each batch.')
+        size = f'{n_bytes/1e9:.1f} GB'
+        say_once(f'{_place(config)}: {size} of pixels stay on the disk and are decoded for each batch.')
 
     def read(files, on_disk): # images and labels
         images = DiskImages(files, side, config.exif_orientation)
