@@ -1128,7 +1128,7 @@ def distill(
         print_models(students, side, part, fields.get('student_pretrained') is not None)
         first, *more = students
         given = given_to_students(preset, epochs, side)
-        study = study_of(images, out, part, count, given | first, more, str(more_images or ''))
+        study = study_of(images, out, part, count, given | first | fields, more, str(more_images or ''))
         about = about_images(replace(images, folder=data.name))
         study['about'] = dict(images=about, same=images.same.strip(), command=command, side=images.side,
                               folder=data.name)
