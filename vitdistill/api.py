@@ -48,7 +48,7 @@ from .deploy.predict import from_folder, load_model, named_images, predict
 from .teachers.card import Card
 from .teachers.teacher import Teacher, least_accuracy
 from .train.ranks import check_device
-from .train.setup import auto_device, auto_precision
+from .train.setup import auto_device, student_precision
 
 # %% ../nbs/06_api.ipynb #ca73a88e
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
@@ -59,8 +59,8 @@ from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_
 from .launch.images import check_tokens, check_weights, names_of_students
 from .launch.images import names_without_labels, part_by_words, refuse_changed_images
 from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
-from .launch.images import student_fields, study_of, teacher_part, with_precision, with_test
-from .launch.images import usable_fields, with_unique, write_study
+from .launch.images import student_fields, study_of, teacher_part, usable_fields, with_test
+from .launch.images import with_unique, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, lock_folder, machine_in_words, read_json
 from .tasks.words import is_by_words
@@ -122,7 +122,7 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
 
     def of_image(c, train): # train: a training step, or an answer
         device = auto_device() if c.device == 'auto' else c.device
-        precision = auto_precision(device) if c.precision == 'auto' else c.precision
+        precision = student_precision(c, device) if c.precision == 'auto' else c.precision
         model = c.student, c.student_size or c.image_size, device, precision == 'bf16', train, c.stem
         key = str((*model, c.student_kwargs))
         if key not in measured:
@@ -1014,9 +1014,7 @@ def run_job(
     found.refuse()
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
-        study = with_precision(study, cells, out)
         file = write_study(study, out, dry_run) # refuses other settings
-        cells = study_cells(Study(out.name, **study))
         seconds = seconds_of_cells(cells, images)
         print(seconds_in_words(seconds), flush=True)
         return None if dry_run else train_all(cells, file, out, threads, seconds)
