@@ -9,12 +9,13 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK',
            'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
            'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
            'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
-           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'images_of_job',
-           'start_in_words', 'chosen_students', 'starts_of_students', 'refuse_wrong_types', 'command_of',
-           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models',
-           'given_to_students', 'alone_in', 'distill', 'check_constants', 'refuse_other_project', 'save',
-           'class_orders', 'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher',
-           'load_teacher', 'Loss', 'TeacherMemo', 'predict', 'small_head']
+           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'folder_of_parts',
+           'check_kind_of_labels', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students',
+           'refuse_wrong_types', 'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job',
+           'about_images', 'print_models', 'given_to_students', 'alone_in', 'found_images', 'about_job', 'distill',
+           'check_constants', 'refuse_other_project', 'save', 'class_orders', 'refuse_other_order',
+           'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'TeacherMemo',
+           'predict', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import collections, contextlib, copy, filecmp, functools, inspect, json, math, os, re, shlex, shutil
@@ -54,7 +55,7 @@ from .train.setup import auto_device, student_precision
 from .launch.queue import Cell, cell_runs, check_cells, run_cell, run_in_order, study_cells
 from .launch.runner import is_weak
 from .launch.images import JOB_FIELDS, UNLABELLED, Images, begun_students, few_test_images
-from .launch.images import check_seeds, folders_without_labels, has_other_links, is_unlabelled
+from .launch.images import checked_seeds, folders_without_labels, has_other_links, is_unlabelled
 from .launch.images import fitting_fraction, fitting_side, folder_of_tests, has_runs, images_in
 from .launch.images import check_tokens, check_weights, names_of_students
 from .launch.images import names_without_labels, part_by_words, refuse_changed_images
@@ -799,6 +800,40 @@ def recipe_of_images(preset:str, fields:dict, root:Path, class_names:list)->Conf
     read = {name: value for name, value in fields.items() if name in about_images}
     return config_of_preset(preset, 'baseline', **read, data_root=str(root), class_names=[*class_names])
 
+# %% ../nbs/06_api.ipynb #f51c6bf3
+def folder_of_parts(
+    data:Path, out:Path, place:Path, # the user's folder; the folder of the job; where links are written
+    labels:Path|None, unlabelled:Path|None, fields:dict # as in `images_of_job`
+)->Path:
+    "Returns a folder with train/ and val/; what is wrong with it and with its images is named at once."
+    found = Findings()
+    root = found.call(with_test, data, place, labels, unlabelled, fields.get('class_folder', 'first'))
+    if root == place/'data' != out/'data' and (out/'data').exists():
+        found.call(has_other_links, out/'data', {}, data) # raises for files that are not of a job
+    if found.errors and data.is_dir(): # its images are looked at nevertheless
+        with found.step():
+            sides_of(files_in(str(data), bool(fields.get('skip_broken')), 'data_root'))
+    found.refuse()
+    return root
+
+
+# %% ../nbs/06_api.ipynb #74f46a6b
+def check_kind_of_labels(
+    data:Path, out:Path, labels:Path|None, class_names:list, fields:dict,
+    drop_duplicates:bool # all as in `images_of_job`
+)->None:
+    "Raises a `VitdistillError` for what does not go with a table of labels, or with images without labels."
+    class_folder = fields.get('class_folder', 'first')
+    if labels and class_folder != 'first':
+        raise VitdistillError(f'class_folder = {class_folder!r} is for folders of classes, and labels names '
+                              'the classes: leave it out.')
+    if class_names:
+        refuse_out_within(out, data)
+    if class_names and drop_duplicates:
+        raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
+                              'without labels there are no test images: leave it out.')
+
+
 # %% ../nbs/06_api.ipynb #18710d4f
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
@@ -813,29 +848,14 @@ def images_of_job(
 )->tuple[Images, dict]:  # images, fields with their dataset
     "Returns what is in the user's folder; without train/ in it, test images are set aside."
     labels = from_here(labels) if labels else None
-    class_folder = fields.get('class_folder', 'first')
-    if labels and class_folder != 'first':
-        raise VitdistillError(f'class_folder = {class_folder!r} is for folders of classes, and labels names '
-                              'the classes: leave it out.')
-    if class_names:
-        refuse_out_within(out, data)
-    if class_names and drop_duplicates:
-        raise VitdistillError('drop_duplicates leaves out training images that are test images too, and '
-                              'without labels there are no test images: leave it out.')
+    check_kind_of_labels(data, out, labels, class_names, fields, drop_duplicates)
     with user_call(), tempfile.TemporaryDirectory() as draft:
         # `with_test` raises if `out` lies inside `data`
         kept = not dry_run or has_runs(out) or out.is_relative_to(data)
         place = out if kept else Path(draft)
         root = data
-        found = Findings()
-        with found.step():
-            root = data if class_names else with_test(data, place, labels, unlabelled, class_folder)
-            if root == place/'data' != out/'data' and (out/'data').exists():
-                has_other_links(out/'data', {}, data) # raises for files that are not of a job
-        if found.errors and data.is_dir(): # its images are looked at nevertheless
-            with found.step():
-                sides_of(files_in(str(data), bool(fields.get('skip_broken')), 'data_root'))
-        found.refuse()
+        if not class_names:
+            root = folder_of_parts(data, out, place, labels, unlabelled, fields)
         drawn = root != data and not (labels and table_parts(labels))
         recipe = recipe_of_images(preset, fields, root, class_names)
         if check_dataset(recipe.dataset).side: # a preset for digits
@@ -1065,6 +1085,30 @@ def alone_in(out:Path): # folder of a job
             if not was_there and os.listdir(out) == ['lock']:
                 shutil.rmtree(out)
 
+# %% ../nbs/06_api.ipynb #8d35cafd
+def found_images(
+    found:Findings, # of what is wrong
+    data:Path, out:Path, preset:str, fields:dict, dry_run:bool, labels:str|Path, drop_duplicates:bool,
+    unlabelled:str|Path|None, teacher:str|Path, classes # as of `distill`; data, out: whole paths
+)->tuple[Images|None, dict, Path|None]: # images, fields with their dataset, folder of images without labels
+    "Returns what is in the user's folder, and prints it."
+    names = [] if labels else found.call(names_without_labels, data, str(teacher), classes, unlabelled)
+    more = None
+    if not names:
+        more = found.call(unlabelled_folder, data, unlabelled, bool(fields.get('skip_broken')))
+    looked = found.call(images_of_job, data, out, preset, fields, dry_run, labels, drop_duplicates, more,
+                        names or [], [teacher, fields.get('student_weights')])
+    if not looked:
+        return None, fields, more
+    print(about_images(looked[0]), flush=True)
+    return *looked, more
+
+def about_job(images:Images, data:Path, command:str)->dict: # of `images_of_job`; the user's folder; typed
+    "Returns what a job's study file says of it, for the page, which names no whole path."
+    about = about_images(replace(images, folder=data.name))
+    return dict(images=about, same=images.same.strip(), command=command, side=images.side, folder=data.name)
+
+
 # %% ../nbs/06_api.ipynb #ded02a1f
 @stoppable()
 def distill(
@@ -1093,43 +1137,23 @@ def distill(
     data, preset = from_here(data), typed_preset(preset)
     out = from_here(out or default_place('out/mine'))
     found = Findings() # all is looked at, before the job is refused
-    fields = {name: value for name, value in fields.items() if value is not None} # None: the preset's
     fields = usable_fields(fields, found)
-    side, side_of_teacher, count, students, class_names, images, part = 0, 0, 1, [], [], None, None
-    with found.step():
-        check_seeds(seeds)
-        count = seeds
-    with found.step():
-        side = chosen_side(image_size)
-    with found.step():
-        side_of_teacher = chosen_side(teacher_size)
+    count = found.call(checked_seeds, seeds)
+    side, teacher_side = (found.call(chosen_side, size) or 0 for size in (image_size, teacher_size))
     with user_call(), contextlib.nullcontext() if dry_run else alone_in(out):
-        with found.step():
-            students = starts_of_students(chosen_students(student, out, fields), fields, preset)
-        with found.step():
-            class_names = [] if labels else names_without_labels(data, str(teacher), classes, unlabelled)
-        more_images = None
-        with found.step():
-            if not class_names:
-                more_images = unlabelled_folder(data, unlabelled, bool(fields.get('skip_broken')))
-        with found.step():
-            images, fields = images_of_job(data, out, preset, fields, dry_run, labels, drop_duplicates,
-                                           more_images, class_names,
-                                           [teacher, fields.get('student_weights')])
-            print(about_images(images), flush=True)
-            side = side or fitting_side(images.side, torch.cuda.is_available())
-        with found.step():
-            part = part_of_teacher(teacher, teacher_name, classes, side_of_teacher, side or 32, images, out,
-                                   dry_run)
-        if not (images and part and students):
+        names = found.call(chosen_students, student, out, fields)
+        students = names and found.call(starts_of_students, names, fields, preset)
+        images, fields, more = found_images(found, data, out, preset, fields, dry_run, labels,
+                                            drop_duplicates, unlabelled, teacher, classes)
+        side = side or fitting_side(images.side if images else 32, torch.cuda.is_available())
+        part = found.call(part_of_teacher, teacher, teacher_name, classes, teacher_side, side, images, out,
+                          dry_run)
+        if not all((count, students, images, part)):
             found.refuse()
         print_models(students, side, part, fields.get('student_pretrained') is not None)
-        first, *more = students
-        given = given_to_students(preset, epochs, side)
-        study = study_of(images, out, part, count, given | first | fields, more, str(more_images or ''))
-        about = about_images(replace(images, folder=data.name))
-        study['about'] = dict(images=about, same=images.same.strip(), command=command, side=images.side,
-                              folder=data.name)
+        students[0] |= given_to_students(preset, epochs, side) | students[0] | fields
+        study = study_of(images, out, part, count, students[0], students[1:], str(more or ''))
+        study['about'] = about_job(images, data, command)
         return run_job(study, images, out, dry_run, found)
 
 # %% ../nbs/06_api.ipynb #a04980be

@@ -99,6 +99,11 @@ class Findings:
         except VitdistillError as error:
             self.errors |= error.parts or {str(error): error}
 
+    def call(self, function:typing.Callable, *arguments):
+        "Returns what a function returns, or None if it raises a `VitdistillError`, which is kept."
+        with self.step():
+            return function(*arguments)
+
     def refuse(self)->None:
         "Raises a `VitdistillError` that names all that was found; raises nothing if nothing was."
         if len(self.errors) == 1:

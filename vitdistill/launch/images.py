@@ -10,7 +10,7 @@ __all__ = ['UNLABELLED', 'MASKS', 'NO_LABELS', 'SMALL', 'CLASS_RULES', 'PART_RUL
            'Images', 'own_test', 'unlike_classes', 'images_in_words', 'sides_of', 'seen_in_words', 'images_in',
            'same_in_words', 'shared_images', 'with_unique', 'fitting_side', 'fitting_fraction', 'few_test_images',
            'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'usable_fields', 'short_name',
-           'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'check_seeds',
+           'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'checked_seeds',
            'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
            'refuse_changed_images', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'same_threads']
 
@@ -76,6 +76,7 @@ def has_other_links(
                               'folder as out.')
     return True
 
+# %% ../../nbs/launch/04_images.ipynb #b569553d
 def link_images(
     parted:dict,         # name of a file below `root` -> name of its link, such as train/cat/1.png
     root:Path, to:Path   # the user's folder; the folder of links, which is written once
@@ -293,6 +294,7 @@ SMALL = FolderRule(
     '{root}: {names}: too few images to set a fifth of them aside as test images: give each class five or '
     'more, or leave it out.')
 
+# %% ../../nbs/launch/04_images.ipynb #b9e7bd35
 CLASS_RULES = ( # of a folder of classes
     FolderRule(
         lambda content: _parts_within(content, True),
@@ -756,10 +758,12 @@ JOB_FIELDS = dict(data_root='name the folder of your images as DIR',
                   teacher_pretrained='name a model of timm as teacher (--teacher)',
                   teacher_kwargs='name a model folder as teacher (--teacher), which has its own')
 
-def usable_fields(given:dict, found:Findings)->dict: # given: fields of Config, name -> value
+def usable_fields(given:dict, found:Findings)->dict: # given: of Config, name -> value; None: the preset's
     "Returns the fields that a job can have; what is wrong with the others is found."
     usable = {}
     for name, value in given.items():
+        if value is None:
+            continue
         with found.step():
             if name == 'seed':
                 raise VitdistillError(f"seed = {value!r} can't be chosen: give the number of seeds as seeds "
@@ -849,11 +853,12 @@ def check_tokens(cells:list[Cell], classes:int)->None: # as in `check_weights`
 # %% ../../nbs/launch/04_images.ipynb #d0e805a8
 LOOSENS = 'allow_untrained', # fields that only loosen a check, so that a job that has begun may get them
 
-def check_seeds(seeds:int)->None: # number of them
-    "Raises a `VitdistillError` for a number of seeds that a job can't have."
+def checked_seeds(seeds:int)->int: # number of them
+    "Returns a number of seeds; one that a job can't have is a `VitdistillError`."
     seeds = plain_value(seeds)
     if type(seeds) is not int or seeds < 1:
         raise VitdistillError(f'seeds = {seeds!r}: give a number, 1 or more.')
+    return seeds
 
 def arms_of_student(
     student:dict,    # of `student_fields`; {}: the job's first student
@@ -898,8 +903,7 @@ def study_of(
     given = plain_value(given)
     teacher = plain_value(teacher)
     found = Findings()
-    with found.step():
-        check_seeds(seeds)
+    found.call(checked_seeds, seeds)
     usable_fields({name: value for name, value in given.items() if name != 'preset'}, found)
     found.refuse()
 
