@@ -1,13 +1,16 @@
 """The pages that people write: their links, their pictures, and the numbers that they take from tables."""
 import functools
+import importlib
 import re
+import sys
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from conftest import ROOT
 
-PAGES = sorted(["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+PAGES = sorted(["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "nbs/README.md",
                 *(path.relative_to(ROOT).as_posix() for folder in ("reports", "docs")
                   for path in (ROOT / folder).glob("*.md"))])
 PAGES.remove("docs/index.md")  # of the site, whose links Sphinx follows
@@ -85,3 +88,14 @@ def test_a_wrong_number_is_found():
     assert not misfit("+2.1 (1.4 to 2.9)", row) and not misfit("37.7%", row) and not misfit("1.2 points", row)
     assert misfit("+2.2 (1.4 to 2.9)", row) and misfit("+2.1 (1.4 to 2.8)", row) and misfit("37.6%", row)
     assert misfit("-2.1 (1.4 to 2.9)", row)
+
+
+def test_readme_pictures_show_today():
+    """`docs/first.py` and `docs/lab.py` draw them; each keeps the hash of what it shows."""
+    sys.path.insert(0, str(ROOT / "docs"))  # first.py imports shapes.py beside it
+    try:
+        first, lab = importlib.import_module("first"), importlib.import_module("lab")
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    assert first.made_of() in first.PICTURE.read_text(), "run python docs/first.py"
+    assert Image.open(lab.PICTURE).text.get("cells") == lab.shown_cells(), "run python docs/lab.py"
