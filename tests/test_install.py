@@ -96,6 +96,8 @@ def test_wheel_holds_what_travels(wheel):
     assert said["Version"] == SETTINGS["version"] and said["Requires-Python"] == f">={SETTINGS['min_python']}"
     assert {"notebooks", "docs", "dev"} <= set(said.get_all("Provides-Extra"))
     assert "vitdistill = vitdistill.cli:main" in info["entry_points.txt"]
+    links = re.findall(r"\]\(([^)#]+)", said.get_payload())  # of README, which PyPI shows away from the clone
+    assert links and all(link.startswith("https://") for link in links)
 
 
 AWAY = """
