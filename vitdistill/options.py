@@ -150,7 +150,6 @@ def grid_parser()->argparse.ArgumentParser:
 # %% ../nbs/02_options.ipynb #45f1762a
 OTHER_BENCHES = dict(
     recipe="time DeiT's recipe, in this package and with timm's parts",
-    scale='time lists, plans, splits and comparisons of many images',
     attention='time HiLo attention and LITv2 next to plain attention, windows, pooling, a ViT and a ResNet')
 
 def bench_parser()->argparse.ArgumentParser:
@@ -163,7 +162,7 @@ def bench_parser()->argparse.ArgumentParser:
                         help='rounds of turns; fewer than 6 give no interval (default: %(default)s)')
     parser.add_argument('--seconds', type=float,
                         help='length of a turn, at least one step (default: 4 on a CPU, 30 on a GPU; '
-                             '--attention: 0.3; --scale has none)')
+                             '--attention: 0.3)')
     parser.add_argument('--out', default=Path('out/bench'), type=from_here, metavar='DIR',
                         help='folder for tables and figures (default: %(default)s)')
     parser.add_argument('--keep', dest='out', action='store_const', const=Path('reports/bench'),

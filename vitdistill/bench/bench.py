@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd, torch
 from .attention import attention_record, cases, time_cases
 from .contenders import CONTENDERS, bench_config, built, contenders, random_data
-from .scale import scale_record
 from .results import OVER_ROUNDS, device_and_noise, over_rounds, record
 from ..base import VitdistillError, from_root
 from ..config import Config, from_dict, load, read_yaml, save
@@ -207,14 +206,12 @@ def bench(args:argparse.Namespace)->str: # args: of `main`
     kind = args.kind or ''
     out = from_root(args.out)
     say = functools.partial(print, flush=True)
-    if kind in ('attention', 'scale') and args.config:
-        raise VitdistillError(f'config = {args.config} is not for --{kind}: leave it out.')
     if kind == 'attention':
+        if args.config:
+            raise VitdistillError(f'config = {args.config} is not for --{kind}: leave it out.')
         seconds = .3 if args.seconds is None else args.seconds
         passes = time_cases(cases(), device, args.repeats, seconds, say)
         return attention_record(passes, device, out/kind, noise)
-    if kind == 'scale':
-        return scale_record(out/kind, noise, say)
 
     given = read_yaml(Path(args.config)) if args.config else {}
     from_dict(given) # a field that isn't one is an error
