@@ -10,12 +10,12 @@ import torch
 import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from conftest import ROOT, TINY, assert_same_losses
+from conftest import ROOT, TINY
 from vitdistill.study.results import published
 from vitdistill.data.augment import AUGMENTATIONS
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, config_hash, field_names, preset
-from vitdistill.data.datasets import image_side, load_data, split_rows
+from vitdistill.data.datasets import image_side, split_rows
 from vitdistill.launch.queue import config_of, grid_cells
 from vitdistill.launch.runner import makes_teacher
 from vitdistill.models.create import create_student
@@ -24,8 +24,7 @@ from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run
 from vitdistill.train.setup import prepare, resolve, student_logits
 from vitdistill.study.compare import choices, load_comparison
-from vitdistill.teachers.teacher import adopt, untrained, with_members
-from vitdistill.train.loop import batches, train
+from vitdistill.train.loop import batches
 
 PRESETS = "deit", "deit3", "deit_finetune", "small_deit", "small_deit3", "small_deit_finetune"
 
@@ -284,29 +283,3 @@ def test_what_does_not_fit_is_one_sentence(recipe, change, words):
         prepare(resolve(replace(recipe, **change)), Ranks())
     text = str(said.value)
     assert all(word in text for word in words) and "\n" not in text
-
-
-def test_a_mixture_teaches_from_its_memo(tiny, alike, tmp_path):
-    """Two folders are one teacher: its memo has the answers that it gives online, other members make another
-    run."""
-    other = untrained(replace(alike, seed=2), tmp_path / "other")
-
-    def student(name, *folders):
-        its = replace(tiny, teacher="", distillation="none")
-        adopt(its, [*folders], tmp_path / name, data := load_data(its))
-        members = with_members(its, [*folders], data).student_kwargs
-        return replace(tiny, teacher="mixture", teacher_kwargs=members, teacher_weights=str(tmp_path / name),
-                       epochs=2)
-
-    def run(name, config):
-        return train(replace(config, runs_dir=str(tmp_path / name), work_dir=str(tmp_path / name / "work")))
-
-    config = student("both", tiny.teacher_weights, other)
-    first, again = run("first", config), run("again", config)
-    online = run("online", replace(config, memo=False))
-    assert again.metrics().memo_hit_rate.tolist() == [1, 1] != first.metrics().memo_hit_rate.tolist()
-    for made in (first, again):
-        assert_same_losses(made, online)
-    hashes = [config_hash(resolve(made)) for made in (config, student("twice", other, other))]
-    assert first.name.endswith(hashes[0][:8]) and hashes[0] != hashes[1]
-    assert len(list((tmp_path / "both").glob("memo-*.bin"))) == 2  # decisions and logits

@@ -16,12 +16,10 @@ import yaml
 
 from conftest import ROOT
 from vitdistill.cli import main
-from vitdistill.config import preset
 from vitdistill.launch.queue import grid_cells, run_batch
 from vitdistill.runs import find_runs
 from vitdistill.study.compare import load_comparison, main as compare
 from vitdistill.teachers.card import answers_head
-from vitdistill.teachers.teacher import untrained
 from vitdistill.train.loop import train
 
 EXPERIMENTS = ROOT / "nbs/experiments"
@@ -256,23 +254,6 @@ def test_weights_at_hand_are_adopted(study, tmp_path):
     decided = set(np.load(record.folder / "predictions.npz"))
     assert decided >= {f"{part}_class_decision" for part in ("test", "val", "train")}
     assert answers_head(record.folder / "answers.npz")["card"] == card and "answers.npz'" in said(ran)
-
-
-def test_several_weights_are_adopted_as_a_mixture(tmp_path):
-    """Two folders are one teacher, with a card and a record as any other; what its student is to say is
-    printed."""
-    its = preset("demo", "distilled", teacher_kwargs=SMALL_VIT, allow_untrained=True,
-                 teacher_precision="fp32")
-    members = [untrained(replace(its, seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
-    notebook = execute("e04_adopted_teacher", tmp_path / "e04.ipynb", preset="demo", adopted="mix",
-                       weights=members, keep_record=True, allow_untrained=True, work_dir=str(tmp_path),
-                       runs_dir=str(tmp_path / "runs"))
-    card = json.loads((tmp_path / "mix/model/card.json").read_text())
-    assert card["architecture"] == "mixture" and len(card["kwargs"]["members"]) == 2 and card["n_held_out"]
-    member = "{'members': [{'model': 'vit_tiny_patch16_224'"
-    assert f"teacher = 'mixture', teacher_kwargs = {member}" in said(notebook)
-    record, = find_runs(tmp_path / "runs")
-    assert record.status == "done" and record.result["weights_hash"] == card["weights_hash"]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])

@@ -31,7 +31,7 @@ from ..runs import Run, RunWriter, check_folders, is_locked
 from ..train.setup import check_settings, resolve, uses_batch_norm
 from ..teachers import answers
 from ..teachers.card import Card, only_match
-from ..teachers.teacher import adopt, seems_untrained, with_members
+from ..teachers.teacher import adopt, seems_untrained
 from ..track import tracker_names
 
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
@@ -496,7 +496,6 @@ def adopt_teacher(
     folder = from_root(config.work_dir)/given['adopted']/'model'
     existed = folder.exists()
     data = load_data(config)
-    config = with_members(config, weights, data) # of a mixture
     held_out = labelled_images(given['held_out'], data.classes, config) if given.get('held_out') else None
     card = adopt(config, weights, folder, data, config.device, config.precision, new_head, held_out=held_out)
     if is_weak(card) and not (config.allow_untrained or new_head):
@@ -578,9 +577,6 @@ def with_teacher(
                                       'leave it out, or teacher_weights, teacher_pretrained and '
                                       'allow_untrained.')
         return replace(config, **teacher_fields(config.teacher_weights, given))
-    if config.teacher == 'mixture':
-        raise VitdistillError('a mixture needs trained teachers: give e04 the list of their weights, and the '
-                              'folder that it makes as teacher_weights.')
     # `check_settings` would look for teachers of folds, which are not trained yet
     without_folds = replace(config, fold_answers=Config().fold_answers)
     check_settings(without_folds) # before a teacher trains

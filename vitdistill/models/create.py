@@ -9,7 +9,7 @@ __all__ = ['two_heads', 'cifar_stems', 'no_shortcuts', 'our_resnets', 'default_c
            'safe_checkpoint_types', 'without_prefix', 'read_weights', 'head_names', 'refuse_not_finite',
            'fit_positions', 'resampled_norm', 'load_weights', 'combine', 'Student', 'student_size',
            'check_initial_weights', 'has_new_head', 'with_constant_drop_path', 'with_drawn_class_token', 'small_head',
-           'create_student', 'pretrained_constants', 'Mixture', 'image_part', 'ByWords', 'started_from', 'save_model',
+           'create_student', 'pretrained_constants', 'image_part', 'ByWords', 'started_from', 'save_model',
            'readme_head', 'token_cosines']
 
 # %% ../../nbs/models/02_create.ipynb #360b0889
@@ -450,15 +450,11 @@ def _refuse_misfit(path, model, state, own): # name -> tensor of the file, and o
 
 def load_weights(
     model:nn.Module,
-    path:str|Path|list,   # safetensors or pth file, or model folder; of a mixture also a list, one a member
+    path:str|Path,        # safetensors or pth file, or model folder
     new_head:bool=False,  # leave out the checkpoint's head, which is for other classes
     interpolation:str='bicubic' # for position embeddings, as in `fit_positions`
 )->nn.Module:
     "Loads weights strictly, and returns the model; a `VitdistillError` names the tensors that do not fit."
-    if isinstance(path, list):
-        for member, file in zip(model.members, path, strict=True):
-            load_weights(member, file, new_head, interpolation)
-        return model
     left_out = tuple(f'{head}.' for head in head_names(model)) if new_head else ()
     def tensors(state): # those that are to be loaded
         return {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
@@ -619,62 +615,7 @@ def create_student(
 def pretrained_constants(model:nn.Module)->tuple:
     "Returns the (mean, std) per channel that the model's pretrained weights expect."
     cfg = model.pretrained_cfg
-    if cfg['mean'] is None: # of a mixture
-        raise VitdistillError("normalization 'own': the members of this mixture expect different ones: "
-                              "set it to 'data', or take members that were trained alike.")
     return tuple(cfg['mean']), tuple(cfg['std'])
-
-# %% ../../nbs/models/02_create.ipynb #2ab99e8e
-class Mixture(nn.Module):
-    "Combines several classifiers into one; its logits are the log of their mean softmax."
-    def __init__(self,
-        members:list=(),        # names, or {model: NAME, stem: ..., and arguments of timm.create_model}
-        num_classes:int=1000,
-        img_size:int|tuple=224, # side of the input of all members, px
-        in_chans:int=3,         # timm passes it to every model
-        load_members:bool=False): # load the pretrained weights of each member
-        super().__init__()
-        size = to_2tuple(img_size)[0]
-        made = []
-        try:
-            for member in members:
-                arguments = dict(model=member) if isinstance(member, str) else member
-                made.append(create(classes=num_classes, size=size, pretrained=load_members, **arguments))
-        except TypeError: # a member is no dictionary, or has no model
-            made = []
-        if not made:
-            raise VitdistillError(f'a mixture of members = {members!r}: give it, in student_kwargs or '
-                                  'teacher_kwargs, a list of names or of {model: NAME, ...}.')
-        self.members = nn.ModuleList(made)
-        self.num_classes = num_classes
-        self.num_features = sum(member.num_features for member in self.members) # features that heads read
-
-    def forward(self, x):
-        log_p = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
-        return log_p.logsumexp(0) - math.log(len(self.members))
-
-# %% ../../nbs/models/02_create.ipynb #d9a7e738
-default_cfgs |= generate_default_cfgs({'mixture': dict(fixed_input_size=True)}) # so that timm passes img_size
-
-def _mixture(pretrained=False, pretrained_cfg=None, **kwargs):
-    # timm passes a pretrained_cfg only if it read one in a model folder, whose file holds the weights of all
-    # members; otherwise each member loads its own
-    saved = pretrained_cfg is not None
-    whole_file = pretrained and saved
-    model = build_model_with_cfg(Mixture, 'mixture', whole_file, pretrained_cfg,
-                                 load_members=pretrained and not saved, **kwargs)
-    head_paths = []
-    constants = set()
-    for number, member in enumerate(model.members):
-        head_paths += [f'members.{number}.{head}' for head in head_names(member)]
-        constants.add(pretrained_constants(member))
-    model.pretrained_cfg['classifier'] = head_paths
-    if not saved:
-        mean, std = constants.pop() if len(constants) == 1 else (None, None)
-        model.pretrained_cfg |= dict(mean=mean, std=std)
-    return model
-
-_register('mixture', _mixture)
 
 # %% ../../nbs/models/02_create.ipynb #c6cfe8fd
 def image_part(

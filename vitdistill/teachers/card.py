@@ -238,15 +238,10 @@ def name_of_source(weights:str|Path)->str:
 
 def licenses_of(
     name:str,           # timm name of a model, or hf-hub:OWNER/MODEL
-    weights:str|list='', # its file or model folder, or on the hub; of a mixture a list
+    weights:str='',      # its file or model folder, or on the hub
     pretrained:bool=False # begins with timm's weights where no others are given
 )->dict: # name of weights -> licence, or 'unknown'
     "Returns the licences of a model's weights and of those they were made from; {} for a model from nothing."
-    if isinstance(weights, list):
-        licenses = {}
-        for member in weights:
-            licenses |= licenses_of(name, member)
-        return licenses
     if not weights:
         return pretrained_licenses(name) if pretrained else {}
     words = words_of(weights)
@@ -291,10 +286,6 @@ def made_from(config:Config)->dict: # of a run
     "Returns the licences of the weights that a run's student begins with and learns from."
     start = licenses_of(config.student, config.student_weights, config.student_pretrained)
     if not config.teacher:
-        return start
-    if config.teacher == 'mixture' and config.teacher_pretrained and not config.teacher_weights:
-        for member in config.teacher_kwargs['members']:
-            start |= pretrained_licenses(member if isinstance(member, str) else member['model'])
         return start
     fetched = config.teacher_pretrained or config.teacher.startswith(HUB)
     start |= licenses_of(config.teacher, config.teacher_weights, fetched)

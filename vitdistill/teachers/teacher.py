@@ -6,8 +6,8 @@
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'use_quickest', 'quickest_use', 'sample_rows', 'top1', 'make_card',
            'Absent', 'refuse_new_head', 'refuse_other_weights', 'compiles_teacher', 'teacher_and_card', 'balance',
            'untrained', 'least_accuracy', 'seems_untrained', 'untrained_teacher', 'check_health', 'refuse_used_images',
-           'with_members', 'member_of', 'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images',
-           'adopted_readme', 'refuse_other_card', 'with_training_of', 'refuse_model', 'adopt']
+           'refuse_other_teacher', 'refuse_other_normalization', 'refuse_unfit_images', 'adopted_readme',
+           'refuse_other_card', 'with_training_of', 'refuse_model', 'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import json, math
@@ -19,11 +19,11 @@ from ..base import VitdistillError, timer_of, write_atomic
 from ..config import Config, from_dict, is_automatic, student_name
 from ..data.datasets import Data, digest, load_data, split_rows
 from ..data.duplicates import same_pixels
-from ..models.hub import weights_file, weights_place
+from ..models.hub import weights_place
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
 from ..models.create import create, load_weights, pretrained_constants, readme_head, save_model
-from ..models.create import started_from, try_size
+from ..models.create import try_size
 from .card import Card, answers_head, card_rows, is_answers, knows_images, licenses_of
 from .card import made_from, name_of_source, read_seen, refuse_overlap, words_of
 from .card import refuse_other_classes, refuse_teacher_overlap, write_seen
@@ -223,13 +223,12 @@ def refuse_new_head(
     data:Data
 )->None:
     "Raises `VitdistillError` if timm dropped the pretrained head since the data has other classes."
-    for part in getattr(model, 'members', [model]): # of a mixture, each
-        outputs = part.pretrained_cfg['num_classes']
-        if outputs != len(data.classes) and not config.allow_untrained:
-            raise VitdistillError(f'the pretrained head of {config.teacher} is for {outputs} classes, '
-                                  f'{data.name} has {len(data.classes)}: fine-tune it on {data.name} with '
-                                  'e00_teacher and name its folder as teacher_weights, or set '
-                                  'allow_untrained=True to teach with a new head.')
+    outputs = model.pretrained_cfg['num_classes']
+    if outputs != len(data.classes) and not config.allow_untrained:
+        raise VitdistillError(f'the pretrained head of {config.teacher} is for {outputs} classes, '
+                              f'{data.name} has {len(data.classes)}: fine-tune it on {data.name} with '
+                              'e00_teacher and name its folder as teacher_weights, or set '
+                              'allow_untrained=True to teach with a new head.')
 
 # %% ../../nbs/teachers/01_teacher.ipynb #87ba8b24
 def refuse_other_weights(teacher:Teacher, card:Card|None, config:Config)->None: # config: of the student
@@ -369,39 +368,6 @@ def refuse_used_images(
                                   f'among the {part} images of {data.name}: give others of its classes, or '
                                   'training images that it has not seen by val_rows.')
 
-# %% ../../nbs/teachers/01_teacher.ipynb #e570bba9
-def with_members(
-    config:Config, # of the teacher to adopt; its student_kwargs may name the members
-    weights,       # as in `adopt`
-    data:Data
-)->Config:
-    "Returns the config of a mixture if weights are a list, else the config unchanged."
-    if not isinstance(weights, list):
-        return config
-    members = config.student_kwargs.get('members')
-    if not members:
-        members = [member_of(folder) for folder in weights]
-    if not weights or len(members) != len(weights):
-        raise VitdistillError(f'{len(weights)} weights are given for a mixture of {len(members)} members: '
-                              'name a file or a model folder for each.')
-    for folder in weights:
-        card = Card.read(folder)
-        if card:
-            refuse_other_classes(card, data)
-    return replace(config, student='mixture', stem='imagenet', student_kwargs=dict(members=members))
-
-def member_of(weights:str|Path)->dict: # a model folder
-    "Returns the architecture that a model folder names, as `Mixture` takes it."
-    weights_file(weights_place(weights)) # an error if there is none
-    fields = started_from(weights)
-    if not fields:
-        raise VitdistillError(f'{weights} does not say its architecture: give student_kwargs, '
-                              '{members: [...]}, with a name for each of the weights.')
-    member = dict(model=fields['student'])
-    if fields['stem'] != 'imagenet':
-        member['stem'] = fields['stem']
-    return member | fields['student_kwargs']
-
 # %% ../../nbs/teachers/01_teacher.ipynb #176fa257
 def refuse_other_teacher(
     card:Card,       # of the folder
@@ -447,15 +413,16 @@ def refuse_unfit_images(
 def adopted_readme(
     config:Config, # of the teacher as a run
     card:Card,
-    named:list,    # the weights as the user names them: files, folders, on the hub
+    weights:str|Path, # as the user names them: a file, a folder, on the hub
     new_head:bool  # whether their head was replaced by an untrained one
 )->str:
     "Returns the README.md of an adopted teacher."
-    names = ', '.join(map(name_of_source, named))
-    origin = f'Adopted from {names}, with an untrained head.' if new_head else f'Adopted from {names}.'
+    origin = f'Adopted from {name_of_source(weights)}'
+    if new_head:
+        origin += ', with an untrained head'
     rows = card_rows(card, config.dataset)
     del rows['trained on'] # elsewhere, so it is only known what they have not seen
-    return readme_head(f'{config.student} on {config.dataset}', origin, rows, student_name(config))
+    return readme_head(f'{config.student} on {config.dataset}', f'{origin}.', rows, student_name(config))
 
 # %% ../../nbs/teachers/01_teacher.ipynb #0f3b8f99
 def refuse_other_card(card:Card|None, config:Config, data:Data)->None: # card: of weights to adopt
@@ -474,14 +441,14 @@ def refuse_model(folder:Path)->None: # without a card
                               'one.')
 
 def _refuse_no_weights(weights): # as in `adopt`
-    if not weights:
-        raise VitdistillError(f'weights = {weights!r}: name the safetensors or pth file that is to be the '
-                              'teacher.')
+    if not weights or not isinstance(weights, (str, Path)):
+        raise VitdistillError(f'weights = {weights!r}: name the safetensors or pth file, or the model '
+                              'folder, that is to be the teacher.')
 
 # %% ../../nbs/teachers/01_teacher.ipynb #0cf8807d
 def adopt(
     config:Config,      # the teacher as a run: student, student_size, dataset, and the split it held out
-    weights:str|Path|list, # with a head for the dataset's classes; for a mixture a list, one per member
+    weights:str|Path,   # with a head for the dataset's classes
     folder:str|Path,    # the model folder to write
     data:Data,
     device:str='cpu',
@@ -494,16 +461,12 @@ def adopt(
     _refuse_no_weights(weights)
     refuse_unfit_images(config, data, held_out)
     size = config.student_size or data.side
-    config = with_members(config, weights, data)
     torch.manual_seed(config.seed) # for a new head
     model = create(config.student, len(data.classes), size, config.stem, **config.student_kwargs)
-    is_mixture = isinstance(weights, list)
-    named = weights if is_mixture else [weights] # such as hf-hub:OWNER/MODEL
-    places = [weights_place(place) for place in named]
-    for place in places:
-        refuse_other_card(Card.read(place), config, data)
+    place = weights_place(weights)
+    refuse_other_card(Card.read(place), config, data)
     try_size(model, config.student, size)
-    load_weights(model, places if is_mixture else places[0], new_head)
+    load_weights(model, place, new_head)
     constants = pretrained_constants(model) if config.student_normalization == 'own' else data.mean_std
     teacher = Teacher(model, constants, size, precision, device)
     card = Card.read(folder)
@@ -516,10 +479,10 @@ def adopt(
         held_out = Views(images, 0, device), labels, torch.arange(len(labels))
     views = Views(data.train_images, config.padding, device)
     card = make_card(teacher, config, data, views, most, held_out)
-    card = replace(card, made_from=licenses_of(config.student, named), words=words_of(places[0]))
-    card = with_training_of(None if is_mixture else Card.read(places[0]), card)
-    readme = adopted_readme(config, card, named, new_head)
+    card = replace(card, made_from=licenses_of(config.student, weights), words=words_of(place))
+    card = with_training_of(Card.read(place), card)
+    readme = adopted_readme(config, card, weights, new_head)
     save_model(model.cpu(), folder, config.student_kwargs, card.classes, readme, constants, size)
-    write_seen(folder, {content: part for place in places for content, part in read_seen(place).items()})
+    write_seen(folder, read_seen(place))
     card.write(folder)
     return card
