@@ -144,7 +144,7 @@ def test_a_loop_of_links_counts_each_file_once(tmp_path, capsys):
     (tmp_path / "val/cow").symlink_to("../elsewhere")
     data = load_data(config)
     assert data.classes == ["cat", "cow", "dog"] and data.train_labels.tolist() == [0, 1, 2]
-    assert "3 links to folders that were read already" in capsys.readouterr().out
+    assert "cat/root, train/cat/up, train/dog/cats (a link to a folder" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("GNU tar" not in subprocess.getoutput("tar --version"), reason="needs GNU tar")
@@ -216,13 +216,34 @@ def test_every_format_that_pillow_decodes_is_read_and_the_rest_is_said(tmp_path,
     difference = data.train_images.int() - torch.tensor([200, 100, 50])
     assert difference.abs().max() <= 4  # JPEG's and GIF's losses
     told = capsys.readouterr().out
-    assert told.count("\n") == 1 and "4 .heic, 2 files without an ending, 2 .gz" in told
+    assert told.count("\n") == 1 and "train/gif/2.HEIC" in told and "and 5 more (empty)" in told
+    assert in_folders(tmp_path, "train").left_out == {f"train/{name}": "empty" for name in rest}
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_a_photograph_is_known_by_its_content(tmp_path, tar, capsys):
+    """Phones rename: a JPEG may end in .HEIC, in two dots or in nothing; a text stays one, whatever it begins
+    with."""
+    jpeg, heic = encoded(200, 100, 50, kind="JPEG"), bytes(4) + b"ftypheic" + bytes(40)
+    photos = {"cat/1.HEIC": jpeg, "cat/2": PNG, "dog/3.jpg_large": jpeg, "dog/4.png": PNG}
+    texts = {"cat/a.txt": b"P6 is a name", "cat/b.h": b"#define A 1", "dog/empty": b""}
+    config = write(tmp_path, photos | texts | {"dog/5.heic": heic}, tar=tar)
+    data = load_data(config)
+    assert len(data.train_labels) == len(photos)
+    jpegs = [row for row, pixel in enumerate(data.train_images[:, 8, 8].tolist()) if abs(pixel[0] - 200) < 4]
+    assert data.train_labels[jpegs].tolist() == [0, 1]
+    told = capsys.readouterr().out
+    assert "a.txt" in told and "5.heic (HEIC, which needs pillow-heif: pip install" in told
+    for broken, why in (heic, "pillow-heif"), (b"text", "no format"):  # it should be an image, by its ending
+        write(tmp_path / "ends", {"cat/1.jpg": broken, "dog/1.png": PNG})
+        with pytest.raises(VitdistillError, match=f"cat/1.jpg .*{why}"):
+            load_data(replace(config, data_root=str(tmp_path / "ends")))
 
 
 def test_a_class_of_other_formats_is_not_lost_silently(tmp_path):
     config = write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png", "cow/1.png"], PNG), splits=["train"])
     write(tmp_path, {"cat/1.png": PNG, "dog/1.png": PNG, "cow/1.heic": b""}, splits=["val"])
-    with pytest.raises(VitdistillError, match=r"test has no image of cow \(1 .heic left out\)"):
+    with pytest.raises(VitdistillError, match=r"test has no image of cow \(left out: val/cow/1.heic \(empty"):
         load_data(config)
 
 
@@ -555,7 +576,7 @@ def test_what_this_process_alone_can_read_is_refused_before_a_run_starts(tmp_pat
 def test_a_class_of_unreadable_images_alone_is_refused(tmp_path):
     config = write(tmp_path, {"cat/1.png": b"text", "dog/1.png": PNG, "eel/1.png": PNG}, splits=["train"])
     write(tmp_path, dict.fromkeys(["cat/1.png", "dog/1.png", "eel/1.png"], PNG), splits=["val"])
-    with pytest.raises(VitdistillError, match=r"train has no image of cat \(1 .* left out\)"):
+    with pytest.raises(VitdistillError, match=r"train has no image of cat \(left out: train/cat/1.png"):
         load_data(replace(config, skip_broken=True))
 
 
@@ -566,7 +587,7 @@ def test_measured_images_are_read_like_the_dataset(tmp_path, capsys):
     eight = Config(dataset="imagefolder", image_size=8)
     pixels, labels = labelled_images(tmp_path / "more", ["dog", "cat"], eight)
     assert pixels.tolist() == [[[[5, 5, 5]] * 8] * 8] and labels.tolist() == [1]
-    assert "more: left out of the dataset: 1 .heic." in capsys.readouterr().out
+    assert "more: left out of the dataset: more/dog/1.heic (empty)." in capsys.readouterr().out
     with pytest.raises(VitdistillError, match="folder 'a', which is no class"):
         labelled_images(tmp_path / "more", ["dog", "cat"],
                         Config(dataset="imagefolder", image_size=8, class_folder="last"))
@@ -596,7 +617,9 @@ def test_samples_of_shards_are_read_or_counted(tmp_path, capsys):
     assert data.train_labels.tolist() == [1, 0] and data.train_hash == on_disk.train_hash
     assert (data.train_images[:, 8, 8, 0].int() - torch.tensor([30, 40])).abs().max() <= 1
     assert on_disk.train_images[torch.tensor([1, 0])].equal(data.train_images.flip(0))
-    assert "1 .json, 1 images without .cls, 1 .cls without an image" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    for name in ("a.b.1.json (no image", "x.png (an image without .cls)", "y.cls (.cls without an image)"):
+        assert name in told
 
 
 def test_damaged_shards_are_refused(tmp_path):

@@ -39,6 +39,7 @@ from vitdistill.config import Config, preset
 from vitdistill.data.datasets import load_data, split_rows
 from vitdistill.data.digests import digests
 from vitdistill.data.files import in_folders
+from vitdistill.data.labels import read_labels
 from vitdistill.launch.queue import config_of, grid_cells, run_cell
 from vitdistill.launch.images import fitting_fraction, teacher_part, with_test
 from vitdistill.deploy.evaluate import evaluate
@@ -414,6 +415,27 @@ def test_predictions_are_those_of_the_run(job, capsys):
     assert [row["class"] for row in rows] == table["class"].tolist() and len(rows[0]["top"]) == 2
 
 
+@pytest.mark.parametrize("mark", [",", ";", "tab"])
+def test_a_table_of_predictions_is_read_back_as_labels(job, images, tmp_path, capsys, mark):
+    """With the mark that Excel needs, and names of files as they were typed."""
+    folder = shutil.copytree(images, tmp_path / "photos, new")
+    (folder / "dark/0.png").rename(folder / "dark/K\u00e4se, alt.png")
+    (folder / "dark/notes.txt").touch()
+    model, table = job[0] / "models/plain", tmp_path / "seen.csv"
+    typed = os.path.relpath(folder)
+    assert main(["predict", str(model), typed, "--out", str(table), "--sep", mark]) == 0
+    said = capsys.readouterr()
+    assert said.out == "" and "dark/notes.txt (empty)" in said.err
+    assert table.read_bytes().startswith(b"\xef\xbb\xbfpath")  # as Excel knows UTF-8
+    seen = predict(model, folder)
+    result = evaluate(model, folder, labels=table)
+    assert len(result.right) == 30 and result.right.all()  # of the model itself
+    assert main(["evaluate", str(model), str(folder), "--labels", str(table)]) == 0
+    assert capsys.readouterr().out.startswith("accuracy 100.0%")
+    labels = {str(folder / name): row.kind for name, row in read_labels(table, folder).items()}
+    assert labels == dict(zip(seen.path, seen["class"]))
+
+
 def test_the_export_predicts_the_same(job, tmp_path, capsys):
     """By vitdistill, and by the lines of docs/library.md, which do without it."""
     from vitdistill.deploy.export import export_onnx
@@ -676,9 +698,12 @@ def test_all_that_is_wrong_is_named_at_once_in_the_users_words(
     for name in ("dark", "grey"):
         (mine / name / "notes.txt").touch()
     given = dict(data=mine, teacher=str(weights), out=out, dry_run=True)
+    Image.open(mine / "dark/1.png").save(mine / "dark/1.HEIC", "JPEG")  # a phone renames
     api.distill(**given, **SMALL)
     said = capsys.readouterr().out
-    assert f"{mine}: 3 classes" in said and f"{mine}: left out" in said
+    assert f"{mine}: 3 classes" in said
+    assert f"{mine}: left out: dark/notes.txt, grey/notes.txt (empty)." in said
+    assert "22 training images, 6 test images" in said
 
     (mine / "dark/0.png").write_bytes(b"no image")
     (mine / "few").mkdir()

@@ -10,12 +10,12 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK',
            'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
            'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
            'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'folder_of_parts',
-           'check_kind_of_labels', 'images_of_job', 'start_in_words', 'chosen_students', 'starts_of_students',
-           'refuse_wrong_types', 'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job',
-           'about_images', 'print_models', 'given_to_students', 'alone_in', 'found_images', 'about_job', 'distill',
-           'check_constants', 'refuse_other_project', 'save', 'class_orders', 'refuse_other_order',
-           'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'TeacherMemo',
-           'predict', 'small_head']
+           'check_kind_of_labels', 'say_left_out', 'images_of_job', 'start_in_words', 'chosen_students',
+           'starts_of_students', 'refuse_wrong_types', 'command_of', 'unlabelled_folder', 'chosen_side',
+           'part_of_teacher', 'run_job', 'about_images', 'print_models', 'given_to_students', 'alone_in',
+           'found_images', 'about_job', 'distill', 'check_constants', 'refuse_other_project', 'save', 'class_orders',
+           'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss',
+           'TeacherMemo', 'predict', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import collections, contextlib, copy, filecmp, functools, inspect, json, math, os, re, shlex, shutil
@@ -33,8 +33,8 @@ from .base import from_here
 from .base import nearest, print_result, stoppable, user_call, without_autocast
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
 from .config import typed_preset
-from .data.datasets import check_dataset
-from .data.files import TESTS, printable, read_image
+from .data.datasets import check_dataset, list_images
+from .data.files import TESTS, ImageFiles, left_out_in_words, left_out_of, printable, read_image
 from .data.augment import unnumbered
 from .data.labels import table_parts
 from .data.unlabelled import check_unlabelled, files_in
@@ -61,7 +61,7 @@ from .launch.images import check_tokens, check_weights, names_of_students
 from .launch.images import names_without_labels, part_by_words, refuse_changed_images
 from .launch.images import refuse_out_within, same_threads, seconds_an_image, sides_of
 from .launch.images import student_fields, study_of, teacher_part, usable_fields, with_test
-from .launch.images import with_unique, write_study
+from .launch.images import left_out_of_job, with_unique, write_left_out, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, lock_folder, machine_in_words, read_json
 from .tasks.words import is_by_words
@@ -834,6 +834,25 @@ def check_kind_of_labels(
                               'without labels there are no test images: leave it out.')
 
 
+# %% ../nbs/06_api.ipynb #d4d813ef
+def say_left_out(
+    data:Path, recipe:Config,              # the user's folder; of a student
+    before:ImageFiles,                     # training images before copies of test images were left out
+    unlabelled:Path|None, labels:Path|None # as in `images_of_job`
+)->dict: # of `left_out_of_job`
+    "Returns which files of the user's folder are left out, and prints those that were not named yet."
+    used = [*list_images(recipe).values()]
+    copies = {os.path.realpath(f'{before.root}/{name}') for name, *_ in before.files}
+    if unlabelled:
+        used.append(files_in(str(unlabelled), recipe.skip_broken))
+    left_out = left_out_of_job(data, used, copies, labels)
+    said = left_out_of(*used) # by `list_images`
+    unsaid = {name: why for name, why in left_out.items() if name not in said}
+    if unsaid:
+        print(f'{printable(data)}: left out: {left_out_in_words(unsaid)}.', flush=True)
+    return left_out
+
+
 # %% ../nbs/06_api.ipynb #18710d4f
 def images_of_job(
     data:Path, out:Path, # the user's folder; the folder of the job
@@ -864,6 +883,7 @@ def images_of_job(
                                       'out.')
             fields = fields | dict(dataset='imagefolder')
         recipe = replace(recipe, dataset=fields.get('dataset', recipe.dataset))
+        before = list_images(recipe)['train']
         root, same = with_unique(recipe, place, drop_duplicates)
         recipe = replace(recipe, data_root=str(root))
         fraction = fitting_fraction(recipe)
@@ -873,8 +893,10 @@ def images_of_job(
         if unlabelled:
             with_more = replace(recipe, unlabelled=str(unlabelled))
             print(check_unlabelled(with_more, images.train), end='', flush=True)
+        left_out = say_left_out(data, recipe, before, unlabelled, labels)
     root = data if root == data else out/root.name
-    return replace(images, root=root, folder=data, same=same + images.same), fields
+    images = replace(images, root=root, folder=data, left_out=left_out, same=same + images.same)
+    return images, fields
 
 # %% ../nbs/06_api.ipynb #8b4ab972
 def start_in_words(fields:dict)->str: # of Config, of a student
@@ -1035,6 +1057,8 @@ def run_job(
     with same_threads(out) as threads:
         print('measuring how fast the models are here', flush=True)
         file = write_study(study, out, dry_run) # refuses other settings
+        if not dry_run:
+            write_left_out(images.left_out, out)
         seconds = seconds_of_cells(cells, images)
         print(seconds_in_words(seconds), flush=True)
         return None if dry_run else train_all(cells, file, out, threads, seconds)

@@ -206,6 +206,10 @@ def predict_parser()->argparse.ArgumentParser:
     parser.add_argument('images', nargs='+', metavar='IMAGES',
                         help='image files, folders, or - for a list on stdin')
     parser.add_argument('--json', action='store_true', help='print a JSON object per line instead of CSV')
+    parser.add_argument('--out', metavar='FILE', help='write to a file, which a spreadsheet opens with all '
+                        'letters; distill --labels and evaluate --labels read it (default: print)')
+    parser.add_argument('--sep', choices=[',', ';', 'tab'], default=',',
+                        help="mark between the cells, such as ';' for a German Excel (default: %(default)s)")
     parser.add_argument('--top', type=int, default=5, metavar='N',
                         help='likeliest classes to list (default: %(default)s)')
     add_runs_option(parser)
@@ -219,6 +223,8 @@ def evaluate_parser()->argparse.ArgumentParser:
     parser.add_argument('model', metavar='MODEL', help=f'ONNX file, {_MODELS}')
     parser.add_argument('data', metavar='DIR',
                         help='folder of CLASS/*, or one that holds val/CLASS/* or test/CLASS/*')
+    parser.add_argument('--labels', metavar='FILE', help='CSV with columns file (from DIR) and class, or '
+                        'part too: then val or test counts (default: the folders name the classes)')
     parser.add_argument('--csv', metavar='FILE', help='also write the table of the classes to a file')
     parser.add_argument('--json', action='store_true', help='print a JSON object instead of the table')
     parser.add_argument('--class-folder', choices=('first', 'last'), default='first',

@@ -22,7 +22,7 @@ from ..config import Config
 from .digests import STORE, digests, how_lists_differ, image_list, read_list
 from .digests import write_list
 from .files import DiskImages, ImageFiles, broken_in_words, files_in, fit_together
-from .files import image_files, in_folders, known_as, left_out_in_words, printable
+from .files import image_files, in_folders, known_as, left_out_in_words, left_out_of, printable
 from .files import refuse_private_readers, say_once, some_rows, without_broken
 from .labels import in_table
 
@@ -428,7 +428,7 @@ def _say(place, train, *others): # prints notes, such as which folders are the c
         broken |= part.broken
     if broken:
         say_once(f'{place}: {len(broken):,} left out, since skip_broken is set: {broken_in_words(broken)}.')
-    left_out = left_out_in_words(*(replace(part, broken={}) for part in (train, *others)))
+    left_out = left_out_in_words(left_out_of(*(replace(part, broken={}) for part in (train, *others))))
     if left_out:
         say_once(f'{place}: left out of the dataset: {left_out}.')
 

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'PARTS', 'LINE_RULES', 'Labelled', 'table_text', 'column_n
 # %% ../../nbs/data/05_labels.ipynb #040b2a11
 import collections, csv, io, os, re, typing, unicodedata
 from pathlib import Path
-from ..base import VitdistillError, explained
+from ..base import Findings, VitdistillError, explained
 from .files import ImageFiles, alike, alike_in_words, file_size, is_hidden, is_image
 from .files import natural_order, printable
 
@@ -48,9 +48,10 @@ def column_names(
     head:str, # first line of a table
     mark:str  # that separates the cells
 )->list[str]:
-    "Returns the names of the columns, in small letters."
+    "Returns the names of the columns, in small letters; a column `path`, as `predict` writes it, is `file`."
     cells = next(csv.reader([head], delimiter=mark))
-    return [cell.strip().lower() for cell in cells]
+    names = [cell.strip().lower() for cell in cells]
+    return names if 'file' in names else ['file' if name == 'path' else name for name in names]
 
 def separator(head:str)->str: # head: first line of a table
     "Returns the mark between the cells: a comma, a semicolon or a tab."
@@ -144,7 +145,13 @@ def place_below(
                 path = os.path.relpath(os.path.realpath(spelling), os.path.realpath(root))
         else:
             path = os.path.normpath(spelling)
-        if path.split(os.sep)[0] == '..':
+        leads_out = path.split(os.sep)[0] == '..'
+        if leads_out or not os.path.isfile(os.path.join(root, path)):
+            # from the working folder, as `predict` names it
+            here = os.path.relpath(os.path.realpath(spelling), os.path.realpath(root))
+            if here.split(os.sep)[0] != '..' and os.path.isfile(os.path.join(root, here)):
+                path, leads_out = here, False
+        if leads_out:
             raise VitdistillError(f'leads out of {printable(root)}')
         if os.path.isfile(os.path.join(root, path)):
             if any(map(is_hidden, path.split('/'))):
@@ -201,8 +208,8 @@ def line_fault(row:Labelled, classes:set, parted:bool)->str: # as `LineRule` tak
 def _refuse_faults(file, faults): # faults: (line, sentence without its end)
     if not faults:
         return
-    shown = '; '.join(f'line {line}: {what}' for line, what in faults[:3])
-    more = f' and {len(faults) - 3:,} more' if len(faults) > 3 else ''
+    shown = '; '.join(f'line {line}: {what}' for line, what in faults[:10])
+    more = f' and {len(faults) - 10:,} more' if len(faults) > 10 else ''
     raise VitdistillError(f'labels = {printable(file)}: {shown}{more}: mend these lines.')
 
 def _refuse_classes(file, names): # names that a person reads as one class
@@ -217,8 +224,8 @@ def _place(root, name): # (path from `root`, ''), or ('', what is wrong)
         return '', f'{name} {error}'
     if not place:
         return '', f'there is no file {name} in {printable(root)}'
-    if not is_image(place):
-        return '', f'{name} is no image that Pillow reads, by its ending'
+    if not is_image(os.path.join(root, place)):
+        return '', f'{name} is no image that Pillow reads'
     return place, ''
 
 # %% ../../nbs/data/05_labels.ipynb #63278cba
@@ -244,8 +251,12 @@ def read_labels(
             faults.append((row.line, printable(fault).rstrip()))
         elif not before:
             labels[place] = Labelled(row.line, place, row.kind, part)
-    _refuse_faults(file, faults)
-    _refuse_classes(file, [row.kind for row in labels.values()])
+    found = Findings()
+    with found.step():
+        _refuse_faults(file, faults)
+    with found.step():
+        _refuse_classes(file, [row.kind for row in labels.values()])
+    found.refuse()
     return labels
 
 # %% ../../nbs/data/05_labels.ipynb #3caed9bd

@@ -155,7 +155,7 @@ def unlabelled_files(config:Config, data:Data)->Unlabelled:
     images = DiskImages(files, side, config.exif_orientation)
     if isinstance(data.train_images, torch.Tensor):
         images = images.resident()
-    left_out = files.left_out
+    left_out = collections.Counter(files.left_out.values())
     if files.broken:
         left_out['that can not be read'] += len(files.broken)
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np, torch
 from ..base import VitdistillError, explained, from_here, nearest, user_call, write_atomic
 from ..data.digests import digests
-from ..data.files import TESTS, decoded, in_folders, left_out_in_words, printable, say_once
+from ..data.labels import in_table
+from ..data.files import TESTS, decoded, in_folders, left_out_in_words, left_out_of, printable
+from ..data.files import say_once
 from .measure import class_shares
 from .predict import Predictor, class_numbers, load_model, read_batches
 from ..options import evaluate_parser
@@ -23,15 +25,23 @@ from ..teachers.card import seen_rows
 def labelled_files(
     model:Predictor,
     data:str|Path,           # folder of CLASS/*, or one that holds val or test (of TESTS) with them
-    class_folder:str='first' # as `Config.class_folder`
+    class_folder:str='first', # as `Config.class_folder`
+    labels:str|Path=''       # table of labels, as of `distill`; '': the folders name the classes
 )->tuple: # (`ImageFiles`, label of each as the model numbers its classes)
-    "Returns the images in a folder for each class; folders of no class of the model are a `VitdistillError`."
+    """Returns the images in a folder for each class, or those that a table names; what is no class of the
+    model is a `VitdistillError`."""
     root = from_here(data)
     if not root.exists():
         raise VitdistillError(f'no folder {printable(root)}: name a folder of CLASS/*.')
 
     files = None
-    for part in TESTS:
+    if labels:
+        parts = in_table(root, from_here(labels))
+        files = parts.get('') or parts.get('val') or parts.get('test')
+        if not files:
+            raise VitdistillError(f'{printable(labels)} has no line of part val or test: mark some, or leave '
+                                  'the column part out.')
+    for part in () if labels else TESTS:
         if part in model.classes:
             continue
         there = [place for place in (root/part, root/f'{part}.tar') if place.exists()]
@@ -40,16 +50,16 @@ def labelled_files(
             say_once(f'the images in {counted} are counted; to count those in {there[0].name}, name '
                      f'{printable(there[0])}.', warning=True)
         files = files or in_folders(root, part, class_folder)
-    if not files:
+    if not (files or labels):
         files = in_folders(root.parent, root.name, class_folder)
     if not files:
         raise VitdistillError(f'no images in {printable(root)}: it needs a folder for each class, such as '
                               f'{model.classes[0]}/*, or val/ or test/ with these.')
-    check_classes(model, files.classes, root)
+    check_classes(model, files.classes, from_here(labels) if labels else root)
 
     for note in files.notes:
         say_once(note, warning=True)
-    left_out = left_out_in_words(files)
+    left_out = left_out_in_words(left_out_of(files))
     if left_out:
         say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
     numbers = class_numbers(model, files.classes)
@@ -140,12 +150,13 @@ def _about_seen(result): # `Evaluation` -> sentences
 def evaluate(
     model:str|Path|Predictor, # as in `load_model`
     data:str|Path, class_folder:str='first', # as in `labelled_files`
-    skipped:Callable=None     # as in `read_batches`: called for each image that can not be read
+    skipped:Callable=None,    # as in `read_batches`: called for each image that can not be read
+    labels:str|Path=''        # as in `labelled_files`
 )->Evaluation:
     "Returns how many labelled images in a folder a model gets right."
     if not isinstance(model, Predictor):
         model = load_model(model)
-    files, labels = labelled_files(model, data, class_folder)
+    files, labels = labelled_files(model, data, class_folder, labels)
     def read(row):
         name = files.path(row)
         pixels = decoded(lambda: files.opener(row), name, model.sides[0], model.exif_orientation)
@@ -175,7 +186,8 @@ def main(arguments:list=None)->int:
         raise VitdistillError(f'{args.csv} is a folder: name a file as --csv.')
     if args.csv and not args.csv.lower().endswith('.csv'): # such as an image
         raise VitdistillError(f'{args.csv} does not end in .csv: name such a file as --csv.')
-    result = evaluate(load_model(args.model, args.runs), args.data, args.class_folder, skipped)
+    result = evaluate(load_model(args.model, args.runs), args.data, args.class_folder, skipped,
+                      args.labels or '')
     if args.json:
         low, high = wilson(int(result.right.sum()), len(result.right))
         print(json.dumps(dict(accuracy=result.accuracy, low=low, high=high, images=len(result.right),

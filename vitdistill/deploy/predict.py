@@ -8,13 +8,15 @@ __all__ = ['COLUMNS', 'Predictor', 'from_onnx', 'from_folder', 'model_folder', '
            'print_csv']
 
 # %% ../../nbs/deploy/00_predict.ipynb #7ec3da76
-import ast, csv, json, os, re, sys, unicodedata
+import ast, csv, json, os, re, sys, typing, unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from ..base import VitdistillError, explained, first_line, from_here, require, user_call
-from ..data.files import files_below, is_image, natural_order, printable, read_image, say_once
+from ..base import write_atomic
+from ..data.files import files_below, left_out_in_words, natural_order, printable, read_image
+from ..data.files import say_once
 from ..models.hub import HUB, weights_place
 from ..models.create import Student, combine, create, load_weights, started_from
 from ..options import predict_parser
@@ -168,10 +170,10 @@ def input_lines()->list[str]:
 def images_below(folder:Path)->list[Path]:
     "Returns the image files in a folder, in natural order, and names what is left out on stderr."
     files, left_out = files_below(folder, size_of=lambda file: 0)
+    left_out |= {file.name: file.why_no_image for file in files if not file.is_image}
     if left_out:
-        kinds = ', '.join(f'{count:,} {kind}' for kind, count in left_out.items())
-        say_once(f'{printable(folder)}: left out: {kinds}.', warning=True)
-    images = [file for file in files if is_image(file.name)]
+        say_once(f'{printable(folder)}: left out: {left_out_in_words(left_out)}.', warning=True)
+    images = [file for file in files if file.is_image]
     return [Path(file.path) for file in sorted(images, key=lambda file: natural_order(file.name))]
 
 # %% ../../nbs/deploy/00_predict.ipynb #81b6c4ee
@@ -281,6 +283,10 @@ def predict(
 def main(arguments:list=None)->int:
     "Runs `vitdistill predict`; returns the exit status."
     args = predict_parser().parse_args(arguments)
+    if args.out and not args.json and not args.out.lower().endswith('.csv'): # such as an image
+        raise VitdistillError(f'{args.out} does not end in .csv: name such a file as --out.')
+    if args.out and from_here(args.out).is_dir():
+        raise VitdistillError(f'{args.out} is a folder: name a file as --out.')
     status = 0
     def skipped(sentence):
         nonlocal status
@@ -288,23 +294,37 @@ def main(arguments:list=None)->int:
         print(sentence, file=sys.stderr)
     rows = answers(load_model(args.model, args.runs), args.images, args.top, skipped=skipped)
     rows = (row | {'path': printable(row['path'])} for row in rows)
-    if args.json:
-        print_json(rows)
+    def show(stream):
+        if args.json:
+            print_json(rows, stream)
+        else:
+            print_csv(rows, stream, '\t' if args.sep == 'tab' else args.sep)
+    def write(file): # a spreadsheet needs the mark of utf-8-sig, JSON may not have it
+        with open(file, 'w', encoding='utf-8' if args.json else 'utf-8-sig', newline='') as stream:
+            show(stream)
+    if args.out:
+        write_atomic(from_here(args.out), write)
+        print(f'written: {args.out}', file=sys.stderr)
     else:
-        print_csv(rows)
+        show(sys.stdout)
     return status
 
 # %% ../../nbs/deploy/00_predict.ipynb #1ef16e34
-def print_json(rows:Iterable[dict])->None: # of `answers`
-    "Prints a JSON object a line, with umlauts if the terminal has them."
-    encoding = getattr(sys.stdout, 'encoding', None) or 'utf'
+def print_json(rows:Iterable[dict], stream:typing.TextIO=None)->None: # of `answers`; None: standard output
+    "Prints a JSON object a line, with umlauts if the stream has them."
+    stream = stream or sys.stdout
+    encoding = getattr(stream, 'encoding', None) or 'utf'
     ascii_only = not encoding.lower().startswith('utf')
     for row in rows:
-        print(json.dumps(row, ensure_ascii=ascii_only))
+        print(json.dumps(row, ensure_ascii=ascii_only), file=stream)
 
-def print_csv(rows:Iterable[dict])->None: # of `answers`
+def print_csv(
+    rows:Iterable[dict],  # of `answers`
+    stream:typing.TextIO, # to which it is written
+    mark:str=','          # between the cells
+)->None:
     "Prints CSV under a head."
-    table = csv.writer(sys.stdout, lineterminator='\n')
+    table = csv.writer(stream, delimiter=mark, lineterminator='\n')
     head = COLUMNS
     for row in rows: # of which the first may be an error: no head then
         if head:

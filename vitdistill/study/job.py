@@ -22,11 +22,11 @@ from markupsafe import Markup
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tqdm import tqdm
-from ..base import VitdistillError
+from ..base import VitdistillError, from_root
 from ..config import Config, field_names
 from ..data.datasets import check_dataset, files_of_table, fingerprint
 from ..data.files import ImageFiles, decoded, image_files, left_out_in_words, printable
-from ..launch.images import short_name
+from ..launch.images import LEFT_OUT, short_name
 from ..runs import Run, machine_in_words
 from .agreement import agreements
 from .choice import choice_of, finished_models, held_out_scores, is_unlabelled
@@ -611,19 +611,17 @@ _box = Template("""{% for line in verdict.lines %}<p>{{ line }}</p>
 <ol>{% for step in verdict.steps %}<li>{{ step }}</li>
 {% endfor %}</ol>{% endif %}""", autoescape=True)
 
-def image_items(comparison:Comparison, models:dict)->list[dict]: # models: of `finished_models`
+def image_items(comparison:Comparison)->list[dict]:
     "Returns what a page says of the images: what there is, what stands twice, which files were left out."
     about = comparison.study.about
     root = str(comparison.study.common.get('data_root', ''))
     lines = [about.get('images', '').replace(root, Path(root).name) if root else about.get('images', ''),
              about.get('same', '')]
-    config = replace([*models.values()][0][0].config, data_root=root)
-    try:
-        left_out = left_out_in_words(*listed_files(config).values())
-    except VitdistillError: # gone, or others by now
-        left_out = ''
-    if left_out:
-        lines.append(f'Files that were left out: {left_out}.')
+    table = from_root(comparison.study.common.get('runs_dir', '')).parent/LEFT_OUT
+    if table.is_file():
+        rows = pd.read_csv(table, keep_default_na=False)
+        left_out = left_out_in_words(dict(zip(rows.file, rows.why)))
+        lines.append(f'Files that were left out: {left_out}. All {len(rows):,} stand in {table.name}.')
     return [dict(caption=line, links={}) for line in lines if line]
 
 def _save_tables(name, out, gaps, classes): # gaps: of `Comparison.table`; classes: of `recalls`, or None
@@ -671,7 +669,7 @@ def write_job(
         'Results': [shown, dict(caption=notes, links={}), *cost_items(costs, costs_caption, comparison)],
         'Mistakes': wrong,
         'Learning curves': curves,
-        'The images': image_items(comparison, models),
+        'The images': image_items(comparison),
         'The models': model_items(models),
         'How it was made': how_it_was_made(comparison, models)},
         box=Markup(_box.render(verdict=verdict)) if verdict.lines else '',
