@@ -468,8 +468,6 @@ def store_answers(
                       teacher_weights=str(folder), teacher_size=Card.read(folder).input_size,
                       teacher_normalization=config.student_normalization, allow_untrained=untrained)
     launch_fill(student, given['nproc'])
-    if config.hub_repo:
-        print('Pushed to the hub:', *answers.push_memos(config.hub_repo, folder))
     if given['keep_answers']:
         kept = answers.keep_answers(folder, record)
         print(f'To teach without the weights: teacher_weights = {str(kept)!r}')

@@ -7,7 +7,7 @@ __all__ = ['HUB', 'FAILURES', 'FILES', 'failure_in_words', 'hub_answers', 'witho
            'weights_place', 'weights_file', 'push']
 
 # %% ../../nbs/models/00_hub.ipynb #bcd92bbc
-import contextlib, os, shutil, tempfile, typing
+import contextlib, os, shutil, tempfile
 from pathlib import Path
 import huggingface_hub
 from filelock import FileLock
@@ -54,12 +54,9 @@ def without_retries(name:str=''): # of a model; for a folder on this machine the
 
 # %% ../../nbs/models/00_hub.ipynb #28994d1c
 # of a model on the hub
-FILES = 'model.safetensors', 'config.json', 'card.json', 'seen.csv', 'README.md', 'memo-*'
+FILES = 'model.safetensors', 'config.json', 'card.json', 'seen.csv', 'README.md'
 
-def fetch(
-    name:str, # 'hf-hub:OWNER/MODEL', or with '@REVISION'
-    check:typing.Callable[[Path, str], None]=lambda folder, name: None # raises for one that is not to be kept
-)->Path:
+def fetch(name:str)->Path: # 'hf-hub:OWNER/MODEL', or with '@REVISION'
     "Downloads a model from the hub once, and returns its folder; remove the folder to download again."
     short_name = name.removeprefix(HUB)
     repository, _, revision = short_name.partition('@')
@@ -77,7 +74,6 @@ def fetch(
         if not (Path(cached)/'model.safetensors').is_file():
             raise VitdistillError(f'{name} has no model.safetensors: download its files, and name the file '
                                   'of weights.')
-        check(Path(cached), name)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.fetching-') as draft:
             shutil.copytree(cached, Path(draft)/'whole', symlinks=False).rename(folder)
     return folder
@@ -96,13 +92,10 @@ def hub_license(name:str)->str: # hf-hub:OWNER/MODEL, or with '@REVISION'
     return about.license or ''
 
 # %% ../../nbs/models/00_hub.ipynb #857a5585
-def weights_place(
-    name:str|Path,         # a path, or a name on the hub
-    *check:typing.Callable # as in `fetch`
-)->Path:
+def weights_place(name:str|Path)->Path: # a path, or a name on the hub
     "Returns the path of weights on this machine; those on the hub are downloaded."
     if str(name).startswith(HUB):
-        return fetch(name, *check)
+        return fetch(name)
     return from_root(name)
 
 # %% ../../nbs/models/00_hub.ipynb #3bb22cb9
@@ -119,12 +112,11 @@ def weights_file(path:str|Path)->Path:
 def push(
     repository:str,     # OWNER/NAME
     folder:str|Path,    # folder of a model: weights, card, README.md
-    message:str,        # message of the commit
-    **kw                # further arguments of huggingface_hub.upload_folder
+    message:str         # message of the commit
 )->None:
     "Uploads a model's folder to a hub repository, which is created if it doesn't exist."
     failure = f'{folder} could not be pushed to hub_repo = {repository!r}'
     advice = "log in or mend the name and start again, or set hub_repo to ''"
     with explained(failure, advice, reason=failure_in_words):
         huggingface_hub.create_repo(repository, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, **kw)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
