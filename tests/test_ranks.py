@@ -3,7 +3,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -28,12 +27,9 @@ def ranked(alike, teacher, tmp_path_factory):
         hard=replace(recipe, batch_size=48, epochs=2, class_weights="balanced"),
         dist=replace(recipe, batch_size=48, epochs=2, distillation="dist"))
     some = dict(unlabelled="0:900", unlabelled_share=0.4, epochs=3, distillation="soft", label_smoothing=0.1)
-    planned = replace(recipe, epochs=2)
     small = dict(unlabelled=replace(tiny, **some), mixed=replace(recipe, batch_size=48, **some))
     once = replace(tiny, epochs=1, data_fraction=0.1)
-    configs = {1: large | small | dict(planned=planned),
-               2: large | small | dict(planned=replace(planned, plan_memo=True), once=once),
-               8: large}
+    configs = {1: large | small, 2: large | small | dict(once=once), 8: large}
     return {ranks: in_turn(given, folder / str(ranks), ranks) for ranks, given in configs.items()}
 
 
@@ -66,22 +62,6 @@ def test_ranks_share_images_without_labels(ranked, name):
     one, two = (ranked[ranks][name] for ranks in (1, 2))
     assert_same_losses(one, two)
     assert one.metrics().train_top1.round(5).equals(two.metrics().train_top1.round(5))
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_planned_memo_teaches_later_students(ranked, tmp_path, ranks):
-    """Several ranks fill it, one student learns from it without the teacher: the losses of a run that asks
-    online."""
-    online, first = ranked[1]["planned"], ranked[2]["planned"]
-    if ranks > 2:
-        first, = on_ranks(first.config, tmp_path / "first", ranks)
-    places = {place: str(tmp_path / "again" / place) for place in ("runs_dir", "work_dir")}
-    again = train(replace(first.config, **places))
-    assert first.metrics().memo_hit_rate.tolist() == [0, 0]
-    assert again.metrics().memo_hit_rate.tolist() == [1, 1]
-    for run in (first, again):
-        assert_same_losses(run, online)
-    assert len(list(Path(first.config.teacher_weights).glob("memo-*.bin"))) == 1
 
 
 def test_one_pass_of_the_teacher_serves_hard_and_soft_students(ranked, alike, teacher, tmp_path):

@@ -19,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from ..teachers.answers import Answers, Memo, Planned, memo_key, open_memo, plan_key
+from ..teachers.answers import Answers, Memo, memo_key, open_memo
 from ..data.augment import AUGMENTATIONS, unnumbered
 from ..config import Config, from_dict, preset
 from ..data.datasets import Data, cifar100_constants
@@ -192,20 +192,14 @@ def fill_randomly(memo:Memo)->None: # memo: of hard labels
 
 # %% ../../nbs/bench/01_contenders.ipynb #016f6cad
 def bench_answers(setup:Setup, folder:str, turn:int, full:bool)->Answers:
-    "Returns the teacher's answers for a turn, from an empty or `full` memo; of mixed images a full or none."
+    "Returns the teacher's answers for a turn, from an empty or `full` memo; of mixed images without one."
     config, data, teacher = setup.config, setup.data, setup.answers.teacher
-    if not unnumbered(config):
-        memo = open_memo(folder, memo_key(teacher, config, data) | {'turn': turn})
-        answers = Answers(teacher, setup.views, memo=memo)
-    elif full:
-        memo = open_memo(folder, plan_key(teacher, config, data, torch.arange(len(data.train_labels))))
-        answers = Planned(teacher, setup.views, memo=memo)
-        answers.is_checking = False # of a few rows, once an epoch: random ones would be refused
-    else:
+    if unnumbered(config):
         return Answers(teacher, setup.views)
+    memo = open_memo(folder, memo_key(teacher, config, data) | {'turn': turn})
     if full:
         fill_randomly(memo)
-    return answers
+    return Answers(teacher, setup.views, memo=memo)
 
 # %% ../../nbs/bench/01_contenders.ipynb #07f65c8b
 def vitdistill(config:Config, ranks:Ranks, data:Data, full:bool=False)->Callable: # full: of `bench_answers`
@@ -255,7 +249,7 @@ CONTENDERS = { # in the order of their turns
     'vitdistill plain': Contender(vitdistill, 'train_epoch, labels alone', taught=False),
     'vitdistill empty memo': Contender(vitdistill, 'train_epoch, the teacher answers about every image'),
     'vitdistill full memo': Contender(
-        functools.partial(vitdistill, full=True), 'train_epoch, every answer known'),
+        functools.partial(vitdistill, full=True), 'train_epoch, every answer known', recipe=False),
     'teacher alone': Contender(teacher_alone, 'answers for an epoch of views', recipe=False)}
 
 def contenders(config:Config)->list: # names in `CONTENDERS`

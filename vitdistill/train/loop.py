@@ -224,7 +224,7 @@ def batches(
             pixels = criterion.augment(pixels, own_rows, epoch)
         answer = None
         if setup.answers:
-            answer = setup.answers.for_step(epoch, plan, slices, number, pixels, report)
+            answer = setup.answers.for_step(plan, slices, number, pixels, report)
         seed_step(config.seed, epoch, number, ranks.rank, ranks.device)
         if not step_cuts:
             pixels = setup.input(pixels, scale)

@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from ..teachers.answers import Answers, JoinedMemo, Planned, beside_weights, memo_key, plan_key
-from ..teachers.answers import teacher_memo
+from ..teachers.answers import Answers, JoinedMemo, beside_weights, memo_key, teacher_memo
 from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
@@ -125,9 +124,6 @@ def refuse_unfit_folds(config:Config)->None:
         raise VitdistillError(f'fold_answers = {how!r} is for images that a teacher was trained on, with '
                               'their labels, and unlabelled ones are none: leave fold_answers out, or '
                               f'{name}.')
-    if config.plan_memo and unnumbered(config):
-        raise VitdistillError('plan_memo keeps the answers of one teacher, and out of fold there are two: '
-                              'leave plan_memo out, or fold_weights.')
     if config.mixup or config.cutmix:
         raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both '
                               'folds: set mixup and cutmix to 0, or leave fold_weights out.')
@@ -404,7 +400,6 @@ def teacher_answers(
 )->tuple:
     "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
     teacher, card = teacher_and_card(config, data, ranks.device)
-    planned = config.plan_memo and unnumbered(config)
     online = unnumbered(config) or not config.memo
     is_absent = isinstance(teacher, Absent)
     in_folder = unlabelled is not None and unlabelled.images is not None # the unlabelled images
@@ -424,17 +419,14 @@ def teacher_answers(
               f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the "
               'first.', flush=True)
     memo = None
-    if not ranks.rank and planned:
-        memo = teacher_memo(config, teacher, plan_key(teacher, config, data, rows, unlabelled))
-    elif not ranks.rank and not online:
+    if not ranks.rank and not online:
         key = memo_key(teacher, config, data)
         memo = teacher_memo(config, teacher, key)
         if memo and in_folder:
             of_folder = key | dict(train_images=unlabelled.mark, images=len(unlabelled))
             second = teacher_memo(config, teacher, of_folder)
             memo = second and JoinedMemo(memo, second) # without room for one, none
-    source = Planned if planned else Answers
-    answers = source(teacher, views, answer_kind(config), memo)
+    answers = Answers(teacher, views, answer_kind(config), memo)
     if not answers.by_view: # also if the memo had no room
         teacher.chunk = batch
     return answers, health, card
