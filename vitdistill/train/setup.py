@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from ..teachers.answers import Answers, JoinedMemo, beside_weights, memo_key, teacher_memo
+from ..teachers.answers import Answers, JoinedMemo, memo_key, teacher_memo
 from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
@@ -35,7 +35,7 @@ from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
 from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, check_health, model_hash, teacher_and_card, use_quickest
+from ..teachers.teacher import Absent, check_health, model_hash, teacher_and_card
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
@@ -408,11 +408,6 @@ def teacher_answers(
     batch = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images
     if online: # before the health check: each size is compiled
         teacher.chunk = batch
-    if teacher.device.type == 'cuda' and not is_absent:
-        chunks = (batch,) if online else (512, 1024)
-        both = teacher.compile and is_automatic(config, 'compile')
-        compiles = (False, True) if both else (teacher.compile,)
-        use_quickest(teacher, chunks, compiles, beside_weights(config)/'speed.json')
     health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
     if card and not ranks.rank and not np.allclose(teacher.constants, card.constants):
         print(f'The teacher was trained on pixels normalized by {card.constants}, but this run uses '
