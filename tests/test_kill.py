@@ -126,7 +126,7 @@ def test_docker_stop_saves_first(tiny, tmp_path):
     finally:
         process.kill()
     assert run_of(config).checkpoint()["epochs"] >= run_of(config).epochs_done - 1 >= 3
-    assert "interrupted; run this again to go on after epoch" in printed and "Traceback" not in printed
+    assert "interrupted; run this again: it goes on after epoch" in printed and "Traceback" not in printed
 
 
 def test_a_second_interrupt_does_not_wait(tiny, tmp_path):

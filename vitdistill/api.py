@@ -895,7 +895,8 @@ def images_of_job(
             print(check_unlabelled(with_more, images.train), end='', flush=True)
         left_out = say_left_out(data, recipe, before, unlabelled, labels)
     root = data if root == data else out/root.name
-    images = replace(images, root=root, folder=data, left_out=left_out, same=same + images.same)
+    table = labels.name if labels and not drawn else ''
+    images = replace(images, root=root, folder=data, table=table, left_out=left_out, same=same + images.same)
     return images, fields
 
 # %% ../nbs/06_api.ipynb #8b4ab972

@@ -602,7 +602,8 @@ def main(words:list[str]|None=None)->int:
         sys.exit(f'vitdistill {name} needs {e.name}, which is not installed here: '
                  'pip install vitdistill installs what it lacks.')
     except KeyboardInterrupt as e:
-        print(str(e) or 'interrupted', file=sys.stderr)
+        begin = '\n' if sys.stderr.isatty() else '' # a terminal shows ^C, or a line of progress
+        print(begin + (str(e) or 'interrupted'), file=sys.stderr)
         return 128 + (signals or [signal.SIGINT])[0]
     except BrokenPipeError: # such as by `| head`; Python would write what is left at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

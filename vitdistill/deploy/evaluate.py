@@ -55,7 +55,8 @@ def labelled_files(
     if not files:
         raise VitdistillError(f'no images in {printable(root)}: it needs a folder for each class, such as '
                               f'{model.classes[0]}/*, or val/ or test/ with these.')
-    check_classes(model, files.classes, from_here(labels) if labels else root)
+    place, kind = (from_here(labels), 'class') if labels else (root, 'folder')
+    check_classes(model, files.classes, place, kind)
 
     for note in files.notes:
         say_once(note, warning=True)
@@ -66,18 +67,24 @@ def labelled_files(
     return files, np.array([numbers[label] for *_, label in files.files])
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #88117165
-def check_classes(model:Predictor, names:list, root:Path)->None: # names: of the folders below root
-    "Raises a `VitdistillError` if a folder is no class of the model."
+def check_classes(
+    model:Predictor,
+    names:list,        # classes of the images
+    place:Path,        # folder that holds theirs, or the table that names them
+    kind:str='folder'  # 'folder' or 'class'
+)->None:
+    "Raises a `VitdistillError` if one of the names is no class of the model."
     unknown = [name for name, number in zip(names, class_numbers(model, names)) if number is None]
     if not unknown:
         return
-    hint = f'name the folder that holds those of its classes, such as {model.classes[0]}.'
-    if unknown[0] != 'train':
+    known = f"{model.name} knows {', '.join(model.classes[:5])}{', ...' if len(model.classes) > 5 else ''}"
+    hint = f'{known}: name a folder of images of these.'
+    if len(unknown) == 1 and len(names) > 1: # the others fit, so this may be a misspelling
         hint = nearest(unknown[0], model.classes, hint)
     others = len(unknown) - 1
-    more = 'folder' if others == 1 else 'folders'
+    more = {'folder': 'folders', 'class': 'classes'}[kind] if others > 1 else kind
     are_no_class = f' and {others} more {more} that are no class' if others else ', which is no class'
-    raise VitdistillError(f'{printable(root)} has a folder {unknown[0]!r}{are_no_class} of {model.name}: '
+    raise VitdistillError(f'{printable(place)} has a {kind} {unknown[0]!r}{are_no_class} of {model.name}: '
                           f'{hint}')
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #00f63875

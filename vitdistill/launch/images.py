@@ -72,7 +72,8 @@ def has_other_links(
     if not ours or root.resolve().is_relative_to(to.resolve()):
         raise VitdistillError(f'{to} holds files that are not of a job, and a job would put its links there: '
                               'name another folder as out.')
-    if has_runs(to.parent):
+    was_moved = before.keys() == links.keys() and not any(map(os.path.exists, before.values()))
+    if has_runs(to.parent) and not was_moved: # else `refuse_changed_images` says whether they are the same
         raise VitdistillError(f'{to.parent} holds a job on other files than those of {root}: name another '
                               'folder as out.')
     return True
@@ -89,7 +90,7 @@ def link_images(
         if to.exists():
             if not has_other_links(to, links, root):
                 return to
-            shutil.rmtree(to) # it holds links alone, and nothing was trained on them
+            shutil.rmtree(to) # it holds links alone: nothing was trained on them, or they lead nowhere
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent) as draft:
             for place, target in links.items():
@@ -418,6 +419,7 @@ class Images:
     same:str=''         # of `same_in_words`
     weighted:bool=False # whether training weighs rare classes more
     folder:str|Path=''  # that the user knows; '': root
+    table:str=''        # name of the table that says which images are for the test; '': folders say it
     left_out:dict=field(default_factory=dict) # name of a file in the user's folder -> why
 
     @property
@@ -429,7 +431,9 @@ class Images:
 
 # %% ../../nbs/launch/04_images.ipynb #92ae635f
 def own_test(images:Images)->str:
-    "Returns which of the user's folders are the test images, and which are not used."
+    "Returns what says which images are for the test: the user's table or folder, and which are not used."
+    if images.table:
+        return f'as {images.table} says'
     part = images.test_part.removesuffix('.tar')
     unused = [name for name in TESTS if name != part and has_part(images.root, name)]
     if not unused:
@@ -1000,6 +1004,9 @@ def write_study(
     study = parse_yaml(text) # as it will be read: a tuple is a list
     before = with_places_of_today(read_yaml(file), file) if file.is_file() else study
     changes = []
+    root = before.get('common', {}).get('data_root')
+    if root and not from_root(root).exists(): # the folder was moved, and `refuse_changed_images` has compared
+        before['common'] |= dict(data_root=study['common']['data_root'])
     if begun - {'teacher'}:
         changes += _changes(before.get('common'), study['common'])
     parts = study['teachers'] | study['arms']

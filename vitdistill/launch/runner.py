@@ -194,7 +194,8 @@ def stop(process:subprocess.Popen, patience:float=10)->None: # seconds before SI
 def failure(
     lines:typing.Iterable[str], # last lines of the log
     errors:str|Path,            # folder of the ranks' error files
-    status:int=1                # exit status of torchrun, or of the only rank; -N: ended by signal N
+    status:int=1,               # exit status of torchrun, or of the only rank; -N: ended by signal N
+    ranks:int=1                 # their number
 )->str:
     "Returns why a launch failed: a timeout, else a killed rank, else the first error, else the log's end."
     lines = list(lines)
@@ -206,12 +207,13 @@ def failure(
     row = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)'
     killed = re.search(row, '\n'.join(lines))
     if killed or status < 0: # status: of the only rank, which has no table
-        rank, number = killed.groups() if killed else ('0', str(-status))
+        rank, number = killed.groups() if killed else ('', str(-status))
+        who = f'rank {rank}' if killed else 'training' # one process alone is no rank to its user
         why = ' (often for lack of memory)' if number == '9' else ''
-        return (f'rank {rank} was killed by signal {number}{why}: start again, the run goes on from its last '
+        return (f'{who} was killed by signal {number}{why}: start again, the run goes on from its last '
                 'checkpoint.')
     files = sorted(Path(errors).rglob('error.json'), key=lambda file: file.stat().st_mtime_ns)
-    return first_error(files) if files else end_of_log(lines)
+    return first_error(files, ranks) if files else end_of_log(lines)
 
 def end_of_log(lines:list[str])->str:
     "Returns why a launch failed if no rank could write its error: the last lines before those of torchrun."
@@ -219,7 +221,7 @@ def end_of_log(lines:list[str])->str:
     shown = list(of_ranks) or lines
     return 'training ended without a result; the last lines of its log:\n' + '\n'.join(shown[-12:])
 
-def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
+def first_error(files:list[Path], ranks:int)->str: # error.json of ranks, the oldest first; their number
     "Returns the message of the first `VitdistillError` in these files, else the end of the first traceback."
     # a file holds {'message': {'message': 'Type: text', 'extraInfo': ...}}
     messages = [json.loads(file.read_text())['message'] for file in files]
@@ -228,7 +230,8 @@ def first_error(files:list[Path])->str: # error.json of ranks, the oldest first
         if kind == VitdistillError.__name__:
             return sentence
     trace = messages[0]['extraInfo']['py_callstack'].rstrip().splitlines()
-    return f'rank {files[0].parent.name} failed:\n' + '\n'.join(trace[-12:])
+    who = f'rank {files[0].parent.name}' if ranks > 1 else 'training'
+    return f'{who} failed:\n' + '\n'.join(trace[-12:])
 
 # %% ../../nbs/launch/01_runner.ipynb #1e6f6059
 PROGRESS = re.compile(r'epoch |  \d+% of epoch |  measuring |teacher: [\d,]+ of ')
@@ -305,7 +308,7 @@ def train_on_ranks(
             tail = follow(process, record, work/'log.txt', show)
         finally:
             stop(process) # does nothing if it has ended
-        return failure(tail, errors, process.returncode) if process.returncode else ''
+        return failure(tail, errors, process.returncode, ranks*config.nnodes) if process.returncode else ''
 
 def rank_environment(
     threads:int,  # of each rank
@@ -410,7 +413,7 @@ def run(
         if not wait_until_done(record, config.nnodes):
             raise VitdistillError(reason or f'{record.name} ended without a result: start it again.')
         if reason: # such as of a tracker, to which the result was sent
-            print(f'{record.name} is done, but its ranks failed afterwards: {reason}')
+            print(f'{record.name} is done, but something failed afterwards: {reason}')
     if show:
         print_end(record)
     return record
@@ -423,8 +426,8 @@ def train_interruptibly(config:Config, record:Run, nproc:int|None, show:bool|typ
     except KeyboardInterrupt:
         checkpoint = record.checkpoint() if record.status != 'new' else None
         epochs = checkpoint['epochs'] if checkpoint else 0
-        where = f'go on after epoch {epochs}' if epochs else 'train this run from its beginning'
-        raise Interrupted(f'interrupted; run this again to {where}; finished runs are kept') from None
+        lost = f'it goes on after epoch {epochs}' if epochs else 'it begins anew, as no epoch had ended'
+        raise Interrupted(f'interrupted; run this again: {lost}. Finished runs are kept.') from None
 
 # %% ../../nbs/launch/01_runner.ipynb #79c28067
 def print_end(record:Run)->None:
