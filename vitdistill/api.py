@@ -68,7 +68,7 @@ from .tasks.words import is_by_words
 from .study.agreement import answers_given
 from .study.compare import Comparison, load_comparison, points
 from .study.figures import save_table
-from .study.choice import Choice, choice_of, finished_models, kind_of
+from .study.choice import Choice, choice_of, difference_in_words, finished_models, kind_of
 from .study.choice import Kind, Verdict, share_of, verdict_of
 from .study.job import Page, agreement, cost_text, draw_learning
 from .study.job import write_job
@@ -304,7 +304,7 @@ class Distilled:
     @functools.cached_property
     def choice(self)->Choice:
         "Returns which student to take, and why."
-        return choice_of(self.models, self.comparison.table())
+        return choice_of(self.models)
 
     @property
     def verdict(self)->Verdict:
@@ -507,9 +507,8 @@ def near_guessing(
             shares.append(f'{balanced:.0%} ({name})')
     if not shares:
         return []
-    return [f'Little better than guessing, which has {100/classes:.2g}% of the test images right: '
-            f'{", ".join(shares)}, on average over the classes. Train longer (--epochs) before you compare '
-            'these.']
+    return [f'The mean over the classes is little better than that of guessing, {100/classes:.2g}%: '
+            f'{", ".join(shares)}. Train longer (--epochs) before you compare these.']
 
 def advice(result:Distilled)->list[str]:
     "Returns what a job can't tell, and why: a sentence each."
@@ -566,7 +565,7 @@ def never_right(result:Distilled)->list[str]:
     if not missed:
         return []
     more = ', ...' if len(missed) > 5 else ''
-    return [f"{best} has no test image right of {', '.join(missed[:5])}{more}."]
+    return [f"{best} gets no test image right of {', '.join(missed[:5])}{more}."]
 
 # %% ../nbs/06_api.ipynb #286f24fb
 _titles = {'agrees': 'as its teacher', 'held_out': 'held-out', 'top1': 'test', 'balanced': 'balanced',
@@ -673,16 +672,13 @@ def findings(result:Distilled)->list[str]:
         return [*lines, *about_answers(result)]
     left_out = False
     for row in result.comparison.table().dropna(subset='difference').itertuples():
+        if result.best and difference_in_words(row, result.models, result.best): # the verdict has it
+            continue
         sure = row.low > 0 or row.high < 0
         if several and not sure: # the table has it
             left_out = True
             continue
-        doubt = ''
-        if not sure:
-            doubt = ': this may be chance'
-        elif row.seeds < 2:
-            doubt = '; this is one seed, and another may differ'
-        lines.append(points(row) + doubt) # `points`: the difference as a sentence
+        lines.append(points(row) + ('' if sure else ': this may be chance')) # `points`: a sentence
     if left_out and len(lines) > 1:
         lines.append('The other differences between students of one architecture may be chance.')
     elif left_out:

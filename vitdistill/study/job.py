@@ -652,7 +652,7 @@ def write_job(
     table = recalls(decisions, classes)
     gaps = comparison.table()
     usable = models if is_unlabelled(models) else {name: models[name] for name in decisions}
-    best = choice_of(usable, gaps).student
+    best = choice_of(usable).student
     verdict = verdict_of(usable, gaps, study.about.get('side', 0))
     with any_text():
         curves = learning(comparison, models)
