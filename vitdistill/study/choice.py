@@ -225,7 +225,7 @@ def accuracy_in_words(share:Share, of:str='test images right')->str:
 
 # %% ../../nbs/study/09_choice.ipynb #7a10c040
 def about_teacher(row, models:dict, student:str)->bool: # as in `difference_in_words`
-    "Returns whether a difference is that of a taught student from a plain one, of the student's architecture."
+    "Returns whether a row is of a taught and a plain student, of the architecture of the one to take."
     one, other, chosen = (models[name][0].config for name in (row.arm, row.other, student))
     same = one.student == other.student == chosen.student
     return same and (kind_of(one), kind_of(other)) == (Kind.taught, Kind.plain)
@@ -235,8 +235,8 @@ def difference_in_words(
     models:dict, # of `finished_models`
     student:str  # the one to take
 )->str:
-    """Returns what a planned difference on test images says of the student to take, or of its teacher; '' if it
-    says nothing of them."""
+    """Returns what a planned difference on test images says of the student to take, or of its teacher; '' if
+    it says nothing of them."""
     if not {row.arm, row.other} <= models.keys():
         return ''
     of_teacher = about_teacher(row, models, student)

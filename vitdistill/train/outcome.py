@@ -169,6 +169,8 @@ def model_card(
         rows['test accuracy'] = f"{result['test_top1']:.1%} of {n_test:,} images"
     if c.teacher and result.get('teacher_top1') is not None:
         images = result.get('teacher_measured_on') or 'images'
+        if images == 'images that it held out': # or that the job did
+            images = 'the held-out images'
         rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {images}"
     rows['licence'] = ('the weights are yours, as far as those that they are made from allow; the code that '
                        'trained them, vitdistill, is Apache-2.0')
