@@ -764,9 +764,12 @@ def test_notebook(job, images, weights, tmp_path):
     pictures = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "image/png" in
                 output.get("data", {})]
     assert len(pictures) == 2  # the curves, and some test images
-    [page] = [cell for cell in notebook["cells"] if "".join(cell["source"]) == "result.show()"]
-    shown = "".join(page["outputs"][0]["data"]["text/html"])
+    [cell] = [cell for cell in notebook["cells"] if "".join(cell["source"]) == "result"]
+    table = "".join(cell["outputs"][0]["data"]["text/html"])
+    result = api.Distilled(out / "mine.yaml", out)
+    assert f"{result.table().top1.iloc[0]:.1%} (" in table and "NaN" not in table
     # JupyterLab leaves the frame out of a notebook that papermill has executed: the line names the page
+    shown = result.show()._repr_html_()
     assert shown.startswith(f"<p>page: {out}/mine.html") and "<iframe srcdoc=" in shown
 
 

@@ -7,15 +7,15 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK',
            'seconds_of_cells', 'draw_answers', 'has_weights_of', 'copy_model', 'keep_model', 'return_models',
            'Distilled', 'draw_test_images', 'costs_file', 'model_costs', 'costs_of_model', 'measure_costs',
            'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
-           'architectures', 'fits_training_images', 'near_guessing', 'advice', 'costs_of_int8', 'never_right',
-           'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words', 'in_words', 'findings',
-           'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images', 'folder_of_parts',
-           'check_kind_of_labels', 'say_left_out', 'images_of_job', 'start_in_words', 'chosen_students',
-           'starts_of_students', 'refuse_wrong_types', 'command_of', 'unlabelled_folder', 'chosen_side',
-           'part_of_teacher', 'run_job', 'about_images', 'print_models', 'given_to_students', 'alone_in',
-           'found_images', 'about_job', 'distill', 'check_constants', 'refuse_other_project', 'save', 'class_orders',
-           'refuse_other_order', 'refuse_not_finite_logits', 'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss',
-           'TeacherMemo', 'predict', 'small_head']
+           'architectures', 'fits_training_images', 'near_guessing', 'advice', 'cost_in_words', 'costs_of_int8',
+           'never_right', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
+           'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
+           'folder_of_parts', 'check_kind_of_labels', 'say_left_out', 'images_of_job', 'start_in_words',
+           'chosen_students', 'weights_of_students', 'starts_of_students', 'refuse_wrong_types', 'command_of',
+           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models',
+           'given_to_students', 'alone_in', 'found_images', 'about_job', 'distill', 'check_constants',
+           'refuse_other_project', 'save', 'class_orders', 'refuse_other_order', 'refuse_not_finite_logits',
+           'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'TeacherMemo', 'predict', 'small_head']
 
 # %% ../nbs/06_api.ipynb #3f0c4a49
 import collections, contextlib, copy, filecmp, functools, inspect, json, math, os, re, shlex, shutil
@@ -70,7 +70,7 @@ from .study.compare import Comparison, load_comparison, points
 from .study.figures import save_table
 from .study.choice import Choice, choice_of, difference_in_words, finished_models, kind_of
 from .study.choice import Kind, Verdict, share_of, verdict_of
-from .study.job import Page, agreement, cost_text, draw_learning
+from .study.job import Page, accuracy_table, agreement, cost_text, draw_learning
 from .study.job import write_job
 from .study.results import read_predictions, teacher_calls
 from .study.stats import paired_score
@@ -109,11 +109,10 @@ def new_answers(
 
 # %% ../nbs/06_api.ipynb #93cd2f14
 MEASURING = 12 # seconds to export a student and to measure its files, beside their answers to the test images
-AFTER_TRAINING = 'sizes and times' # what a job of several students measures
+AFTER_TRAINING = 'sizes and times' # what a job measures at its end
 
 def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell -> seconds
-    """Returns about how long each unfinished cell will take here, at the speed of this moment; with several
-    students also the time of `measure_costs`."""
+    "Returns about how long each unfinished cell, and `measure_costs`, will take here, at today's speed."
     seconds = {}
     measuring = 0.
     students = [cell.config for cell in cells if cell.name != 'teacher']
@@ -147,7 +146,8 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
             answers = new_answers(c, images.train, asked)
             seconds[cell.name] += answers*of_image(other.config, False)*epochs/c.epochs
             asked |= {'', c.unlabelled}
-        if several and cell.name != 'teacher' and c.seed == students[0].seed:
+        is_measured = several or not measuring # of one architecture the student to take
+        if is_measured and cell.name != 'teacher' and c.seed == students[0].seed:
             measuring += MEASURING + 2*images.test*of_image(c, False) # a file and its int8
     if measuring:
         seconds[AFTER_TRAINING] = measuring
@@ -279,8 +279,11 @@ class Distilled:
         names = 'teacher', *self.comparison.arms
         return {name: {run.config.seed: run for run in self.models.get(name, ())} for name in names}
 
+    def _repr_html_(self)->str: # IPython asks for it
+        return accuracy_table(self.models, self.comparison).to_html(index=False)
+
     def table(self)->pd.DataFrame: # of `accuracies`
-        "Returns a row for each model; size, speed and int8 if they were measured, as with several students."
+        "Returns a row for each model: shares and numbers; size, speed and int8 of those that were measured."
         return accuracies(self)
 
     def curves(self): # -> a matplotlib figure
@@ -373,7 +376,7 @@ def model_costs(result:Distilled)->pd.DataFrame: # COSTS
     file = costs_file(result)
     if not file.is_file():
         return pd.DataFrame(columns=COSTS)
-    costs = pd.read_csv(file)
+    costs = pd.read_csv(file).reindex(columns=COSTS) # an older version had fewer
     first_runs = [runs[0].name for runs in result.models.values()]
     # without rows of older runs, which others have replaced since a preset has changed
     return costs[costs.run.isin(first_runs)].reset_index(drop=True)
@@ -391,14 +394,17 @@ def costs_of_model(folder:Path)->dict: # folder: of a model; -> name of a column
     return costs
 
 def measure_costs(result:Distilled)->None:
-    """Measures size, time and int8 of each student of a job that was not measured yet, and adds it to the
-    table; of one that can't be measured, prints why."""
+    """Measures size, time and int8 of each student of a job (with one architecture of that to take) that was
+    not measured yet, and adds it to the table; of one that can't be measured, prints why."""
     table = model_costs(result)
+    students = [name for name in result.models if name != 'teacher']
+    if len(architectures(result)) < 2:
+        students = students and [result.best]
     architecture_of = {runs[0].name: runs[0].config.student for runs in result.models.values()}
     machine = machine_in_words(environment(), 'cpu')
-    for name, runs in result.models.items():
-        run = runs[0].name
-        if name == 'teacher' or run in {*table.run}:
+    for name in students:
+        run = result.models[name][0].name
+        if run in {*table.run}:
             continue
         print(f'measuring size and speed of {name}', flush=True)
         try:
@@ -540,10 +546,20 @@ def advice(result:Distilled)->list[str]:
     return list(dict.fromkeys(lines)) # one sentence may hold for several students
 
 # %% ../nbs/06_api.ipynb #10db9ff3
+def cost_in_words(row)->str: # of `model_costs`, as a tuple
+    "Returns what a student costs, as far as it was measured, whole and after int8."
+    def size(mb, ms):
+        return f'{mb:.1f} MB' + ('' if pd.isna(ms) else f', {ms:.2g} ms an image')
+    line = f'{row.model}: {size(row.mb, row.ms)}'
+    if not pd.isna(row.int8_mb):
+        line += f'; after int8 {size(row.int8_mb, row.int8_ms)}'
+    if not pd.isna(row.int8_difference):
+        points = [100*value for value in (row.int8_difference, row.int8_low, row.int8_high)]
+        line += ', {:+z.1f} points on the test images ({:.1f} to {:.1f})'.format(*points)
+    return f'{line} (one thread, onnxruntime)' if not pd.isna(row.ms) else line
+
 def costs_of_int8(costs:pd.DataFrame)->list[str]: # of `model_costs`
     "Returns a sentence for each student that int8 clearly costs accuracy: the whole interval is below zero."
-    if 'int8_high' not in costs: # of an older version
-        return []
     lines = []
     for row in costs[costs.int8_high < 0].itertuples():
         ends = f'{100*row.int8_low:.1f} to {100*row.int8_high:.1f} over test images'
@@ -650,6 +666,7 @@ def in_words(result:Distilled)->str:
     else:
         width = max([8, *map(len, table.model)])
         lines = [row_in_words(row, result.labelled, width) for row in table.itertuples()]
+        lines += [cost_in_words(row) for row in model_costs(result).itertuples()]
     verdict = result.verdict
     lines += [*verdict.lines, *findings(result)]
     if verdict.steps:
@@ -683,7 +700,8 @@ def findings(result:Distilled)->list[str]:
         lines.append('The other differences between students of one architecture may be chance.')
     elif left_out:
         lines.append('No difference between students of one architecture is clear: each may be chance.')
-    lines += costs_of_int8(model_costs(result))
+    if several: # else `cost_in_words` has it
+        lines += costs_of_int8(model_costs(result))
     return [*lines, *never_right(result), *about_unlabelled(result), *advice(result)]
 
 # %% ../nbs/06_api.ipynb #3c72a017
@@ -783,8 +801,7 @@ def train_all(
     except VitdistillError:
         print_job(result) # what is done
         raise
-    if len(architectures(result)) > 1:
-        measure_costs(result)
+    measure_costs(result)
     print_job(result)
     return result
 
@@ -918,20 +935,43 @@ def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # stude
         check_name(name)
     if len(students) == 1:
         return students
-    for field in ('student_weights', 'student_kwargs'):
-        if fields.get(field):
-            raise VitdistillError(f"{field} = {fields[field]!r} is for one student, and this job has "
-                                  f"{', '.join(students)}: leave it out, or give each of them a folder of "
-                                  'its own as out.')
+    if fields.get('student_kwargs'):
+        raise VitdistillError(f"student_kwargs = {fields['student_kwargs']!r} is for one student, and this "
+                              f"job has {', '.join(students)}: leave it out, or give each of them a folder "
+                              'of its own as out.')
     return students
 
-def starts_of_students(students:list, fields:dict, preset:str)->list[dict]: # students: their names
+def weights_of_students(
+    students:list, # names
+    given:str|dict # file, model folder or hf-hub:... of one student; NAME=FILE,NAME=FILE or a dict of several
+)->dict: # name -> weights; without students that begin in another way
+    "Returns the weights that the user gives for each student."
+    if not given:
+        return {}
+    pairs = given
+    if not isinstance(given, dict):
+        words = [word.partition('=') for word in str(given).split(',')]
+        pairs = {name.strip(): file.strip() for name, _, file in words}
+        if len(students) == 1 and students[0] not in pairs: # a file alone, of any name
+            return {students[0]: str(given)}
+    for name, file in pairs.items():
+        if name not in students or not file:
+            raise VitdistillError(f'student_weights = {given!r}: write NAME=FILE,NAME=FILE with the names of '
+                                  f"students ({', '.join(students)}).")
+    return pairs
+
+def starts_of_students(
+    students:list, fields:dict, # names; of Config, that the user gives
+    preset:str, weights:dict    # weights: of `weights_of_students`
+)->list[dict]:
     "Returns the fields of the first student with all that the user gives, and of each further one its own."
     usual = config_of_preset(preset, 'baseline').student_normalization
-    first, *others = students
-    starts = [fields | student_fields(first, fields)]
-    for name in others:
-        starts.append(student_fields(name, fields, usual))
+    starts = []
+    for name in students:
+        own = student_fields(name, fields, usual if starts else '')
+        if weights: # '' too, since what the first one has is for all
+            own |= dict(student_weights=str(weights.get(name, '')))
+        starts.append(own if starts else fields | own)
     return starts
 
 # %% ../nbs/06_api.ipynb #448d041f
@@ -971,6 +1011,8 @@ def command_of(
         text = str(value)
         if name == 'student' and not isinstance(value, str):
             text = ','.join(map(str, value))
+        elif name == 'student_weights' and isinstance(value, dict):
+            text = ','.join(f'{student}={file}' for student, file in value.items())
         elif isinstance(value, (dict, list, tuple)):
             text = json.dumps(value)
         words += [option, text]
@@ -1078,7 +1120,8 @@ def print_models(
         if start == 'from random weights' and not chosen:
             print(f"warning: {fields['student']} begins with random weights, for timm has none or the hub "
                   'does not answer: expect a much lower accuracy. Give a file of weights '
-                  '(--student-weights), or try again where the hub answers.', flush=True)
+                  f"(--student-weights {fields['student']}=FILE), or try again where the hub answers.",
+                  flush=True)
     what = 'as it is' if 'weights' in teacher else 'fine-tuned first'
     print(f'teacher: {teacher["student"]} at {teacher["student_size"]} px, {what}', flush=True)
 
@@ -1110,7 +1153,8 @@ def alone_in(out:Path): # folder of a job
 def found_images(
     found:Findings, # of what is wrong
     data:Path, out:Path, preset:str, fields:dict, dry_run:bool, labels:str|Path, drop_duplicates:bool,
-    unlabelled:str|Path|None, teacher:str|Path, classes # as of `distill`; data, out: whole paths
+    unlabelled:str|Path|None, teacher:str|Path, classes, # as of `distill`; data, out: whole paths
+    weights:dict    # of `weights_of_students`
 )->tuple[Images|None, dict, Path|None]: # images, fields with their dataset, folder of images without labels
     "Returns what is in the user's folder, and prints it."
     names = [] if labels else found.call(names_without_labels, data, str(teacher), classes, unlabelled)
@@ -1118,7 +1162,7 @@ def found_images(
     if not names:
         more = found.call(unlabelled_folder, data, unlabelled, bool(fields.get('skip_broken')))
     looked = found.call(images_of_job, data, out, preset, fields, dry_run, labels, drop_duplicates, more,
-                        names or [], [teacher, fields.get('student_weights')])
+                        names or [], [teacher, *weights.values()])
     if not looked:
         return None, fields, more
     print(about_images(looked[0]), flush=True)
@@ -1158,14 +1202,16 @@ def distill(
     data, preset = from_here(data), typed_preset(preset)
     out = from_here(out or default_place('out/mine'))
     found = Findings() # all is looked at, before the job is refused
+    given_weights = fields.pop('student_weights', None)
     fields = usable_fields(fields, found)
     count = found.call(checked_seeds, seeds)
     side, teacher_side = (found.call(chosen_side, size) or 0 for size in (image_size, teacher_size))
     with user_call(), contextlib.nullcontext() if dry_run else alone_in(out):
         names = found.call(chosen_students, student, out, fields)
-        students = names and found.call(starts_of_students, names, fields, preset)
+        weights = names and found.call(weights_of_students, names, given_weights)
+        students = weights is not None and found.call(starts_of_students, names, fields, preset, weights)
         images, fields, more = found_images(found, data, out, preset, fields, dry_run, labels,
-                                            drop_duplicates, unlabelled, teacher, classes)
+                                            drop_duplicates, unlabelled, teacher, classes, weights or {})
         side = side or fitting_side(images.side if images else 32, torch.cuda.is_available())
         part = found.call(part_of_teacher, teacher, teacher_name, classes, teacher_side, side, images, out,
                           dry_run)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'Kind', 'kind_of', 'finished_models', 'is_unlabelled', 'held_out_scores', 'clearly_better', 'Choice',
-           'choose', 'choice_of', 'names_in_words', 'choice_in_words', 'Share', 'share_of', 'Facts', 'Step',
-           'next_steps', 'facts_of', 'accuracy_in_words', 'about_teacher', 'difference_in_words', 'Verdict',
+           'choose', 'choice_of', 'names_in_words', 'choice_in_words', 'Share', 'share_of', 'mean_share', 'Facts',
+           'Step', 'next_steps', 'facts_of', 'accuracy_in_words', 'about_teacher', 'difference_in_words', 'Verdict',
            'verdict_of']
 
 # %% ../../nbs/study/09_choice.ipynb #7a10c003
@@ -153,6 +153,15 @@ def share_of(value:float|None, images:int)->Share: # value: right of so many ima
     if value is None or math.isnan(value) or not images:
         return Share(math.nan, images, math.nan, math.nan)
     return Share(value, images, *wilson(round(value*images), images))
+
+def mean_share(shares:list[Share])->Share: # of classes; at least one
+    """Returns the mean of shares of different images, each counting alike, with its interval (Zou and Donner
+    2008, from the intervals of the shares)."""
+    value, images, low, high = np.array(shares, float).T
+    mean = value.mean()
+    below = np.sqrt(((value - low)**2).sum())/len(shares)
+    above = np.sqrt(((high - value)**2).sum())/len(shares)
+    return Share(mean, int(images.sum()), mean - below, mean + above)
 
 # %% ../../nbs/study/09_choice.ipynb #7a10c031
 class Facts(NamedTuple):

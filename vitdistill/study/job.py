@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_NUMBERS', 'MARKERS', 'COSTS', 'COST_FORMATS', 'MOST_CURVES', 'MEANINGS', 'test_decisions', 'recalls',
-           'confusion', 'confused_pairs', 'shortened', 'draw_confusion', 'draw_recalls', 'listed_files', 'thumbnail',
-           'test_files', 'surest_mistakes', 'kind_of_arm', 'agreement', 'initial_weights', 'percent', 'mean_result',
-           'accuracy_row', 'accuracy_table', 'settings', 'any_text', 'svg', 'picture', 'table_item', 'html_item',
-           'draw_costs', 'cost_text', 'costs_item', 'arms_of_students', 'colors_of', 'class_items', 'mistake_items',
-           'draw_learning', 'command_without_places', 'how_it_was_made', 'learning', 'introduction', 'results_note',
-           'cost_items', 'model_items', 'class_names_of', 'image_items', 'write_job', 'Page']
+           'decisions_of', 'class_names_of', 'confusion', 'confused_pairs', 'shortened', 'draw_confusion',
+           'draw_recalls', 'listed_files', 'thumbnail', 'test_files', 'surest_mistakes', 'kind_of_arm', 'agreement',
+           'initial_weights', 'percent', 'mean_result', 'shares_of_classes', 'accuracy_row', 'accuracy_table',
+           'settings', 'any_text', 'svg', 'picture', 'table_item', 'html_item', 'draw_costs', 'cost_text', 'costs_item',
+           'arms_of_students', 'colors_of', 'class_items', 'mistake_items', 'draw_learning', 'command_without_places',
+           'how_it_was_made', 'learning', 'introduction', 'results_note', 'cost_items', 'model_items', 'image_items',
+           'write_job', 'Page']
 
 # %% ../../nbs/study/10_job.ipynb #64f7a660
 import base64, html, io, math, os, shlex, warnings
@@ -30,7 +31,7 @@ from ..launch.images import LEFT_OUT, short_name
 from ..runs import Run, machine_in_words
 from .agreement import agreements
 from .choice import choice_of, finished_models, held_out_scores, is_unlabelled
-from .choice import share_of, verdict_of
+from .choice import Share, mean_share, share_of, verdict_of
 from .compare import Comparison, draw_curves, finished_runs, missing
 from .figures import format_cell, save_table, styled
 from .page import write_page
@@ -59,6 +60,22 @@ def recalls(
         first_seed = frame[frame.seed == frame.seed.iloc[0]] # each seed decides on the same images
         table['test images'] = first_seed.label.value_counts()
     return table.fillna({'test images': 0}).astype({'test images': int})
+
+# %% ../../nbs/study/10_job.ipynb #8b995474
+def decisions_of(models:dict)->dict: # of `finished_models`; -> model -> of `test_decisions`, if it has any
+    "Returns what each model decides on the test images."
+    decisions = {name: test_decisions(runs) for name, runs in models.items()}
+    return {name: frame for name, frame in decisions.items() if len(frame)}
+
+def class_names_of(models:dict, decisions:dict)->list[str]: # decisions: of `decisions_of`
+    "Returns the names of the classes; without a card, '0', '1' and so on."
+    card = next(filter(None, (Card.read(runs[0].model) for runs in models.values())), None) # one may be gone
+    if card and card.classes:
+        return card.classes
+    classes = 0
+    for frame in decisions.values():
+        classes = max(classes, 1 + int(frame[['label', 'decision']].max().max()))
+    return [str(label) for label in range(classes)]
 
 # %% ../../nbs/study/10_job.ipynb #89859340
 def confusion(
@@ -219,6 +236,10 @@ def mean_result(runs:list[Run], key:str)->float:
     "Returns the mean over runs of a number of result.json, of those that have it; NaN without any."
     return pd.Series([run.result.get(key) for run in runs], dtype=float).mean()
 
+def shares_of_classes(class_recalls:pd.DataFrame, name:str)->list[Share]: # of `recalls`; a model
+    "Returns the share of each class that a model has right, with its interval."
+    return [*map(share_of, class_recalls[name], class_recalls['test images'])]
+
 def accuracy_row(
     name:str, models:dict,     # a model of `finished_models`
     differences:pd.DataFrame,  # of `Comparison.table`
@@ -232,25 +253,30 @@ def accuracy_row(
         agreed = agreement(models, name)
         row['as its teacher'] = str(share_of(agreed.agree, int(agreed.fillna(0).images)))
     else:
-        tested = len(read_predictions(runs[0])) if name in class_recalls else 0
-        row['test images'] = str(share_of(mean_result(runs, 'test_top1'), tested))
+        images = len(read_predictions(runs[0])) if name in class_recalls else 0
+        row['test images'] = str(share_of(mean_result(runs, 'test_top1'), images))
         row['held-out images'] = str(share_of(held_out.mean(), len(held_out)))
     for gap in differences[differences.arm == name].dropna(subset='difference').itertuples():
         ends = '' if np.isnan(gap.low) else f' ({100*gap.low:.1f} to {100*gap.high:.1f})'
         other = kind_of_arm(gap.other, runs[0].config.student) # of the same architecture
         row[f'minus {other}, points'] = f'{100*gap.difference:+z.1f}{ends}'
-    if name in class_recalls and class_recalls[name].notna().any():
-        worst = class_recalls.loc[class_recalls[name].idxmin()]
-        row['worst class'] = shortened(worst['class'], 40)
-        row['right in it'] = f"{worst[name]:.0%} of {worst['test images']}"
-        row['mean of the classes'] = percent(class_recalls[name].mean(), 1)
+    tested = class_recalls[class_recalls['test images'] > 0]
+    if name in tested and len(tested):
+        shares = shares_of_classes(tested, name)
+        worst = tested[name].argmin()
+        row['worst class'] = f"{shortened(tested['class'].iloc[worst], 40)}: {shares[worst]} " \
+                             f'of {shares[worst].images}'
+        if tested['test images'].max() > 3*tested['test images'].min(): # else it is about the accuracy
+            row['mean of the classes'] = str(mean_share(shares))
     config = runs[0].config
     return row | {'architecture': config.student, 'begins with': initial_weights(config), 'seeds': len(runs)}
 
 # %% ../../nbs/study/10_job.ipynb #aeb4e87e
-def accuracy_table(models:dict, comparison:Comparison, class_recalls:pd.DataFrame)->pd.DataFrame:
+def accuracy_table(models:dict, comparison:Comparison)->pd.DataFrame: # models: of `finished_models`
     "Returns a row for each model, for readers: accuracies, its worst class, and its differences from others."
     differences = comparison.table()
+    decisions = decisions_of(models)
+    class_recalls = recalls(decisions, class_names_of(models, decisions))
     rows = [accuracy_row(name, models, differences, class_recalls) for name in models]
     frame = pd.DataFrame(rows).fillna('')
     measured = [name for name in ('test images', 'held-out images', 'as its teacher') if name in frame]
@@ -312,22 +338,24 @@ def html_item(text:str, caption:str='')->dict: # text: HTML
     return dict(caption=caption, links={}, html=Markup(text))
 
 # %% ../../nbs/study/10_job.ipynb #4c088940
-COSTS = {'parameters': 'parameters, M', 'mb': 'MB', 'int8_top1': 'int8: test accuracy',
-         'int8_difference': 'int8 minus whole, points', 'int8_mb': 'int8: MB', 'int8_ms': 'int8: ms'}
+COSTS = {'parameters': 'parameters, M', 'mb': 'MB', 'int8_difference': 'int8 minus whole, points',
+         'int8_mb': 'int8: MB', 'int8_ms': 'int8: ms'}
 COST_FORMATS = dict(parameters='.1f', mb='.1f', ms='.2f', int8_top1='.1%', int8_mb='.1f', int8_ms='.2f')
 
 @styled()
 def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -> a matplotlib figure
-    "Draws accuracy against ms an image, a line a student's architecture. Returns None without ms."
+    "Draws accuracy against ms an image, a line an architecture. None without ms, or for one architecture."
     costs = costs.dropna(subset='ms').set_index('model')
     tops = 100*comparison.tops().mean()
     if not len(costs) or tops.isna().all():
         return None
-    figure, ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')
     students = {}
     for arm, runs in comparison.arms.items():
         if runs and arm in costs.index:
             students[arm] = runs[0].config.student
+    if len({*students.values()}) < 2:
+        return None
+    figure, ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')
     for student in dict.fromkeys(students.values()):
         arms = [arm for arm in students if students[arm] == student]
         place = costs.ms[arms].mean() # arms of one architecture take equal time
@@ -358,7 +386,7 @@ def cost_text(
 
 def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS; -> an item of `write_page`
     "Returns the table of what the students cost, for readers."
-    shown = costs.copy()
+    shown = costs.drop(columns='int8_top1', errors='ignore') # the difference has its interval
     for name in COST_FORMATS:
         if name in shown:
             shown[name] = [cost_text(name, value) for value in shown[name]]
@@ -420,9 +448,9 @@ def class_items(
     if untested:
         more = ', ...' if len(untested) > 10 else ''
         caption += f" Never tested: {', '.join(untested[:10])}{more}."
-    shares = table.assign(**{name: table[name].map(percent) for name in models})
+    shares = table.assign(**{name: [*map(str, shares_of_classes(table, name))] for name in models})
     return [picture(draw_recalls(table, colors), caption),
-            table_item(shares, '', f'All {len(table)} classes')]
+            table_item(shares, '', f'All {len(table)} classes, with intervals')]
 
 # %% ../../nbs/study/10_job.ipynb #948c5c5a
 _mistakes = Template("""<ul class="images">{% for it in mistakes %}<li>{% if it.picture -%}
@@ -560,9 +588,12 @@ def introduction(models:dict)->list[str]: # models: of `finished_models`
     return [f"{'; '.join(meanings)}.".capitalize()] if meanings else []
 
 # %% ../../nbs/study/10_job.ipynb #765af6e1
-_models = Template('<p>Their folders lie in <code>models</code>, beside this page. Use: '
-                   '<code>vitdistill predict models/NAME IMAGES</code></p>\n<ul>'
-                   '{% for name in names %}<li>{{ name }}</li>\n{% endfor %}</ul>', autoescape=True)
+_models = Template("""<p>Their folders lie in <code>models</code>, beside this page. Use:
+<code>vitdistill predict models/NAME IMAGES</code></p>
+<ul>{% for name in names %}<li>{{ name }}</li>
+{% endfor %}</ul>
+<p>For other programs, such as those of a phone: <code>model.onnx</code> and <code>model.int8.onnx</code>
+in such a folder, or <code>vitdistill export FOLDER --int8</code></p>""", autoescape=True)
 
 def results_note(comparison:Comparison, models:dict)->str: # models: of `finished_models`
     "Returns what stands below the table of accuracies."
@@ -591,19 +622,7 @@ def cost_items(costs:pd.DataFrame, caption:str, comparison:Comparison)->list[dic
 
 def model_items(models:dict)->list[dict]: # of `finished_models`
     "Returns a page's names of the models; a link would lead nowhere in a mail."
-    files = 'For other programs, such as those of a phone: model.onnx and model.int8.onnx in such a ' \
-            'folder, or vitdistill export FOLDER --int8.'
-    return [html_item(_models.render(names=[*models]), files)]
-
-# %% ../../nbs/study/10_job.ipynb #8b995474
-def class_names_of(card:Card|None, decisions:dict)->list[str]: # decisions: model -> of `test_decisions`
-    "Returns the names of the classes; without a card, '0', '1' and so on."
-    if card and card.classes:
-        return card.classes
-    classes = 0
-    for frame in decisions.values():
-        classes = max(classes, 1 + int(frame[['label', 'decision']].max().max()))
-    return [str(label) for label in range(classes)]
+    return [html_item(_models.render(names=[*models]))]
 
 # %% ../../nbs/study/10_job.ipynb #dd8469b6
 _box = Template("""{% for line in verdict.lines %}<p>{{ line }}</p>
@@ -645,10 +664,8 @@ def write_job(
     if not models:
         raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
 
-    decisions = {name: test_decisions(runs) for name, runs in models.items()}
-    decisions = {name: frame for name, frame in decisions.items() if len(frame)}
-    card = next(filter(None, (Card.read(runs[0].model) for runs in models.values())), None) # one may be gone
-    classes = class_names_of(card, decisions)
+    decisions = decisions_of(models)
+    classes = class_names_of(models, decisions)
     table = recalls(decisions, classes)
     gaps = comparison.table()
     usable = models if is_unlabelled(models) else {name: models[name] for name in decisions}
@@ -663,11 +680,12 @@ def write_job(
 
     _save_tables(study.name, Path(out), gaps, table if decisions else None)
     notes = '\n'.join([*introduction(models), *findings, *missing(comparison)])
-    shown = table_item(accuracy_table(models, comparison, table), results_note(comparison, models))
+    shown = table_item(accuracy_table(models, comparison), results_note(comparison, models))
     first = [*models.values()][0][0]
     return write_page(Path(out)/f'{study.name}.html', study.title or study.name, [], {
-        'Results': [shown, dict(caption=notes, links={}), *cost_items(costs, costs_caption, comparison)],
+        'Results': [shown, dict(caption=notes, links={})],
         'Mistakes': wrong,
+        'Size and time': cost_items(costs, costs_caption, comparison),
         'Learning curves': curves,
         'The images': image_items(comparison),
         'The models': model_items(models),

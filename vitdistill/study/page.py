@@ -73,6 +73,7 @@ figure { margin: 1.5rem 0 2.2rem; overflow-x: auto; break-inside: avoid }
 .box { padding: .4rem 1.1rem; border: 2px solid #2a7f62; border-radius: 8px; break-inside: avoid }
 .box p:first-child { font-size: 1.15rem } .box li { margin: .3rem 0 }
 .half { display: inline-block; width: 100%; max-width: 29rem; margin-right: .8rem; vertical-align: top }
+.half:only-of-type { max-width: 46rem } .half:only-of-type img { max-width: none !important }
 img { box-sizing: border-box; width: 100%; min-width: 36rem; padding: .5rem; background: #fff;
   border-radius: 6px }
 figcaption { margin: .5rem 0; opacity: .8; font-size: .9rem; white-space: pre-line }
