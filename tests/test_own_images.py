@@ -145,6 +145,9 @@ def test_the_page_of_a_job_shows_what_it_gets_wrong_and_needs_no_other_file(job,
     for seen, label, path in wrong:
         [file] = images.rglob(f"{label}/{Path(path).name}")
         assert file.parent.name == label != seen
+    costs = pd.read_csv(out / "tables/mine_costs.csv")
+    assert costs.model.tolist() == [api.Distilled(out / "mine.yaml", out).best]  # one architecture, one size
+    assert f"{costs.mb[0]:.1f}" in text and f"{100 * costs.int8_low[0]:.1f} to" in text
     pairs = pd.read_csv(out / "tables/mine_classes.csv")
     assert pairs["test images"].tolist() == [2, 2, 2] and {"plain", "taught", "teacher"} <= {*pairs.columns}
 
@@ -724,14 +727,20 @@ def test_a_recipe_for_other_data_reads_the_folder(images, weights, tmp_path, mon
     assert {config_of(cell).dataset for cell in cells} == {"imagefolder"}
 
 
-def test_another_student_is_a_further_row(job, images, weights):
-    """One teacher and one memo serve both; the first student is not trained again."""
+def test_another_student_is_a_further_row(job, images, weights, tmp_path):
+    """One teacher and one memo serve both; the first student is not trained again. Each has its own start."""
     out, words, _ = job
     before = {run.name for run in find_runs(out / "runs")}
     runs = api.Distilled(out / "mine.yaml", out).runs()
     seeds = len(runs["plain"])
-    small = SMALL | dict(student="resnet10t")
+    start = tmp_path / "start.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), start)
+    small = SMALL | dict(student="resnet10t", student_weights=f"resnet10t={start}")
     result = api.distill(images, teacher=str(weights), out=out, seeds=seeds, **small)
+    starts = {name: runs[0].config.student_weights for name, runs in result.models.items()}
+    del starts["teacher"]
+    assert starts == dict.fromkeys(["plain", "taught"], "") | dict.fromkeys(
+        ["plain-resnet10t", "taught-resnet10t"], str(start))
     table = result.table().set_index("model")
     assert table.index.tolist() == ["teacher", "plain", "taught", "plain-resnet10t", "taught-resnet10t"]
     assert {run.name for run in find_runs(out / "runs")} > before
