@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK', 'memo', 'seconds_in_words', 'new_answers',
            'seconds_of_cells', 'draw_answers', 'has_weights_of', 'copy_model', 'keep_model', 'return_models',
-           'Distilled', 'draw_test_images', 'costs_file', 'model_costs', 'costs_of_model', 'measure_costs',
-           'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows', 'accuracies',
-           'architectures', 'fits_training_images', 'near_guessing', 'advice', 'cost_in_words', 'costs_of_int8',
+           'Distilled', 'draw_test_images', 'architectures', 'costs_file', 'model_costs', 'costs_of_model',
+           'measure_costs', 'class_recalls', 'balanced_accuracy', 'is_unbalanced', 'agreed_rows', 'accuracy_rows',
+           'accuracies', 'fits_training_images', 'near_guessing', 'advice', 'cost_in_words', 'costs_of_int8',
            'never_right', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
            'folder_of_parts', 'check_kind_of_labels', 'say_left_out', 'images_of_job', 'start_in_words',
@@ -361,6 +361,15 @@ def draw_test_images(
     class_folder = config.class_folder if result.labelled else ''
     return draw_answers(answers, result.test_images, class_folder, config.exif_orientation)
 
+# %% ../nbs/06_api.ipynb #85ac93e0
+def architectures(result:Distilled)->list[str]:
+    "Returns the architectures of a job's students, in the order in which they were given."
+    students = []
+    for name, runs in result.models.items():
+        if name != 'teacher':
+            students += [run.config.student for run in runs]
+    return list(dict.fromkeys(students))
+
 # %% ../nbs/06_api.ipynb #5d703cbb
 COSTS = ['model', 'parameters', 'mb', 'ms', 'int8_top1', 'int8_difference', 'int8_low', 'int8_high',
          'int8_mb', 'int8_ms', 'machine', 'run']
@@ -488,14 +497,6 @@ def accuracies(result:Distilled)->pd.DataFrame:
     return table.merge(costs, 'left', 'model') if len(table) and len(costs) else table
 
 # %% ../nbs/06_api.ipynb #85ac93df
-def architectures(result:Distilled)->list[str]:
-    "Returns the architectures of a job's students, in the order in which they were given."
-    students = []
-    for name, runs in result.models.items():
-        if name != 'teacher':
-            students += [run.config.student for run in runs]
-    return list(dict.fromkeys(students))
-
 def fits_training_images(run:Run)->bool:
     "Returns whether a finished run has nine of ten of its training images right, as augmentation shows them."
     return run.result['train_views_top1'] >= .9
