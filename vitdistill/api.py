@@ -970,7 +970,7 @@ def starts_of_students(
     starts = []
     for name in students:
         own = student_fields(name, fields, usual if starts else '')
-        if weights: # '' too, since what the first one has is for all
+        if {name, students[0]} & weights.keys(): # what the first one has is for all that say nothing else
             own |= dict(student_weights=str(weights.get(name, '')))
         starts.append(own if starts else fields | own)
     return starts
