@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .teachers.answers import open_memo
 from .base import Findings, Unwritable, VitdistillError, default_place, explained, first_line
 from .base import from_here
-from .base import nearest, print_result, stoppable, user_call, without_autocast
+from .base import nearest, print_result, stoppable, typed_path, user_call, without_autocast
 from .config import Config, field_names, from_dict, plain_value, preset as config_of_preset
 from .config import typed_preset
 from .data.datasets import check_dataset, list_images
@@ -959,7 +959,7 @@ def weights_of_students(
         if name not in students or not file:
             raise VitdistillError(f'student_weights = {given!r}: write NAME=FILE,NAME=FILE with the names of '
                                   f"students ({', '.join(students)}).")
-    return pairs
+    return {name: file if str(file).startswith(HUB) else typed_path(file) for name, file in pairs.items()}
 
 def starts_of_students(
     students:list, fields:dict, # names; of Config, that the user gives

@@ -107,6 +107,8 @@ def is_typed_path(
         return False
     if name in ('data_root', 'labels', 'runs_dir', 'work_dir', 'weights', 'texts'):
         return True
+    if name == 'student_weights' and '=' in value: # `distill` takes NAME=FILE,NAME=FILE too
+        return from_here(value).exists()
     if name.endswith('_weights') and name != 'class_weights':
         return True
     return name in ('clip', 'clip_pretrained', 'decoder', 'unlabelled') and from_here(value).exists()
