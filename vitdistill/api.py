@@ -942,6 +942,7 @@ def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # stude
                               'of its own as out.')
     return students
 
+# %% ../nbs/06_api.ipynb #1bf9cc85
 def weights_of_students(
     students:list, # names
     given:str|dict # file, model folder or hf-hub:... of one student; NAME=FILE,NAME=FILE or a dict of several
@@ -961,6 +962,7 @@ def weights_of_students(
                                   f"students ({', '.join(students)}).")
     return {name: file if str(file).startswith(HUB) else typed_path(file) for name, file in pairs.items()}
 
+# %% ../nbs/06_api.ipynb #1bf9cc86
 def starts_of_students(
     students:list, fields:dict, # names; of Config, that the user gives
     preset:str, weights:dict    # weights: of `weights_of_students`
@@ -994,6 +996,7 @@ def refuse_wrong_types(job:Callable, given:dict)->None: # as in `command_of`
         if value == '' and about.default not in ('', None): # such as an empty variable of a shell
             raise VitdistillError(f"{name} = '' is empty: give a name.")
 
+# %% ../nbs/06_api.ipynb #448d0420
 def command_of(
     job:Callable, # `distill`
     given:dict    # its arguments, name -> value; fields: further ones
@@ -1179,8 +1182,7 @@ def about_job(images:Images, data:Path, command:str)->dict: # of `images_of_job`
 @stoppable()
 def distill(
     data:str|Path, # folder of train/CLASS/* and val/CLASS/* (or test), of CLASS/*, or without labels
-    # timm name or hf-hub:OWNER/MODEL; several with commas between them
-    student:str|list='mobilenetv3_small_100',
+    student:str|list='mobilenetv3_small_100', # timm name or hf-hub:OWNER/MODEL; several with commas between
     # timm name, file of weights, model folder, hf-hub:..., or clip:MODEL/WEIGHTS
     teacher:str|Path='vit_tiny_patch16_224',
     out:str|Path=None, # everything of the job goes here; None: out/mine
@@ -1200,8 +1202,7 @@ def distill(
 )->Distilled|None: # None after a dry run
     "Trains a student with and without a teacher on a folder of images, and compares them."
     command = command_of(distill, locals()) # while locals() has the arguments alone
-    data, preset = from_here(data), typed_preset(preset)
-    out = from_here(out or default_place('out/mine'))
+    data, out, preset = from_here(data), from_here(out or default_place('out/mine')), typed_preset(preset)
     found = Findings() # all is looked at, before the job is refused
     given_weights = fields.pop('student_weights', None)
     fields = usable_fields(fields, found)

@@ -169,8 +169,7 @@ def model_card(
         rows['test accuracy'] = f"{result['test_top1']:.1%} of {n_test:,} images"
     if c.teacher and result.get('teacher_top1') is not None:
         images = result.get('teacher_measured_on') or 'images'
-        if images == 'images that it held out': # or that the job did
-            images = 'the held-out images'
+        images = images.replace('images that it held out', 'the held-out images') # or that the job did
         rows['teacher'] = f"{c.teacher}: {result['teacher_top1']:.1%} of {images}"
     rows['licence'] = ('the weights are yours, as far as those that they are made from allow; the code that '
                        'trained them, vitdistill, is Apache-2.0')
