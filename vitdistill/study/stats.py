@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_interval', 'detectable', 'power', 'Prior', 'fit_prior', 'Moderated', 'moderated', 'paired_difference', 'holm',
-           'mcnemar', 'paired_score']
+           'mcnemar', 'paired_score', 'Crossed', 'crossed_interval']
 
 # %% ../../nbs/study/01_stats.ipynb #5f1027c6
 import warnings
@@ -172,3 +172,24 @@ def paired_score(
     if beyond(1 - tiny, -1) > 0:
         high = brentq(beyond, gap + tiny, 1 - tiny, (-1,))
     return gap, low, high
+
+# %% ../../nbs/study/01_stats.ipynb #c5055ed2
+class Crossed(NamedTuple):
+    "Holds a mean over seeds and images, and its 95% interval where both are random."
+    mean:float
+    low:float
+    high:float
+
+def crossed_interval(
+    values # (seeds, images), both above 1, such as right by one arm minus right by another
+)->Crossed:
+    "Returns the mean over seeds and images with its 95% interval, where both are random."
+    values = np.asarray(values, float)
+    seeds, images = values.shape
+    mean, by_seed, by_image = values.mean(), values.mean(1), values.mean(0)
+    rest = values - by_seed[:, None] - by_image + mean
+    freedom = np.array([seeds - 1, images - 1, (seeds - 1)*(images - 1)])
+    squares = np.array([images*by_seed.var(ddof=1), seeds*by_image.var(ddof=1), (rest**2).sum()/freedom[2]])
+    total = squares @ [1, 1, -1]
+    half = student_t.ppf(.975, total**2/(squares**2/freedom).sum())*(total/values.size)**.5
+    return Crossed(float(mean), float(mean - half), float(mean + half))
