@@ -190,6 +190,9 @@ def crossed_interval(
     rest = values - by_seed[:, None] - by_image + mean
     freedom = np.array([seeds - 1, images - 1, (seeds - 1)*(images - 1)])
     squares = np.array([images*by_seed.var(ddof=1), seeds*by_image.var(ddof=1), (rest**2).sum()/freedom[2]])
-    total = squares @ [1, 1, -1]
-    half = student_t.ppf(.975, total**2/(squares**2/freedom).sum())*(total/values.size)**.5
+    # a variance between seeds, or images, that would be negative counts as 0
+    of_seeds, of_images = squares[:2] > squares[2]
+    weights = np.array([of_seeds, of_images, 1 - of_seeds - of_images], float)
+    total = weights @ squares
+    half = student_t.ppf(.975, total**2/((weights*squares)**2/freedom).sum())*(total/values.size)**.5
     return Crossed(float(mean), float(mean - half), float(mean + half))
