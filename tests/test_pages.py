@@ -64,7 +64,7 @@ def is_cell(number, cell):
 
 def misfit(words, row):
     """The first number of a linked text that its row doesn't have; '' where it has all."""
-    interval = re.search(r"([+-]?\d[\d,.]*)%? \((-?\d[\d,.]*) to (-?\d[\d,.]*)\)", words)
+    interval = re.search(r"([+-]?\d[\d,.]*)%?(?: points?)? \((-?\d[\d,.]*) to (-?\d[\d,.]*)\)", words)
     if interval and "difference" in row:
         named = zip(interval.groups(), ("difference", "low", "high"))
         signed = ((number if number[0] in "+-" else f"+{number}", column) for number, column in named)
