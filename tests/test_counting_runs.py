@@ -155,11 +155,19 @@ def test_two_arms_that_would_be_one_run_are_refused(project, one, other, is_one_
         check_cells(cells)
 
 
-@pytest.mark.parametrize("content", [b"\0" * 99, b""])
+@pytest.mark.parametrize("content", [b"\0" * 99, b"", None])
 def test_a_record_that_can_not_be_read_is_named(project, content):
     runs = [project.run("mine/plain", 0.5, seed=seed) for seed in (1, 2)]
-    (runs[1].folder / "config.yaml").write_bytes(content)
+    config = runs[1].folder / "config.yaml"
+    config.unlink() if content is None else config.write_bytes(content)
     assert runs[1].name in printed(load_comparison(project.study(arms=dict(plain=BASELINE))))
+
+
+def test_seeds_on_different_images_are_said(project):
+    for seed in 1, 2:
+        project.run("mine/plain", 0.5, seed=seed, data_hash=str(seed))
+    assert "plain: seeds 1 and 2 are on different images" in printed(
+        load_comparison(project.study(arms=dict(plain=BASELINE))))
 
 
 def test_a_small_copy_minus_an_arm_of_another_study_is_no_difference(project):

@@ -154,7 +154,8 @@ class Run:
     @property
     def status(self)->str: # 'done', 'running', 'interrupted', 'new' or 'unreadable' (config can't be read)
         if not (self.folder/'config.yaml').is_file():
-            return 'new'
+            lost = any((self.folder/name).is_file() for name in _RECORDED)
+            return 'unreadable' if lost else 'new'
         try:
             self.config
         except VitdistillError:
@@ -180,9 +181,14 @@ class Run:
         return read_checkpoint(file) if file.is_file() else None
 
 # %% ../nbs/05_runs.ipynb #de4d82e4
+_RECORDED = 'metrics.csv', 'result.json' # a folder with these is a run, even if its config.yaml is lost
+
 def find_runs(folder:str|Path='reports/runs')->list:
     "Returns all runs in a folder, sorted by name."
-    return [Run(file.parent) for file in sorted(from_root(folder).glob('*/config.yaml'))]
+    folders = set()
+    for name in ('config.yaml', *_RECORDED):
+        folders.update(file.parent for file in from_root(folder).glob(f'*/{name}'))
+    return [Run(folder) for folder in sorted(folders)]
 
 # %% ../nbs/05_runs.ipynb #e873d24d
 def find_run(

@@ -417,6 +417,10 @@ def missing(comparison:Comparison)->list[str]:
             notes.append(f"{arm}: not begun with seed {', '.join(absent)}.")
         elif not runs: # of an arm without planned seeds
             notes.append(f'{arm}: no run.')
+        data = {run.config.data_hash: str(run.config.seed) for run in runs if run.config.data_hash}
+        if len(data) > 1:
+            notes.append(f"{arm}: seeds {' and '.join(sorted(data.values()))} are on different images: their "
+                         'mean is of no one test set.')
     for one, other in pairs(comparison):
         names = f"{' - '.join(one)} and {' - '.join(other)}"
         reason = unequal(comparison, one, other)
