@@ -323,7 +323,8 @@ def test_long_runs_are_compared_as_far_as_both_have_come(tmp_path):
     course = STUDY.course_rows(dict(long=(plain, taught)), half=0.03)
     assert course.epochs.tolist() == ["1 to 10", "11 to 20", "21 to 25"]
     np.testing.assert_allclose(course.difference + course.plain / 2, 0, atol=1e-9)
-    np.testing.assert_allclose(course.high - course.low, 0.06)
+    np.testing.assert_allclose((course.high - course.low)[:2], 0.06)
+    assert np.isnan(course.high.iloc[-1])  # of five epochs, which scatter more than ten
     other = curve_arm(tmp_path / "other", LAW[:60], planned=150)
     arms = dict(plain=plain, other=other, taught=taught)
     table = STUDY.long_rows(arms, lambda epoch: 0.15 + 0.1 * np.log(epoch))

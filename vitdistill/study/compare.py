@@ -246,8 +246,8 @@ def difference(
     tops:pd.DataFrame,      # of `Comparison.tops`
     measure:str             # what `tops` holds, a number of result.json; '': something else
 )->dict:
-    """Returns a difference with its interval, as a row of `Comparison.table`: over seeds, moderated if its kind
-    has a prior; of a single pair in test accuracy over test images."""
+    """Returns a difference with its interval, as a row of `Comparison.table`: over seeds, moderated if its
+    kind has a prior; of a single pair in test accuracy over test images."""
     study = comparison.study
     names = [*one, *other]
     apart = seeds_on_other_data(comparison, one, other)
@@ -679,8 +679,8 @@ def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
     rows = comparison.table().drop(columns=['gaps', 'later'])
     about = f'{measured} of an arm minus that of another, 95% intervals.'
     if not rows.moderated_p.isna().all():
-        about += ' Moderated: the scatter over seeds is shrunk towards that of all comparisons of its kind; ' \
-                 't: the paired t interval, without that.'
+        about += ' Moderated: the scatter over seeds is shrunk towards that of all comparisons of its ' \
+                 'kind; t: the paired t interval, without that.'
     if not rows.holm.isna().all():
         about += ' Holm: p corrected for the rows of this table.'
     about_arms = f'{measured} of each arm, mean and standard deviation over seeds;'

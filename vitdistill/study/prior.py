@@ -9,7 +9,7 @@ __all__ = ['PRIOR_FILE', 'FEWEST', 'Kind', 'kind_of', 'prior_of']
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd
+import pandas as pd
 from ..runs import Run
 from .stats import Prior, fit_prior
 

@@ -96,7 +96,7 @@ def paired_difference(
     one,                  # (n,) accuracies of an arm, fractions
     other,                # (n,) of another, with the same seeds
     prior:Prior|None=None # of comparisons of this kind: then low and high are moderated
-)->dict:                  # difference, low, high; if gaps differ also p, std, detectable, correlation, welch_low, welch_high
+)->dict: # difference, low, high; if gaps differ also p, std, detectable, correlation, welch_low, welch_high
     """Returns the mean of `one` minus `other` with its 95% t interval over pairs, and Welch's.
 
     With a prior also moderated_p, and the paired t interval as t_low, t_high. improvement: the probability
