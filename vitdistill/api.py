@@ -138,8 +138,8 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
             seconds[cell.name] = (images.train + images.held_out + images.test)*of_image(c, False)
             continue
         epochs = c.epochs - max([run.epochs_done for run in runs], default=0)
-        epoch = plan_rows(c, images.train)*of_image(c, True) + images.test*of_image(c, False)
-        seconds[cell.name] = epochs*epoch
+        step = of_image(c, True) + (images.decoding if c.whole_image else 0.) # else decoded once
+        seconds[cell.name] = epochs*(plan_rows(c, images.train)*step + images.test*of_image(c, False))
         for other in cells:
             if other.arm != cell.models.get('teacher_weights'):
                 continue
@@ -151,6 +151,8 @@ def seconds_of_cells(cells:list[Cell], images:Images)->dict: # name of a cell ->
             measuring += MEASURING + 2*images.test*of_image(c, False) # a file and its int8
     if measuring:
         seconds[AFTER_TRAINING] = measuring
+    if seconds: # the first run keeps the pixels for the others
+        seconds[[*seconds][0]] += (images.train + images.held_out + images.test)*images.decoding
     return seconds
 
 # %% ../nbs/06_api.ipynb #93cd2f21

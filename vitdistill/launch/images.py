@@ -8,15 +8,15 @@ __all__ = ['UNLABELLED', 'MASKS', 'NO_LABELS', 'SMALL', 'CLASS_RULES', 'PART_RUL
            'places_without_labels', 'lies_in', 'refuse_out_within', 'link_labelled', 'is_unlabelled', 'is_part',
            'class_of', 'files_of_classes', 'Content', 'FolderRule', 'refuse_faults', 'is_archive', 'classes_of_parts',
            'with_test', 'has_part', 'folder_of_tests', 'Images', 'own_test', 'unlike_classes', 'images_in_words',
-           'sides_of', 'seen_in_words', 'images_in', 'same_in_words', 'shared_images', 'with_unique', 'left_out_of_job',
-           'write_left_out', 'fitting_side', 'fitting_fraction', 'few_test_images', 'weights_here', 'architecture_of',
-           'outputs', 'teacher_part', 'usable_fields', 'short_name', 'names_of_students', 'begun_students',
-           'student_fields', 'check_weights', 'check_tokens', 'checked_seeds', 'arms_of_student', 'question_of',
-           'study_of', 'refuse_other_files', 'begun_parts', 'write_study', 'refuse_changed_images',
-           'names_without_labels', 'part_by_words', 'seconds_an_image', 'same_threads']
+           'sides_of', 'seconds_to_decode', 'seen_in_words', 'images_in', 'same_in_words', 'shared_images',
+           'with_unique', 'left_out_of_job', 'write_left_out', 'fitting_side', 'fitting_fraction', 'few_test_images',
+           'weights_here', 'architecture_of', 'outputs', 'teacher_part', 'usable_fields', 'short_name',
+           'names_of_students', 'begun_students', 'student_fields', 'check_weights', 'check_tokens', 'checked_seeds',
+           'arms_of_student', 'question_of', 'study_of', 'refuse_other_files', 'begun_parts', 'write_study',
+           'refuse_changed_images', 'names_without_labels', 'part_by_words', 'seconds_an_image', 'same_threads']
 
 # %% ../../nbs/launch/04_images.ipynb #3f58f66d
-import collections, contextlib, csv, io, math, os, re, shutil, statistics, tempfile, typing
+import collections, contextlib, csv, io, math, os, re, shutil, statistics, tempfile, time, typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, timm, torch
@@ -27,7 +27,8 @@ from ..base import free_threads, from_here, from_root, nearest, write_atomic
 from ..data.datasets import held_out, how_images_differ, list_images, split_rows, stratified
 from ..data.digests import digests
 from ..data.duplicates import Pair, same_images
-from ..data.files import SOURCE, TESTS, ImageFiles, bare_folders, files_below, is_hidden, is_image
+from ..data.files import SOURCE, TESTS, DiskImages, ImageFiles, bare_folders, files_below
+from ..data.files import is_hidden, is_image
 from ..data.files import known_as, left_out_in_words, open_image
 from ..data.files import printable, reason_of, refuse_broken, say_once, some_rows, unreadable
 from ..data.labels import table_parts
@@ -420,6 +421,7 @@ class Images:
     weighted:bool=False # whether training weighs rare classes more
     folder:str|Path=''  # that the user knows; '': root
     table:str=''        # name of the table that says which images are for the test; '': folders say it
+    decoding:float=0.   # seconds to decode an image here
     left_out:dict=field(default_factory=dict) # name of a file in the user's folder -> why
 
     @property
@@ -502,6 +504,17 @@ def sides_of(
     refuse_broken(broken)
     return sides
 
+# %% ../../nbs/launch/04_images.ipynb #1fc3e1ec
+def seconds_to_decode(files:ImageFiles, most:int=16)->float: # most: images that are decoded
+    "Returns the seconds that an image takes to be decoded here, where several are at once."
+    rows = np.random.default_rng(1).permutation(len(files))[:most].tolist()
+    images = DiskImages(some_rows(files, rows), 64)
+    begun = time.perf_counter()
+    with contextlib.suppress(VitdistillError): # one that can't be read is named elsewhere
+        images[torch.arange(len(rows))]
+    return (time.perf_counter() - begun)/max(1, len(rows))
+
+
 # %% ../../nbs/launch/04_images.ipynb #34695694
 def seen_in_words(
     config:Config, # of a student
@@ -543,7 +556,7 @@ def images_in(
     parts = [train] if config.class_names else [train, test]
     side = round(statistics.median(sides_of(*parts)))
     images = Images(Path(config.data_root), train.classes, len(used), len(held_out), 0, side, drawn,
-                    same=seen_in_words(config, weights))
+                    same=seen_in_words(config, weights), decoding=seconds_to_decode(train))
     if config.class_names: # no image has a label
         return images
 
