@@ -14,7 +14,7 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 suffix = "_requirements"  # of an extra
 first, last = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
-BLOB = f"{cfg['git_url']}/blob/{cfg['branch']}"
+BLOB = f"{cfg['git_url']}/blob/v{cfg['version']}"  # the tag, so that PyPI's page does not drift
 CLASSIFIERS = [
     "Development Status :: 4 - Beta",
     "Framework :: Jupyter",

@@ -92,6 +92,8 @@ def read_result(file:Path, run:'Run')->dict:
     return result if result and result.get('hash') == config_hash(run.config) else {}
 
 # %% ../nbs/05_runs.ipynb #56e80e0e
+_RECORDED = 'metrics.csv', 'result.json' # a folder with these is a run, even if its config.yaml is lost
+
 class Run:
     "Reads a run folder; its config, result and start once."
     def __init__(self, folder:str|Path):
@@ -181,8 +183,6 @@ class Run:
         return read_checkpoint(file) if file.is_file() else None
 
 # %% ../nbs/05_runs.ipynb #de4d82e4
-_RECORDED = 'metrics.csv', 'result.json' # a folder with these is a run, even if its config.yaml is lost
-
 def find_runs(folder:str|Path='reports/runs')->list:
     "Returns all runs in a folder, sorted by name."
     folders = set()
