@@ -88,7 +88,7 @@ def test_a_dry_run_leaves_nothing_behind(photos, small, capsys, monkeypatch):
     study.write_text("arms: {plain: {notebook: e01_baseline_resnet50}}")
     before = tree(photos.parent)
     assert main(["distill", "photos", "--out", "job", "--dry-run", *small]) == 0
-    assert f"{photos.parent}/job/data: 2 classes" in capsys.readouterr().out
+    assert f"{photos}: 2 classes" in capsys.readouterr().out
     assert main(["grid", "one.yaml", "--out", "batches", "--dry-run"]) == 0
     assert tree(photos.parent) == before
 
@@ -101,7 +101,7 @@ def test_a_typed_path_starts_at_the_working_folder(photos, small, monkeypatch, c
     (inner / "settings.ini").write_text("[settings]\n")
     monkeypatch.chdir(inner)
     assert main(["distill", "../photos", "--out", "job", "--dry-run", *small]) == 0
-    assert f"{inner}/job/data: 2 classes" in capsys.readouterr().out
+    assert f"{photos}: 2 classes" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=f"no folder {inner}/photos"):
         main(["distill", "photos", "--dry-run", *small])
     with pytest.raises(SystemExit, match="data_root = .* is set by the job itself: name the"):

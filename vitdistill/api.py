@@ -947,11 +947,12 @@ def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # stude
 # %% ../nbs/06_api.ipynb #1bf9cc85
 def weights_of_students(
     students:list, # names
-    given:str|dict # file, model folder or hf-hub:... of one student; NAME=FILE,NAME=FILE or a dict of several
+    given:str|dict, # file, model folder or hf-hub:... of one student; NAME=FILE,NAME=FILE or a dict
+    kept:dict={}    # name -> weights of students that have begun and that this call does not name
 )->dict: # name -> weights; without students that begin in another way
-    "Returns the weights that the user gives for each student."
+    "Returns the weights that each student begins with."
     if not given:
-        return {}
+        return kept
     pairs = given
     if not isinstance(given, dict):
         words = [word.partition('=') for word in str(given).split(',')]
@@ -962,7 +963,8 @@ def weights_of_students(
         if name not in students or not file:
             raise VitdistillError(f'student_weights = {given!r}: write NAME=FILE,NAME=FILE with the names of '
                                   f"students ({', '.join(students)}).")
-    return {name: file if str(file).startswith(HUB) else typed_path(file) for name, file in pairs.items()}
+    return kept | {name: file if str(file).startswith(HUB) else typed_path(file)
+                   for name, file in pairs.items()}
 
 # %% ../nbs/06_api.ipynb #1bf9cc86
 def starts_of_students(
@@ -1212,7 +1214,9 @@ def distill(
     side, teacher_side = (found.call(chosen_side, size) or 0 for size in (image_size, teacher_size))
     with user_call(), contextlib.nullcontext() if dry_run else alone_in(out):
         names = found.call(chosen_students, student, out, fields)
-        weights = names and found.call(weights_of_students, names, given_weights)
+        kept = {name: file for name, file in begun_students(out).items()
+                if file and name not in names_of_students(student)} if names else {}
+        weights = names and found.call(weights_of_students, names, given_weights, kept)
         students = weights is not None and found.call(starts_of_students, names, fields, preset, weights)
         images, fields, more = found_images(found, data, out, preset, fields, dry_run, labels,
                                             drop_duplicates, unlabelled, teacher, classes, weights or {})

@@ -842,18 +842,21 @@ def names_of_students(given:str|list)->list[str]: # a name, several with commas 
             raise VitdistillError(f'student = {given!r} names {name} twice: leave one out.')
     return names
 
-def begun_students(out:Path)->list[str]: # folder of a job
-    """Returns the names of the students of which something was trained in the folder of a job; a folder of
-    other files is a `VitdistillError`."""
+def begun_students(out:Path)->dict: # folder of a job -> name of a student -> weights it began with, or ''
+    """Returns the students of which something was trained in the folder of a job; a folder of other files is
+    a `VitdistillError`."""
     refuse_other_files(out)
     file = out/f'{out.name}.yaml'
     begun = begun_parts(out)
     if not file.is_file():
-        return []
+        return {}
     study = read_yaml(file)
-    first = study['common'].get('student')
-    students = [arm.get('student', first) for name, arm in study['arms'].items() if name in begun]
-    return list(dict.fromkeys(students))
+    students = {}
+    for name, arm in study['arms'].items():
+        if name in begun:
+            arm = study['common'] | arm
+            students.setdefault(arm.get('student'), arm.get('student_weights', ''))
+    return students
 
 def student_fields(
     name:str,        # timm name, or hf-hub:OWNER/MODEL
