@@ -11,9 +11,9 @@ __all__ = ['MEASURING', 'AFTER_TRAINING', 'COSTS', 'loss', 'MARKS', 'SAME_MARK',
            'never_right', 'costs_table', 'share_in_words', 'about_unlabelled', 'about_answers', 'row_in_words',
            'in_words', 'findings', 'write_page_of', 'print_job', 'eta_of', 'JobClock', 'train_all', 'recipe_of_images',
            'folder_of_parts', 'check_kind_of_labels', 'say_left_out', 'images_of_job', 'start_in_words',
-           'chosen_students', 'weights_of_students', 'starts_of_students', 'refuse_wrong_types', 'command_of',
-           'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images', 'print_models',
-           'given_to_students', 'alone_in', 'found_images', 'about_job', 'distill', 'check_constants',
+           'chosen_students', 'kept_weights', 'weights_of_students', 'starts_of_students', 'refuse_wrong_types',
+           'command_of', 'unlabelled_folder', 'chosen_side', 'part_of_teacher', 'run_job', 'about_images',
+           'print_models', 'given_to_students', 'alone_in', 'found_images', 'about_job', 'distill', 'check_constants',
            'refuse_other_project', 'save', 'class_orders', 'refuse_other_order', 'refuse_not_finite_logits',
            'checked_answers', 'LoadedTeacher', 'load_teacher', 'Loss', 'TeacherMemo', 'predict', 'small_head']
 
@@ -945,10 +945,15 @@ def chosen_students(student:str|list, out:Path, fields:dict)->list[str]: # stude
     return students
 
 # %% ../nbs/06_api.ipynb #1bf9cc85
+def kept_weights(out:Path, student:str|list)->dict: # folder of a job; students of a call, as in `distill`
+    "Returns the weights of students that have begun with some and that a call does not name."
+    named = names_of_students(student)
+    return {name: file for name, file in begun_students(out).items() if file and name not in named}
+
 def weights_of_students(
-    students:list, # names
+    students:list,  # names
     given:str|dict, # file, model folder or hf-hub:... of one student; NAME=FILE,NAME=FILE or a dict
-    kept:dict={}    # name -> weights of students that have begun and that this call does not name
+    kept:dict={}    # of `kept_weights`
 )->dict: # name -> weights; without students that begin in another way
     "Returns the weights that each student begins with."
     if not given:
@@ -1214,9 +1219,7 @@ def distill(
     side, teacher_side = (found.call(chosen_side, size) or 0 for size in (image_size, teacher_size))
     with user_call(), contextlib.nullcontext() if dry_run else alone_in(out):
         names = found.call(chosen_students, student, out, fields)
-        kept = {name: file for name, file in begun_students(out).items()
-                if file and name not in names_of_students(student)} if names else {}
-        weights = names and found.call(weights_of_students, names, given_weights, kept)
+        weights = names and found.call(weights_of_students, names, given_weights, kept_weights(out, student))
         students = weights is not None and found.call(starts_of_students, names, fields, preset, weights)
         images, fields, more = found_images(found, data, out, preset, fields, dry_run, labels,
                                             drop_duplicates, unlabelled, teacher, classes, weights or {})
