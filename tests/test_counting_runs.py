@@ -1,5 +1,6 @@
 """Which runs a comparison counts: those that its study's file asks for as it stands now."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,18 @@ def test_a_teacher_that_was_edited_takes_its_students_along(project, capsys):
     assert "5 done" in status and "epochs 8, not 24" in status and "plain: 1 run of an older form" in status
     lines = printed(load_comparison(file)).splitlines()
     assert lines[1].split()[:3] == ["vit", "(teacher)", "70.0%"]
+
+
+def test_a_teacher_whose_record_is_lost_is_said(project):
+    teacher = project.run("mine/vit", 0.7, "teacher", result=dict(weights_hash="1"))
+    project.run("mine/taught", 0.6, "distilled", seed=1, teacher_weights=str(teacher.model),
+                result=dict(teacher_card=dict(weights_hash="1")))
+    teachers = dict(vit=dict(notebook="e00_teacher"))
+    file = project.study(arms=dict(taught=TAUGHT), teachers=teachers)
+    lost = "taught: the record of the teacher of distilled-"
+    assert lost not in printed(load_comparison(file))
+    shutil.rmtree(teacher.folder)
+    assert lost in printed(load_comparison(file))
 
 
 def test_a_teacher_below_the_plain_student_is_said(project):

@@ -589,7 +589,7 @@ def never_right(result:Distilled)->list[str]:
 # %% ../nbs/06_api.ipynb #286f24fb
 _titles = {'agrees': 'as its teacher', 'held_out': 'held-out', 'top1': 'test', 'balanced': 'balanced',
            'worst': 'worst class', 'parameters': 'params, M', 'mb': 'MB', 'ms': 'ms',
-           'int8_top1': 'int8: test', 'int8_mb': 'MB', 'int8_ms': 'ms'} # of columns
+           'int8_difference': 'int8 minus whole', 'int8_mb': 'MB', 'int8_ms': 'ms'} # of columns
 
 def costs_table(rows:pd.DataFrame)->str: # of `Distilled.table`
     "Returns a line for each model of a job with several students: accuracy, size and speed."

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..base import VitdistillError, explained, from_here, nearest, user_call, write_atomic
 from ..data.digests import digests
-from ..data.labels import in_table
+from ..data.labels import in_table, table_text
 from ..data.files import TESTS, decoded, in_folders, left_out_in_words, left_out_of, printable
 from ..data.files import say_once
 from .measure import class_shares
@@ -36,6 +36,9 @@ def labelled_files(
 
     files = None
     if labels:
+        if 'probability' in next(iter(table_text(from_here(labels)).splitlines()), ''):
+            say_once(f'{printable(labels)} has a column probability, so its classes may be what a model saw: '
+                     'then this counts how often the two agree, not what is right.', warning=True)
         parts = in_table(root, from_here(labels))
         files = parts.get('') or parts.get('val') or parts.get('test')
         if not files:

@@ -558,6 +558,7 @@ class Verdict(NamedTuple):
     reason:str=''  # why it does not, or what is said of it
     name:str=''    # 'study/arm', with varied values, for which it counts
     edits:str=''   # how the preset was edited since it ran
+    unchecked:str='' # such as 'teacher', if the record of its teacher is not here
     older:bool=True # if it does not count: is it of an older form of the file?
 
 def _in_words(differences): # field -> (value of the run, value that is asked for)
@@ -663,6 +664,12 @@ def unfit_model(run:Run, wanted:Wanted, records:list[Run])->str: # records: of `
             return f'{kind} is no run of {makers[0].arm} that is here'
     return ''
 
+def _unchecked_model(run, wanted, records): # the kind of a model whose record is not here, such as 'teacher'
+    for key, makers in wanted.models.items():
+        if makers and maker_of(run, key, records) is None:
+            return key.removesuffix('_weights')
+    return ''
+
 def unfit(run:Run, wanted:Wanted, records:list[Run])->str:
     "Returns why a run does not have what a study's file asks for, or ''."
     if wanted.seeds and run.config.seed not in wanted.seeds:
@@ -687,11 +694,12 @@ def verdicts(wanted:list[Wanted], records:list[Run])->list[Verdict]: # wanted: o
             found.append(Verdict(run, False, unfit(run, nearest_one, records)))
             continue
         best = min(fits, key=lambda one: len(differences(run, one)[1]))
-        found.append(Verdict(run, True, name=best.name, edits=_in_words(differences(run, best)[1])))
+        found.append(Verdict(run, True, name=best.name, edits=_in_words(differences(run, best)[1]),
+                             unchecked=_unchecked_model(run, best, records)))
     return _of_one_preset(found)
 
 def _unreadable(run):
-    why = 'its config.yaml can not be read: copy it anew, or remove the folder'
+    why = 'its config.yaml is missing or can not be read: copy it anew, or remove the folder'
     return Verdict(run, False, why, older=False)
 
 def _of_one_preset(found): # runs of one arm that differ only by its preset's edits are not mixed
@@ -764,6 +772,12 @@ def left_in_words(
                 text = f"{number}{of_form} {'are' if many else 'is'} left out"
             names = runs[0].name + (' and others' if many else '')
             sentences.append(f'{arm}: {text} ({reason}; {names}).')
+        unchecked = [verdict for verdict in about if verdict.counts and verdict.unchecked]
+        if unchecked:
+            first, counted = unchecked[0], sum(verdict.counts for verdict in about)
+            sentences.append(f'{arm}: the record of the {first.unchecked} of {first.run.name} is not here, '
+                             'so its settings may be others than those of this file '
+                             f'({len(unchecked)} of {counted} runs).')
     return sentences
 
 # %% ../../nbs/launch/00_studies.ipynb #09c0817d

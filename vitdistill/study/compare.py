@@ -790,8 +790,10 @@ def main(arguments:list=None)->int:
     comparison = load_comparison(args.study, str(args.runs or ''))
     if not any(comparison.arms.values()):
         command = f'vitdistill grid {shlex.quote(args.study)}'
+        left = ' '.join(comparison.left[:3])
         raise VitdistillError(f'there is no run of {args.study}: start it by {command}, or '
-                              'name run folders in the file: "plain: {runs: [NAME, ...]}".')
+                              'name run folders in the file: "plain: {runs: [NAME, ...]}".'
+                              + f' {left}'*bool(left))
     print(printed(comparison))
     print(f'wrote {write(comparison, default_place(args.out))}')
     return 0
