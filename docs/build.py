@@ -24,7 +24,8 @@ REPOSITORY = re.search(r"^git_url = (.*)$", (ROOT / "settings.ini").read_text(),
 # page of the site, without its ending -> the file of the repository that it shows
 PAGES = {"start": "README.md", "study": "reports/study.md", "contributing": "CONTRIBUTING.md",
          "changes": "CHANGELOG.md"}
-PAGES |= {name: f"docs/{name}.md" for name in ("recipes", "gpus", "library", "costs", "trouble", "compare")}
+PAGES |= {name: f"docs/{name}.md" for name in ("recipes", "gpus", "library", "costs", "trouble", "compare",
+                                               "extend")}
 for _file in sorted((ROOT / "reports").glob("*.md")):
     if _file.stem != "study":
         PAGES[f"studies/{_file.stem}"] = _file.relative_to(ROOT).as_posix()
