@@ -17,7 +17,6 @@ from vitdistill.deploy import measure as room
 from vitdistill.deploy.evaluate import evaluate
 from vitdistill.deploy.predict import Predictor, from_folder, from_onnx, predict
 from vitdistill.models.create import create, save_model
-from vitdistill.study.stats import paired_score
 from vitdistill.teachers.card import Card
 
 NO_CHANGE = (0.0,) * 3, (1.0,) * 3
@@ -113,7 +112,7 @@ def test_what_int8_loses_is_below_zero(monkeypatch):
     labels = np.zeros(100, int)
     whole = costs("fp32", np.ones(100, bool), labels)
     int8 = costs("int8", np.arange(100) >= 10, labels)
-    first, second, *_ = room.difference_in_words(int8, whole, paired_score)
+    first, second, *_ = room.difference_in_words(int8, whole)
     assert first.startswith("int8 minus fp32: -10.0 points (-") and "costs accuracy" in second
     monkeypatch.setattr(api, "measure", lambda *given, **more: [whole, int8])
     row = api.costs_of_model("model")

@@ -65,7 +65,7 @@ from .study.choice import Kind, Verdict, share_of, verdict_of
 from .study.job import Page, accuracy_table, agreement, cost_text, draw_learning
 from .study.job import write_job
 from .study.results import read_predictions, teacher_calls
-from .study.stats import paired_score
+from .stats import paired_score
 
 # %% ../nbs/06_api.ipynb #63aaaca9
 _all_ = ['load_teacher', 'loss', 'memo', 'predict', 'save', 'small_head']

@@ -541,8 +541,7 @@ def export(words:list[str])->int:
         from vitdistill.deploy.export import main
         return main(words)
     from vitdistill.deploy.measure import main
-    from vitdistill.study.stats import paired_score
-    return main(words, paired_score)
+    return main(words)
 
 # %% ../nbs/07_cli.ipynb #cd2418cb
 _commands = (demo, distill, predict, evaluate, captions, study, train, grid, compare, figures, report, bench,

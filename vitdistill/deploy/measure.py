@@ -8,7 +8,7 @@ __all__ = ['SMALLER', 'ModelCosts', 'class_shares', 'images_of', 'milliseconds',
 
 # %% ../../nbs/deploy/02_measure.ipynb #abb44d14
 import contextlib, importlib.util, sys, tempfile, time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np, torch
@@ -23,6 +23,7 @@ from .export import PACKAGES, export_fp16, export_int8, export_onnx
 from .predict import Predictor, class_numbers, from_onnx, is_onnx, load_model, model_folder
 from ..options import export_parser
 from ..runs import Run, environment, find_run, machine_in_words
+from ..stats import paired_score
 from ..teachers.card import Card
 
 # %% ../../nbs/deploy/02_measure.ipynb #6e56f44c
@@ -242,14 +243,11 @@ def cost_table(rows:list)->str: # of `measure`
         lines.append(f'{row.kind:6} {costs} {shares}')
     return '\n'.join(lines)
 
-def difference_in_words(
-    one:ModelCosts, other:ModelCosts, # on the same test images
-    interval:Callable # (right of a, right of b) -> (a - b, low, high), as `study.stats.paired_score`
-)->list:
+def difference_in_words(one:ModelCosts, other:ModelCosts)->list: # on the same test images
     "Returns sentences on what `one` loses against `other`: accuracy, with its interval, and time."
     lines = []
     if one.images:
-        gap, low, high = interval(one.right, other.right)
+        gap, low, high = paired_score(one.right, other.right)
         ends = f'{100*low:.1f} to {100*high:.1f} over {one.images:,} test images'
         lines.append(f'{one.kind} minus {other.kind}: {100*gap:+z.1f} points ({ends})')
         if high < 0:
@@ -259,10 +257,7 @@ def difference_in_words(
     return lines
 
 # %% ../../nbs/deploy/02_measure.ipynb #0f6b4fe8
-def main(
-    arguments:list=None,
-    interval:Callable=None # as in `difference_in_words`
-)->int:
+def main(arguments:list=None)->int:
     "Runs `vitdistill export MODEL --int8` or `--fp16`; returns the exit status."
     args = export_parser().parse_args(arguments)
     for package in PACKAGES:
@@ -277,7 +272,7 @@ def main(
     print(f'ms: one image at a time, one thread, {machine_in_words(environment(), "cpu")}')
     whole, *smaller = rows
     for row in smaller:
-        for line in difference_in_words(row, whole, interval):
+        for line in difference_in_words(row, whole):
             print(line)
     print('files:', *(row.name for row in rows))
     return 0

@@ -11,7 +11,7 @@ from scipy.spatial.distance import pdist, squareform
 from ..base import VitdistillError, shipped
 from ..runs import Run
 from .results import decisions, prediction_arrays, read_predictions, same_data
-from .stats import seed_interval
+from ..stats import seed_interval
 
 # %% ../../nbs/study/04_agreement.ipynb #29395e39
 def disagreement(frame:pd.DataFrame)->pd.DataFrame: # columns of `decisions` -> square; shares in [0, 1]

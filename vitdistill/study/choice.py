@@ -20,7 +20,7 @@ from ..runs import Run
 from .agreement import answers_given
 from .compare import Comparison, finished_runs
 from .results import prediction_arrays, read_predictions
-from .stats import paired_score, seed_interval
+from ..stats import paired_score, seed_interval
 
 # %% ../../nbs/study/09_choice.ipynb #7a10c006
 class Kind(enum.IntEnum):

@@ -30,7 +30,7 @@ from .page import write_index, write_page
 from .results import curves, mean_curve, prediction_files, read_predictions, same_data
 from .results import training_images
 from .prior import prior_of
-from .stats import holm, paired_difference, paired_score
+from ..stats import holm, paired_difference, paired_score
 
 # %% ../../nbs/study/08_compare.ipynb #69508232
 def newest(runs:list[Run])->list[Run]: # of one arm; a seed may have been started again, with other settings

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
 from ..runs import Run
-from .stats import Prior, fit_prior
+from ..stats import Prior, fit_prior
 
 # %% ../../nbs/study/11_prior.ipynb #a1b2c306
 class Kind(NamedTuple):
