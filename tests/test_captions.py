@@ -19,7 +19,7 @@ from vitdistill.cli import main
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, save
 from vitdistill.data.datasets import load_data
-from vitdistill.tasks.encoders import OpenClip
+from vitdistill.teachers.encoders import OpenClip
 from vitdistill.models.create import create, create_student, save_model
 from vitdistill.train.ranks import Ranks
 from vitdistill.runs import Run, read_arrays

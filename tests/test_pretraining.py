@@ -25,6 +25,7 @@ from vitdistill.runs import find_runs
 from vitdistill.train.setup import prepare, resolve
 from vitdistill.launch.studies import read_study
 from vitdistill.tasks.can import PRETRAINING
+from vitdistill.tasks.table import EVERY_OBJECTIVE
 from vitdistill.train.step import create_step
 from vitdistill.train.loop import batches, train, train_epoch
 
@@ -193,7 +194,7 @@ def test_pretraining_has_the_published_betas():
     for part, betas in ("pretrain", (0.9, 0.95)), ("teacher", (0.9, 0.999)):
         config = preset("can", part)
         model = create_student(config, 100, 32)
-        terms = criterion(config)
+        terms = criterion(config, EVERY_OBJECTIVE)
         if part == "pretrain":
             terms.fit(model)
         optimizer = create_optimizer(config, model.model, terms)

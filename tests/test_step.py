@@ -36,7 +36,6 @@ from vitdistill.data.views import Views
 
 BATCH = 8
 TEACHERS = {name: "vit_tiny_patch16_224" if made.wants else "" for name, made in OBJECTIVES.items()}
-LABELLED = [name for name, made in OBJECTIVES.items() if made.labelled]  # pre-training has its own
 SMALL = dict(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=3)
 PACKAGE = str(Path(vitdistill.__file__).parent)
 NO_LAUNCH = "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::detach"
@@ -341,7 +340,7 @@ class FromMemo(AnswerSource):
         return self.kind.make(torch.randn(len(plan.image), 100))
 
 
-@pytest.mark.parametrize(("name", "images_on"), [*[(name, "cuda:0") for name in LABELLED], ("hard", "cpu")])
+@pytest.mark.parametrize(("name", "images_on"), [*[(name, "cuda:0") for name in OBJECTIVES], ("hard", "cpu")])
 def test_a_step_on_a_gpu_that_is_not_here(name, images_on, monkeypatch):
     """Fakes hold no numbers, but know their device: none meets one of another, and nothing needs a number."""
     mixes = dict(mixup=0.8, cutmix=1.0) if name == "none" else {}
@@ -378,7 +377,7 @@ def no_read(self, *_, **__):
     raise AssertionError("the host reads a tensor, and a graph can't hold that")
 
 
-CAPTURED = [name for name in LABELLED if OBJECTIVES[name].compiles]
+CAPTURED = [name for name in OBJECTIVES if OBJECTIVES[name].compiles]
 PARTLY = [name for name in CAPTURED if OBJECTIVES[name].wants and not OBJECTIVES[name].needs_label]
 CASES = [*[(name, "") for name in CAPTURED], *[(name, f"{BATCH}:{2 * BATCH}") for name in PARTLY]]
 

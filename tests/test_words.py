@@ -22,9 +22,8 @@ from vitdistill.teachers.card import Card
 
 pytest.importorskip("transformers", reason="the extra captions is not installed")
 open_clip = pytest.importorskip("open_clip", reason="the extra captions is not installed")
-from vitdistill.tasks.captions import build_tokenizer  # noqa: E402
-from vitdistill.tasks.encoders import DualEncoder, TextTower, fit_text_tower, image_tower  # noqa: E402
-from vitdistill.tasks.encoders import save_dual, tower_settings  # noqa: E402
+from vitdistill.teachers.encoders import DualEncoder, TextTower, build_tokenizer, fit_text_tower  # noqa: E402
+from vitdistill.teachers.encoders import image_tower, save_dual, tower_settings  # noqa: E402
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
 WORDS = dict(c1="dark", c2="grey", c3="light")

@@ -56,7 +56,7 @@ from .launch.images import student_fields, study_of, teacher_part, usable_fields
 from .launch.images import left_out_of_job, with_unique, write_left_out, write_study
 from .launch.studies import Study, read_study, runs_folder, runs_of
 from .runs import Run, environment, find_runs, lock_folder, machine_in_words, read_json
-from .tasks.words import is_by_words
+from .teachers.words import is_by_words
 from .study.agreement import answers_given
 from .study.compare import Comparison, load_comparison, points
 from .study.figures import save_table

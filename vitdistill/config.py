@@ -242,7 +242,7 @@ class CaptionFields:
     clip:str=_captions('')
     clip_pretrained:str=_captions('') # open_clip's tag of pretrained weights, or their file; '': untrained
 
-    # width, depth, heads, epochs, lr... of own's text tower (tasks.encoders.TOWER)
+    # width, depth, heads, epochs, lr... of own's text tower (teachers.encoders.TOWER)
     text_tower:dict=_captions(dict)
 
     # sentences that captions are made of where data has classes: plain, web, verse

@@ -640,12 +640,12 @@ OBJECTIVES = {'none': Labels,
               'rsd': DecorrelatedDistillation,
               'entropy': EntropyDistillation}
 
-def named_objective(config:Config)->type:
+def named_objective(config:Config, objectives:dict=OBJECTIVES)->type: # objectives: name -> class
     "Returns the class of a config's objective; an unknown name is a `VitdistillError`."
     name = config.distillation
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, OBJECTIVES)}')
+    if name in objectives:
+        return objectives[name]
+    raise VitdistillError(f'distillation = {name!r} is not known: {nearest(name, objectives)}')
 
 # %% ../nbs/03_losses.ipynb #081623c6
 def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without a teacher
@@ -654,7 +654,7 @@ def answer_kind(config:Config): # `HardLabel`, `Logits`, `TopK`, or None without
     return None if objective.wants is None else objective.kind(config)
 
 # %% ../nbs/03_losses.ipynb #f91a4924
-def refuse_unlabelled(config:Config)->None:
+def refuse_unlabelled(objective, config:Config)->None: # objective: one of a table, or its class
     "Raises `VitdistillError` if the config's objective can't use its images without labels."
     # with class_names no image has a label; without a teacher, training refuses such images elsewhere
     none_labelled = config.class_names and config.teacher
@@ -666,7 +666,6 @@ def refuse_unlabelled(config:Config)->None:
     else:
         what = f'unlabelled = {config.unlabelled!r} has no labels'
         way_out = 'leave unlabelled out, or '
-    objective = named_objective(config)
     problem = f'{what}, and distillation = {config.distillation!r}'
     if objective.wants is None:
         raise VitdistillError(f'{problem} has no teacher to answer instead: {way_out}take one that has, '
@@ -686,7 +685,7 @@ def refuse_unlabelled(config:Config)->None:
 def check_objective(objective:nn.Module, config:Config)->None:
     "Raises `VitdistillError` if labels, weights of classes or teacher of a config do not fit its objective."
     name = f'distillation = {config.distillation!r}'
-    refuse_unlabelled(config)
+    refuse_unlabelled(objective, config)
     if config.class_weights and (config.distillation == 'bce' or not objective.labelled):
         raise VitdistillError(f'class_weights = {config.class_weights!r} weighs the cross-entropy of labels, '
                               f"and {name} has none: leave class_weights out, or take 'none' or 'soft'.")
@@ -701,11 +700,12 @@ def check_objective(objective:nn.Module, config:Config)->None:
                               'set soft_top_k to 0.')
 
 # %% ../nbs/03_losses.ipynb #005a0d63
-def criterion(config:Config)->nn.Module:
+def criterion(config:Config, objectives:dict=OBJECTIVES)->nn.Module: # objectives: name -> class
     "Returns the loss that a config names; a name, arguments or a teacher that do not fit are an error."
     name = config.distillation
     given = config.objective_kwargs
-    arguments = inspect.signature(named_objective(config)).parameters
+    objective = named_objective(config, objectives)
+    arguments = inspect.signature(objective).parameters
     # fields of captions don't count: CAN's own argument `decoder` has the name of one
     settings = {*field_names()} - {*field_names(group='captions')}
     from_config = {argument: getattr(config, argument) for argument in arguments if argument in settings}
@@ -719,7 +719,7 @@ def criterion(config:Config)->nn.Module:
         problem += f' or memo_temperatures = {config.memo_temperatures}'
     problem += f' has a value of a type that {name!r} does not take'
     with explained(problem, 'give numbers, or lists of them', TypeError, ValueError):
-        loss = OBJECTIVES[name](**from_config, **given)
+        loss = objective(**from_config, **given)
     loss.token = config.token
     loss.partly = bool(config.unlabelled or config.class_names)
     check_objective(loss, config)

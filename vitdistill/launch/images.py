@@ -42,7 +42,8 @@ from ..runs import Run, find_runs, read_json
 from ..train.setup import auto_device, place_model
 from .studies import job_folder, with_places_of_today
 from ..teachers.card import Card, read_seen, seen_rows, weights_folder, words_of
-from ..tasks.words import about_words, given_pairs, is_by_words, teacher_by_words, words_of_classes
+from ..teachers.words import about_words, given_pairs, is_by_words, teacher_by_words
+from ..teachers.words import words_of_classes
 
 # %% ../../nbs/launch/04_images.ipynb #807e1267
 def has_runs(out:Path)->bool: # folder of a job

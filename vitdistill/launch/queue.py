@@ -36,7 +36,7 @@ from ..losses import criterion
 from ..track import tracker_names
 from ..options import grid_parser
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
-from ..tasks.table import task_of
+from ..tasks.table import EVERY_OBJECTIVE, task_of
 from ..teachers.card import Card
 from ..train.setup import check_settings
 from .studies import MODELS, PRESET_PARTS, Study, Wanted, as_list, combinations
@@ -184,7 +184,7 @@ def check_cells(cells:list[Cell], here:bool=True)->None: # here: whether they wi
                 continue
             config = replace(cell.config, **as_checked)
             check_settings(config)
-            criterion(config)
+            criterion(config, EVERY_OBJECTIVE)
             task_of(config).refuse_foreign(config)
             check_rank_count(cell.chosen.get('nproc'))
             if here:

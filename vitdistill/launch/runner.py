@@ -22,8 +22,8 @@ from ..base import Interrupted, VitdistillError, free_threads, from_root, neares
 from ..base import stoppable, user_call
 from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
 from ..data.datasets import labelled_images, load_data, write_images
-from ..losses import OBJECTIVES, criterion
-from ..tasks.table import task_of
+from ..losses import criterion
+from ..tasks.table import EVERY_OBJECTIVE, task_of
 from ..train.outcome import record_adopted
 from ..train.live import LiveCurve, in_jupyterlab
 from ..train.ranks import error_of_watchdog, threads_per_rank
@@ -353,7 +353,7 @@ def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
     # each of these raises if something does not fit
     task_of(config).refuse_foreign(config)
-    criterion(config)
+    criterion(config, EVERY_OBJECTIVE)
     check_rank_count(nproc)
     tracker_names(config.track)
     check_folders(config)
@@ -566,7 +566,7 @@ def with_teacher(
 )->Config:
     """Fills in the teacher: keeps one that the user gave, else trains the preset's (two, one per half, if
     `out_of_fold`). For a loss without a teacher it resets the teacher's fields."""
-    objective = OBJECTIVES.get(config.distillation)
+    objective = EVERY_OBJECTIVE.get(config.distillation)
     if objective and objective.wants is None: # a loss without a teacher
         # `unlabelled` stays, since `refuse_unlabelled` has the clearer error
         about_teachers = {*field_names(group='teacher')} - {'unlabelled'}
@@ -581,7 +581,7 @@ def with_teacher(
     # `check_settings` would look for teachers of folds, which are not trained yet
     without_folds = replace(config, fold_answers=Config().fold_answers)
     check_settings(without_folds) # before a teacher trains
-    criterion(without_folds)
+    criterion(without_folds, EVERY_OBJECTIVE)
     teacher = teacher_of_preset(given, experiment)
     nproc = given.get('nproc')
     if not given.get('out_of_fold'):

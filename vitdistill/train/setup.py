@@ -24,7 +24,7 @@ from ..data.datasets import Data, by_content, fingerprint, generator, how_images
 from ..data.datasets import image_side, load_data, split_rows
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
-from ..losses import HardLabel, answer_kind, balanced_weights, criterion, named_objective
+from ..losses import OBJECTIVES, HardLabel, answer_kind, balanced_weights, criterion
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
 from .optimize import create_schedule, optimizer_class
@@ -125,7 +125,8 @@ def _refuse_unfit_folds(config:Config)->None:
     if config.mixup or config.cutmix:
         raise VitdistillError('out-of-fold answers are for single images, and mixing blends images of both '
                               'folds: set mixup and cutmix to 0, or leave fold_weights out.')
-    if how == 'drawn' and not isinstance(answer_kind(config), HardLabel):
+    is_known = config.distillation in OBJECTIVES # else its task refuses it
+    if how == 'drawn' and is_known and not isinstance(answer_kind(config), HardLabel):
         raise VitdistillError("fold_answers = 'drawn' gives hard labels, and distillation = "
                               f"{config.distillation!r} wants other answers: set distillation to 'hard', or "
                               'leave fold_answers out.')
@@ -147,7 +148,6 @@ def check_settings(config:Config)->None:
                                   f'{role}_size, {role}_pretrained, {role}_weights or stem instead.')
     check_device(config.device)
     image_side(config)
-    named_objective(config) # raises if it is unknown
     _refuse_unfit_folds(config)
     image_parts(config, 32, (.5,)*3)
     create_schedule(config, torch.optim.SGD([torch.zeros(1)], config.lr))
@@ -520,13 +520,13 @@ def _warn_of_emulation(config:Config, ranks:Ranks)->None:
         print("precision = 'bf16' is slower than fp32 on this processor, which emulates it: set precision to "
               "'auto'.", flush=True)
 
-def prepare(config:Config, ranks:Ranks)->Setup:
+def prepare(config:Config, ranks:Ranks, objectives:dict=OBJECTIVES)->Setup: # objectives: as in `criterion`
     "Loads data, student and teacher, checks them before anything is written, and returns them as a `Setup`."
     set_numerics(ranks.device, config.deterministic)
     _warn_of_emulation(config, ranks)
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data = load_data(config)
-    objective = criterion(config)
+    objective = criterion(config, objectives)
     train, val = split_rows(data.train_labels, config, data.classes)
     if config.class_weights:
         objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
