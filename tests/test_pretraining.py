@@ -22,7 +22,7 @@ from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_optimizer
 from vitdistill.train.ranks import Ranks
 from vitdistill.runs import find_runs
-from vitdistill.train.setup import prepare, resolve
+from vitdistill.train.setup import resolve
 from vitdistill.launch.studies import read_study
 from vitdistill.tasks.can import PRETRAINING
 from vitdistill.tasks.table import EVERY_OBJECTIVE
@@ -44,7 +44,7 @@ def can(tiny):
 def test_a_step_sees_two_views_and_no_label(can):
     """Both views of an image are in its step, differ, and are those of any number of ranks; labels change
     nothing."""
-    setup = prepare(resolve(can), Ranks())
+    setup = PRETRAINING.prepare(resolve(can), Ranks())
     batch = next(batches(setup, 0))
     first, second = batch.pixels.chunk(2)
     assert batch.image.shape == (64,) and first.shape == second.shape and not first.equal(second)
@@ -63,7 +63,7 @@ def test_a_step_sees_two_views_and_no_label(can):
 def test_projector_and_decoder_learn(can):
     """A public implementation leaves them out of the optimizer; here every part moves, but positions and the
     head."""
-    setup = prepare(resolve(replace(can, objective_kwargs=SMALL | dict(sigma=1.0))), Ranks())
+    setup = PRETRAINING.prepare(resolve(replace(can, objective_kwargs=SMALL | dict(sigma=1.0))), Ranks())
     optimizer = create_optimizer(setup.config, setup.student.model, setup.criterion)
     parts = {**dict(setup.student.named_parameters()), **dict(setup.criterion.named_parameters())}
     before = {name: p.detach().clone() for name, p in parts.items()}
@@ -140,7 +140,7 @@ def test_killed_pretraining_ends_as_one_left_alone(can, tmp_path, ranks):
 def test_encoder_is_one_graph(can):
     """The patches that are kept reach timm's forward pass under torch.compile too, another choice each
     time."""
-    setup = prepare(resolve(can), Ranks())
+    setup = PRETRAINING.prepare(resolve(can), Ranks())
     whole = torch.compile(setup.student, backend="eager", fullgraph=True, dynamic=False)
     for batch in (next(batches(setup, epoch)) for epoch in range(2)):
         drawn = setup.criterion.draw(batch)
