@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 import vitdistill
 from vitdistill.train import step, loop as train
-from vitdistill.teachers.answers import Answers, AnswerSource, memo_key, open_memo
+from vitdistill.teachers.answers import Answers, memo_key, open_memo
 from vitdistill.config import Config
 from vitdistill.data.unlabelled import Unlabelled
 from vitdistill.bench.contenders import fill_randomly, random_data
@@ -327,7 +327,7 @@ def test_one_operator_computes_what_it_stands_for():
     assert counter.launches == {"f, forward": 1, "f, backward": 1}
 
 
-class FromMemo(AnswerSource):
+class FromMemo:
     """A teacher's answers of a kind, as they come from a memo: on the CPU."""
 
     by_view = True

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'Interval',
            'difference_over_images', 'Comparison', 'run_names', 'accuracies_of', 'load_comparison', 'variants',
-           'counterparts', 'pairs', 'tests', 'difference', 'one_pair', 'seeds_on_other_data', 'unequal',
-           'unlike_conditions', 'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair',
-           'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'teachers_in_words', 'write', 'write_tables',
-           'write_pictures', 'studies_with_runs', 'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
+           'counterparts', 'pairs', 'tests', 'one_pair', 'seeds_on_other_data', 'unequal', 'unlike_conditions',
+           'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest',
+           'draw_forest', 'draw_curves', 'compare_runs', 'teachers_in_words', 'write', 'write_tables', 'write_pictures',
+           'studies_with_runs', 'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..base import VitdistillError, default_place, from_root, shipped_names
@@ -140,7 +141,7 @@ class Comparison:
         for one, other in pairs(self):
             if len(one) > 1 and not gains or unequal(self, one, other):
                 continue
-            row = difference(self, one, other, tops, measure)
+            row = _difference(self, one, other, tops, measure)
             over_images = row['interval'] == Interval.IMAGES
             if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
                 rows.append(row)
@@ -240,7 +241,32 @@ def _named_pairs(study, entries): # entries: as in `compare` of a study's file
     return found
 
 # %% ../../nbs/study/08_compare.ipynb #18d4a197
-def difference(
+class _Paired(NamedTuple):
+    "Holds what two sides reach with the seeds that all their arms have finished."
+    one:pd.Series   # by seed: what the arm reaches, or the gain of an arm over another
+    other:pd.Series
+    runs:list[Run]  # of all arms
+
+# %% ../../nbs/study/08_compare.ipynb #8987b55b
+def _paired(
+    comparison:Comparison,
+    one:tuple, other:tuple, # of `pairs`
+    tops:pd.DataFrame,      # of `Comparison.tops`
+    apart:dict              # of `seeds_on_other_data`
+)->_Paired:
+    "Returns the values and the runs of two sides, seed by seed."
+    arms = list(dict.fromkeys(one + other)) # each once: two gains may share one
+    values = tops[arms].dropna().drop(index=[*apart], errors='ignore')
+    def of_side(arm, less=None):
+        return values[arm] if less is None else values[arm] - values[less]
+    runs = []
+    for arm in one + other:
+        finished = finished_runs(comparison.arms[arm])
+        runs += [finished[seed] for seed in values.index]
+    return _Paired(of_side(*one), of_side(*other), runs)
+
+# %% ../../nbs/study/08_compare.ipynb #df309dac
+def _difference(
     comparison:Comparison,
     one:tuple, other:tuple, # of `pairs`
     tops:pd.DataFrame,      # of `Comparison.tops`
@@ -249,41 +275,30 @@ def difference(
     """Returns a difference with its interval, as a row of `Comparison.table`: over seeds, moderated if its
     kind has a prior; of a single pair in test accuracy over test images."""
     study = comparison.study
-    names = [*one, *other]
     apart = seeds_on_other_data(comparison, one, other)
-    both = tops[list(dict.fromkeys(names))].dropna() # each arm once: two gains may share one
-    both = both.drop(index=[*apart], errors='ignore')
-    def value(side): # by seed: an arm's, or the gain of one arm over another
-        if len(side) == 2:
-            return both[side[0]] - both[side[1]]
-        return both[side[0]]
+    paired = _paired(comparison, one, other, tops, apart)
+    seeds = [*paired.one.index]
+    row = dict(arm=' - '.join(one), other=' - '.join(other), seeds=len(seeds), interval=Interval.SEEDS,
+               gaps=(paired.one - paired.other).round(6).tolist(),
+               later=[seed in study.later for seed in seeds],
+               runs=run_names(paired.runs))
+    if len(one) > 1: # a gain: it has no prior, and no accuracy of an arm
+        return row | paired_difference(paired.one, paired.other)
 
-    value_of_one = value(one)
-    value_of_other = value(other)
-    runs = []
-    for arm in names:
-        finished = finished_runs(comparison.arms[arm])
-        runs += [finished[seed] for seed in both.index]
-    is_gain = len(names) == 4
-    prior = prior_of(runs, measure) if measure and len(both) > 1 and not is_gain else None
-    row = dict(arm=' - '.join(one), other=' - '.join(other), seeds=len(both),
-               interval=Interval.MODERATED if prior else Interval.SEEDS,
-               gaps=(value_of_one - value_of_other).round(6).tolist(),
-               later=[seed in study.later for seed in both.index])
-    row |= paired_difference(value_of_one, value_of_other, prior)
-    if is_gain:
-        return row | dict(runs=run_names(runs))
-
-    row |= dict(arm_top1=value_of_one.mean(), other_top1=value_of_other.mean())
-    if len(both) < 2 and measure == 'test_top1':
-        alike = [[run for run in comparison.arms[name] if run.config.seed not in apart] for name in names]
-        pair = one_pair(*alike, [*both.index])
-        if pair:
-            row |= difference_over_images(*pair) # in place of the interval over seeds; {}: no common epoch
-            runs = pair
-    if {*names} <= study.published.keys():
-        row['published'] = study.published[names[0]] - study.published[names[1]]
-    return row | dict(runs=run_names(runs))
+    prior = prior_of(paired.runs, measure) if measure and len(seeds) > 1 else None
+    if prior:
+        row['interval'] = Interval.MODERATED
+    row |= paired_difference(paired.one, paired.other, prior)
+    row |= dict(arm_top1=paired.one.mean(), other_top1=paired.other.mean())
+    arms = one + other
+    if {*arms} <= study.published.keys():
+        row['published'] = study.published[one[0]] - study.published[other[0]]
+    if len(seeds) < 2 and measure == 'test_top1':
+        sides = [[run for run in comparison.arms[arm] if run.config.seed not in apart] for arm in arms]
+        pair = one_pair(*sides, seeds)
+        if pair: # its interval over test images takes the place of that over seeds
+            row |= difference_over_images(*pair) | dict(runs=run_names(pair))
+    return row
 
 # %% ../../nbs/study/08_compare.ipynb #f48a72a6
 def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of finished pairs

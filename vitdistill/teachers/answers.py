@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['memo_key', 'Memo', 'JoinedMemo', 'keeps_both_kinds', 'layout', 'open_memo', 'write_answers', 'teacher_memo',
-           'keep_answers', 'Work', 'AnswerSource', 'Online', 'Answers', 'fill', 'break_even']
+           'keep_answers', 'Work', 'EpochAnswers', 'Online', 'Answers', 'fill', 'break_even']
 
 # %% ../../nbs/teachers/02_answers.ipynb #bd37da4a
 import io, json, math, shutil, time, typing
@@ -343,34 +343,43 @@ class Work:
 # %% ../../nbs/teachers/02_answers.ipynb #68c55d67
 _AHEAD = 2**24 # numbers that answers for the next steps may hold: 64 MB as float32, 128 MB as int64
 
-class AnswerSource:
-    """Gives the answers for the steps of an epoch. Subclasses define `blank`, and how answers are made:
-    `__call__` of a plan's views, which is called ahead (by_view), or `online` of the pixels of a step."""
-    by_view = False # answers are about views, and known before pixels are cut
-    blank:torch.Tensor # (1, ...) an answer of zeros
+# %% ../../nbs/teachers/02_answers.ipynb #ae572c80
+class EpochAnswers:
+    """Gives a teacher's answers to the steps of an epoch, one after the other: about views, made for a
+    stretch of steps at once, or about the pixels of each step."""
+    def __init__(self,
+        source:'Online',      # by its `by_view`, answers are about views
+        plan:Plan,            # of the epoch
+        steps:list,           # a `RankSlice` of each step (`train.loop`)
+        device='cpu',         # of answers about views
+        progress:typing.Callable=lambda done, total: None): # called with numbers of answers
+        self.source = source
+        self.plan = plan
+        self.ahead = self._about_views(steps, device, progress)
 
     def for_step(self,
-        plan:Plan,              # of the epoch
-        steps:list, number:int, # `RankSlice`s of the epoch (`train.loop`), and which of them it is
-        pixels:torch.Tensor,    # (B, 3, H, W) in [0, 255]: what the student sees of this rank's rows
-        progress:typing.Callable=lambda done, total: None # called with numbers of answers
-    )->torch.Tensor: # (B, ...)
-        "Returns the answers about this rank's rows of a step, on the pixels' device."
-        step = steps[number] # batch_start:batch_stop: the global batch; rows: this rank's part of it
-        if not self.by_view:
-            return self.online(pixels, plan.image[step.rows])
-        numbers_a_step = self.blank.numel()*(steps[0].batch_stop - steps[0].batch_start)
-        steps_a_stretch = max(1, _AHEAD//numbers_a_step)
-        if number % steps_a_stretch == 0:
+        step,               # the next `RankSlice`
+        pixels:torch.Tensor # (B, 3, H, W) in [0, 255]: what the student sees of this rank's rows
+    )->torch.Tensor:        # (B, ...)
+        "Returns the answers about this rank's rows of a step."
+        if self.source.by_view:
+            return next(self.ahead)
+        return self.source.online(pixels, self.plan.image[step.rows])
+
+    def _about_views(self, steps, device, progress): # yields the answers about this rank's rows of each step
+        largest = steps[0].batch_stop - steps[0].batch_start # rows of a step
+        steps_a_stretch = max(1, _AHEAD//(largest*self.source.blank.numel()))
+        for number in range(0, len(steps), steps_a_stretch):
             stretch = steps[number:number + steps_a_stretch]
-            self.first = step.batch_start
-            plan_of_stretch = Plan(*(column[self.first:stretch[-1].batch_stop] for column in plan))
-            self.ahead = self(plan_of_stretch, progress).to(pixels.device)
-        return self.ahead[step.rows.start - self.first:step.rows.stop - self.first]
+            first, stop = stretch[0].batch_start, stretch[-1].batch_stop # rows of the plan, of all ranks
+            answers = self.source(Plan(*(column[first:stop] for column in self.plan)), progress).to(device)
+            for step in stretch:
+                yield answers[step.rows.start - first:step.rows.stop - first]
 
 # %% ../../nbs/teachers/02_answers.ipynb #cbc69aa8
-class Online(AnswerSource):
+class Online:
     "A teacher that answers pixels as they come, with the time that this takes."
+    by_view = False # whether answers are about views, and known before pixels are cut
     def __init__(self,
         teacher:Teacher,
         kind=HardLabel()): # kind of answer

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['model_hash', 'Teacher', 'images_a_second', 'sample_rows', 'top1', 'make_card', 'Absent', 'teacher_and_card',
-           'balance', 'untrained', 'least_accuracy', 'seems_untrained', 'check_health', 'adopt']
+           'balance', 'untrained', 'least_accuracy', 'seems_untrained', 'Health', 'check_health', 'adopt']
 
 # %% ../../nbs/teachers/01_teacher.ipynb #b919f060
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 import torch, torch.nn.functional as F
 from ..base import VitdistillError, timer_of
 from ..config import Config, from_dict, is_automatic, student_name
@@ -282,17 +283,22 @@ def _untrained_teacher(
                            'or set allow_untrained: true to teach with it anyway, such as to try a study.')
 
 # %% ../../nbs/teachers/01_teacher.ipynb #dfe2b525
+class Health(NamedTuple):
+    "Holds what a teacher gets right before it teaches."
+    top1:float|None=None # on up to 1,000 images; None: not measured, such as without labels
+    measured_on:str=''   # 'images that it held out' or 'training images'
+
+# %% ../../nbs/teachers/01_teacher.ipynb #4037f426
 def check_health(
     teacher:Teacher,
     card:Card|None,
     config:Config,
     data:Data,
     views:Views # of the training images, on the teacher's device
-)->tuple:
-    """Returns (top-1 on 1,000 held-out or else training images, which of these), without labels (None, '');
-    refuses an untrained teacher."""
+)->Health:
+    "Returns what a teacher gets right of 1,000 images; an untrained teacher is a `VitdistillError`."
     if not data.labelled:
-        return None, ''
+        return Health()
     own_images = card and knows_images(card, data)
     train, val = split_rows(data.train_labels, from_dict(card.split) if own_images else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
@@ -304,7 +310,7 @@ def check_health(
         accuracy = top1(teacher, views, data.train_labels, sample)
     if seems_untrained(accuracy, len(sample), classes) and not config.allow_untrained:
         raise _untrained_teacher(config, accuracy, which, classes, bool(card and card.run))
-    return accuracy, which
+    return Health(accuracy, which)
 
 # %% ../../nbs/teachers/01_teacher.ipynb #3b8e60d1
 def _refuse_used_images(

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'epoch_steps', 'from_processes', 'cut_ahead', 'cut_in_processes',
-           'cut_in_thread', 'copy_views', 'drawn_views', 'cut_in_step', 'step_cutter', 'batches', 'epoch_in_words',
-           'Progress', 'current_lr', 'high_first_loss', 'train_epoch', 'epoch_accuracies', 'create_objective',
-           'with_kernels', 'rows_of_checkpoint', 'restore', 'describe', 'announce', 'first_loss', 'Checkpoints',
-           'student_epoch', 'Task', 'train_epochs', 'measure_once', 'train', 'fill_memo', 'rank_main', 'main',
-           'end_process']
+           'cut_in_thread', 'Cut', 'Cutter', 'batches', 'epoch_in_words', 'Progress', 'current_lr', 'high_first_loss',
+           'train_epoch', 'epoch_accuracies', 'create_objective', 'with_kernels', 'rows_of_checkpoint', 'restore',
+           'describe', 'announce', 'first_loss', 'Checkpoints', 'student_epoch', 'Task', 'train_epochs', 'measure_once',
+           'train', 'fill_memo', 'rank_main', 'main', 'end_process']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
 import argparse, copy, dataclasses, math, os, sys, threading, time, traceback, typing
@@ -21,7 +20,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from ..teachers.answers import fill
+from ..teachers.answers import EpochAnswers, fill
 from ..data.augment import drawn_mix, mixed, mixed_targets, uniform
 from ..base import VitdistillError, first_line, from_root, no_space, record_path, user_call
 from ..config import Config, is_automatic, load
@@ -79,7 +78,7 @@ def from_processes(loader:DataLoader)->typing.Iterator:
 # %% ../../nbs/train/05_loop.ipynb #271625df
 def cut_ahead(
     setup:Setup,
-    cut:typing.Callable, # slice -> list of tensors, as `step_cutter` returns it
+    cut:typing.Callable, # slice -> `Cut`
     slices:list          # this rank's, one a step
 )->typing.Iterator:
     "Yields `cut(slice)` of each slice; images on the host are cut, and pinned for a GPU, while a step runs."
@@ -113,7 +112,7 @@ def cut_in_processes(setup:Setup, cut:typing.Callable, slices:list, workers:int,
 def cut_in_thread(cut:typing.Callable, slices:list, pin:bool)->typing.Iterator:
     "Yields `cut(slice)` of each slice; a thread cuts the next one while this one's step runs."
     def pinned(rank_slice):
-        return [part.pin_memory() if pin else part for part in cut(rank_slice)]
+        return _pinned(cut(rank_slice)) if pin else cut(rank_slice)
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(pinned, slices[0])
         for rank_slice in slices[1:]:
@@ -123,34 +122,34 @@ def cut_in_thread(cut:typing.Callable, slices:list, pin:bool)->typing.Iterator:
         yield ahead.result()
 
 # %% ../../nbs/train/05_loop.ipynb #091b783c
-def copy_views(
-    plan:Plan,   # of an epoch, n rows
+def _copy_plans(
+    plan:Plan,   # of an epoch
     n_views:int, # number of views of an image
     copies:int,  # copies of an image in a step
     *key:int     # seed and epoch
-)->list:         # an (n,) tensor of view numbers for each copy
-    "Returns the plan's views, then those of the further copies, drawn by seed, epoch, image and copy."
-    views = [plan.view]
+)->list[Plan]:   # one a copy
+    "Returns the plan and those of the further copies, with views drawn by seed, epoch, image and copy."
+    plans = [plan]
     for number in range(1, copies):
         chance = uniform(plan.image, 1, (*key, number, 3))[:, 0] # in [0, 1); 3: numbers of their own
-        views.append((chance*n_views).long())
-    return views
+        plans.append(plan._replace(view=(chance*n_views).long()))
+    return plans
 
 # %% ../../nbs/train/05_loop.ipynb #a870b59d
-def drawn_views(
+def _drawn_views(
     setup:Setup,
-    image:torch.Tensor, copy:torch.Tensor, view:torch.Tensor, # (B,) int64, rows of a `Plan`
+    rows:Plan,  # B rows
     epoch:int,
     cut:typing.Callable=cut_views # or the same compiled
 )->torch.Tensor: # (B, 3, H, W) uint8
     "Cuts views of images; with `whole_image` each view is of a square that is drawn from the whole image."
     if not setup.config.whole_image:
-        return setup.views(image, view, cut)
-    squares = setup.augment.squares(setup.views.images, image, copy, epoch)
-    return cut(squares, torch.arange(len(squares)), view, setup.views.padding)
+        return setup.views(rows.image, rows.view, cut)
+    squares = setup.augment.squares(setup.views.images, rows.image, rows.copy, epoch)
+    return cut(squares, torch.arange(len(squares)), rows.view, setup.views.padding)
 
 # %% ../../nbs/train/05_loop.ipynb #a4cee063
-def cut_in_step(setup:Setup)->bool:
+def _cut_in_step(setup:Setup)->bool:
     "Returns whether a captured step cuts the views itself: nothing else than the step needs their pixels."
     config = setup.config
     if config.compile != 'graph' or not setup.views.on(setup.ranks.device):
@@ -161,38 +160,51 @@ def cut_in_step(setup:Setup)->bool:
     return not changes_pixels and not teacher_sees_pixels and one_labelled_copy
 
 # %% ../../nbs/train/05_loop.ipynb #6b3bbeda
-def step_cutter(
-    setup:Setup,
-    plan:Plan,  # of the epoch
-    epoch:int,
-    mixing:bool # images are mixed with others
-)->typing.Callable: # `RankSlice` -> list of tensors
-    """Returns a function: slice -> this rank's pixels, or rows and views if the captured step cuts them.
+class Cut(typing.NamedTuple):
+    "Holds what is cut for this rank's rows of a step."
+    pixels:torch.Tensor # (copies*B, 3, H, W), copy after copy; or (2, B), rows and views for a captured step
+    partners:torch.Tensor|None=None # likewise, of other ranks: the images that these are mixed with
 
-    Pixels: one (B, 3, H, W) tensor for each copy, then for each the partners that several ranks mix with it.
-    Rows and views: one (2, B) tensor."""
-    config, ranks = setup.config, setup.ranks
-    image = plan.image.to(setup.views.device) # rows of the dataset; augmentation takes those on the host
-    views = copy_views(plan, view_count(config), setup.criterion.copies, config.seed, epoch)
-    views = [view.to(setup.views.device) for view in views]
-    if cut_in_step(setup):
-        def rows_and_views(rank_slice):
-            return [torch.stack([rank_slice.own(image), rank_slice.own(views[0])])]
-        return rows_and_views
-    on_device = setup.views.on(ranks.device) and not setup.augment
-    cutting = program(cut_views, config.compile if on_device else 'none') # eager in threads
-    def cut_rows(take, view): # take: `own` or `mirrored` of a slice, picks rows of a column
-        copy = take(plan.copy)
-        pixels = drawn_views(setup, take(image), copy, take(view), epoch, cutting)
-        if setup.augment:
-            pixels = setup.augment(pixels, take(plan.image), copy, epoch)
-        return pixels
-    def cut(rank_slice):
-        pixels = [cut_rows(rank_slice.own, view) for view in views]
-        if mixing and ranks.world > 1: # a single rank has the partners among its own images
-            pixels += [cut_rows(rank_slice.mirrored, view) for view in views]
-        return pixels
-    return cut
+# %% ../../nbs/train/05_loop.ipynb #8d8911da
+def _pinned(cut:Cut)->Cut: # in memory that a GPU reads while the host goes on
+    return Cut(*(part if part is None else part.pin_memory() for part in cut))
+
+# %% ../../nbs/train/05_loop.ipynb #79c6aab3
+class Cutter:
+    "Cuts the pixels of an epoch's steps; it is called in a thread or a process, ahead of the steps."
+    def __init__(self,
+        setup:Setup,
+        plan:Plan,   # of the epoch
+        epoch:int,
+        mixing:bool): # images are mixed with others
+        config, views = setup.config, setup.views
+        self.setup = setup
+        self.epoch = epoch
+        self.leaves_views = _cut_in_step(setup) # to the captured step, which gets rows and views
+        self.needs_partners = mixing and setup.ranks.world > 1 # one rank has them among its own images
+        plans = _copy_plans(plan, view_count(config), setup.criterion.copies, config.seed, epoch)
+        self.plans = [Plan(*(column.to(views.device) for column in plan)) for plan in plans]
+        on_device = views.on(setup.ranks.device) and not setup.augment
+        self.cut_views = program(cut_views, config.compile if on_device else 'none') # eager in threads
+
+    def __call__(self, step:RankSlice)->Cut:
+        if self.leaves_views:
+            plan = self.plans[0]
+            return Cut(torch.stack([step.own(plan.image), step.own(plan.view)]))
+        return Cut(self.pixels(step.own), self.pixels(step.mirrored) if self.needs_partners else None)
+
+    def pixels(self,
+        rows_of:typing.Callable # column of a plan -> its rows of a step: `own` or `mirrored` of its slice
+    )->torch.Tensor: # (copies*B, 3, H, W)
+        "Returns the pixels of these rows, augmented image by image if the config says so."
+        of_copies = []
+        for plan in self.plans:
+            rows = Plan(*map(rows_of, plan))
+            pixels = _drawn_views(self.setup, rows, self.epoch, self.cut_views)
+            if self.setup.augment:
+                pixels = self.setup.augment(pixels, rows.image, rows.copy, self.epoch)
+            of_copies.append(pixels)
+        return torch.cat(of_copies) if len(of_copies) > 1 else pixels
 
 # %% ../../nbs/train/05_loop.ipynb #6c0fc6bf
 def batches(
@@ -201,34 +213,31 @@ def batches(
     report:typing.Callable=lambda done, total: None # called while the teacher answers, with numbers of views
 )->typing.Iterator[Batch]:
     "Yields this rank's batches of an epoch, on the device and in plan order."
-    config, ranks, criterion = setup.config, setup.ranks, setup.criterion
+    config, criterion, device = setup.config, setup.criterion, setup.ranks.device
     plan = setup.plan(epoch)
-    labels = setup.labels[plan.image].to(ranks.device)
-    image_rows = plan.image.to(ranks.device) # of the dataset; a loss may draw random numbers by them
-    slices = epoch_steps(setup, len(plan.image))
-    mixes = [drawn_mix(config, setup.data.side, epoch, number) for number in range(len(slices))]
+    steps = epoch_steps(setup, len(plan.image))
+    mixes = [drawn_mix(config, setup.data.side, epoch, number) for number in range(len(steps))]
+    cutter = Cutter(setup, plan, epoch, mixing=bool(mixes[0])) # all steps of an epoch mix, or none
+    images = plan.image.to(device) # rows of the dataset, by which a loss may draw random numbers
+    labels = setup.labels[plan.image].to(device)
+    answers = setup.answers and EpochAnswers(setup.answers, plan, steps, device, report)
     scale = program(scaled, config.compile)
-    step_cuts = cut_in_step(setup) # then `pixels` below are (2, B), rows and views
-    cut = step_cutter(setup, plan, epoch, mixing=bool(mixes[0])) # all steps of an epoch mix, or none
-    for number, (rank_slice, tensors, mix) in enumerate(zip(slices, cut_ahead(setup, cut, slices), mixes)):
-        pixels, *others = (tensor.to(ranks.device, non_blocking=True) for tensor in tensors)
-        targets = rank_slice.own(labels)
-        if mix: # others: the partners, of several ranks; a run with several copies never mixes
-            partners = others or [pixels.flip(0)]
-            pixels = mixed(mix, pixels, *partners)
-            targets = mixed_targets(mix, targets, rank_slice.mirrored(labels), len(setup.data.classes))
-        elif others: # others: the further copies
-            pixels = torch.cat([pixels, *others])
-        own_rows = rank_slice.own(image_rows)
+    for number, (step, cut, mix) in enumerate(zip(steps, cut_ahead(setup, cutter, steps), mixes)):
+        image, targets = step.own(images), step.own(labels)
+        pixels = cut.pixels.to(device, non_blocking=True)
+        if mix:
+            partners = pixels.flip(0)
+            if cut.partners is not None:
+                partners = cut.partners.to(device, non_blocking=True)
+            pixels = mixed(mix, pixels, partners)
+            targets = mixed_targets(mix, targets, step.mirrored(labels), len(setup.data.classes))
         if not criterion.labelled:
-            pixels = criterion.augment(pixels, own_rows, epoch)
-        answer = None
-        if setup.answers:
-            answer = setup.answers.for_step(plan, slices, number, pixels, report)
-        seed_step(config.seed, epoch, number, ranks.rank, ranks.device)
-        if not step_cuts:
+            pixels = criterion.augment(pixels, image, epoch)
+        answer = answers and answers.for_step(step, pixels)
+        seed_step(config.seed, epoch, number, setup.ranks.rank, device)
+        if not cutter.leaves_views:
             pixels = setup.input(pixels, scale)
-        yield Batch(pixels, targets, answer, epoch, rank_slice.weight, own_rows)
+        yield Batch(pixels, targets, answer, epoch, step.weight, image)
 
 # %% ../../nbs/train/05_loop.ipynb #34173b32
 def epoch_in_words(row:dict, epochs:int)->str: # row: of metrics; epochs: of the run

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'student_precision', 'auto_values', 'check_settings', 'as_begun',
            'resolve', 'refuse_other_list', 'compiled', 'program', 'loading_processes', 'BaseSetup', 'Setup',
-           'image_device', 'teacher_answers', 'place_model', 'student_batches', 'prepare', 'student_logits',
-           'accuracy_on']
+           'image_device', 'TeacherAnswers', 'teacher_answers', 'place_model', 'student_batches', 'prepare',
+           'student_logits', 'accuracy_on']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, glob, math, os, shutil, tempfile, typing
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from ..teachers.answers import Answers, JoinedMemo, memo_key, teacher_memo
+from ..teachers.answers import Answers, JoinedMemo, Memo, memo_key, teacher_memo
 from ..teachers.folds import OutOfFold, answer_counts, drawn_labels, label_memo
 from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
@@ -31,9 +31,10 @@ from .optimize import create_schedule, optimizer_class
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks
 from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
-from ..teachers.card import answers_head, file_hash, is_answers, knows_images, only_match
+from ..teachers.card import Card, answers_head, file_hash, is_answers, knows_images, only_match
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, check_health, model_hash, teacher_and_card
+from ..teachers.teacher import Absent, Health, Teacher, check_health, model_hash
+from ..teachers.teacher import teacher_and_card
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
 from ..data.views import Plan, Views, epoch_plan, normalize, plan_rows, plan_with_unlabelled, scaled
@@ -387,75 +388,106 @@ def _refuse_absent_teacher(config:Config, online:bool, in_folder:bool)->None:
         raise VitdistillError(f"{config.teacher_weights} answers training images alone, and unlabelled = "
                               f"{config.unlabelled!r} is a folder: give the teacher's weights.")
 
+def _warn_of_constants(config:Config, teacher:Teacher, card:Card|None)->None:
+    "Prints a line if the teacher gets pixels that are normalized otherwise than those it was trained on."
+    if card and not np.allclose(teacher.constants, card.constants):
+        print(f'The teacher was trained on pixels normalized by {card.constants}, but this run uses '
+              f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the "
+              'first.', flush=True)
+
+def _in_folder(unlabelled:Unlabelled|None)->bool:
+    "Returns whether there are unlabelled images, in a folder of their own."
+    return unlabelled is not None and unlabelled.images is not None
+
+# %% ../../nbs/train/02_setup.ipynb #cbfc6d11
+class TeacherAnswers(typing.NamedTuple):
+    "Holds a loaded teacher's answers, and what is known about it."
+    answers:Answers
+    health:Health  # on rank 0
+    card:Card|None
+
+# %% ../../nbs/train/02_setup.ipynb #a2527176
+def _memo_of_run(config:Config, data:Data, teacher:Teacher, unlabelled:Unlabelled|None)->Memo|JoinedMemo|None:
+    "Returns the memo of the training images and of a folder of unlabelled ones; None if there is no room."
+    key = memo_key(teacher, config, data)
+    memo = teacher_memo(config, teacher, key)
+    if not (memo and _in_folder(unlabelled)):
+        return memo
+    key_of_folder = key | dict(train_images=unlabelled.mark, images=len(unlabelled))
+    memo_of_folder = teacher_memo(config, teacher, key_of_folder)
+    return memo_of_folder and JoinedMemo(memo, memo_of_folder)
+
 # %% ../../nbs/train/02_setup.ipynb #6ed278e7
 def teacher_answers(
     config:Config,
     data:Data,
-    views:Views,
+    views:Views, # of the training images, and of a folder of unlabelled ones
     ranks:Ranks,
-    rows:torch.Tensor, # of the plan
-    unlabelled:Unlabelled=None # further images of the plan
-)->tuple:
-    "Loads the config's teacher; returns (`Answers`, (top-1, on which images) on rank 0, card)."
+    unlabelled:Unlabelled|None=None
+)->TeacherAnswers:
+    "Loads the config's teacher and checks it; opens its memo, unless it answers the pixels of each step."
     teacher, card = teacher_and_card(config, data, ranks.device)
     online = unnumbered(config) or not config.memo
-    is_absent = isinstance(teacher, Absent)
-    in_folder = unlabelled is not None and unlabelled.images is not None # the unlabelled images
-    if is_absent:
-        _refuse_absent_teacher(config, online, in_folder)
-    batch = min(teacher.chunk, -(-config.batch_size//ranks.world)) # this rank's images
-    if online: # before the health check: each size is compiled
-        teacher.chunk = batch
-    health = check_health(teacher, card, config, data, views) if ranks.rank == 0 else (None, '')
-    if card and not ranks.rank and not np.allclose(teacher.constants, card.constants):
-        print(f'The teacher was trained on pixels normalized by {card.constants}, but this run uses '
-              f"{teacher.constants}: set teacher_normalization to 'own' or 'data', whichever gives the "
-              'first.', flush=True)
-    memo = None
-    if not ranks.rank and not online:
-        key = memo_key(teacher, config, data)
-        memo = teacher_memo(config, teacher, key)
-        if memo and in_folder:
-            of_folder = key | dict(train_images=unlabelled.mark, images=len(unlabelled))
-            second = teacher_memo(config, teacher, of_folder)
-            memo = second and JoinedMemo(memo, second) # without room for one, none
+    if isinstance(teacher, Absent):
+        _refuse_absent_teacher(config, online, _in_folder(unlabelled))
+    images_a_step = min(teacher.chunk, -(-config.batch_size//ranks.world)) # of this rank
+    if online: # before the first pass: each size is compiled
+        teacher.chunk = images_a_step
+    if ranks.rank:
+        health, memo = Health(), None
+    else:
+        health = check_health(teacher, card, config, data, views)
+        _warn_of_constants(config, teacher, card)
+        memo = None if online else _memo_of_run(config, data, teacher, unlabelled)
     answers = Answers(teacher, views, answer_kind(config), memo)
-    if not answers.by_view: # also if the memo had no room
-        teacher.chunk = batch
-    return answers, health, card
+    if not answers.by_view: # online, or without room for a memo
+        teacher.chunk = images_a_step
+    return TeacherAnswers(answers, health, card)
 
 # %% ../../nbs/train/02_setup.ipynb #6d9c0e41
 def _load_answers(
     config:Config,
     data:Data,
-    views:Views,
+    views:Views,       # as of `teacher_answers`
     ranks:Ranks,
     rows:torch.Tensor, # the labelled images
-    unlabelled:Unlabelled=None # further images that need answers
+    unlabelled:Unlabelled|None=None
 )->dict:
     "Returns the answers of the config's one or two teachers, and the first's top-1, as fields of a `Setup`."
-    images = data, views, ranks, rows, unlabelled
-    answers, health, card = teacher_answers(config, *images)
-    rows = rows_of_all(rows, unlabelled)
+    teacher = teacher_answers(config, data, views, ranks, unlabelled)
+    answers = teacher.answers
+    answered = rows_of_all(rows, unlabelled)
     if config.fold_weights:
-        second = replace(config, teacher_weights=config.fold_weights)
-        other, _, other_card = teacher_answers(second, *images)
-        cards = card, other_card
-        if not all(card and knows_images(card, data) for card in cards):
-            raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
-                                  "train both with e00_teacher, fold = '1/2' and '2/2'.")
-        further = len(views.images) - len(data.train_labels) # of a folder without labels, which none has seen
-        seen = [F.pad(training_mask(card, data), (0, further)) for card in cards]
-        answers = OutOfFold([answers, other], seen, rows, config.fold_answers)
+        second = teacher_answers(replace(config, teacher_weights=config.fold_weights), data, views, ranks,
+                                 unlabelled)
+        answers = _out_of_fold([teacher, second], config, data, views, answered)
     if not ranks.rank:
-        _refuse_missing_answers(answers, rows)
+        _refuse_missing_answers(answers, answered)
     if config.fold_answers == 'drawn':
-        counts = answer_counts(answers, data.train_labels, rows)
+        counts = answer_counts(answers, data.train_labels, answered)
         labels = drawn_labels(data.train_labels, counts, config.seed)
         memo = label_memo(labels, view_count(config), len(data.classes))
         answers = Answers(answers.teacher, views, memo=memo)
-    return dict(answers=answers, teacher_top1=health[0], teacher_measured_on=health[1])
+    return dict(answers=answers, teacher_top1=teacher.health.top1,
+                teacher_measured_on=teacher.health.measured_on)
 
+# %% ../../nbs/train/02_setup.ipynb #1c26e235
+def _out_of_fold(
+    teachers:list[TeacherAnswers],
+    config:Config,
+    data:Data,
+    views:Views,
+    answered:torch.Tensor # rows of the images that need answers
+)->OutOfFold:
+    "Returns the answers of two teachers, each about the images that it has not seen."
+    if not all(teacher.card and knows_images(teacher.card, data) for teacher in teachers):
+        raise VitdistillError('out-of-fold answers need teachers whose cards name this training data: '
+                              "train both with e00_teacher, fold = '1/2' and '2/2'.")
+    of_folder = len(views.images) - len(data.train_labels) # images without labels, which no teacher has seen
+    seen = [F.pad(training_mask(teacher.card, data), (0, of_folder)) for teacher in teachers]
+    return OutOfFold([teacher.answers for teacher in teachers], seen, answered, config.fold_answers)
+
+# %% ../../nbs/train/02_setup.ipynb #6147ca33
 def _refuse_missing_answers(answers:Answers, rows:torch.Tensor)->None: # rows: images to train on
     "Raises `VitdistillError` if a teacher without weights does not know the answers about all images."
     for part, place in answers.parts_of(rows):
