@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Predictor', 'from_onnx', 'from_folder', 'model_folder', 'is_onnx', 'load_model', 'class_numbers',
-           'input_lines', 'images_below', 'named_images', 'read_batches', 'answers', 'predict', 'main', 'print_json',
-           'print_csv']
+           'named_images', 'read_batches', 'answers', 'predict', 'main', 'print_json']
 
 # %% ../../nbs/deploy/00_predict.ipynb #7ec3da76
 import ast, csv, json, os, re, sys, typing, unicodedata
@@ -157,7 +156,7 @@ def class_numbers(
     composed = {unicodedata.normalize('NFC', name): number for name, number in exact.items()}
     return [exact.get(name, composed.get(unicodedata.normalize('NFC', name))) for name in names]
 
-def input_lines()->list[str]:
+def _input_lines()->list[str]:
     "Returns the lines of standard input that are not blank; names of files need not be UTF-8."
     raw = getattr(sys.stdin, 'buffer', None)
     if raw:
@@ -167,7 +166,7 @@ def input_lines()->list[str]:
     lines = text.removeprefix('\ufeff').replace('\r\n', '\n').split('\n')
     return [line for line in lines if line.strip()]
 
-def images_below(folder:Path)->list[Path]:
+def _images_below(folder:Path)->list[Path]:
     "Returns the image files in a folder, in natural order, and names what is left out on stderr."
     files, left_out = files_below(folder, size_of=lambda file: 0)
     left_out |= {file.name: file.why_no_image for file in files if not file.is_image}
@@ -186,7 +185,7 @@ def named_images(
     paths = [*paths]
     names = []
     for path in paths:
-        names += input_lines() if str(path) == '-' else [path]
+        names += _input_lines() if str(path) == '-' else [path]
 
     images, missing = [], []
     for name in names:
@@ -197,7 +196,7 @@ def named_images(
         typed = Path(os.path.expanduser(name)) # such as ~$a.png of an office program stays as it is
         path = typed if os.path.exists(typed) else from_here(typed)
         if os.path.isdir(path): # also False where the user may not look
-            images += images_below(path)
+            images += _images_below(path)
         elif os.path.isfile(path):
             images.append(path)
         else:
@@ -298,7 +297,7 @@ def main(arguments:list=None)->int:
         if args.json:
             print_json(rows, stream)
         else:
-            print_csv(rows, stream, '\t' if args.sep == 'tab' else args.sep)
+            _print_csv(rows, stream, '\t' if args.sep == 'tab' else args.sep)
     def write(file): # a spreadsheet needs the mark of utf-8-sig, JSON may not have it
         with open(file, 'w', encoding='utf-8' if args.json else 'utf-8-sig', newline='') as stream:
             show(stream)
@@ -318,7 +317,7 @@ def print_json(rows:Iterable[dict], stream:typing.TextIO=None)->None: # of `answ
     for row in rows:
         print(json.dumps(row, ensure_ascii=ascii_only), file=stream)
 
-def print_csv(
+def _print_csv(
     rows:Iterable[dict],  # of `answers`
     stream:typing.TextIO, # to which it is written
     mark:str=','          # between the cells

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'Interval',
-           'difference_over_images', 'Comparison', 'run_names', 'accuracies_of', 'load_comparison', 'variants',
-           'counterparts', 'pairs', 'tests', 'one_pair', 'seeds_on_other_data', 'unequal', 'unlike_conditions',
-           'choices', 'missing', 'taught_pairs', 'unnamed_pairs', 'on_labels', 'longest_pair', 'plot_forest',
-           'draw_forest', 'draw_curves', 'compare_runs', 'teachers_in_words', 'write', 'write_tables', 'write_pictures',
-           'studies_with_runs', 'write_studies', 'folders_of_studies', 'points', 'printed', 'main']
+           'difference_over_images', 'Comparison', 'run_names', 'accuracies_of', 'load_comparison', 'variants', 'pairs',
+           'tests', 'one_pair', 'unequal', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair',
+           'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'write_pictures', 'write_studies',
+           'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -199,7 +198,7 @@ def variants(arms:dict, arm:str)->list[str]: # arms: of `arm_names`, name -> (ar
         return [arm]
     return [name for name in arms if arms[name][0] == arm]
 
-def counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `variants`
+def _counterparts(arms:dict, arm:str, other:str)->list[str]: # arms: as in `variants`
     "Returns the names of `other` that `arm` is compared with: those with equal values of what both vary."
     names = variants(arms, other)
     base, values = arms[arm]
@@ -218,7 +217,7 @@ def pairs(comparison:Comparison)->list[tuple]: # ((arm,), (other,)), or ((arm, o
     if study.baseline:
         arms = arm_names(study)
         for arm in arms:
-            found += [((arm,), (name,)) for name in counterparts(arms, arm, study.baseline)]
+            found += [((arm,), (name,)) for name in _counterparts(arms, arm, study.baseline)]
     return list(dict.fromkeys(found + _named_pairs(study, study.compare + study.tests)))
 
 def tests(comparison:Comparison)->list[tuple]: # as `pairs`
@@ -237,7 +236,7 @@ def _named_pairs(study, entries): # entries: as in `compare` of a study's file
             found.append(((one,), (other,)))
         else:
             for arm in variants(arms, one):
-                found += [((arm,), (name,)) for name in counterparts(arms, arm, other)]
+                found += [((arm,), (name,)) for name in _counterparts(arms, arm, other)]
     return found
 
 # %% ../../nbs/study/08_compare.ipynb #18d4a197
@@ -252,7 +251,7 @@ def _paired(
     comparison:Comparison,
     one:tuple, other:tuple, # of `pairs`
     tops:pd.DataFrame,      # of `Comparison.tops`
-    apart:dict              # of `seeds_on_other_data`
+    apart:dict              # of `_seeds_on_other_data`
 )->_Paired:
     "Returns the values and the runs of two sides, seed by seed."
     arms = list(dict.fromkeys(one + other)) # each once: two gains may share one
@@ -275,7 +274,7 @@ def _difference(
     """Returns a difference with its interval, as a row of `Comparison.table`: over seeds, moderated if its
     kind has a prior; of a single pair in test accuracy over test images."""
     study = comparison.study
-    apart = seeds_on_other_data(comparison, one, other)
+    apart = _seeds_on_other_data(comparison, one, other)
     paired = _paired(comparison, one, other, tops, apart)
     seeds = [*paired.one.index]
     row = dict(arm=' - '.join(one), other=' - '.join(other), seeds=len(seeds), interval=Interval.SEEDS,
@@ -311,7 +310,7 @@ def one_pair(one:list[Run], other:list[Run], seeds:list)->list[Run]: # seeds: of
     return [runs_of_one[common[0]], runs_of_other[common[0]]]
 
 # %% ../../nbs/study/08_compare.ipynb #96aa59f0
-def seeds_on_other_data(comparison:Comparison, one:tuple, other:tuple)->dict: # one, other: of `pairs`
+def _seeds_on_other_data(comparison:Comparison, one:tuple, other:tuple)->dict: # one, other: of `pairs`
     "Returns the seeds whose runs are not compared, since they are on different data -> why."
     apart = {}
     for arms in [one, other] if len(one) > 1 else [one + other]: # two gains may be on different data
@@ -361,7 +360,7 @@ def _by_arm(values): # such as '16 (plain), 2 (short)'
                      for arm, each in values.items())
 
 # %% ../../nbs/study/08_compare.ipynb #3c7e9b52
-def unlike_conditions(comparison:Comparison)->list[str]:
+def _unlike_conditions(comparison:Comparison)->list[str]:
     "Returns sentences on compared arms with unlike batch size, precision or version of the package."
     facts = {'batch size': lambda run: run.config.batch_size, 'precision': lambda run: run.config.precision,
              'version of vitdistill': lambda run: run.environment.get('vitdistill')}
@@ -442,13 +441,13 @@ def missing(comparison:Comparison)->list[str]:
         if reason:
             notes.append(f'{names}: no difference is shown, since {reason}.')
             continue
-        apart = seeds_on_other_data(comparison, one, other)
+        apart = _seeds_on_other_data(comparison, one, other)
         for seed, reason in apart.items():
             notes.append(f'{names}: seed {seed} is left out, for there are {reason}')
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
         if all(seeds) and not (apart or set.intersection(*seeds)):
             notes.append(f'{names}: no finished seed in common.')
-    return notes + unlike_conditions(comparison)
+    return notes + _unlike_conditions(comparison)
 
 # %% ../../nbs/study/08_compare.ipynb #d7208f41
 def taught_pairs(
@@ -456,7 +455,7 @@ def taught_pairs(
     dataset:str=''     # '': any
 )->list[tuple[str, list[Run], list[Run]]]: # 'study: arm', plain runs, taught runs
     """Returns the runs of each taught arm with those of its arm on labels alone; runs that two studies name,
-    once. If no study has any, returns `unnamed_pairs`."""
+    once. If no study has any, returns `_unnamed_pairs`."""
     by_runs = {} # names of the runs -> these, for two studies may name the same runs
     for name in sorted(shipped_names('nbs/studies', '.yaml')):
         comparison = load_comparison(name, records)
@@ -470,10 +469,10 @@ def taught_pairs(
             if taught[0].config.teacher and on_labels(plain[0].config):
                 runs = frozenset(run.name for run in taught + plain)
                 by_runs.setdefault(runs, (f'{name}: {one[0]}', plain, taught))
-    return list(by_runs.values()) or unnamed_pairs(records, dataset)
+    return list(by_runs.values()) or _unnamed_pairs(records, dataset)
 
 # %% ../../nbs/study/08_compare.ipynb #ea70a47b
-def unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]:
+def _unnamed_pairs(records:list[Run], dataset:str='')->list[tuple[str, list[Run], list[Run]]]:
     "Returns arms that differ in teaching alone, of runs that no study of nbs/studies names (e01 and e02)."
     studies = shipped_names('nbs/studies', '.yaml') # whose arms `taught_pairs` has looked at
     teaching = {*field_names(teaching=True), 'experiment'}
@@ -636,7 +635,7 @@ def compare_runs(
     return figure
 
 # %% ../../nbs/study/08_compare.ipynb #8e41d70b
-def teachers_in_words(comparison:Comparison)->list[str]:
+def _teachers_in_words(comparison:Comparison)->list[str]:
     "Returns a line for each teacher's test accuracy, and sentences on those worse than a plain student."
     tops = comparison.tops('test_top1')
     arms = arm_names(comparison.study)
@@ -680,15 +679,15 @@ def write(comparison:Comparison, out:str|Path)->Path: # out: folder
         lead.append(f'Asked: {study.asked}')
     if study.expected:
         lead.append(f'Expected before it ran: {study.expected}')
-    lead += teachers_in_words(comparison)
+    lead += _teachers_in_words(comparison)
     notes = missing(comparison)
     if notes:
         lead.append(' '.join(notes))
-    parts = {'Pictures': write_pictures(comparison, out), 'Tables': write_tables(comparison, out)}
+    parts = {'Pictures': write_pictures(comparison, out), 'Tables': _write_tables(comparison, out)}
     return write_page(out/f'{study.name}.html', study.title or study.name, lead, parts)
 
 # %% ../../nbs/study/08_compare.ipynb #25a91fa9
-def write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
+def _write_tables(comparison:Comparison, out:Path)->list[Path]: # out: folder
     "Writes differences, accuracies and choices of a study; returns the Markdown files."
     measured = comparison.measured.capitalize()
     rows = comparison.table().drop(columns=['gaps', 'later'])
@@ -735,7 +734,7 @@ def write_pictures(comparison:Comparison, out:Path)->list[Path]: # out: folder
     return files
 
 # %% ../../nbs/study/08_compare.ipynb #1e55868f
-def studies_with_runs(
+def _studies_with_runs(
     runs:list[Run],      # readable or not
     folders:list[Path]=() # also searched; only for studies that some run names
 )->tuple[list[Comparison], list[str]]: # with runs; names of studies without a file
@@ -760,7 +759,7 @@ def write_studies(
     folder:str|Path=''  # of run folders; '': reports/runs, and those that the studies of nbs/studies name
 )->Path:
     "Compares each study that has runs, writes index.html (their pages and all runs) and returns its path."
-    folders = [folder] if folder else folders_of_studies()
+    folders = [folder] if folder else _folders_of_studies()
     runs = []
     for place in folders:
         runs += find_runs(place)
@@ -768,14 +767,14 @@ def write_studies(
         places = ' or '.join(map(str, folders))
         raise VitdistillError(f'no run in {places}: start one, or name a folder of run folders as --reports.')
     beside = {from_root(place).parent for place in folders}
-    studies, unknown = studies_with_runs(runs, [*beside, Path('.')])
+    studies, unknown = _studies_with_runs(runs, [*beside, Path('.')])
     notes = [f'Runs of {name} are only listed, for its file is not here: vitdistill compare FILE.'
              for name in unknown]
     pages = [write(study, out) for study in studies]
     return write_index(out, 'Studies and runs', notes, runs=runs, pages=pages)
 
 # %% ../../nbs/study/08_compare.ipynb #542bcea8
-def folders_of_studies()->list[str]:
+def _folders_of_studies()->list[str]:
     "Returns reports/runs, and the folders of runs that the studies of nbs/studies name."
     folders = {Config().runs_dir}
     for name in shipped_names('nbs/studies', '.yaml'):
@@ -790,7 +789,7 @@ def points(row)->str: # row: of `Comparison.table`, as a tuple
 
 def printed(comparison:Comparison)->str:
     "Returns a study's accuracies and differences as text for a terminal."
-    lines = [comparison.study.title, *teachers_in_words(comparison)]
+    lines = [comparison.study.title, *_teachers_in_words(comparison)]
     for row in comparison.accuracies().itertuples():
         if not row.seeds:
             continue

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['auto_device', 'auto_precision', 'uses_batch_norm', 'student_precision', 'auto_values', 'check_settings', 'as_begun',
            'resolve', 'refuse_other_list', 'compiled', 'program', 'loading_processes', 'BaseSetup', 'Setup',
-           'image_device', 'TeacherAnswers', 'teacher_answers', 'place_model', 'student_batches', 'prepare',
-           'student_logits', 'accuracy_on']
+           'image_device', 'place_model', 'student_batches', 'prepare', 'student_logits', 'accuracy_on']
 
 # %% ../../nbs/train/02_setup.ipynb #adde9794
 import functools, glob, math, os, shutil, tempfile, typing
@@ -400,7 +399,7 @@ def _in_folder(unlabelled:Unlabelled|None)->bool:
     return unlabelled is not None and unlabelled.images is not None
 
 # %% ../../nbs/train/02_setup.ipynb #cbfc6d11
-class TeacherAnswers(typing.NamedTuple):
+class _TeacherAnswers(typing.NamedTuple):
     "Holds a loaded teacher's answers, and what is known about it."
     answers:Answers
     health:Health  # on rank 0
@@ -418,13 +417,13 @@ def _memo_of_run(config:Config, data:Data, teacher:Teacher, unlabelled:Unlabelle
     return memo_of_folder and JoinedMemo(memo, memo_of_folder)
 
 # %% ../../nbs/train/02_setup.ipynb #6ed278e7
-def teacher_answers(
+def _teacher_answers(
     config:Config,
     data:Data,
     views:Views, # of the training images, and of a folder of unlabelled ones
     ranks:Ranks,
     unlabelled:Unlabelled|None=None
-)->TeacherAnswers:
+)->_TeacherAnswers:
     "Loads the config's teacher and checks it; opens its memo, unless it answers the pixels of each step."
     teacher, card = teacher_and_card(config, data, ranks.device)
     online = unnumbered(config) or not config.memo
@@ -442,24 +441,24 @@ def teacher_answers(
     answers = Answers(teacher, views, answer_kind(config), memo)
     if not answers.by_view: # online, or without room for a memo
         teacher.chunk = images_a_step
-    return TeacherAnswers(answers, health, card)
+    return _TeacherAnswers(answers, health, card)
 
 # %% ../../nbs/train/02_setup.ipynb #6d9c0e41
 def _load_answers(
     config:Config,
     data:Data,
-    views:Views,       # as of `teacher_answers`
+    views:Views,       # as of `_teacher_answers`
     ranks:Ranks,
     rows:torch.Tensor, # the labelled images
     unlabelled:Unlabelled|None=None
 )->dict:
     "Returns the answers of the config's one or two teachers, and the first's top-1, as fields of a `Setup`."
-    teacher = teacher_answers(config, data, views, ranks, unlabelled)
+    teacher = _teacher_answers(config, data, views, ranks, unlabelled)
     answers = teacher.answers
     answered = rows_of_all(rows, unlabelled)
     if config.fold_weights:
-        second = teacher_answers(replace(config, teacher_weights=config.fold_weights), data, views, ranks,
-                                 unlabelled)
+        second = _teacher_answers(replace(config, teacher_weights=config.fold_weights), data, views, ranks,
+                                  unlabelled)
         answers = _out_of_fold([teacher, second], config, data, views, answered)
     if not ranks.rank:
         _refuse_missing_answers(answers, answered)
@@ -473,7 +472,7 @@ def _load_answers(
 
 # %% ../../nbs/train/02_setup.ipynb #1c26e235
 def _out_of_fold(
-    teachers:list[TeacherAnswers],
+    teachers:list[_TeacherAnswers],
     config:Config,
     data:Data,
     views:Views,
