@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['columns', 'MOST_CURVES', 'newest', 'finished_runs', 'right_answers', 'refuse_no_runs', 'Interval',
            'difference_over_images', 'Comparison', 'run_names', 'accuracies_of', 'load_comparison', 'variants', 'pairs',
-           'tests', 'one_pair', 'unequal', 'choices', 'missing', 'taught_pairs', 'on_labels', 'longest_pair',
-           'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'write_pictures', 'write_studies',
-           'points', 'printed', 'main']
+           'tests', 'difference', 'one_pair', 'unequal', 'choices', 'missing', 'taught_pairs', 'on_labels',
+           'longest_pair', 'plot_forest', 'draw_forest', 'draw_curves', 'compare_runs', 'write', 'write_pictures',
+           'write_studies', 'points', 'printed', 'main']
 
 # %% ../../nbs/study/08_compare.ipynb #4b90f826
 import json, shlex
@@ -140,7 +140,7 @@ class Comparison:
         for one, other in pairs(self):
             if len(one) > 1 and not gains or unequal(self, one, other):
                 continue
-            row = _difference(self, one, other, tops, measure)
+            row = difference(self, one, other, tops, measure)
             over_images = row['interval'] == Interval.IMAGES
             if row['seeds'] or over_images: # an unfinished pair has no seed, but may have this interval
                 rows.append(row)
@@ -265,7 +265,7 @@ def _paired(
     return _Paired(of_side(*one), of_side(*other), runs)
 
 # %% ../../nbs/study/08_compare.ipynb #df309dac
-def _difference(
+def difference(
     comparison:Comparison,
     one:tuple, other:tuple, # of `pairs`
     tops:pd.DataFrame,      # of `Comparison.tops`
