@@ -10,7 +10,7 @@ import typing
 import numpy as np, torch
 from ..base import VitdistillError, generator
 from ..data.views import Plan, centre_view
-from .answers import Answers, Memo
+from .answers import Answers, Known, Memo
 
 # %% ../../nbs/teachers/03_folds.ipynb #52d5b937
 def _who_answers(
@@ -65,12 +65,12 @@ class OutOfFold(Answers):
             answers[place] = part.online(pixels[place], image[place])
         return answers
 
-    def memo_answers(self, image:torch.Tensor, view:torch.Tensor)->tuple: # as in `Answers`
+    def memo_answers(self, image:torch.Tensor, view:torch.Tensor)->Known: # as in `Answers`
         answers = self.blanks(len(image))
         is_known = torch.zeros(len(image), dtype=torch.bool)
         for part, place in self.parts_of(image):
             answers[place], is_known[place] = part.memo_answers(image[place], view[place])
-        return answers, is_known
+        return Known(answers, is_known)
 
     def share_known(self, rows:torch.Tensor)->float: # as in `Answers`
         known = 0.

@@ -89,7 +89,7 @@ def _auto_compile(config:Config, device:str)->str:
     "Returns the mode for compile = 'auto': CUDA graphs on one GPU, where kernel launches are the bottleneck."
     if device != 'cuda' or compiler_missing(device):
         return 'none'
-    if place_among_ranks()[2] == 1:
+    if place_among_ranks().world == 1:
         return 'reduce-overhead'
     # compiled synchronized batch norm hangs or is wrong
     return 'none' if uses_batch_norm(config) else 'default'
