@@ -34,7 +34,11 @@ def record(job):
     """Saves what the models of a job see in its test images."""
     from vitdistill.api import predict
 
-    files = sorted((job / "data/val").glob("*/*"))
+    from vitdistill.config import read_yaml
+    from vitdistill.data.labels import Part, table_rows
+
+    root = Path(read_yaml(job / f"{job.name}.yaml")["common"]["data_root"])
+    files = sorted(root / row.file for row in table_rows(job / "images.csv") if row.part == Part.test)
     answers = []
     for model in MODELS:
         seen = predict(job / "models" / model, files)

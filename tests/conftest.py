@@ -195,7 +195,7 @@ def processes_mentioning(text):
 @pytest.fixture
 def known_speed(monkeypatch):
     """A job in this process does not measure how fast its models are, which takes a second each."""
-    monkeypatch.setattr("vitdistill.api.seconds_an_image", lambda *given, **more: 0.001)
+    monkeypatch.setattr("vitdistill.job.clock.seconds_an_image", lambda *given, **more: 0.001)
 
 
 @pytest.fixture(scope="session")

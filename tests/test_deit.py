@@ -15,7 +15,8 @@ from vitdistill.study.results import published
 from vitdistill.data.augment import AUGMENTATIONS
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, config_hash, field_names, preset
-from vitdistill.data.datasets import image_side, split_rows
+from vitdistill.data.datasets import image_side
+from vitdistill.data.split import split_rows
 from vitdistill.launch.queue import config_of, grid_cells
 from vitdistill.launch.runner import makes_teacher
 from vitdistill.models.create import create_student

@@ -17,6 +17,9 @@ from vitdistill import api
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, save
 from vitdistill.data import load_data
+from vitdistill.data.labels import IMAGES, Part, table_rows
+from vitdistill.job.folder import unlabelled_folder
+from vitdistill.job.plan import Source, images_of
 from vitdistill.train.loop import train
 
 
@@ -99,7 +102,8 @@ def test_a_folder_becomes_a_third_student(tmp_path, more, known_speed, capsys):
     said = capsys.readouterr().out
     assert "41 images without labels" in said and "40 unlabelled images of" in said
     assert "unlabelled minus taught" in said
-    assert said.count("is done already") == 3 and len(list(result.out.glob("data/*/*"))) == 4
+    rows = table_rows(result.out / IMAGES)
+    assert said.count("is done already") == 3 and sum(row.part == Part.unlabelled for row in rows) == 40
     (mine / "unlabelled" / "broken.png").write_bytes(b"no image")
     with pytest.raises(VitdistillError, match="broken.png"):
         api.distill(mine, **given)
@@ -114,7 +118,7 @@ def test_copies_of_the_training_images_are_named_before_anything_trains(tmp_path
             pixels = draw.integers(0, 256, (32, 32, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "mine" / part / name / f"{n}.png")
     shutil.copytree(tmp_path / "mine/train", tmp_path / "mine/unlabeled_2020")
-    folder = api.unlabelled_folder(tmp_path / "mine", None)
+    folder = unlabelled_folder(tmp_path / "mine", None)
     assert folder.name == "unlabeled_2020"
     with pytest.raises(VitdistillError, match="leaves no image to learn from .30 also in train of 30"):
-        api.images_of_job(tmp_path / "mine", tmp_path / "job", "own", {}, True, unlabelled=folder)
+        images_of(Source(tmp_path / "mine", tmp_path / "job", unlabelled=folder), dict(preset="own"))

@@ -144,14 +144,15 @@ def test_a_student_learns_without_any_label(photos, images, encoder, tmp_path, c
     assert api.distill(photos, dry_run=True, **job) is None and not (tmp_path / "mine").exists()
     result = api.distill(photos, **job)
     said = capsys.readouterr().out
-    assert "120 images without labels" in said and "learned from 108 images" in said
+    learned = int(re.search(r"learned from (\d+) images", said)[1])
+    assert "120 images without labels" in said and 84 <= learned < 120
     assert not re.search(r"top-1|minus|% of the test images|points \(", said)
     assert result.runs().keys() == {"teacher", "taught"}
     rows = result.table().set_index("model")
-    assert rows.agrees["taught"] > 0.9 and rows.images["taught"] == 12 and "top1" not in rows
+    assert rows.agrees["taught"] > 0.9 and rows.images["taught"] == 120 - learned and "top1" not in rows
     run, given = (result.runs()[name][1] for name in ("taught", "teacher"))
     mine, theirs = (read_predictions(one, "val").set_index("image") for one in (run, given))
-    assert (mine.label == -1).all() and len(mine) == 12
+    assert (mine.label == -1).all() and len(mine) == 120 - learned
     agree = [agreements([given], one, "val")["agree"] for one in result.runs()["taught"].values()]
     assert rows.agrees["taught"] == pytest.approx(np.mean(agree))
     assert agree[0] == (mine.decision == theirs.decision.loc[mine.index]).mean()
@@ -161,7 +162,7 @@ def test_a_student_learns_without_any_label(photos, images, encoder, tmp_path, c
     measured = {*run.metrics().dropna(axis=1, how="all"), *results}
     assert not [name for name in measured if "top1" in name]
     page = (result.out / "mine.html").read_text()
-    assert "learned from 108 images" in page and "svg" not in page  # there is nothing to draw
+    assert f"learned from {learned} images" in page and "svg" not in page  # there is nothing to draw
     assert len(result.pictures(4).axes) == 4 and result.curves() is None
     [row, _] = measure(result.folder(), ["int8"])  # its size and time all the same
     assert row.accuracy is None and row.mb > 0

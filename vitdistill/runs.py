@@ -11,7 +11,7 @@ __all__ = ['columns', 'is_locked', 'read_rows', 'place_of_today', 'read_checkpoi
 # %% ../nbs/05_runs.ipynb #31615abd
 import contextlib, csv, hashlib, io, json, os, platform, shutil, subprocess
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -115,6 +115,16 @@ class Run:
     def place(self, path:str|Path)->Path: # of the config, such as work_dir
         "Returns where a path of the config lies now, as `place_of_today` does."
         return place_of_today(from_root(path), from_root(self.config.runs_dir), self.folder.parent)
+
+    @property
+    def config_of_today(self)->Config:
+        "Returns the config with the places where its images lie now."
+        places = {}
+        for name in ('data_root', 'labels', 'unlabelled'):
+            value = getattr(self.config, name)
+            if os.path.isabs(value):
+                places[name] = str(self.place(value))
+        return replace(self.config, **places)
 
     @property
     def work(self)->Path: # the working folder

@@ -9,7 +9,8 @@ __all__ = ['rgb_image', 'DATASETS', 'Data', 'check_dataset', 'cifar100_constants
 # %% ../../nbs/data/09_package.ipynb #bf935022
 from .files import rgb_image
 from .datasets import (DATASETS, Data, check_dataset, cifar100_constants, flips, image_side,
-    labelled_images, load_data, split_rows)
+    labelled_images, load_data)
+from .split import split_rows
 from .views import Views, view_count
 
 # %% ../../nbs/data/09_package.ipynb #00893fd4

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CONTENT', 'DATASETS', 'cifar100_constants', 'KEPT', 'digest', 'mean_std_of', 'Data', 'Dataset', 'check_dataset',
            'flips', 'image_side', 'data_root', 'read_pickle', 'load_cifar', 'download_cifar', 'cifar_root',
-           'cifar_bytes', 'stratified', 'load_digits', 'refuse_labels', 'files_of_table', 'files_without_labels',
+           'cifar_bytes', 'load_digits', 'refuse_labels', 'undivided', 'files_of_table', 'files_without_labels',
            'list_images', 'reading_of', 'image_lines', 'by_content', 'digest_store', 'content_marks', 'pixels_once',
            'load_images', 'labelled_images', 'load_data', 'fingerprint', 'list_file', 'write_images',
-           'how_images_differ', 'image_words', 'read_texts', 'text_marks', 'refuse_texts', 'held_out', 'row_range',
-           'fold_rows', 'split_rows']
+           'how_images_differ', 'image_words', 'read_texts', 'text_marks', 'refuse_texts']
 
 # %% ../../nbs/data/01_datasets.ipynb #86df81f7
 import contextlib, functools, hashlib, io, itertools, math, os, pickle, re, tempfile, typing
@@ -20,12 +19,13 @@ from filelock import FileLock
 from ..base import VitdistillError, cgroup_limit, explained, first_line, from_root, generator
 from ..base import nearest, require, user_call, write_atomic
 from ..config import Config
-from .digests import STORE, digests, how_lists_differ, image_list, read_list
-from .digests import write_list
+from .digests import STORE, digests
 from .files import DiskImages, ImageFiles, broken_in_words, files_in, fit_together
-from .files import image_files, in_folders, known_as, left_out_in_words, left_out_of, printable
+from .files import image_files, in_folders, left_out_in_words, left_out_of, printable
 from .files import refuse_private_readers, say_once, some_rows, without_broken
-from .labels import in_table
+from .labels import Part, changes_in_words, in_table, rows_of, table_rows, write_table
+from .layouts import SHARE_OF_TEST, has_train, images_of_classes
+from .split import is_range, rows_by_content, split_rows, stratified
 
 # %% ../../nbs/data/01_datasets.ipynb #01d19e57
 def digest(parts:typing.Iterable)->str: # str, bytes or tensors
@@ -72,6 +72,7 @@ class Data:
     reading:str=''       # of files: the side and the reader that the pixels depend on
     train_digests:list=() # of the bytes of each training file; none: no files, or those of the hub
     test_digests:list=()
+    held_out:list=()     # rows of the training images that a table of the images holds out
 
     @property
     def side(self)->int: # px
@@ -88,9 +89,14 @@ class Data:
         "Returns (mean, std) per channel, of the training pixels in [0, 1]."
         return self.constants or mean_std_of(self.train_images)
 
+    def split(self, config:Config)->tuple: # its fields about the split count
+        "Returns the rows of the training images that are trained on, and those that are held out."
+        return split_rows(self.train_labels, config, self.classes, self.held_out)
+
     def _hash(self, reading, by_content):
         if by_content and self.train_digests:
-            return CONTENT + digest([reading, *self.train_digests, self.train_labels])
+            held_out = [f'held out {row}' for row in self.held_out]
+            return CONTENT + digest([reading, *self.train_digests, self.train_labels, *held_out])
         if self.listing:
             return digest([os.fsencode(f'{reading}{self.listing}'), self.train_labels])
         return digest([self.train_images, self.train_labels])
@@ -304,31 +310,6 @@ def cifar_bytes(config:Config)->typing.Iterator[bytes]:
             raise VitdistillError(f'no file {path}: name as data_root the folder that holds {files.folder}/.')
         yield path.read_bytes()
 
-# %% ../../nbs/data/01_datasets.ipynb #42a513f9
-def stratified(
-    labels:torch.Tensor, # (N,) int
-    fraction:float,      # share of each class that goes into the second part, in [0, 1]
-    seed:int
-)->tuple:
-    "Returns the sorted rows of two parts; the second has the same share of each class, to one image."
-    def leading_share(n):
-        return np.arange(n) < round(fraction*n)
-    return _divide(labels, seed, leading_share)
-
-def _divide(labels, seed, in_second_part): # in_second_part: n -> (n,) bool, of a class's n shuffled rows
-    labels = labels.clamp(min=0).numpy() # images without labels are divided as those of one class
-    order = labels.argsort(kind='stable') # sorted once, not searched for each class
-    classes, starts = np.unique(labels[order], return_index=True)
-    rows_by_class = np.split(order, starts[1:])
-    first_rows = [order[:0]] # an empty part, so that none at all can be put together too
-    second_rows = [order[:0]]
-    for label, rows in zip(classes, rows_by_class):
-        rows = np.random.default_rng([seed, int(label)]).permutation(rows)
-        mask = in_second_part(len(rows))
-        first_rows.append(rows[~mask])
-        second_rows.append(rows[mask])
-    return tuple(torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (first_rows, second_rows))
-
 # %% ../../nbs/data/01_datasets.ipynb #d612c32a
 def load_digits()->Data:
     "Loads the UCI handwritten digits at 32x32 RGB: 1,438 for training and 359 for test, always the same."
@@ -345,31 +326,43 @@ def load_digits()->Data:
 
 # %% ../../nbs/data/01_datasets.ipynb #9908d576
 def refuse_labels(config:Config)->None:
-    """Raises if `labels` or `class_names` is set for a dataset other than imagefolder, or if they contradict
-    each other."""
+    "Raises if `labels` or `class_names` is set for a dataset other than imagefolder, or names a class twice."
     names = [str(name) for name in config.class_names]
     for field, given in dict(labels=config.labels, class_names=names).items():
         if given and config.dataset != 'imagefolder':
             raise VitdistillError(f'{field} = {given!r} is for a folder of images, and dataset = '
                                   f'{config.dataset!r} has labels of its own: set dataset to '
                                   f"'imagefolder', or leave {field} out.")
-    if names and config.labels:
-        raise VitdistillError(f'class_names = {names} is for images without labels, and labels = '
-                              f'{config.labels!r} has some: leave one out.')
     if names and (len(names) < 2 or len({*names}) < len(names)):
         raise VitdistillError(f'class_names = {names}: give two or more names, each once.')
 
 # %% ../../nbs/data/01_datasets.ipynb #064a3a49
-def _set_aside(files, table): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
+def undivided(config:Config)->ImageFiles|None:
+    """Returns the images of a config whose folder or table does not say which are for the test; None if it
+    says so, or they have no labels."""
+    if config.dataset != 'imagefolder' or config.class_names or not config.data_root:
+        return None
+    root = from_root(config.data_root)
+    if config.labels:
+        refuse_labels(config)
+        return in_table(root, from_root(config.labels)).get('')
+    if has_train(root):
+        return None
+    given = config.unlabelled and not is_range(config.unlabelled)
+    return images_of_classes(root, config.class_folder, from_root(config.unlabelled) if given else None)
+
+def _divided(config, files, keys): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
     labels = torch.tensor([label for *_, label in files.files]) # files.files: (path, bytes, label) of each
-    train_rows, test_rows = stratified(labels, .2, seed=0)
-    test = some_rows(files, test_rows.tolist())
-    tested = {label for *_, label in test.files}
-    few = [name for label, name in enumerate(files.classes) if label not in tested]
+    drawn = rows_by_content(keys or digests(files, digest_store(config)), labels, SHARE_OF_TEST)
+    is_test = torch.zeros(len(files), dtype=torch.bool).index_fill(0, drawn, True)
+    few = [name for label, name in enumerate(files.classes) if not is_test[labels == label].any()]
+    place = printable(config.labels or config.data_root)
     if few:
-        raise VitdistillError(f"{table}: {', '.join(few[:5])}: too few images to set a fifth of them aside "
+        raise VitdistillError(f"{place}: {', '.join(few[:5])}: too few images to set a fifth of them aside "
                               'as test images: give each class five or more, or name parts in a column part.')
-    return dict(train=some_rows(files, train_rows.tolist()), test=test)
+    train = some_rows(files, (~is_test).nonzero().flatten().tolist())
+    test = replace(some_rows(files, drawn.tolist()), left_out={}, notes=[], bare=[])
+    return fit_together(config, place, 'images of each class', train, test)
 
 # %% ../../nbs/data/01_datasets.ipynb #b7afa497
 def files_of_table(config:Config)->dict: # 'train', 'test' -> ImageFiles
@@ -378,9 +371,10 @@ def files_of_table(config:Config)->dict: # 'train', 'test' -> ImageFiles
     table = printable(config.labels)
     if not config.data_root:
         raise VitdistillError(f'labels = {config.labels!r}: name the folder of images as data_root.')
-    parts = in_table(from_root(config.data_root), from_root(config.labels))
-    if '' in parts: # the table has no column part
-        parts = _set_aside(parts[''], table)
+    classes = [str(name) for name in config.class_names]
+    parts = in_table(from_root(config.data_root), from_root(config.labels), classes)
+    if classes: # no image has a label, so none is for the test
+        return dict(train=parts[Part.train], test=some_rows(parts[Part.train], []))
     missing = ''
     if 'train' not in parts:
         missing = 'train'
@@ -408,11 +402,14 @@ def files_without_labels(config:Config)->dict: # 'train', 'test' -> ImageFiles
     return dict(train=replace(train, classes=classes), test=test)
 
 # %% ../../nbs/data/01_datasets.ipynb #b07f6c12
-def _parts(config): # {'train': ImageFiles, 'test': ImageFiles}
-    if config.class_names:
-        parts = files_without_labels(config)
+def _parts(config, keys=()): # keys: as of `list_images`; {'train': ImageFiles, 'test': ImageFiles}
+    files = undivided(config)
+    if files:
+        parts = _divided(config, files, keys)
     elif config.labels:
         parts = files_of_table(config)
+    elif config.class_names:
+        parts = files_without_labels(config)
     else:
         row = check_dataset(config.dataset)
         parts = image_files(config, row.package, row.needs)
@@ -435,11 +432,14 @@ def _say(place, train, *others): # prints notes, such as which folders are the c
 
 # %% ../../nbs/data/01_datasets.ipynb #4bcc1025
 def _place(config): # of images, for messages
-    return printable(known_as(config.data_root) if config.data_root else config.dataset)
+    return printable(config.data_root or config.dataset)
 
-def list_images(config:Config)->dict: # 'train', 'test' -> ImageFiles, undecoded
+def list_images(
+    config:Config,
+    keys:list=() # of the images of `undivided`, by which they are divided; copies have one; (): their digests
+)->dict: # 'train', 'test' -> ImageFiles, undecoded
     "Returns the image files of a config's dataset; prints which folders are classes and what is left out."
-    parts = _parts(config)
+    parts = _parts(config, keys)
     _say(_place(config), parts['train'], parts['test'])
     return parts
 
@@ -487,6 +487,7 @@ def content_marks(config:Config)->typing.Iterator[str]:
     train, test = parts['train'], parts['test']
     yield f'{_reading(config, train, test)}\n'
     yield from (f'{name}\n' for name in train.classes)
+    yield from (f'row {row} is held out\n' for row in train.held_out)
     for files in (train, test):
         yield f'{len(files)} images\n'
         for content, (*_, label) in zip(digests(files, digest_store(config)), files.files):
@@ -559,7 +560,7 @@ def load_images(config:Config)->Data:
     train_part = read('train', on_disk=large or config.whole_image)
     test_part = read('test', on_disk=large)
     return Data(config.dataset, *train_part, *test_part, train.classes, None, listing,
-                reading_of(config, train), contents['train'], contents['test'])
+                reading_of(config, train), contents['train'], contents['test'], train.held_out)
 
 # %% ../../nbs/data/01_datasets.ipynb #3e91c0f4
 def labelled_images(
@@ -607,17 +608,23 @@ def list_file(config:Config)->Path: # with its `data_hash`
     "Returns the file that lists the images of a run."
     return from_root(config.work_dir)/f'images-{config.data_hash}.csv'
 
+def _image_rows(config): # -> list of `Labelled`
+    rows = []
+    for part, files in _parts(config).items():
+        rows += rows_of(files, part, digests(files, digest_store(config)))
+    return rows
+
 def write_images(config:Config)->None: # with its `data_hash`
     "Writes the list of a run's images, for the processes that are started for it and for later calls."
     if by_content(config) and not list_file(config).is_file():
-        write_list(image_list(_parts(config), digest_store(config)), list_file(config))
+        write_table(_image_rows(config), list_file(config))
 
 def how_images_differ(config:Config)->str: # with the `data_hash` of a run
     "Returns how a config's images differ from those that a run of it had; '' if they are the same."
     if not by_content(config) or fingerprint(config, like=config.data_hash) == config.data_hash:
         return ''
-    listed = read_list(list_file(config))
-    differs = listed and how_lists_differ(listed, image_list(_parts(config), digest_store(config)))
+    listed = list_file(config)
+    differs = changes_in_words(table_rows(listed), _image_rows(config)) if listed.is_file() else ''
     return differs or 'other files, classes or another order'
 
 # %% ../../nbs/data/01_datasets.ipynb #03457c36
@@ -665,97 +672,3 @@ def refuse_texts(config:Config)->None:
     "Raises `VitdistillError`, for a run that needs images."
     raise VitdistillError("dataset = 'texts' has no images: it is for captions (clip = 'own' or a model of "
                           'open_clip).')
-
-# %% ../../nbs/data/01_datasets.ipynb #047cf683
-def held_out(
-    labels:torch.Tensor, # (N,) int
-    fraction:float,      # share of each class that is held out, in [0, 1)
-    seed:int
-)->tuple:
-    """Returns (train, val) rows. The held-out images are spread evenly over a class's order, so any share
-    that `stratified` keeps has the same part of them held out."""
-    def evenly(n): # of the first k images, round(k*fraction) are held out
-        counts = np.floor(np.arange(n + 1)*fraction + .5 + 1e-9) # 1e-9: a half rounds up
-        return np.diff(counts) > 0
-    return _divide(labels, seed, evenly)
-
-# %% ../../nbs/data/01_datasets.ipynb #c3ab7b1b
-def row_range(
-    text:str,             # 'start:stop', such as '44000:50000'
-    n:int,                # number of training images
-    field:str='val_rows'  # field of the config that has the text, for the message
-)->torch.Tensor:
-    "Returns the rows of a range of the training images; a text that is no such range is a `VitdistillError`."
-    start, _, stop = text.partition(':')
-    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= n):
-        raise VitdistillError(f"{field} = {text!r}: give 'start:stop' with start < stop <= {n}, "
-                              'the number of training images.')
-    return torch.arange(int(start), int(stop))
-
-# %% ../../nbs/data/01_datasets.ipynb #f90e131b
-def fold_rows(
-    labels:torch.Tensor, # (N,) labels of the images to divide
-    fold:str,            # 'k/n', 1 <= k <= n
-    seed:int
-)->torch.Tensor: # (N,) bool
-    "Returns which images are in the k-th of n class-balanced parts."
-    k, _, n = fold.partition('/')
-    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) and int(n) > 1):
-        raise VitdistillError(f"fold = {fold!r}: give 'k/n' with 1 <= k <= n and n >= 2, such as '1/2'.")
-
-    def first_folds(count): # which images are in the first `count` parts: shares are nested
-        rows = stratified(labels, count/int(n), seed)[1]
-        return torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, rows, True)
-
-    return first_folds(int(k)) & ~first_folds(int(k) - 1)
-
-# %% ../../nbs/data/01_datasets.ipynb #819d9ef5
-def _refuse_empty_classes(labels, train, config, classes):
-    "Raises `VitdistillError` for a split that leaves a class no image to train on."
-    labels = labels.clamp(min=0)
-    counts = torch.bincount(labels)
-    trained = torch.bincount(labels[train], minlength=len(counts))
-    untrained = ((counts > 0) & (trained == 0)).nonzero().flatten().tolist()
-    if not untrained:
-        return
-    rarest = min(untrained, key=lambda label: counts[label])
-    name = classes[rarest] if len(classes) else f'label {rarest}'
-    settings = []
-    for field in ('data_fraction', 'val_fraction', 'val_rows', 'fold'):
-        value = getattr(config, field)
-        if value not in ('', 0, 1): # it is set; 1 is the default of data_fraction
-            settings.append(f'{field} = {value}')
-    raise VitdistillError(f'{" and ".join(settings)} leave no image to train on of {len(untrained)} of '
-                          f'{(counts > 0).sum()} classes, such as {name} with {counts[rarest]} image(s): '
-                          'use a larger data_fraction, hold fewer images out, or give that class more '
-                          'images.')
-
-# %% ../../nbs/data/01_datasets.ipynb #780f6218
-def split_rows(
-    labels:torch.Tensor, # (N,) labels of the training images
-    config:Config,
-    classes:list=()      # names of the classes, for messages
-)->tuple:
-    "Returns (train, val) rows; what is held out does not depend on `data_fraction`, except a `fold`."
-    if config.val_rows:
-        val = row_range(config.val_rows, len(labels))
-        train = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val.numpy()))
-        if not len(train):
-            raise VitdistillError(f'val_rows = {config.val_rows!r} holds out every training image: '
-                                  'leave some to train on.')
-        # a share of what is left, since val_rows take from the classes unevenly
-        kept = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
-    else:
-        train, val = held_out(labels, config.val_fraction, config.split_seed)
-        if config.val_fraction and not len(val):
-            raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image, since the '
-                                  'classes are too small: give more images, a larger val_fraction, or 0.')
-        # a share of all images, of which `held_out` has taken the same part
-        kept = stratified(labels, config.data_fraction, config.split_seed)[1]
-    train = torch.from_numpy(np.intersect1d(train.numpy(), kept.numpy()))
-    if config.fold:
-        in_fold = fold_rows(labels[train], config.fold, config.split_seed)
-        val = torch.cat([val, train[in_fold]]).sort().values
-        train = train[~in_fold]
-    _refuse_empty_classes(labels, train, config, classes)
-    return train, val

@@ -15,7 +15,6 @@ from ..base import VitdistillError, from_here, nearest, require, say_once, timer
 from ..base import user_call
 from ..config import Config, from_dict
 from ..data.datasets import Data, check_dataset, generator, image_side, list_images, load_data
-from ..data.datasets import split_rows
 from ..data.files import DiskImages
 from ..data.views import normalize
 from .export import PACKAGES, export_fp16, export_int8, export_onnx
@@ -83,7 +82,7 @@ def images_of(
         others = _classes_in_words(images.classes)
         raise VitdistillError(f'{model.name} knows {classes}, and {place} has {others}: give a folder with '
                               'the same classes.')
-    rows, *_ = split_rows(images.train_labels, config, images.classes)
+    rows, *_ = images.split(config)
     own = torch.tensor([*numbers, -1]) # the model may have its classes in another order; -1: no label
     images = replace(images, train_labels=own[images.train_labels], test_labels=own[images.test_labels],
                      classes=model.classes)
@@ -103,8 +102,7 @@ def _training_config(folder): # of the run that trained a model, or what its car
         if not dataset or not check_dataset(dataset).side: # a card names no folder of images
             return None
         return from_dict(card.split | dict(image_size=card.image_size))
-    data_root = run.config.data_root
-    return replace(run.config, data_root=str(run.place(data_root)) if data_root else '')
+    return run.config_of_today
 
 def _undecoded(config): # `Data`
     if check_dataset(config.dataset).side:

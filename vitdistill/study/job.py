@@ -13,8 +13,7 @@ __all__ = ['MOST_NUMBERS', 'MARKERS', 'COSTS', 'COST_FORMATS', 'MOST_CURVES', 'M
            'write_job', 'Page']
 
 # %% ../../nbs/study/10_job.ipynb #64f7a660
-import base64, html, io, math, os, shlex, warnings
-from contextlib import contextmanager
+import base64, contextlib, html, io, math, os, shlex, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
@@ -25,9 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 from ..base import VitdistillError, from_root
 from ..config import Config, field_names
-from ..data.datasets import check_dataset, files_of_table, fingerprint
-from ..data.files import ImageFiles, decoded, image_files, left_out_in_words, printable
-from ..launch.images import LEFT_OUT, short_name
+from ..data.datasets import check_dataset, fingerprint, list_images
+from ..data.labels import IMAGES, Part, table_rows
+from ..data.files import ImageFiles, decoded, left_out_in_words, printable
 from ..runs import Run, machine_in_words
 from .agreement import agreements
 from .choice import choice_of, finished_models, held_out_scores, is_unlabelled
@@ -156,11 +155,11 @@ def listed_files(config:Config)->dict[str, ImageFiles]: # of a run; -> train and
     row = check_dataset(config.dataset)
     if row.side:
         raise VitdistillError(f'the images of {row.title} are no files.')
-    files = files_of_table(config) if config.labels else image_files(config, row.package, row.needs)
     if fingerprint(config, like=config.data_hash) != config.data_hash:
         raise VitdistillError(f'the images in {config.data_root} are others than those that the run has '
                               'seen.')
-    return files
+    with contextlib.redirect_stdout(io.StringIO()): # the job has said it
+        return list_images(config)
 
 def thumbnail(files:ImageFiles, row:int, config:Config, side:int=144)->str: # side: px
     "Returns an image as a model reads it: a JPEG in base64; '' if it can not be read."
@@ -178,7 +177,8 @@ def test_files(config:Config)->ImageFiles: # of a run
 # %% ../../nbs/study/10_job.ipynb #64f42f4d
 def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple[list[dict], str]:
     "Returns a run's wrong decisions of highest confidence, with picture and path, and a note on their files."
-    config = replace(run.config, data_root=data_root or run.config.data_root) # a job may be moved
+    config = run.config_of_today
+    config = replace(config, data_root=data_root or config.data_root) # its images may be moved
     decisions = read_predictions(run)
     wrong = decisions[decisions.decision != decisions.label]
     if not len(wrong):
@@ -211,7 +211,7 @@ def kind_of_arm(
     student:str # its architecture
 )->str:
     "Returns the name of an arm without its student: `plain` for the arm `plain-resnet18`."
-    return arm.removesuffix(f'-{short_name(student)}')
+    return arm.removesuffix(f"-{student.rpartition('/')[2]}")
 
 # %% ../../nbs/study/10_job.ipynb #b44cc654
 def agreement(models:dict, arm:str)->pd.Series: # models: of `finished_models`; -> images, agree
@@ -306,7 +306,7 @@ def settings(models:dict)->pd.DataFrame: # of `finished_models`; -> setting, and
     return pd.DataFrame(rows, columns=['setting', *models])
 
 # %% ../../nbs/study/10_job.ipynb #0c05c7c1
-@contextmanager
+@contextlib.contextmanager
 def any_text():
     "Lets matplotlib draw names of any kind: none is a formula, and its font may lack characters."
     text_settings = {'text.parse_math': False, 'text.usetex': False, 'svg.fonttype': 'none',
@@ -636,11 +636,12 @@ def image_items(comparison:Comparison)->list[dict]:
     root = str(comparison.study.common.get('data_root', ''))
     lines = [about.get('images', '').replace(root, Path(root).name) if root else about.get('images', ''),
              about.get('same', '')]
-    table = from_root(comparison.study.common.get('runs_dir', '')).parent/LEFT_OUT
+    table = from_root(comparison.study.common.get('runs_dir', '')).parent/IMAGES
     if table.is_file():
-        rows = pd.read_csv(table, keep_default_na=False)
-        left_out = left_out_in_words(dict(zip(rows.file, rows.why)))
-        lines.append(f'Files that were left out: {left_out}. All {len(rows):,} stand in {table.name}.')
+        left_out = {row.file: row.why for row in table_rows(table) if row.part == Part.left_out}
+        if left_out:
+            lines.append(f'Files that were left out: {left_out_in_words(left_out)}. All '
+                         f'{len(left_out):,} stand in {table.name}.')
     return [dict(caption=line, links={}) for line in lines if line]
 
 def _save_tables(name, out, gaps, classes): # gaps: of `Comparison.table`; classes: of `recalls`, or None

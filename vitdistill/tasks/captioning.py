@@ -21,7 +21,8 @@ from .captions import noise_rule, parse_caption, share_right, write_captions
 from ..base import VitdistillError, from_here, from_root, generator, place_or_name, shipped
 from ..base import write_atomic
 from ..config import Config, preset
-from ..data.datasets import Data, digest, image_words, load_data, read_texts, split_rows, stratified
+from ..data.datasets import Data, digest, image_words, load_data, read_texts
+from ..data.split import stratified
 from ..teachers.encoders import DualEncoder, Encoder, OpenClip, TextTower, build_tokenizer
 from ..teachers.encoders import fit_text_tower, image_tower, load_dual, save_dual, tokens_of
 from ..teachers.encoders import tower_facts, tower_settings
@@ -197,7 +198,7 @@ def labelled_parts(config:Config, device:str)->tuple: # encoder, training texts,
 # %% ../../nbs/tasks/02_captioning.ipynb #412c8dfa
 def caption_rows(config:Config, data:Data)->tuple: # three of (N,) int64
     "Returns the images to learn from, those that a text tower is fitted to, and those to choose settings by."
-    train, val = split_rows(data.train_labels, config, data.classes)
+    train, val = data.split(config)
     if not len(val):
         raise VitdistillError('no image is held out to choose settings by: give val_fraction or val_rows.')
     pairs, choice = (val[part] for part in stratified(data.train_labels[val], 1 - PAIRS, config.split_seed))

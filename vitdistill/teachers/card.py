@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from timm.models import get_pretrained_cfg
 from ..base import VitdistillError, explained, fitting, write_atomic
 from ..config import Config, field_names, from_dict, student_name
-from ..data.datasets import Data, split_rows
+from ..data.datasets import Data
 from ..models.create import our_resnets
 from ..models.hub import HUB, hub_license, weights_file, weights_place
 
@@ -139,7 +139,7 @@ class Card(CardFields):
         constants:tuple  # mean and std that its input is normalized by
     ):
         "Returns the card of a run's model, without what must be measured."
-        train, val = split_rows(data.train_labels, config)
+        train, val = data.split(config)
         return cls(architecture=config.student,
                    kwargs=config.student_kwargs,
                    stem=config.stem,
@@ -271,7 +271,7 @@ def knows_images(card:Card, data:Data)->bool:
 
 def training_mask(card:Card, data:Data)->torch.Tensor: # (N,) bool; data: whose images the card names
     "Returns which of the training images a model was trained on."
-    rows, _ = split_rows(data.train_labels, from_dict(card.split))
+    rows, _ = data.split(from_dict(card.split))
     return torch.zeros(len(data.train_labels), dtype=torch.bool).index_fill_(0, rows, True)
 
 def refuse_overlap(
@@ -281,7 +281,7 @@ def refuse_overlap(
     owner:str  # the model as a possessive, for the message
 )->None:
     "Raises `VitdistillError` if the run would validate on images that a model was trained on."
-    _, val = split_rows(data.train_labels, config)
+    _, val = data.split(config)
     seen = int(training_mask(card, data)[val].sum())
     if not seen:
         return
@@ -328,7 +328,7 @@ def seen_by_student(
     "Returns which image files a run's student has seen."
     if not data.train_digests:
         return _seen_later(config.student_weights)
-    train, val = split_rows(data.train_labels, config)
+    train, val = data.split(config)
     seen = {data.train_digests[row]: 'held out' for row in val.tolist()}
     seen |= _seen_later(config.student_weights) | dict.fromkeys(unlabelled, 'unlabelled')
     return seen | {data.train_digests[row]: 'train' for row in train.tolist()} # of copies one may be held out
@@ -341,7 +341,7 @@ def seen_rows(weights:str|Path, contents:list)->list[int]: # contents: digests o
 # %% ../../nbs/teachers/00_card.ipynb #98887dbc
 def refuse_teacher_overlap(config:Config, data:Data, card:Card|None)->None: # card: of the teacher
     "Raises `VitdistillError` if the run would validate on images that its teacher saw, or may have seen."
-    if not len(split_rows(data.train_labels, config)[1]) or not config.teacher_weights:
+    if not len(data.split(config)[1]) or not config.teacher_weights:
         return
     if card is None:
         raise VitdistillError(f'{config.teacher_weights} has no card.json, so it is unknown whether the '

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from ..base import VitdistillError, timer_of
 from ..config import Config, from_dict, is_automatic, student_name
-from ..data.datasets import Data, digest, load_data, split_rows
+from ..data.datasets import Data, digest, load_data
 from ..data.duplicates import same_pixels
 from ..models.hub import weights_place
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
@@ -132,7 +132,7 @@ def make_card(
     held_out:tuple=None # (`Views`, labels, rows) of unseen images; None: those that the config holds out
 )->Card:
     "Returns a teacher's card, with its top-1 on held-out images and on training views if there are labels."
-    train, val = split_rows(data.train_labels, config)
+    train, val = data.split(config)
     plan = epoch_plan(train, len(data.train_labels), view_count(config), config.seed, config.epochs)
     rows, view = plan.image[:most], plan.view[:most]
     card = replace(Card.of(config, data, teacher.size, teacher.constants),
@@ -300,7 +300,7 @@ def check_health(
     if not data.labelled:
         return Health()
     own_images = card and knows_images(card, data)
-    train, val = split_rows(data.train_labels, from_dict(card.split) if own_images else config)
+    train, val = data.split(from_dict(card.split) if own_images else config)
     rows, which = (val, 'images that it held out') if len(val) else (train, 'training images')
     sample = sample_rows(rows, 1000)
     classes = len(data.classes)
@@ -357,7 +357,7 @@ def _refuse_unfit_images(
     held_out:tuple|None # images and labels to measure it on, as in `adopt`
 )->None:
     "Raises `VitdistillError` unless there are images, and of one kind alone, that a teacher has not seen."
-    rows = split_rows(data.train_labels, config)[1]
+    rows = data.split(config)[1]
     if held_out and len(rows):
         raise VitdistillError('held_out is for weights that were trained on all training images, and '
                               f'{len(rows)} are held out here: set val_fraction to 0, val_rows and fold '

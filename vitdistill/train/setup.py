@@ -20,7 +20,7 @@ from ..data.augment import Augment, augments, image_parts, unnumbered
 from ..base import VitdistillError, cores
 from ..config import Config, is_automatic
 from ..data.datasets import Data, by_content, fingerprint, generator, how_images_differ
-from ..data.datasets import image_side, load_data, split_rows
+from ..data.datasets import image_side, load_data
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
 from ..losses import OBJECTIVES, HardLabel, answer_kind, balanced_weights, criterion
@@ -558,7 +558,7 @@ def prepare(config:Config, ranks:Ranks, objectives:dict=OBJECTIVES)->Setup: # ob
     torch.set_num_threads(threads_per_rank(config, ranks.local_world))
     data = load_data(config)
     objective = criterion(config, objectives)
-    train, val = split_rows(data.train_labels, config, data.classes)
+    train, val = data.split(config)
     if config.class_weights:
         objective.class_weights = balanced_weights(data.train_labels[train], len(data.classes))
 
