@@ -25,7 +25,7 @@ from typing import NamedTuple
 from ..base import VitdistillError, fitting, nearest, shipped, shipped_names
 from ..config import FORMS, Config, defining, dump_yaml, field_names, from_dict, is_yaml_file
 from ..config import plain_value, preset, preset_parts, read_yaml
-from ..runs import Run, find_runs
+from ..runs import Run, find_runs, place_of_today
 
 # %% ../../nbs/launch/00_studies.ipynb #e4aeb0b9
 @dataclass
@@ -366,7 +366,8 @@ def job_folder(values:dict, file:Path)->Path|None: # content of a study file; th
     return folder if is_job and str(common.get('work_dir')) == str(folder/'work') else None
 
 def with_places_of_today(values:dict, file:Path)->dict: # content of a study file; the file
-    "Returns the content of a job's study file with the file's folder of today where it names that of then."
+    """Returns the content of a job's study file with the file's folder of today where it names that of then,
+    and so with what lies where it lay beside that folder."""
     old = job_folder(values, file)
     new = file.resolve().parent
     if not old or not (new/'runs').is_dir() or old.resolve() == new:
@@ -377,6 +378,8 @@ def with_places_of_today(values:dict, file:Path)->dict: # content of a study fil
             return {key: moved(inner) for key, inner in value.items()}
         if isinstance(value, str) and Path(value).is_relative_to(old):
             return str(new/Path(value).relative_to(old))
+        if isinstance(value, str) and Path(value).is_absolute(): # it may have been moved with the folder
+            return str(place_of_today(Path(value), old, new))
         return value
 
     return moved(values)
