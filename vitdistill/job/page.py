@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MOST_NUMBERS', 'MARKERS', 'COSTS', 'COST_FORMATS', 'MOST_CURVES', 'MEANINGS', 'test_decisions', 'recalls',
            'decisions_of', 'class_names_of', 'confusion', 'confused_pairs', 'shortened', 'draw_confusion',
-           'draw_recalls', 'listed_files', 'thumbnail', 'test_files', 'surest_mistakes', 'kind_of_arm', 'agreement',
-           'initial_weights', 'percent', 'mean_result', 'shares_of_classes', 'accuracy_row', 'accuracy_table',
-           'settings', 'any_text', 'svg', 'picture', 'table_item', 'html_item', 'draw_costs', 'cost_text', 'costs_item',
-           'arms_of_students', 'colors_of', 'class_items', 'mistake_items', 'draw_learning', 'command_without_places',
-           'how_it_was_made', 'learning', 'introduction', 'results_note', 'cost_items', 'model_items', 'image_items',
-           'write_job', 'Page']
+           'draw_recalls', 'listed_files', 'thumbnail', 'test_files', 'surest_mistakes', 'agreement', 'initial_weights',
+           'percent', 'mean_result', 'shares_of_classes', 'accuracy_row', 'accuracy_table', 'settings', 'any_text',
+           'svg', 'picture', 'table_item', 'html_item', 'draw_costs', 'cost_text', 'costs_item', 'arms_of_students',
+           'colors_of', 'class_items', 'mistake_items', 'draw_learning', 'command_without_places', 'how_it_was_made',
+           'learning', 'introduction', 'results_note', 'cost_items', 'model_items', 'image_items', 'write_job', 'Page']
 
 # %% ../../nbs/job/04_page.ipynb #64f7a660
 import base64, contextlib, html, io, math, os, shlex, warnings
@@ -30,7 +29,7 @@ from ..data.files import ImageFiles, decoded, left_out_in_words, printable
 from ..runs import Run, machine_in_words
 from ..study.agreement import agreements
 from .choice import choice_of, finished_models, held_out_scores, is_unlabelled
-from .choice import Share, mean_share, share_of, verdict_of
+from .choice import Kind, Share, kind_of, mean_share, share_of, verdict_of
 from ..study.compare import Comparison, draw_curves, finished_runs, missing
 from ..study.figures import format_cell, save_table, styled
 from ..study.page import write_page
@@ -205,14 +204,6 @@ def surest_mistakes(run:Run, classes:list, data_root:str='', most:int=12)->tuple
         mistake['path'] = os.path.relpath(mistake['path'], common)
     return mistakes, f'Their paths start in {Path(common).name}.'
 
-# %% ../../nbs/job/04_page.ipynb #51922c16
-def kind_of_arm(
-    arm:str,
-    student:str # its architecture
-)->str:
-    "Returns the name of an arm without its student: `plain` for the arm `plain-resnet18`."
-    return arm.removesuffix(f"-{student.rpartition('/')[2]}")
-
 # %% ../../nbs/job/04_page.ipynb #b44cc654
 def agreement(models:dict, arm:str)->pd.Series: # models: of `finished_models`; -> images, agree
     """Returns how many held-out images there are, and the share on which an arm decides as the teacher; NaN
@@ -258,7 +249,7 @@ def accuracy_row(
         row['held-out images'] = str(share_of(held_out.mean(), len(held_out)))
     for gap in differences[differences.arm == name].dropna(subset='difference').itertuples():
         ends = '' if np.isnan(gap.low) else f' ({100*gap.low:.1f} to {100*gap.high:.1f})'
-        other = kind_of_arm(gap.other, runs[0].config.student) # of the same architecture
+        other = kind_of(models[gap.other][0].config).name # of the same architecture
         row[f'minus {other}, points'] = f'{100*gap.difference:+z.1f}{ends}'
     tested = class_recalls[class_recalls['test images'] > 0]
     if name in tested and len(tested):
@@ -362,7 +353,7 @@ def draw_costs(costs:pd.DataFrame, comparison:Comparison): # costs: model, ms; -
         line, = ax.plot([place]*len(arms), tops[arms], '-', linewidth=1.2, label=shortened(student, 30))
         for arm in arms:
             fill = line.get_color() if comparison.arms[arm][0].config.teacher else 'white'
-            marker = 's' if arm.startswith('unlabelled') else 'o'
+            marker = 's' if kind_of(comparison.arms[arm][0].config) == Kind.unlabelled else 'o'
             ax.plot(place, tops[arm], marker, color=line.get_color(), markerfacecolor=fill)
     ax.margins(x=.1, y=.15)
     ax.set_xlim(left=0)
@@ -401,15 +392,17 @@ def costs_item(costs:pd.DataFrame, caption:str)->dict: # model and keys of COSTS
 
 # %% ../../nbs/job/04_page.ipynb #1588e556
 def arms_of_students(arms:dict)->dict[str, dict]: # arm -> its runs
-    """Returns {architecture: {name: arm}} of the arms that have runs. With several architectures the name is
-    that of `kind_of_arm`."""
-    students = {arm: runs[0].config.student for arm, runs in arms.items() if runs}
-    several = len({*students.values()}) > 1
-    by_student = {student: {} for student in students.values()}
-    for arm, student in students.items():
-        name = kind_of_arm(arm, student) if several else arm
-        by_student[student][name] = arm
-    return by_student
+    """Returns {architecture: {name: arm}} of the arms that have runs. The name says how the student learns,
+    or is that of the arm where several arms of an architecture learn alike."""
+    by_student = {}
+    for arm, runs in arms.items():
+        if runs:
+            by_student.setdefault(runs[0].config.student, {})[arm] = kind_of(runs[0].config)
+    named = {}
+    for student, kinds in by_student.items():
+        several = len({*kinds.values()}) < len(kinds)
+        named[student] = {arm if several else kind.name: arm for arm, kind in kinds.items()}
+    return named
 
 def colors_of(students:dict)->dict: # of `arms_of_students`; -> name, or teacher -> colour
     "Returns a colour for each name of an arm, the same for all students, and one for the teacher."
@@ -576,15 +569,16 @@ def learning(comparison:Comparison, models:dict)->list[dict]: # models: of `fini
     return [picture(figure, f'Test accuracy{best} by epoch{bands}.')]
 
 # %% ../../nbs/job/04_page.ipynb #2c9fef75
-MEANINGS = dict(plain='trained on the labels alone', taught="trained on the labels and the teacher's answers",
-                unlabelled='taught, with images that have no label') # of names of arms
+MEANINGS = {Kind.plain: 'trained on the labels alone',
+            Kind.taught: "trained on the labels and the teacher's answers",
+            Kind.unlabelled: 'taught, with images that have no label'}
 
 def introduction(models:dict)->list[str]: # models: of `finished_models`
-    "Returns what the names of the models mean, as a sentence; [] without labels, or for other names."
+    "Returns how the kinds of students learn, as a sentence; [] without labels."
     if is_unlabelled(models):
         return []
-    names = {kind_of_arm(name, runs[0].config.student) for name, runs in models.items()}
-    meanings = [f'{name}: {meaning}' for name, meaning in MEANINGS.items() if name in names]
+    kinds = {kind_of(runs[0].config) for name, runs in models.items() if name != 'teacher'}
+    meanings = [f'{kind.name}: {meaning}' for kind, meaning in MEANINGS.items() if kind in kinds]
     return [f"{'; '.join(meanings)}.".capitalize()] if meanings else []
 
 # %% ../../nbs/job/04_page.ipynb #765af6e1

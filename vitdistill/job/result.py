@@ -501,12 +501,12 @@ def share_in_words(share:float)->str: # share of each batch that is unlabelled
     return f'as many steps as the taught student, and it sees the labelled images {often}'
 
 def about_unlabelled(result:Distilled)->list[str]:
-    "Returns a sentence on the student that was taught with unlabelled images; [] without one."
-    runs = result.models.get(Part.unlabelled)
-    if not runs:
-        return []
-    return [f"{Part.unlabelled}: taught, with {runs[0].result['n_unlabelled']:,} unlabelled images: "
-            f'{share_in_words(runs[0].config.unlabelled_share)}.']
+    "Returns a sentence on the first student that was taught with unlabelled images; [] without one."
+    for name, runs in result.models.items():
+        if name != 'teacher' and kind_of(runs[0].config) == Kind.unlabelled:
+            return [f"{name}: taught, with {runs[0].result['n_unlabelled']:,} unlabelled images: "
+                    f'{share_in_words(runs[0].config.unlabelled_share)}.']
+    return []
 
 def about_answers(result:Distilled)->list[str]:
     "Returns what a job without labels has done, and what it can't say."
