@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT, record
-from test_notebooks import execute
+from test_notebooks import definitions, execute
 from vitdistill.config import Config
+from vitdistill.stats import seed_interval
 
 FIGURES = ["agreement_classes", "agreement_disagreement", "agreement_teacher"]
 TEACHER = dict(experiment="teacher", student="vit_tiny_patch16_224")
@@ -86,3 +87,37 @@ def test_on_several_seeds_of_cifar100_and_damaged_runs(cifar):
     disagreement = table["disagreement"].set_index("different decisions (%)")
     assert disagreement.labels["teacher of taught"] == pytest.approx(15.8, abs=1.2)
     assert {path.stem for path in (out / "figures").glob("*.svg")} == set(FIGURES)
+
+
+def test_gains_of_classes_are_differences_of_their_accuracies(tmp_path):
+    class_gains, rng = definitions("a05_agreement").class_gains, np.random.default_rng(0)
+    labels, taught = np.repeat(np.arange(10), 30), dict(experiment="distilled", teacher="resnet18")
+
+    def written(name, decisions, label=labels, **fields):
+        arrays = dict(test_image=np.arange(len(label)), test_label=label, test_class_decision=decisions,
+                      test_class_confidence=np.ones(len(label), "float16"))
+        return write_run(tmp_path / name, arrays, **fields)
+
+    def pair(seed):
+        decisions = [np.where(rng.random(300) < accuracy, labels, (labels + 1) % 10)
+                     for accuracy in (0.8, 0.8 + 0.02 * labels)]
+        plain = written("a", decisions[0], seed=seed)
+        return decisions, (plain, written("a", decisions[1], seed=seed, **taught))
+    drawn = [pair(seed) for seed in (11, 12, 13)]
+    pairs, right = [runs for _, runs in drawn], np.array([decisions for decisions, _ in drawn]) == labels
+    whole = class_gains(pairs, pd.Series("all", range(10))).loc["all"]
+    accuracies = right.mean(-1)  # (pairs, plain and taught)
+    assert whole[["gain", "low", "high"]].tolist() == pytest.approx(
+        seed_interval(accuracies[:, 1] - accuracies[:, 0]))
+    by_class = class_gains(pairs, pd.Series([*map(str, range(10))]))
+    assert by_class.gain.mean() == pytest.approx(whole.gain)
+    assert [by_class.plain["7"], by_class.taught["7"]] == pytest.approx(
+        right[..., labels == 7].mean((0, 2)).tolist())
+    for difference in by_class.won - by_class.lost, by_class.taught - by_class.plain:
+        assert difference.tolist() == pytest.approx(by_class.gain.tolist())
+    assert by_class.gain.is_monotonic_decreasing and by_class.images.eq(30).all()
+    assert class_gains(pairs[:1], pd.Series([*map(str, range(10))])).low.isna().all()
+    two = np.zeros(2, int)  # one won, one lost
+    swap = written("b", [0, 1], two), written("b", [1, 0], two, **taught)
+    zero = class_gains([swap], pd.Series(["zero"]))
+    assert zero[["won", "lost", "gain"]].values.tolist() == [[0.5, 0.5, 0.0]]

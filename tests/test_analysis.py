@@ -2,6 +2,7 @@
 import collections
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, record
+from scipy.stats import linregress
 
 from test_notebooks import definitions, execute, said
 from vitdistill.cli import analysis_parameters
@@ -22,6 +24,7 @@ from vitdistill.runs import Run, find_runs
 from vitdistill.launch.studies import Study
 from vitdistill.study.compare import Comparison, draw_curves, draw_forest, load_comparison
 from vitdistill.study.figures import content_hash, is_unchanged
+from vitdistill.study.trends import EXPONENTIAL, LOG, POWER, Trend, bootstrap, fit, plateau, smooth_lead
 
 FIGURES = {name: analysis_parameters(name, "reports/runs", "reports")
            for name in sorted(shipped_names("nbs/analysis", ".ipynb"))}  # as `make figures` gives them
@@ -295,6 +298,7 @@ def test_figure4_of_a_pair_that_has_just_begun(tmp_path):
 
 STUDY = definitions("a02_study")
 CAN = definitions("a08_can", "PROBES", "TUNED")
+TRENDS = definitions("a03_trends")
 TAUGHT = dict(experiment="distilled", teacher="vit_tiny_patch16_224", distillation="hard")
 LAW = 0.1 + 0.1 * np.log(np.arange(1, 151))
 
@@ -513,3 +517,71 @@ def test_a_comparison_opens_each_file_of_a_run_once():
     assert read <= set(map(os.path.abspath, opened))
     assert {*opened.values()} == {1}, opened.most_common(3)
     assert any(name.endswith("predictions.npz") for name in opened)
+
+
+EPOCHS = np.arange(1, 151)
+NOISE = np.random.default_rng(0).normal(0, 0.01, 150)
+BENDING = pd.Series(EXPONENTIAL(EPOCHS, (0.72, 0.6, 30)) + NOISE, EPOCHS)
+
+
+def test_an_interval_of_crossovers_is_that_of_simulated_curves():
+    """Of a fitted logarithm that meets a plateau; `inf` where half of the refits never meet it."""
+    line = 0.139 * np.log(EPOCHS) - 0.112
+
+    def fitted(seed):
+        return fit(LOG, EPOCHS, line + np.random.default_rng(seed).normal(0, 0.06, 150))
+    refits = bootstrap(fitted(0), np.random.default_rng(0))
+    low, high = TRENDS.crossover_interval([plateau(0.72)] * 200, refits)
+    bounds = np.quantile([fitted(seed).epoch_of(0.72) for seed in range(200)], [0.025, 0.975])
+    assert np.log(high / low) == pytest.approx(np.log(bounds[1] / bounds[0]), abs=0.1)
+    assert TRENDS.crossover_interval([plateau(0.9)] * 9, [plateau(0.8)] * 9).tolist() == [math.inf] * 2
+    some = [plateau(level) for level in (0.4, 0.4, 0.6, 0.6)]
+    assert TRENDS.crossover_interval([plateau(0.5)] * 4, some).tolist() == [1, math.inf]
+
+
+def test_a_measured_crossover_is_the_first_epoch_of_a_lasting_lead():
+    slow, fast = (pd.Series(Trend(LOG, shape)(EPOCHS), EPOCHS) for shape in ((0.1, 0.15), (0.4, 0.05)))
+    measured, dip = TRENDS.measured_crossover, pd.Series([-1, 1, 1, -0.5, 1, 1], index=range(1, 7))
+    assert measured(slow - fast) == math.ceil(math.exp((0.4 - 0.1) / (0.15 - 0.05)))
+    assert measured(fast - slow) is None and measured(slow - slow) is None
+    assert measured(smooth_lead(slow, slow + 0.1)) == 1 and measured(smooth_lead(slow[:0], slow)) is None
+    # one bad epoch counts, until it is averaged
+    assert [measured(smooth_lead(0 * dip, dip, window)) for window in (1, 3)] == [5, 2]
+    assert measured(smooth_lead(0 * dip, dip[:3], 1)) == 2  # only epochs that both have
+
+
+def test_a_back_test_forecasts_the_last_epoch():
+    """The right law errs by little more than the noise; a logarithm promises too much below a ceiling."""
+    tests = TRENDS.back_test(BENDING)
+    late = tests[tests.k > 50].groupby("law").error.mean()
+    assert abs(late["exponential"]) < 0.01 < 0.03 < late["logarithm"]
+    k = tests.k[tests.k <= 75].max()
+    line = linregress(np.log(EPOCHS[:k]), BENDING.iloc[:k])
+    error, = tests[(tests.law == LOG.name) & (tests.k == k)].error
+    assert error == pytest.approx(line.intercept + line.slope * math.log(150) - BENDING[150], abs=1e-9)
+    assert TRENDS.back_test(BENDING[:62]).k.unique().tolist() == [*range(2, 62)]
+    short = TRENDS.back_test(BENDING[:4])
+    assert (len(short), short.error.notna().sum()) == (8, 1)  # the others have too few epochs
+    assert [len(TRENDS.back_test(BENDING[:n])) for n in (0, 1, 2)] == [0, 0, 0]
+    exact = TRENDS.back_test(pd.Series(POWER(EPOCHS, (0.9, 0.8, 0.5)), EPOCHS)).dropna()
+    exact = exact[exact.law == POWER.name]
+    assert len(exact) > 30 and exact.error.abs().max() < 1e-3
+    assert np.isnan(TRENDS.fit_early(EXPONENTIAL, BENDING, 2)(150))
+    assert TRENDS.fit_early(LOG, BENDING, 75).n == 75
+    straight = pd.Series(0.1 + 0.1 * np.log(EPOCHS), EPOCHS)
+    flat = straight.clip(upper=straight[100])  # from epoch 100 on
+    errors = [TRENDS.forecast_error(LOG, curve, 3 / 8) for curve in (straight, flat)]
+    assert errors == pytest.approx([0, 0.1 * np.log(1.5)], abs=1e-4)
+
+
+def test_groups_explain_as_much_variance_as_a_regression_on_them():
+    explained, rng = TRENDS.share_explained, np.random.default_rng(0)
+    groups, values = rng.integers(0, 3, 60), rng.normal(0, 1, 60)
+    x = np.column_stack([groups == group for group in range(3)]).astype(float)
+    left = ((values - x @ np.linalg.lstsq(x, values, rcond=None)[0]) ** 2).sum()
+    assert explained(values, groups) == pytest.approx(1 - left / 57 / (values.var() * 60 / 59))
+    assert explained(groups * 2.0, groups) == pytest.approx(1)  # the group is all
+    chance = [explained(rng.normal(0, 1, 40), rng.integers(0, 8, 40)) for _ in range(200)]
+    assert abs(np.mean(chance)) < 3 * np.std(chance) / math.sqrt(200)  # eight groups explain nothing
+    for values, groups in ([1, 2], "ab"), ([1, 2, 3], "aaa"), ([2, 2, 2], "aab"):
+        assert math.isnan(explained(values, groups))

@@ -10,10 +10,10 @@ from timm.models.resnetv2 import PreActBasic
 from torch import nn
 
 from conftest import ROOT, record
-from test_notebooks import execute
+from test_notebooks import definitions, execute
 from vitdistill.study.results import published
 from vitdistill.bench.attention import case_costs, cases
-from vitdistill.models.complexity import complexity
+from vitdistill.models.complexity import complexity, layers
 from vitdistill.base import VitdistillError, shipped
 from vitdistill.config import Config, preset
 from vitdistill.launch.queue import grid_cells
@@ -281,3 +281,19 @@ def test_only_a_block_with_norm_and_relu_inside_can_be_the_identity():
             nn.init.zeros_(weight)
         with torch.no_grad():
             assert torch.equal(block.eval()(x), x if same else x.relu())
+
+
+def test_flops_are_those_that_litv2_published():
+    """In billions, of ImageNet's models; a little more than the products that torch counts."""
+    flops = definitions("a07_hilo").published_flops
+
+    def made(name, classes, size):
+        with torch.device("meta"):
+            return create(name, classes, size)
+    giga = [round(flops(made(f"litv2_{name}", 1000, 224), 224) / 1e9, 2) for name in "smb"]
+    assert giga == [3.73, 7.48, 13.19]
+    assert round(flops(made("litv2_b", 1000, 384), 384) / 1e9, 1) == 39.7
+    for name, classes, size in ("litv2_s", 1000, 224), ("litv2_cifar", 100, 32):
+        model = made(name, classes, size)
+        products = layers(model, (3, size, size)).multiply_adds.sum()
+        assert 0.002 < 1 - products / flops(model, size) < 0.005

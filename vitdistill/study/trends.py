@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG', 'POWER', 'EXPONENTIAL', 'LOGISTIC', 'LAWS', 'PLATEAU', 'Law', 'Trend', 'plateau', 'fit', 'fit_laws',
-           'block_length', 'noise', 'bootstrap', 'forecast_band', 'crossover', 'crossover_interval', 'smooth_lead',
-           'measured_crossover', 'fit_early', 'forecast_error', 'back_test', 'share_explained']
+           'block_length', 'noise', 'bootstrap', 'forecast_band', 'crossover', 'smooth_lead']
 
 # %% ../../nbs/study/02_trends.ipynb #1ae493c3
 import itertools, math
@@ -230,61 +229,7 @@ def crossover(one:Trend, other:Trend)->float:
         return math.inf
     return math.exp(brentq(lead, grid[last], grid[last + 1]))
 
-# %% ../../nbs/study/02_trends.ipynb #3c1dff88
-def crossover_interval(
-    ones:list[Trend],   # refits of the first, or the same plateau several times
-    others:list[Trend], # refits of the second
-)->np.ndarray:          # low, high; inf for none
-    "Returns the 95% interval of `crossover` over pairs of bootstrap refits."
-    epochs = [crossover(one, other) for one, other in zip(ones, others)]
-    return np.quantile(epochs, [(1 - .95)/2, (1 + .95)/2], method='inverted_cdf')
-
 # %% ../../nbs/study/02_trends.ipynb #26811bd1
 def smooth_lead(one:pd.Series, other:pd.Series, window:int=5)->pd.Series: # by epoch; window: epochs
     "Returns `other` minus `one` at the epochs of both, as a centred rolling mean, shorter at both ends."
     return (other - one).dropna().rolling(window, center=True, min_periods=1).mean()
-
-# %% ../../nbs/study/02_trends.ipynb #3b32339d
-def measured_crossover(lead:pd.Series)->int|None: # of `smooth_lead`
-    "Returns the first epoch from which a lead stays positive; None if it does not."
-    ahead = (lead > 0)[::-1].cummin()
-    return int(ahead[ahead].index.min()) if ahead.any() else None
-
-# %% ../../nbs/study/02_trends.ipynb #cad20c35
-def fit_early(law:Law, curve:pd.Series, last:float=math.inf)->Trend: # curve: accuracies by epoch
-    "Returns a law fitted to the epochs up to `last`; its parameters are NaN if it can't be fitted."
-    early = curve[curve.index <= last]
-    try:
-        return fit(law, early.index, early)
-    except VitdistillError:
-        return Trend(law, (math.nan,)*len(law.symbols))
-
-def forecast_error(law:Law, curve:pd.Series, share:float)->float: # curve: accuracies by epoch; NaN: no fit
-    "Returns a forecast of the last epoch, from the first `share` of the epochs, minus the measurement."
-    last = curve.index[-1]
-    return fit_early(law, curve, last*share)(last) - curve.iloc[-1]
-
-def back_test(curve:pd.Series)->pd.DataFrame: # curve: accuracies by epoch -> law, k, error; NaN: no fit
-    "Returns the errors of forecasts of the last epoch from the first k, a row per law and k; at most 60 k."
-    n = len(curve)
-    splits = range(2, n) if n <= 62 else np.unique(np.geomspace(2, n - 1, 60).astype(int))
-    rows = []
-    for k in splits:
-        for law in LAWS:
-            forecast = fit_early(law, curve.iloc[:k])(curve.index[-1])
-            rows.append((law.name, int(k), forecast - curve.iloc[-1]))
-    return pd.DataFrame(rows, columns=['law', 'k', 'error'])
-
-# %% ../../nbs/study/02_trends.ipynb #0153a04c
-def share_explained(
-    values, # (n,) such as errors of forecasts
-    groups, # (n,) the group of each
-)->float:   # 1: all; about 0, or below: no more than chance; NaN for one group, or as many as values
-    "Returns the share of the values' variance that lies between groups, adjusted for their number."
-    by_group = pd.Series(np.asarray(values, float)).groupby(list(groups))
-    n, k = len(values), len(by_group)
-    variance = np.var(values, ddof=1)
-    if not 1 < k < n or not variance:
-        return math.nan
-    within = (by_group.var(ddof=0)*by_group.size()).sum()
-    return 1 - within/(n - k)/variance
