@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitdistill import api
+from vitdistill.job import result
 from vitdistill.config import Config
 from vitdistill.data.datasets import load_digits
 from vitdistill.data.files import read_image
@@ -114,7 +114,7 @@ def test_what_int8_loses_is_below_zero(monkeypatch):
     int8 = costs("int8", np.arange(100) >= 10, labels)
     first, second, *_ = room.difference_in_words(int8, whole)
     assert first.startswith("int8 minus fp32: -10.0 points (-") and "costs accuracy" in second
-    monkeypatch.setattr(api, "measure", lambda *given, **more: [whole, int8])
-    row = api.costs_of_model("model")
+    monkeypatch.setattr(result, "measure", lambda *given, **more: [whole, int8])
+    row = result.costs_of_model("model")
     assert row["int8_difference"] == pytest.approx(-0.1) and row["int8_low"] < row["int8_high"] < 0
     assert row["int8_top1"] == 0.9
