@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from forked import leave_the_hub
 
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items):
     """The files that take longest first: of several workers, none idles while another begins one of them."""
     order = {f"test_{name}": n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Random models of a test, and of the fixtures that it sets up, are the same in each run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -703,7 +703,7 @@ def test_weights_with_the_right_head_are_adopted(images, tmp_path):
     save_file(vit.state_dict(), file := tmp_path / "vit_tiny_patch16_224.mine.safetensors")
     with mock.patch("vitdistill.launch.runner.run", side_effect=VitdistillError("a student")), \
             pytest.raises(VitdistillError, match="a student"):
-        api.distill(images, teacher=str(file), out=tmp_path / "out", **SMALL)
+        api.distill(images, teacher=str(file), out=tmp_path / "out", allow_untrained=True, **SMALL)
     adopted, = (tmp_path / "out/work").rglob("model.safetensors")
     assert torch.equal(load_model(adopted.parent).forward.model.head.weight, vit.head.weight)
 
