@@ -228,7 +228,7 @@ def test_what_is_done_is_shown_when_a_student_fails(job, monkeypatch, capsys):
         for folder, place in aside.items():
             place.rename(folder)
     text = capsys.readouterr().out
-    assert "teacher  vit_tiny" in text and "plain    mobilenetv3" in text and "taught minus plain" not in text
+    assert re.search(r"teacher .*vit_tiny.*\nplain .*mobilenetv3", text) and "taught minus plain" not in text
     assert f"vitdistill predict {out / 'models/plain'} IMAGES" in text
 
 
@@ -251,7 +251,7 @@ def test_models_stay_where_the_folder_of_work_is_removed(job, images, tmp_path, 
         shutil.rmtree(folder)
     with pytest.raises(SystemExit, match="its model is not in .* remove .* to train it again"):
         main(words)
-    assert "plain    mobilenetv3" in capsys.readouterr().out
+    assert re.search(r"plain .*mobilenetv3", capsys.readouterr().out)
 
 
 def test_an_adopted_teacher_keeps_its_card(job, images, tmp_path):
@@ -260,7 +260,7 @@ def test_an_adopted_teacher_keeps_its_card(job, images, tmp_path):
     source = job[0] / "models/teacher"
     result = api.distill(images, teacher=source, out=tmp_path / "other", **SMALL)
     assert (result.folder("teacher") / "card.json").read_bytes() == (source / "card.json").read_bytes()
-    record, = result.models["teacher"]
+    record, = result.models["teacher"].runs
     assert record.environment["command"].startswith("vitdistill distill ")
     trained = len(files_of(tmp_path / "other", "train", images))
     assert json.loads((record.model / "card.json").read_text())["n_train"] == trained
@@ -544,7 +544,7 @@ def test_a_copied_job_uses_its_own_files(job, images, weights, tmp_path, capsys,
 def test_pictures_leave_out_images_that_the_job_left_out(own_job):
     root, out = own_job
     asked = api.Distilled(out / "mine.yaml", out)
-    runs = [runs[0] for runs in asked.models.values()]
+    runs = [model.runs[0] for model in asked.models.values()]
     for run in runs:
         run.config = replace(run.config, data_root=str(root))
     broken, *others = files_of(out, "test", root)
@@ -777,7 +777,7 @@ def test_another_student_is_a_further_row(job, images, weights, tmp_path):
     save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), start)
     small = SMALL | dict(student="resnet10t", student_weights=f"resnet10t={start}")
     result = api.distill(images, teacher=str(weights), out=out, seeds=seeds, **small)
-    starts = {name: runs[0].config.student_weights for name, runs in result.models.items()}
+    starts = {name: model.config.student_weights for name, model in result.models.items()}
     del starts["teacher"]
     assert starts == dict.fromkeys(["plain", "taught"], "") | dict.fromkeys(
         ["plain-resnet10t", "taught-resnet10t"], str(start))
