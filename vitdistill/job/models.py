@@ -180,6 +180,7 @@ class Models(dict): # name -> Model
             labels += [*model.decisions.label, *model.decisions.decision]
         return [str(label) for label in range(1 + max(labels))]
 
+# %% ../../nbs/job/03_models.ipynb #905ae684
 def _gaps(name, finished, differences): # of `Comparison.table` -> kind -> Gap
     gaps = {}
     for row in differences[differences.arm == name].dropna(subset='difference').itertuples():
