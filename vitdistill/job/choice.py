@@ -114,8 +114,8 @@ STEPS = (
          'More photographs. The interval of the accuracy is {width:.0f} points wide; four times as many '
          'test images halve it, and more training images raise the accuracy.'),
     Step(lambda facts: facts.sure_mistakes > 0,
-         'Labels. Of its mistakes it is sure of {sure_mistakes} (90% or more): look at them on the page, some '
-         'may be wrong labels.'),
+         'Labels. Of its mistakes it is sure of {sure_mistakes} (90% or more): look at them on the page, '
+         'some may be wrong labels.'),
     Step(lambda facts: facts.fitted < .9,
          'More epochs, such as --epochs {more_epochs}: after {epochs} it has {fitted:.0%} of its training '
          'images right.'),
