@@ -1,4 +1,5 @@
 """The result does not depend on the number of ranks."""
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from unittest import mock
 import pytest
 import safetensors.torch
 
-from conftest import PYTHON, TINY, assert_same_losses, elsewhere, environment, in_turn, on_ranks, recipe_of
-from conftest import run_of, torchrun, train_command, wait_until
+from conftest import PYTHON, ROOT, TINY, assert_same_losses, elsewhere, environment, in_turn, on_ranks
+from conftest import recipe_of, run_of, torchrun, train_command, wait_until
 from vitdistill.config import save
-from vitdistill.launch.runner import rank_command
+from vitdistill.launch.processes import Launch
 from vitdistill.train.loop import train
 
 
@@ -156,9 +157,34 @@ def test_two_nodes_meet(tiny, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     file = save(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), tmp_path / "together.yaml")
-    command, _ = rank_command(replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}"), file, 1)
+    both = replace(together, nnodes=2, rdzv_endpoint=f"localhost:{port}")
+    command = [sys.executable, "-m", "torch.distributed.run", *Launch(both, file, 1, 1).options]
     started = dict(env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     nodes = [subprocess.Popen(command, **started) for _ in range(2)]
     said = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:]
     assert_same_losses(run_of(together), run_of(alone))
+
+
+COPY = """
+import sys
+sys.path.insert(0, "mine")
+import vitdistill
+from vitdistill.config import preset
+from vitdistill.launch import run
+config = preset("demo", "baseline", student="resnet10t", data_fraction=0.05, epochs=1, threads=1)
+print(vitdistill.__version__, run(config, show=False).environment["vitdistill"])
+"""
+
+
+def test_ranks_import_the_copy_that_their_launcher_imported(tmp_path):
+    """A program puts a copy of the package into sys.path, as in a git worktree, on Kaggle or Colab, while
+    another one is installed."""
+    (tmp_path / ".vitdistill").touch()
+    (tmp_path / "program.py").write_text(COPY)
+    shutil.copytree(ROOT / "vitdistill", tmp_path / "mine/vitdistill")
+    shutil.copytree(ROOT / "nbs/presets", tmp_path / "mine/nbs/presets")
+    (tmp_path / "mine/vitdistill/__init__.py").write_text('__version__ = "9.9.9"\n')
+    done = subprocess.run([PYTHON, "program.py"], cwd=tmp_path, env=environment(), text=True,
+                          capture_output=True, timeout=240)
+    assert done.stdout == "9.9.9 9.9.9\n", done.stderr[-2000:]

@@ -64,6 +64,8 @@ def train_parser()->argparse.ArgumentParser:
                                      usage='%(prog)s [--config FILE] [--FIELD VALUE ...]')
     parser.add_argument('--config', metavar='FILE', help="YAML file of fields, such as a run's config.yaml, "
                         'or PRESET:EXPERIMENT, such as demo:baseline (default: the defaults below)')
+    parser.add_argument('--dry-run', action='store_true', default=argparse.SUPPRESS,
+                        help='only write the file of fields and print the command that starts the ranks')
     comments = field_comments()
     for group in GROUPS[:-1]: # the last one holds fields that `resolve` fills in
         section = parser.add_argument_group(f'{group} (fields of Config)')
@@ -171,7 +173,8 @@ def field_values(
 # %% ../nbs/07_cli.ipynb #724e2b4b
 def command_config(
     source:str|None, # a YAML file, PRESET:EXPERIMENT, or None
-    given:dict       # fields that replace its values
+    given:dict,      # fields that replace its values
+    trains:bool=True # whether to train a teacher that is missing; else that is an error
 )->Config:
     "Returns the config of a command line; a preset's student gets the preset's teacher, trained if missing."
     if source is None:
@@ -189,15 +192,21 @@ def command_config(
         return config
     from vitdistill.launch.runner import with_teacher
     role = 'deit_teacher' if experiment == 'deit' else 'teacher'
-    return with_teacher(config, own | dict(preset=name), role)
+    return with_teacher(config, own | dict(preset=name), role, trains)
 
 # %% ../nbs/07_cli.ipynb #aad79269
 def train(words:list[str])->int:
     "trains one run from a YAML file and fields by name"
-    given, source = field_values(words)
-    config = command_config(source, given)
-    from vitdistill.launch.runner import run # imports torch, which --help does without
-    run(config, given.get('nproc')) # typed, and not a preset's wish
+    words = with_hyphens(words)
+    dry_run = '--dry-run' in words
+    given, source = field_values([word for word in words if word != '--dry-run'])
+    config = command_config(source, given, trains=not dry_run)
+    nproc = given.get('nproc') # typed, and not a preset's wish
+    from vitdistill.launch import runner # imports torch, which --help does without
+    if dry_run:
+        print(runner.launch_of(config, nproc).line)
+    else:
+        runner.run(config, nproc)
     return 0
 
 # %% ../nbs/07_cli.ipynb #5dbf1a27

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from ..base import VitdistillError, first_line, from_root, nearest, require, repo_root
 from ..config import read_yaml
-from .runner import bind_to_parent, stop
+from .processes import bind_to_parent, stop
 
 # %% ../../nbs/launch/02_cluster.ipynb #119778c4
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from ..base import VitdistillError, fitting, free_threads, from_root, nearest, p
 from ..base import repo_root, shipped, shipped_names, stoppable, write_atomic
 from ..config import Config, config_hash
 from . import runner
-from .runner import adopt_teacher, bind_to_parent, check_names, check_rank_count, configure
-from .runner import is_weak, settable, stop, with_teacher
+from .processes import bind_to_parent, child_environment, stop
+from .runner import adopt_teacher, check_names, check_rank_count, configure
+from .runner import is_weak, settable, with_teacher
 from ..losses import criterion
 from ..track import tracker_names
 from ..options import grid_parser
@@ -348,7 +349,7 @@ def execute(
         write_record(cell)
         with open(log, 'w') as output:
             process = subprocess.Popen(command, stdout=None if show else output, stderr=output,
-                                       env=os.environ | environment, preexec_fn=bind_to_parent)
+                                       env=child_environment(**environment), preexec_fn=bind_to_parent)
         if processes is not None:
             processes.append(process)
         try:

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['notebook_names', 'settable', 'PROGRESS', 'check_names', 'is_injected', 'assigned_names', 'as_bool', 'parameters',
-           'configure', 'rank_count', 'rank_command', 'bind_to_parent', 'stop', 'failure', 'end_of_log', 'first_error',
-           'follow', 'run_threads', 'train_on_ranks', 'rank_environment', 'makes_teacher', 'has_model',
-           'wait_until_done', 'check_rank_count', 'check_launch', 'teacher_warning', 'as_begun', 'run',
-           'train_interruptibly', 'print_end', 'launch_fill', 'store_answers', 'is_weak', 'adopt_teacher',
-           'weak_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
+           'configure', 'rank_count', 'follow', 'run_threads', 'prepare_launch', 'launch_of', 'train_on_ranks',
+           'makes_teacher', 'has_model', 'wait_until_done', 'check_rank_count', 'check_launch', 'teacher_warning',
+           'as_begun', 'run', 'train_interruptibly', 'print_end', 'launch_fill', 'store_answers', 'is_weak',
+           'adopt_teacher', 'weak_teacher', 'teacher_of_preset', 'teacher_fields', 'with_teacher', 'trained_teacher']
 
 # %% ../../nbs/launch/01_runner.ipynb #44583ead
-import ast, collections, ctypes, itertools, json, os, re, shutil, signal
-import subprocess, sys, tempfile, time, typing
+import ast, collections, re, shutil, subprocess, tempfile, time, typing
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from ..base import Interrupted, VitdistillError, free_threads, from_root, neares
 from ..base import stoppable, user_call
 from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
 from ..data.datasets import labelled_images, load_data, write_images
+from .processes import Launch, failures_of, stop, why_failed
 from ..losses import criterion
 from ..tasks.table import EVERY_OBJECTIVE, task_of
 from ..train.outcome import record_adopted
@@ -145,98 +144,10 @@ def rank_count(
     return ranks, (f'uses {ranks} {kind}{plural}, not the {wish} ranks asked for; '
                    'the global batch stays the same.')
 
-# %% ../../nbs/launch/01_runner.ipynb #c26fa138
-def rank_command(
-    config:Config,
-    file:Path,       # file of the config
-    ranks:int,       # number of ranks on this node
-    *extra:str,      # further options of `vitdistill.train`
-    errors:str=''    # folder for the error files of ranks that fail; '' if the command is only shown
-)->tuple[list, dict]:
-    "Returns the command of this node's ranks, and the environment variables that it needs."
-    module = ['-m', 'vitdistill.train', '--config', str(file), *extra]
-    if ranks == config.nnodes == 1: # no torchrun: these replace the variables of an outer launcher
-        only_rank = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
-        if errors: # where torchrun would put it: a folder for each rank
-            only_rank['TORCHELASTIC_ERROR_FILE'] = f'{errors}/0/error.json'
-        return [sys.executable, *module], only_rank
-    if config.nnodes > 1 and not config.rdzv_endpoint:
-        raise VitdistillError(f"nnodes = {config.nnodes} needs rdzv_endpoint: give 'host:port' of one of the "
-                              'nodes.')
-    if config.nnodes > 1:
-        nodes = ['--nnodes', str(config.nnodes), '--rdzv-backend', 'c10d', '--rdzv-id', file.parent.name,
-                 '--rdzv-endpoint', config.rdzv_endpoint]
-    else: # 127.0.0.1 works even if the hostname does not resolve
-        nodes = ['--standalone', '--nnodes', '1', '--local-addr', '127.0.0.1']
-    logs = ['--log-dir', errors] if errors else []
-    torchrun = [sys.executable, '-m', 'torch.distributed.run']
-    return [*torchrun, *nodes, '--nproc-per-node', str(ranks), *logs, *module], {}
-
-# %% ../../nbs/launch/01_runner.ipynb #3d71952b
-def bind_to_parent()->None:
-    "Makes Linux send a child SIGTERM when this process dies; to be used as `preexec_fn`."
-    if sys.platform == 'linux': # PR_SET_PDEATHSIG
-        _libc.prctl(1, signal.SIGTERM)
-
-_libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-
-# %% ../../nbs/launch/01_runner.ipynb #24ed8cc6
-def stop(process:subprocess.Popen, patience:float=10)->None: # seconds before SIGKILL
-    "Ends a torchrun and its ranks, or the only rank."
-    process.terminate()
-    try:
-        process.wait(patience)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-# %% ../../nbs/launch/01_runner.ipynb #8a5884ae
-def failure(
-    lines:typing.Iterable[str], # last lines of the log
-    errors:str|Path,            # folder of the ranks' error files
-    status:int=1,               # exit status of torchrun, or of the only rank; -N: ended by signal N
-    ranks:int=1                 # their number
-)->str:
-    "Returns why a launch failed: a timeout, else a killed rank, else the first error, else the log's end."
-    lines = list(lines)
-    watchdog_error = error_of_watchdog(lines)
-    if watchdog_error:
-        return str(watchdog_error)
-    # a row of torchrun's table, such as: rank      : 1 (local_rank: 1)
-    #                                     exitcode  : -9 (pid: 123)        -15: ended by torchrun itself
-    row = r'rank +: (\d+) \(local_rank: \d+\)\n +exitcode +: -(?!15 )(\d+)'
-    killed = re.search(row, '\n'.join(lines))
-    if killed or status < 0: # status: of the only rank, which has no table
-        rank, number = killed.groups() if killed else ('', str(-status))
-        who = f'rank {rank}' if killed else 'training' # one process alone is no rank to its user
-        why = ' (often for lack of memory)' if number == '9' else ''
-        return (f'{who} was killed by signal {number}{why}: start again, the run goes on from its last '
-                'checkpoint.')
-    files = sorted(Path(errors).rglob('error.json'), key=lambda file: file.stat().st_mtime_ns)
-    return first_error(files, ranks) if files else end_of_log(lines)
-
-def end_of_log(lines:list[str])->str:
-    "Returns why a launch failed if no rank could write its error: the last lines before those of torchrun."
-    of_ranks = itertools.takewhile(lambda line: not re.match(r'E\d{4} ', line), lines)
-    shown = list(of_ranks) or lines
-    return 'training ended without a result; the last lines of its log:\n' + '\n'.join(shown[-12:])
-
-def first_error(files:list[Path], ranks:int)->str: # error.json of ranks, the oldest first; their number
-    "Returns the message of the first `VitdistillError` in these files, else the end of the first traceback."
-    # a file holds {'message': {'message': 'Type: text', 'extraInfo': ...}}
-    messages = [json.loads(file.read_text())['message'] for file in files]
-    for error in messages:
-        kind, _, sentence = error['message'].partition(': ')
-        if kind == VitdistillError.__name__:
-            return sentence
-    trace = messages[0]['extraInfo']['py_callstack'].rstrip().splitlines()
-    who = f'rank {files[0].parent.name}' if ranks > 1 else 'training'
-    return f'{who} failed:\n' + '\n'.join(trace[-12:])
-
 # %% ../../nbs/launch/01_runner.ipynb #1e6f6059
 PROGRESS = re.compile(r'epoch |  \d+% of epoch |  measuring |teacher: [\d,]+ of ')
 _rank_error = re.compile(r'\[rank \d+\]|Traceback ') # first line of a rank's error
-_torchrun = re.compile(r'[WIEF]\d{4} |\*{5}')        # a line of torchrun's own
+_of_torch = re.compile(r'[WIEF]\d{4} |\*{5}')        # a line that torch logs
 
 def follow(
     process:subprocess.Popen, record:Run, log:Path,
@@ -245,14 +156,14 @@ def follow(
     "Writes what the ranks print to the log and shows their progress; returns the last lines."
     curve = LiveCurve(record) if show and in_jupyterlab() else None
     failed = False
-    tail = collections.deque(maxlen=1000) # enough for torchrun's table and a traceback of each rank
+    tail = collections.deque(maxlen=1000) # enough for a traceback of each rank
     with open(log, 'a') as file:
         for line in process.stdout:
             line = line.rstrip()
             print(line, file=file, flush=True)
             tail.append(line)
-            failed = failed or _rank_error.match(line) # from here on the log is the error, for `failure`
-            if failed or not show or not line or _torchrun.match(line):
+            failed = failed or _rank_error.match(line) # from here on the log is the error
+            if failed or not show or not line or _of_torch.match(line):
                 continue
             is_progress = PROGRESS.match(line)
             if is_progress and callable(show):
@@ -279,6 +190,33 @@ def run_threads(
     return free_threads(most*ranks, ranks)
 
 # %% ../../nbs/launch/01_runner.ipynb #7624ad8d
+def prepare_launch(
+    config:Config,   # resolved
+    record:Run,
+    nproc:int|None=None, # ranks on this node, as in `rank_count`
+    show:bool=False, # whether to say what differs from what was asked for
+    *extra:str       # further options of `vitdistill.train`
+)->Launch:
+    "Writes what the ranks of a config read, and returns what starts them."
+    ranks, note = rank_count(config, nproc, torch.cuda.device_count())
+    threads, busy = run_threads(config, record, ranks)
+    for sentence in (note, busy):
+        if sentence and show:
+            print(sentence)
+    write_images(config)
+    # what `resolve` has filled in is 'auto' again, for each rank resolves it for its own node
+    config = replace(config, **{name: 'auto' for name in config.auto if is_automatic(config, name)})
+    file = save(config, from_root(config.work_dir)/record.name/'launch.yaml')
+    return Launch(config, file, ranks, threads, extra)
+
+# %% ../../nbs/launch/01_runner.ipynb #671693d8
+def launch_of(config:Config, nproc:int|None=None)->Launch: # nproc: as in `run`
+    "Returns what would start the ranks of a config; their file is written."
+    check_launch(config, nproc)
+    config = resolve(config)
+    return prepare_launch(config, Run.of(config), nproc)
+
+# %% ../../nbs/launch/01_runner.ipynb #d8779808
 def train_on_ranks(
     config:Config,             # resolved
     record:Run,
@@ -287,42 +225,16 @@ def train_on_ranks(
     *extra:str                 # further options of `vitdistill.train`
 )->str:
     "Starts the ranks of a config and waits for their end; returns why they failed, or ''."
-    ranks, note = rank_count(config, nproc, torch.cuda.device_count())
-    if note and show:
-        print(note)
-    threads, busy = run_threads(config, record, ranks)
-    if busy and show:
-        print(busy)
-    work = from_root(config.work_dir)/record.name
-    write_images(config)
-    # what `resolve` has filled in is 'auto' again, for each rank resolves it for its own node
-    config = replace(config, **{name: 'auto' for name in config.auto if is_automatic(config, name)})
-    file = save(config, work/'launch.yaml')
-    environment = rank_environment(threads, from_root(config.work_dir)/'compiled')
-    with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as errors:
-        Path(errors, '0').mkdir() # for a single rank; torchrun makes its own folders
-        command, more = rank_command(config, file, ranks, *extra, errors=errors)
-        process = subprocess.Popen(command, env=environment | more, preexec_fn=bind_to_parent, text=True,
-                                   errors='replace', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    launch = prepare_launch(config, record, nproc, bool(show), *extra)
+    with tempfile.TemporaryDirectory(prefix='vitdistill-', ignore_cleanup_errors=True) as folder:
+        process = launch.start(Path(folder))
         try:
-            tail = follow(process, record, work/'log.txt', show)
+            tail = list(follow(process, record, launch.file.with_name('log.txt'), show))
         finally:
             stop(process) # does nothing if it has ended
-        return failure(tail, errors, process.returncode, ranks*config.nnodes) if process.returncode else ''
-
-def rank_environment(
-    threads:int,  # of each rank
-    compiled:Path # folder for what torch.compile makes
-)->dict:
-    "Returns the environment variables of ranks: this process's, and what ranks need."
-    env = dict(os.environ, PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(threads))
-    env['VITDISTILL_LAUNCHER'] = str(os.getpid()) # ranks end with this process
-    env['PYTHONSAFEPATH'] = '1' # a user's statistics.py in the working folder is not Python's
-    env['TORCHINDUCTOR_CACHE_DIR'] = str(compiled/'inductor')
-    env['TRITON_CACHE_DIR'] = str(compiled/'triton')
-    if 'GOMP_SPINCOUNT' not in env and 'OMP_WAIT_POLICY' not in env: # threads yield sooner
-        env['GOMP_SPINCOUNT'] = '10000'
-    return env
+        if not process.returncode:
+            return ''
+        return str(error_of_watchdog(tail) or why_failed(failures_of(process, Path(folder)), tail))
 
 # %% ../../nbs/launch/01_runner.ipynb #8de76a1f
 def makes_teacher(name:str)->bool: # name of an experiment
@@ -562,7 +474,8 @@ def teacher_fields(
 def with_teacher(
     config:Config,
     given:dict,             # the notebook's parameters
-    experiment:str='teacher' # part of the preset that trains the teacher
+    experiment:str='teacher', # part of the preset that trains the teacher
+    trains:bool=True        # whether to train a teacher that is missing; else that is an error
 )->Config:
     """Fills in the teacher: keeps one that the user gave, else trains the preset's (two, one per half, if
     `out_of_fold`). For a loss without a teacher it resets the teacher's fields."""
@@ -585,13 +498,21 @@ def with_teacher(
     teacher = teacher_of_preset(given, experiment)
     nproc = given.get('nproc')
     if not given.get('out_of_fold'):
-        return replace(config, teacher_weights=trained_teacher(teacher, nproc))
-    return replace(config, teacher_weights=trained_teacher(replace(teacher, fold='1/2'), nproc),
-                   fold_weights=trained_teacher(replace(teacher, fold='2/2'), nproc))
+        return replace(config, teacher_weights=trained_teacher(teacher, nproc, trains))
+    return replace(config, teacher_weights=trained_teacher(replace(teacher, fold='1/2'), nproc, trains),
+                   fold_weights=trained_teacher(replace(teacher, fold='2/2'), nproc, trains))
 
-def trained_teacher(teacher:Config, nproc:int|None=None)->str: # nproc: as in `run`
+# %% ../../nbs/launch/01_runner.ipynb #612042a0
+def trained_teacher(
+    teacher:Config,
+    nproc:int|None=None, # as in `run`
+    trains:bool=True     # as in `with_teacher`
+)->str:
     "Returns the model folder of a teacher's run, which is trained if it is not done; other students wait."
     record = Run.of(resolve(teacher))
+    if not trains and record.status != 'done':
+        raise VitdistillError(f'the teacher of this run, {record.name}, is not trained yet: leave out '
+                              '--dry-run, or give teacher_weights.')
     lock = from_root(teacher.work_dir)/record.name/'waiting.lock'
     if record.status != 'done' and is_locked(lock):
         print('Another process trains the teacher: waiting for it.', flush=True)

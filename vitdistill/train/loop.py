@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'DISTILLATION', 'RankSlice', 'cut_ahead', 'Cut', 'Cutter', 'batches', 'Progress', 'train_epoch',
-           'create_objective', 'describe', 'Checkpoints', 'Task', 'train', 'fill_memo', 'rank_main', 'main']
+           'create_objective', 'describe', 'Checkpoints', 'Task', 'train', 'fill_memo', 'RankErrors', 'rank_main',
+           'main']
 
 # %% ../../nbs/train/05_loop.ipynb #73b7b303
-import argparse, copy, dataclasses, math, os, sys, threading, time, traceback, typing
+import argparse, copy, dataclasses, json, math, os, sys, threading, time, traceback, typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from statistics import fmean
 import torch, torch.distributed as dist
 from timm.utils import distribute_bn
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from ..teachers.answers import EpochAnswers, fill
 from ..data.augment import drawn_mix, mixed, mixed_targets, uniform
 from ..base import VitdistillError, first_line, from_root, no_space, record_path, user_call
+from ..base import write_atomic
 from ..config import Config, is_automatic, load
 from ..losses import Batch, Objective
 from .outcome import finish, student_outcome
@@ -711,8 +714,19 @@ def fill_memo(config:Config, ranks:Ranks|None=None)->None:
             bar.update(n)
     ranks.barrier()
 
+# %% ../../nbs/train/05_loop.ipynb #7de85bf5
+class RankErrors(ErrorHandler):
+    "Writes a rank's error for its launcher, in one piece: torchrun may end the rank meanwhile."
+    def record_exception(self, e:BaseException)->None:
+        file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+        if not file:
+            return
+        more = dict(py_callstack=traceback.format_exc(), timestamp=str(int(time.time()))) # as torch has them
+        message = dict(message=f'{type(e).__name__}: {e}', extraInfo=more)
+        write_atomic(file, json.dumps(dict(message=message)))
+
 # %% ../../nbs/train/05_loop.ipynb #5a2f8c0d
-@record
+@partial(record, error_handler=RankErrors())
 def rank_main(
     path:str,   # config file
     ahead:bool, # only fill the memo
