@@ -134,6 +134,9 @@ class Plan(typing.NamedTuple):
     copy:torch.Tensor  # (n,) int64, number of the copy of the image, from 0
     view:torch.Tensor  # (n,) int64, view number
 
+    def at(self, rows:torch.Tensor|slice)->'Plan': # int64 or bool; -> those rows, in that order
+        return Plan(*(column[rows] for column in self))
+
 # %% ../../nbs/data/02_views.ipynb #44d80c2c
 def plan_rows(
     config:Config,
@@ -248,7 +251,7 @@ def plan_with_unlabelled(
     of_labelled = rows_of_passes(labelled, labelled_pass, epoch*n_labelled, n_labelled, copies)
     if batch:
         order = order_by_copy(of_labelled.copy, copies, batch)
-        of_labelled = Plan(*(column[order] for column in of_labelled))
+        of_labelled = of_labelled.at(order)
     of_unlabelled = rows_of_passes(unlabelled, unlabelled_pass, epoch*n_unlabelled, n_unlabelled)
     columns = [] # image, copy, view
     for labelled_column, unlabelled_column in zip(of_labelled, of_unlabelled):

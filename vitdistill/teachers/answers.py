@@ -383,7 +383,7 @@ class EpochAnswers:
         for number in range(0, len(steps), steps_a_stretch):
             stretch = steps[number:number + steps_a_stretch]
             first, stop = stretch[0].batch_start, stretch[-1].batch_stop # rows of the plan, of all ranks
-            answers = self.source(Plan(*(column[first:stop] for column in self.plan)), progress).to(device)
+            answers = self.source(self.plan.at(slice(first, stop)), progress).to(device)
             for step in stretch:
                 yield answers[step.rows.start - first:step.rows.stop - first]
 

@@ -56,7 +56,7 @@ class OutOfFold(Answers):
     )->torch.Tensor: # as in `Answers`
         answers = self.blanks(len(plan.image))
         for part, place in self.parts_of(plan.image):
-            answers[place] = part(Plan(*(column[place] for column in plan)), progress)
+            answers[place] = part(plan.at(place), progress)
         return answers
 
     def online(self, pixels:torch.Tensor, image:torch.Tensor)->torch.Tensor: # as in `Online`
