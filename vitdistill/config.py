@@ -140,6 +140,9 @@ class DataFields:
     # a class: first folder below train; last: timm's
     class_folder:str=_data('first', _class_folders, shared=True)
 
+    # regular expression of what in a file's name says its group, such as patient\\d+; '': none
+    group_by:str=_data('', shared=True)
+
     # leave out images that can not be read; all are decoded to find them
     skip_broken:bool=_data(False, shared=True)
     # turn images as their EXIF data say (timm does not); Pillow turns a TIFF in any case

@@ -25,6 +25,7 @@ from .files import image_files, in_folders, left_out_in_words, left_out_of, prin
 from .files import refuse_private_readers, say_once, some_rows, without_broken
 from .labels import Part, changes_in_words, in_table, rows_of, table_rows, write_table
 from .layouts import SHARE_OF_TEST, has_train, images_of_classes
+from .groups import division_keys, grouped, refuse_broken_groups
 from .split import is_range, rows_by_content, split_rows, stratified
 
 # %% ../../nbs/data/01_datasets.ipynb #01d19e57
@@ -73,6 +74,7 @@ class Data:
     train_digests:list=() # of the bytes of each training file; none: no files, or those of the hub
     test_digests:list=()
     held_out:list=()     # rows of the training images that a table of the images holds out
+    groups:list=()       # name of each training image's group, '' alone; (): there are none
 
     @property
     def side(self)->int: # px
@@ -91,12 +93,15 @@ class Data:
 
     def split(self, config:Config)->tuple: # its fields about the split count
         "Returns the rows of the training images that are trained on, and those that are held out."
-        return split_rows(self.train_labels, config, self.classes, self.held_out)
+        keys = ()
+        if self.groups:
+            keys = division_keys(self.train_digests or [*map(str, range(len(self.groups)))], self.groups)
+        return split_rows(self.train_labels, config, self.classes, self.held_out, keys)
 
     def _hash(self, reading, by_content):
         if by_content and self.train_digests:
-            held_out = [f'held out {row}' for row in self.held_out]
-            return CONTENT + digest([reading, *self.train_digests, self.train_labels, *held_out])
+            parts = [f'held out {row}' for row in self.held_out] + [f'group {name}' for name in self.groups]
+            return CONTENT + digest([reading, *self.train_digests, self.train_labels, *parts])
         if self.listing:
             return digest([os.fsencode(f'{reading}{self.listing}'), self.train_labels])
         return digest([self.train_images, self.train_labels])
@@ -345,18 +350,24 @@ def undivided(config:Config)->ImageFiles|None:
     root = from_root(config.data_root)
     if config.labels:
         refuse_labels(config)
-        return in_table(root, from_root(config.labels)).get('')
+        files = in_table(root, from_root(config.labels)).get('')
+        return files and grouped([files], config.group_by)[0]
     if has_train(root):
         return None
     given = config.unlabelled and not is_range(config.unlabelled)
-    return images_of_classes(root, config.class_folder, from_root(config.unlabelled) if given else None)
+    files = images_of_classes(root, config.class_folder, from_root(config.unlabelled) if given else None)
+    return grouped([files], config.group_by)[0]
 
 def _divided(config, files, keys): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
     labels = torch.tensor([label for *_, label in files.files]) # files.files: (path, bytes, label) of each
-    drawn = rows_by_content(keys or digests(files, digest_store(config)), labels, SHARE_OF_TEST)
+    keys = keys or division_keys(digests(files, digest_store(config)), files.groups)
+    drawn = rows_by_content(keys, labels, SHARE_OF_TEST, whole=bool(files.groups))
     is_test = torch.zeros(len(files), dtype=torch.bool).index_fill(0, drawn, True)
     few = [name for label, name in enumerate(files.classes) if not is_test[labels == label].any()]
     place = printable(config.labels or config.data_root)
+    if few and files.groups:
+        raise VitdistillError(f"{place}: {', '.join(few[:5])}: too few groups to set some aside as test "
+                              'images: give each class two groups or more, or name parts in a column part.')
     if few:
         raise VitdistillError(f"{place}: {', '.join(few[:5])}: too few images to set a fifth of them aside "
                               'as test images: give each class five or more, or name parts in a column part.')
@@ -413,6 +424,9 @@ def _parts(config, keys=()): # keys: as of `list_images`; {'train': ImageFiles, 
     else:
         row = check_dataset(config.dataset)
         parts = image_files(config, row.package, row.needs)
+    if not files:
+        parts = dict(zip(parts, grouped([*parts.values()], config.group_by)))
+    refuse_broken_groups(parts['train'], parts['test'], 'training and test images')
     for files in parts.values():
         refuse_private_readers(files)
     return parts
@@ -488,6 +502,7 @@ def content_marks(config:Config)->typing.Iterator[str]:
     yield f'{_reading(config, train, test)}\n'
     yield from (f'{name}\n' for name in train.classes)
     yield from (f'row {row} is held out\n' for row in train.held_out)
+    yield from (f'group {name}\n' for name in train.groups)
     for files in (train, test):
         yield f'{len(files)} images\n'
         for content, (*_, label) in zip(digests(files, digest_store(config)), files.files):
@@ -560,7 +575,7 @@ def load_images(config:Config)->Data:
     train_part = read('train', on_disk=large or config.whole_image)
     test_part = read('test', on_disk=large)
     return Data(config.dataset, *train_part, *test_part, train.classes, None, listing,
-                reading_of(config, train), contents['train'], contents['test'], train.held_out)
+                reading_of(config, train), contents['train'], contents['test'], train.held_out, train.groups)
 
 # %% ../../nbs/data/01_datasets.ipynb #3e91c0f4
 def labelled_images(

@@ -350,6 +350,7 @@ class ImageFiles:
     bare:list=field(default_factory=list)  # class folders without an image, such as 'train/cow'
     broken:dict=field(default_factory=dict) # path of each image that was left out as unreadable -> why
     held_out:list=field(default_factory=list) # rows that a table of the images holds out
+    groups:list=field(default_factory=list) # name of each image's group, '' alone; []: there are none
 
     def __len__(self):
         return len(self.files)
@@ -372,7 +373,8 @@ def some_rows(files:ImageFiles, rows:list)->ImageFiles: # rows: numbers of image
         return files.opener(rows[row])
     held_out = {*files.held_out}
     return replace(files, files=[files.files[row] for row in rows], opener=opener,
-                   held_out=[new for new, row in enumerate(rows) if row in held_out])
+                   held_out=[new for new, row in enumerate(rows) if row in held_out],
+                   groups=[files.groups[row] for row in rows] if files.groups else [])
 
 def list_of(root:Path, entries:list, labels:list, classes:list=(), **about)->ImageFiles: # labels: numbers
     "Returns files as a list of images; about: further fields of `ImageFiles`."

@@ -360,7 +360,9 @@ def in_table(
         entries = [image.entry for image in parts[part]]
         labels = [-1 if classes else label_of.get(image.row.kind, -1) for image in parts[part]]
         held_out = [row for row, image in enumerate(parts[part]) if image.row.part == Part.held_out]
-        return list_of(root, entries, labels, names, held_out=held_out)
+        groups = [image.row.group for image in parts[part]]
+        groups = groups if any(image.row.group for image in images) else []
+        return list_of(root, entries, labels, names, held_out=held_out, groups=groups)
     return {part: listed(part) for part in parts}
 
 # %% ../../nbs/data/05_labels.ipynb #c2e09b49
@@ -374,7 +376,9 @@ def rows_of(
     rows = []
     for row, ((name, _, label), content) in enumerate(zip(files.files, contents)):
         kind = files.classes[label] if label >= 0 and files.classes else ''
-        rows.append(Labelled(printable(name), kind, Part.held_out if row in held_out else part, content))
+        group = files.groups[row] if files.groups else ''
+        own_part = Part.held_out if row in held_out else part
+        rows.append(Labelled(printable(name), kind, own_part, content, group=group))
     return rows
 
 # %% ../../nbs/data/05_labels.ipynb #0792e959

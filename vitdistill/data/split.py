@@ -73,20 +73,43 @@ def _drawn_of_class(numbers, fraction): # -> (n,) bool; equal numbers are copies
         drawn[-1] = False
     return drawn[group_of]
 
+# %% ../../nbs/data/08_split.ipynb #5a9e996d
+def _in_several_classes(keys, labels): # -> (N,) bool: rows whose key occurs in several classes
+    first = {}
+    several = {key for key, label in zip(keys, labels) if first.setdefault(key, label) != label}
+    return np.array([key in several for key in keys], bool)
+
+def _drawn_of_several(numbers, labels, fraction): # rows of such keys -> (n,) bool
+    # each class has some, if it can
+    drawn = _drawn_of_class(numbers, fraction)
+    for label in np.unique(labels):
+        of_class = labels == label
+        if drawn[of_class].any() or fraction*of_class.sum() < .5:
+            continue
+        for number in np.unique(numbers[of_class]):
+            more = drawn | (numbers == number)
+            if all((~more)[labels == other].any() for other in np.unique(labels)): # each class is trained on
+                drawn = more
+                break
+    return drawn
+
 def rows_by_content(
-    keys:list[str],      # digest of each image; copies have one key
+    keys:list[str],      # of each image, such as its digest; images of one key stay together
     labels:torch.Tensor, # (N,) int
     fraction:float,      # share of each class that is drawn, in [0, 1)
-    salt:str='test'      # draws of other names are independent
+    salt:str='test',     # draws of other names are independent
+    whole:bool=False     # whether even a class of a single key stays together; then none of it is drawn
 )->torch.Tensor: # int64, sorted
     "Returns the rows that are drawn by their content: about a share of each class, whatever is added later."
     numbers = _numbers(keys, salt)
     labels = labels.numpy()
     drawn = np.zeros(len(keys), bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+    several = _in_several_classes(keys, labels)
+    drawn[several] = _drawn_of_several(numbers[several], labels[several], fraction)
+    for label in np.unique(labels[~several]):
+        rows = np.flatnonzero((labels == label) & ~several)
         drawn[rows] = _drawn_of_class(numbers[rows], fraction)
-        if not drawn[rows].any(): # of many copies of few images: their order divides them
+        if not (whole or drawn[labels == label].any()): # many copies of few images: their order divides them
             by_order = _numbers([f'{keys[row]} {n}' for n, row in enumerate(rows)], salt)
             drawn[rows] = _drawn_of_class(by_order, fraction)
     return torch.from_numpy(np.flatnonzero(drawn))
@@ -112,12 +135,21 @@ def row_range(
 def fold_rows(
     labels:torch.Tensor, # (N,) labels of the images to divide
     fold:str,            # 'k/n', 1 <= k <= n
-    seed:int
+    seed:int,
+    keys:list=()         # as in `split_rows`
 )->torch.Tensor: # (N,) bool
     "Returns which images are in the k-th of n class-balanced parts."
     k, _, n = fold.partition('/')
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) and int(n) > 1):
         raise VitdistillError(f"fold = {fold!r}: give 'k/n' with 1 <= k <= n and n >= 2, such as '1/2'.")
+
+    if keys:
+        from sklearn.model_selection import StratifiedGroupKFold
+        if len({*keys}) < int(n):
+            raise VitdistillError(f'fold = {fold!r}: there are {len({*keys})} groups: give fewer parts.')
+        folds = StratifiedGroupKFold(int(n), shuffle=True, random_state=seed).split(labels, labels, keys)
+        rows = [rows for _, rows in folds][int(k) - 1]
+        return torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, torch.from_numpy(rows), True)
 
     def first_folds(count): # which images are in the first `count` parts: shares are nested
         rows = stratified(labels, count/int(n), seed)[1]
@@ -146,12 +178,20 @@ def _refuse_empty_classes(labels, train, config, classes):
                           'use a larger data_fraction, hold fewer images out, or give that class more '
                           'images.')
 
+# %% ../../nbs/data/08_split.ipynb #eb47a926
+def _refuse_broken_groups(keys, train, val):
+    common = {keys[row] for row in train.tolist()} & {keys[row] for row in val.tolist()} if keys else ()
+    if common:
+        raise VitdistillError(f'{len(common):,} groups have training and held-out images ({min(common)}): '
+                              'put all images of a group into one part, or leave val_rows out.')
+
 # %% ../../nbs/data/08_split.ipynb #780f6218
 def split_rows(
     labels:torch.Tensor, # (N,) labels of the training images
     config:Config,
     classes:list=(),     # names of the classes, for messages
-    held_out_rows:list=() # those that a table of the images holds out, in place of `val_fraction`
+    held_out_rows:list=(), # those that a table of the images holds out, in place of `val_fraction`
+    keys:list=()           # of images in groups: those of one key stay together; (): there are no groups
 )->tuple:
     "Returns (train, val) rows; what is held out does not depend on `data_fraction`, except a `fold`."
     if config.val_rows and held_out_rows:
@@ -166,7 +206,12 @@ def split_rows(
         # a share of what is left, since these take from the classes unevenly
         kept = train[stratified(labels[train], config.data_fraction, config.split_seed)[1]]
     else:
-        train, val = held_out(labels, config.val_fraction, config.split_seed)
+        if keys:
+            salt = f'held out {config.split_seed}'
+            val = rows_by_content(keys, labels, config.val_fraction, salt, whole=True)
+            train = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), val.numpy()))
+        else:
+            train, val = held_out(labels, config.val_fraction, config.split_seed)
         if config.val_fraction and not len(val):
             raise VitdistillError(f'val_fraction = {config.val_fraction} holds out no image, since the '
                                   'classes are too small: give more images, a larger val_fraction, or 0.')
@@ -174,8 +219,10 @@ def split_rows(
         kept = stratified(labels, config.data_fraction, config.split_seed)[1]
     train = torch.from_numpy(np.intersect1d(train.numpy(), kept.numpy()))
     if config.fold:
-        in_fold = fold_rows(labels[train], config.fold, config.split_seed)
+        of_train = [keys[row] for row in train.tolist()] if keys else ()
+        in_fold = fold_rows(labels[train], config.fold, config.split_seed, of_train)
         val = torch.cat([val, train[in_fold]]).sort().values
         train = train[~in_fold]
     _refuse_empty_classes(labels, train, config, classes)
+    _refuse_broken_groups(keys, train, val)
     return train, val

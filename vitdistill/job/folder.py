@@ -23,6 +23,7 @@ from ..data.files import unreadable
 from ..data.labels import Labelled, Part, in_table, rows_of, table_parts
 from ..data.layouts import class_of, files_of_classes, folders_without_labels, has_train
 from ..data.layouts import is_unlabelled, refuse_unfit_parts
+from ..data.groups import division_keys, groups_in_words
 from ..data.split import rows_by_content
 from ..models.hub import HUB
 from ..teachers.words import given_pairs, is_by_words, words_of_classes
@@ -202,19 +203,9 @@ def _shared_images(train:ImageFiles, test:ImageFiles, all_copies:bool)->list[Pai
     return pairs
 
 # %% ../../nbs/job/00_folder.ipynb #3683db96
-def _keys_of(contents, pairs): # digests of images; pairs of them -> a key for each, one for all its copies
-    first = [*range(len(contents))] # row -> an earlier row of the same image
-    def original(row):
-        while first[row] != row:
-            row = first[row]
-        return row
-    for a, b, _ in (pair for pair in pairs if pair.is_copy):
-        one, other = sorted((original(a), original(b)))
-        first[other] = one
-    smallest = {}
-    for row, content in enumerate(contents):
-        smallest[original(row)] = min(content, smallest.get(original(row), content))
-    return [smallest[original(row)] for row in range(len(contents))]
+def _keys(files, store, pairs): # pairs: of images -> a key for each image, one for its copies and its group
+    copies = [(pair.a, pair.b) for pair in pairs if pair.is_copy]
+    return division_keys(digests(files, store), files.groups, copies)
 
 def _held_out_rows(files, keys, fraction): # of training images: as their table says, or drawn by content
     if files.held_out or not fraction or not len(files):
@@ -223,7 +214,7 @@ def _held_out_rows(files, keys, fraction): # of training images: as their table 
     counts = torch.bincount(labels.clamp(min=0))
     if (fraction*counts + .5 < 1).all(): # of a handful of images a quarter of each class
         fraction = .25
-    return rows_by_content(keys, labels, fraction, 'held out').tolist()
+    return rows_by_content(keys, labels, fraction, 'held out', whole=bool(files.groups)).tolist()
 
 # %% ../../nbs/job/00_folder.ipynb #36032e4e
 def unlabelled_folder(
@@ -347,7 +338,7 @@ def _labelled_parts(config, drop, store): # -> training and test images, whether
     keys = []
     if files:
         pairs = same_images(files) if _is_compared(drop, files) else []
-        keys = _keys_of(digests(files, store), pairs)
+        keys = _keys(files, store, pairs)
     elif not (config.labels or config.class_names):
         refuse_unfit_parts(Path(config.data_root), config.class_folder)
     train, test = list_images(config, keys).values()
@@ -366,15 +357,17 @@ def _labelled_rows(config, train, test, drop, store): # -> rows of these images,
     copies = some_rows(train, sorted(dropped))
     _refuse_lost_class(config, train, kept)
     within = same_images(kept) if compare else []
-    held_out = {*_held_out_rows(kept, _keys_of(digests(kept, store), within), config.val_fraction)}
+    held_out = {*_held_out_rows(kept, _keys(kept, store, within), config.val_fraction)}
     rows = _rows_of(kept, Part.train, folder, store)
     rows = [row._replace(part=Part.held_out) if n in held_out else row for n, row in enumerate(rows)]
     rows += _rows_of(test, Part.test, folder, store)
     rows += _rows_of(copies, Part.left_out, folder, store, 'a copy of a test image')
     if compare:
-        return rows, _same_in_words(train, test, across, same_images(train), drop)
-    return rows, (f' {len(train) + len(test):,} images were not compared: --drop-duplicates finds those that '
-                  'are in train and in the test.') if test else ''
+        same = _same_in_words(train, test, across, same_images(train), drop)
+        return rows, same + groups_in_words(train)
+    alone = (f' {len(train) + len(test):,} images were not compared: --drop-duplicates finds those that are '
+             'in train and in the test.') if test else ''
+    return rows, alone + groups_in_words(train)
 
 def _without_labels(config, unlabelled): # -> `ImageFiles` of no class, or None
     if unlabelled:
