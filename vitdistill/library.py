@@ -21,7 +21,7 @@ from .models.create import refuse_not_finite, save_model
 from .models.create import small_head # noqa: F401 (handed on)
 from .models.hub import weights_place
 from .teachers.answers import open_memo
-from .teachers.teacher import Teacher, least_accuracy
+from .teachers.teacher import Network, least_accuracy
 from .train.ranks import check_device
 from .train.setup import auto_device
 
@@ -148,17 +148,16 @@ def _checked_answers(
     return answers.argmax(-1) == labels
 
 # %% ../nbs/05b_library.ipynb #b9774a9a
-class LoadedTeacher(Teacher):
+class LoadedTeacher(Network):
     "A frozen teacher for a loader's pixels."
     def __init__(
         self,
-        model:torch.nn.Module, classes:list, constants:tuple, size:int, # as in `Teacher`
+        model:torch.nn.Module, classes:list, constants:tuple, size:int, # as in `Network`
         mean_std:tuple, # that the loader's pixels were normalized by
-        **kw            # further arguments of `Teacher`
+        **kw            # further arguments of `Network`
     ):
         _check_constants(mean_std)
-        super().__init__(model, constants, size, **kw)
-        self.classes = classes
+        super().__init__(model, constants, size, classes=classes, **kw)
         self.mean_std = plain_value(mean_std)
         self.largest_pass = self.chunk # images
 
@@ -322,7 +321,7 @@ def load_teacher(
     architecture:str='',        # timm's name of the model whose weights a file holds
     size:int=0,                 # side of its input, px; 0: its own, of a module that of the loader's pixels
     constants:tuple|None=None,  # (mean, std) of its own pixels; None: its own, of a module the loader's
-    precision:str='fp32', device:str='cpu', compile:bool=False # as in `Teacher`; device also 'auto'
+    precision:str='fp32', device:str='cpu', compile:bool=False # as in `Network`; device also 'auto'
 )->LoadedTeacher:
     "Returns a frozen teacher for a loader's pixels."
     Config(teacher_precision=precision) # raises for another one
@@ -448,7 +447,7 @@ class TeacherMemo:
         self.teacher = teacher
         self.folder = from_here(folder).absolute()
         self.kind = loss.kind
-        questions = dict(version=2, weights=teacher.weights_hash(), images=keys, views=1,
+        questions = dict(version=2, weights=teacher.hash, images=keys, views=1,
                          mean_std=teacher.mean_std, constants=teacher.constants, teacher_size=teacher.size,
                          dtype=teacher.dtype_name)
         about = dict(questions, classes=len(teacher.classes), **self.kind.key())

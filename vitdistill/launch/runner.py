@@ -30,7 +30,7 @@ from ..runs import Run, RunWriter, check_folders, is_locked
 from ..train.setup import check_settings, resolve, uses_batch_norm
 from ..teachers import answers
 from ..teachers.card import Card, only_match
-from ..teachers.teacher import adopt, seems_untrained
+from ..teachers.teacher import TEACHERS, adopt, seems_untrained
 from ..track import tracker_names
 
 # %% ../../nbs/launch/01_runner.ipynb #bd45b26d
@@ -484,7 +484,8 @@ def with_teacher(
         # `unlabelled` stays, since `refuse_unlabelled` has the clearer error
         about_teachers = {*field_names(group='teacher')} - {'unlabelled'}
         return replace(config, **{name: getattr(Config(), name) for name in about_teachers})
-    if config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
+    is_own = config.teacher in TEACHERS # of a user, which needs no training
+    if is_own or config.teacher_weights or config.teacher_pretrained or config.allow_untrained:
         for name in ('out_of_fold', 'teacher_data_fraction'):
             if given.get(name):
                 raise VitdistillError(f'{name} = {given[name]} is for a teacher that the preset trains: '

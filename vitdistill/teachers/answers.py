@@ -18,7 +18,7 @@ from ..data.datasets import Data, digest
 from ..data.views import Plan, Views, expected_views, plan_rows, view_count
 from ..losses import HardLabel, Logits, answer_kind, kind_of
 from .card import Card, answers_head, answers_in, file_hash, weights_folder
-from .teacher import Absent, Teacher, images_a_second
+from .teacher import Teacher, images_a_second
 
 # %% ../../nbs/teachers/02_answers.ipynb #1d5fcd18
 def memo_key(
@@ -29,11 +29,11 @@ def memo_key(
     "Returns everything that an answer and its storage depend on."
     kwargs = json.loads(json.dumps(config.teacher_kwargs, sort_keys=True)) # in one order
     train_images = data.train_hash
-    if isinstance(teacher, Absent): # perhaps an earlier version wrote its answers
-        train_images = data.train_hash_like(teacher.key['train_images'])
+    if teacher.file: # perhaps an earlier version wrote its answers
+        train_images = data.train_hash_like(answers_head(teacher.file)['key']['train_images'])
     return dict(version=2,
                 architecture=f'{config.teacher} {kwargs}' if kwargs else config.teacher,
-                weights=teacher.weights_hash(),
+                weights=teacher.hash,
                 train_images=train_images,
                 images=len(data.train_labels),
                 classes=len(data.classes),
@@ -258,7 +258,7 @@ def teacher_memo(
     key:dict # of `memo_key`
 )->Memo|None:
     "Returns the teacher's memo; None (the teacher runs online) if its folder is full or can't be written."
-    if isinstance(teacher, Absent):
+    if teacher.file:
         return _read_answers(teacher.file, key)
     folder = _beside_weights(config)
     try:
@@ -397,7 +397,7 @@ class Online:
         self.teacher = teacher
         self.kind = kind
         self.work = Work(teacher.device)
-        self.blank = kind.make(torch.zeros(1, teacher.model.num_classes))
+        self.blank = kind.make(torch.zeros(1, len(teacher.classes)))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -472,7 +472,7 @@ class Answers(Online):
     def ask(self, image:torch.Tensor, view:torch.Tensor)->list: # on all ranks
         "Returns the teacher's answers of each kind: each rank computes a part, and all get all."
         part = torch.arange(len(image)).tensor_split(self.world)[self.rank]
-        logits = torch.zeros(0, self.teacher.model.num_classes) # of a rank without a part
+        logits = torch.zeros(0, len(self.teacher.classes)) # of a rank without a part
         if len(part):
             logits = self.teacher.logits(self.views(image[part], view[part]))
         answers = []
@@ -550,7 +550,7 @@ def _memo_in_words(
 )->str:
     "Returns a sentence on what the memo has and what it saves."
     share = answers.share_known(rows)
-    if share == 1 or isinstance(answers.teacher, Absent):
+    if share == 1 or answers.teacher.file:
         return f"{share:.1%} of the teacher's answers are stored: it does not run"
     rate = answers.world*images_a_second(answers.teacher) or math.nan # 0: no room for so many images
     rows_an_image = shown/len(rows) if shown else plan_rows(config, 1)

@@ -23,7 +23,7 @@ from ..models.hub import weights_place, failure_in_words, without_retries
 from ..models.create import create, load_weights, started_from, student_size
 from .answers import Memo, open_memo
 from .card import Card
-from .teacher import Teacher, model_hash
+from .teacher import Network, Teacher, model_hash
 
 # %% ../../nbs/teachers/04_encoders.ipynb #636baead
 def fill_embeddings(
@@ -293,7 +293,7 @@ def image_tower(
     if weights:
         load_weights(model, weights_place(weights), new_head=True)
     model.reset_classifier(0)
-    return Teacher(model, facts['constants'], facts['size'], precision, device)
+    return Network(model, facts['constants'], facts['size'], precision, device)
 
 # %% ../../nbs/teachers/04_encoders.ipynb #7db971a8
 def width_of(image:Teacher)->int: # timm's num_features is another number for some models
@@ -316,7 +316,7 @@ class DualEncoder(Encoder):
         self.templates = [*templates]
         self.width = width_of(image)
         constants = [[round(float(x), 6) for x in part] for part in image.constants]
-        self.image_key = dict(encoder='own', image=image.weights_hash(), size=image.size, side=facts['side'],
+        self.image_key = dict(encoder='own', image=image.hash, size=image.size, side=facts['side'],
                               precision=image.precision, constants=constants)
         self.key = self.image_key | dict(text=model_hash(text) if text else '')
 

@@ -85,7 +85,7 @@ def answer_counts(
     rows:torch.Tensor    # the images to count
 )->torch.Tensor: # (C, C)
     "Returns how often each true class (row) got each answer (column)."
-    classes = answers.teacher.model.num_classes
+    classes = len(answers.teacher.classes)
     centre = torch.full_like(rows, centre_view(answers.views.padding))
     decisions = answers(Plan(rows, torch.zeros_like(rows), centre))
     pairs = labels[rows]*classes + decisions

@@ -24,7 +24,7 @@ from ..runs import Run, RunWriter, clean_config, read_checkpoint
 from .setup import BaseSetup, Setup, auto_device, prepare, resolve, student_logits
 from ..teachers.card import Card, card_rows, knows_images, seen_by_student, training_mask
 from ..teachers.card import write_seen
-from ..teachers.teacher import Teacher, make_card
+from ..teachers.teacher import Network, make_card
 
 # %% ../../nbs/train/04_outcome.ipynb #15ac9fdb
 def _reduced(
@@ -224,7 +224,7 @@ def student_outcome(setup:Setup, run:RunWriter, measured:dict)->dict: # measured
     config, data = setup.config, setup.data
     arrays = predictions(setup)
     run.save_predictions(**arrays)
-    frozen = Teacher(setup.student.model, setup.constants, setup.test_size, config.precision,
+    frozen = Network(setup.student.model, setup.constants, setup.test_size, config.precision,
                      setup.ranks.device)
     card = make_card(frozen, config, data, setup.views)
     unlabelled = {} if setup.unlabelled is None else dict(n_unlabelled=len(setup.unlabelled))

@@ -30,9 +30,9 @@ from .optimize import create_schedule, optimizer_class
 from .ranks import Ranks, batch_bounds, check_device, has_batch_norm, place_among_ranks
 from .ranks import set_numerics, threads_per_rank
 from ..runs import Run
-from ..teachers.card import Card, answers_head, file_hash, is_answers, knows_images, only_match
+from ..teachers.card import Card, file_hash, knows_images, only_match, precision_of_answers
 from ..teachers.card import refuse_start_overlap, training_mask
-from ..teachers.teacher import Absent, Health, Teacher, check_health, model_hash
+from ..teachers.teacher import Health, Teacher, check_health, check_teacher, model_hash
 from ..teachers.teacher import teacher_and_card
 from ..data.unlabelled import Unlabelled, joined, labels_of_all, rows_of_all, unlabelled_images
 from ..data.unlabelled import unlabelled_mark
@@ -103,9 +103,7 @@ def auto_values(config:Config)->dict:
         values['precision'] = student_precision(config, device)
     if config.compile == 'auto':
         values['compile'] = _auto_compile(config, device)
-    if is_answers(config.teacher_weights): # the precision of the answers
-        key = answers_head(config.teacher_weights)['key']
-        values['teacher_precision'] = key['dtype'].split()[0]
+    values['teacher_precision'] = precision_of_answers(config.teacher_weights) or values['teacher_precision']
     return {name: value for name, value in values.items() if getattr(config, name) == 'auto'}
 
 # %% ../../nbs/train/02_setup.ipynb #45804704
@@ -134,9 +132,11 @@ def _refuse_unfit_folds(config:Config)->None:
 # %% ../../nbs/train/02_setup.ipynb #10a3b8ad
 def check_settings(config:Config)->None:
     "Raises `VitdistillError` for models, augmentation, schedule or optimizer that no run can have."
+    if config.student:
+        check_name(config.student)
+    if config.teacher:
+        check_teacher(config.teacher)
     for name in (config.student, config.teacher):
-        if name:
-            check_name(name)
         if name.startswith('local-dir:'): # its weights would not be in the run's hash
             raise VitdistillError(f'{name!r} names a folder: give its timm name as student or teacher, and '
                                   'the folder as student_weights or teacher_weights.')
@@ -427,7 +427,7 @@ def _teacher_answers(
     "Loads the config's teacher and checks it; opens its memo, unless it answers the pixels of each step."
     teacher, card = teacher_and_card(config, data, ranks.device)
     online = unnumbered(config) or not config.memo
-    if isinstance(teacher, Absent):
+    if teacher.file:
         _refuse_absent_teacher(config, online, _in_folder(unlabelled))
     images_a_step = min(teacher.chunk, -(-config.batch_size//ranks.world)) # of this rank
     if online: # before the first pass: each size is compiled
@@ -490,7 +490,7 @@ def _out_of_fold(
 def _refuse_missing_answers(answers:Answers, rows:torch.Tensor)->None: # rows: images to train on
     "Raises `VitdistillError` if a teacher without weights does not know the answers about all images."
     for part, place in answers.parts_of(rows):
-        if not isinstance(part.teacher, Absent):
+        if not part.teacher.file:
             continue
         share = part.share_known(rows[place])
         if share < 1:
