@@ -510,6 +510,7 @@ class RunWriter(Run):
         if checkpoint.is_file() and not any(file.is_file() for file in record): # it was removed
             checkpoint.rename(self.work/'checkpoint-before.pt') # so that the run trains again
         goes_on = checkpoint.is_file()
+        (self.folder/'progress.json').unlink(missing_ok=True) # of a start that was interrupted
         write_config(config, self.folder)
         self._write_json('environment.json', with_resume(first, facts) if goes_on else facts)
         self.__dict__.pop('trackers', None)
@@ -544,6 +545,11 @@ class RunWriter(Run):
             if arm not in arms:
                 self._write_json('arms.json', sorted([*arms, arm]))
 
+    def write_progress(self, values:dict)->None: # for those who look on; no part of the record
+        with contextlib.suppress(VitdistillError, OSError): # it must not end a training
+            write_atomic(self.folder/'progress.json', json.dumps(values))
+
     def finish(self, result:dict)->None: # call it last: result.json marks the run as done
+        (self.folder/'progress.json').unlink(missing_ok=True)
         self._write_json('result.json', {'hash': config_hash(self.config), **result})
         self.trackers.end(result)

@@ -31,7 +31,7 @@ from ..base import cores
 from ..train.setup import Setup, auto_values, image_device, loading_processes, place_model
 from ..teachers.teacher import teacher_and_card
 from ..train.step import create_step
-from ..train.loop import Progress, create_objective, train_epoch
+from ..train.loop import Meanwhile, create_objective, train_epoch
 
 # %% ../../nbs/bench/01_contenders.ipynb #a0af9b2a
 def bench_config(device:str, recipe:bool=False, **given)->Config:
@@ -208,7 +208,7 @@ def vitdistill(config:Config, ranks:Ranks, data:Data, full:bool=False)->Callable
     optimizer = create_optimizer(config, setup.student.model, setup.criterion)
     objective = create_objective(setup.student, setup.criterion, config.compile, ranks)
     step = create_step(setup, objective, optimizer)
-    progress = Progress(config, len(data.train_labels), 0, shown=False)
+    progress = Meanwhile(len(data.train_labels))
     numbers = count()
 
     def turn(steps:int)->Callable:

@@ -38,7 +38,7 @@ def child_environment(**more:str)->dict: # further variables
     package = Path(sys.modules['vitdistill'].__file__).resolve()
     find = "import importlib.util as u; print(getattr(u.find_spec('vitdistill'), 'origin', ''))"
     command = [sys.executable, '-P', '-c', find]
-    found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip()
+    found = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
     if Path(found).resolve() != package:
         paths = [str(package.parents[1]), *filter(None, [environment.get('PYTHONPATH')])]
         environment['PYTHONPATH'] = os.pathsep.join(paths)

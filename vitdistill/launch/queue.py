@@ -6,9 +6,9 @@
 __all__ = ['STATES', 'NO_TEACHER', 'Cell', 'notebook_of', 'config_of', 'study_cells', 'part_cells', 'grid_cells', 'check_cells',
            'refuse_one_run', 'slot_environment', 'record_of', 'write_record', 'read_record', 'cell_runs', 'new_threads',
            'end', 'model_for', 'cell_has_model', 'missing_weights', 'execute', 'papermill_command', 'state_at_end',
-           'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of', 'set_progress', 'count_states',
-           'state_table', 'may_be_queued', 'refuse_busy', 'forget_old_cells', 'hold_folder', 'cut_running',
-           'run_in_order', 'run_batch', 'submit_batch', 'read_small', 'write_small', 'main']
+           'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of', 'count_states', 'state_table',
+           'may_be_queued', 'refuse_busy', 'forget_old_cells', 'hold_folder', 'cut_running', 'run_in_order',
+           'run_batch', 'submit_batch', 'read_small', 'write_small', 'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -36,6 +36,7 @@ from .runner import is_weak, settable, with_teacher
 from ..losses import criterion
 from ..track import tracker_names
 from ..options import grid_parser
+from ..pace import pace
 from ..runs import Run, cores, find_runs, is_locked, lock_folder, read_json
 from ..tasks.table import EVERY_OBJECTIVE, task_of
 from ..teachers.card import Card
@@ -500,17 +501,11 @@ def states_of(
             runs.sort(key=lambda run: list(_cell_states).index(run.status)) # in the order of that dict
             cell.state = _cell_states[runs[-1].status]
         if runs and cell.state != 'left' and cell.notebook.stem != 'e04_adopted_teacher': # that has no epochs
-            set_progress(cell, runs[-1])
+            now = pace(runs[-1])
+            cell.epochs = now.epochs, now.planned
+            if cell.state == 'running':
+                cell.rest = now.seconds_left
     return cells
-
-def set_progress(cell:Cell, run:Run)->None: # the last run of the cell
-    "Sets the epochs of a cell and, of a running one, the seconds until it is done."
-    rows = run.rows()[-30:]
-    done = int(rows[-1]['epoch']) + 1 if rows else 0
-    cell.epochs = done, run.config.epochs
-    seconds = [float(row['seconds']) for row in rows if row.get('seconds')] # of an epoch
-    if cell.state == 'running' and seconds:
-        cell.rest = (run.config.epochs - done)*mean(seconds)
 
 # %% ../../nbs/launch/03_queue.ipynb #de44996f
 def count_states(cells:list[Cell], slots:int=0)->str: # slots: cells side by side; 0: as many as run now

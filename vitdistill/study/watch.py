@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 from ..base import from_root
 from ..train.live import LiveCurve, in_jupyterlab
+from ..pace import pace
 from ..runs import Run, find_run, find_runs
 
 # %% ../../nbs/study/06_watch.ipynb #9d9b21b5
@@ -20,12 +21,11 @@ fields = ['experiment', 'student', 'teacher', 'dataset', 'seed'] # of Config
 # eta and written: local time
 frame_columns = ['run', 'status', *fields, 'epochs_done', 'epochs', 'eta', *measures, 'written']
 
-def run_state(run:Run, now:float|None=None)->dict: # now: seconds since 1970; None: the clock's
+def run_state(run:Run)->dict:
     "Returns a run's `frame_columns`: what it is, epochs done, accuracies, end at the present pace."
     status = run.status
-    now = time.time() if now is None else now
     config = None if status in ('new', 'unreadable') else run.config
-    rows = pd.DataFrame(run.rows(), columns=['epoch', 'seconds', *measures])
+    rows = pd.DataFrame(run.rows(), columns=['epoch', *measures])
     rows = rows.apply(pd.to_numeric, errors='coerce')
     last = rows.ffill().iloc[-1] if len(rows) else {} # not every epoch is evaluated
     epochs_done = int(last.get('epoch', -1)) + 1
@@ -40,11 +40,9 @@ def run_state(run:Run, now:float|None=None)->dict: # now: seconds since 1970; No
         state[name] = float(last.get(name, math.nan))
         if math.isnan(state[name]) and status == 'done': # of a task without epochs of its own
             state[name] = float(run.result.get(name, math.nan))
-    pace = rows.seconds.tail(5).median()
-    if status == 'running' and pace >= 0:
-        since_last = min(max(0., now - written), pace)
-        seconds_left = (config.epochs - epochs_done)*pace - since_last
-        state['eta'] = _local_time(now + max(0., seconds_left))
+    left = pace(run).seconds_left if status == 'running' else None
+    if left is not None:
+        state['eta'] = _local_time(time.time() + left)
     return state
 
 def _local_time(seconds:float)->pd.Timestamp:

@@ -31,7 +31,7 @@ from ..train.ranks import Ranks, batch_bounds, local_rows, parallel, seed_step, 
 from ..train.ranks import threads_per_rank, warm_up_ddp
 from ..runs import RunWriter
 from ..teachers.card import file_hash, refuse_start_overlap
-from ..train import EVERY, BaseSetup, Progress, Task
+from ..train import EVERY, BaseSetup, Meanwhile, Task
 from ..data.views import epoch_plan
 
 # %% ../../nbs/tasks/02_captioning.ipynb #7ff23311
@@ -278,7 +278,7 @@ def prepare_captions(config:Config, ranks:Ranks)->Captioning:
                       about=about)
 
 # %% ../../nbs/tasks/02_captioning.ipynb #3a962c62
-def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int, progress:Progress)->dict:
+def caption_epoch(setup:Captioning, model:torch.nn.Module, optimizer, epoch:int, progress:Meanwhile)->dict:
     "Trains one epoch; returns its loss and the captions per second."
     c, ranks = setup.config, setup.ranks
     n = len(setup.tokens)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'Ranks', 'BaseSetup', 'Setup', 'prepare', 'resolve', 'record_adopted', 'save_student', 'DISTILLATION',
-           'EVERY', 'Progress', 'Task', 'batches', 'train']
+           'EVERY', 'Meanwhile', 'Task', 'batches', 'train']
 
 # %% ../../nbs/train/09_package.ipynb #daabb9b2
 import importlib
@@ -13,7 +13,7 @@ ROOMS = dict(
     ranks=['Ranks'],
     setup=['BaseSetup', 'Setup', 'prepare', 'resolve'],
     outcome=['record_adopted', 'save_student'],
-    loop=['DISTILLATION', 'EVERY', 'Progress', 'Task', 'batches', 'train'])
+    loop=['DISTILLATION', 'EVERY', 'Meanwhile', 'Task', 'batches', 'train'])
 
 def __getattr__(name:str):
     "Returns a name of a room, which is imported only then, so that `python -m` can run a room alone."
@@ -24,4 +24,4 @@ def __getattr__(name:str):
 
 # %% ../../nbs/train/09_package.ipynb #c9265d1e
 _all_ = ['Ranks', 'BaseSetup', 'Setup', 'prepare', 'resolve', 'record_adopted', 'save_student',
-    'DISTILLATION', 'EVERY', 'Progress', 'Task', 'batches', 'train']
+    'DISTILLATION', 'EVERY', 'Meanwhile', 'Task', 'batches', 'train']

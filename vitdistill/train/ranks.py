@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'at_signal', 'Ranks', 'check_device', 'RankNumbers', 'place_among_ranks', 'start_ranks',
-           'error_of_timeout', 'error_of_watchdog', 'end_with_parent', 'end_by_signal', 'threads_per_rank',
-           'set_numerics', 'batch_bounds', 'local_rows', 'has_batch_norm', 'parallel', 'warm_up_ddp', 'seed_step']
+           'error_of_timeout', 'error_of_watchdog', 'is_launched', 'end_with_parent', 'end_by_signal',
+           'threads_per_rank', 'set_numerics', 'batch_bounds', 'local_rows', 'has_batch_norm', 'parallel',
+           'warm_up_ddp', 'seed_step']
 
 # %% ../../nbs/train/01_ranks.ipynb #2950b6db
 import copy, inspect, os, re, signal, sys, threading, time, typing
@@ -109,6 +110,11 @@ def error_of_watchdog(lines:list)->VitdistillError|None: # lines: the end of a l
     "Returns `_timeout_error` if the log shows that NCCL's watchdog ended a rank after a timeout; else None."
     match = re.search(r'\[Rank (\d+)\] Watchdog caught collective operation timeout', '\n'.join(lines))
     return _timeout_error(int(match[1])) if match else None
+
+# %% ../../nbs/train/01_ranks.ipynb #0468df18
+def is_launched()->bool:
+    "Returns whether `run` of this package has started this process as a rank, and shows how it goes."
+    return 'VITDISTILL_LAUNCHER' in os.environ
 
 # %% ../../nbs/train/01_ranks.ipynb #dc15f55a
 def end_with_parent()->None:
