@@ -22,7 +22,8 @@ from .deploy.predict import predict # noqa: F401 (handed on)
 from .job.clock import JobClock, same_threads, seconds_in_words, seconds_of_cells
 from .job.folder import Images, about_images, names_without_labels, unlabelled_folder
 from .job.plan import Job, Source, begun_runs, built_students, checked_seeds, command_of, images_of
-from .job.plan import part_of_teacher, refuse_changed_images, refuse_edited_images, students_of
+from .job.plan import part_of_teacher, refuse_changed_images, refuse_edited_images
+from .job.plan import refuse_other_settings, students_of
 from .job.plan import study_of, usable_fields, write_study
 from .job.result import Distilled, measure_costs, print_job, return_models
 from .library import load_teacher, loss, memo, save, small_head # noqa: F401 (handed on)
@@ -84,7 +85,7 @@ def run_job(
     built = {}
     with found.step():
         cells = study_cells(Study(out.name, **study))
-        write_study(study, out, dry=True) # refuses other settings
+        refuse_other_settings(study, out)
         with found.step():
             refuse_changed_images(out, images)
             refuse_edited_images(out, cells[-1].config)

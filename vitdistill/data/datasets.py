@@ -359,7 +359,7 @@ def undivided(config:Config)->ImageFiles|None:
     return grouped([files], config.group_by)[0]
 
 def _divided(config, files, keys): # {'train': ImageFiles, 'test': ImageFiles}: a fifth of each class is test
-    labels = torch.tensor([label for *_, label in files.files]) # files.files: (path, bytes, label) of each
+    labels = torch.tensor(files.labels)
     keys = keys or division_keys(digests(files, digest_store(config)), files.groups)
     drawn = rows_by_content(keys, labels, SHARE_OF_TEST, whole=bool(files.groups))
     is_test = torch.zeros(len(files), dtype=torch.bool).index_fill(0, drawn, True)
@@ -463,7 +463,7 @@ def list_images(
 def _reading(config, *parts): # what makes pixels of files
     names = []
     for part in parts:
-        names += [name.lower() for name, *_ in part.files]
+        names += [name.lower() for name in part.names]
     all_jpeg = all(name.endswith(('.jpg', '.jpeg')) for name in names)
     reader = 'reader 2' if all_jpeg else 'reader 3'
     return reader if config.exif_orientation else f'{reader}, not turned'
@@ -505,7 +505,7 @@ def content_marks(config:Config)->typing.Iterator[str]:
     yield from (f'group {name}\n' for name in train.groups)
     for files in (train, test):
         yield f'{len(files)} images\n'
-        for content, (*_, label) in zip(digests(files, digest_store(config)), files.files):
+        for content, label in zip(digests(files, digest_store(config)), files.labels):
             yield f'{content} {label}\n'
 
 # %% ../../nbs/data/01_datasets.ipynb #d5d3c85b
@@ -565,12 +565,12 @@ def load_images(config:Config)->Data:
     def read(part, on_disk): # images and labels
         files = parts[part]
         images = DiskImages(files, side, config.exif_orientation)
-        labels = torch.tensor([label for *_, label in files.files], dtype=torch.int64)
+        labels = torch.tensor(files.labels, dtype=torch.int64)
         if on_disk:
             return images, labels
         return pixels_once(images, contents[part], reading_of(config, files), kept.parent), labels
 
-    root = os.path.commonpath([path for path, *_ in train.files])
+    root = os.path.commonpath(train.names)
     listing = '\n'.join(f'{os.path.relpath(path, root)} {length}' for path, length, _ in train.files)
     train_part = read('train', on_disk=large or config.whole_image)
     test_part = read('test', on_disk=large)
@@ -598,7 +598,7 @@ def labelled_images(
     _say(printable(root), images)
     label_of = [classes.index(name) for name in images.classes] # folder -> the dataset's label
     pixels = DiskImages(images, image_side(config), config.exif_orientation).resident()
-    return pixels, torch.tensor([label_of[label] for *_, label in images.files])
+    return pixels, torch.tensor([label_of[label] for label in images.labels])
 
 # %% ../../nbs/data/01_datasets.ipynb #2f794f03
 @user_call()

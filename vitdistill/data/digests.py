@@ -50,7 +50,7 @@ def digests(
     kept = _kept_in(store) if store else {}
     _digests.known = kept | _digests.known
     found = _digests.of(files, lambda rows: _read_all(files, rows))
-    paths = [f'{files.root}/{name}' for name, *_ in files.files]
+    paths = [f'{files.root}/{name}' for name in files.names]
     now = {path: _digests.known[path] for path in paths if path in _digests.known}
     if store and any(kept.get(path) != entry for path, entry in now.items()):
         with contextlib.suppress(OSError, VitdistillError): # a disk that is full, or can only be read

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HEIC', 'TESTS', 'printable', 'natural_order', 'image_kinds', 'image_endings', 'has_image_ending', 'is_hidden',
            'FileEntry', 'is_image', 'file_size', 'file_stamp', 'may_change_unseen', 'files_below', 'files_in_tar',
-           'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageFiles', 'some_rows', 'list_of',
-           'left_out_of', 'left_out_in_words', 'refuse_private_readers', 'Remembered', 'SplitFiles', 'files_of_split',
-           'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of', 'fit_together',
-           'image_files', 'centred', 'rgb_image', 'square_pixels', 'open_image', 'reason_of', 'decoded', 'read_image',
-           'unreadable', 'broken_in_words', 'refuse_broken', 'without_broken', 'files_in', 'DiskImages']
+           'folder_classes', 'bare_folders', 'alike', 'alike_in_words', 'ImageEntry', 'ImageFiles', 'some_rows',
+           'list_of', 'left_out_of', 'left_out_in_words', 'refuse_private_readers', 'Remembered', 'SplitFiles',
+           'files_of_split', 'in_folders', 'shard_split', 'in_shards', 'as_published', 'on_hub', 'classes_of',
+           'fit_together', 'image_files', 'centred', 'rgb_image', 'square_pixels', 'open_image', 'reason_of', 'decoded',
+           'read_image', 'unreadable', 'broken_in_words', 'refuse_broken', 'without_broken', 'files_in', 'DiskImages']
 
 # %% ../../nbs/data/00_files.ipynb #743dfde6
 import collections, contextlib, functools, importlib.util, io, json, os, posixpath, re, stat, subprocess, sys
@@ -337,12 +337,19 @@ def alike_in_words(group:list)->str: # of `alike`
     how = ' or '.join(['blanks']*(words != group) + ['case']*(len({*words}) > 1))
     return f'{shown} differ in {how} alone'
 
+# %% ../../nbs/data/00_files.ipynb #91cd90bd
+class ImageEntry(typing.NamedTuple):
+    "Is an image of a list."
+    name:str   # below the root of the list
+    n_bytes:int
+    label:int  # -1: none
+
 # %% ../../nbs/data/00_files.ipynb #0e95592a
 @dataclass
 class ImageFiles:
     "Lists the images of a split, undecoded."
     root:str|Path          # folder of the dataset, or its name on the hub
-    files:list             # (name below the root, size in bytes, label) of each image
+    files:list             # of `ImageEntry`
     opener:typing.Callable # row -> open binary file
     classes:list=field(default_factory=list) # names in the order of the labels; []: labels are numbers alone
     left_out:dict=field(default_factory=dict) # name of a file below the root -> why
@@ -352,8 +359,19 @@ class ImageFiles:
     held_out:list=field(default_factory=list) # rows that a table of the images holds out
     groups:list=field(default_factory=list) # name of each image's group, '' alone; []: there are none
 
+    def __post_init__(self):
+        self.files = [*map(ImageEntry._make, self.files)]
+
     def __len__(self):
         return len(self.files)
+
+    @property
+    def names(self)->list[str]:
+        return [name for name, *_ in self.files]
+
+    @property
+    def labels(self)->list[int]:
+        return [label for *_, label in self.files]
 
     def path(self, row:int)->str:
         "Returns the printable path of an image."
@@ -365,7 +383,7 @@ class ImageFiles:
 
     def stamps(self)->list: # of `file_stamp`
         "Returns what tells of each image that its bytes are as they were."
-        return [file_stamp(f'{self.root}/{name}') for name, *_ in self.files]
+        return [file_stamp(f'{self.root}/{name}') for name in self.names]
 
 def some_rows(files:ImageFiles, rows:list)->ImageFiles: # rows: numbers of images
     "Returns some of the images, in this order."
@@ -378,7 +396,7 @@ def some_rows(files:ImageFiles, rows:list)->ImageFiles: # rows: numbers of image
 
 def list_of(root:Path, entries:list, labels:list, classes:list=(), **about)->ImageFiles: # labels: numbers
     "Returns files as a list of images; about: further fields of `ImageFiles`."
-    files = [(entry.name, entry.size, label) for entry, label in zip(entries, labels)]
+    files = [ImageEntry(entry.name, entry.size, label) for entry, label in zip(entries, labels)]
     return ImageFiles(root, files, lambda row: entries[row].open(), [*classes], **about)
 
 # %% ../../nbs/data/00_files.ipynb #dc2dd754
@@ -407,7 +425,7 @@ def refuse_private_readers(files:ImageFiles)->None:
     private = image_endings() - _endings_of_runs((len(Image.OPEN), len(Image.EXTENSION)))
     if not private:
         return
-    for row, (name, *_) in enumerate(files.files):
+    for row, name in enumerate(files.names):
         ending = os.path.splitext(name)[1].lower()
         if ending in private:
             raise VitdistillError(f'{files.path(row)} is read by a plug-in of Pillow that this program has '
@@ -426,7 +444,7 @@ class Remembered:
     )->list: # a value for each image
         "Returns what is known of each image; finds it out for those that are new or have changed."
         now = time.time_ns()
-        paths = [f'{files.root}/{name}' for name, *_ in files.files]
+        paths = [f'{files.root}/{name}' for name in files.names]
         stamps = files.stamps()
         new = []
         for row, (path, stamp) in enumerate(zip(paths, stamps)):
@@ -669,8 +687,8 @@ def classes_of(
 )->tuple:             # (names of the classes, lines to print)
     "Returns the classes of a dataset; one with test images and no training image raises a `VitdistillError`."
     _refuse_absent(place, train, test, why)
-    trained = collections.Counter(label for *_, label in train.files)
-    tested = collections.Counter(label for *_, label in test.files)
+    trained = collections.Counter(train.labels)
+    tested = collections.Counter(test.labels)
     _refuse_gap(place, train.classes, trained, tested)
     classes = train.classes or [str(label) for label in range(max(trained | tested) + 1)]
 

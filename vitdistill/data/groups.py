@@ -32,9 +32,7 @@ def grouped(parts:list[ImageFiles], group_by:str)->list[ImageFiles]: # group_by:
     "Returns lists of images with the groups that their names have; those that have groups keep them."
     if not group_by or any(files.groups for files in parts):
         return parts
-    def names(files):
-        return [name for name, *_ in files.files]
-    parts = [replace(files, groups=group_names(names(files), group_by)) for files in parts]
+    parts = [replace(files, groups=group_names(files.names, group_by)) for files in parts]
     if any(any(files.groups) for files in parts):
         return parts
     name = next(files.name(0) for files in parts if len(files))

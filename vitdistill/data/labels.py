@@ -374,7 +374,7 @@ def rows_of(
     "Returns what a table says of images."
     held_out = {*files.held_out}
     rows = []
-    for row, ((name, _, label), content) in enumerate(zip(files.files, contents)):
+    for row, (name, label, content) in enumerate(zip(files.names, files.labels, contents)):
         kind = files.classes[label] if label >= 0 and files.classes else ''
         group = files.groups[row] if files.groups else ''
         own_part = Part.held_out if row in held_out else part

@@ -49,7 +49,7 @@ def _labelled_files(
             continue
         there = [place for place in (root/part, root/f'{part}.tar') if place.exists()]
         if files and there:
-            counted = files.files[0][0].partition('/')[0]
+            counted = files.names[0].partition('/')[0]
             say_once(f'the images in {counted} are counted; to count those in {there[0].name}, name '
                      f'{printable(there[0])}.', warning=True)
         files = files or in_folders(root, part, class_folder)
@@ -67,7 +67,7 @@ def _labelled_files(
     if left_out:
         say_once(f'{printable(root)}: left out: {left_out}.', warning=True)
     numbers = class_numbers(model, files.classes)
-    return files, np.array([numbers[label] for *_, label in files.files])
+    return files, np.array([numbers[label] for label in files.labels])
 
 # %% ../../nbs/deploy/03_evaluate.ipynb #88117165
 def _check_classes(

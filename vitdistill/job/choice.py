@@ -31,11 +31,11 @@ def clearly_better(one:pd.Series, other:pd.Series)->bool: # of `held_out_scores`
 # %% ../../nbs/job/04_choice.ipynb #7a10c010
 class Choice(NamedTuple):
     "Holds which student of a job to take, and what held-out images say of the others."
-    student:str   # '': none has ended
-    best:str=''   # the student that has most held-out images right
+    take:str      # the student to take; '': none has ended
+    top:str=''    # the student that has most held-out images right
     images:int=0  # held-out images
-    alike:list=[] # further students that are not clearly worse than the best
-    worse:list=[] # students that are clearly worse than the best
+    alike:list=[] # further students that are not clearly worse than the top one
+    worse:list=[] # students that are clearly worse than the top one
 
 def choose(
     scores:dict,    # student -> of `held_out_scores`
@@ -47,10 +47,10 @@ def choose(
     def right(name): # without held-out images any other comes first
         return len(scores[name]) > 0, scores[name].mean()
     students = sorted(scores, key=simplicity.get)
-    best = max(students, key=right)
-    worse = [name for name in students if clearly_better(scores[best], scores[name])]
-    student, *alike = [name for name in students if name not in worse]
-    return Choice(student, best, max(map(len, scores.values())), alike, worse)
+    top = max(students, key=right)
+    worse = [name for name in students if clearly_better(scores[top], scores[name])]
+    take, *alike = [name for name in students if name not in worse]
+    return Choice(take, top, max(map(len, scores.values())), alike, worse)
 
 # %% ../../nbs/job/04_choice.ipynb #7a10c013
 def choice_of(models:Models)->Choice:
@@ -73,11 +73,11 @@ def names_in_words(names:list)->str: # at least one
 
 def choice_in_words(choice:Choice)->list[str]:
     "Returns the sentences that say which student to take, and why."
-    if not choice.student:
+    if not choice.take:
         return []
-    lines = [f'Take {choice.student}.']
+    lines = [f'Take {choice.take}.']
     if choice.worse:
-        better = 'it' if choice.best == choice.student else choice.best
+        better = 'it' if choice.top == choice.take else choice.top
         lines.append(f'On the {choice.images} held-out images {better} is clearly better than '
                      f'{names_in_words(choice.worse)}.')
     if choice.alike:
@@ -201,20 +201,20 @@ class Verdict:
 
 def verdict_of(
     models:Models,
+    choice:Choice,            # of `choice_of`
     differences:pd.DataFrame, # of `Comparison.table`
     photo_side:int=0          # as in `Facts`
 )->Verdict:
     "Returns which student of a job to take and why, how good it is, and what to do next."
-    choice = choice_of(models)
-    if not choice.student:
+    if not choice.take:
         return Verdict([], [])
     lines = choice_in_words(choice)
-    chosen = models[choice.student]
+    chosen = models[choice.take]
     if not models.labelled:
         agreed = accuracy_in_words(chosen.held_out, 'held-out images as its teacher')
         return Verdict([*lines, agreed], [])
     facts = facts_of(chosen, photo_side)
     lines.append(accuracy_in_words(facts.test))
     for row in differences.dropna(subset='difference').itertuples():
-        lines.append(difference_in_words(row, models, choice.student))
+        lines.append(difference_in_words(row, models, choice.take))
     return Verdict([line for line in lines if line], next_steps(facts))

@@ -15,13 +15,14 @@ from ..study.agreement import answers_given
 from ..study.compare import points
 from ..teachers.card import Card
 from ..teachers.teacher import least_accuracy
-from .choice import choice_of, difference_in_words
+from .choice import Choice, difference_in_words
 from .models import Kind, Models
 
 # %% ../../nbs/job/05_findings.ipynb #9cd796da
 class Result(NamedTuple):
     "Is what a rule looks at."
     models:Models
+    choice:Choice            # of `choice_of`
     differences:pd.DataFrame # of `Comparison.table`
 
     @property
@@ -46,9 +47,9 @@ def _names_of_students(result):
 def _told_differences(result): # rows that the verdict has not
     if not result.models.labelled:
         return
-    best = choice_of(result.models).student
+    take = result.choice.take
     for row in result.differences.dropna(subset='difference').itertuples():
-        if not best or not difference_in_words(row, result.models, best):
+        if not take or not difference_in_words(row, result.models, take):
             yield row
 
 def _is_clear(row): # of `Comparison.table`
@@ -112,12 +113,12 @@ def _no_better_teacher(result):
 
 # %% ../../nbs/job/05_findings.ipynb #4060dfd3
 def _never_right(result):
-    best = choice_of(result.models).student
-    shares = result.models[best].classes if best else {}
+    take = result.choice.take
+    shares = result.models[take].classes if take else {}
     names = result.models.class_names
     missed = [printable(names[label]) for label, share in shares.items() if not share.value]
     if missed and len(missed) < len(shares): # if nothing is right, another rule says so
-        yield dict(model=best, classes=', '.join(missed[:5]) + (', ...' if len(missed) > 5 else ''))
+        yield dict(model=take, classes=', '.join(missed[:5]) + (', ...' if len(missed) > 5 else ''))
 
 def _how_often(share): # of each batch that is unlabelled -> how often a labelled image is seen
     if share >= 1:
@@ -172,8 +173,7 @@ RULES = (
     Rule(_no_better_teacher, 'On the test images the teacher is no better than {plain}: a better one may '
          'help more.'))
 
-def findings(models:Models, differences:pd.DataFrame)->list[str]: # differences: of `Comparison.table`
+def findings(result:Result)->list[str]:
     "Returns what a job has found and what it can't tell: a sentence each, one of a kind once."
-    result = Result(models, differences)
     lines = [rule.sentence.format(**values) for rule in RULES for values in rule.cases(result)]
     return list(dict.fromkeys(lines)) # one may hold for several students

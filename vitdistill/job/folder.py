@@ -155,7 +155,7 @@ def _examples(train, test, pairs): # pairs of train and test -> names of the fir
     return '; '.join([*shown, '...'] if len(pairs) > 3 else shown)
 
 def _two_classes(train, test, pairs): # as in `_examples` -> a sentence
-    differ = sum(train.files[a][2] != test.files[b][2] for a, b, _ in pairs)
+    differ = sum(train.files[a].label != test.files[b].label for a, b, _ in pairs)
     return f' Pairs of these with two classes: {differ:,}.' if differ else ''
 
 def _same_in_words(
@@ -210,7 +210,7 @@ def _keys(files, store, pairs): # pairs: of images -> a key for each image, one 
 def _held_out_rows(files, keys, fraction): # of training images: as their table says, or drawn by content
     if files.held_out or not fraction or not len(files):
         return files.held_out
-    labels = torch.tensor([label for *_, label in files.files])
+    labels = torch.tensor(files.labels)
     counts = torch.bincount(labels.clamp(min=0))
     if (fraction*counts + .5 < 1).all(): # of a handful of images a quarter of each class
         fraction = .25
@@ -309,7 +309,7 @@ def _say_left_out(config, listed, rows): # listed: parts whose left-out files we
 MOST = 100_000 # images that are compared by more than their bytes without being asked
 
 def _refuse_lost_class(config, train, kept): # kept: of train, without copies of test images
-    lost = {label for *_, label in train.files} - {label for *_, label in kept.files}
+    lost = {*train.labels} - {*kept.labels}
     if lost:
         raise VitdistillError(f'{config.data_root}: all training images of {train.classes[min(lost)]} are '
                               'test images too: give other test images.')
@@ -317,7 +317,7 @@ def _refuse_lost_class(config, train, kept): # kept: of train, without copies of
 def _own_test(config, test): # what says which images are for the test, and which are not used
     if config.labels:
         return f'as {Path(config.labels).name} says'
-    part = test.files[0][0].partition('/')[0].removesuffix('.tar')
+    part = test.names[0].partition('/')[0].removesuffix('.tar')
     unused = [name for name in TESTS if name != part and has_images(Path(config.data_root), name)]
     if not unused:
         return f'your folder {part}'
@@ -399,9 +399,10 @@ def scan(
             rows.append(row._replace(part=Part.left_out, why=copies[n]) if n in copies else row)
     rows += _unused_rows(config, parts, rows)
     _say_left_out(config, (train, test), rows)
-    return Images(Path(config.data_root), rows, train.classes, side, drawn, not config.class_names,
-                  '' if drawn or not test else _own_test(config, test), same, about_more,
-                  bool(config.class_weights), seconds_to_decode(train))
+    return Images(folder=Path(config.data_root), rows=rows, classes=train.classes, side=side, drawn=drawn,
+                  labelled=not config.class_names, same=same, unlabelled=about_more,
+                  own_test='' if drawn or not test else _own_test(config, test),
+                  weighted=bool(config.class_weights), decoding=seconds_to_decode(train))
 
 # %% ../../nbs/job/00_folder.ipynb #1f47c8e7
 def seen_in_words(

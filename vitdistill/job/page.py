@@ -27,7 +27,7 @@ from ..data.labels import IMAGES, Part, table_rows
 from ..data.files import ImageFiles, decoded, left_out_in_words, printable
 from ..runs import Run, machine_in_words
 from .choice import choice_of, verdict_of
-from .findings import findings
+from .findings import Result, findings
 from .models import Kind, Model, Models, Unit, Where, kind_of
 from .models import number_table, shown_table, value_in_words
 from ..study.compare import Comparison, draw_curves, missing
@@ -308,7 +308,7 @@ def colors_of(students:dict)->dict: # of `arms_of_students`; -> name, or teacher
 # %% ../../nbs/job/06_page.ipynb #e885fd67
 def class_items(
     models:Models,
-    best:str, # the student to take; '': none
+    take:str, # a student; '': none
     comparison:Comparison
 )->list[dict]:
     "Returns a page's picture of recalls (arms of the best architecture, teacher), and a table of all models."
@@ -320,15 +320,15 @@ def class_items(
     students = arms_of_students(comparison.arms)
     names = colors_of(students)
     colors = {}
-    for arms in students.values(): # those of the best arm's student are drawn
-        if best in arms.values():
+    for arms in students.values(): # those of the student to take are drawn
+        if take in arms.values():
             colors = {arm: names[name] for name, arm in arms.items() if arm in tested}
     if 'teacher' in tested:
         colors['teacher'] = names['teacher']
 
     caption = 'Right answers by class'
-    if len(students) > 1 and best:
-        caption += f' of {shortened(models[best].config.student, 40)}'
+    if len(students) > 1 and take:
+        caption += f' of {shortened(models[take].config.student, 40)}'
     n_tested = (table['test images'] > 0).sum()
     caption += ': the 30 most difficult classes.' if n_tested > 30 else '.'
     untested = [shortened(name) for name in table['class'][table['test images'] == 0]]
@@ -535,13 +535,15 @@ def write_job(
         raise VitdistillError(f'no run of {study.name} has ended: wait for one.')
 
     differences = comparison.table()
-    verdict = verdict_of(models, differences, study.about.get('side', 0))
-    notes = [*introduction(models), *findings(models, differences), *missing(comparison)]
+    choice = choice_of(models)
+    verdict = verdict_of(models, choice, differences, study.about.get('side', 0))
+    found = findings(Result(models, choice, differences))
+    notes = [*introduction(models), *found, *missing(comparison)]
     results = table_item(accuracy_table(models), results_note(models, differences))
     with any_text():
         sections = {
             'Results': [results, dict(caption='\n'.join(notes), links={})],
-            'Mistakes': wrong_items(comparison, models),
+            'Mistakes': wrong_items(comparison, models, choice.take),
             'Size and time': cost_items(models),
             'Learning curves': learning(comparison, models),
             'The images': image_items(comparison),
@@ -553,13 +555,12 @@ def write_job(
                       box=Markup(_box.render(verdict=verdict)) if verdict.lines else '',
                       about=', '.join(filter(None, [study.about.get('folder', ''), begun])))
 
-def wrong_items(comparison:Comparison, models:Models)->list[dict]:
+def wrong_items(comparison:Comparison, models:Models, take:str)->list[dict]: # take: a student, or ''
     "Returns a page's mistakes of the student to take, and what each model has right of each class."
-    best = choice_of(models).student
-    items = class_items(models, best, comparison)
-    if best and len(models[best].decisions):
+    items = class_items(models, take, comparison)
+    if take and len(models[take].decisions):
         root = comparison.study.common.get('data_root', '')
-        items = mistake_items(models[best], models.class_names, root) + items
+        items = mistake_items(models[take], models.class_names, root) + items
     return items
 
 # %% ../../nbs/job/06_page.ipynb #ec146ae9

@@ -18,7 +18,7 @@ from ..data.labels import IMAGES, Part, table_rows
 from ..deploy.measure import measure
 from ..deploy.predict import load_model, predict
 from .choice import Choice, Verdict, choice_of, verdict_of
-from .findings import findings
+from .findings import Result, findings
 from .models import Kind, Models, models_of, number_table, shown_table
 from .page import Page, accuracy_table, costs_note, draw_learning, write_job
 from ..launch.studies import runs_folder, runs_of
@@ -199,12 +199,12 @@ class Distilled:
     def verdict(self)->Verdict:
         "Returns which student to take and why, how good it is, and what to do next."
         side = self.comparison.study.about.get('side', 0)
-        return verdict_of(self.models, self.comparison.table(), side)
+        return verdict_of(self.models, self.choice, self.comparison.table(), side)
 
     @property
     def best(self)->str: # such as taught; '': no student has ended
         "Returns the name of the student to take."
-        return self.choice.student
+        return self.choice.take
 
     def folder(self, name:str='')->Path: # a key of `runs`; '': the best student
         "Returns the folder of a model, of the first seed, in the folder of the job."
@@ -305,7 +305,7 @@ def in_words(result:Distilled)->str:
     width = table.model.str.len().max()
     table = table.assign(model=table.model.str.ljust(width)).rename(columns={'model': 'model'.ljust(width)})
     lines = [table.to_string(index=False), costs_note(models)]
-    lines += [*verdict.lines, *findings(models, result.comparison.table())]
+    lines += [*verdict.lines, *findings(Result(models, result.choice, result.comparison.table()))]
     if verdict.steps:
         lines += ['What to do next, what usually helps most first:']
         lines += [f'{number}. {step}' for number, step in enumerate(verdict.steps, 1)]
