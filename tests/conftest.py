@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
+from configparser import ConfigParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +25,12 @@ from vitdistill.train.setup import resolve  # noqa: E402
 from vitdistill.teachers.teacher import untrained  # noqa: E402
 
 ROOT = repo_root(Path(__file__).parent)
+SETTINGS = ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
 PYTHON = os.environ.get("VITDISTILL_PYTHON", sys.executable)  # starts a new process, under forked.py too
 LONGEST = ["analysis", "own_images", "kill", "notebooks", "ranks", "deit_figures", "captions", "install",
-           "hub", "pretraining", "real_data", "deit"]
+           "hub", "modules", "pretraining", "real_data", "deit"]
 TIMED = ["seconds", "images_per_second", "teacher_seconds", "memo_hit_rate"]
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
 
@@ -212,3 +217,42 @@ def real_data():
     if not (Path(folder) / "cifar-100-python").is_dir() or not folder:
         pytest.skip("VITDISTILL_DATA names no folder with cifar-100-python/ and weights/")
     return Path(folder)
+
+
+def tracked(*folders):
+    """Files of the repository, new ones too, as a clone would have them."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout, built from a copy of what is tracked, without a network."""
+    source = tmp_path_factory.mktemp("source")
+    dist = tmp_path_factory.mktemp("dist")
+    heads = ["setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"]
+    for name in tracked(*heads, "vitdistill", *SETTINGS["shipped"].split()):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = "import sys, setuptools.build_meta as meta; meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(dist)], cwd=source, check=True, capture_output=True)
+    return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def away(wheel, tmp_path_factory):
+    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the
+    path."""
+    overlay = tmp_path_factory.mktemp("overlay")
+    with zipfile.ZipFile(wheel) as archive:  # what an installer does with a pure wheel
+        archive.extractall(overlay)
+
+    def run(folder, *command, code=0):
+        env = os.environ | {"PYTHONPATH": str(overlay), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *map(str, command)]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stdout if code == 0 else done.stderr
+
+    return run

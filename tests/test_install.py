@@ -4,11 +4,9 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
-from configparser import ConfigParser
 from email.parser import Parser
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -17,55 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, SETTINGS, tracked
 
 from vitdistill.runs import find_runs
 
-SETTINGS = ConfigParser(delimiters=["="])
-SETTINGS.read(ROOT / "settings.ini")
-SETTINGS = SETTINGS["DEFAULT"]
 ENGINE = SETTINGS["requirements"].splitlines()[0].split()  # what training needs of the requirements
 BY_THEMSELVES = {"ipykernel", "ipywidgets", "jupyterlab", "onnxscript", "tensorboard"}  # others import them
 SMALL_VIT = "{img_size: 32, patch_size: 8, embed_dim: 48, depth: 1, num_heads: 3}"
-
-
-def tracked(*folders):
-    """Files of the repository, new ones too, as a clone would have them."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in listed if (ROOT / name).is_file()]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel of this checkout, built from a copy of what is tracked, without a network."""
-    source = tmp_path_factory.mktemp("source")
-    dist = tmp_path_factory.mktemp("dist")
-    heads = ["setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"]
-    for name in tracked(*heads, "vitdistill", *SETTINGS["shipped"].split()):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
-    build = "import sys, setuptools.build_meta as meta; meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(dist)], cwd=source, check=True, capture_output=True)
-    return next(dist.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def away(wheel, tmp_path_factory):
-    """Run a command in a folder that is no clone, with the wheel's package before this checkout's on the
-    path."""
-    overlay = tmp_path_factory.mktemp("overlay")
-    with zipfile.ZipFile(wheel) as archive:  # what an installer does with a pure wheel
-        archive.extractall(overlay)
-
-    def run(folder, *command, code=0):
-        env = os.environ | {"PYTHONPATH": str(overlay), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *map(str, command)]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr[-3000:]
-        return done.stdout if code == 0 else done.stderr
-
-    return run
 
 
 def cli(*words):

@@ -299,7 +299,8 @@ def test_runs_are_watched_as_the_library_does(tmp_path, capsys):
     assert "distilled-resnet10t-vit_tiny" in capsys.readouterr().out and len(seen["fig"].axes[0].lines) == 2
 
 
-FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash", "unlabelled_hash"})  # a run fills them in
+# a run fills them in
+FOUND = frozenset({"data_hash", "weights_hash", "teacher_hash", "unlabelled_hash", "modules_hash"})
 STUDIES = [read_study(file) for file in sorted((ROOT / "nbs/studies").glob("*.yaml"))]
 
 

@@ -23,6 +23,7 @@ from . import __version__
 from .base import ROOT_MARKS, SHIPPED, VitdistillError, default_place, explained, from_here
 from .base import from_root, interrupt_by_signals, nearest, no_space, progress_apart, repo_root
 from .base import typed_path, write_atomic
+from .modules import import_modules, typed_modules
 from .config import GROUPS, Config, field_names, from_dict, load, parse_yaml, preset, typed_preset
 from .options import bench_parser, captions_parser, compare_parser, declarations, distill_parser
 from .options import evaluate_parser, export_parser, grid_parser, option_of, predict_parser
@@ -121,6 +122,9 @@ def typed_places(values:dict)->dict: # name -> value, of fields of Config and of
     places = {}
     for name, value in values.items():
         places[name] = typed_path(value) if is_typed_path(name, value) else value
+    if 'modules' in places:
+        places['modules'] = typed_modules(places['modules'])
+        import_modules(places['modules']) # before anything looks up what they add
     return places
 
 # %% ../nbs/07_cli.ipynb #d80c2b66

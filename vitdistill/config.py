@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 from .base import VitdistillError, explained, first_line, nearest
 from .base import from_root, shipped, shipped_names, typed_path, write_atomic
+from .modules import import_modules
 
 # %% ../nbs/01_config.ipynb #b4b0d2aa
 GROUPS = ('student', 'data', 'augmentation', 'teacher', 'objective', 'captions', 'optimization', 'machine',
@@ -323,6 +324,9 @@ class MachineFields:
 class RecordFields:
     "The record of the run."
     experiment:str=_record('baseline') # first part of the run folder's name
+
+    # your own Python files with losses, networks, datasets, teachers: mine.py,more.py; '': none
+    modules:str=_record('', shared=True)
     runs_dir:str=_record('reports/runs', shared=True) # folder for the runs' small records
     work_dir:str=_record('out/work', shared=True) # folder for checkpoints, models and memos
     checkpoint_every:int=_record(1, '[1, inf)') # epochs between checkpoints
@@ -341,6 +345,7 @@ class FoundFields:
     weights_hash:str=_found('') # hash of student_weights
     teacher_hash:str=_found('', teaching=True) # hash of teacher_weights and fold_weights
     unlabelled_hash:str=_found('', teaching=True) # hash of the rows or files of unlabelled images
+    modules_hash:str=_found('') # hash of the files of modules
     preset:str=_found('', hashed=False) # preset that the fields were read from; '': not known
     given:list=_found(list, hashed=False) # names of the fields that were given beside it
     auto:dict=_found(dict, hashed=False) # fields that were 'auto' before `resolve` -> what became of them
@@ -617,7 +622,9 @@ def preset(
     values = {'experiment': experiment, **parts.get('common', {}), **parts[experiment]}
     replaced = {key: value for key, value in given.items() if value is not None}
     values |= replaced | dict(preset=name, given=sorted(replaced))
-    return from_dict(values, f'preset {name}')
+    config = from_dict(values, f'preset {name}')
+    import_modules(config.modules)
+    return config
 
 # %% ../nbs/01_config.ipynb #ad8ba557
 def save(config:Config, path:str|Path)->Path:

@@ -9,8 +9,8 @@ __all__ = ['FP16_MOST', 'OBJECTIVES', 'HardLabel', 'fitting_fp16', 'Logits', 'To
            'weighed_loss', 'partly_labelled_loss', 'check_token', 'Labels', 'check_range', 'check_weight',
            'check_temperature', 'BinaryLabels', 'SwitchedDistillationLoss', 'SoftDistillation',
            'HardAndSoftDistillation', 'DecoupledDistillation', 'StandardizedDistillation', 'RelationalDistillation',
-           'RefinedDistillation', 'DecorrelatedDistillation', 'EntropyDistillation', 'named_objective', 'answer_kind',
-           'refuse_unlabelled', 'check_objective', 'criterion', 'Output', 'Objective']
+           'RefinedDistillation', 'DecorrelatedDistillation', 'EntropyDistillation', 'register_loss', 'named_objective',
+           'answer_kind', 'refuse_unlabelled', 'check_objective', 'criterion', 'Output', 'Objective']
 
 # %% ../nbs/03_losses.ipynb #634d26a4
 import inspect, math, typing
@@ -19,6 +19,7 @@ import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from .base import VitdistillError, explained, nearest, without_autocast
 from .config import Config, field_names
+from .modules import register
 
 # %% ../nbs/03_losses.ipynb #91f3c0d5
 @dataclass(frozen=True)
@@ -640,6 +641,15 @@ OBJECTIVES = {'none': Labels,
               'rsd': DecorrelatedDistillation,
               'entropy': EntropyDistillation}
 
+# %% ../nbs/03_losses.ipynb #a77cc0b3
+def register_loss(name:str)->typing.Callable: # what `Config.distillation` may name then
+    "Returns a decorator that adds a class of losses to `OBJECTIVES`."
+    def add(loss):
+        register(OBJECTIVES, name, loss)
+        return loss
+    return add
+
+# %% ../nbs/03_losses.ipynb #25a73e7c
 def named_objective(config:Config, objectives:dict=OBJECTIVES)->type: # objectives: name -> class
     "Returns the class of a config's objective; an unknown name is a `VitdistillError`."
     name = config.distillation

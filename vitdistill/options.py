@@ -11,6 +11,7 @@ __all__ = ['OTHER_BENCHES', 'source_of', 'comments_of', 'Declaration', 'declarat
 import argparse, ast, importlib.util, io, re, tokenize, typing
 from pathlib import Path
 from .base import from_here
+from .modules import typed_modules
 
 # %% ../nbs/02_options.ipynb #f8ccea20
 def source_of(
@@ -213,7 +214,13 @@ def predict_parser()->argparse.ArgumentParser:
     parser.add_argument('--top', type=int, default=5, metavar='N',
                         help='likeliest classes to list (default: %(default)s)')
     add_runs_option(parser)
+    _add_modules_option(parser)
     return parser
+
+# %% ../nbs/02_options.ipynb #a6749b72
+def _add_modules_option(parser:argparse.ArgumentParser)->None:
+    parser.add_argument('--modules', default='', type=typed_modules, metavar='FILES',
+                        help="your Python files that a model's network needs, such as mine.py")
 
 # %% ../nbs/02_options.ipynb #0eb1c4ba
 def evaluate_parser()->argparse.ArgumentParser:
@@ -230,6 +237,7 @@ def evaluate_parser()->argparse.ArgumentParser:
     parser.add_argument('--class-folder', choices=('first', 'last'), default='first',
                         help='which folder above an image is its class (default: %(default)s)')
     add_runs_option(parser)
+    _add_modules_option(parser)
     return parser
 
 # %% ../nbs/02_options.ipynb #74492817
@@ -247,4 +255,5 @@ def export_parser()->argparse.ArgumentParser:
     parser.add_argument('--fp16', action='store_true', help='also write FILE.fp16.onnx, half as large')
     parser.add_argument('--data', default='', metavar='DIR', help='folder of train/CLASS/* and val/CLASS/* '
                         "for --int8 and --fp16 (default: the images of the model's run)")
+    _add_modules_option(parser)
     return parser

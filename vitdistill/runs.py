@@ -330,8 +330,8 @@ def clean_config(
         is_path = name in hashes or name in _usual_places
         if is_path and is_outside(value):
             value = clean_path(name, value, root, hashes.get(name))
-        elif name == 'preset' and is_outside(value): # a file of the user's
-            value = Path(value).name
+        elif name in ('preset', 'modules') and is_outside(value): # files of the user's
+            value = ','.join(Path(part).name for part in value.split(','))
         clean[name] = value
     return clean
 

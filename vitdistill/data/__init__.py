@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['rgb_image', 'DATASETS', 'Data', 'check_dataset', 'cifar100_constants', 'flips', 'image_side', 'labelled_images',
-           'load_data', 'split_rows', 'Views', 'view_count']
+           'load_data', 'register_dataset', 'split_rows', 'Views', 'view_count']
 
 # %% ../../nbs/data/09_package.ipynb #bf935022
 from .files import rgb_image
 from .datasets import (DATASETS, Data, check_dataset, cifar100_constants, flips, image_side,
-    labelled_images, load_data)
+    labelled_images, load_data, register_dataset)
 from .split import split_rows
 from .views import Views, view_count
 
 # %% ../../nbs/data/09_package.ipynb #00893fd4
 _all_ = ['rgb_image', 'DATASETS', 'Data', 'check_dataset', 'cifar100_constants', 'flips', 'image_side',
-    'labelled_images', 'load_data', 'split_rows', 'Views', 'view_count']
+    'labelled_images', 'load_data', 'register_dataset', 'split_rows', 'Views', 'view_count']

@@ -18,6 +18,7 @@ from ..data.files import TESTS, decoded, in_folders, left_out_in_words, left_out
 from ..data.files import say_once
 from .measure import class_shares
 from .predict import Predictor, class_numbers, load_model, read_batches
+from ..modules import import_modules
 from ..options import evaluate_parser
 from ..teachers.card import seen_rows
 
@@ -187,6 +188,7 @@ def evaluate(
 def main(arguments:list=None)->int:
     "Runs `vitdistill evaluate`; returns the exit status."
     args = evaluate_parser().parse_args(arguments)
+    import_modules(args.modules)
     status = 0
     def skipped(sentence):
         nonlocal status

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from ..base import VitdistillError, errors_alone, from_here, generator, require, write_atomic
 from ..models.create import combine
+from ..modules import import_modules
 from ..options import export_parser
 from .predict import from_folder, from_onnx, is_onnx, model_folder
 from ..runs import Run
@@ -143,6 +144,7 @@ def _written(file, to, write): # -> `to`, with the metadata of `file`; an error 
 def main(arguments:list=None)->int:
     "Runs `vitdistill export MODEL` without smaller files; returns the exit status."
     args = export_parser().parse_args(arguments)
+    import_modules(args.modules)
     if args.data:
         raise VitdistillError('--data is for --int8 and --fp16, which are measured on images: add one.')
     print(export_onnx(args.model, args.out and from_here(args.out)))

@@ -19,6 +19,7 @@ from ..data.files import DiskImages
 from ..data.views import normalize
 from .export import PACKAGES, export_fp16, export_int8, export_onnx
 from .predict import Predictor, class_numbers, from_onnx, is_onnx, load_model, model_folder
+from ..modules import import_modules
 from ..options import export_parser
 from ..runs import Run, environment, find_run, machine_in_words
 from ..stats import paired_score
@@ -257,6 +258,7 @@ def difference_in_words(one:ModelCosts, other:ModelCosts)->list: # on the same t
 def main(arguments:list=None)->int:
     "Runs `vitdistill export MODEL --int8` or `--fp16`; returns the exit status."
     args = export_parser().parse_args(arguments)
+    import_modules(args.modules)
     for package in PACKAGES:
         require(package, 'export')
     kinds = [kind for kind in _SMALLER if getattr(args, kind)]

@@ -16,6 +16,7 @@ from ..base import VitdistillError, explained, first_line, from_here, require, u
 from ..base import write_atomic
 from ..data.files import files_below, left_out_in_words, natural_order, printable, read_image
 from ..data.files import say_once
+from ..modules import import_modules, import_needed
 from ..models.hub import HUB, weights_place
 from ..models.create import Student, combine, create, load_weights, started_from
 from ..options import predict_parser
@@ -108,6 +109,7 @@ def from_folder(folder:Path)->Predictor: # of a run's model
             raise VitdistillError(f'{file} has no list pretrained_cfg.{name}: copy the model again.')
 
     size = pixels['input_size'][-1]
+    import_needed(about.get('modules', {}), folder)
     fields = started_from(folder)
     model = create(fields['student'], len(classes), size, fields['stem'], **fields['student_kwargs'])
     student = Student(load_weights(model, folder)).eval().float() # whatever torch's default is
@@ -282,6 +284,7 @@ def predict(
 def main(arguments:list=None)->int:
     "Runs `vitdistill predict`; returns the exit status."
     args = predict_parser().parse_args(arguments)
+    import_modules(args.modules)
     if args.out and not args.json and not args.out.lower().endswith('.csv'): # such as an image
         raise VitdistillError(f'{args.out} does not end in .csv: name such a file as --out.')
     if args.out and from_here(args.out).is_dir():

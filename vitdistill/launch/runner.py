@@ -22,6 +22,7 @@ from ..config import Config, field_names, is_automatic, preset, preset_parts, sa
 from ..data.datasets import labelled_images, load_data, write_images
 from .processes import Launch, failures_of, stop, why_failed
 from ..losses import criterion
+from ..modules import import_modules
 from ..tasks.table import EVERY_OBJECTIVE, task_of
 from ..train.outcome import record_adopted
 from ..train.live import LiveCurve, in_jupyterlab
@@ -288,6 +289,7 @@ def check_rank_count(nproc:int|str|None)->None: # ranks on this node, as a user 
 def check_launch(config:Config, nproc:int|None)->None:
     "Raises `VitdistillError` for settings that would only fail after the ranks have started."
     # each of these raises if something does not fit
+    import_modules(config.modules)
     task_of(config).refuse_foreign(config)
     criterion(config, EVERY_OBJECTIVE)
     check_rank_count(nproc)

@@ -71,7 +71,7 @@ def as_list(value)->list: # such as `after` of a part; None: nothing
 # parameters that may name a part
 MODELS = 'teacher', 'teacher_weights', 'fold_weights', 'student_weights', 'weights'
 _keys = 'notebook', 'after', 'vary', 'seeds' # of a part, which are no parameters of its notebook
-_places = 'preset', 'runs_dir', 'work_dir' # what teachers share with arms, which look for them there
+_places = 'preset', 'runs_dir', 'work_dir', 'modules' # what teachers share with arms
 
 def trains(part:dict)->bool: # a teacher or an arm
     "Returns whether the study itself trains a part."

@@ -25,6 +25,7 @@ from torch import nn
 from ..base import VitdistillError, explained, first_line, nearest, no_space, require
 from ..base import without_autocast, write_atomic
 from ..config import Config, plain_value
+from ..modules import needed_modules
 from .hub import weights_file, weights_place, failure_in_words, without_retries
 from .airbench import Airbench
 from .layers import LITv2
@@ -744,6 +745,7 @@ def _verify_folder(model, folder, size): # reloads what was written, and raises 
 _OWN_CFG = ('num_classes', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct', 'crop_mode',
             'mean', 'std', 'first_conv', 'classifier', 'pool_size', 'custom_load')
 
+# %% ../../nbs/models/02_create.ipynb #7e46358f
 def save_model(
     model:nn.Module, # the timm model, compiled or in DistributedDataParallel or not; it is left as it is
     folder:str|Path,
@@ -778,6 +780,8 @@ def save_model(
         built = timms['input_size'][-1] # timm's side of a model of fixed size, which may take others
         if built != size and 'img_size' in about.get('model_args', {}):
             about['model_args']['img_size'] = size
+        needed = needed_modules(timm.model_entrypoint(about['architecture']))
+        about |= dict(modules=needed) if needed else {}
         file.write_text(json.dumps(about, indent=2))
         if verify:
             _verify_folder(model, Path(draft), size)
@@ -796,7 +800,9 @@ def readme_head(
     "Returns the beginning of a model's README.md: what it is, a table, and how to use it."
     # a name of the hub is not registered, and timm loads it
     timms = not timm.is_model(name) or _is_timms(name)
-    imports = 'import timm' if timms else 'import timm, vitdistill.models' # which registers its name
+    own = [] if timms else [Path(file).stem for file in needed_modules(timm.model_entrypoint(name))]
+    # the second registers its name
+    imports = 'import timm' if timms else f"import timm, {' '.join(own) or 'vitdistill.models'}"
     table = '\n'.join(f'| {key} | {text} |' for key, text in rows.items())
     return f"""# {title}
 

@@ -6,6 +6,7 @@
 __all__ = ['TASKS', 'EVERY_OBJECTIVE', 'task_of', 'main']
 
 # %% ../../nbs/tasks/03_table.ipynb #704663b9
+from collections import ChainMap
 from ..config import Config
 from ..losses import OBJECTIVES
 from .can import CAN, PRETRAINING
@@ -14,7 +15,7 @@ from ..train.loop import DISTILLATION, Task, main as train_main
 
 # %% ../../nbs/tasks/03_table.ipynb #e6e805b4
 TASKS = dict(distillation=DISTILLATION, pretraining=PRETRAINING, captions=CAPTIONS)
-EVERY_OBJECTIVE = OBJECTIVES | CAN # what `distillation` may name, in any task
+EVERY_OBJECTIVE = ChainMap(OBJECTIVES, CAN) # what `distillation` may name, in any task; users may add some
 
 def task_of(config:Config)->Task:
     "Returns the task of a config; an unknown objective, which is refused later, counts as distillation."

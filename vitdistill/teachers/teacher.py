@@ -12,11 +12,12 @@ import math, typing
 from dataclasses import replace
 from pathlib import Path
 import torch, torch.nn.functional as F
-from ..base import VitdistillError, timer_of
+from ..base import VitdistillError, explained, first_line, timer_of
 from ..config import Config, from_dict, is_automatic, student_name
 from ..data.datasets import Data, digest, load_data
 from ..data.duplicates import same_pixels
 from ..models.hub import weights_place
+from ..modules import register
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..data.views import Views, centre_view, epoch_plan, normalize, view_count
 from ..models.create import check_name, create, load_weights, pretrained_constants, readme_head
@@ -227,10 +228,10 @@ TEACHERS = {} # name -> function of (data, device, **teacher_kwargs) that return
 
 def register_teacher(name:str)->typing.Callable: # what `Config.teacher` may name then
     "Returns a decorator: a function of (data, device, **teacher_kwargs) makes the teacher of this name."
-    def register(make):
-        TEACHERS[name] = make
+    def add(make):
+        register(TEACHERS, name, make)
         return make
-    return register
+    return add
 
 def check_teacher(name:str)->None: # as `Config.teacher`
     "Raises `VitdistillError` for a teacher that is neither registered nor a model of timm's."
@@ -241,7 +242,9 @@ def check_teacher(name:str)->None: # as `Config.teacher`
 def teacher_and_card(config:Config, data:Data, device='cpu')->tuple: # config: of the student
     "Returns (teacher, card or None); raises `VitdistillError` if classes, split or weights don't fit it."
     if config.teacher in TEACHERS:
-        return TEACHERS[config.teacher](data, device, **config.teacher_kwargs), None
+        failure = f'{config.teacher} takes no such arguments as in teacher_kwargs = {config.teacher_kwargs}'
+        with explained(failure, 'set teacher_kwargs to its own, or to {}', TypeError, reason=first_line):
+            return TEACHERS[config.teacher](data, device, **config.teacher_kwargs), None
     torch.manual_seed(config.seed) # for an untrained head
     card = Card.read(config.teacher_weights)
     if card:

@@ -25,6 +25,7 @@ from ..base import VitdistillError, first_line, from_root, no_space, record_path
 from ..base import write_atomic
 from ..config import Config, is_automatic, load
 from ..losses import Batch, Objective
+from ..modules import import_modules
 from .outcome import finish, student_outcome
 from .optimize import create_optimizer, create_schedule, weight_average
 from .ranks import Ranks, at_signal, end_by_signal, end_with_parent
@@ -711,6 +712,7 @@ def rank_main(
 )->None:
     "Trains as one rank; torch elastic hands an error to the launcher; a full disk is one sentence."
     config = load(path)
+    import_modules(config.modules)
     try:
         ranks = start_ranks(auto_device() if config.device == 'auto' else config.device)
         launcher = f'torchrun --nproc-per-node {ranks.local_world}' if ranks.world > 1 else 'python'

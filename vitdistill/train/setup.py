@@ -23,6 +23,7 @@ from ..data.datasets import Data, by_content, fingerprint, generator, how_images
 from ..data.datasets import image_side, load_data
 from ..models.layers import compiler_missing, equal_blocks, with_compiled_blocks
 from ..models.layers import with_matrix_products, with_plain_attention
+from ..modules import import_modules
 from ..losses import OBJECTIVES, HardLabel, answer_kind, balanced_weights, criterion
 from ..models.create import Student, check_name, combine, create, create_student
 from ..models.create import pretrained_constants, student_size, try_size
@@ -179,6 +180,7 @@ def as_begun(config:Config)->Config: # with its hashes
 
 def resolve(config:Config)->Config:
     "Returns the config with `auto` values, path patterns and file hashes; a started run keeps its values."
+    modules_hash = import_modules(config.modules)
     check_settings(config)
     weights = 'student_weights', 'teacher_weights', 'fold_weights'
     config = replace(config, **{name: only_match(getattr(config, name)) for name in weights})
@@ -187,6 +189,7 @@ def resolve(config:Config)->Config:
     teachers = [path for path in (config.teacher_weights, config.fold_weights) if path]
     config = replace(config,
                      data_hash=fingerprint(config),
+                     modules_hash=modules_hash,
                      weights_hash=file_hash(config.student_weights),
                      unlabelled_hash=unlabelled_mark(config),
                      teacher_hash='+'.join(map(file_hash, teachers)),
