@@ -267,8 +267,8 @@ def costs_note(models:Models)->str:
     machines = {model.costs['machine']: None for model in models.values() if 'machine' in model.costs}
     if not machines:
         return ''
-    return ("int8 minus whole: points on the test images. ms: one image at a time, one thread, onnxruntime on "
-            f"{' or '.join(machines)}.")
+    return ('int8 minus whole: points on the test images. ms: one image at a time, one thread, onnxruntime '
+            f"on {' or '.join(machines)}.")
 
 def cost_items(models:Models)->list[dict]:
     "Returns a page's table and picture of what the models cost."
