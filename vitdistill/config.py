@@ -11,7 +11,7 @@ __all__ = ['GROUPS', 'FORMS', 'FORMER', 'PLACES', 'StudentFields', 'DataFields',
 
 # %% ../nbs/01_config.ipynb #6870c0aa
 import contextlib, copy, dataclasses, functools, hashlib, json, re, typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import yaml
 from .base import VitdistillError, explained, first_line, nearest
@@ -623,8 +623,7 @@ def preset(
     replaced = {key: value for key, value in given.items() if value is not None}
     values |= replaced | dict(preset=name, given=sorted(replaced))
     config = from_dict(values, f'preset {name}')
-    import_modules(config.modules)
-    return config
+    return replace(config, modules_hash=import_modules(config.modules))
 
 # %% ../nbs/01_config.ipynb #ad8ba557
 def save(config:Config, path:str|Path)->Path:

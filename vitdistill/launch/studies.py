@@ -494,6 +494,8 @@ def wanted_of_parameters(
     usual = counted - given - {*told}
     config = _config_of_parameters(notebook, parameters)
     values = _asked_values(config) if config else chosen
+    if config and config.modules:
+        given.add('modules_hash') # a run of an earlier state of these files is another one
     fixed = [config.seed] if config else as_list(chosen.get('seed'))
     adopts = notebook == 'e04_adopted_teacher'
     return Wanted(arm, name, {key: values[key] for key in given},
