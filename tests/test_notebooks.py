@@ -98,6 +98,19 @@ def test_study_runs_by_papermill(batch):
         assert pictures_of(notebook)
 
 
+def test_untagged_parameters_are_refused(tmp_path):
+    """papermill puts its cell above a parameters cell without a tag, which would overwrite what was given."""
+    notebook = json.loads((EXPERIMENTS / "e01_baseline_resnet50.ipynb").read_text())
+    for cell in notebook["cells"]:
+        cell["metadata"].pop("tags", None)
+    (tmp_path / "untagged.ipynb").write_text(json.dumps(notebook))
+    given = dict(preset="demo", lr=0.123, runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
+    with pytest.raises(papermill.PapermillExecutionError, match="give the cell of the parameters the tag"):
+        papermill.execute_notebook(str(tmp_path / "untagged.ipynb"), str(tmp_path / "ran.ipynb"), given,
+                                   cwd=str(ROOT), progress_bar=False)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_paper_analysis_draws_the_runs(study):
     execute("a01_paper", study / "a01.ipynb", reports=str(study / "runs"), out=str(study / "out"))
     for name in ("figure1", "figure2", "figure3", "figure4"):

@@ -94,9 +94,15 @@ def parameters(
         values = get_ipython().user_ns
     cells = values['In']
     start = 0 # of the last parameters cell in In; 0, an empty cell, if there is none
+    injected_above = False
     for i, cell in enumerate(cells):
-        if 'preset' in assigned_names(cell) and not is_injected(cell):
+        if is_injected(cell):
+            injected_above = injected_above or not start
+        elif 'preset' in assigned_names(cell):
             start = i
+    if start and injected_above:
+        raise VitdistillError("papermill's cell stands above the parameters, which overwrite it: give the "
+                              "cell of the parameters the tag 'parameters'.")
     declared = assigned_names(cells[start])
     injected = []
     for cell in cells[start:]:
