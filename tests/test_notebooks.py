@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import timm
 import yaml
 
-from conftest import ROOT
+from conftest import PYTHON, ROOT, environment
 from vitdistill.cli import main
 from vitdistill.launch.queue import grid_cells, run_batch
 from vitdistill.runs import find_runs
@@ -109,6 +110,46 @@ def test_untagged_parameters_are_refused(tmp_path):
         papermill.execute_notebook(str(tmp_path / "untagged.ipynb"), str(tmp_path / "ran.ipynb"), given,
                                    cwd=str(ROOT), progress_bar=False)
     assert not (tmp_path / "runs").exists()
+
+
+def small_e01(*lines):
+    """The parameters and the training of e01 on a few digits, with a cell of one's own between them."""
+    notebook = json.loads((EXPERIMENTS / "e01_baseline_resnet50.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    first = next(n for n, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", []))
+    code[first]["source"] = ["preset:str = 'demo'\n", "student:str = 'resnet10t'\n", "nproc:int = None\n",
+                             "data_fraction:float = .05\n", "epochs:int = 1\n", "arm:str = None\n",
+                             "runs_dir:str = 'runs'\n", "work_dir:str = 'work'\n", "fields:dict = {}\n"]
+    own = dict(code[first], id="mine", metadata={}, source=list(lines))
+    return notebook | dict(cells=[code[first], own, code[first + 1]])
+
+
+def test_a_field_in_a_later_cell_counts_or_is_refused(tmp_path):
+    (tmp_path / ".vitdistill").touch()
+    cells = dict(typed=["momentum:float = 0.5\n", "lr:float = 0.077\n"], untyped=["momentum = 0.5"])
+    for name, lines in cells.items():
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(small_e01(*lines)))
+    papermill.execute_notebook(str(tmp_path / "typed.ipynb"), str(tmp_path / "ran.ipynb"), cwd=str(tmp_path),
+                               progress_bar=False)
+    run, = find_runs(tmp_path / "runs")
+    assert (run.config.momentum, run.config.lr, run.status) == (0.5, 0.077, "done")
+    with pytest.raises(papermill.PapermillExecutionError, match="momentum = 0.5 has no type"):
+        papermill.execute_notebook(str(tmp_path / "untyped.ipynb"), str(tmp_path / "ran.ipynb"),
+                                   cwd=str(tmp_path), progress_bar=False)
+
+
+@pytest.mark.parametrize("how", ["script", "ipython"])
+def test_a_notebook_trains_as_a_script(tmp_path, how):
+    """As nbconvert makes one, run by Python, and as IPython runs a notebook."""
+    (tmp_path / ".vitdistill").touch()
+    notebook = small_e01("fields = {'seed': 7}\n")
+    (tmp_path / "small.ipynb").write_text(json.dumps(notebook))
+    (tmp_path / "small.py").write_text("\n".join("".join(cell["source"]) for cell in notebook["cells"]))
+    command = [PYTHON, "small.py"] if how == "script" else [PYTHON, "-m", "IPython", "small.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment() | dict(MPLBACKEND="agg"), text=True,
+                          capture_output=True, timeout=300)
+    run, = find_runs(tmp_path / "runs")
+    assert (run.status, run.config.seed) == ("done", 7), done.stdout + done.stderr
 
 
 def test_paper_analysis_draws_the_runs(study):
