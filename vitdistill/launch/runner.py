@@ -465,7 +465,7 @@ def adopt_teacher(
         raise weak_teacher(card, weights)
     if not (given.get('keep_record') or given.get('keep_answers')):
         return config, card, None
-    record = record_adopted(config, folder, command)
+    record = record_adopted(config, folder, command, str(weights))
     if arm:
         record.add_arm(arm)
     return config, card, record

@@ -461,6 +461,7 @@ class Wanted:
     preset:str=''
     experiment:str=''   # '': any
     adopted:str=''      # of an adopted teacher, the name of its folder
+    weights:str=''      # of an adopted teacher, the file that it is made from
     files:dict=field(default_factory=dict)  # such as teacher_weights -> file that the study's file names
     models:dict=field(default_factory=dict) # such as teacher_weights -> `Wanted` of the runs that make it
 
@@ -502,7 +503,8 @@ def wanted_of_parameters(
                   {key: values[key] for key in usual} if config else {}, seeds or fixed,
                   str(parameters.get('preset') or ''),
                   _experiments.get(notebook, config.experiment) if config else '',
-                  str(parameters.get('adopted') or '') if adopts else '', files, models)
+                  str(parameters.get('adopted') or '') if adopts else '',
+                  str(parameters.get('weights') or '') if adopts else '', files, models)
 
 def _config_of_parameters(notebook, parameters): # None: no part of a preset, or no preset any more
     part = PRESET_PARTS.get(notebook) or parameters.get('role')
@@ -582,8 +584,6 @@ def differences(run:Run, wanted:Wanted)->tuple[dict, dict]: # field -> (value of
         of_preset = {key: pair for key, pair in of_preset.items() if key not in field_names(group='teacher')}
     if wanted.experiment and config.experiment != wanted.experiment:
         of_file['experiment'] = config.experiment, wanted.experiment
-    if wanted.adopted and _adopted_folder(run) != wanted.adopted:
-        of_file['adopted'] = _adopted_folder(run), wanted.adopted
     another_preset = config.preset and Path(config.preset).name != Path(wanted.preset).name
     for key in [*of_preset]: # what the file gave then, but no longer gives
         if another_preset or key in config.given:
@@ -603,14 +603,17 @@ def _hash_of_file(path, changed): # changed: time of the file's last change
     from vitdistill.teachers.card import file_hash # here, so that listing runs doesn't import torch
     return file_hash(path)
 
+def _hash_here(path): # '' if no such file is here
+    here = fitting(path)
+    try:
+        return _hash_of_file(here[0], Path(here[0]).stat().st_mtime_ns) if len(here) == 1 else ''
+    except (VitdistillError, OSError):
+        return ''
+
 def other_file(run:Run, key:str, path:str)->str: # key: such as teacher_weights; path: of the study's file
     "Returns why a run started from another file than the study's names, by its hash if the file is here."
     recorded = getattr(run.config, key)
-    here = fitting(path)
-    try:
-        now = _hash_of_file(here[0], Path(here[0]).stat().st_mtime_ns) if len(here) == 1 else ''
-    except (VitdistillError, OSError):
-        now = ''
+    now = _hash_here(path)
     if now and _hash_of(run, key):
         return '' if now == _hash_of(run, key) else f'{key} is another file than {path}'
     n = 2 if Path(path).name in ('model', 'answers.npz') else 1
@@ -621,10 +624,7 @@ def other_file(run:Run, key:str, path:str)->str: # key: such as teacher_weights;
 # %% ../../nbs/launch/00_studies.ipynb #2b9c4d61
 def maker_of(run:Run, key:str, records:list[Run])->Run|None: # key: such as teacher_weights
     "Returns the run whose model another run used, by the hash of the weights or else by name."
-    card = (run.result or {}).get('teacher_card') if key == 'teacher_weights' else None
-    tensors = (card or {}).get('weights_hash')
-    hashes = {tensors, _hash_of(run, key)} - {None, ''}
-    names = Path(getattr(run.config, key)).parts
+    tensors, hashes, names = _recorded_model(run, key)
     by_name = None
     for other in records:
         if other is run or not _is_readable(other):
@@ -642,8 +642,25 @@ def maker_of(run:Run, key:str, records:list[Run])->Run|None: # key: such as teac
             by_name = other
     return by_name
 
+def _recorded_model(run, key): # hash of its tensors if known, all its hashes, its possible names
+    result = run.result or {}
+    if key == 'weights': # that e04 adopted
+        made_from = (result.get('card') or {}).get('made_from') or {}
+        names = [part for name in made_from for part in Path(name).parts]
+        return None, {result.get('weights_hash')} - {None}, names
+    card = result.get('teacher_card') if key == 'teacher_weights' else None
+    tensors = (card or {}).get('weights_hash')
+    return tensors, {tensors, _hash_of(run, key)} - {None, ''}, Path(getattr(run.config, key)).parts
+
 def _adopted_folder(run): # that e04 made
     return Path(run.config.student_weights).parent.name
+
+def _adopted_otherwise(run, wanted): # why a teacher was made from other weights, or ''
+    recorded, now = (run.result or {}).get('source_hash'), wanted.weights and _hash_here(wanted.weights)
+    if recorded and now:
+        return '' if recorded == now else f'weights were another file than {wanted.weights}'
+    folder = _adopted_folder(run)
+    return f'adopted {folder!r}, not {wanted.adopted!r}' if wanted.adopted not in ('', folder) else ''
 
 def _is_readable(run):
     try:
@@ -654,6 +671,9 @@ def _is_readable(run):
 # %% ../../nbs/launch/00_studies.ipynb #86e6e235
 def unfit_model(run:Run, wanted:Wanted, records:list[Run])->str: # records: of `find_runs`
     "Returns why a run used a model that does not count for the part that the study's file names, or ''."
+    reason = _adopted_otherwise(run, wanted)
+    if reason:
+        return reason
     for key, path in wanted.files.items():
         reason = other_file(run, key, path)
         if reason:
@@ -678,7 +698,7 @@ def _unchecked_model(run, wanted, records): # the kind of a model whose record i
 def unfit(run:Run, wanted:Wanted, records:list[Run])->str:
     "Returns why a run does not have what a study's file asks for, or ''."
     if wanted.seeds and run.config.seed not in wanted.seeds:
-        return f'seed {run.config.seed}'
+        return f"a seed that is not {' or '.join(map(str, wanted.seeds))}"
     of_file, _ = differences(run, wanted)
     return _in_words(of_file) or unfit_model(run, wanted, records)
 

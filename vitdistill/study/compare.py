@@ -442,8 +442,10 @@ def missing(comparison:Comparison)->list[str]:
             notes.append(f'{names}: no difference is shown, since {reason}.')
             continue
         apart = _seeds_on_other_data(comparison, one, other)
-        for seed, reason in apart.items():
-            notes.append(f'{names}: seed {seed} is left out, for there are {reason}')
+        if apart:
+            seeds = f"{'seeds' if len(apart) > 1 else 'seed'} {', '.join(map(str, apart))}"
+            verb = 'are' if len(apart) > 1 else 'is'
+            notes.append(f'{names}: {seeds} {verb} left out, for there are {[*apart.values()][0]}')
         seeds = [{*finished_runs(comparison.arms[arm])} for arm in (*one, *other)]
         if all(seeds) and not (apart or set.intersection(*seeds)):
             notes.append(f'{names}: no finished seed in common.')

@@ -22,7 +22,7 @@ from ..models.create import combine, load_weights, readme_head, save_model, toke
 from .ranks import Ranks, start_ranks
 from ..runs import Run, RunWriter, clean_config, read_checkpoint
 from .setup import BaseSetup, Setup, auto_device, prepare, resolve, student_logits
-from ..teachers.card import Card, card_rows, knows_images, seen_by_student, training_mask
+from ..teachers.card import Card, card_rows, file_hash, knows_images, seen_by_student, training_mask
 from ..teachers.card import write_seen
 from ..teachers.teacher import Network, make_card
 
@@ -262,7 +262,8 @@ def finish(
 def record_adopted(
     config:Config,    # of the adopted teacher, resolved
     folder:str|Path,  # the teacher's model folder
-    command:str       # that adopts it, for the record
+    command:str,      # that adopts it, for the record
+    weights:str=''    # that it was made from; '': unknown
 )->RunWriter:
     "Writes and returns the record of a teacher that was trained elsewhere: predictions, its card as result."
     card = Card.read(folder)
@@ -278,7 +279,8 @@ def record_adopted(
         run.save_predictions(**arrays)
         heads = head_accuracies(arrays)
         run.finish(dict(epochs=0, test_top1=heads.get('class'), held_out_top1=card.top1_held_out,
-                        train_views_top1=card.top1_train_views, weights_hash=card.weights_hash, heads=heads,
+                        train_views_top1=card.top1_train_views, weights_hash=card.weights_hash,
+                        source_hash=file_hash(weights), heads=heads,
                         card=replace(card, classes=None).to_dict()))
     return run
 
