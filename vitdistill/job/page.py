@@ -267,8 +267,9 @@ def costs_note(models:Models)->str:
     machines = {model.costs['machine']: None for model in models.values() if 'machine' in model.costs}
     if not machines:
         return ''
-    return ('int8 minus whole: points on the test images. ms: one image at a time, one thread, onnxruntime '
-            f"on {' or '.join(machines)}.")
+    gaps = [model.costs.get('int8_difference', math.nan) for model in models.values()] # NaN without labels
+    of_int8 = '' if np.isnan(gaps).all() else 'int8 minus whole: points on the test images. '
+    return f"{of_int8}ms: one image at a time, one thread, onnxruntime on {' or '.join(machines)}."
 
 def cost_items(models:Models)->list[dict]:
     "Returns a page's table and picture of what the models cost."
