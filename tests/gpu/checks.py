@@ -42,7 +42,7 @@ from vitdistill.train.optimize import create_optimizer  # noqa: E402
 from vitdistill.tasks.can import CAN  # noqa: E402
 from vitdistill.teachers.teacher import balance  # noqa: E402
 from vitdistill.train.step import CapturedStep, create_step  # noqa: E402
-from vitdistill.train.loop import Progress, batches, create_objective, train_epoch  # noqa: E402
+from vitdistill.train.loop import Meanwhile, batches, create_objective, train_epoch  # noqa: E402
 from vitdistill.data.views import Plan, Views, epoch_plan, normalize  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -182,7 +182,7 @@ def epochs_of(device, folder, mode, epochs=2, batch=16):
     pixels = next(batches(replace(setup, config=cut), 0)).pixels.cpu()
     objective = create_objective(setup.student, setup.criterion, config.compile, setup.ranks)
     optimizer = create_optimizer(config, setup.student.model)
-    progress = Progress(config, len(data.train_labels), 0, shown=False)
+    progress = Meanwhile(len(data.train_labels))
     step = create_step(setup, objective, optimizer)
     losses = [train_epoch(step, epoch, progress)["train_loss"] for epoch in range(epochs)]
     return np.array(losses), [p.detach().float().cpu() for p in setup.student.parameters()], pixels, step
