@@ -644,10 +644,7 @@ OBJECTIVES = {'none': Labels,
 # %% ../nbs/03_losses.ipynb #a77cc0b3
 def register_loss(name:str)->typing.Callable: # what `Config.distillation` may name then
     "Returns a decorator that adds a class of losses to `OBJECTIVES`."
-    def add(loss):
-        register(OBJECTIVES, name, loss)
-        return loss
-    return add
+    return register(OBJECTIVES, name)
 
 # %% ../nbs/03_losses.ipynb #25a73e7c
 def named_objective(config:Config, objectives:dict=OBJECTIVES)->type: # objectives: name -> class

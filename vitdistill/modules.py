@@ -13,13 +13,19 @@ from .base import VitdistillError, explained, first_line, from_root, typed_path
 # %% ../nbs/00b_modules.ipynb #553893e9
 _registered = set() # (number of a table, name): what users have added
 
-def register(table:dict, name:str, entry)->None: # table: of the package, such as `losses.OBJECTIVES`
-    "Adds a user's entry to a table; a name of the package is a `VitdistillError`."
-    key = id(table), name
-    if name in table and key not in _registered:
-        raise VitdistillError(f'{name!r} is a name of vitdistill: register yours under another one.')
-    _registered.add(key)
-    table[name] = entry
+def register(
+    table:dict, name:str,         # of the package, such as `losses.OBJECTIVES`; the name in it
+    entry_of=lambda made: made    # what is decorated -> the entry
+): # -> a decorator, which returns what it decorates
+    "Returns a decorator that adds a user's entry to a table; a name of the package is a `VitdistillError`."
+    def add(made):
+        key = id(table), name
+        if name in table and key not in _registered:
+            raise VitdistillError(f'{name!r} is a name of vitdistill: register yours under another one.')
+        _registered.add(key)
+        table[name] = entry_of(made)
+        return made
+    return add
 
 # %% ../nbs/00b_modules.ipynb #fffef2d1
 def typed_modules(names:str)->str: # as a user types them

@@ -181,10 +181,9 @@ def register_dataset(
     **about   # of `Dataset`: title, side, flip, marks... marks is by default what lies at data_root
 )->typing.Callable:
     "Returns a decorator: a function of a config that returns `Data` reads the dataset of this name."
-    def add(load):
-        register(DATASETS, name, Dataset(**dict(title=name, load=load, marks=_marks_below) | about))
-        return load
-    return add
+    def row(load):
+        return Dataset(**dict(title=name, load=load, marks=_marks_below) | about)
+    return register(DATASETS, name, row)
 
 # %% ../../nbs/data/01_datasets.ipynb #ccd5c2ea
 def check_dataset(name:str)->Dataset:

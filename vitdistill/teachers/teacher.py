@@ -228,10 +228,7 @@ TEACHERS = {} # name -> function of (data, device, **teacher_kwargs) that return
 
 def register_teacher(name:str)->typing.Callable: # what `Config.teacher` may name then
     "Returns a decorator: a function of (data, device, **teacher_kwargs) makes the teacher of this name."
-    def add(make):
-        register(TEACHERS, name, make)
-        return make
-    return add
+    return register(TEACHERS, name)
 
 def check_teacher(name:str)->None: # as `Config.teacher`
     "Raises `VitdistillError` for a teacher that is neither registered nor a model of timm's."
