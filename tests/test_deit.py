@@ -3,7 +3,6 @@ import math
 from dataclasses import replace
 from unittest import mock
 
-import nbformat
 import pytest
 import timm
 import torch
@@ -17,7 +16,9 @@ from vitdistill.base import VitdistillError
 from vitdistill.config import Config, config_hash, field_names, preset
 from vitdistill.data.datasets import image_side
 from vitdistill.data.split import split_rows
-from vitdistill.launch.queue import config_of, grid_cells
+from vitdistill.launch.parts import PARTS
+from vitdistill.launch.queue import grid_cells
+from vitdistill.launch.runner import finetuned
 from vitdistill.launch.runner import makes_teacher
 from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_schedule
@@ -152,7 +153,7 @@ def test_stochastic_depth_of_presets():
 def test_studies_make_configs(name):
     """No two cells are the same run; strengths are chosen on held-out images; one factor changes at a
     time."""
-    made = [config_of(cell, **cell.models) for cell in grid_cells(ROOT / f"nbs/studies/{name}.yaml")]
+    made = [replace(cell.config, **cell.models) for cell in grid_cells(ROOT / f"nbs/studies/{name}.yaml")]
     assert len(made) == len({str(config) for config in made})
     if "strengths" in name or name == "deit_resolution":  # chosen on held-out images, with as many steps
         assert {config.val_rows for config in made} == {"44000:50000"}
@@ -164,7 +165,7 @@ def test_studies_make_configs(name):
         assert all(getattr(made[-1], field) == full[field] for field in STRENGTHS)
     if name == "deit_table2":  # the weakest teacher is trained first, also if all cells could start at once
         cells = grid_cells(ROOT / f"nbs/studies/{name}.yaml")
-        assert [makes_teacher(cell.notebook.stem) for cell in cells] == [True] + [False] * 9
+        assert [makes_teacher(cell.config.experiment) for cell in cells] == [True] + [False] * 9
     if name in ("deit_table8", "deit_gpu_parts"):  # one factor each; then other lengths
         first = made[0]
         changed = [[key for key in field_names(hashed=True) if getattr(config, key) != getattr(first, key)]
@@ -237,18 +238,9 @@ def test_training_at_one_size_and_evaluation_at_another():
 def test_finetuning_follows_its_preset():
     """Sizes and stochastic depth are its; a larger student raises the teacher's size; what is given is
     taken."""
-    notebook = nbformat.read(ROOT / "nbs/experiments/e07_finetune.ipynb", 4)
-    declared, begins = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
-    exec(declared, names := {})
-    names = {name: value for name, value in names.items() if not name.startswith("__")}
-
     def begun(**more):
         begin = dict(preset="small_deit_finetune", student_weights="a.pth", teacher_weights="b.pth")
-        given = names | begin | more
-        with mock.patch("vitdistill.launch.parameters", lambda: dict(given)), \
-                mock.patch("vitdistill.launch.run") as launched:
-            exec(begins, dict(given))
-        return launched.call_args.args[0]
+        return finetuned(PARTS["finetune"].values(begin | more))
 
     sizes = [begun().teacher_size, begun(student_size=192).teacher_size, begun(teacher_size=96).teacher_size]
     assert sizes == [160, 192, 96] and begun().student_size == 48
@@ -257,7 +249,7 @@ def test_finetuning_follows_its_preset():
     control = begun(distillation="none")
     assert not (control.teacher or control.teacher_weights) and control.student == begun().student
     for given in (dict(student="hf-hub:me/vit"), dict(preset="demo")):  # a name alone trains from scratch
-        with mock.patch("vitdistill.launch.with_teacher") as taught, \
+        with mock.patch("vitdistill.launch.runner.with_teacher") as taught, \
                 pytest.raises(VitdistillError, match="student_weights = None: name the student"):
             begun(student_weights=None, teacher_weights=None, **given)
         assert not taught.called  # at once, before a teacher is trained

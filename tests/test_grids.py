@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, TINY, environment, processes_mentioning, record, wait_until
 from vitdistill import cli
 from vitdistill.config import Config
-from vitdistill.launch.queue import cell_runs, check_cells, config_of, grid_cells, main, read_record
+from vitdistill.launch.queue import cell_runs, check_cells, grid_cells, main, read_record
 from vitdistill.launch.queue import write_record
 from vitdistill.launch.studies import read_study, small_copy, study_text
 from vitdistill.runs import find_runs, lock_folder
@@ -102,14 +102,14 @@ def test_what_a_grid_trains_is_what_a_comparison_waits_for(tmp_path, capsys):
     file.write_text(yaml.safe_dump(study, sort_keys=False))
     cells, trained = grid_cells(file), {}
     for cell in cells:
-        trained.setdefault(cell.arm.partition("/")[2], []).append(cell.chosen["seed"])
+        trained.setdefault(cell.arm.partition("/")[2], []).append(cell.seed)
     assert trained == {"plain": [1, 2, 3], "vit - small": [7], "a/b, c=d + e": [2], "two": [2, 9],
                        "some": [1, 3], "hard | soft": [1, 2, 3]}
     waits = [note for note in missing(load_comparison(file)) if "not begun with seed" in note]
     assert "vit - small: not begun with seed 7." in waits and "two: not begun with seed 2, 9." in waits
     for n, cell in enumerate(cells):
         metrics = pd.DataFrame(dict(epoch=[0], test_top1=[0.5]))
-        record(config_of(cell), cell.arm, metrics=metrics, test_top1=0.5)
+        record(cell.config, cell.arm, metrics=metrics, test_top1=0.5)
         assert n + 1 == len(cells) or any("not begun" in note for note in missing(load_comparison(file)))
     [note] = missing(load_comparison(file))
     assert "vit - small" in note and "plain" in note
@@ -201,7 +201,7 @@ def test_a_small_copy_trains_arms_of_other_studies(tmp_path):
         check_cells(cells)
     assert not copy.left_out and copy.study.baseline == "theirs"
     assert copy.study.compare == [["longer", "taught"]]
-    configs = {cell.name: config_of(cell) for cell in cells}
+    configs = {cell.name: cell.config for cell in cells}
     assert sorted(configs) == ["again seed=1", "again seed=2", "first", "longer seed=1", "longer seed=2",
                                *(f"taught seed={seed}" for seed in (1, 2, 3)),
                                *(f"theirs seed={seed}" for seed in (1, 2, 3))]
@@ -224,4 +224,4 @@ def test_each_of_our_studies_has_a_small_copy(file, tmp_path):
     cells = grid_cells(path)
     check_cells(cells, here=False)
     assert all(cell.arm.startswith(f"{file.stem}-small/") for cell in cells)
-    assert all(config_of(cell).runs_dir == "out/small/runs" for cell in cells)
+    assert all(cell.config.runs_dir == "out/small/runs" for cell in cells)

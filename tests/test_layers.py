@@ -18,7 +18,7 @@ from vitdistill.base import VitdistillError, shipped
 from vitdistill.config import Config, preset
 from vitdistill.launch.queue import grid_cells
 from vitdistill.models.layers import DeformableMerging, LITv2
-from vitdistill.launch.runner import configure
+from vitdistill.launch.parts import config_of
 from vitdistill.models.create import create, try_size  # and registers LITv2
 from vitdistill.train.optimize import create_optimizer
 from vitdistill.train.ranks import Ranks
@@ -222,8 +222,8 @@ def asked(*names):
 def test_litv2_stands_beside_a_transformer_of_equal_cost():
     """In multiply-adds, within 3%: the two students, at each rate that is tried, and the two teachers."""
     transformer = "deit_tiny_patch16_224"
-    equal = [cell.chosen["student_kwargs"] for cell in asked("_rates", "", "_teachers")
-             if cell.chosen.get("student") == transformer]
+    equal = [cell.fields["student_kwargs"] for cell in asked("_rates", "", "_teachers")
+             if cell.fields.get("student") == transformer]
     assert all(given == equal[0] for given in equal)
     litv2, deit = (complexity(name, 32, **given).multiply_adds.sum() for name, given in
                    (("litv2_cifar", {}), (transformer, equal[0])))
@@ -244,7 +244,7 @@ def test_notebook_compares_teachers_with_the_plain_student(tmp_path):
     """A teacher below the plain ResNet has a row that says so, though it taught none."""
     where = dict(runs_dir=str(tmp_path / "runs"), work_dir=str(tmp_path / "work"))
     for cell, right in zip(asked("_teachers"), (0.6, 0.3)):
-        record(configure("teacher", cell.declared | cell.chosen | where), cell.arm, test_top1=right)
+        record(config_of(cell.part, cell.fields | where), cell.arm, test_top1=right)
     for seed in (1, 2):
         plain = preset("small", "baseline", t_max=0, lr=0.02, seed=seed, **where)
         record(plain, "small_tuned/plain", test_top1=0.35)

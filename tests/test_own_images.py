@@ -39,7 +39,7 @@ from vitdistill.config import Config, preset
 from vitdistill.data.datasets import load_data
 from vitdistill.data.files import in_folders, natural_order
 from vitdistill.data.labels import IMAGES, Part, read_labels, table_rows, write_table
-from vitdistill.launch.queue import config_of, grid_cells, run_cell
+from vitdistill.launch.queue import grid_cells, run_cell
 from vitdistill.job.folder import scan
 from vitdistill.job.plan import teacher_part
 from vitdistill.deploy.evaluate import evaluate
@@ -764,7 +764,7 @@ def test_all_that_is_wrong_is_named_at_once_in_the_users_words(
 def test_a_recipe_for_other_data_reads_the_folder(images, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "train_all", lambda cells, *_: cells)
     cells = api.distill(images, teacher=str(weights), out=tmp_path / "out", preset="demo", **SMALL)
-    assert {config_of(cell).dataset for cell in cells} == {"imagefolder"}
+    assert {cell.config.dataset for cell in cells} == {"imagefolder"}
 
 
 def test_another_student_is_a_further_row(job, images, weights, tmp_path):

@@ -16,7 +16,6 @@ from test_notebooks import definitions, execute, said
 from vitdistill.base import VitdistillError
 from vitdistill.config import Config, field_names, preset, save
 from vitdistill.launch.queue import grid_cells
-from vitdistill.launch.runner import configure
 from vitdistill.losses import criterion
 from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_optimizer
@@ -179,13 +178,7 @@ def test_presets_can_be_prepared(name, tmp_path):
 
 def configs(*studies):
     """'study/arm', seed -> config, of all that these studies train."""
-    parts = dict(e00="teacher", e01="baseline", e02="distilled", e06="pretrain")
-    found = {}
-    for name in studies:
-        for cell in grid_cells(name):
-            part = parts[cell.notebook.stem[:3]]
-            found[cell.arm, cell.chosen["seed"]] = configure(part, cell.declared | cell.chosen)
-    return found
+    return {(cell.arm, cell.seed): cell.config for name in studies for cell in grid_cells(name)}
 
 
 def test_pretraining_has_the_published_betas():

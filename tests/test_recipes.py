@@ -20,9 +20,9 @@ from vitdistill.api import save
 from vitdistill.cli import COMMANDS, command_config, field_values
 from vitdistill.config import Config, defining, field_names, preset
 from vitdistill.data.datasets import image_side
-from vitdistill.launch.queue import check_cells, config_of, grid_cells, missing_weights, start_order
+from vitdistill.launch.queue import check_cells, grid_cells, missing_weights, start_order
 from vitdistill.launch.queue import study_cells
-from vitdistill.launch.runner import configure, notebook_names
+from vitdistill.launch.parts import configure, notebook_names
 from vitdistill.models.create import read_weights
 from vitdistill.options import distill_parser, grid_parser
 from vitdistill.runs import find_runs
@@ -189,7 +189,7 @@ def test_the_recipe_trains_one_of_our_studies_again(tmp_path):
     (tmp_path / name).write_text(text)
     cells = study_cells(read_study(tmp_path / name))
     check_cells(cells)
-    assert {config_of(cell).runs_dir for cell in cells} == {"out/again/runs"}
+    assert {cell.config.runs_dir for cell in cells} == {"out/again/runs"}
     assert not missing_weights(cells)
 
 
@@ -319,7 +319,7 @@ def test_study_says_what_it_asks(study):
     if study.name == "deit_resolution":  # a student that goes on waits for the run that it begins with
         begun = set()
         for cell in cells:
-            if cell.notebook.stem[:3] == "e07":
+            if cell.part == "finetune":
                 begun |= {cells[first].arm for first in cell.after}
         assert begun == {"deit_resolution/student on labels", "deit_resolution/taught student"}
 
@@ -354,7 +354,7 @@ def test_records_are_cells_of_the_studies_that_they_name():
                 wanted.setdefault(study, []).append(run)
     assert wanted
     for study, runs in wanted.items():
-        cells = [config_of(cell) for cell in grid_cells(study)]
+        cells = [cell.config for cell in grid_cells(study)]
         made = {known(config, has_card) for config in cells for has_card in (True, False)}
         for run in runs:
             has_card = bool(run.config.teacher_weights)

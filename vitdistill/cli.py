@@ -237,7 +237,7 @@ def experiment_values(
     given:list # (name, value) pairs of strings, as with papermill's -p
 )->dict:
     "Returns parameters of experiment notebooks, name -> value; a name that none has is a `VitdistillError`."
-    from vitdistill.launch.runner import check_names, notebook_names
+    from vitdistill.launch.parts import check_names, notebook_names
     values = typed_places({name: typed_value(name, text) for name, text in given})
     if 'preset' in values:
         raise VitdistillError(f"give --preset {values['preset']}, not -p preset.")
@@ -246,19 +246,18 @@ def experiment_values(
 
 # %% ../nbs/07_cli.ipynb #97b3ffb1
 def study_part(
-    notebook:str,   # of nbs/experiments
+    part:str,       # of a preset
     given:dict,     # parameters, name -> value
-    *others:str,    # groups of fields that are about another model than this notebook's
+    *others:str,    # groups of fields that are about another model than this part's
     **more          # further parameters
 )->dict:
-    "Returns a part of a study: a notebook with those of the parameters that it takes."
-    from vitdistill.launch.queue import notebook_of
-    _, declared = notebook_of(notebook, {})
-    names = {*field_names(), *declared}
+    "Returns a teacher or an arm of a study: a part with those of the parameters that it takes."
+    from vitdistill.launch.parts import PARTS
+    names = {*field_names(), *PARTS[part].options}
     for group in others:
         names -= {*field_names(group=group)}
     own = {name: value for name, value in given.items() if name in names}
-    return dict(notebook=notebook) | own | more
+    return dict(part=part) | own | more
 
 # %% ../nbs/07_cli.ipynb #99dca1ef
 # parameters that ask for another teacher than the study's own
@@ -281,12 +280,12 @@ def pair(
     own_teacher = {}
     if not others:
         begun = dict(student_pretrained=False, student_weights=teacher) if teacher else {}
-        teachers = dict(teacher=study_part('e00_teacher', given, 'student', 'teacher', **begun))
+        teachers = dict(teacher=study_part('teacher', given, 'student', 'teacher', **begun))
         own_teacher = dict(teacher='teacher')
-    arms = dict(plain=study_part('e01_baseline_resnet50', given, 'teacher'),
-                taught=study_part('e02_distilled_resnet50', given, **own_teacher))
+    arms = dict(plain=study_part('baseline', given, 'teacher'),
+                taught=study_part('distilled', given, **own_teacher))
     if deit: # with the preset's own teacher
-        arms['deit'] = study_part('e03_deit_from_regnet', given, 'student', 'teacher')
+        arms['deit'] = study_part('deit', given, 'student', 'teacher')
     return Study('pair', common=dict(preset=preset_name), arms=arms, teachers=teachers)
 
 # %% ../nbs/07_cli.ipynb #3fdb40ea

@@ -119,7 +119,7 @@ def seconds_of_cells(
         if any(run.status == 'done' for run in runs):
             continue
         c = cell.config
-        if cell.notebook.stem == 'e04_adopted_teacher': # it only answers
+        if cell.part == 'adopt': # it only answers
             seconds[cell.name] = (train + held_out + test)*speeds.of(c, False)
             continue
         epochs = c.epochs - max([run.epochs_done for run in runs], default=0)

@@ -74,7 +74,7 @@ def teacher_part(
     "Returns the teacher's part of a study: adopted as it is if its head fits the classes, else fine-tuned."
     if timm.is_model(teacher) and not from_root(teacher).exists():
         if weights_here(teacher):
-            return dict(notebook='e00_teacher', student=teacher, student_pretrained=True, student_size=size)
+            return dict(part='teacher', student=teacher, student_pretrained=True, student_size=size)
         raise VitdistillError(f'the weights of {teacher} are not here and the hub does not answer: give a '
                               'file of weights or a model folder as teacher.')
     if not (teacher.startswith('hf-hub:') or from_root(teacher).exists()):
@@ -98,9 +98,9 @@ def teacher_part(
     normalization = card.normalization if card else ''
     common = model | dict(student_size=size, student_normalization=normalization or 'own')
     if fits:
-        return dict(notebook='e04_adopted_teacher', weights=weights, adopted='teacher', keep_record=True,
+        return dict(part='adopt', weights=weights, adopted='teacher', keep_record=True,
                     **common)
-    return dict(notebook='e00_teacher', student_weights=weights, **common)
+    return dict(part='teacher', student_weights=weights, **common)
 
 # %% ../../nbs/job/01_plan.ipynb #edadafdc
 def part_by_words(
@@ -315,7 +315,7 @@ class Job:
     classes:tuple=()      # names, if no image has a label
     unlabelled:bool=False # whether some images have no label, beside others that have one
 
-_of_teacher = ('notebook', 'student', 'student_pretrained', 'student_weights', 'student_kwargs', 'stem',
+_of_teacher = ('part', 'student', 'student_pretrained', 'student_weights', 'student_kwargs', 'stem',
                'student_size', 'student_normalization', 'weights', 'adopted', 'keep_record')
 _places = 'data_root', 'labels', 'runs_dir', 'work_dir'
 _of_unlabelled = 'unlabelled_share', # fields of the students that are taught with unlabelled images
@@ -326,9 +326,9 @@ def _arms_of(job, student, taught): # taught: fields of the taught student -> ar
     arms = {}
     pairs = []
     if not job.classes:
-        arms[plain] = dict(notebook='e01_baseline_resnet50') | student.fields
+        arms[plain] = dict(part='baseline') | student.fields
         pairs.append([taught_name, plain])
-    arms[taught_name] = dict(notebook='e02_distilled_resnet50', teacher='teacher') | student.fields | taught
+    arms[taught_name] = dict(part='distilled', teacher='teacher') | student.fields | taught
     if job.unlabelled:
         more = {name: job.fields[name] for name in _of_unlabelled if name in job.fields}
         arms[third] = arms[taught_name] | more | dict(unlabelled=str(job.out/IMAGES))
