@@ -18,7 +18,7 @@ from vitdistill.data.datasets import image_side
 from vitdistill.data.split import split_rows
 from vitdistill.launch.parts import PARTS
 from vitdistill.launch.queue import grid_cells
-from vitdistill.launch.runner import finetuned
+from vitdistill.launch.runner import config_to_run
 from vitdistill.launch.runner import makes_teacher
 from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_schedule
@@ -165,7 +165,7 @@ def test_studies_make_configs(name):
         assert all(getattr(made[-1], field) == full[field] for field in STRENGTHS)
     if name == "deit_table2":  # the weakest teacher is trained first, also if all cells could start at once
         cells = grid_cells(ROOT / f"nbs/studies/{name}.yaml")
-        assert [makes_teacher(cell.config.experiment) for cell in cells] == [True] + [False] * 9
+        assert [cell.part == "teacher" for cell in cells] == [True] + [False] * 9
     if name in ("deit_table8", "deit_gpu_parts"):  # one factor each; then other lengths
         first = made[0]
         changed = [[key for key in field_names(hashed=True) if getattr(config, key) != getattr(first, key)]
@@ -240,7 +240,7 @@ def test_finetuning_follows_its_preset():
     taken."""
     def begun(**more):
         begin = dict(preset="small_deit_finetune", student_weights="a.pth", teacher_weights="b.pth")
-        return finetuned(PARTS["finetune"].values(begin | more))
+        return config_to_run("finetune", PARTS["finetune"].values(begin | more))
 
     sizes = [begun().teacher_size, begun(student_size=192).teacher_size, begun(teacher_size=96).teacher_size]
     assert sizes == [160, 192, 96] and begun().student_size == 48

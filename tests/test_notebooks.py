@@ -317,8 +317,9 @@ def test_notebook_on_several_ranks(tmp_path, ranks):
     vit = dict(student="vit_tiny_patch16_224", epochs=3, optimizer="adamw", lr=0.002, batch_size=64)
     fixed = dict(allow_untrained=True, device="cpu", precision="fp32", teacher_precision="fp32",
                  distillation="hard")
-    execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", nproc=ranks, student_kwargs=SMALL_VIT,
-            teacher_kwargs=SMALL_VIT, **place, **vit, **fixed)
+    ran = execute("e02_distilled_resnet50", tmp_path / "e02.ipynb", nproc=ranks, student_kwargs=SMALL_VIT,
+                  teacher_kwargs=SMALL_VIT, **place, **vit, **fixed)
+    assert re.search(f"torchrun --standalone .*--nproc-per-node {ranks} -m vitdistill.train", said(ran))
     several, = find_runs(tmp_path / "runs")
     assert f"nproc-per-node {ranks} " in several.environment["command"]
     alone = replace(several.config, runs_dir=str(tmp_path / "alone/runs"),

@@ -194,9 +194,8 @@ def command_config(
     config = replace(preset(name, experiment, **own), experiment=given.get('experiment', experiment), **nulls)
     if not config.teacher:
         return config
-    from vitdistill.launch.runner import with_teacher
-    role = 'deit_teacher' if experiment == 'deit' else 'teacher'
-    return with_teacher(config, own | dict(preset=name), role, trains)
+    from vitdistill.launch.runner import TEACHER_PARTS, with_teacher
+    return with_teacher(config, own | dict(preset=name), TEACHER_PARTS.get(experiment, 'teacher'), trains)
 
 # %% ../nbs/07_cli.ipynb #aad79269
 def train(words:list[str])->int:

@@ -6,9 +6,10 @@
 __all__ = ['STATES', 'NO_TEACHER', 'Cell', 'study_cells', 'part_cells', 'grid_cells', 'check_notebook', 'check_cells',
            'refuse_one_run', 'slot_environment', 'record_of', 'write_record', 'read_record', 'cell_runs', 'new_threads',
            'end', 'model_for', 'cell_has_model', 'missing_weights', 'execute', 'papermill_command', 'state_at_end',
-           'run_cell', 'execute_alone', 'state_now', 'start_order', 'states_of', 'count_states', 'state_table',
-           'may_be_queued', 'refuse_busy', 'forget_old_cells', 'hold_folder', 'cut_running', 'run_in_order',
-           'run_batch', 'submit_batch', 'read_small', 'write_small', 'main']
+           'run_cell', 'execute_alone', 'JobState', 'job_state', 'state_now', 'start_order', 'states_of',
+           'count_states', 'state_table', 'may_be_queued', 'refuse_busy', 'forget_old_cells', 'cells_to_run',
+           'hold_folder', 'cut_running', 'run_in_order', 'run_batch', 'submit_batch', 'read_small', 'write_small',
+           'main']
 
 # %% ../../nbs/launch/03_queue.ipynb #55016e3f
 import json, os, shlex, signal, subprocess, sys, time
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
 from importlib.util import find_spec
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -443,31 +445,47 @@ def _leave(*_)->None: # handler of SIGTERM
     sys.exit(128 + signal.SIGTERM)
 
 # %% ../../nbs/launch/03_queue.ipynb #9181f710
+class JobState(Enum):
+    "Says where Slurm has the job of a cell."
+    NONE = 'the cell has none'
+    WAITS = 'in the queue'
+    RUNS = 'on a node'
+    GONE = 'not in the queue any more'
+    UNKNOWN = "Slurm can't be asked"
+
+def job_state(job:str|None, queue:dict|None)->JobState: # queue: of `queued`, job -> does it run?
+    "Returns where Slurm has a job; None is no job."
+    if job is None:
+        return JobState.NONE
+    if queue is None:
+        return JobState.UNKNOWN
+    if job not in queue:
+        return JobState.GONE
+    return JobState.RUNS if queue[job] else JobState.WAITS
+
 def state_now(
     cell:Cell,                # with the state of its record
     runs:list=(),             # of `cell_runs`
-    job:str|None=None,        # its job in Slurm
-    queue:dict|None=None,     # of `queued`: job -> does it run? None: Slurm can't be asked
+    job:JobState=JobState.NONE,
     teacher_failed:bool=False # whether a cell that it waits for failed
 )->str:
-    "Returns the state of a cell, from its record, its runs and Slurm's queue."
-    state = cell.state
-    in_queue = queue is not None and job in queue
-    slurm_runs_it = in_queue and queue[job] # some shared disks have no locks
-    if state == 'running' and not (slurm_runs_it or is_locked(cell.file('.lock'))):
+    "Returns the state of a cell, from its record, its runs and its job."
+    state, queued_again = cell.state, job in (JobState.WAITS, JobState.RUNS)
+    # some shared disks have no locks
+    if state == 'running' and job is not JobState.RUNS and not is_locked(cell.file('.lock')):
         state = 'cut'
     if state == 'done' and all(run.status != 'done' for run in runs): # its run was removed
         return 'left'
-    if state == 'cut' and in_queue:
+    if state == 'cut' and queued_again:
         return 'waiting'
-    if state != 'left' or not job:
+    if state != 'left' or job is JobState.NONE:
         return state
     if teacher_failed:
         return NO_TEACHER
-    if in_queue or queue is None:
-        return 'waiting'
-    folder = cell.place.parent
-    return f"job {job} ended without a record: does its node see {folder}? See {folder/'slurm'}"
+    if job is JobState.GONE:
+        folder = cell.place.parent
+        return f"its job ended without a record: does its node see {folder}? See {folder/'slurm'}"
+    return 'waiting'
 
 # %% ../../nbs/launch/03_queue.ipynb #ff062183
 def start_order(cells:list[Cell])->list[int]: # numbers of cells
@@ -496,7 +514,7 @@ def states_of(
         cell.seconds = record.get('seconds', 0.)
         runs = cell_runs(cell, runs_in(cell.folder_of_runs))
         teacher_failed = any(cells[first].failed for first in cell.after)
-        cell.state = state_now(cell, runs, jobs.get(cell.place.stem), queue, teacher_failed)
+        cell.state = state_now(cell, runs, job_state(jobs.get(cell.place.stem), queue), teacher_failed)
         if elsewhere and cell.state == 'left' and runs:
             runs.sort(key=lambda run: list(_cell_states).index(run.status)) # in the order of that dict
             cell.state = _cell_states[runs[-1].status]
@@ -579,29 +597,32 @@ def forget_old_cells(cells:list[Cell], folder:Path)->None: # folder: of their fi
         if is_of_cell and record not in ours:
             record.unlink()
 
+def cells_to_run(cells:list[Cell], folder:Path)->list[int]: # folder: of their files, which is locked
+    "Writes the record of each cell as of now; returns the numbers of those to run, in order."
+    states_of(cells, folder)
+    forget_old_cells(cells, folder)
+    needed = {n for cell in cells for n in cell.after}
+    outdated = set() # cells that have changed since their record, and those that wait for them
+    for n in start_order(cells):
+        cell = cells[n]
+        has_record = bool(read_json(cell.file('.json')))
+        changed = has_record and not read_record(cell) # since that record was written
+        if changed or outdated.intersection(cell.after):
+            outdated.add(n)
+            cell.state = 'left'
+        # a teacher with a finished run and a model counts as done, even if another clone trained it
+        if cell.state != 'done':
+            model_suffices = n in needed and not changed and cell_has_model(cell)
+            cell.state = 'done' if model_suffices else 'left'
+        write_record(cell)
+    return [n for n in start_order(cells) if cells[n].state != 'done']
+
 @contextmanager
-def hold_folder(cells:list[Cell], folder:Path): # folder: of their files
-    """Locks a grid's folder while its cells run or are submitted, and writes the record of each as of now.
-    Yields the numbers of the cells to run, in order."""
+def hold_folder(folder:Path):
+    "Locks the folder of a grid while its cells run or are submitted."
     with lock_folder(folder):
         refuse_busy(folder)
-        states_of(cells, folder)
-        forget_old_cells(cells, folder)
-        needed = {n for cell in cells for n in cell.after}
-        outdated = set() # cells that have changed since their record, and those that wait for them
-        for n in start_order(cells):
-            cell = cells[n]
-            has_record = bool(read_json(cell.file('.json')))
-            changed = has_record and not read_record(cell) # since that record was written
-            if changed or outdated.intersection(cell.after):
-                outdated.add(n)
-                cell.state = 'left'
-            # a teacher with a finished run and a model counts as done, even if another clone trained it
-            if cell.state != 'done':
-                model_suffices = n in needed and not changed and cell_has_model(cell)
-                cell.state = 'done' if model_suffices else 'left'
-            write_record(cell)
-        yield [n for n in start_order(cells) if cells[n].state != 'done']
+        yield
 
 # %% ../../nbs/launch/03_queue.ipynb #fc329c5d
 def cut_running(cells:list[Cell], processes:list)->None:
@@ -670,7 +691,8 @@ def run_batch(
     "Executes cells on this machine, teachers first; returns them with their states."
     gpus = torch.cuda.device_count()
     processes = []
-    with hold_folder(cells, folder) as todo:
+    with hold_folder(folder):
+        todo = cells_to_run(cells, folder)
         slots = max(1, min(len(todo), at_once or gpus or cores()))
         threads, warning = 0, ''
         if todo and not gpus:
@@ -702,7 +724,8 @@ def submit_batch(
 )->list[Cell]:
     "Submits the unfinished cells to Slurm; returns all cells with their states."
     check_slurm(ask)
-    with hold_folder(cells, folder) as todo:
+    with hold_folder(folder):
+        todo = cells_to_run(cells, folder)
         by_needed = {} # numbers of cells that have to succeed first -> of the cells that wait for them
         commands = {}
         for n in todo:
