@@ -19,7 +19,6 @@ from vitdistill.data.split import split_rows
 from vitdistill.launch.parts import PARTS
 from vitdistill.launch.queue import grid_cells
 from vitdistill.launch.runner import config_to_run
-from vitdistill.launch.runner import makes_teacher
 from vitdistill.models.create import create_student
 from vitdistill.train.optimize import create_schedule
 from vitdistill.train.ranks import Ranks

@@ -219,7 +219,7 @@ def test_each_of_our_studies_has_a_small_copy(file, tmp_path):
     copy, left_out = small_copy(study)
     path = tmp_path / f"{copy.name}.yaml"
     path.write_text(study_text(copy))
-    assert read_study(path) == copy and all(part["notebook"] for part in copy.parts.values())
+    assert read_study(path) == copy and all(part["part"] for part in copy.parts.values())
     assert {*study.arms} - {*left_out} <= {*copy.parts} and all(left_out.values())
     cells = grid_cells(path)
     check_cells(cells, here=False)
