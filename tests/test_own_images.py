@@ -713,7 +713,7 @@ def test_a_teacher_that_was_saved_by_hand_is_fine_tuned(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **VIT)
     folder = api.save(vit, tmp_path / "vit", list("abc"), 32, ((0.0,) * 3, (1.0,) * 3), **VIT)
     for classes in ("abc", "xyz"):
-        assert teacher_part(str(folder), "", 32, list(classes))["notebook"] == "e00_teacher"
+        assert teacher_part(str(folder), "", 32, list(classes))["part"] == "teacher"
 
 
 @pytest.mark.parametrize("given, message", [
