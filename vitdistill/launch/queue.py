@@ -405,7 +405,8 @@ def run_cell(
     if card and is_weak(card): # `vitdistill distill` goes on with it, and says so
         config = replace(config, allow_untrained=True)
     run = runner.run(config, cell.fields.get('nproc'), show, needed=True, arm=cell.arm)
-    store_answers(given, config, run.model, run.folder)
+    if 'fill_memo' in PARTS[cell.part].options: # of a teacher
+        store_answers(given, config, run.model, run.folder)
     return run
 
 def _run_adopted(cell, given, command):
