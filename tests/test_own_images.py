@@ -274,6 +274,14 @@ def test_a_field_that_loosens_a_check_is_the_same_job(job, images, weights):
         api.distill(**given | dict(epochs=2))
 
 
+def test_an_image_size_that_a_student_can_not_take_is_named_by_a_dry_run(images, weights, tmp_path, capsys):
+    """Before any speed is measured; nothing is written."""
+    given = SMALL | dict(student="convnext_atto", image_size=7)
+    with pytest.raises(VitdistillError, match="convnext_atto can not take images of 7 px"):
+        api.distill(images, teacher=str(weights), out=tmp_path / "out", dry_run=True, **given)
+    assert "measuring" not in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def own_job(job, images, tmp_path):
     """A copy of the job and of its images, which a test may change: (images, folder of the job)."""

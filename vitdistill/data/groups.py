@@ -75,9 +75,10 @@ def refuse_broken_groups(
     "Raises a `VitdistillError` if images of a group are in both parts."
     common = sorted(({*one.groups} & {*other.groups}) - {''})
     if common:
-        shown = printable(', '.join(common[:3])) + (', ...' if len(common) > 3 else '')
-        raise VitdistillError(f'{len(common):,} groups have {names} ({shown}): put all images of a group '
-                              'into one part.')
+        more = f' and {len(common) - 3:,} more' if len(common) > 3 else ''
+        shown = printable(', '.join(common[:3])) + more
+        raise VitdistillError(f'{names} have groups in common ({shown}): put all images of a group into one '
+                              'part.')
 
 def groups_in_words(files:ImageFiles)->str: # '': there are none
     "Returns how many groups images are in, as a sentence."

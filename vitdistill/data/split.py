@@ -182,7 +182,7 @@ def _refuse_empty_classes(labels, train, config, classes):
 def _refuse_broken_groups(keys, train, val):
     common = {keys[row] for row in train.tolist()} & {keys[row] for row in val.tolist()} if keys else ()
     if common:
-        raise VitdistillError(f'{len(common):,} groups have training and held-out images ({min(common)}): '
+        raise VitdistillError(f'training and held-out images have groups in common, such as {min(common)}: '
                               'put all images of a group into one part, or leave val_rows out.')
 
 # %% ../../nbs/data/08_split.ipynb #780f6218

@@ -30,7 +30,7 @@ from ..launch.queue import Cell, cell_runs
 from ..launch.studies import job_folder, with_places_of_today
 from ..losses import check_token
 from ..models.create import check_name, create, create_student, head_names
-from ..models.create import load_weights, near_models, read_weights, started_from
+from ..models.create import load_weights, near_models, read_weights, started_from, try_size
 from ..models.hub import HUB, hub_answers, weights_place
 from ..runs import Run, read_json
 from ..teachers.words import about_words, is_by_words, teacher_by_words, words_of_classes
@@ -541,6 +541,7 @@ def built_students(
         start = replace(c, student_pretrained=c.student_pretrained and download)
         if built_as(c) not in built:
             built[built_as(c)] = create_student(start, classes, c.image_size)
+            try_size(built[built_as(c)].model, c.student, c.student_size or c.image_size)
         if c.token != 'auto':
             check_token(c.token, len(built[built_as(c)].heads) > 1)
     return {key: student.model for key, student in built.items()}
