@@ -268,9 +268,9 @@ def check_part(study:Study, name:str)->None:
         refuse(f'= {part!r} names no part of a preset: write one, such as "part: distilled".')
     if 'notebook' in part and 'part' not in part:
         notebook = str(part['notebook'])
-        known = nearest(notebook, [one.notebook for one in PARTS.values()])
-        refuse(f'names the notebook {notebook!r}, which is none of ours ({known}): write beside it which '
-               'part it runs, such as "part: baseline".')
+        ours = [*dict.fromkeys(one.notebook for one in PARTS.values())]
+        refuse(f'names the notebook {notebook!r}, which is none of ours: write beside it which part it runs, '
+               f'such as "part: baseline", or {nearest(notebook, ours)}')
     if part.get('part', 'baseline') not in [*PARTS]:
         refuse(f"has the part {part['part']!r}: {nearest(str(part['part']), PARTS)}")
     if part_of_notebook(str(part.get('notebook'))):
