@@ -22,6 +22,7 @@ class Part:
     notebook:str         # of nbs/experiments, without ending
     preset:str='demo'    # for a study that names none
     options:tuple=()     # what they take besides fields of Config
+    afterwards:tuple=()  # those of them by which the notebook goes on when the run has ended
     usual:dict=field(default_factory=dict) # options, and fields, that a study need not give
     experiment:str=''    # that their records name; '': the role
     takes_role:bool=False # whether an option `role` names another part of the preset
@@ -41,16 +42,18 @@ PARTS = dict(
     deit_teacher=Part('deit_teacher', 'e00_teacher', usual=dict(role='deit_teacher'), **_teacher),
     baseline=Part('baseline', 'e01_baseline_resnet50'),
     distilled=Part('distilled', 'e02_distilled_resnet50',
-                   options=('teacher_data_fraction', 'out_of_fold', 'onnx')),
+                   options=('teacher_data_fraction', 'out_of_fold', 'onnx'), afterwards=('onnx',)),
     deit=Part('deit', 'e03_deit_from_regnet'),
     adopt=Part('teacher', 'e04_adopted_teacher', 'small', experiment='adopted_teacher',
                options=('weights', 'adopted', 'new_head', 'held_out', 'fill_memo', 'keep_record',
                         'keep_answers'),
                usual=dict(adopted='teacher', keep_record=True)), # a record: by it students find the teacher
-    pretrain=Part('pretrain', 'e06_pretrain', 'can_demo', options=('role', 'adopted')),
+    pretrain=Part('pretrain', 'e06_pretrain', 'can_demo', options=('role', 'adopted'),
+                  afterwards=('role', 'adopted')), # its role fine-tunes what was pre-trained
     finetune=Part('deit', 'e07_finetune', options=('role',), usual=dict(student_head='keep'),
                   experiment='finetune', takes_role=True),
-    captions=Part('captions', 'e09_captions', 'captions_demo', options=('texts', 'images', 'out')))
+    captions=Part('captions', 'e09_captions', 'captions_demo', options=('texts', 'images', 'out'),
+                  afterwards=('texts', 'images', 'out')))
 # parameters of notebooks that are no fields of Config
 _options = {name for part in PARTS.values() for name in part.options}
 _of_others = 'sizes', 'data', 'teacher_name', 'classes', 'seeds', 'drop_duplicates' # of e05 and e08

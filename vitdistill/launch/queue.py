@@ -383,8 +383,6 @@ def state_at_end(status:int, log:Path)->str: # exit status and output of a cell'
     return lines[-1] if lines else f'ended with status {status}'
 
 # %% ../../nbs/launch/03_queue.ipynb #4711c8f4
-_by_notebook = 'onnx', 'adopted', 'role', 'texts', 'images', 'out' # options of a notebook's own work
-
 def run_cell(
     cell:Cell,
     threads:int=0,          # as in `new_threads`
@@ -396,8 +394,8 @@ def run_cell(
     given = PARTS[cell.part].values(cell.fields) | models
     if cell.part == 'adopt':
         return _run_adopted(cell, given, command)
-    for name in _by_notebook:
-        if given.get(name) and not (name == 'role' and PARTS[cell.part].takes_role):
+    for name in PARTS[cell.part].afterwards:
+        if given.get(name):
             raise VitdistillError(f'{cell}: {name} = {given[name]!r} is the work of its notebook: run it by '
                                   'vitdistill grid.')
     config = config_to_run(cell.part, given | new_threads(cell, threads))

@@ -21,7 +21,7 @@ from ..base import Interrupted, VitdistillError, free_threads, from_root, shippe
 from ..base import stoppable, user_call
 from ..config import Config, field_names, is_automatic, preset, preset_parts, save, student_name
 from ..data.datasets import image_side, labelled_images, load_data, write_images
-from .parts import PARTS, check_names, configure, notebook_names, settable
+from .parts import PARTS, check_names, config_of, configure, notebook_names, settable
 from .processes import Launch, failures_of, stop, why_failed
 from ..losses import criterion
 from ..models import started_from, student_size
@@ -589,11 +589,10 @@ def config_to_run(
     "Returns the config that the notebook of a part starts, with its teacher, which may train first."
     if part == 'finetune':
         return _finetuned(given, trains)
-    role = PARTS[part].role_of(given)
-    config = configure(role, given)
-    if role in TEACHER_PARTS:
-        return with_teacher(config, given, TEACHER_PARTS[role], trains)
-    if role == 'captions' and config.clip == 'own' and not config.student_weights:
+    config = config_of(part, given)
+    if part in TEACHER_PARTS:
+        return with_teacher(config, given, TEACHER_PARTS[part], trains)
+    if part == 'captions' and config.clip == 'own' and not config.student_weights:
         # the preset's image tower
         tower = trained_teacher(teacher_of_preset(given), given.get('nproc'), trains)
         return replace(config, student_weights=tower)
